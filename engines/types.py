@@ -1,0 +1,177 @@
+"""The waist between server and engines: a job goes in, pixels come out.
+
+The words: a *job* is one image to make; jobs with an equal *batch key* may share a *batch*; a *bucket* is the padded
+static batch size a batch runs at; the *stages* are text, denoise and decode. Imports numpy only, so that the server can
+be built, run and tested without torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import JobError
+
+Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
+
+Conditioning = Literal["text", "image", "control", "image+control"]
+
+MAX_SEED = 2**63 - 1
+
+
+class BatchKey(NamedTuple):
+    """What jobs must agree on to run as one batch."""
+
+    height: int
+    width: int
+    steps: int
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image to make. `image` and `control_image` are RGB of any size; the engine resizes them to width x height."""
+
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    steps: int = 1
+    guidance_scale: float = 4.5
+    image: Pixels | None = None
+    strength: float = 0.5
+    control_image: Pixels | None = None
+    control_scale: float = 1.0
+
+    @property
+    def conditioning(self) -> Conditioning:
+        if self.image is not None:
+            return "image" if self.control_image is None else "image+control"
+        return "text" if self.control_image is None else "control"
+
+    @property
+    def key(self) -> BatchKey:
+        return BatchKey(self.height, self.width, self.steps, self.conditioning)
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Seconds that the batch of a job spent in each stage (shared by all jobs of the batch)."""
+
+    text: float
+    denoise: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """The picture of one job, and how it came about."""
+
+    pixels: Pixels  # [height, width, 3] uint8 RGB
+    stages: StageSeconds
+    bucket: int  # the batch size that ran, padding included
+    prompt_truncated: bool = False
+    prompt_cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine can run. Sizes are (width, height) in pixels.
+
+    `sizes` empty: every size whose sides are multiples of `multiple` within [min_side, max_side] and whose area is at
+    most max_pixels. Otherwise exactly those.
+    """
+
+    max_batch: int
+    default_size: tuple[int, int]
+    steps: tuple[int, ...] = (1, 2, 3, 4)
+    sizes: tuple[tuple[int, int], ...] = ()
+    multiple: int = 32
+    min_side: int = 32
+    max_side: int = 2048
+    max_pixels: int = 2048 * 2048
+    conditioning: frozenset[Conditioning] = frozenset({"text"})
+
+    def allows_size(self, width: int, height: int) -> bool:
+        if self.sizes:
+            return (width, height) in self.sizes
+        sides_fit = all(
+            self.min_side <= side <= self.max_side and side % self.multiple == 0 for side in (width, height)
+        )
+        return sides_fit and width * height <= self.max_pixels
+
+    def nearest_sizes(self, width: int, height: int, count: int = 3) -> list[tuple[int, int]]:
+        """The allowed sizes nearest to width x height, nearest first (by the sum of side differences)."""
+        if self.sizes:
+            candidates = set(self.sizes)
+        else:
+            candidates = {
+                (w, h)
+                for w in self._sides_near(width)
+                for h in self._sides_near(height)
+                if self.allows_size(w, h)
+            }
+            candidates.add(self.default_size)
+        distance = {size: abs(size[0] - width) + abs(size[1] - height) for size in candidates}
+        return sorted(candidates, key=lambda size: (distance[size], size))[:count]
+
+    def _sides_near(self, side: int) -> set[int]:
+        low = side // self.multiple * self.multiple
+        largest = self.max_side // self.multiple * self.multiple
+        smallest = -(-self.min_side // self.multiple) * self.multiple
+        return {min(max(s, smallest), largest) for s in (low - self.multiple, low, low + self.multiple)}
+
+    def check(self, job: Job) -> None:
+        """Raises JobError, naming field, value and bounds, where the job is outside these limits."""
+        if not self.allows_size(job.width, job.height):
+            nearest = ", ".join(f"{w}x{h}" for w, h in self.nearest_sizes(job.width, job.height))
+            raise JobError(
+                f"width x height: got {job.width}x{job.height}, which this engine cannot run; nearest: {nearest}"
+            )
+        if job.steps not in self.steps:
+            allowed = ", ".join(map(str, self.steps))
+            raise JobError(f"num_inference_steps: got {job.steps}, this engine runs {allowed}")
+        if job.conditioning not in self.conditioning:
+            raise JobError(
+                f"conditioning: got {job.conditioning!r}, this engine runs {', '.join(sorted(self.conditioning))}"
+            )
+        if not 0 <= job.seed <= MAX_SEED:
+            raise JobError(f"seed: got {job.seed}, allowed 0 to {MAX_SEED}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What runs, and why it was chosen (`reasons`: choice -> one sentence)."""
+
+    checkpoint: str
+    backend: str
+    precision: str
+    device: str
+    versions: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    manifest: dict[str, object] | None = None
+    guidance_trained: tuple[float, float] = (4.0, 5.0)
+    max_prompt_tokens: int = 300
+
+
+class Engine(Protocol):
+    """Text in, pixels out. One thread calls it; every call blocks."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def warmup(self) -> None:
+        """Runs every bucket once, so that no request pays for a first time."""
+
+    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+        """Makes the images of jobs that share one batch key, in order.
+
+        Raises JobError (outside the limits, or keys differ), OutOfMemoryError, OutputError.
+        """
+
+    def close(self) -> None: ...
