@@ -108,10 +108,7 @@ class Limits:
             candidates = set(self.sizes)
         else:
             candidates = {
-                (w, h)
-                for w in self._sides_near(width)
-                for h in self._sides_near(height)
-                if self.allows_size(w, h)
+                (w, h) for w in self._sides_near(width) for h in self._sides_near(height) if self.allows_size(w, h)
             }
             candidates.add(self.default_size)
         distance = {size: abs(size[0] - width) + abs(size[1] - height) for size in candidates}

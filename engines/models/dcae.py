@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
@@ -23,7 +23,7 @@ BlockKind = Literal["ResBlock", "EfficientViTBlock"]
 ATTENTION_EPS = 1e-15
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """Numbers of the architecture, highest resolution first; defaults are dc-ae-f32c32-sana-1.1."""
 
@@ -50,25 +50,21 @@ class AutoencoderConfig:
     @property
     def compression(self) -> int:
         """Pixels per latent cell along each side."""
-        return 2 ** (len(self.decoder_block_out_channels) - 1)
+        return 1 << (len(self.decoder_block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
-        """From the text of vae/config.json. Raises CheckpointError naming a key this code does not know or cannot run."""
+        """From vae/config.json. Raises CheckpointError naming a key that this code does not know or cannot run."""
         known = {field.name for field in fields(cls)}
         given = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
         unknown = sorted(given.keys() - known)
         if unknown:
-            raise CheckpointError(
-                f"autoencoder config: unknown keys {', '.join(unknown)}; known are {sorted(known)}"
-            )
+            raise CheckpointError(f"autoencoder config: unknown keys {', '.join(unknown)}; known are {sorted(known)}")
         stages = len(given.get("decoder_block_out_channels", cls.decoder_block_out_channels))
         for key in ("encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns"):
             if isinstance(given.get(key), str):
                 given[key] = (given[key],) * stages
-        made = cls(
-            **({"decoder_norm_types": ("rms_norm",) * stages, "decoder_act_fns": ("silu",) * stages} | given)
-        )
+        made = cls(**({"decoder_norm_types": ("rms_norm",) * stages, "decoder_act_fns": ("silu",) * stages} | given))
         for key, allowed in {
             "decoder_norm_types": {"rms_norm"},
             "decoder_act_fns": {"silu"},
@@ -81,9 +77,7 @@ class AutoencoderConfig:
             value = getattr(made, key)
             odd = (set(value) if isinstance(value, tuple) else {value}) - allowed
             if odd:
-                raise CheckpointError(
-                    f"autoencoder config: {key} is {sorted(odd)}, supported are {sorted(allowed)}"
-                )
+                raise CheckpointError(f"autoencoder config: {key} is {sorted(odd)}, supported are {sorted(allowed)}")
         return made
 
 
@@ -135,9 +129,7 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_q = nn.Linear(channels, inner, bias=False)
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(
-            MultiscaleProjection(inner, heads, kernel) for kernel in kernels
-        )
+        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(inner, heads, kernel) for kernel in kernels)
         self.to_out = nn.Linear(inner * (1 + len(kernels)), channels, bias=False)
         self.norm_out = RMSNorm(channels, bias=True, dim=1)
 
@@ -155,9 +147,7 @@ class MultiscaleLinearAttention(nn.Module):
         q, k = F.relu(q), F.relu(k)
         if linear:
             out = torch.matmul(torch.matmul(v, k.transpose(-1, -2)), q)
-            total = torch.matmul(
-                k.sum(dim=-1, keepdim=True).transpose(-1, -2), q
-            )  # the row of ones, not materialised
+            total = torch.matmul(k.sum(dim=-1, keepdim=True).transpose(-1, -2), q)  # the row of ones, not materialised
             out = (out / (total + ATTENTION_EPS)).to(x.dtype)
         else:
             scores = torch.matmul(k.transpose(-1, -2), q).float()
@@ -196,7 +186,7 @@ class Downsample(nn.Module):
         if self.unshuffle:
             y = F.pixel_unshuffle(y, 2)
         if self.group:
-            y = y + F.pixel_unshuffle(x, 2).unflatten(1, (-1, self.group)).mean(dim=2)
+            y = y + _group_mean(F.pixel_unshuffle(x, 2), self.group)
         return y
 
 
@@ -217,6 +207,12 @@ class Upsample(nn.Module):
         if self.repeats:
             y = y + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)
         return y
+
+
+def _group_mean(x: Tensor, group: int) -> Tensor:
+    """Mean over runs of `group` channels. [B,C,H,W] -> [B,C/group,H,W]."""
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels // group, group, height, width).mean(dim=2)
 
 
 def _block(kind: BlockKind, channels: int, head_dim: int, kernels: tuple[int, ...]) -> nn.Module:
@@ -250,7 +246,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = stage(x)
         latent: Tensor = self.conv_out(x)
-        return latent + x.unflatten(1, (-1, self.group)).mean(dim=2) if self.group else latent
+        return latent + _group_mean(x, self.group) if self.group else latent
 
 
 class Decoder(nn.Module):

@@ -1,11 +1,12 @@
-"""Pieces that the transformer and the autoencoder share. Parameter names are upstream's (diffusers), so that a published
-checkpoint loads by an identity map.
+"""Pieces that the transformer and the autoencoder share.
+
+Parameter names are upstream's (diffusers), so that a published checkpoint loads by an identity map.
 
 Shape legend: B batch, C channels, H W height and width, N tokens (H*W), D width.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody uses for it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,9 +38,7 @@ class GLUMBConv(nn.Module):
     Source: SANA section 2.2 (Mix-FFN); diffusers models/transformers/sana_transformer.py GLUMBConv.
     """
 
-    def __init__(
-        self, channels: int, expand_ratio: float = 4.0, norm: bool = False, residual: bool = True
-    ) -> None:
+    def __init__(self, channels: int, expand_ratio: float = 4.0, norm: bool = False, residual: bool = True) -> None:
         super().__init__()
         hidden = int(expand_ratio * channels)
         self.residual = residual
