@@ -1,0 +1,247 @@
+"""The Sprint transformer: noisy latent, text and time in; flow velocity out.
+
+Parameter names are those of diffusers' SanaTransformer2DModel, so a published checkpoint loads strictly as it is.
+Knows no schedule, no tokenizer and no batching. Source: the paper's section 3 and diffusers
+models/transformers/sana_transformer.py; self-attention after SanaLinearAttnProcessor2_0.
+
+Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, H heads of d, D = H*d.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines.models.embeddings import MLP, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
+from engines.models.layers import GLUMBConv, RMSNorm
+
+# Keys of a diffusers config.json that must hold one value here, because no Sprint checkpoint has another.
+_FIXED = {"dropout": 0.0, "patch_size": 1, "norm_elementwise_affine": False}
+# Written by diffusers into config.json, without influence on the forward pass.
+_IGNORED = {"timestep_scale"}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The architecture in numbers, named as in diffusers' transformer/config.json (defaults as there)."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    attention_bias: bool = False
+    sample_size: int = 32
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def __post_init__(self) -> None:
+        cross = self.num_cross_attention_heads * self.cross_attention_head_dim
+        if cross != self.dim:
+            raise ValueError(
+                f"cross-attention width {cross} (heads x head_dim) differs from the width {self.dim}; they must agree"
+            )
+        if self.qk_norm not in (None, "rms_norm_across_heads"):
+            raise ValueError(f"qk_norm: got {self.qk_norm!r}, supported: null, 'rms_norm_across_heads'")
+        if self.interpolation_scale is not None and self.dim % 4:
+            raise ValueError(f"width {self.dim}: a positional embedding needs a multiple of 4")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, object]) -> "TransformerConfig":
+        """Reads a diffusers transformer/config.json. Raises ValueError, naming the key, for what is not supported."""
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in config.items() if key in known}
+        for key, value in config.items():
+            if key in _FIXED and value != _FIXED[key]:
+                raise ValueError(f"{key}: got {value!r}, supported: {_FIXED[key]!r}")
+            if key not in known | _FIXED.keys() | _IGNORED | {"cross_attention_dim"} and not key.startswith("_"):
+                raise ValueError(f"unknown key {key!r}; a SanaTransformer2DModel config.json is needed")
+        if values.get("out_channels", 0) is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
+        parsed = cls(**values)  # type: ignore[arg-type]  # JSON values; the constructor and strict loading check them
+        cross_dim = config.get("cross_attention_dim", parsed.dim)
+        if cross_dim != parsed.dim:
+            raise ValueError(f"cross_attention_dim: got {cross_dim!r}, supported: {parsed.dim}, the width")
+        return parsed
+
+    def to_dict(self) -> dict[str, object]:
+        """The config.json that diffusers and `from_dict` read back."""
+        head = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": "0.42.1"}
+        return {**head, **asdict(self), **_FIXED, "cross_attention_dim": self.dim, "timestep_scale": 1.0}
+
+
+SPRINT_1_6B = TransformerConfig(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+SPRINT_0_6B = TransformerConfig(
+    num_attention_heads=36,
+    num_layers=28,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    guidance_embeds=True,
+    qk_norm="rms_norm_across_heads",
+)
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention on [B, N, D] in O(N*d); the products and the divide run in fp32."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, normed = config.dim, config.qk_norm is not None
+        self.head_dim = config.attention_head_dim
+        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.norm_q = RMSNorm(dim) if normed else nn.Identity()
+        self.norm_k = RMSNorm(dim) if normed else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, N, D] to [B, H, N, d]."""
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = F.relu(self.heads(self.norm_q(self.to_q(x)))).float()
+        key = F.relu(self.heads(self.norm_k(self.to_k(x)))).float()
+        value = self.heads(self.to_v(x)).float()
+        context = key.transpose(2, 3) @ value  # [B, H, d, d]
+        weight = query @ key.sum(2).unsqueeze(3)  # [B, H, N, 1], upstream's padded row of ones
+        out = (query @ context) / (weight + 1e-15)
+        out = self.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype))
+        # Base Sana reaches 1e6 here, and its fp16 weights rely on the clip (diffusers issue 10336).
+        return out.clip(-65504, 65504) if x.dtype == torch.float16 else out
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of image tokens [B, N, D] over projected text [B, T, D]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, normed = config.dim, config.qk_norm is not None
+        self.head_dim = config.cross_attention_head_dim
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim) if normed else nn.Identity()
+        self.norm_k = RMSNorm(dim) if normed else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, N, D] to [B, H, N, d]."""
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+        query = self.heads(self.norm_q(self.to_q(x)))
+        key = self.heads(self.norm_k(self.to_k(text)))
+        value = self.heads(self.to_v(text))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Modulated linear attention, plain cross-attention (no norm before it), modulated GLUMBConv."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, elementwise_affine=False, eps=config.norm_eps)
+        self.attn1 = LinearAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, elementwise_affine=False, eps=config.norm_eps)
+        self.ff = GLUMBConv(config.dim, config.mlp_ratio, norm=False, residual=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, bias: Tensor | None, size: tuple[int, int]
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1)
+        x = x + self.attn2(x, text, bias)
+        grid = (self.norm2(x) * (1 + scale2) + shift2).unflatten(1, size).permute(0, 3, 1, 2)
+        return x + gate2 * self.ff(grid).flatten(2).transpose(1, 2)
+
+
+class SprintTransformer(nn.Module):
+    """The velocity network v(x, t | text, guidance).
+
+    `conditioning` and `project_text` are separate because with a fixed schedule the first is a constant per
+    (timestep, guidance) and the second one per prompt; `velocity` is what remains per step.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.in_channels, config.dim, config.sample_size, config.interpolation_scale)
+        self.time_embed = TimeGuidanceEmbed(config.dim) if config.guidance_embeds else TimeEmbed(config.dim)
+        self.caption_projection = MLP(config.caption_channels, config.dim, nn.GELU(approximate="tanh"))
+        self.caption_norm = RMSNorm(config.dim)
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, config.dim) / config.dim**0.5)
+        self.norm_out = nn.LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(config.dim, config.out_channels)
+
+    def conditioning(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Flow time [B] in [0, 1] and guidance [B] (already times guidance_embeds_scale) to what all blocks share.
+
+        Returns the modulation [B, 6, D] (shift, scale, gate of attention, then of the GLUMBConv) and the
+        embedding [B, D] that modulates the output. Raises ValueError where guidance is missing or not embedded.
+        """
+        modulation, embedded = self.time_embed(timestep, guidance)
+        return modulation.unflatten(1, (6, -1)), embedded
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """Text embeddings [B, T, caption_channels] to the [B, T, D] that every cross-attention reads."""
+        return self.caption_norm(self.caption_projection(text))
+
+    def velocity(
+        self,
+        latent: Tensor,
+        projected: Tensor,
+        modulation: Tensor,
+        embedded: Tensor,
+        text_mask: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """As `forward`, from the results of `project_text` and `conditioning`."""
+        bias = None
+        if text_mask is not None:  # 1 keeps a token, 0 drops it: [B, 1, 1, T]
+            bias = ((1 - text_mask.to(latent.dtype)) * -10000.0)[:, None, None, :]
+        size = (latent.shape[-2], latent.shape[-1])
+        x = self.patch_embed(latent)
+        for index, block in enumerate(self.transformer_blocks):
+            x = block(x, projected, modulation, bias, size)
+            if control is not None and 0 < index <= len(control):
+                x = x + control[index - 1]
+        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
+        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        return x.transpose(1, 2).unflatten(2, size)
+
+    def forward(
+        self,
+        latent: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The flow velocity v [B, C, h, w] of `latent` [B, C, h, w].
+
+        text [B, T, caption_channels]; timestep [B] in [0, 1]; guidance [B], already times guidance_embeds_scale, or
+        None where the architecture does not embed it; text_mask [B, T], 1 keeps a token, None keeps all;
+        control: residuals [B, N, D], the i-th added to the output of block i + 1.
+        """
+        modulation, embedded = self.conditioning(timestep, guidance)
+        return self.velocity(latent, self.project_text(text), modulation, embedded, text_mask, control)
