@@ -56,7 +56,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         height, width = latent.shape[-2:]
-        x = self.proj(latent).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(latent)
+        x = patches.flatten(2).transpose(1, 2)
         if self.scale is None or self.pos_embed is None:
             return x
         table = self.pos_embed
@@ -75,7 +76,8 @@ class MLP(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(x)))
+        out: Tensor = self.linear_2(self.act(self.linear_1(x)))
+        return out
 
 
 class TimeGuidanceEmbed(nn.Module):

@@ -95,60 +95,52 @@ SPRINT_0_6B = TransformerConfig(
 )
 
 
-class LinearAttention(nn.Module):
-    """ReLU linear self-attention on [B, N, D] in O(N*d); the products and the divide run in fp32."""
+class Projections(nn.Module):
+    """What both attentions have: four linear maps, and RMS norms of query and key over all heads together."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, dim: int, head_dim: int, bias: bool, qk_norm: bool):
         super().__init__()
-        dim, normed = config.dim, config.qk_norm is not None
-        self.head_dim = config.attention_head_dim
-        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.norm_q = RMSNorm(dim) if normed else nn.Identity()
-        self.norm_k = RMSNorm(dim) if normed else nn.Identity()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(dim, dim, bias=bias)
+        self.to_v = nn.Linear(dim, dim, bias=bias)
+        self.norm_q = RMSNorm(dim) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim) if qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x [B, N, D], keys and values of source [B, S, D]: [B, H, N or S, d]."""
+        query, key, value = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(source)), self.to_v(source)
+        return self.heads(query), self.heads(key), self.heads(value)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, N, D] to [B, H, N, d]."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(x, 2, (-1, self.head_dim)).transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """[B, H, N, d] to [B, N, D], through the output map."""
+        merged: Tensor = self.to_out[0](x.transpose(1, 2).flatten(2))
+        return merged
+
+
+class LinearAttention(Projections):
+    """ReLU linear self-attention in O(N*d); its products and the divide run in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        query = F.relu(self.heads(self.norm_q(self.to_q(x)))).float()
-        key = F.relu(self.heads(self.norm_k(self.to_k(x)))).float()
-        value = self.heads(self.to_v(x)).float()
+        query, key, value = self.project(x, x)
+        query, key, value = F.relu(query).float(), F.relu(key).float(), value.float()
         context = key.transpose(2, 3) @ value  # [B, H, d, d]
-        weight = query @ key.sum(2).unsqueeze(3)  # [B, H, N, 1], upstream's padded row of ones
-        out = (query @ context) / (weight + 1e-15)
-        out = self.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype))
+        weight = query @ key.sum(2).unsqueeze(3)  # [B, H, N, 1]: upstream's row of ones in the padded value
+        out = self.merge(((query @ context) / (weight + 1e-15)).to(x.dtype))
         # Base Sana reaches 1e6 here, and its fp16 weights rely on the clip (diffusers issue 10336).
         return out.clip(-65504, 65504) if x.dtype == torch.float16 else out
 
 
-class CrossAttention(nn.Module):
-    """Softmax attention of image tokens [B, N, D] over projected text [B, T, D]."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        dim, normed = config.dim, config.qk_norm is not None
-        self.head_dim = config.cross_attention_head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim) if normed else nn.Identity()
-        self.norm_k = RMSNorm(dim) if normed else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def heads(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, H, N, d]."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+class CrossAttention(Projections):
+    """Softmax attention of image tokens [B, N, D] over projected text [B, T, D]; bias [B, 1, 1, T] or None."""
 
     def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        query = self.heads(self.norm_q(self.to_q(x)))
-        key = self.heads(self.norm_k(self.to_k(text)))
-        value = self.heads(self.to_v(text))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        return self.merge(F.scaled_dot_product_attention(*self.project(x, text), attn_mask=bias))
 
 
 class Block(nn.Module):
@@ -156,9 +148,10 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        normed = config.qk_norm is not None
         self.norm1 = nn.LayerNorm(config.dim, elementwise_affine=False, eps=config.norm_eps)
-        self.attn1 = LinearAttention(config)
-        self.attn2 = CrossAttention(config)
+        self.attn1 = LinearAttention(config.dim, config.attention_head_dim, config.attention_bias, normed)
+        self.attn2 = CrossAttention(config.dim, config.cross_attention_head_dim, True, normed)
         self.norm2 = nn.LayerNorm(config.dim, elementwise_affine=False, eps=config.norm_eps)
         self.ff = GLUMBConv(config.dim, config.mlp_ratio, norm=False, residual=False)
         self.scale_shift_table = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
@@ -169,8 +162,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)
         x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1)
         x = x + self.attn2(x, text, bias)
-        grid = (self.norm2(x) * (1 + scale2) + shift2).unflatten(1, size).permute(0, 3, 1, 2)
-        return x + gate2 * self.ff(grid).flatten(2).transpose(1, 2)
+        grid = torch.unflatten(self.norm2(x) * (1 + scale2) + shift2, 1, size).permute(0, 3, 1, 2)
+        fed: Tensor = self.ff(grid)
+        return x + gate2 * fed.flatten(2).transpose(1, 2)
 
 
 class SprintTransformer(nn.Module):
@@ -199,11 +193,12 @@ class SprintTransformer(nn.Module):
         embedding [B, D] that modulates the output. Raises ValueError where guidance is missing or not embedded.
         """
         modulation, embedded = self.time_embed(timestep, guidance)
-        return modulation.unflatten(1, (6, -1)), embedded
+        return torch.unflatten(modulation, 1, (6, -1)), embedded
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text embeddings [B, T, caption_channels] to the [B, T, D] that every cross-attention reads."""
-        return self.caption_norm(self.caption_projection(text))
+        projected: Tensor = self.caption_norm(self.caption_projection(text))
+        return projected
 
     def velocity(
         self,
@@ -219,14 +214,14 @@ class SprintTransformer(nn.Module):
         if text_mask is not None:  # 1 keeps a token, 0 drops it: [B, 1, 1, T]
             bias = ((1 - text_mask.to(latent.dtype)) * -10000.0)[:, None, None, :]
         size = (latent.shape[-2], latent.shape[-1])
-        x = self.patch_embed(latent)
+        x: Tensor = self.patch_embed(latent)
         for index, block in enumerate(self.transformer_blocks):
             x = block(x, projected, modulation, bias, size)
             if control is not None and 0 < index <= len(control):
                 x = x + control[index - 1]
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
-        return x.transpose(1, 2).unflatten(2, size)
+        return torch.unflatten(x.transpose(1, 2), 2, size)
 
     def forward(
         self,
