@@ -1,0 +1,52 @@
+# make run | test | check | proof | lock | clean.  `make` alone lists the targets.
+
+PYTHON ?= python3
+PORT ?= 8000
+
+VENV := .venv
+BIN := $(VENV)/bin
+# What is installed: one stamp per lock, newer than the lock it was made from.
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check proof lock clean
+
+help: ## lists these targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: $(RUN) ## serves the tiny checkpoint on 127.0.0.1:8000 (PORT=N for another port)
+	@exec $(BIN)/python -m server --port $(PORT)
+
+test: $(DEV) ## runs every test that this machine can run
+	@$(BIN)/python -m pytest
+
+check: $(DEV) ## format, lint, types and tests: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
+	$(BIN)/python -m pytest -m slow
+
+lock: $(BIN)/python ## pins what pyproject.toml asks for; delete a line of a lock to upgrade that package
+	$(BIN)/python deploy/lock.py
+
+clean: ## removes the virtual environment, caches and build output
+	rm -rf $(VENV) .venvs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(RUN): requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	@touch $@
+
+$(DEV): requirements-dev.lock requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
+	@touch $(RUN) $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "need Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1 || true)"; \
+	  echo "install one and name it, for example: make run PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)

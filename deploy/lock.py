@@ -1,0 +1,70 @@
+"""Pins what pyproject.toml asks for: requirements.lock (to run) and requirements-dev.lock (every extra too).
+
+pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so
+a new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen.
+Run as `make lock`. Knows nothing of the packages' contents. Why there are no hashes: docs/decisions/0002-lock.md.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
+HEADER = "# Written by `make lock` from pyproject.toml ({what}). Do not edit, except to delete lines.\n"
+
+
+def resolve(requirements: list[str], kept: list[str]) -> dict[str, str]:
+    """Distribution name -> version of everything that `requirements` need, with the pins of `kept` respected.
+
+    Local versions (2.13.0+cpu) are cut to the public one, so that each machine takes the wheel it has.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        constraints, report = Path(folder, "constraints.txt"), Path(folder, "report.json")
+        constraints.write_text("\n".join([TORCH, *kept]) + "\n")
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
+        command += ["--report", str(report), "--constraint", str(constraints), *requirements]
+        subprocess.run(command, check=True)
+        metadata = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    return {canonical(entry["name"]): entry["version"].partition("+")[0] for entry in metadata}
+
+
+def canonical(name: str) -> str:
+    """The normal form of a distribution's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(lock: Path) -> list[str]:
+    """The lines `name==version` of a lock; none where there is no such file."""
+    if not lock.exists():
+        return []
+    return [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def names(lock: Path) -> set[str]:
+    return {pin.partition("==")[0] for pin in pins(lock)}
+
+
+def write(lock: Path, requirements: list[str], kept: list[str], what: str) -> None:
+    lines = [f"{name}=={version}\n" for name, version in sorted(resolve(requirements, kept).items())]
+    lock.write_text(HEADER.format(what=what) + "".join(lines))
+    print(f"{lock.name}: {len(lines)} pins")
+
+
+def main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    run, dev = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
+    write(run, project["dependencies"], pins(run), "dependencies")
+    everything = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
+    kept = pins(run) + [pin for pin in pins(dev) if pin.partition("==")[0] not in names(run)]
+    write(dev, everything, kept, "dependencies and every extra")
+
+
+if __name__ == "__main__":
+    main()

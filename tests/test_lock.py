@@ -1,0 +1,65 @@
+"""pyproject.toml, the locks and the code agree: what is imported is asked for, what is asked for is pinned."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ASKED = {
+    "requirements.lock": PROJECT["dependencies"],
+    "requirements-dev.lock": sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"]),
+}
+
+
+def pins(lock: str) -> dict[str, Version]:
+    lines = [line for line in (ROOT / lock).read_text().splitlines() if not line.startswith("#")]
+    requirements = [Requirement(line) for line in lines]
+    assert all(len(requirement.specifier) == 1 and not requirement.url for requirement in requirements)
+    return {r.name: Version(next(iter(r.specifier)).version) for r in requirements}
+
+
+@pytest.mark.parametrize("lock", ASKED)
+def test_lock_pins_what_pyproject_asks_for(lock: str) -> None:
+    pinned = pins(lock)
+    for requirement in map(Requirement, ASKED[lock]):
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is not in {lock}: run `make lock`"
+        assert pinned[name] in requirement.specifier, f"{lock} pins {name} {pinned[name]}: run `make lock`"
+
+
+@pytest.mark.parametrize("lock", ASKED)
+def test_no_pin_belongs_to_one_machine(lock: str) -> None:
+    assert [name for name, version in pins(lock).items() if version.local] == []
+
+
+def test_tests_run_on_what_users_run() -> None:
+    run, dev = pins("requirements.lock"), pins("requirements-dev.lock")
+    assert {name: dev.get(name) for name in run} == run
+
+
+def imported_packages(folder: str) -> Iterator[str]:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("folder", ["server", "engines", "distill", "bench", "tests"])
+def test_what_is_imported_is_asked_for(folder: str) -> None:
+    asked = {canonicalize_name(Requirement(line).name) for line in ASKED["requirements-dev.lock"]}
+    own = {"server", "engines", "distill", "bench", "deploy", "tests"}
+    distributions = packages_distributions()
+    for package in sorted(set(imported_packages(folder)) - own - sys.stdlib_module_names):
+        brought = {canonicalize_name(name) for name in distributions.get(package, [package])}
+        assert brought & asked, f"{folder} imports {package}: add it to pyproject.toml and run `make lock`"
