@@ -1,0 +1,68 @@
+"""What the documentation names exists: files, links, targets, programs, flags."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("server", "engines", "distill", "bench", "deploy", "tests", "docs", "models")
+FILES = [path for path in ROOT.iterdir() if path.is_file()]
+FILES += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+NAMES = sorted(str(path.relative_to(ROOT)) for path in FILES)
+DOCUMENTS = [name for name in NAMES if name.endswith(".md")]
+IN_FOLDER = rf"(?:{'|'.join(FOLDERS)})"
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for link in LINK.findall(text_of(document)):
+        path, _, anchor = link.partition("#")
+        if "://" in path or path.startswith("mailto:"):
+            continue
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), f"{document} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{document} links to {link}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_code_marks_exist(document: str) -> None:
+    marks = re.findall(rf"`({IN_FOLDER}/[^`\s]*)`", text_of(document))
+    assert [mark for mark in marks if "<" not in mark and not list(ROOT.glob(mark))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_targets_exist(document: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    named = re.findall(r"(?:^ {4}|`|\$ )make ([a-z-]+)", text_of(document), re.MULTILINE)
+    assert set(named) - targets == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_programs_exist(document: str) -> None:
+    modules = re.findall(rf"\bpython3? -m ({IN_FOLDER}[\w.]*)", text_of(document))
+    for module in set(modules):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{document}: python -m {module}"
+
+
+def test_every_decision_is_numbered_once() -> None:
+    numbers = [name.rsplit("/", 1)[1][:4] for name in NAMES if name.startswith("docs/decisions/0")]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_nothing_names_a_machine() -> None:
+    private = re.compile(r"(?<![\w.$}])/(?:root|home|work)/\w")
+    texts = [name for name in NAMES if name.endswith((".md", ".py", ".toml", ".yml", ".yaml", ".lock", "Makefile"))]
+    assert [name for name in texts if private.search(text_of(name))] == []
