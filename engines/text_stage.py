@@ -1,0 +1,92 @@
+"""The text stage: prompts in, the transformer's text input out, with embeddings kept by prompt.
+
+Only prompts that are not in the cache are tokenised and run, each once, in one batch.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.models.text_encoder import TextEncoder
+from engines.prompt import PromptTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """What the transformer reads of one prompt."""
+
+    states: Tensor  # [T, D], without padding
+    truncated: bool
+    cached: bool
+
+
+class EmbeddingCache:
+    """Least recently used embeddings by prompt text, bounded in entries and in bytes; hits and misses are counted."""
+
+    def __init__(self, max_entries: int = 4096, max_bytes: int = 128 * 2**20):
+        self.max_entries, self.max_bytes = max_entries, max_bytes
+        self.hits = self.misses = self.bytes = 0
+        self._kept: OrderedDict[str, TextEmbedding] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, text: str) -> TextEmbedding | None:
+        found = self._kept.get(text)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(text)
+        return found
+
+    def put(self, text: str, embedding: TextEmbedding) -> None:
+        """Keeps a copy of `embedding` that shares no memory with the batch it came from."""
+        self._drop(text)
+        kept = TextEmbedding(embedding.states.clone(), embedding.truncated, cached=True)
+        self._kept[text] = kept
+        self.bytes += kept.states.nbytes
+        while len(self._kept) > self.max_entries or self.bytes > self.max_bytes:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, text: str) -> None:
+        dropped = self._kept.pop(text, None)
+        if dropped is not None:
+            self.bytes -= dropped.states.nbytes
+
+
+class TextStage:
+    """Tokenizer, encoder and cache together."""
+
+    def __init__(self, tokenizer: PromptTokenizer, encoder: TextEncoder, cache: EmbeddingCache):
+        self.tokenizer, self.encoder, self.cache = tokenizer, encoder, cache
+
+    def encode(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """One embedding per prompt, in order. `cached` says that nothing was run for that prompt."""
+        texts = [self.tokenizer.normalise(prompt) for prompt in prompts]
+        found: dict[str, TextEmbedding] = {}
+        missing = []
+        for text in dict.fromkeys(texts):
+            hit = self.cache.get(text)
+            if hit is None:
+                missing.append(self.tokenizer.encode(text))
+            else:
+                found[text] = hit
+        encoded = self.encoder.encode([prompt.tokens for prompt in missing]) if missing else []
+        for prompt, states in zip(missing, encoded, strict=True):
+            found[prompt.text] = TextEmbedding(states, prompt.truncated, cached=False)
+            self.cache.put(prompt.text, found[prompt.text])
+        return [found[text] for text in texts]
+
+
+def join(embeddings: Sequence[TextEmbedding]) -> tuple[Tensor, Tensor | None]:
+    """One batch of texts: states [B, T, D] padded to the longest, and a mask [B, T] where lengths differ, else None."""
+    lengths = [embedding.states.shape[0] for embedding in embeddings]
+    states = torch.nn.utils.rnn.pad_sequence([embedding.states for embedding in embeddings], batch_first=True)
+    if min(lengths) == max(lengths):
+        return states, None
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return states, mask.to(states.device)
