@@ -37,7 +37,7 @@ _TINY = (_HERE.parent / "models" / "tiny", _HERE / "tiny")
 
 @dataclass(frozen=True)
 class Settings:
-    """What `sprint.json` may say; the defaults hold for a published checkpoint, which has none. Sizes: width, height."""
+    """What `sprint.json` may say; published checkpoints have none, and the defaults hold. Sizes are width, height."""
 
     instruction: bool = True
     max_prompt_tokens: int = 300
