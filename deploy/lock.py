@@ -1,4 +1,4 @@
-"""Pins what pyproject.toml asks for: requirements.lock (to run) and requirements-dev.lock (every extra too).
+"""Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -gpu for the GPU image.
 
 pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so
 a new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen.
@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
+# Lock -> extras. The first is what the others build on. The extra `deploy` stands in none: it has its own environment.
+LOCKS = {"requirements.lock": (), "requirements-dev.lock": ("test", "train"), "requirements-gpu.lock": ("gpu",)}
 HEADER = "# Written by `make lock` from pyproject.toml ({what}). Do not edit, except to delete lines.\n"
 
 
@@ -45,25 +47,23 @@ def pins(lock: Path) -> list[str]:
     return [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
 
 
-def names(lock: Path) -> set[str]:
-    return {pin.partition("==")[0] for pin in pins(lock)}
+def names(lines: list[str]) -> set[str]:
+    return {pin.partition("==")[0] for pin in lines}
 
 
-def write(lock: Path, requirements: list[str], kept: list[str], what: str) -> None:
-    lines = [f"{name}=={version}\n" for name, version in sorted(resolve(requirements, kept).items())]
-    lock.write_text(HEADER.format(what=what) + "".join(lines))
+def write(lock: Path, extras: tuple[str, ...], shared: list[str]) -> None:
+    """Writes a lock of the dependencies and `extras`, with the pins of `shared` and of the present lock kept."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    kept = shared + [pin for pin in pins(lock) if pin.partition("==")[0] not in names(shared)]
+    lines = [f"{name}=={version}\n" for name, version in sorted(resolve(asked, kept).items())]
+    lock.write_text(HEADER.format(what=", ".join(("dependencies", *extras))) + "".join(lines))
     print(f"{lock.name}: {len(lines)} pins")
 
 
 def main() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    run, dev = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
-    write(run, project["dependencies"], pins(run), "dependencies")
-    everything = project["dependencies"] + [
-        line for extra in project["optional-dependencies"].values() for line in extra
-    ]
-    kept = pins(run) + [pin for pin in pins(dev) if pin.partition("==")[0] not in names(run)]
-    write(dev, everything, kept, "dependencies and every extra")
+    for name, extras in LOCKS.items():
+        write(ROOT / name, extras, shared=pins(ROOT / "requirements.lock"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from server.metrics import Metrics
+from server.settings import REQUEST_BUCKETS, STAGE_BUCKETS, parser
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("server", "engines", "distill", "bench", "deploy", "tests", "docs", "models")
 FILES = [path for path in ROOT.iterdir() if path.is_file()]
@@ -55,6 +58,26 @@ def test_programs_exist(document: str) -> None:
     for module in set(modules):
         path = ROOT.joinpath(*module.split("."))
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{document}: python -m {module}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_flags_of_the_server_exist(document: str) -> None:
+    flags = {option for action in parser()._actions for option in action.option_strings}
+    lines = re.findall(r"python3? -m server\b[^`\n]*", text_of(document))
+    named = {flag for line in lines for flag in re.findall(r"--[a-z][\w-]*", line)}
+    if document == "docs/operations.md":
+        named |= set(re.findall(r"`(--[a-z][\w-]*)", text_of(document)))
+    assert named - flags == set()
+
+
+def test_documented_metrics_are_the_published_ones() -> None:
+    metrics = Metrics(request_buckets=REQUEST_BUCKETS, stage_buckets=STAGE_BUCKETS)
+    metrics.watch_memory(dict)
+    families = re.findall(r"^# TYPE (sana_sprint_\w+) (\w+)", metrics.exposition().decode(), re.MULTILINE)
+    published = {name for name, kind in families if not name.endswith("_created")} | {"sana_sprint_engine_info"}
+    rows = [line for line in text_of("docs/operations.md").splitlines() if line.startswith("| `sana_sprint_")]
+    documented = {name for row in rows for name in re.findall(r"`(sana_sprint_\w+)`", row.split("|")[1])}
+    assert documented == published
 
 
 def test_every_decision_is_numbered_once() -> None:

@@ -12,12 +12,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from deploy.lock import LOCKS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED = {
-    "requirements.lock": PROJECT["dependencies"],
-    "requirements-dev.lock": sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"]),
-}
+EXTRAS = PROJECT["optional-dependencies"]
+ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"]) for lock, extras in LOCKS.items()}
 
 
 def pins(lock: str) -> dict[str, Version]:
@@ -41,9 +41,10 @@ def test_no_pin_belongs_to_one_machine(lock: str) -> None:
     assert [name for name, version in pins(lock).items() if version.local] == []
 
 
-def test_tests_run_on_what_users_run() -> None:
-    run, dev = pins("requirements.lock"), pins("requirements-dev.lock")
-    assert {name: dev.get(name) for name in run} == run
+@pytest.mark.parametrize("lock", ASKED)
+def test_every_lock_holds_what_users_run(lock: str) -> None:
+    run, other = pins("requirements.lock"), pins(lock)
+    assert {name: other.get(name) for name in run} == run
 
 
 def imported_packages(folder: str) -> Iterator[str]:
@@ -57,8 +58,10 @@ def imported_packages(folder: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("folder", ["server", "engines", "distill", "bench", "tests"])
 def test_what_is_imported_is_asked_for(folder: str) -> None:
-    asked = {canonicalize_name(Requirement(line).name) for line in ASKED["requirements-dev.lock"]}
-    own = {"server", "engines", "distill", "bench", "deploy", "tests"}
+    asked = {
+        canonicalize_name(Requirement(line).name) for lines in [*ASKED.values(), *EXTRAS.values()] for line in lines
+    }
+    own = {"server", "engines", "distill", "bench", "deploy", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     distributions = packages_distributions()
     for package in sorted(set(imported_packages(folder)) - own - sys.stdlib_module_names):
         brought = {canonicalize_name(name) for name in distributions.get(package, [package])}

@@ -1,0 +1,45 @@
+# The server, for a CPU or for an NVIDIA GPU (the wheels bring CUDA and TensorRT; the host brings the driver).
+#
+#   docker build -t sana-sprint-server .
+#   docker build -t sana-sprint-server:gpu --build-arg FLAVOUR=gpu .
+#
+# pip takes torch from where it is told to: PIP_EXTRA_INDEX_URL names an index with CPU wheels, which are ten times
+# smaller than the CUDA wheels of the default index; PIP_FIND_LINKS names a folder of wheels.
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS packages
+ARG FLAVOUR=cpu
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+RUN case "${FLAVOUR}" in cpu|gpu) ;; *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu" >&2; exit 1;; esac \
+ && python3 -m venv --without-pip /venv
+COPY requirements.lock requirements-gpu.lock /
+# Layers change in this order: base, packages, code. pip stays outside the environment that is shipped.
+RUN python3 -m venv /pip \
+ && if [ "${FLAVOUR}" = gpu ]; then lock=/requirements-gpu.lock; else lock=/requirements.lock; fi \
+ && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --requirement "${lock}"
+
+FROM ${BASE}
+COPY --from=packages /venv /venv
+WORKDIR /app
+COPY LICENSE build_engine.py ./
+COPY engines engines
+COPY server server
+COPY models models
+COPY deploy/healthcheck.py deploy/healthcheck.py
+# One user without a name or a shell; two folders that outlive the container; the rest may be read-only.
+RUN /venv/bin/python -m compileall -q engines server build_engine.py \
+ && mkdir -p /weights /engines && chown 10001:10001 /weights /engines
+USER 10001:10001
+VOLUME ["/weights", "/engines"]
+ENV PATH=/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    HF_HOME=/weights \
+    XDG_CACHE_HOME=/engines/cache \
+    SPRINT_HOST=0.0.0.0
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# A first start may download weights and build engines for minutes; until then the container is "starting".
+HEALTHCHECK --interval=5s --timeout=3s --start-period=15m --retries=3 CMD ["python", "deploy/healthcheck.py"]
+ENTRYPOINT ["python", "-m", "server"]
