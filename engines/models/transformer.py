@@ -57,22 +57,28 @@ class TransformerConfig:
             )
         if self.qk_norm not in (None, "rms_norm_across_heads"):
             raise ValueError(f"qk_norm: got {self.qk_norm!r}, supported: null, 'rms_norm_across_heads'")
-        if self.interpolation_scale is not None and self.dim % 4:
-            raise ValueError(f"width {self.dim}: a positional embedding needs a multiple of 4")
+        if self.interpolation_scale is not None and (self.interpolation_scale <= 0 or self.dim % 4):
+            raise ValueError(
+                f"interpolation_scale: got {self.interpolation_scale} at width {self.dim}; "
+                "a positional embedding needs a positive scale and a width that is a multiple of 4"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "TransformerConfig":
         """Reads a diffusers transformer/config.json. Raises ValueError, naming the key, for what is not supported."""
         known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in config.items() if key in known}
-        for key, value in config.items():
+        given = dict(config)
+        if given.get("out_channels", 0) is None:
+            given["out_channels"] = given.get("in_channels", cls.in_channels)
+        for key, value in given.items():
             if key in _FIXED and value != _FIXED[key]:
                 raise ValueError(f"{key}: got {value!r}, supported: {_FIXED[key]!r}")
             if key not in known | _FIXED.keys() | _IGNORED | {"cross_attention_dim"} and not key.startswith("_"):
                 raise ValueError(f"unknown key {key!r}; a SanaTransformer2DModel config.json is needed")
-        if values.get("out_channels", 0) is None:
-            values["out_channels"] = values.get("in_channels", cls.in_channels)
-        parsed = cls(**values)  # type: ignore[arg-type]  # JSON values; the constructor and strict loading check them
+            kind = type(getattr(cls, key, None))
+            if kind in (bool, int, float) and type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{key}: got {value!r}, needed is a value like {getattr(cls, key)!r}")
+        parsed = cls(**{key: value for key, value in given.items() if key in known})  # type: ignore[arg-type]  # checked
         cross_dim = config.get("cross_attention_dim", parsed.dim)
         if cross_dim != parsed.dim:
             raise ValueError(f"cross_attention_dim: got {cross_dim!r}, supported: {parsed.dim}, the width")

@@ -1,0 +1,200 @@
+"""Our transformer against diffusers' with the same weights, and the uses that training and export make of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import heat
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
+
+GATE = 1e-4  # largest error, relative to the output's largest value
+
+SMALL = replace(
+    SPRINT_0_6B,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_cross_attention_heads=4,
+    cross_attention_head_dim=8,
+    num_layers=3,
+    caption_channels=24,
+    in_channels=4,
+    out_channels=4,
+    sample_size=8,
+)
+
+
+def pair(config: TransformerConfig) -> tuple[nn.Module, SprintTransformer]:
+    """Upstream's model and ours on the same tensors."""
+    reference = heat(SanaTransformer2DModel.from_config(config.to_dict()))
+    with torch.device("meta"):
+        ours = SprintTransformer(config)
+    ours.load_state_dict(reference.state_dict(), strict=True, assign=True)
+    return reference, ours.eval()
+
+
+def inputs(
+    config: TransformerConfig, size: tuple[int, int], tokens: int = 7, batch: int = 2
+) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    return {
+        "latent": torch.randn(batch, config.in_channels, *size),
+        "text": torch.randn(batch, tokens, config.caption_channels),
+        "timestep": torch.linspace(1, 0.4, batch),
+        "guidance": torch.linspace(0.4, 0.5, batch) if config.guidance_embeds else None,
+    }
+
+
+@torch.no_grad()
+def error(reference: nn.Module, ours: nn.Module, given: dict[str, Tensor | None], **more: object) -> float:
+    expected = reference(
+        given["latent"],
+        encoder_hidden_states=given["text"],
+        timestep=given["timestep"],
+        guidance=given["guidance"],
+        encoder_attention_mask=more.get("text_mask"),
+        controlnet_block_samples=more.get("control"),
+        return_dict=False,
+    )[0]
+    return float((ours(**given, **more) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("config", [SPRINT_0_6B, SPRINT_1_6B], ids=["0.6B", "1.6B"])
+def test_two_blocks_at_true_width_equal_upstream(config: TransformerConfig) -> None:
+    config = replace(config, num_layers=2)
+    reference, ours = pair(config)
+    assert error(reference, ours, inputs(config, (8, 8))) <= GATE
+
+
+def test_no_part_can_be_left_out() -> None:
+    reference, ours = pair(SMALL)
+    given = inputs(SMALL, (8, 8))
+    assert error(reference, ours, given) <= GATE
+    seen = set()
+    for name, parameter in ours.named_parameters():
+        if name.endswith("bias"):
+            continue
+        kept = parameter.data
+        parameter.data = torch.zeros_like(kept)
+        assert error(reference, ours, given) > GATE, f"{name} does not matter"
+        parameter.data = kept
+        seen.add(name.split(".")[0])
+    assert seen >= {"patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks", "proj_out"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, interpolation_scale=0.5),
+        replace(SMALL, guidance_embeds=False, qk_norm=None),
+        replace(SMALL, attention_bias=True, num_layers=1),
+    ],
+    ids=["sprint", "positions", "base", "bias"],
+)
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+def test_variants_and_sizes_equal_upstream(config: TransformerConfig, size: tuple[int, int]) -> None:
+    reference, ours = pair(config)
+    assert error(reference, ours, inputs(config, size)) <= GATE
+
+
+def test_control_residuals_equal_upstream() -> None:
+    reference, ours = pair(SMALL)
+    control = [torch.randn(2, 64, SMALL.dim) for _ in range(2)]
+    given = inputs(SMALL, (8, 8))
+    assert error(reference, ours, given, control=control) <= GATE
+    assert not torch.allclose(ours(**given, control=control), ours(**given))
+
+
+def test_masked_text_equals_upstream_and_absent_text() -> None:
+    reference, ours = pair(SMALL)
+    given = inputs(SMALL, (8, 8))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    assert error(reference, ours, given, text_mask=mask) <= GATE
+    masked = ours(**given, text_mask=mask)
+    alone = ours(**{key: value[:1, :3] if key == "text" else value[:1] for key, value in given.items()})
+    torch.testing.assert_close(masked[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_pieces_make_the_whole() -> None:
+    _, ours = pair(SMALL)
+    given = inputs(SMALL, (8, 8))
+    modulation, embedded = ours.conditioning(given["timestep"], given["guidance"])
+    assert modulation.shape == (2, 6, SMALL.dim)
+    parts = ours.velocity(given["latent"], ours.project_text(given["text"]), modulation, embedded)
+    torch.testing.assert_close(parts, ours(**given), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, once, inside jvp
+def test_forward_derivative_equals_difference_quotient() -> None:
+    _, ours = pair(SMALL)
+    given = inputs(SMALL, (8, 8))
+    ours.double()
+    x, time, text, guidance = (given[key].double() for key in ("latent", "timestep", "text", "guidance"))
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        return ours(x, text, time, guidance)
+
+    direction = (torch.randn_like(x), torch.ones_like(time))
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(velocity, (x, time), direction)
+        step = 3e-4  # ReLU has kinks, and the fp32 islands limit how small it may be
+        ahead = velocity(x + step * direction[0], time + step)
+        behind = velocity(x - step * direction[0], time - step)
+    quotient = (ahead - behind) / (2 * step)
+    assert float((tangent - quotient).detach().norm() / quotient.detach().norm()) < 5e-3
+    assert tangent.requires_grad
+
+
+def test_exports_with_batch_and_text_length_open() -> None:
+    _, ours = pair(replace(SMALL, num_layers=1))
+    given = inputs(SMALL, (8, 8))
+    batch, tokens = torch.export.Dim("batch", min=1, max=16), torch.export.Dim("tokens", min=2, max=300)
+    shapes = {"latent": {0: batch}, "text": {0: batch, 1: tokens}, "timestep": {0: batch}, "guidance": {0: batch}}
+    exported = torch.export.export(ours, (), given, dynamic_shapes=shapes).module()
+    other = inputs(SMALL, (8, 8), tokens=12, batch=5)
+    torch.testing.assert_close(exported(**other), ours(**other))
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(SPRINT_0_6B, 593_501_216), (SPRINT_1_6B, 1_610_237_472)], ids=["0.6B", "1.6B"]
+)
+def test_parameter_counts_are_the_published_ones(config: TransformerConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in SprintTransformer(config).parameters()) == parameters
+
+
+@pytest.mark.parametrize("config", [SPRINT_0_6B, SPRINT_1_6B, replace(SMALL, interpolation_scale=2.0)])
+def test_config_survives_the_round_trip_through_upstream(config: TransformerConfig) -> None:
+    with torch.device("meta"):
+        theirs = SanaTransformer2DModel.from_config(config.to_dict()).config
+    assert TransformerConfig.from_dict(theirs) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"qk_norm": "l2"}, "qk_norm"),
+        ({"patch_size": 2}, "patch_size"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine"),
+        ({"num_cross_attention_heads": 3}, "cross-attention width"),
+        ({"cross_attention_dim": 64}, "cross_attention_dim"),
+        ({"rope_theta": 10000.0}, "rope_theta"),
+        ({"attention_head_dim": "32"}, "attention_head_dim"),
+        ({"num_layers": True}, "num_layers"),
+    ],
+)
+def test_unsupported_config_is_refused_by_name(change: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        TransformerConfig.from_dict({**SMALL.to_dict(), **change})
+
+
+@pytest.mark.parametrize(("embeds", "guidance"), [(True, None), (False, torch.ones(2))])
+def test_guidance_that_does_not_fit_is_an_error(embeds: bool, guidance: Tensor | None) -> None:
+    _, ours = pair(replace(SMALL, guidance_embeds=embeds))
+    with pytest.raises(ValueError, match="guidance"):
+        ours(**{**inputs(SMALL, (8, 8)), "guidance": guidance})
