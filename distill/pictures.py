@@ -1,0 +1,79 @@
+"""Pictures from a teacher or a student in training: captions and seeds in, uint8 out, for the judge and the sheets."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distill.evaluate import Generate
+from distill.recipe import Recipe
+from distill.run import to_uint8
+from distill.teacher import Teacher
+from distill.text import Words
+from distill.trigflow import guided, sample_flow
+from engines.models.dcae import Autoencoder
+from engines.sampler import angles_for, job_noise, sample
+from engines.types import Pixels
+
+BATCH = 24
+
+Sampler = Callable[[Tensor, Words], Tensor]  # noise [B,C,h,w] and words -> clean latents [B,C,h,w]
+
+
+def teacher_sampler(recipe: Recipe, teacher: Teacher) -> Sampler:
+    """Flow Euler with classifier-free guidance at the recipe's steps, shift and scale."""
+    model = teacher.model
+    channels = recipe.autoencoder.architecture.latent_channels if recipe.autoencoder else 32
+
+    def run(noise: Tensor, words: Words) -> Tensor:
+        text, empty = model.embed(words), teacher.words([""] * len(noise))
+        nothing = model.embed(empty)
+
+        def conditioned(states: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+            return lambda x, t: model.transformer(x, states, t, torch.zeros_like(t), mask)[:, :channels].float()
+
+        velocity = guided(conditioned(text, words.mask), conditioned(nothing, empty.mask), recipe.teacher_guidance)
+        return sample_flow(velocity, noise, recipe.teacher_sampling_steps, recipe.teacher_sampling_shift)
+
+    return run
+
+
+def student_sampler(teacher: Teacher, student: torch.nn.Module, guidance: float, steps: int) -> Sampler:
+    """The server's sampler at the paper's schedule."""
+
+    def run(noise: Tensor, words: Words) -> Tensor:
+        text = teacher.model.embed(words)
+        scale = torch.full((len(noise),), 0.1 * guidance, device=noise.device)
+        renoise = [torch.randn_like(noise) for _ in range(steps - 1)]
+        return sample(lambda x, t: student(x, text, t, scale, words.mask), noise, angles_for(steps), renoise)
+
+    return run
+
+
+def generator(recipe: Recipe, teacher: Teacher, sampler: Sampler, autoencoder: Autoencoder) -> Generate:
+    """Captions and seeds to pictures, for distill.evaluate."""
+    config = autoencoder.config
+    cells = recipe.image_size // config.compression
+    device = next(autoencoder.parameters()).device
+
+    @torch.no_grad()
+    def generate(captions: list[str], seeds: list[int]) -> list[Pixels]:
+        pictures: list[Pixels] = []
+        for first in range(0, len(captions), BATCH):
+            chosen = seeds[first : first + BATCH]
+            noise = torch.cat([job_noise(seed, (config.latent_channels, cells, cells), 1) for seed in chosen])
+            words = teacher.words(captions[first : first + BATCH])
+            with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                latents = sampler(noise.to(device), words)
+                decoded = autoencoder.decoder(latents / config.scaling_factor)
+            pictures.extend(to_uint8(decoded))
+        return pictures
+
+    return generate
+
+
+def as_tensor(pictures: list[Pixels]) -> Tensor:
+    """uint8 pictures -> [N,3,H,W] in [-1,1], for a sheet."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
