@@ -119,10 +119,13 @@ class Checkpoint:
 
     def load_text_body(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The Gemma-2 body, to be wrapped in models.text_encoder.TextEncoder."""
+        from huggingface_hub.errors import StrictDataclassError  # what transformers' configs raise
+
         try:
             module = gemma_body(self.text)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.name}: text_encoder/config.json: {error}") from error
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.name}: text_encoder/config.json: {reason}") from error
         self.weights.fill("text_encoder", module, dtype, device)
         return module.eval()
 
