@@ -5,9 +5,9 @@ static batch size a batch runs at; the *stages* are text, denoise and decode. Im
 be built, run and tested without torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,3 +172,10 @@ class Engine(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ReportsMemory(Protocol):
+    """What an engine on a GPU can tell besides: bytes of the device's memory by kind (used, reserved, total)."""
+
+    def memory_bytes(self) -> Mapping[str, int]: ...

@@ -1,0 +1,184 @@
+"""An engine without a model: a colour field that prompt and seed decide, with delays and faults on demand.
+
+The whole server, the web page and the load tests run on it (as huggingface/text-embeddings-inference `backends/core`
+and httpx `MockTransport` do for theirs). Imports numpy only. Every picture can be foretold with `expected_pixels`, so a
+test can tell that an answer belongs to its request.
+"""
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.buckets import powers_of_two, smallest_fitting
+from engines.errors import JobError, OutOfMemoryError, OutputError
+from engines.types import Conditioning, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+
+ALL_CONDITIONING: frozenset[Conditioning] = frozenset({"text", "image", "control", "image+control"})
+
+CACHED_PROMPTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FaultPlan:
+    """When a fake engine fails. A prompt that contains a marker triggers its fault on every batch it is in."""
+
+    raise_marker: str = "[[raise]]"
+    nan_marker: str = "[[nan]]"
+    hang_marker: str = "[[hang]]"
+    out_of_memory_above: int | None = None  # batches of more jobs than this
+    raise_on_calls: frozenset[int] = field(default_factory=frozenset)  # 0 is the first generate after warm-up
+    broken_from_call: int | None = None  # this call and all later ones raise
+
+
+class FakeEngine:
+    """Implements engines.types.Engine.
+
+    A batch takes `delay_s` plus `delay_per_job_s` for each slot of its bucket, like a device that has a fixed cost for
+    each launch and a cost for each picture. `delay_s` may be changed while it runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int = 8,
+        default_size: tuple[int, int] = (256, 256),
+        sizes: tuple[tuple[int, int], ...] = (),
+        conditioning: frozenset[Conditioning] = ALL_CONDITIONING,
+        delay_s: float = 0.0,
+        delay_per_job_s: float = 0.0,
+        faults: FaultPlan | None = None,
+    ) -> None:
+        self._limits = Limits(max_batch=max_batch, default_size=default_size, sizes=sizes, conditioning=conditioning)
+        self._info = EngineInfo(
+            checkpoint="fake",
+            backend="fake",
+            precision="uint8",
+            device="none",
+            versions={"numpy": np.__version__},
+            reasons={"backend": "asked for: a colour field from prompt and seed, no model"},
+        )
+        self._buckets = powers_of_two(max_batch)
+        self._faults = faults or FaultPlan()
+        self._prompts: OrderedDict[str, None] = OrderedDict()
+        self._closed = threading.Event()
+        self.delay_s = delay_s
+        self.delay_per_job_s = delay_per_job_s
+        self.batches: list[int] = []  # how many jobs each call to generate got, in order
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def warmup(self) -> None:
+        """Nothing is compiled, so nothing is warmed: takes one batch's delay."""
+        time.sleep(self.delay_s)
+
+    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+        """Colour fields of the jobs, in order.
+
+        Raises JobError (no jobs, keys differ, outside the limits), and what the fault plan asks for.
+        """
+        call = len(self.batches)
+        self.batches.append(len(jobs))
+        self._check(jobs)
+        bucket = smallest_fitting(len(jobs), self._buckets)
+        began = time.perf_counter()
+        self._fail_as_planned(jobs, call)
+        delay = self.delay_s + self.delay_per_job_s * bucket
+        if delay > 0:
+            self._closed.wait(delay)
+        pixels = [expected_pixels(job) for job in jobs]
+        spent = time.perf_counter() - began
+        stages = StageSeconds(text=spent * 0.1, denoise=spent * 0.3, decode=spent * 0.6)
+        return [
+            RawImage(
+                pixels=picture,
+                stages=stages,
+                bucket=bucket,
+                prompt_truncated=len(job.prompt.split()) > self._info.max_prompt_tokens,
+                prompt_cached=self._seen(job.prompt),
+            )
+            for job, picture in zip(jobs, pixels, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Ends a hang or a delay that is under way."""
+        self._closed.set()
+
+    def _check(self, jobs: Sequence[Job]) -> None:
+        if not 1 <= len(jobs) <= self._limits.max_batch:
+            raise JobError(f"jobs: got {len(jobs)}, this engine runs 1 to {self._limits.max_batch} at a time")
+        keys = {job.key for job in jobs}
+        if len(keys) > 1:
+            raise JobError(f"jobs: got {len(keys)} batch keys in one batch, must be one: {sorted(keys)}")
+        for job in jobs:
+            self._limits.check(job)
+
+    def _fail_as_planned(self, jobs: Sequence[Job], call: int) -> None:
+        plan = self._faults
+        prompts = [job.prompt for job in jobs]
+        if plan.out_of_memory_above is not None and len(jobs) > plan.out_of_memory_above:
+            raise OutOfMemoryError(f"fake: a batch of {len(jobs)}, memory for {plan.out_of_memory_above}")
+        if any(plan.hang_marker in prompt for prompt in prompts):
+            self._closed.wait()
+            raise RuntimeError("fake: closed while hanging")
+        if any(plan.raise_marker in prompt for prompt in prompts):
+            raise RuntimeError("fake: a prompt asked for a failure")
+        if call in plan.raise_on_calls:
+            raise RuntimeError(f"fake: call {call} was planned to fail")
+        if plan.broken_from_call is not None and call >= plan.broken_from_call:
+            raise RuntimeError(f"fake: broken since call {plan.broken_from_call}")
+        if any(plan.nan_marker in prompt for prompt in prompts):
+            raise OutputError("fake: the decoded picture holds NaN")
+
+    def _seen(self, prompt: str) -> bool:
+        cached = prompt in self._prompts
+        self._prompts[prompt] = None
+        self._prompts.move_to_end(prompt)
+        if len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return cached
+
+
+def expected_pixels(job: Job) -> Pixels:
+    """[height, width, 3] uint8: the picture that a FakeEngine makes of this job.
+
+    Prompt, seed, steps and guidance choose two colours, one run along each axis. An `image` is blended in by
+    1 - strength; the strokes of a `control_image` lie on top, scaled by control_scale.
+    """
+    text = f"{job.seed}\0{job.steps}\0{job.guidance_scale}\0{job.prompt}"
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
+    across = _ramp(digest[0:3], digest[3:6], job.width)
+    down = _ramp(digest[6:9], digest[9:12], job.height)
+    pixels: Pixels = down[:, None, :] + across[None, :, :]
+    if job.image is not None:
+        start = _resized(job.image, job.width, job.height).astype(np.float32)
+        pixels = (start * (1 - job.strength) + pixels * job.strength).astype(np.uint8)
+    if job.control_image is not None:
+        strokes = _resized(job.control_image, job.width, job.height) * min(max(job.control_scale, 0.0), 1.0)
+        pixels = np.maximum(pixels, strokes.astype(np.uint8))
+    return pixels
+
+
+def _ramp(first: NDArray[np.uint8], last: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """[length, 3] uint8 from first / 2 to last / 2, so that the sum of two ramps fits into a byte."""
+    position = np.linspace(0.0, 1.0, length, dtype=np.float32)[:, None]
+    return ((first * (1 - position) + last * position) / 2).astype(np.uint8)
+
+
+def _resized(image: Pixels, width: int, height: int) -> Pixels:
+    """[height, width, 3] by nearest neighbour."""
+    rows = np.arange(height) * image.shape[0] // height
+    columns = np.arange(width) * image.shape[1] // width
+    resized: Pixels = image[rows[:, None], columns[None, :]]
+    return resized

@@ -1,0 +1,116 @@
+"""The app: what is made once, how it starts and how it ends. Imports no torch; the engine comes from outside."""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from engines.types import Engine, ReportsMemory
+from server import __version__, openai_api, openapi_doc, problems, routes
+from server.batcher import Batcher
+from server.codec import Codec
+from server.edge import Edge, EdgeLimits
+from server.generation import Generation
+from server.keys import ApiKeys
+from server.metrics import Metrics
+from server.service import Service, context_of
+from server.settings import Settings
+
+logger = logging.getLogger("server")
+
+
+def leave(exit_code: int) -> None:
+    """Ends the process at once: an engine that hangs in native code cannot be asked to stop."""
+    logging.shutdown()
+    os._exit(exit_code)
+
+
+def create_app(
+    engine: Engine | Callable[[], Engine], settings: Settings, *, leave: Callable[[int], None] = leave
+) -> FastAPI:
+    """The whole server as an ASGI app.
+
+    `engine` is an engine or loads one; it is loaded, warmed up, called and closed on one thread of its own, beginning
+    with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors).
+    Raises SettingsError for an API key file that cannot be used.
+    """
+    load = engine if callable(engine) else lambda: engine
+    keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
+    metrics = Metrics(request_buckets=settings.request_buckets, stage_buckets=settings.stage_buckets)
+    batcher = Batcher(
+        load,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        hang_limit_s=settings.hang_limit_s,
+        metrics=metrics,
+        leave=leave,
+        when_ready=lambda ready: _introduce(ready, metrics),
+    )
+    codec = Codec(settings.codec_threads)
+    generation = Generation(batcher, codec, metrics, timeout_ms=settings.timeout_ms)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await codec.warm()
+        await batcher.start()
+        try:
+            yield
+        finally:
+            await batcher.close(settings.drain_limit_s)
+            codec.close()
+
+    app = FastAPI(
+        title="sana-sprint-server",
+        version=__version__,
+        description="Pictures from text in one step: SANA-Sprint over HTTP.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = Service(settings, metrics, batcher, codec, generation)
+    app.include_router(routes.router)
+    app.include_router(openai_api.router)
+    if routes.STATIC.is_dir():
+        app.mount("/static", StaticFiles(directory=routes.STATIC), name="static")
+    openapi_doc.describe(app)
+    app.add_exception_handler(HTTPException, _refused_by_routing)
+    app.add_middleware(
+        Edge,
+        metrics=metrics,
+        keys=keys,
+        limits=EdgeLimits(body_bytes=settings.body_limit, body_s=settings.body_timeout_s),
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
+            expose_headers=["x-seed", "x-request-id", "x-prompt-truncated", "server-timing", "retry-after"],
+        )
+    return app
+
+
+async def _refused_by_routing(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    problem = problems.of_http_exception(error)
+    return problems.response(problem, path=request.url.path, request_id=context_of(request).request_id)
+
+
+def _introduce(engine: Engine, metrics: Metrics) -> None:
+    """Says what runs and why, once it is ready."""
+    info = engine.info
+    metrics.describe_engine(info, __version__)
+    if isinstance(engine, ReportsMemory):
+        metrics.watch_memory(engine.memory_bytes)
+    logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)
+    for choice, reason in info.reasons.items():
+        logger.info("%s: %s", choice, reason)

@@ -1,0 +1,74 @@
+"""Taking a request in, cheapest checks first, and noticing when its client leaves."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.types import Receive
+
+from server.edge import SMALL_BODY
+from server.errors import ClientGoneError, MediaTypeError
+from server.schemas import parse
+from server.service import Service
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def check_media_type(request: Request, wanted: str) -> None:
+    """Raises MediaTypeError (415) unless the body is declared as `wanted`, and not compressed."""
+    declared = request.headers.get("content-type", "")
+    if declared.partition(";")[0].strip().lower() != wanted:
+        raise MediaTypeError(f"Content-Type: got {declared or 'none'}, allowed: {wanted}")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise MediaTypeError(f"Content-Encoding: got {encoding}, allowed: none")
+
+
+async def read_json(request: Request, model: type[Body], service: Service) -> Body:
+    """The body as `model`. A request that the queue has no room for is refused before its body is read.
+
+    Raises MediaTypeError (415), QueueFullError (429), UnavailableError (503), InvalidError (422).
+    """
+    check_media_type(request, "application/json")
+    service.batcher.check_open()
+    body = await whole_body(request)
+    if len(body) <= SMALL_BODY:
+        return parse(model, body)
+    return await service.codec.run(parse, model, body)
+
+
+async def whole_body(request: Request) -> bytes:
+    """Raises ClientGoneError where the client leaves before the end."""
+    parts = []
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError("the client left before its body was complete")
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """The result of `work`, cancelled when the client leaves (ClientGoneError). The body must have been read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError("the client left before its answer")
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

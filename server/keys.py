@@ -1,0 +1,85 @@
+"""API keys from a file: one a line, plain or `sha256:<64 hex digits>`; blank lines and lines that begin with # do not
+count.
+
+The file is read again when it changes. A file that has become unreadable or empty changes nothing: the keys read last
+stay, and the log says so. Only digests are kept in memory; comparing takes the same time for every key.
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+from pathlib import Path
+
+from server.errors import SettingsError, UnauthorizedError
+
+CHECK_EVERY_S = 1.0  # how often the file's time stamp is looked at, at most
+
+logger = logging.getLogger("server.keys")
+
+
+class ApiKeys:
+    """Raises SettingsError at once where the file cannot be read or holds no key."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._stat()
+        self._digests = read_digests(path)
+        self._checked = time.monotonic()
+
+    def check(self, authorization: str | None) -> None:
+        """Raises UnauthorizedError (401) unless the Authorization header is `Bearer` and one of the keys."""
+        self._reload_if_changed()
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise UnauthorizedError("this server needs an API key: send the header `Authorization: Bearer <key>`")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(matches):
+            raise UnauthorizedError("the API key is not one of this server's")
+
+    def _reload_if_changed(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < CHECK_EVERY_S:
+            return
+        self._checked = now
+        stamp = self._stat()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._digests = read_digests(self._path)
+        except SettingsError as error:
+            logger.error("keeping the API keys read before: %s", error)
+        else:
+            logger.info("API keys read again: %d", len(self._digests))
+
+    def _stat(self) -> tuple[int, int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None  # read_digests says why
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read_digests(path: Path) -> tuple[bytes, ...]:
+    """SHA-256 of each key. Raises SettingsError, without a word of a key's text."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file {path}: cannot be read: {error}") from error
+    digests = []
+    for number, raw in enumerate(lines, start=1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        if not line.startswith("sha256:"):
+            digests.append(hashlib.sha256(line.encode()).digest())
+        elif re.fullmatch(r"[0-9a-fA-F]{64}", line.removeprefix("sha256:")):
+            digests.append(bytes.fromhex(line.removeprefix("sha256:")))
+        else:
+            raise SettingsError(f"--api-key-file {path}, line {number}: after sha256: must come 64 hex digits")
+    if not digests:
+        raise SettingsError(f"--api-key-file {path}: holds no key; one a line, plain or sha256:<64 hex digits>")
+    return tuple(digests)

@@ -1,0 +1,113 @@
+"""What Prometheus sees. One registry for each app; names, labels and buckets are the contract's.
+
+Labels never carry a prompt, a seed or a request id.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engines.types import EngineInfo
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
+
+
+class Metrics:
+    """The instruments, and `exposition` to read them."""
+
+    def __init__(self, *, request_buckets: Iterable[float], stage_buckets: Iterable[float]) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "sana_sprint_requests", "Answered requests.", ("route", "status"), registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "sana_sprint_request_duration_seconds",
+            "From the first byte of a request's head to the last byte of its answer.",
+            ("route",),
+            buckets=tuple(request_buckets),
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "sana_sprint_stage_duration_seconds",
+            "Time that a job spent in a stage; text, denoise and decode are those of its batch.",
+            ("stage",),
+            buckets=tuple(stage_buckets),
+            registry=self.registry,
+        )
+        self.batch_size = Histogram(
+            "sana_sprint_batch_size", "Jobs in a batch.", buckets=BATCH_BUCKETS, registry=self.registry
+        )
+        self.padding = Counter("sana_sprint_batch_padding", "Padded slots run for nothing.", registry=self.registry)
+        self.images = Counter(
+            "sana_sprint_images", "Images made.", ("width", "height", "steps"), registry=self.registry
+        )
+        self.waiting = Gauge(
+            "sana_sprint_jobs_waiting", "Jobs accepted and not yet in a batch.", registry=self.registry
+        )
+        self.running = Gauge("sana_sprint_jobs_running", "Jobs in the running batch.", registry=self.registry)
+        self.dropped = Counter("sana_sprint_jobs_dropped", "Jobs that never ran.", ("reason",), registry=self.registry)
+        self.cache_hits = Counter(
+            "sana_sprint_prompt_cache_hits", "Jobs whose prompt was encoded before.", registry=self.registry
+        )
+        self.cache_misses = Counter(
+            "sana_sprint_prompt_cache_misses", "Jobs whose prompt had to be encoded.", registry=self.registry
+        )
+        self.engine_failures = Counter(
+            "sana_sprint_engine_failures",
+            "Calls of the engine that failed; a batch that fails and then its jobs alone count each.",
+            ("kind",),
+            registry=self.registry,
+        )
+        for reason in ("client_gone", "deadline", "draining", "queue_full"):
+            self.dropped.labels(reason)
+        for kind in ("error", "out_of_memory", "output", "hang"):
+            self.engine_failures.labels(kind)
+        for stage in ("queue", "text", "denoise", "decode", "encode"):
+            self.stage_seconds.labels(stage)
+
+    def describe_engine(self, info: EngineInfo, version: str) -> None:
+        """Publishes sana_sprint_engine_info; `version` is this package's."""
+        Info("sana_sprint_engine", "What runs.", registry=self.registry).info(
+            {
+                "checkpoint": info.checkpoint,
+                "backend": info.backend,
+                "precision": info.precision,
+                "device": info.device,
+                "version": version,
+            }
+        )
+
+    def watch_memory(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """Publishes sana_sprint_gpu_memory_bytes, read at each scrape: kind (used, reserved, total) -> bytes."""
+        self.registry.register(_GpuMemory(read))
+
+    def exposition(self) -> bytes:
+        return generate_latest(_WithoutCreated(self.registry))
+
+
+class _WithoutCreated(CollectorRegistry):
+    """A registry as scraped, less the _created series that double each counter and histogram."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__()
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+
+class _GpuMemory(Collector):
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily("sana_sprint_gpu_memory_bytes", "Memory of the GPU.", labels=("kind",))
+        for kind, size in self._read().items():
+            family.add_metric((kind,), size)
+        yield family

@@ -1,0 +1,108 @@
+"""OpenAI's image routes, so that the openai client, LiteLLM and Open WebUI work unmodified.
+
+Any `model` name is taken, since clients insist on their own; unknown fields are ignored.
+"""
+
+import time
+from dataclasses import asdict
+
+from fastapi import APIRouter
+from pydantic_core import to_json
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from server import openapi_doc
+from server.errors import ClientGoneError, Fault, InvalidError
+from server.generation import Delivery, Order
+from server.intake import check_media_type, read_json, until_gone
+from server.routes import server_timing
+from server.schemas import ImageGenerationRequest, parse_form
+from server.service import Service, context_of, service_of
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+
+@router.post("/images/generations", **openapi_doc.GENERATIONS)
+async def generations(request: Request) -> Response:
+    """Text to image, as OpenAI has it."""
+    service = service_of(request)
+    body = await read_json(request, ImageGenerationRequest, service)
+    return await _answer(request, service, body.order(), body.response_format)
+
+
+@router.post("/images/edits", **openapi_doc.EDITS)
+async def edits(request: Request) -> Response:
+    """Image to image: a form with the file `image` (or `image[]`) and the fields of generations. No masks."""
+    service = service_of(request)
+    check_media_type(request, "multipart/form-data")
+    service.batcher.check_open()
+    form = await _form(request, service.settings.body_limit)
+    try:
+        fields = {name: value for name, value in form.items() if isinstance(value, str)}
+        body = parse_form(ImageGenerationRequest, fields)
+        image = await _one_image(form)
+    finally:
+        await form.close()
+    return await _answer(request, service, body.order(image), body.response_format)
+
+
+@router.get("/models", **openapi_doc.MODELS)
+async def models(request: Request) -> Response:
+    """The one model that runs here."""
+    engine = service_of(request).batcher.engine
+    model = {"id": engine.info.checkpoint, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
+    return JSONResponse({"object": "list", "data": [model]})
+
+
+async def _answer(request: Request, service: Service, order: Order, response_format: str) -> Response:
+    delivery = await until_gone(service.generation.make(order, context_of(request).arrived), request.receive)
+    headers = {"server-timing": server_timing(delivery.timings_ms)}
+    if delivery.prompt_truncated:
+        headers["x-prompt-truncated"] = "true"
+    content = await service.codec.run(images_json, delivery, response_format)
+    return Response(content, headers=headers, media_type="application/json")
+
+
+async def _form(request: Request, most_bytes: int) -> FormData:
+    """The form, kept in memory: nothing that a client sends touches the disk."""
+    parser = MultiPartParser(request.headers, request.stream(), max_files=4, max_fields=64)
+    parser.spool_max_size = most_bytes + 1
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise InvalidError([Fault("body", f"body: {error.message}; allowed: multipart/form-data")]) from error
+    except ClientDisconnect as error:
+        raise ClientGoneError("the client left before its body was complete") from error
+
+
+async def _one_image(form: FormData) -> bytes:
+    if form.get("mask"):
+        raise InvalidError([Fault("mask", "mask: got a mask, allowed: none; this model repaints the whole image")])
+    files = [value for name in ("image", "image[]") for value in form.getlist(name) if isinstance(value, UploadFile)]
+    if len(files) != 1:
+        raise InvalidError([Fault("image", f"image: got {len(files)} files, allowed: one png, jpeg or webp file")])
+    return await files[0].read()
+
+
+def images_json(delivery: Delivery, response_format: str) -> bytes:
+    """The JSON answer of the OpenAI routes (schemas.ImagesResponse)."""
+    data: list[dict[str, object]] = []
+    for picture in delivery.pictures:
+        text = picture.content.decode("ascii")
+        shown = {"b64_json": text}
+        if response_format == "url":
+            shown = {"url": f"data:image/{delivery.output_format};base64,{text}"}
+        data.append({**shown, "seed": picture.seed})
+    return to_json(
+        {
+            "created": int(time.time()),
+            "data": data,
+            "background": "opaque",
+            "output_format": delivery.output_format,
+            "size": f"{delivery.width}x{delivery.height}",
+            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0},
+            "timings_ms": {stage: round(ms, 3) for stage, ms in asdict(delivery.timings_ms).items()},
+        }
+    )

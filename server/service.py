@@ -1,0 +1,33 @@
+"""What the routes share, made once for each app and kept in `app.state.service`."""
+
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+
+from server.batcher import Batcher
+from server.codec import Codec
+from server.edge import RequestContext
+from server.generation import Generation
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    settings: Settings
+    metrics: Metrics
+    batcher: Batcher
+    codec: Codec
+    generation: Generation
+
+
+def service_of(connection: HTTPConnection) -> Service:
+    """The service of the app that a request or a websocket came to."""
+    service: Service = connection.app.state.service
+    return service
+
+
+def context_of(connection: HTTPConnection) -> RequestContext:
+    """Request id, trace id and time of arrival, as the edge noted them."""
+    context: RequestContext = connection.state.context
+    return context
