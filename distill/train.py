@@ -1,8 +1,8 @@
 """Trains a recipe from nothing to a checkpoint that the server loads.
 
-    python -m distill.train --recipe tiny --out runs/tiny          # hours on two cores; kill it, start it again, it goes on
-    python -m distill.train --recipe smoke --out runs/smoke        # all stages in minutes
-    accelerate launch -m distill.train --recipe tiny --out DIR     # several devices
+    python -m distill.train --recipe tiny --out runs/tiny      # hours on two cores; killed, it resumes
+    python -m distill.train --recipe smoke --out runs/smoke    # all stages in minutes
+    accelerate launch -m distill.train --recipe tiny --out DIR      # several devices
 
 Stages, each resumed from its file in OUT: autoencoder, decoder (polishing), latents, teacher, student. The finished
 checkpoint is OUT/checkpoint.
@@ -21,6 +21,7 @@ from distill.export import write_checkpoint
 from distill.latents import Latents, encode_scenes
 from distill.recipe import RECIPES, Recipe
 from distill.run import Stage
+from distill.teacher import Teacher
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 
@@ -55,7 +56,7 @@ class Run:
         return encode_scenes(self.recipe.world, self.autoencoder, size, numbers.latents, self.recipe.seed, path)
 
     @cached_property
-    def teacher(self) -> teacher.Teacher:
+    def teacher(self) -> Teacher:
         return teacher.train(self.recipe, self.latents, self.folder, self.accelerator, self._examine_teacher)
 
     @cached_property
@@ -78,14 +79,14 @@ class Run:
         write_checkpoint(folder, trained, self.decoder, taught.model.encoder, taught.tokenizer, sprint)
         return folder
 
-    def _judge(self, sampler: pictures.Sampler, taught: teacher.Teacher, stage: Stage, draw: bool) -> Report:
+    def _judge(self, sampler: pictures.Sampler, taught: Teacher, stage: Stage, draw: bool) -> Report:
         generate = pictures.generator(self.recipe, taught, sampler, self.decoder)
         made = list(generate([prompt.text for prompt in self.prompts], list(range(len(self.prompts)))))
         if draw:
             stage.sheet(pictures.as_tensor(made[:SHEET]))
         return evaluate(lambda *_: made, self.prompts, world=self.recipe.world)
 
-    def _examine_teacher(self, taught: teacher.Teacher, stage: Stage) -> None:
+    def _examine_teacher(self, taught: Teacher, stage: Stage) -> None:
         report = self._judge(pictures.teacher_sampler(self.recipe, taught), taught, stage, draw=True)
         stage.report(score=report.mean, **report.categories)
 
