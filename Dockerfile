@@ -22,13 +22,12 @@ RUN python3 -m venv /pip \
 FROM ${BASE}
 COPY --from=packages /venv /venv
 WORKDIR /app
-COPY LICENSE build_engine.py ./
+COPY LICENSE ./
 COPY engines engines
 COPY server server
-COPY models models
 COPY deploy/healthcheck.py deploy/healthcheck.py
 # One user without a name or a shell; two folders that outlive the container; the rest may be read-only.
-RUN /venv/bin/python -m compileall -q engines server build_engine.py \
+RUN /venv/bin/python -m compileall -q engines server \
  && mkdir -p /weights /engines && chown 10001:10001 /weights /engines
 USER 10001:10001
 VOLUME ["/weights", "/engines"]

@@ -1,4 +1,4 @@
-# make run | test | check | proof | lock | clean.  `make` alone lists the targets.
+# `make` alone lists the targets.
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 # What is installed: one stamp per lock, newer than the lock it was made from.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+DEPLOY := $(VENV)/.installed-deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof lock clean
+.PHONY: help run test check proof deploy-tools lock clean
 
 help: ## lists these targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(RUN) ## serves the tiny checkpoint on 127.0.0.1:8000 (PORT=N for another port)
 	@exec $(BIN)/python -m server --port $(PORT)
@@ -30,6 +31,8 @@ check: $(DEV) ## format, lint, types and tests: what CI runs
 proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 	$(BIN)/python -m pytest -m slow
 
+deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
+
 lock: $(BIN)/python ## pins what pyproject.toml asks for; delete a line of a lock to upgrade that package
 	$(BIN)/python deploy/lock.py
 
@@ -44,6 +47,10 @@ $(RUN): requirements.lock | $(BIN)/python
 $(DEV): requirements-dev.lock requirements.lock | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
 	@touch $(RUN) $@
+
+$(DEPLOY): requirements-deploy.lock $(DEV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-deploy.lock
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

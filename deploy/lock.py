@@ -1,4 +1,5 @@
-"""Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -gpu for the GPU image.
+"""Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -deploy to test deploy/ too,
+-gpu for the GPU image.
 
 pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so
 a new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen.
@@ -15,8 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
-# Lock -> extras. The first is what the others build on. The extra `deploy` stands in none: it has its own environment.
-LOCKS = {"requirements.lock": (), "requirements-dev.lock": ("test", "train"), "requirements-gpu.lock": ("gpu",)}
+# Lock -> extras. The first is what the others build on.
+LOCKS: dict[str, tuple[str, ...]] = {
+    "requirements.lock": (),
+    "requirements-dev.lock": ("test", "train"),
+    "requirements-deploy.lock": ("test", "train", "deploy"),
+    "requirements-gpu.lock": ("gpu",),
+}
 HEADER = "# Written by `make lock` from pyproject.toml ({what}). Do not edit, except to delete lines.\n"
 
 
@@ -52,7 +58,7 @@ def names(lines: list[str]) -> set[str]:
 
 
 def write(lock: Path, extras: tuple[str, ...], shared: list[str]) -> None:
-    """Writes a lock of the dependencies and `extras`, with the pins of `shared` and of the present lock kept."""
+    """Writes a lock of the dependencies and `extras`, with the pins in `shared` and in the present lock kept."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
     kept = shared + [pin for pin in pins(lock) if pin.partition("==")[0] not in names(shared)]
@@ -62,8 +68,10 @@ def write(lock: Path, extras: tuple[str, ...], shared: list[str]) -> None:
 
 
 def main() -> None:
+    shared: list[str] = []
     for name, extras in LOCKS.items():
-        write(ROOT / name, extras, shared=pins(ROOT / "requirements.lock"))
+        write(ROOT / name, extras, shared)
+        shared += [pin for pin in pins(ROOT / name) if pin.partition("==")[0] not in names(shared)]
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def panels() -> list[dict[str, Any]]:
 def variable(name: str, label: str, query: str) -> dict[str, Any]:
     return {
         "name": name, "label": label, "type": "query", "datasource": SOURCE, "query": {"query": query, "refId": name},
-        "definition": query, "includeAll": True, "multi": True, "allValue": ".*", "refresh": 2, "sort": 1,
+        "includeAll": True, "multi": True, "allValue": ".*", "refresh": 2, "sort": 1,
         "current": {"text": ["All"], "value": ["$__all"]},
     }  # fmt: skip
 

@@ -1,0 +1,107 @@
+"""Dockerfile and compose file against the code: what they name exists, what they set is accepted."""
+
+import re
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+
+from server.settings import Settings, read
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVERS = ("server", "server-gpu")
+
+
+def test_what_the_image_copies_exists_and_is_sent() -> None:
+    sources = [
+        word for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]
+    ]
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(sources) == sent
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_the_image_sets_what_the_server_accepts() -> None:
+    environment = dict(re.findall(r"^\s*(?:ENV )?(SPRINT_\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.MULTILINE))
+    assert read([], environment) == Settings(host="0.0.0.0")
+    assert f"EXPOSE {Settings().port}" in DOCKERFILE
+
+
+def test_the_image_runs_as_nobody_and_takes_signals() -> None:
+    final = DOCKERFILE.rsplit("\nFROM ", 1)[1]
+    assert re.search(r"^USER 10001:10001$", final, re.MULTILINE)
+    assert 'ENTRYPOINT ["python", "-m", "server"]' in final
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_compose_gives_the_server_time_to_drain(name: str) -> None:
+    service = COMPOSE["services"][name]
+    settings = read([word.replace("${MODEL:-sprint-0.6b}", "sprint-0.6b") for word in service.get("command", [])], {})
+    assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.drain_limit_s
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_compose_takes_every_right_away(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"]
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["cap_drop"] == ["ALL"]
+
+
+def test_compose_mounts_what_is_there() -> None:
+    mounts = [volume for service in COMPOSE["services"].values() for volume in service.get("volumes", [])]
+    local = [mount.split(":")[0] for mount in mounts if mount.startswith("./")]
+    assert [path for path in local if not (ROOT / path).exists()] == []
+    assert {mount.split(":")[0] for mount in mounts if not mount.startswith("./")} == set(COMPOSE["volumes"])
+
+
+def test_every_port_is_bound_to_this_host() -> None:
+    ports = [port for service in COMPOSE["services"].values() for port in service["ports"]]
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_prometheus_and_grafana_find_the_services() -> None:
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    targets = [target for job in scraped for entry in job["static_configs"] for target in entry["targets"]]
+    assert targets == [f"server:{Settings().port}"]
+    assert COMPOSE["services"]["server-gpu"]["networks"]["default"]["aliases"] == ["server"]
+    sources = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+
+
+class Answer(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/health/ready" else 404)
+        self.end_headers()
+        self.wfile.write(b"loading")
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
+def test_the_health_check_follows_readiness(status: int | None, code: int) -> None:
+    handler = type("Answers", (Answer,), {"status": status})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        if status is None:
+            server.socket.close()
+        else:
+            Thread(target=server.handle_request, daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, ROOT / "deploy/healthcheck.py"],
+            env={"SPRINT_PORT": str(server.server_port)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == code
+    assert ("503 loading" in done.stderr) == (status == 503)
