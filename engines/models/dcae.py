@@ -8,7 +8,7 @@ Sources: DC-AE (arXiv 2410.10733); diffusers models/autoencoders/autoencoder_dc.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,10 @@ class AutoencoderConfig:
     def compression(self) -> int:
         """Pixels per latent cell along each side."""
         return 1 << (len(self.decoder_block_out_channels) - 1)
+
+    def to_dict(self) -> dict[str, object]:
+        """The vae/config.json that diffusers and `from_dict` read back."""
+        return {"_class_name": "AutoencoderDC", "_diffusers_version": "0.42.1", **asdict(self)}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
