@@ -1,116 +1,9 @@
-"""A small checkpoint in the published layout, made by the upstream classes with weights that make every part matter."""
+"""One small checkpoint for all tests of the engine, and upstream's pipeline on it."""
 
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-
-SAMPLES = [
-    "Given a user prompt, generate an 'Enhanced prompt' with details suitable for image generation.",
-    "- User Prompt: A cat sleeping -> Enhanced: a small, fluffy white cat, sleeping on a warm sunny windowsill",
-    "a red circle to the left of a blue square on a white background, three green triangles",
-]
-
-
-def heat(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights of unit gain, and modulations ~ N(0, 1), so that no part of `module` can be left out unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("scale_shift_table"):
-                parameter.normal_(generator=generator)
-            elif parameter.ndim > 1:
-                parameter.normal_(0, (parameter.shape[0] / parameter.numel()) ** 0.5, generator=generator)
-            else:
-                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
-    return module.eval()
-
-
-def byte_level_tokenizer() -> object:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        SAMPLES,
-        trainers.BpeTrainer(
-            vocab_size=500,
-            show_progress=False,
-            special_tokens=["<pad>", "<eos>", "<bos>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    # The side on disk is the published one's; both pipelines must not care.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
-
-
-def save_checkpoint(folder: Path, *, interpolation_scale: float | None = None) -> Path:
-    """8-channel latents at 1/8 of the side, two transformer blocks, two Gemma layers with a window that matters."""
-    from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
-    from transformers import Gemma2Config, Gemma2Model
-
-    transformer = SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=8,
-        cross_attention_dim=32,
-        caption_channels=48,
-        sample_size=8,
-        interpolation_scale=interpolation_scale,
-        guidance_embeds=True,
-        qk_norm="rms_norm_across_heads",
-    )
-    vae = AutoencoderDC(
-        latent_channels=8,
-        attention_head_dim=8,
-        encoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 16, 16, 32),
-        decoder_block_out_channels=(8, 16, 16, 32),
-        encoder_layers_per_block=(1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-        encoder_qkv_multiscales=((), (), (), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,)),
-        upsample_block_type="interpolate",
-        downsample_block_type="Conv",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41407,
-    )
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=512,
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            query_pre_attn_scalar=12,
-            sliding_window=100,
-            max_position_embeddings=2048,
-            attn_implementation="eager",
-        )
-    )
-    pipeline = SanaSprintPipeline(
-        tokenizer=byte_level_tokenizer(),
-        text_encoder=heat(text_encoder, 1),
-        vae=heat(vae, 2),
-        transformer=heat(transformer, 3),
-        scheduler=SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+from small_checkpoint import save_checkpoint, with_settings
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +19,9 @@ def upstream(folder: Path) -> object:
     pipeline = SanaSprintPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def small_pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, made for 64x64."""
+    return with_settings(folder, tmp_path_factory.mktemp("settings") / "sprint", '{"default_size": [64, 64]}')

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, heat
 from diffusers import SanaSprintPipeline
+from small_checkpoint import byte_level_tokenizer, heat
 from tokenizers import Tokenizer, models, processors, trainers
 from torch import Tensor
 from transformers import Gemma2Model, PreTrainedTokenizerFast

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import heat
 from diffusers import SanaTransformer2DModel
+from small_checkpoint import heat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -1,0 +1,70 @@
+"""What is decided at start, and the reason that is given for it."""
+
+from pathlib import Path
+
+import pytest
+from small_checkpoint import with_settings
+
+from engines.errors import BackendError, CheckpointError
+from engines.loader import load_engine
+from engines.types import Engine, Job
+
+
+def test_decides_and_says_why(folder: Path) -> None:
+    engine: Engine = load_engine(str(folder), device="cpu")
+    assert (engine.info.backend, engine.info.precision, engine.info.device) == ("eager", "fp32", "cpu")
+    assert engine.info.reasons["device"] == "cpu: asked for"
+    assert set(engine.info.reasons) == {"backend", "precision", "device"}
+    assert engine.info.checkpoint == str(folder)
+    assert set(engine.info.versions) >= {"torch", "transformers"}
+
+
+def test_a_published_checkpoint_gets_upstreams_limits(folder: Path) -> None:
+    engine = load_engine(str(folder), max_batch=3)
+    assert (engine.limits.default_size, engine.limits.max_batch) == ((1024, 1024), 3)
+    assert (engine.info.guidance_trained, engine.info.max_prompt_tokens) == ((4.0, 5.0), 300)
+    assert engine.limits.allows_size(512, 2048)
+    assert not engine.limits.allows_size(1024, 1040)
+    assert not engine.limits.allows_size(2080, 1024)
+
+
+def test_settings_of_the_folder_reach_the_engine(folder: Path, tmp_path: Path) -> None:
+    settings = '{"instruction": false, "max_prompt_tokens": 5, "default_size": [64, 32], "sizes": [[64, 32]]}'
+    engine = load_engine(str(with_settings(folder, tmp_path, settings)))
+    assert engine.limits.sizes == ((64, 32),)
+    engine.warmup()
+    [image] = engine.generate([Job("one two three four five", seed=0, width=64, height=32)])
+    assert image.prompt_truncated
+    assert image.pixels.shape == (32, 64, 3)
+
+
+def test_bf16_runs_near_fp32(small_pictures: Path) -> None:
+    jobs = [Job("a red circle", seed=seed, width=64, height=64) for seed in range(2)]
+    engines = [load_engine(str(small_pictures), precision=precision, device="cpu") for precision in ("fp32", "bf16")]
+    assert engines[1].info.precision == "bf16"
+    for exact, rounded in zip(*(engine.generate(jobs) for engine in engines), strict=True):
+        difference = abs(exact.pixels.astype(int) - rounded.pixels.astype(int))
+        assert 0 < difference.mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"backend": "onnx"}, "backend: got 'onnx', allowed auto, eager"),
+        ({"precision": "int4"}, "precision: got 'int4', allowed fp32, bf16"),
+        ({"device": "tpu"}, "device: got 'tpu', allowed cpu, cuda"),
+        ({"device": "cuda:x"}, "device: got 'cuda:x'"),
+        ({"device": "cuda:99"}, "device: got 'cuda:99', but torch sees"),
+        ({"engine_dir": "built"}, "engine: got 'built'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_run_is_refused(asked: dict[str, str], message: str, folder: Path) -> None:
+    with pytest.raises(BackendError, match=message):
+        load_engine(str(folder), **asked)
+
+
+@pytest.mark.parametrize("settings", ['{"default_size": [40, 64]}', '{"sizes": [[96, 96]], "default_size": [64, 64]}'])
+def test_a_default_size_that_cannot_run_is_refused(settings: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="default_size"):
+        load_engine(str(with_settings(folder, tmp_path, settings)))
