@@ -88,6 +88,8 @@ def test_an_engine_is_asked_in_batches_at_its_own_size() -> None:
     pictures = list(generate(["a red circle"] * count, list(range(count))))
     width, height = engine.limits.default_size
     assert [picture.shape for picture in pictures] == [(height, width, 3)] * count
+    smaller = engine_generator(engine, steps=1, guidance_scale=4.5, size=96)
+    assert next(iter(smaller(["a red circle"], [0]))).shape == (96, 96, 3)
 
 
 def test_too_few_pictures_and_nothing_to_do_are_refused() -> None:

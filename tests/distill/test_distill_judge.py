@@ -258,6 +258,13 @@ def test_verdict_says_what_was_seen() -> None:
     )
 
 
+def test_a_background_of_two_colours_is_none() -> None:
+    pixels = np.full((256, 256, 3), 255, np.uint8)
+    assert look(pixels)[0] == "white"
+    pixels[176:] = WORLD.rgb("gray")
+    assert look(pixels)[0] is None
+
+
 def test_an_empty_picture_shows_nothing() -> None:
     background, things, litter = look(np.full((128, 128, 3), 255, np.uint8))
     assert (background, things, litter) == ("white", (), 0.0)

@@ -55,7 +55,12 @@ def test_flow_and_trigflow_sampling_give_the_same_image() -> None:
 
 
 def test_guidance_is_linear_between_its_networks() -> None:
-    with_text, without = (lambda x, t: x + 1), (lambda x, t: x)
+    def without(x: Tensor, _: Tensor) -> Tensor:
+        return x
+
+    def with_text(x: Tensor, _: Tensor) -> Tensor:
+        return x + 1
+
     x, t = torch.zeros(2, 1, 1, 1), torch.zeros(2)
     assert guided(with_text, without, 3.0)(x, t).flatten().tolist() == [3.0, 3.0]
     assert guided(with_text, without, torch.tensor([1.0, 4.5]))(x, t).flatten().tolist() == [1.0, 4.5]
