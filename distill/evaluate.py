@@ -113,9 +113,9 @@ def evaluate(
     )
 
 
-def engine_generator(engine: Engine, steps: int, guidance_scale: float) -> Generate:
-    """The engine at its default size, in batches as large as it allows."""
-    width, height = engine.limits.default_size
+def engine_generator(engine: Engine, steps: int, guidance_scale: float, size: int | None = None) -> Generate:
+    """The engine at size x size pixels (its default size, when None), in batches as large as it allows."""
+    width, height = (size, size) if size else engine.limits.default_size
 
     def generate(texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
         jobs = [Job(text, seed, width, height, steps, guidance_scale) for text, seed in zip(texts, seeds, strict=True)]
@@ -137,6 +137,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=500, help="held-out captions (default 500)")
     parser.add_argument("--seeds", type=int, default=3, help="pictures for each caption (default 3)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--max-batch", type=int, default=8)
     return parser.parse_args(argv)
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _arguments(argv)
     engine = load_engine(options.model, backend=options.backend, max_batch=options.max_batch)
     try:
-        generate = engine_generator(engine, options.steps, options.guidance)
+        generate = engine_generator(engine, options.steps, options.guidance, options.size)
         report = evaluate(generate, evaluation_prompts(options.prompts), range(options.seeds))
     finally:
         engine.close()
