@@ -15,7 +15,8 @@ from packaging.version import Version
 from deploy.lock import LOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"]) for lock, extras in LOCKS.items()}
 
@@ -66,3 +67,11 @@ def test_what_is_imported_is_asked_for(folder: str) -> None:
     for package in sorted(set(imported_packages(folder)) - own - sys.stdlib_module_names):
         brought = {canonicalize_name(name) for name in distributions.get(package, [package])}
         assert brought & asked, f"{folder} imports {package}: add it to pyproject.toml and run `make lock`"
+
+
+def test_an_installation_holds_every_package_and_program() -> None:
+    built = PYPROJECT["tool"]["setuptools"]
+    rooms = ("server", "engines", "distill", "bench")
+    files = [path.relative_to(ROOT) for room in rooms for path in (ROOT / room).rglob("*.py")]
+    assert {".".join(path.parent.parts) for path in files} <= set(built["packages"])
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(built.get("py-modules", []))
