@@ -163,7 +163,7 @@ def test_muon_moves_matrices_and_pointwise_convolutions_downhill() -> None:
     weights = [torch.nn.Parameter(torch.randn(8, 6)), torch.nn.Parameter(torch.randn(4, 8, 1, 1))]
     optimizer = Muon(weights, lr=0.05)
     before = sum(w.square().sum() for w in weights)
-    for _ in range(10):
+    for _ in range(30):
         optimizer.zero_grad()
         sum(w.square().sum() for w in weights).backward()  # type: ignore[union-attr]
         optimizer.step()
