@@ -3,6 +3,12 @@
 PYTHON ?= python3
 PORT ?= 8000
 
+# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu or gpu.
+CONTAINER ?= docker
+BUILD_FLAGS ?=
+RUN_FLAGS ?=
+FLAVOUR ?= cpu
+
 VENV := .venv
 BIN := $(VENV)/bin
 # What is installed: one stamp per lock, newer than the lock it was made from.
@@ -11,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof deploy-tools lock clean
+.PHONY: help run test check proof deploy-tools image image-check lock clean
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +38,12 @@ proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 	$(BIN)/python -m pytest -m slow
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
+
+image: ## builds the container image (CONTAINER=podman, FLAVOUR=gpu, BUILD_FLAGS="--build-arg ...")
+	$(CONTAINER) build $(BUILD_FLAGS) --build-arg FLAVOUR=$(FLAVOUR) --tag sana-sprint-server:$(FLAVOUR) .
+
+image-check: image ## builds the image and proves it: user, read-only root, health, drain, volumes
+	$(PYTHON) deploy/check_image.py --image sana-sprint-server:$(FLAVOUR) --container "$(CONTAINER)" 	  --run-flags="$(RUN_FLAGS)"
 
 lock: $(BIN)/python ## pins what pyproject.toml asks for; delete a line of a lock to upgrade that package
 	$(BIN)/python deploy/lock.py
