@@ -13,15 +13,20 @@ Cover = NDArray[np.float32]  # [H,W], share of each pixel that is covered, 0 to 
 
 GRID = 32  # samples along each side of the canonical frame
 FRAME = 2.2  # side of that frame, over the square root of the region's area
-ANGLES = tuple(range(-16, 17, 2))  # degrees; beyond them a square is a diamond and a triangle lies down
-BLURS = (0.0, 0.03, 0.06)  # standard deviation over the size: a decoder's edges are softer than the renderer's
+ANGLES = tuple(range(-15, 16, 3))  # degrees; beyond them a square is a diamond and a triangle lies down
+BLURS = (0.0, 0.04, 0.08, 0.12)  # standard deviation over the size: a small decoder rounds corners and softens edges
+EDGE_GAIN = 2.0  # a soft edge counts by its half-way line; noise below a quarter of the contrast does not count
 
 
 class Match(NamedTuple):
-    """The best shape and its intersection over union; `size` as in Thing, in pixels."""
+    """The best shape, its intersection over union, and by how much that beats every other shape's.
+
+    `size` is as in Thing, in pixels.
+    """
 
     shape: str
     overlap: float
+    lead: float
     size: float
 
 
@@ -62,6 +67,12 @@ def core(mask: Mask, share: float) -> Mask:
             break
         mask = inner
     return mask
+
+
+def hardened(share: NDArray[np.floating[Any]]) -> Cover:
+    """Soft shares of coverage made steeper around one half."""
+    cover: Cover = np.clip(EDGE_GAIN * (share - 0.5) + 0.5, 0, 1).astype(np.float32)
+    return cover
 
 
 def canonical(cover: Cover) -> Cover:
@@ -108,8 +119,9 @@ def templates(shapes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[float, ..
             crisp = coverage(shape, offsets[None, :], offsets[:, None], size, float(angle))
             for blur in BLURS:
                 names.append(shape)
-                areas.append(float(crisp.sum()) / size**2)
-                covers.append(canonical(_blurred(crisp, blur * size)))
+                soft = hardened(_blurred(crisp, blur * size))
+                areas.append(float(soft.sum()) / size**2)
+                covers.append(canonical(soft))
     return tuple(names), tuple(areas), np.stack(covers)
 
 
@@ -120,4 +132,6 @@ def match(cover: Cover, shapes: tuple[str, ...]) -> Match:
     shared = np.minimum(covers, seen).sum(1)
     overlaps = shared / (covers.sum(1) + seen.sum() - shared)
     best = int(overlaps.argmax())
-    return Match(names[best], float(overlaps[best]), float(cover.sum() / areas[best]) ** 0.5)
+    rivals = overlaps[np.array(names) != names[best]]
+    lead = float(overlaps[best] - rivals.max()) if len(rivals) else 1.0
+    return Match(names[best], float(overlaps[best]), lead, float(cover.sum() / areas[best]) ** 0.5)

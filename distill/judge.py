@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.blobs import Cover, Mask, core, match, regions
+from distill.blobs import Mask, core, hardened, match, regions
 from distill.world import Kind, Range, Relation, Requirement, World, WorldError
 from engines.types import Pixels
 
@@ -24,7 +24,6 @@ CORE = 0.4  # of a thing, its innermost part: where its colour is read
 SPECK = 0.004  # of the picture: smaller regions are dropped ...
 LITTER = 0.015  # ... unless together they cover more than this
 OVERLAP = 0.90  # least intersection over union with a template; a square over a circle of equal area has 0.83
-EDGE_GAIN = 2.0  # a soft edge counts by its half-way line; noise below a quarter of the contrast does not count
 POSITION_SLACK = 0.1  # GenEval's position_threshold, of the summed extents
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, of the picture's sides
@@ -174,7 +173,7 @@ def _thing(
     colour, votes = names.most_common(1)[0]
     contrast = np.median(patch[inside], axis=0) - ground
     share = (patch - ground) @ contrast / max(float(contrast @ contrast), 1.0)
-    cover: Cover = np.clip(EDGE_GAIN * (share - 0.5) + 0.5, 0, 1)
+    cover = hardened(share)
     cover[others] = 0
     best = match(cover, world.shapes)
     side = min(height, width)

@@ -11,7 +11,6 @@ from distill.evaluate import Generate
 from distill.recipe import Recipe
 from distill.run import to_uint8
 from distill.teacher import Teacher
-from distill.text import Words
 from distill.trigflow import guided, sample_flow
 from engines.models.dcae import Autoencoder
 from engines.sampler import angles_for, job_noise, sample
@@ -19,22 +18,19 @@ from engines.types import Pixels
 
 BATCH = 24
 
-Sampler = Callable[[Tensor, Words], Tensor]  # noise [B,C,h,w] and words -> clean latents [B,C,h,w]
+Sampler = Callable[[Tensor, list[str]], Tensor]  # noise [B,C,h,w] and captions -> clean latents [B,C,h,w]
 
 
 def teacher_sampler(recipe: Recipe, teacher: Teacher) -> Sampler:
     """Flow Euler with classifier-free guidance at the recipe's steps, shift and scale."""
-    model = teacher.model
-    channels = recipe.autoencoder.architecture.latent_channels if recipe.autoencoder else 32
 
-    def run(noise: Tensor, words: Words) -> Tensor:
-        text, empty = model.embed(words), teacher.words([""] * len(noise))
-        nothing = model.embed(empty)
+    def conditioned(captions: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
+        text, mask = teacher.caption(captions)
+        return lambda x, t: teacher.transformer(x, text, t, torch.zeros_like(t), mask).float()
 
-        def conditioned(states: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-            return lambda x, t: model.transformer(x, states, t, torch.zeros_like(t), mask)[:, :channels].float()
-
-        velocity = guided(conditioned(text, words.mask), conditioned(nothing, empty.mask), recipe.teacher_guidance)
+    def run(noise: Tensor, captions: list[str]) -> Tensor:
+        nothing = [""] * len(captions)
+        velocity = guided(conditioned(captions), conditioned(nothing), recipe.teacher_guidance)
         return sample_flow(velocity, noise, recipe.teacher_sampling_steps, recipe.teacher_sampling_shift)
 
     return run
@@ -43,16 +39,16 @@ def teacher_sampler(recipe: Recipe, teacher: Teacher) -> Sampler:
 def student_sampler(teacher: Teacher, student: torch.nn.Module, guidance: float, steps: int) -> Sampler:
     """The server's sampler at the paper's schedule."""
 
-    def run(noise: Tensor, words: Words) -> Tensor:
-        text = teacher.model.embed(words)
+    def run(noise: Tensor, captions: list[str]) -> Tensor:
+        text, mask = teacher.caption(captions)
         scale = torch.full((len(noise),), 0.1 * guidance, device=noise.device)
         renoise = [torch.randn_like(noise) for _ in range(steps - 1)]
-        return sample(lambda x, t: student(x, text, t, scale, words.mask), noise, angles_for(steps), renoise)
+        return sample(lambda x, t: student(x, text, t, scale, mask), noise, angles_for(steps), renoise)
 
     return run
 
 
-def generator(recipe: Recipe, teacher: Teacher, sampler: Sampler, autoencoder: Autoencoder) -> Generate:
+def generator(recipe: Recipe, sampler: Sampler, autoencoder: Autoencoder) -> Generate:
     """Captions and seeds to pictures, for distill.evaluate."""
     config = autoencoder.config
     cells = recipe.image_size // config.compression
@@ -64,9 +60,8 @@ def generator(recipe: Recipe, teacher: Teacher, sampler: Sampler, autoencoder: A
         for first in range(0, len(captions), BATCH):
             chosen = seeds[first : first + BATCH]
             noise = torch.cat([job_noise(seed, (config.latent_channels, cells, cells), 1) for seed in chosen])
-            words = teacher.words(captions[first : first + BATCH])
             with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                latents = sampler(noise.to(device), words)
+                latents = sampler(noise.to(device), captions[first : first + BATCH])
                 decoded = autoencoder.decoder(latents / config.scaling_factor)
             pictures.extend(to_uint8(decoded))
         return pictures

@@ -146,7 +146,7 @@ def tiny() -> Recipe:
             architecture=_tiny_transformer(160, 6, 128),
             text=TextStage(width=128, layers=2, heads=4, max_tokens=24),
             latents=40_000,
-            steps=5000,
+            steps=2600,
             batch=64,
             learning_rate=1e-3,
             matrix_learning_rate=0.005,

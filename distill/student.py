@@ -67,17 +67,16 @@ class Distillation:
     def __init__(self, numbers: DistilStage, teacher: Teacher, elements: int) -> None:
         self.numbers = numbers
         self.teacher = teacher
-        self.frozen = teacher.model.transformer.requires_grad_(False).eval()
+        self.frozen = teacher.transformer.requires_grad_(False).eval()
         self.student = Student(deepcopy(self.frozen).requires_grad_(True), elements)
         self.discriminator = Discriminator(self.frozen, numbers.heads)
 
     def draw(self, clean: Tensor, captions: Sequence[str]) -> Sample:
-        words, nothing = self.teacher.words(captions), self.teacher.words([""] * len(captions))
-        with torch.no_grad():
-            text, empty = self.teacher.model.embed(words), self.teacher.model.embed(nothing)
+        text, mask = self.teacher.caption(captions)
+        empty, empty_mask = self.teacher.caption([""] * len(captions))
         choice = torch.tensor(self.numbers.guidance)[torch.randint(len(self.numbers.guidance), (len(captions),))]
         guidance = choice.to(clean.device)
-        return Sample(clean, torch.randn_like(clean), guidance, text, words.mask, empty, nothing.mask)
+        return Sample(clean, torch.randn_like(clean), guidance, text, mask, empty, empty_mask)
 
     def network(self, transformer: nn.Module, text: Tensor, mask: Tensor, guidance: Tensor | None) -> Velocity:
         """(x_FM, t_FM) -> v of a transformer with its captions and (scaled) guidance; None: the teacher's zero."""

@@ -4,12 +4,12 @@ x_t = (1 - t) x0 + t z, target v = z - x0, t in [0, 1] embedded as it is (the pa
 QK-norm from the start, so that the student begins as an exact copy. The guidance embedder's last layer is zero and
 frozen here: it adds nothing until the distillation trains it.
 
-Two things make hours on a CPU enough. Extra output channels predict the picture's layout (which colour and shape covers
-each cell), which ties words to places long before the velocity does; `finished` cuts them off. And the passes run on a
-bfloat16 replica, compiled, beside float32 master weights.
+Two things make hours on a CPU enough. Extra output channels predict the picture's layout (which colour and shape
+covers each cell), which ties words to places long before the velocity does; `without_layout` cuts them off. And the
+passes run on a bfloat16 replica, compiled, beside float32 master weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma2 import Gemma2Model
 
 from distill.data import vocabulary
@@ -27,7 +26,7 @@ from distill.latents import Latents, layout_channels
 from distill.muon import Muon
 from distill.recipe import Recipe
 from distill.run import Average, Stage, learning_rate_factor
-from distill.text import Words, make_encoder, make_tokenizer, tokenize
+from distill.text import Captioner, SmallCaptioner, make_encoder, make_tokenizer
 from engines.models.embeddings import TimeGuidanceEmbed
 from engines.models.transformer import SprintTransformer
 
@@ -44,32 +43,22 @@ class TextToVelocity(nn.Module):
         self.encoder = encoder
         self.transformer = transformer
 
-    def embed(self, words: Words) -> Tensor:
-        """[B,T] -> [B,T,W]; padding carries no meaning and is masked by the transformer."""
-        states: Tensor = self.encoder(input_ids=words.ids, attention_mask=words.mask).last_hidden_state
-        return states
-
     def forward(self, latent: Tensor, time: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        text = self.embed(Words(ids, mask))
+        text = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         velocity: Tensor = self.transformer(latent, text, time, torch.zeros_like(time), mask)
         return velocity
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained (or untrained) teacher, its tokenizer and the length its captions are padded to."""
+    """A flow-matching transformer with a silent guidance embedding, and how it reads captions."""
 
-    model: TextToVelocity
-    tokenizer: PreTrainedTokenizerFast
-    max_tokens: int
-
-    def words(self, captions: Sequence[str]) -> Words:
-        device = next(self.model.parameters()).device
-        return tokenize(self.tokenizer, captions, self.max_tokens).to(device)
+    transformer: SprintTransformer
+    caption: Captioner
 
 
-def build(recipe: Recipe) -> Teacher:
-    """The untrained teacher of a recipe that has this stage."""
+def build(recipe: Recipe) -> tuple[TextToVelocity, SmallCaptioner]:
+    """The untrained teacher, layout channels included, of a recipe that has this stage."""
     if recipe.teacher is None:
         raise ValueError(f"recipe {recipe.name} trains no teacher; give --teacher DIR_OR_HUB_ID")
     torch.manual_seed(recipe.seed)
@@ -79,8 +68,8 @@ def build(recipe: Recipe) -> Teacher:
     channels = architecture.out_channels + layout_channels(recipe.world)
     transformer = SprintTransformer(replace(architecture, out_channels=channels))
     initialise(transformer)
-    model = TextToVelocity(make_encoder(numbers.text, len(tokenizer)), transformer)
-    return Teacher(model, tokenizer, numbers.text.max_tokens)
+    encoder = make_encoder(numbers.text, len(tokenizer))
+    return TextToVelocity(encoder, transformer), SmallCaptioner(encoder, tokenizer, numbers.text.max_tokens)
 
 
 def initialise(transformer: SprintTransformer) -> None:
@@ -133,10 +122,9 @@ class Replica:
 
 def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerator, examine: Examine) -> Teacher:
     """Trains or resumes; returns the averaged weights."""
-    teacher = build(recipe)
+    model, captioner = build(recipe)
     numbers = recipe.teacher
     assert numbers is not None
-    model = teacher.model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("guidance_embedder" not in name)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -161,7 +149,7 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
     for step in stage if not done else ():
         batch = next(stream)
         keep = torch.rand(numbers.batch) >= numbers.caption_dropout
-        words = teacher.words([text if kept else "" for text, kept in zip(batch.captions, keep, strict=True)])
+        words = captioner.words([text if kept else "" for text, kept in zip(batch.captions, keep, strict=True)])
         x0, layouts = batch.latents.to(device), batch.layouts.to(device)
         noise, t = torch.randn_like(x0), shifted_time(len(x0), numbers.time_shift, device)
         weight = t[:, None, None, None]
@@ -186,17 +174,16 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
             stage.report(loss=fit.item(), layout=layout_fit.item(), gradient=float(norm), images_per_second=speed)
         if (step + 1) % numbers.score_every == 0 and accelerator.is_main_process:
             with average.applied_to(model):
-                examine(teacher, stage)
+                examine(Teacher(without_layout(model.transformer, channels), captioner), stage)
     average.copy_to(model)
-    return finished(teacher, channels)
+    return Teacher(without_layout(model.transformer, channels), captioner)
 
 
-def finished(teacher: Teacher, channels: int) -> Teacher:
-    """The teacher without its layout channels."""
-    trained = teacher.model.transformer
+def without_layout(trained: SprintTransformer, channels: int) -> SprintTransformer:
+    """A copy of the transformer without its layout channels."""
     transformer = SprintTransformer(replace(trained.config, out_channels=channels))
     weights = trained.state_dict()
     for name in ("proj_out.weight", "proj_out.bias"):
         weights[name] = weights[name][:channels]
     transformer.load_state_dict(weights)
-    return replace(teacher, model=TextToVelocity(teacher.model.encoder, transformer).eval())
+    return transformer.eval()

@@ -1,6 +1,6 @@
 """The text side of a tiny checkpoint: a word-level tokenizer and a small Gemma-2, both in upstream's file layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,10 @@ from distill.recipe import TextStage
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
 
 
+# Captions to the transformer's text input: states [B,T,W] and mask [B,T] (1 keeps), both without gradients.
+Captioner = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Words:
     """Token ids [B,T] and mask [B,T] (1 keeps)."""
@@ -26,6 +30,23 @@ class Words:
 
     def to(self, device: torch.device) -> "Words":
         return Words(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class SmallCaptioner:
+    """The tiny recipes' own text side: a word-level tokenizer and a small Gemma-2."""
+
+    encoder: Gemma2Model
+    tokenizer: PreTrainedTokenizerFast
+    max_tokens: int
+
+    def words(self, captions: Sequence[str]) -> Words:
+        return tokenize(self.tokenizer, captions, self.max_tokens).to(self.encoder.device)
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        words = self.words(captions)
+        return self.encoder(input_ids=words.ids, attention_mask=words.mask).last_hidden_state, words.mask
 
 
 def make_tokenizer(vocabulary: Sequence[str], max_tokens: int) -> PreTrainedTokenizerFast:

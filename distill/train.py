@@ -22,6 +22,7 @@ from distill.latents import Latents, encode_scenes
 from distill.recipe import RECIPES, Recipe
 from distill.run import Stage
 from distill.teacher import Teacher
+from distill.text import SmallCaptioner
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 
@@ -69,32 +70,33 @@ class Run:
     def checkpoint(self) -> Path:
         """Writes the checkpoint."""
         folder, side = self.folder / "checkpoint", self.recipe.image_size
-        trained, taught = self.student, self.teacher
+        captioner = self.teacher.caption
+        assert isinstance(captioner, SmallCaptioner)
         sprint = {
             "instruction": False,
-            "max_prompt_tokens": taught.max_tokens,
+            "max_prompt_tokens": captioner.max_tokens,
             "default_size": [side, side],
             "guidance_trained": [min(self.recipe.distil.guidance), max(self.recipe.distil.guidance)],
         }
-        write_checkpoint(folder, trained, self.decoder, taught.model.encoder, taught.tokenizer, sprint)
+        write_checkpoint(folder, self.student, self.decoder, captioner.encoder, captioner.tokenizer, sprint)
         return folder
 
-    def _judge(self, sampler: pictures.Sampler, taught: Teacher, stage: Stage, draw: bool) -> Report:
-        generate = pictures.generator(self.recipe, taught, sampler, self.decoder)
+    def _judge(self, sampler: pictures.Sampler, stage: Stage, draw: bool) -> Report:
+        generate = pictures.generator(self.recipe, sampler, self.decoder)
         made = list(generate([prompt.text for prompt in self.prompts], list(range(len(self.prompts)))))
         if draw:
             stage.sheet(pictures.as_tensor(made[:SHEET]))
         return evaluate(lambda *_: made, self.prompts, world=self.recipe.world)
 
     def _examine_teacher(self, taught: Teacher, stage: Stage) -> None:
-        report = self._judge(pictures.teacher_sampler(self.recipe, taught), taught, stage, draw=True)
+        report = self._judge(pictures.teacher_sampler(self.recipe, taught), stage, draw=True)
         stage.report(score=report.mean, **report.categories)
 
     def _examine_student(self, transformer: SprintTransformer, stage: Stage) -> None:
         scores = {}
         for steps in (1, 2):
             sampler = pictures.student_sampler(self.teacher, transformer, GUIDANCE, steps)
-            scores[f"score_{steps}"] = self._judge(sampler, self.teacher, stage, draw=steps == 1).mean
+            scores[f"score_{steps}"] = self._judge(sampler, stage, draw=steps == 1).mean
         stage.report(**scores)
 
 

@@ -23,6 +23,12 @@ from distill.run import Average, Stage, learning_rate_factor
 from distill.train import Run
 from distill.world import World, scene_for
 
+
+def untrained() -> teacher.Teacher:
+    model, captioner = teacher.build(smoke())
+    return teacher.Teacher(teacher.without_layout(model.transformer, 32), captioner)
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -96,7 +102,7 @@ def test_a_kill_while_saving_leaves_the_last_state(tmp_path: Path, monkeypatch: 
 
 
 def test_student_starts_as_an_exact_copy_of_the_teacher() -> None:
-    work = student.Distillation(smoke().distil, teacher.finished(teacher.build(smoke()), 32), 32 * 16)
+    work = student.Distillation(smoke().distil, untrained(), 32 * 16)
     for parameter in work.frozen.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     teacher.silence_guidance(work.frozen)
@@ -110,7 +116,7 @@ def test_student_starts_as_an_exact_copy_of_the_teacher() -> None:
 
 
 def test_guidance_embedding_can_learn() -> None:
-    work = student.Distillation(smoke().distil, teacher.finished(teacher.build(smoke()), 32), 32 * 16)
+    work = student.Distillation(smoke().distil, untrained(), 32 * 16)
     torch.nn.init.normal_(work.student.transformer.proj_out.weight)
     sample = work.draw(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
     work.student_prediction(sample)(torch.randn(2, 32, 4, 4), torch.tensor([0.4, 1.3])).square().sum().backward()
@@ -119,7 +125,7 @@ def test_guidance_embedding_can_learn() -> None:
 
 
 def test_discriminator_trains_its_heads_only_and_names_blocks_that_are_not_there() -> None:
-    taught = teacher.finished(teacher.build(smoke()), 32).model.transformer.requires_grad_(False)
+    taught = untrained().transformer.requires_grad_(False)
     discriminator = Discriminator(taught, (0, 1))
     names = {name.split(".")[0] for name, _ in discriminator.named_parameters()}
     assert names == {"heads"}
