@@ -76,7 +76,10 @@ class DrainingServer(uvicorn.Server):
         settings = self._service.settings
         logger.info("draining: at most %g s", settings.drain_limit_s)
         await asyncio.sleep(settings.drain_delay_s)
-        await self._service.batcher.drain(settings.drain_limit_s)
+        batcher = self._service.batcher
+        await batcher.drain()
+        # What is left is to send answers to slow readers.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(batcher.drain_left_s))
         self.should_exit = True
 
     async def _announce(self, port: int) -> None:

@@ -50,6 +50,7 @@ def create_app(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         hang_limit_s=settings.hang_limit_s,
+        drain_limit_s=settings.drain_limit_s,
         metrics=metrics,
         leave=leave,
         when_ready=lambda ready: _introduce(ready, metrics),
@@ -64,7 +65,7 @@ def create_app(
         try:
             yield
         finally:
-            await batcher.close(settings.drain_limit_s)
+            await batcher.close()
             codec.close()
 
     app = FastAPI(

@@ -30,6 +30,7 @@ from server.metrics import Metrics
 
 State = Literal["loading", "ready", "draining", "hung", "failed"]
 
+CLOSE_S = 1.0  # what the engine gets at least, at the end, to finish a batch and close
 EXIT_GRACE_S = 1.0  # between saying that the engine is lost, to everyone who waits, and leaving
 
 logger = logging.getLogger("server.batcher")
@@ -48,12 +49,15 @@ class Batcher:
         max_batch: int,
         max_queue: int,
         hang_limit_s: float,
+        drain_limit_s: float,
         metrics: Metrics,
         leave: Callable[[int], None],
         when_ready: Callable[[Engine], None],
     ) -> None:
         self._metrics = metrics
         self._hang_limit_s = hang_limit_s
+        self._drain_limit_s = drain_limit_s
+        self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready
         # Beyond those that wait: one batch that runs and one whose pictures are being encoded.
@@ -78,31 +82,40 @@ class Batcher:
         self._watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
 
     def begin_drain(self) -> None:
-        """Refuses new jobs with 503 from now on; those accepted go on."""
+        """Refuses new jobs with 503 from now on; those accepted go on, until the drain limit."""
         if self.state in ("loading", "ready"):
             self.state = "draining"
+        if self._drain_ends is None:
+            self._drain_ends = time.monotonic() + self._drain_limit_s
 
-    async def drain(self, limit_s: float) -> None:
-        """Refuses new jobs and waits until all accepted ones are answered; after `limit_s`, drops those that wait."""
+    @property
+    def drain_left_s(self) -> float:
+        """Seconds until the drain limit; the whole limit while no drain has begun."""
+        return self._drain_limit_s if self._drain_ends is None else max(0.0, self._drain_ends - time.monotonic())
+
+    async def drain(self) -> None:
+        """Waits until all accepted jobs are answered; at the drain limit, drops those that still wait."""
         self.begin_drain()
+        if self._idle.is_set():
+            return
         try:
-            await asyncio.wait_for(self._idle.wait(), limit_s)
+            await asyncio.wait_for(self._idle.wait(), self.drain_left_s)
         except TimeoutError:
             left = self._queue.clear()
-            logger.warning("drain limit of %g s reached: %d jobs dropped", limit_s, len(left))
+            logger.warning("drain limit reached: %d jobs dropped that had not begun", len(left))
             self._metrics.dropped.labels("draining").inc(len(left))
             _fail(left, self._unavailable)
 
-    async def close(self, limit_s: float) -> None:
+    async def close(self) -> None:
         """Drains, ends the engine's thread and closes the engine."""
-        await self.drain(limit_s)
+        await self.drain()
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._queue.close()
         if self._engine is not None and self.state not in ("hung", "failed"):
-            ended = await asyncio.to_thread(self._thread.join, max(limit_s, 1.0))
+            ended = await asyncio.to_thread(self._thread.join, max(self.drain_left_s, CLOSE_S))
             if not ended:
-                logger.error("the engine's thread did not end; leaving it behind")
+                logger.error("the engine did not end its batch; leaving it behind")
 
     # --- admission ------------------------------------------------------------------------------------------------
 
@@ -257,7 +270,7 @@ class Reservation:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        withdrawn = sum(self._queue.withdraw(entry) for entry in self._entries if not entry.future.done())
+        withdrawn = sum(self._queue.withdraw(entry) for entry in self._entries)
         for entry in self._entries:
             entry.future.cancel()
         if isinstance(error, asyncio.CancelledError | ClientGoneError):

@@ -178,6 +178,7 @@ class _Exchange:
             async with asyncio.timeout(remaining_s):
                 message = await self._receive()
         except TimeoutError as error:
+            self._length = None  # what did not come in all this time is not waited for again
             raise SlowBodyError(
                 f"the body did not arrive within {self._limits.body_s:g} s; got {self._read} bytes"
             ) from error
@@ -220,7 +221,7 @@ class _Exchange:
 
     async def _dispose_of_body(self) -> None:
         """Before an answer to a request whose body was not read: reads a small one, gives up on any other."""
-        if self._length is not None and self._length <= SMALL_BODY:
+        if self._length is not None and self._length <= min(SMALL_BODY, self._limits.body_bytes):
             await _within(LINGER_S, self._read_up_to(SMALL_BODY))
         self._lingers = self._unread
 

@@ -150,8 +150,10 @@ class EngineThread:
         half = 1 << (len(batch) - 1).bit_length() >> 1  # of the bucket that ran
         self._reduced[key] = half
         logger.warning("out of memory in a batch of %d at %s; from now on at most %d", len(batch), key, half)
-        for first in range(0, len(batch), half):
-            self._run(engine, batch[first : first + half])
+        while batch:
+            largest = self._largest(key)  # less still, if the first half does not fit either
+            self._run(engine, batch[:largest])
+            batch = batch[largest:]
 
     def _after_failure(self, engine: Engine, batch: Sequence[Entry], error: Exception) -> None:
         self._metrics.engine_failures.labels("output" if isinstance(error, OutputError) else "error").inc()

@@ -135,7 +135,8 @@ class UnavailableError(RequestError):
     status = 503
 
     def __init__(self, detail: str, *, code: str, retry_after_s: int) -> None:
-        super().__init__(detail, headers={"retry-after": str(retry_after_s)})
+        # Nothing will come of this connection: a balancer that keeps it open would ask the same server again.
+        super().__init__(detail, headers={"retry-after": str(retry_after_s), "connection": "close"})
         self.code = code
 
 

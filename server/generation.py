@@ -7,6 +7,7 @@ import asyncio
 import secrets
 import time
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,8 +53,7 @@ class Picture:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(NamedTuple):
     """Milliseconds. Of several pictures, the slowest in each stage; encode includes the wait for a codec thread."""
 
     queue: float

@@ -59,14 +59,14 @@ async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     leaving = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError("the client left before its answer")
+        if not working.done():
+            raise ClientGoneError("the client left before its answer")
     finally:
         leaving.cancel()
         if not working.done():
             working.cancel()
             await asyncio.wait((working,))
+    return working.result()
 
 
 async def _disconnect(receive: Receive) -> None:

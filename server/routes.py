@@ -102,10 +102,11 @@ async def page() -> Response:
 
 def prefers_json(accept: str) -> bool:
     """Whether an Accept header names application/json, and no image type with a higher weight."""
+    accept = accept.lower()
     if "application/json" not in accept:
         return False
     json_weight = image_weight = 0.0
-    for part in accept.lower().split(","):
+    for part in accept.split(","):
         name, _, parameters = part.partition(";")
         found = re.search(r"q\s*=\s*([01](?:\.\d*)?)", parameters)
         weight = float(found.group(1)) if found else 1.0
@@ -118,7 +119,7 @@ def prefers_json(accept: str) -> bool:
 
 def server_timing(timings: Timings) -> str:
     """The Server-Timing header: each stage and the total, in milliseconds."""
-    return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in asdict(timings).items())
+    return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings._asdict().items())
 
 
 def answer_json(delivery: Delivery, request_id: str, model: str) -> bytes:
@@ -138,7 +139,7 @@ def answer_json(delivery: Delivery, request_id: str, model: str) -> bytes:
                 }
                 for picture in delivery.pictures
             ],
-            "timings_ms": {stage: round(ms, 3) for stage, ms in asdict(delivery.timings_ms).items()},
+            "timings_ms": {stage: round(ms, 3) for stage, ms in delivery.timings_ms._asdict().items()},
             "prompt_truncated": delivery.prompt_truncated,
         }
     )

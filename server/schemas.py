@@ -26,9 +26,9 @@ def _integral(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_integral)]
-Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
-Milliseconds = Annotated[Whole, Field(ge=1, le=3_600_000)]
-Percent = Annotated[Whole, Field(ge=0, le=100)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integral)]
+Milliseconds = Annotated[int, Field(ge=1, le=3_600_000), BeforeValidator(_integral)]
+Percent = Annotated[int, Field(ge=0, le=100), BeforeValidator(_integral)]
 Body = TypeVar("Body", bound=BaseModel)
 
 SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
@@ -137,7 +137,7 @@ class ImageGenerationRequest(Options):
     size: str = Field("auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="WxH, or auto: width and height.")
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data: URI.")
     output_compression: Percent | None = Field(None, description="As output_quality; it wins.")
-    stream: Literal[False] = False
+    stream: bool = Field(False, description="True is refused: one step has no partial images.")
     user: str | None = None
 
     @model_validator(mode="before")
@@ -146,7 +146,9 @@ class ImageGenerationRequest(Options):
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def order(self, image: bytes | None = None) -> Order:
-        """`image` (the file of an edit) wins over the field."""
+        """`image` (the file of an edit) wins over the field. Raises InvalidError (422) for a stream."""
+        if self.stream:
+            raise InvalidError([Fault("stream", "stream: got true, allowed: false; one step has no partial images")])
         width, height = self.width, self.height
         if self.size != "auto":
             width, height = map(int, self.size.split("x"))
@@ -232,7 +234,7 @@ def parse(model: type[Body], body: bytes) -> Body:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise InvalidError([_fault(model, detail) for detail in error.errors(include_url=False)]) from error
+        raise _refused(model, error) from None  # its text repeats prompts, and a log must not
 
 
 def parse_form(model: type[Body], fields: dict[str, str]) -> Body:
@@ -240,7 +242,11 @@ def parse_form(model: type[Body], fields: dict[str, str]) -> Body:
     try:
         return model.model_validate(fields, strict=False)
     except ValidationError as error:
-        raise InvalidError([_fault(model, detail) for detail in error.errors(include_url=False)]) from error
+        raise _refused(model, error) from None
+
+
+def _refused(model: type[BaseModel], error: ValidationError) -> InvalidError:
+    return InvalidError([_fault(model, detail) for detail in error.errors(include_url=False)])
 
 
 def _fault(model: type[BaseModel], error: ErrorDetails) -> Fault:
@@ -267,14 +273,18 @@ def shown(value: object) -> str:
 def allowed(model: type[BaseModel], field: str) -> str:
     """What a field may be, in words, from its JSON schema."""
     schema = model.model_json_schema()["properties"][field]
-    choices = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
-    nullable = " or null" if len(schema.get("anyOf", [])) > len(choices) else ""
-    rule = {**choices[0], **{name: schema[name] for name in ("minimum", "multipleOf") if name in schema}}
+    choices = schema.get("anyOf", [schema])
+    rule = schema | choices[0]  # of `x | None`, x comes first
+    nullable = " or null" if len(choices) > 1 else ""
     if "enum" in rule:
         return ", ".join(map(str, rule["enum"])) + nullable
+    if "pattern" in rule:
+        return f"text like {rule['pattern']}{nullable}"
     if rule["type"] == "string":
-        return f"a string of {rule.get('minLength', 0)} to {rule.get('maxLength', 'any')} characters{nullable}"
-    noun = "a whole number" if rule["type"] == "integer" else "a number"
+        return f"a string of {rule.get('minLength', 0)} to {rule.get('maxLength', MAX_BASE64)} characters{nullable}"
+    noun = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}[rule["type"]]
     if "multipleOf" in rule:
-        return f"{noun}, a multiple of {rule['multipleOf']}{nullable}"
-    return f"{noun} from {rule['minimum']} to {rule['maximum']}{nullable}"
+        noun += f", a multiple of {rule['multipleOf']}"
+    if "maximum" in rule:
+        noun += f" from {rule['minimum']} to {rule['maximum']}"
+    return noun + nullable

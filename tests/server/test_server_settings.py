@@ -1,0 +1,102 @@
+"""Settings: a flag and a variable for every field; whatever is unknown or bad is told with what is allowed."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from server.errors import SettingsError
+from server.settings import Settings, flag_of, parser, read, variable_of
+
+GOOD: dict[str, tuple[str, Any]] = {
+    "model": ("sprint-0.6b", "sprint-0.6b"),
+    "engine": ("engines/x", "engines/x"),
+    "backend": ("fake", "fake"),
+    "precision": ("bf16", "bf16"),
+    "device": ("cpu", "cpu"),
+    "decoder": ("lite", "lite"),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "max_batch": ("16", 16),
+    "max_queue": ("7", 7),
+    "timeout_ms": ("250", 250),
+    "api_key_file": ("keys", "keys"),
+    "body_limit_mib": ("0.5", 0.5),
+    "body_timeout_s": ("3", 3.0),
+    "codec_threads": ("4", 4),
+    "hang_limit_s": ("9.5", 9.5),
+    "drain_delay_s": ("1", 1.0),
+    "drain_limit_s": ("0", 0.0),
+    "cors_origins": ("https://a.example, http://b.example:81", ("https://a.example", "http://b.example:81")),
+    "log_format": ("json", "json"),
+    "log_level": ("warning", "warning"),
+    "request_buckets": (".1 .2,5", (0.1, 0.2, 5.0)),
+    "stage_buckets": ("1", (1.0,)),
+    "fake_delay_ms": ("12.5", 12.5),
+}
+
+
+def test_the_table_of_this_test_is_complete() -> None:
+    assert list(GOOD) == [field.name for field in fields(Settings)]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_flag_and_variable_mean_the_same_and_the_flag_wins(name: str) -> None:
+    text, value = GOOD[name]
+    by_flag = read([flag_of(name), text], {})
+    assert getattr(by_flag, name) == value
+    assert read([], {variable_of(name): text}) == by_flag
+    assert read([flag_of(name), text], {variable_of(name): str(getattr(Settings(), name))}) == by_flag
+
+
+def test_defaults_are_the_dataclass() -> None:
+    assert read([], {"PATH": "/bin", "OTHER_SPRINT_PORT": "x"}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("port", "65536", "0 to 65535"),
+        ("port", "http", "0 to 65535"),
+        ("max_batch", "0", "1 to 64"),
+        ("backend", "cuda", "eager, compiled"),
+        ("body_limit_mib", "nan", "0.001 to 1024"),
+        ("log_level", "INFO", "debug, info"),
+        ("model", " ", "a folder, a hub id"),
+        ("cors_origins", "example.org", "origins such as"),
+        ("request_buckets", ".2 .1", "rising"),
+        ("stage_buckets", "", "rising"),
+        ("stage_buckets", "1 inf", "rising"),
+        ("max_queue", "", "1 to 100000"),
+    ],
+)
+def test_a_bad_value_is_told_with_its_name_and_what_is_allowed(name: str, text: str, allowed: str) -> None:
+    for arguments, environment, source in (
+        ([flag_of(name), text], {}, flag_of(name)),
+        ([], {variable_of(name): text}, variable_of(name)),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            read(arguments, environment)
+        assert str(caught.value).startswith(f"{source}: got {text!r}, allowed: ")
+        assert allowed in str(caught.value)
+
+
+def test_an_unknown_variable_stops_the_start() -> None:
+    with pytest.raises(SettingsError, match=r"SPRINT_MAX_BACH='8': unknown setting; did you mean SPRINT_MAX_BATCH\?"):
+        read([], {"SPRINT_MAX_BACH": "8"})
+
+
+@pytest.mark.parametrize("arguments", [["--prot", "1"], ["--por", "1"], ["stray"]])
+def test_an_unknown_flag_stops_the_start(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read(arguments, {})
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_help_names_every_flag_its_default_and_what_is_allowed() -> None:
+    text = " ".join(parser().format_help().split())
+    for field in fields(Settings):
+        assert flag_of(field.name) in text
+    assert "(default 8000)" in text
+    assert "a whole number from 1 to 64" in text
