@@ -66,8 +66,7 @@ def test_images_of_a_batch_go_to_their_requests_and_padding_is_counted(serve: Se
 
 
 def test_many_clients_fill_the_batches(serve: Serve) -> None:
-    engine = FakeEngine(delay_s=0.02)
-    running = serve(engine)
+    running = serve(FakeEngine(delay_s=0.1))  # long beside what 32 clients in Python need to ask again
 
     def ask(i: int) -> None:
         answer = running.generate(f"prompt {i}", seed=i)
@@ -76,10 +75,10 @@ def test_many_clients_fill_the_batches(serve: Serve) -> None:
         np.testing.assert_array_equal(read_image(answer.content), expected)
 
     with ThreadPoolExecutor(32) as pool:
-        list(pool.map(ask, range(320)))
+        list(pool.map(ask, range(160)))
     mean = running.metric("sana_sprint_batch_size_sum") / running.metric("sana_sprint_batch_size_count")
     assert mean > 4
-    assert running.metric("sana_sprint_images_total", width="64", height="64", steps="1") == 320
+    assert running.metric("sana_sprint_images_total", width="64", height="64", steps="1") == 160
 
 
 def test_a_request_gets_all_its_slots_or_none(serve: Serve) -> None:

@@ -225,7 +225,9 @@ def test_503_until_the_engine_is_warm(serve: Serve) -> None:
 
 def test_503_while_draining_and_what_was_accepted_is_answered(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1)
-    accepted = [running.later(str(i)) for i in range(4)]
+    accepted = [running.later()]
+    gated.wait_for_batch()
+    accepted += [running.later() for _ in range(3)]
     running.wait_for_waiting(3)
     running.service.batcher.begin_drain()
     is_problem(running.generate(), 503, "draining")
