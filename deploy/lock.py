@@ -16,11 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
-# Lock -> extras. The first is what the others build on.
+# Lock -> extras. The first is what the others build on. `tensorrt` and `torch-tensorrt` stand in none: their libraries
+# lie on NVIDIA's own index, and their versions follow the card's driver.
+TEST = ("test", "train", "openvino", "build", "tensorrt-rtx")
 LOCKS: dict[str, tuple[str, ...]] = {
     "requirements.lock": (),
-    "requirements-dev.lock": ("test", "train"),
-    "requirements-deploy.lock": ("test", "train", "deploy"),
+    "requirements-dev.lock": TEST,
+    "requirements-deploy.lock": (*TEST, "deploy"),
     "requirements-gpu.lock": ("gpu",),
 }
 HEADER = "# Written by `make lock` from pyproject.toml ({what}). Do not edit, except to delete lines.\n"
