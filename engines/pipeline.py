@@ -5,7 +5,7 @@ looks across jobs. Knows no HTTP, no files and no choice of backend.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,15 @@ class SprintEngine:
     def warmup(self) -> None:
         width, height = self._limits.default_size
         self.generate([Job("", seed=0, width=width, height=height)])
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """See engines.types.ReportsMemory; nothing without a GPU."""
+        device = self._space.device
+        if device.type != "cuda":
+            return {}
+        _, total = torch.cuda.mem_get_info(device)
+        used, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return {"used": used, "reserved": reserved, "total": total}
 
     def close(self) -> None:
         del self._modules

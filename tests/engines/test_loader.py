@@ -7,7 +7,7 @@ from small_checkpoint import with_settings
 
 from engines.errors import BackendError, CheckpointError
 from engines.loader import load_engine
-from engines.types import Engine, Job
+from engines.types import Engine, Job, ReportsMemory
 
 
 def test_decides_and_says_why(folder: Path) -> None:
@@ -36,6 +36,34 @@ def test_settings_of_the_folder_reach_the_engine(folder: Path, tmp_path: Path) -
     [image] = engine.generate([Job("one two three four five", seed=0, width=64, height=32)])
     assert image.prompt_truncated
     assert image.pixels.shape == (32, 64, 3)
+
+
+def test_sides_may_double_within_four_times_the_area(folder: Path, tmp_path: Path) -> None:
+    engine = load_engine(str(with_settings(folder, tmp_path, '{"default_size": [128, 64]}')))
+    assert engine.limits.allows_size(256, 128)
+    assert engine.limits.allows_size(128, 256)
+    assert not engine.limits.allows_size(256, 160)
+    assert not engine.limits.allows_size(288, 32)
+
+
+def test_memory_is_reported_where_there_is_a_gpu(small_pictures: Path) -> None:
+    engine = load_engine(str(small_pictures), device="cpu")
+    assert isinstance(engine, ReportsMemory)
+    assert engine.memory_bytes() == {}
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu_in_bf16(small_pictures: Path) -> None:
+    jobs = [Job("a red circle", seed=seed, width=64, height=64) for seed in range(2)]
+    engine = load_engine(str(small_pictures))
+    assert engine.info.precision == "bf16"
+    assert engine.info.device.startswith("cuda")
+    assert isinstance(engine, ReportsMemory)
+    assert 0 < engine.memory_bytes()["used"] < engine.memory_bytes()["total"]
+    reference = load_engine(str(small_pictures), device="cpu")
+    for rounded, exact in zip(engine.generate(jobs), reference.generate(jobs), strict=True):
+        assert 0 < abs(exact.pixels.astype(int) - rounded.pixels.astype(int)).mean() < 12
+        assert rounded.stages.denoise > 0
 
 
 def test_bf16_runs_near_fp32(small_pictures: Path) -> None:

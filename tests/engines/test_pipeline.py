@@ -55,8 +55,10 @@ def upstream_pixels(pipeline: SanaSprintPipeline, jobs: list[Job]) -> NDArray[np
     return (images * 255).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 128)])
+@pytest.mark.parametrize(
+    ("steps", "size"),
+    [(1, (64, 64)), (1, (96, 64)), (2, (32, 128)), (2, (64, 64)), (3, (96, 64)), (4, (64, 64)), (4, (32, 128))],
+)
 def test_equals_diffusers(steps: int, size: tuple[int, int], faithful: Engine, upstream: SanaSprintPipeline) -> None:
     jobs = [job(seed, steps=steps, width=size[0], height=size[1], guidance_scale=3.7) for seed in range(5)]
     expected = upstream_pixels(upstream, jobs)
@@ -64,6 +66,7 @@ def test_equals_diffusers(steps: int, size: tuple[int, int], faithful: Engine, u
     for image, wanted in zip(faithful.generate(jobs), expected, strict=True):
         assert image.pixels.shape == (size[1], size[0], 3)
         assert largest_difference(image.pixels, wanted) <= 1
+        assert (image.pixels != wanted).mean() < 0.01  # rounding, not truncation
 
 
 def test_equals_diffusers_with_a_positional_embedding(tmp_path: Path) -> None:
