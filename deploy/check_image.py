@@ -2,8 +2,9 @@
 
     python deploy/check_image.py --image NAME [--container podman] [--run-flags "..."] [-- FLAGS OF THE SERVER]
 
-Needs docker or podman, and this checkout. Prints one line for each check and, as its last line, one JSON document;
-exits with 1 where a check fails. Knows the server's HTTP and nothing of its inside.
+The container is started by the README's `docker run` line, with a free port and volumes of its own. Needs docker or
+podman. Prints one line for each check and, as its last line, one JSON document; exits with 1 where a check fails. Knows
+the server's HTTP and nothing of its inside.
 """
 
 import argparse
@@ -18,8 +19,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 IN_FLIGHT = 12  # requests that are being answered when SIGTERM comes
 DRAIN_LIMIT_S = 30
 BODY = {"prompt": "a red circle on a white background", "seed": 7}
@@ -30,6 +34,18 @@ class CheckError(Exception):
     """A check that the image does not pass."""
 
 
+def readme_flags() -> list[str]:
+    """The flags of the README's `docker run` line: everything between `run` and the image."""
+    (line,) = [line for line in README.read_text().splitlines() if line.strip().startswith("docker run ")]
+    return shlex.split(line)[2:-1]
+
+
+def volumes_of(flags: list[str]) -> dict[str, str]:
+    """Name -> folder of each --volume among the flags of `run`."""
+    values = [value for flag, value in pairwise(flags) if flag == "--volume"]
+    return dict(value.split(":") for value in values)
+
+
 @dataclass(frozen=True)
 class Containers:
     """docker or podman, with the flags that this machine needs."""
@@ -38,7 +54,7 @@ class Containers:
     run_flags: list[str]
     image: str
     arguments: list[str]
-    volumes: dict[str, str] = field(default_factory=dict)
+    mark: str  # goes before the names of volumes, so that nobody else's are touched
 
     def do(self, *words: str, check: bool = True) -> str:
         done = subprocess.run([*self.command, *words], capture_output=True, text=True, check=False)
@@ -52,12 +68,14 @@ class Containers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        host_network = "--network=host" in self.run_flags
-        network = ["--env", f"SPRINT_PORT={port}"] if host_network else ["--publish", f"127.0.0.1:{port}:8000"]
-        volumes = [word for name, folder in self.volumes.items() for word in ("--volume", f"{name}:{folder}")]
+        flags = [word.replace("127.0.0.1:8000:", f"127.0.0.1:{port}:") for word in readme_flags()]
+        for name in volumes_of(flags):
+            flags = [word.replace(f"{name}:", f"{self.mark}-{name}:", 1) for word in flags]
+        if "--network=host" in self.run_flags:
+            place = flags.index("--publish")
+            flags[place : place + 2] = ["--env", f"SPRINT_PORT={port}"]
         began = time.monotonic()
-        flags = ["--detach", "--read-only", "--tmpfs", "/tmp", *network, *volumes, *self.run_flags]
-        name = self.do("run", *flags, self.image, *self.arguments)
+        name = self.do("run", "--detach", *flags, *self.run_flags, self.image, *self.arguments)
         try:
             yield Running(self, name, f"http://127.0.0.1:{port}", began)
         finally:
@@ -172,7 +190,7 @@ FIRST: dict[str, Callable[[Running], str]] = {
 def keeps_volumes(containers: Containers) -> str:
     """What one container writes to its volumes, the next one finds."""
     script = "import pathlib; path = pathlib.Path('{0}/kept'); {1}"
-    folders = containers.volumes.values()
+    folders = volumes_of(readme_flags()).values()
     with containers.running() as box:
         first = box.until_ready()
         for folder in folders:
@@ -208,10 +226,9 @@ def main() -> int:
     parser.add_argument("--run-flags", default="", help="further flags of `run`")
     parser.add_argument("arguments", nargs="*", help="flags of the server, after --")
     given = parser.parse_args()
-    marker = f"sana-sprint-check-{int(time.time())}"
-    volumes = {f"{marker}-weights": "/weights", f"{marker}-engines": "/engines"}
+    mark = f"check-{int(time.time())}"
     containers = Containers(
-        shlex.split(given.container), shlex.split(given.run_flags), given.image, given.arguments, volumes
+        shlex.split(given.container), shlex.split(given.run_flags), given.image, given.arguments, mark
     )
     try:
         found = check(containers)
@@ -219,7 +236,7 @@ def main() -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     finally:
-        containers.do("volume", "rm", *volumes, check=False)
+        containers.do("volume", "rm", *(f"{mark}-{name}" for name in volumes_of(readme_flags())), check=False)
     print(json.dumps({"image": given.image, **found}))
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.check_image import readme_flags, volumes_of
 from server.settings import Settings, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,15 @@ def test_the_image_runs_as_nobody_and_takes_signals() -> None:
     final = DOCKERFILE.rsplit("\nFROM ", 1)[1]
     assert re.search(r"^USER 10001:10001$", final, re.MULTILINE)
     assert 'ENTRYPOINT ["python", "-m", "server"]' in final
+
+
+def test_the_readme_starts_the_container_as_it_is_meant() -> None:
+    flags = readme_flags()
+    assert "--read-only" in flags
+    assert f"127.0.0.1:{Settings().port}:{Settings().port}" in flags
+    declared = re.search(r"^VOLUME \[(.+)\]$", DOCKERFILE, re.MULTILINE)
+    assert declared is not None
+    assert {f'"{folder}"' for folder in volumes_of(flags).values()} == set(declared[1].split(", "))
 
 
 @pytest.mark.parametrize("name", SERVERS)
