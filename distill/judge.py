@@ -24,6 +24,7 @@ CORE = 0.4  # of a thing, its innermost part: where its colour is read
 SPECK = 0.004  # of the picture: smaller regions are dropped ...
 LITTER = 0.015  # ... unless together they cover more than this
 OVERLAP = 0.90  # least intersection over union with a template; a square over a circle of equal area has 0.83
+LEAD = 0.02  # least overlap over that with any other shape: between a circle and a square lies nothing
 POSITION_SLACK = 0.1  # GenEval's position_threshold, of the summed extents
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, of the picture's sides
@@ -179,7 +180,7 @@ def _thing(
     side = min(height, width)
     return SeenThing(
         colour=colour if votes >= COLOUR_SHARE * inside.sum() else None,
-        shape=best.shape if best.overlap >= OVERLAP else None,
+        shape=best.shape if best.overlap >= OVERLAP and best.lead >= LEAD else None,
         overlap=best.overlap,
         size=best.size / side,
         box=(

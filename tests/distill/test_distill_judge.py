@@ -265,6 +265,14 @@ def test_a_background_of_two_colours_is_none() -> None:
     assert look(pixels)[0] is None
 
 
+@pytest.mark.parametrize(("exponent", "shape"), [(2.0, "circle"), (4.0, None), (8.0, "square")])
+def test_rounded_corners_are_forgiven_up_to_where_a_square_ends(exponent: float, shape: str | None) -> None:
+    pixels = np.full((256, 256, 3), 255, np.uint8)
+    y, x = np.abs(np.mgrid[:256, :256] - 127.5) / 50
+    pixels[x**exponent + y**exponent < 1] = WORLD.rgb("red")
+    assert [thing.shape for thing in look(pixels)[1]] == [shape]
+
+
 def test_an_empty_picture_shows_nothing() -> None:
     background, things, litter = look(np.full((128, 128, 3), 255, np.uint8))
     assert (background, things, litter) == ("white", (), 0.0)
