@@ -23,6 +23,9 @@ from server.keys import ApiKeys
 from server.metrics import Metrics
 from server.service import Service, context_of
 from server.settings import Settings
+from server.uploads import Uploads
+
+LARGE_BODIES = 32  # read at the same time, each up to the body limit
 
 logger = logging.getLogger("server")
 
@@ -75,7 +78,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = Service(settings, metrics, batcher, codec, generation)
+    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES))
     app.include_router(routes.router)
     app.include_router(openai_api.router)
     if routes.STATIC.is_dir():

@@ -160,7 +160,7 @@ class _Exchange:
         self._send = send
         self._limits = limits
         self._page = page
-        self._length = _content_length(headers)
+        self._length = content_length(headers)
         self._unread = self._length != 0 and (self._length is not None or "transfer-encoding" in headers)
         self._read = 0
         self._lingers = False
@@ -257,9 +257,10 @@ def _context(headers: Headers) -> RequestContext:
     )
 
 
-def _content_length(headers: Headers) -> int | None:
+def content_length(headers: Headers) -> int | None:
+    """What the head announces; None where it does not. More than 18 digits are cut: too much is too much."""
     value = headers.get("content-length", "")
-    return int(value) if value.isascii() and value.isdigit() else None
+    return int(value[:18]) if value.isascii() and value.isdigit() else None
 
 
 def _is_page(path: str) -> bool:

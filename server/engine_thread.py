@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engines.errors import JobError, OutOfMemoryError, OutputError
+from engines.errors import JobError, OutOfMemoryError, OutputError, SprintError
 from engines.types import BatchKey, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_START, EngineError, InvalidError, RequestError
 from server.job_queue import Entry, JobQueue
@@ -87,8 +87,10 @@ class EngineThread:
             engine = self._load()
             engine.warmup()
         except BaseException as error:  # told to the listener, who ends the process
-            logger.error("cannot start: %s", error, exc_info=not isinstance(error, Exception) or None)
-            self._listener.on_fatal(EXIT_START, str(error))
+            remedy = "; a smaller --max-batch may fit" if isinstance(error, OutOfMemoryError) else ""
+            expected = isinstance(error, SprintError)  # says in one line what to do
+            logger.critical("cannot start: %s%s", error, remedy, exc_info=None if expected else error)
+            self._listener.on_fatal(EXIT_START, "the engine could not be loaded and warmed up")
             return
         self._max_batch = min(self._max_batch, engine.limits.max_batch)
         self._listener.on_ready(engine)

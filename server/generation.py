@@ -97,6 +97,7 @@ class Generation:
             if order.control_image is not None:
                 strokes = await self._codec.decode("control_image", order.control_image, BLACK)
                 template = replace(template, control_image=strokes)
+            order = replace(order, image=None, control_image=None)  # lets go of files that are decoded now
             jobs = [replace(template, seed=template.seed + i) for i in range(order.count)]
             futures = slots.submit(jobs)
             made = await asyncio.gather(*(self._finish(future, order) for future in futures))

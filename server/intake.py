@@ -34,10 +34,11 @@ async def read_json(request: Request, model: type[Body], service: Service) -> Bo
     """
     check_media_type(request, "application/json")
     service.batcher.check_open()
-    body = await whole_body(request)
-    if len(body) <= SMALL_BODY:
-        return parse(model, body)
-    return await service.codec.run(parse, model, body)
+    with service.uploads.one(request):
+        body = await whole_body(request)
+        if len(body) <= SMALL_BODY:
+            return parse(model, body)
+        return await service.codec.run(parse, model, body)
 
 
 async def whole_body(request: Request) -> bytes:

@@ -4,6 +4,8 @@ Any `model` name is taken, since clients insist on their own; unknown fields are
 """
 
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic_core import to_json
@@ -14,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from server import openapi_doc
 from server.errors import ClientGoneError, Fault, InvalidError
-from server.generation import Delivery, Order
+from server.generation import Delivery
 from server.intake import check_media_type, read_json, until_gone
 from server.routes import server_timing
 from server.schemas import ImageGenerationRequest, parse_form
@@ -28,7 +30,10 @@ async def generations(request: Request) -> Response:
     """Text to image, as OpenAI has it."""
     service = service_of(request)
     body = await read_json(request, ImageGenerationRequest, service)
-    return await _answer(request, service, body.order(), body.response_format)
+    making = service.generation.make(body.order(), context_of(request).arrived)
+    response_format = body.response_format
+    del body  # it may hold large images, which are not needed once they are decoded
+    return await _answer(request, service, making, response_format)
 
 
 @router.post("/images/edits", **openapi_doc.EDITS)
@@ -37,14 +42,17 @@ async def edits(request: Request) -> Response:
     service = service_of(request)
     check_media_type(request, "multipart/form-data")
     service.batcher.check_open()
-    form = await _form(request, service.settings.body_limit)
-    try:
-        fields = {name: value for name, value in form.items() if isinstance(value, str)}
-        body = parse_form(ImageGenerationRequest, fields)
-        image = await _one_image(form)
-    finally:
-        await form.close()
-    return await _answer(request, service, body.order(image), body.response_format)
+    with service.uploads.one(request):
+        form = await _form(request, service.settings.body_limit)
+        try:
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            body = parse_form(ImageGenerationRequest, fields)
+            image = await _one_image(form)
+        finally:
+            await form.close()
+    making = service.generation.make(body.order(image), context_of(request).arrived)
+    del form, image
+    return await _answer(request, service, making, body.response_format)
 
 
 @router.get("/models", **openapi_doc.MODELS)
@@ -55,8 +63,10 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [model]})
 
 
-async def _answer(request: Request, service: Service, order: Order, response_format: str) -> Response:
-    delivery = await until_gone(service.generation.make(order, context_of(request).arrived), request.receive)
+async def _answer(
+    request: Request, service: Service, making: Coroutine[Any, Any, Delivery], response_format: str
+) -> Response:
+    delivery = await until_gone(making, request.receive)
     headers = {"server-timing": server_timing(delivery.timings_ms)}
     if delivery.prompt_truncated:
         headers["x-prompt-truncated"] = "true"

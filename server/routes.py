@@ -33,8 +33,9 @@ async def generate(request: Request) -> Response:
     service, context = service_of(request), context_of(request)
     body = await read_json(request, GenerateRequest, service)
     as_json = body.num_images > 1 or prefers_json(request.headers.get("accept", ""))
-    order = body.order(base64=as_json)
-    delivery = await until_gone(service.generation.make(order, context.arrived), request.receive)
+    making = service.generation.make(body.order(base64=as_json), context.arrived)
+    del body  # it may hold large images, which are not needed once they are decoded
+    delivery = await until_gone(making, request.receive)
     headers = {"server-timing": server_timing(delivery.timings_ms)}
     if delivery.prompt_truncated:
         headers["x-prompt-truncated"] = "true"

@@ -10,6 +10,7 @@ from server.edge import RequestContext
 from server.generation import Generation
 from server.metrics import Metrics
 from server.settings import Settings
+from server.uploads import Uploads
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Service:
     batcher: Batcher
     codec: Codec
     generation: Generation
+    uploads: Uploads
 
 
 def service_of(connection: HTTPConnection) -> Service:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engines.fake import FakeEngine
 from engines.types import Engine, Job, Pixels, RawImage
 from server.app import create_app
+from server.listener import configuration
 from server.service import Service
 from server.settings import Settings
 
@@ -120,12 +121,12 @@ Serve = Callable[..., Running]
 
 def start(stack: ExitStack, engine: Engine | Callable[[], Engine], *, ready: bool = True, **settings: Any) -> Running:
     left: list[int] = []
-    app = create_app(engine, Settings(**settings), leave=left.append)
+    chosen = Settings(**settings)
+    app = create_app(engine, chosen, leave=left.append)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configuration(app, chosen))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
     thread.start()
     client = httpx.Client(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=200))

@@ -1,0 +1,162 @@
+"""uvicorn, told to drain on SIGTERM and to trust no connection: bounded heads, and no reader or writer too slow.
+
+Knows sockets and signals, nothing of pictures.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import socket
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.problems import MEDIA_TYPE
+from server.service import Service
+from server.settings import Settings
+
+HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
+HEAD_S = 30.0  # from the connection, or from the first byte of a head, to its end
+UNREAD_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
+KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
+
+logger = logging.getLogger("server")
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with limits that it leaves to a proxy in front; there may be none."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._head_open = True
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        listening = transport.get_extra_info("socket")
+        if listening is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_open:
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(431, f"the head of a request may hold {HEAD_BYTES} bytes")
+                return
+            self._head_bytes += len(data)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self._head_open:
+            self._begin_head()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, f"{msg} This is not HTTP/1.1.")
+
+    def _begin_head(self) -> None:
+        self._head_open = True
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self._head_late)
+
+    def _end_head(self) -> None:
+        self._head_open = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answers what never became a request, and closes."""
+        self._end_head()
+        if self.transport.is_closing():
+            return
+        phrase = HTTPStatus(status).phrase
+        body = json.dumps({"title": phrase, "status": status, "detail": detail}).encode()
+        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server whose first SIGTERM or SIGINT drains.
+
+    It goes on listening, answers 503 to what is new, and stops once everything accepted is answered. A second signal
+    stops it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        port = self.servers[0].sockets[0].getsockname()[1]
+        self._tasks.append(asyncio.create_task(self._announce(port), name="announce"))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        batcher = self._service.batcher
+        if batcher.loop is None or batcher.state == "draining":
+            super().handle_exit(sig, frame)
+        else:
+            batcher.begin_drain()
+            batcher.loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._tasks.append(asyncio.create_task(self._drain(), name="drain"))
+
+    async def _drain(self) -> None:
+        settings = self._service.settings
+        logger.info("draining: at most %g s", settings.drain_limit_s)
+        await asyncio.sleep(settings.drain_delay_s)
+        batcher = self._service.batcher
+        await batcher.drain()
+        # What is left is to send answers to slow readers.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(batcher.drain_left_s))
+        self.should_exit = True
+
+    async def _announce(self, port: int) -> None:
+        """Says where the server listens at once, and once it is ready, with a line to paste."""
+        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        print(f"listening on {address}; loading {self._service.settings.model}", flush=True)
+        await self._service.batcher.ready.wait()
+        body = '{"prompt": "a red circle on a white background", "seed": 7}'
+        print(f"ready (docs at {address}/docs). Try:")
+        print(f"curl -s {address}/generate -H 'content-type: application/json' -d '{body}' -o picture.png", flush=True)
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Listens until a signal, then drains. Blocks."""
+    DrainingServer(configuration(app, settings), app.state.service).run()
+
+
+def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_limit_s)),
+    )
