@@ -164,7 +164,7 @@ class Stopwatch:
 
     def lap(self) -> None:
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
             event.record()
             self._events.append(event)
         else:

@@ -101,9 +101,12 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / f"{stem}.safetensors"]
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index}: names no files; an index with a weight_map is needed")
+            paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
             absent = [path.name for path in paths if not path.is_file()]
-            if absent or not paths:
+            if absent:
                 raise CheckpointError(f"{index}: files it names are absent: {_some(absent)}; download them")
             return paths
     present = _some(sorted(path.name for path in folder.iterdir() if path.name != "config.json"))

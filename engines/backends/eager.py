@@ -10,4 +10,5 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     """The module itself; the autoencoder's convolutions in channels-last, which their kernels read fastest."""
     if spec.name == "transformer":
         return module
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    laid_out: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
+    return laid_out

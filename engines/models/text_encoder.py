@@ -55,11 +55,11 @@ class TextEncoder:
     def __init__(self, body: nn.Module, prefix: Sequence[int]):
         from transformers.cache_utils import DynamicCache
 
-        self.body = body.eval().requires_grad_(False)
+        self.body: Any = body.eval().requires_grad_(False)  # a Gemma2Model, which is imported in functions only
         weight = next(body.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self.prefix = tuple(prefix)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         hidden = self._run(torch.tensor([self.prefix], device=self._device), 0, cache)
         self._first = hidden[0, :1]  # [1, D]: the first token sees itself alone, so it is the same for all prompts
         self._prefix_states = [(layer.keys, layer.values) for layer in cache.layers]  # [1, heads, P, head_dim] each

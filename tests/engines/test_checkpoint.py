@@ -210,6 +210,13 @@ def test_sharded_weights_load_like_one_file(copy: Path, folder: Path) -> None:
         weight_files(copy / "transformer")
 
 
+def test_an_index_that_names_nothing_is_refused(copy: Path) -> None:
+    (copy / TRANSFORMER).unlink()
+    (copy / f"{TRANSFORMER}.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(CheckpointError, match="names no files"):
+        load_all(str(copy))
+
+
 def test_weights_take_the_asked_type_and_stay_frozen(folder: Path) -> None:
     module = open_checkpoint(str(folder)).load_text_body(torch.bfloat16, CPU)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
