@@ -4,7 +4,7 @@ Beside each latent lies its layout: how much of every latent cell each colour an
 predicts it as extra output channels (see distill/teacher.py); nothing of it is left in the checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,31 +45,30 @@ def layout_of(world: World, scene: Scene, cells: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B,C,h,w], layouts [B,K,h,w] in [0,1] (both float32), captions."""
+    """Latents [B,C,h,w], layouts [B,K,h,w] in [0,1] where there are any (both float32), captions."""
 
     latents: Tensor
-    layouts: Tensor
+    layouts: Tensor | None
     captions: list[str]
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Unit-variance latents [N,C,h,w] (bfloat16) and layouts [N,K,h,w] (uint8) of a world's seeded scenes."""
+    """Unit-variance latents [N,C,h,w] (bfloat16), layouts [N,K,h,w] (uint8) if known, and how a row is captioned."""
 
     values: Tensor
-    layouts: Tensor
-    scenes: list[Scene]
-    world: World
+    layouts: Tensor | None
+    caption: Callable[[int, np.random.Generator], str]
 
     def batches(self, batch: int, seed: int, start: int) -> Iterator[Batch]:
         """Endless random batches, captions phrased anew each time; `start` continues a stopped stream."""
         index = start
         while True:
             rng = np.random.default_rng((seed, index))
-            chosen = rng.integers(0, len(self.scenes), batch)
+            chosen = rng.integers(0, len(self.values), batch)
             rows = torch.from_numpy(chosen)
-            captions = [caption(self.world, self.scenes[i], rng) for i in chosen]
-            yield Batch(self.values[rows].float(), self.layouts[rows].float() / 255, captions)
+            layouts = None if self.layouts is None else self.layouts[rows].float() / 255
+            yield Batch(self.values[rows].float(), layouts, [self.caption(int(row), rng) for row in chosen])
             index += 1
 
 
@@ -79,10 +78,14 @@ def encode_scenes(
     """Encodes `count` seeded training scenes (or reads `path`, where an earlier run left them)."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(world, rng) for _ in range(count)]
+
+    def phrase(row: int, words: np.random.Generator) -> str:
+        return caption(world, scenes[row], words)
+
     if path.exists():
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if len(kept["values"]) == count:
-            return Latents(kept["values"], kept["layouts"], scenes, world)
+            return Latents(kept["values"], kept["layouts"], phrase)
     device = next(autoencoder.parameters()).device
     cells = size // autoencoder.config.compression
     chunks = []
@@ -96,4 +99,4 @@ def encode_scenes(
     aside = path.with_suffix(".part")
     torch.save({"values": values, "layouts": layouts}, aside)
     aside.replace(path)
-    return Latents(values, layouts, scenes, world)
+    return Latents(values, layouts, phrase)

@@ -141,7 +141,7 @@ def tiny() -> Recipe:
     return Recipe(
         name="tiny",
         image_size=256,
-        autoencoder=AutoencoderStage(_tiny_autoencoder(), steps=3200, polish_steps=3000, batch=16, crop=128),
+        autoencoder=AutoencoderStage(_tiny_autoencoder(), steps=3200, polish_steps=2000, batch=16, crop=128),
         teacher=TeacherStage(
             architecture=_tiny_transformer(160, 6, 128),
             text=TextStage(width=128, layers=2, heads=4, max_tokens=24),

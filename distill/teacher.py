@@ -148,6 +148,10 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
     device, channels = accelerator.device, numbers.architecture.out_channels
     for step in stage if not done else ():
         batch = next(stream)
+        if batch.layouts is None:
+            raise ValueError(
+                "the teacher stage needs latents with layouts, as distill.latents.encode_scenes makes them"
+            )
         keep = torch.rand(numbers.batch) >= numbers.caption_dropout
         words = captioner.words([text if kept else "" for text, kept in zip(batch.captions, keep, strict=True)])
         x0, layouts = batch.latents.to(device), batch.layouts.to(device)

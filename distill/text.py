@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Punctuation, WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence as Steps
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -50,10 +52,11 @@ class SmallCaptioner:
 
 
 def make_tokenizer(vocabulary: Sequence[str], max_tokens: int) -> PreTrainedTokenizerFast:
-    """One token a word; <bos> in front, padding on the right, as the pipeline sets it."""
+    """One token a word, whatever its case and punctuation; <bos> in front, padding on the right."""
     words = {word: index for index, word in enumerate((*SPECIAL, *vocabulary))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Steps([Punctuation("removed"), WhitespaceSplit()])
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # untyped in transformers
         tokenizer_object=tokenizer,

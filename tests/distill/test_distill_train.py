@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 
 from distill import autoencoder, student, teacher
@@ -18,10 +19,13 @@ from distill.captions import requirement_of
 from distill.discriminator import Discriminator
 from distill.latents import encode_scenes, layout_of
 from distill.muon import Muon, orthogonalise
+from distill.published import open_published, read_pictures, with_guidance
 from distill.recipe import RECIPES, Recipe, smoke, sprint_0_6b
 from distill.run import Average, Stage, learning_rate_factor
+from distill.text import SmallCaptioner
 from distill.train import Run
 from distill.world import World, scene_for
+from engines.models.transformer import SprintTransformer
 
 
 def untrained() -> teacher.Teacher:
@@ -206,3 +210,49 @@ def test_paper_recipe_has_the_released_values() -> None:
     assert (numbers.discriminator_mean, numbers.discriminator_std) == (-0.6, 1.0)
     assert (numbers.scm_weight, numbers.adversarial_weight, numbers.max_time_probability) == (1.0, 0.5, 0.5)
     assert numbers.guidance == (4.0, 4.5, 5.0)
+
+
+def test_tokenizer_reads_past_case_and_punctuation() -> None:
+    captioner = untrained().caption
+    assert isinstance(captioner, SmallCaptioner)
+    plain = captioner.words(["a red circle on a white background"])
+    assert torch.equal(captioner.words(["A red circle, on a WHITE background."]).ids, plain.ids)
+    assert 3 not in plain.ids
+
+
+def test_a_published_teacher_gets_a_guidance_embedding_that_adds_nothing() -> None:
+    taught = untrained().transformer
+    torch.nn.init.normal_(taught.proj_out.weight)
+    base = SprintTransformer(replace(taught.config, guidance_embeds=False))
+    weights = {k: v for k, v in taught.state_dict().items() if "guidance_embedder" not in k}
+    base.load_state_dict({k.replace("time_embed.timestep", "time_embed.emb.timestep"): v for k, v in weights.items()})
+    x, text, t = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 64), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        assert torch.equal(with_guidance(base)(x, text, t, 0.45 * torch.ones(2)), base(x, text, t))
+
+
+def test_pictures_without_captions_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds none of"):
+        read_pictures(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"one\.png has no caption; write it into one\.txt"):
+        read_pictures(tmp_path)
+    (tmp_path / "one.txt").write_text("a white square\n")
+    assert [caption for _, caption in read_pictures(tmp_path)] == ["a white square"]
+
+
+@pytest.mark.slow
+def test_a_published_teacher_and_a_folder_of_pictures_are_distilled(finished: Path, tmp_path: Path) -> None:
+    """The path of users with GPUs, on the smoke checkpoint in the teacher's place."""
+    shots = tmp_path / "pictures"
+    shots.mkdir()
+    for index in range(4):
+        Image.new("RGB", (200, 150), (40 * index, 90, 200)).save(shots / f"{index}.png")
+        (shots / f"{index}.txt").write_text(f"picture {index}")
+    recipe = replace(smoke(), autoencoder=None, teacher=None)
+    published = open_published(str(finished / "checkpoint"), torch.device("cpu"), torch.float32)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(recipe, folder, Accelerator(), published, shots)
+    assert (run.checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (run.checkpoint / "text_encoder" / "config.json").is_file()
