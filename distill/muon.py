@@ -13,6 +13,19 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters: matrices and 1x1 convolutions inside blocks (for Muon), and the rest (for AdamW)."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = "transformer_blocks." in name or "encoder.layers." in name
+            pointwise = parameter.ndim >= 2 and parameter.shape[1] > 1 and parameter.shape[2:].numel() == 1
+            is_matrix = inside and pointwise and "scale_shift_table" not in name
+            (matrices if is_matrix else others).append(parameter)
+    return matrices, others
+
+
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """[K,m,n] -> [K,m,n] with singular values near 1."""
     a, b, c = COEFFICIENTS

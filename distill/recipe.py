@@ -69,7 +69,8 @@ class DistilStage:
     batch: int
     learning_rate: float
     discriminator_learning_rate: float
-    guidance: tuple[float, ...] = (4.0, 4.5, 5.0)  # scm_cfg_scale
+    guidance: tuple[float, ...] = (4.0, 4.5, 5.0)  # scm_cfg_scale: what the student's embedding is asked for
+    guidance_gain: float = 1.0  # the teacher runs at 1 + gain (w - 1): plain worlds want less than photographs
     scm_weight: float = 1.0  # scm_lambda
     adversarial_weight: float = 0.5  # adv_lambda
     tangent_warmup: int = 4000  # tangent_warmup_steps
@@ -81,6 +82,8 @@ class DistilStage:
     max_time_probability: float = 0.5  # largest_timestep_prob
     heads: tuple[int, ...] = (2, 8, 14, 20, 27)  # head_block_ids: blocks whose outputs the discriminator reads
     adversarial_every: int = 2  # one generator step with the adversarial loss, one discriminator step, in turn
+    adversarial_from: int = 0  # steps of sCM alone before
+    matrix_learning_rate: float | None = None  # Muon for the blocks' matrices; None: AdamW for all, as the paper
     gradient_clip: float = 0.1
     warmup: int = 5000
     decay_fraction: float = 0.0
@@ -151,11 +154,16 @@ def tiny() -> Recipe:
             learning_rate=1e-3,
             matrix_learning_rate=0.005,
         ),
+        teacher_guidance=1.7,
         distil=DistilStage(
-            steps=3000,
+            steps=2000,
             batch=24,
             learning_rate=3e-4,
+            matrix_learning_rate=1e-3,
             discriminator_learning_rate=5e-4,
+            guidance=(3.0, 4.0, 4.5, 5.0, 6.0),
+            guidance_gain=0.2,
+            adversarial_from=1000,
             tangent_warmup=200,
             heads=(1, 3, 5),
             gradient_clip=1.0,
@@ -192,6 +200,7 @@ def smoke() -> Recipe:
             learning_rate=3e-4,
             discriminator_learning_rate=5e-4,
             tangent_warmup=4,
+            matrix_learning_rate=1e-3,
             heads=(0, 1),
             gradient_clip=1.0,
             warmup=2,

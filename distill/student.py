@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill import losses
 from distill.discriminator import Discriminator
 from distill.latents import Latents
+from distill.muon import Muon, split_parameters
 from distill.recipe import DistilStage, Recipe
 from distill.run import Average, Stage, learning_rate_factor
 from distill.teacher import Teacher
@@ -98,7 +99,7 @@ class Distillation:
         """F(x, t) of the guided teacher."""
         with_text = self.network(self.frozen, sample.text, sample.mask, None)
         without = self.network(self.frozen, sample.empty, sample.empty_mask, None)
-        return as_trigflow(guided(with_text, without, sample.guidance))
+        return as_trigflow(guided(with_text, without, 1 + self.numbers.guidance_gain * (sample.guidance - 1)))
 
     def consistency(self, sample: Sample, step: int) -> Tensor:
         """The sCM loss of a batch (paper algorithm 2)."""
@@ -137,12 +138,12 @@ class Distillation:
         )
         return logits
 
-    def student_loss(self, sample: Sample, step: int) -> dict[str, Tensor]:
+    def student_loss(self, sample: Sample, step: int, adversarial: bool) -> dict[str, Tensor]:
         """The weighted parts of the student's loss."""
         numbers, parts = self.numbers, {}
         if numbers.scm_weight:
             parts["scm"] = numbers.scm_weight * self.consistency(sample, step)
-        if numbers.adversarial_weight:
+        if adversarial:
             fake = self.judged(self.generate(sample), sample)
             parts["adversarial"] = numbers.adversarial_weight * losses.hinge_generator(fake)
         return parts
@@ -163,23 +164,34 @@ def train(
     torch.manual_seed(numbers.seed)
     work = Distillation(numbers, teacher, int(np.prod(latents.values.shape[1:])))
     student, heads = work.student, work.discriminator
-    optimizer = torch.optim.AdamW(student.parameters(), numbers.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    matrices, others = split_parameters(student)
+    if numbers.matrix_learning_rate is None:
+        matrices, others = [], matrices + others
+    rates: dict[str, float] = {"optimizer": numbers.learning_rate}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(others, numbers.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    }
+    if numbers.matrix_learning_rate is not None:
+        rates["matrices"] = numbers.matrix_learning_rate
+        optimizers["matrices"] = Muon(matrices, numbers.matrix_learning_rate)
     judge = torch.optim.AdamW(heads.parameters(), numbers.discriminator_learning_rate, betas=(0.0, 0.99))
     average = Average(student, numbers.ema)
-    parts = {"student": student, "heads": heads, "optimizer": optimizer, "judge": judge, "average": average}
+    parts = {"student": student, "heads": heads, "judge": judge, "average": average} | optimizers
     stage = Stage(folder, "student", numbers.steps, parts, accelerator.is_main_process)
     done = stage.resume()
-    optimizer, judge = accelerator.prepare(optimizer, judge)
+    optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    judge = accelerator.prepare(judge)
     stream = latents.batches(numbers.batch, recipe.seed + 2 + 1000 * accelerator.process_index, stage.step)
     device = accelerator.device
     seen: dict[str, float] = {}
     for step in stage if not done else ():
         torch.manual_seed(numbers.seed + 7919 * step + accelerator.process_index)
         batch = next(stream)
-        for group in optimizer.param_groups:
-            factor = learning_rate_factor(step, numbers.steps, numbers.warmup, numbers.decay_fraction)
-            group["lr"] = numbers.learning_rate * factor
-        adversarial = numbers.adversarial_weight > 0
+        factor = learning_rate_factor(step, numbers.steps, numbers.warmup, numbers.decay_fraction)
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name] * factor
+        adversarial = numbers.adversarial_weight > 0 and step >= numbers.adversarial_from
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             sample = work.draw(batch.latents.to(device), batch.captions)
             judging = adversarial and step % numbers.adversarial_every == numbers.adversarial_every - 1
@@ -187,16 +199,17 @@ def train(
                 loss = work.discriminator_loss(sample)
                 seen["discriminator"] = loss.item()
             else:
-                losses_by_part = work.student_loss(sample, step)
+                losses_by_part = work.student_loss(sample, step, adversarial)
                 loss = torch.stack(list(losses_by_part.values())).sum()
                 seen |= {name: part.item() for name, part in losses_by_part.items()}
-        optimizer.zero_grad()
-        judge.zero_grad()
+        for optimizer in (judge, *optimizers.values()):
+            optimizer.zero_grad()
         accelerator.backward(loss)
         trained = heads if judging else student
         norm = accelerator.clip_grad_norm_(trained.parameters(), numbers.gradient_clip)
         if torch.isfinite(norm):  # upstream skips such steps too
-            (judge if judging else optimizer).step()
+            for optimizer in (judge,) if judging else optimizers.values():
+                optimizer.step()
         if not judging:
             average.update(student, step)
             seen["gradient"] = float(norm)

@@ -23,7 +23,7 @@ from transformers.models.gemma2 import Gemma2Model
 
 from distill.data import vocabulary
 from distill.latents import Latents, layout_channels
-from distill.muon import Muon
+from distill.muon import Muon, split_parameters
 from distill.recipe import Recipe
 from distill.run import Average, Stage, learning_rate_factor
 from distill.text import Captioner, SmallCaptioner, make_encoder, make_tokenizer
@@ -88,13 +88,6 @@ def silence_guidance(transformer: SprintTransformer) -> None:
     nn.init.zeros_(embed.guidance_embedder.linear_2.bias)
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon trains it: the linear maps and 1x1 convolutions inside the blocks."""
-    inside = "transformer_blocks." in name or "encoder.layers." in name
-    pointwise = parameter.ndim >= 2 and parameter.shape[1] > 1 and parameter.shape[2:].numel() == 1
-    return inside and pointwise and "scale_shift_table" not in name
-
-
 def shifted_time(count: int, shift: float, device: torch.device) -> Tensor:
     """Logit-normal flow times [count], moved towards 1 by `shift`."""
     t = torch.sigmoid(torch.randn(count, device=device))
@@ -127,11 +120,9 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
     assert numbers is not None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("guidance_embedder" not in name)
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = Muon([p for n, p in trained if is_matrix(n, p)], lr=numbers.matrix_learning_rate)
-    others = torch.optim.AdamW(
-        [p for n, p in trained if not is_matrix(n, p)], numbers.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    of_blocks, rest = split_parameters(model)
+    matrices = Muon(of_blocks, lr=numbers.matrix_learning_rate)
+    others = torch.optim.AdamW(rest, numbers.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     average = Average(model, numbers.ema)
     stage = Stage(
         folder,
