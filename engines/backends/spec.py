@@ -7,12 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+ModuleName = Literal["transformer", "decoder", "encoder"]  # SprintTransformer, PixelDecoder, PixelEncoder
+
 
 @dataclass(frozen=True)
 class ModuleSpec:
     """What a backend is told about the module it is to execute."""
 
-    name: Literal["transformer", "decoder", "encoder"]  # SprintTransformer, PixelDecoder, PixelEncoder
+    name: ModuleName
     dtype: torch.dtype
     device: torch.device
     max_batch: int

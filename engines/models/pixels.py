@@ -23,8 +23,9 @@ class PixelDecoder(nn.Module):
         image: Tensor = self.decoder(latent.to(self.dtype) / self.scaling_factor)
         image = image.float()
         finite = image.sum((1, 2, 3)).abs() < float("inf")  # false for NaN too, which uint8 cannot say
-        pixels = (image / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1), finite
+        pixels = (image / 2 + 0.5).clamp(0, 1).mul(255).round()
+        # The cast stands at the very end: TensorRT knows uint8 only as the type of an input or output.
+        return pixels.permute(0, 2, 3, 1).to(torch.uint8), finite
 
 
 class PixelEncoder(nn.Module):
@@ -37,6 +38,6 @@ class PixelEncoder(nn.Module):
         self.dtype = autoencoder.decoder.conv_in.weight.dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
-        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1
         latent: Tensor = self.encoder(image.to(self.dtype))
         return latent.float() * self.scaling_factor
