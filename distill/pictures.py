@@ -11,8 +11,9 @@ from distill.evaluate import Generate
 from distill.recipe import Recipe
 from distill.run import to_uint8
 from distill.teacher import Teacher
-from distill.trigflow import guided, sample_flow
+from distill.trigflow import as_flow, guided, sample_flow
 from engines.models.dcae import Autoencoder
+from engines.models.transformer import SprintTransformer
 from engines.sampler import angles_for, job_noise, sample
 from engines.types import Pixels
 
@@ -36,14 +37,21 @@ def teacher_sampler(recipe: Recipe, teacher: Teacher) -> Sampler:
     return run
 
 
-def student_sampler(teacher: Teacher, student: torch.nn.Module, guidance: float, steps: int) -> Sampler:
-    """The server's sampler at the paper's schedule."""
+def student_sampler(
+    teacher: Teacher, student: SprintTransformer, guidance: float, steps: int, wrapped: bool = True
+) -> Sampler:
+    """The server's sampler at the paper's schedule; wrapped False: the student's answer is F (ablation)."""
 
     def run(noise: Tensor, captions: list[str]) -> Tensor:
         text, mask = teacher.caption(captions)
-        scale = torch.full((len(noise),), 0.1 * guidance, device=noise.device)
+        scale = torch.full((len(noise),), student.config.guidance_embeds_scale * guidance, device=noise.device)
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            answer: Tensor = student(x, text, time, scale, mask)
+            return answer.float()
+
         renoise = [torch.randn_like(noise) for _ in range(steps - 1)]
-        return sample(lambda x, t: student(x, text, t, scale, mask), noise, angles_for(steps), renoise)
+        return sample(velocity if wrapped else as_flow(velocity), noise, angles_for(steps), renoise)
 
     return run
 

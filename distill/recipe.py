@@ -69,6 +69,7 @@ class DistilStage:
     batch: int
     learning_rate: float
     discriminator_learning_rate: float
+    seconds: float | None = None  # of training, after which the stage ends early (ablations at equal time)
     guidance: tuple[float, ...] = (4.0, 4.5, 5.0)  # scm_cfg_scale: what the student's embedding is asked for
     guidance_gain: float = 1.0  # the teacher runs at 1 + gain (w - 1): plain worlds want less than photographs
     scm_weight: float = 1.0  # scm_lambda

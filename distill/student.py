@@ -185,6 +185,9 @@ def train(
     device = accelerator.device
     seen: dict[str, float] = {}
     for step in stage if not done else ():
+        if numbers.seconds is not None and stage.seconds >= numbers.seconds:
+            stage.save()
+            break
         torch.manual_seed(numbers.seed + 7919 * step + accelerator.process_index)
         batch = next(stream)
         factor = learning_rate_factor(step, numbers.steps, numbers.warmup, numbers.decay_fraction)

@@ -27,6 +27,18 @@ def as_trigflow(velocity: Velocity) -> Velocity:
     return trig
 
 
+def as_flow(trig: Velocity) -> Velocity:
+    """F(x, t) -> v(x_FM, t_FM): the wrap the other way, for a network that was trained without it."""
+
+    def velocity(x_flow: Tensor, time: Tensor) -> Tensor:
+        column = time[:, None, None, None]
+        x, angle = x_flow / input_scale(column), torch.atan2(time, 1 - time)
+        clean = angle.cos()[:, None, None, None] * x - angle.sin()[:, None, None, None] * trig(x, angle)
+        return (x_flow - clean) / column
+
+    return velocity
+
+
 def guided(conditional: Velocity, unconditional: Velocity, scale: float | Tensor) -> Velocity:
     """Classifier-free guidance: unconditional + scale * (conditional - unconditional); scale a number or [B]."""
 

@@ -10,7 +10,7 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill import losses
-from distill.trigflow import as_trigflow, guided, sample_flow, sample_trigflow
+from distill.trigflow import as_flow, as_trigflow, guided, sample_flow, sample_trigflow
 from engines.models.transformer import SPRINT_0_6B, SprintTransformer, TransformerConfig
 
 
@@ -52,6 +52,13 @@ def test_flow_and_trigflow_sampling_give_the_same_image() -> None:
         trig = sample_trigflow(as_trigflow(velocity), noise, steps=20, shift=2.0)
     assert (flow - trig).abs().max() <= 1e-4 * flow.abs().max()
     assert (flow - noise).abs().max() > 0.1
+
+
+def test_the_wrap_is_undone_by_its_inverse() -> None:
+    velocity = velocity_of(small_transformer(), torch.randn(2, 5, 16))
+    x, t = torch.randn(2, 8, 4, 4), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        assert torch.allclose(as_flow(as_trigflow(velocity))(x, t), velocity(x, t), atol=1e-4)
 
 
 def test_guidance_is_linear_between_its_networks() -> None:
