@@ -8,7 +8,7 @@ test can tell that an answer belongs to its request.
 import hashlib
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from engines.types import Conditioning, EngineInfo, Job, Limits, Pixels, RawImag
 ALL_CONDITIONING: frozenset[Conditioning] = frozenset({"text", "image", "control", "image+control"})
 
 CACHED_PROMPTS = 1024
+REMEMBERED_BATCHES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class FakeEngine:
         self._closed = threading.Event()
         self.delay_s = delay_s
         self.delay_per_job_s = delay_per_job_s
-        self.batches: list[int] = []  # how many jobs each call to generate got, in order
+        self._calls = 0
+        self._batches: deque[int] = deque(maxlen=REMEMBERED_BATCHES)
 
     @property
     def info(self) -> EngineInfo:
@@ -78,6 +80,11 @@ class FakeEngine:
     @property
     def limits(self) -> Limits:
         return self._limits
+
+    @property
+    def batches(self) -> list[int]:
+        """How many jobs each of the last calls of generate got, oldest first."""
+        return list(self._batches)
 
     def warmup(self) -> None:
         """Nothing is compiled, so nothing is warmed: takes one batch's delay."""
@@ -88,8 +95,9 @@ class FakeEngine:
 
         Raises JobError (no jobs, keys differ, outside the limits), and what the fault plan asks for.
         """
-        call = len(self.batches)
-        self.batches.append(len(jobs))
+        call = self._calls
+        self._calls += 1
+        self._batches.append(len(jobs))
         self._check(jobs)
         bucket = smallest_fitting(len(jobs), self._buckets)
         began = time.perf_counter()
