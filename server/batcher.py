@@ -246,20 +246,14 @@ class Reservation:
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Finished]]:
-        """Queues as many jobs as were reserved. Each future ends with the picture or with a RequestError.
-
-        Raises DeadlineError where preparing the jobs took until the deadline.
-        """
+        """Queues as many jobs as were reserved. Each future ends with the picture or with a RequestError."""
         loop = asyncio.get_running_loop()
-        remaining_s = self._deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise deadline_passed()
         self._entries = [Entry(job, loop.create_future(), self._deadline) for job in jobs]
         for entry in self._entries:
             self._batcher.track(entry)
         self._queue.put(self._entries)
         self._unused -= len(self._entries)
-        self._timer = loop.call_later(remaining_s, self._expire)
+        self._timer = loop.call_later(self._deadline - time.monotonic(), self._expire)
         return [entry.future for entry in self._entries]
 
     def __enter__(self) -> Self:

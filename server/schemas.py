@@ -33,6 +33,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
 IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
+STREAM_SCHEMA: JsonDict = {"const": False}
 
 
 class Options(BaseModel):
@@ -127,17 +128,30 @@ class GenerateAnswer(BaseModel):
     prompt_truncated: bool
 
 
+def _null_is_absent(schema: JsonDict) -> None:
+    """Says in a schema that every field that need not be there may be null."""
+    properties, required = schema["properties"], schema["required"]
+    assert isinstance(properties, dict)
+    assert isinstance(required, list)
+    for name, field in properties.items():
+        if name not in required and isinstance(field, dict) and "anyOf" not in field:
+            about: JsonDict = {key: field.pop(key) for key in ("title", "default", "description") if key in field}
+            properties[name] = {"anyOf": [field, {"type": "null"}], **about}
+
+
 class ImageGenerationRequest(Options):
     """Body of the OpenAI routes: OpenAI's fields and our own. Unknown fields are ignored, null means absent."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_null_is_absent)
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
     n: Whole = Field(1, ge=1, le=MAX_IMAGES)
     size: str = Field("auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="WxH, or auto: width and height.")
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data: URI.")
     output_compression: Percent | None = Field(None, description="As output_quality; it wins.")
-    stream: bool = Field(False, description="True is refused: one step has no partial images.")
+    stream: bool = Field(
+        False, json_schema_extra=STREAM_SCHEMA, description="True is refused: one step has no partial images."
+    )
     user: str | None = None
 
     @model_validator(mode="before")
