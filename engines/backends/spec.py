@@ -18,6 +18,15 @@ class ModuleSpec:
     dtype: torch.dtype
     device: torch.device
     max_batch: int
+    tokens: int = 300  # positions of the text, which backends with fixed shapes pad to
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels that it is prepared for
+    compression: int = 32  # pixels per cell of the latent
+
+    @property
+    def sides(self) -> frozenset[tuple[int, int]]:
+        """(height, width) of its input at each of `sizes`: cells, or pixels for the encoder."""
+        unit = 1 if self.name == "encoder" else self.compression
+        return frozenset((height // unit, width // unit) for width, height in self.sizes)
 
 
 Backend = Callable[[nn.Module, ModuleSpec], Callable[..., Any]]

@@ -1,0 +1,58 @@
+"""torch.compile in place of a module, for the sizes it is told to be fast at; other sizes run as they are.
+
+Flags: fullgraph (a graph break would be a silent loss), dynamic=False (kernels for each bucket and size, compiled while
+the engine warms up), and on a GPU mode="max-autotune-no-cudagraphs" (kernels are timed; graphs are
+engines.backends.cuda_graph's business).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, padded
+from engines.backends.eager import eager
+from engines.backends.spec import ModuleSpec
+from engines.buckets import powers_of_two, smallest_fitting
+
+_SHAPES = 64  # compiled per module at most; torch's own limit of 8 counts all modules of a class together
+
+
+def compiled(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
+    """A drop-in for `module` whose first call at each bucket of a size in `spec.sizes` takes seconds to minutes."""
+    module = eager(module, spec)
+    plain, fast = _Plain(module), _Compiled(module, spec)
+    sides = spec.sides
+
+    def at(side: Side) -> Graph:
+        return fast if side in sides else plain
+
+    if spec.name == "transformer":
+        return TransformerDropIn(at, spec.tokens)
+    return DecoderDropIn(at) if spec.name == "decoder" else EncoderDropIn(at)
+
+
+class _Plain:
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        outputs = self._module(**inputs)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+class _Compiled(_Plain):
+    def __init__(self, module: nn.Module, spec: ModuleSpec):
+        mode = "max-autotune-no-cudagraphs" if spec.device.type == "cuda" else None
+        fast: Any = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+        super().__init__(fast)
+        self._buckets = powers_of_two(spec.max_batch)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        batch = next(iter(inputs.values())).shape[0]
+        bucket = smallest_fitting(batch, self._buckets)
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+            outputs = super().__call__({name: padded(value, bucket) for name, value in inputs.items()})
+        return [output[:batch] for output in outputs]

@@ -1,0 +1,91 @@
+"""Exported graphs on the CPU through OpenVINO: one compiled model per batch bucket, kept on disk once compiled.
+
+f32 computes as the graph says; bf16 lets OpenVINO round what it multiplies to bf16, on CPUs that have it. A model with
+a fixed batch runs up to twice as fast here as one with an open batch, hence one per bucket.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engines.backends.drop_in import padded
+from engines.buckets import smallest_fitting
+from engines.errors import ArtifactError, BackendError
+
+CpuPrecision = Literal["fp32", "bf16"]
+_HINT = {"fp32": "f32", "bf16": "bf16"}
+
+
+def convert(onnx_path: Path, target: Path) -> list[Path]:
+    """Writes the graph as OpenVINO's own format (`target`.xml and .bin), weights as they are; gives the files."""
+    vendor = _openvino()
+    xml = target.with_suffix(".xml")
+    vendor.save_model(vendor.Core().read_model(onnx_path), xml, compress_to_fp16=False)
+    return [xml, target.with_suffix(".bin")]
+
+
+def check_cpu(precision: CpuPrecision) -> None:
+    """Raises BackendError where openvino is missing or this CPU cannot multiply in `precision`."""
+    able = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and "BF16" not in able:
+        raise BackendError("openvino: this CPU has no bf16 instructions; build with --precision fp32")
+
+
+class OpenVinoGraph:
+    """engines.backends.drop_in.Graph over one .xml of `convert`.
+
+    buckets: ascending batch sizes; a batch runs in the smallest that holds it, padded by its last row. cache: folder
+    for compiled models; one that cannot be written, or holds damaged files, costs time only.
+    Raises BackendError without openvino, ArtifactError where the file cannot be read.
+    """
+
+    def __init__(self, xml: Path, precision: CpuPrecision, buckets: Sequence[int], cache: Path):
+        vendor = _openvino()
+        self._buckets = tuple(buckets)
+        settings = {
+            "INFERENCE_PRECISION_HINT": _HINT[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,  # the process may be bound to some cores by its owner
+            "CACHE_DIR": str(cache),
+        }
+        core = vendor.Core()
+        try:
+            self._requests = {size: self._compile(core, xml, size, settings) for size in self._buckets}
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{xml.name}: OpenVINO cannot load it ({_first_line(error)}); build it again"
+            ) from error
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        batch = next(iter(inputs.values())).shape[0]
+        bucket = smallest_fitting(batch, self._buckets)
+        feed = {name: padded(value, bucket).numpy() for name, value in inputs.items()}
+        request = self._requests[bucket]
+        found = request.infer(feed, share_inputs=True)
+        return [torch.from_numpy(found[port][:batch]) for port in request.model_outputs]
+
+    @staticmethod
+    def _compile(core: Any, xml: Path, batch: int, settings: Mapping[str, Any]) -> Any:
+        model = core.read_model(xml)
+        shapes = {port: port.get_partial_shape() for port in model.inputs}
+        for shape in shapes.values():
+            shape[0] = batch
+        model.reshape(shapes)
+        return core.compile_model(model, "CPU", settings).create_infer_request()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError("openvino: the package is missing; pip install '.[openvino]'") from error
+    return openvino

@@ -1,0 +1,136 @@
+"""OpenVINO's drop-ins against the torch modules."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from hot_modules import SHAPE, hot_module
+from torch import Tensor
+
+from engines.backends import openvino as backend
+from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, TransformerDropIn, built_for
+from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert
+from engines.backends.spec import ModuleName
+from engines.errors import ArtifactError, BackendError
+from engines.export import export_onnx
+from engines.parity import GATES, difference
+from engines.probe import probe_inputs
+
+pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+pytest.importorskip("onnx", reason="the extra 'build' is not installed")
+
+LATENT, PICTURE = (SHAPE.height, SHAPE.width), SHAPE.pixels
+
+
+class Converted(NamedTuple):
+    folder: Path
+
+    def graph(
+        self, name: ModuleName, precision: CpuPrecision = "fp32", buckets: tuple[int, ...] = (1, 2)
+    ) -> OpenVinoGraph:
+        return OpenVinoGraph(self.folder / f"{name}.xml", precision, buckets, self.folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    folder = tmp_path_factory.mktemp("converted")
+    for name in ("transformer", "decoder", "encoder"):
+        graph = folder / f"{name}.onnx"
+        export_onnx(hot_module(name), name, probe_inputs(name, SHAPE, 2, torch.float32), graph)
+        assert convert(graph, folder / name) == [folder / f"{name}.xml", folder / f"{name}.bin"]
+        graph.unlink()
+    return Converted(folder)
+
+
+def drop_in(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
+    made: dict[ModuleName, Callable[..., Tensor]] = {
+        "transformer": TransformerDropIn(built_for({LATENT: graph}), SHAPE.tokens),
+        "decoder": lambda latent: DecoderDropIn(built_for({LATENT: graph}))(latent)[0],
+        "encoder": EncoderDropIn(built_for({PICTURE: graph})),
+    }
+    return made[name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
+def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, converted: Converted) -> None:
+    try:
+        check_cpu(precision)
+    except BackendError as error:
+        pytest.skip(str(error))
+    module, run = hot_module(name), drop_in(name, converted.graph(name, precision, (1, 4)))
+    for batch in (1, 3):
+        inputs = probe_inputs(name, SHAPE, batch, torch.float32)
+        expected = module(**inputs)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        GATES[precision].check(name, difference(expected, run(**inputs)))
+
+
+def test_text_of_any_length_and_no_mask_equal_the_module(converted: Converted) -> None:
+    run = drop_in("transformer", converted.graph("transformer"))
+    inputs = probe_inputs("transformer", SHAPE, 2, torch.float32)
+    del inputs["text_mask"]
+    for length in (1, 5, SHAPE.tokens):
+        shorter = {**inputs, "text": inputs["text"][:, :length]}
+        found = difference(hot_module("transformer")(**shorter), run(**shorter))
+        GATES["fp32"].check("transformer", found)
+
+
+def test_results_are_the_callers_own(converted: Converted) -> None:
+    run = drop_in("decoder", converted.graph("decoder"))
+    first, second = (probe_inputs("decoder", SHAPE, 1, torch.float32, seed) for seed in (0, 1))
+    kept = run(**first)
+    before = kept.clone()
+    run(**second)
+    assert torch.equal(kept, before)
+
+
+def test_a_row_does_not_depend_on_what_fills_its_bucket(converted: Converted) -> None:
+    run = drop_in("transformer", converted.graph("transformer", buckets=(4,)))
+    inputs = probe_inputs("transformer", SHAPE, 3, torch.float32)
+    alone = run(**{key: value[:1] for key, value in inputs.items()})
+    assert torch.equal(run(**inputs)[:1], alone)
+
+
+def test_compiled_models_are_kept_and_a_damaged_one_costs_only_time(converted: Converted) -> None:
+    cache = converted.folder / "cache"
+    inputs = probe_inputs("decoder", SHAPE, 1, torch.float32)
+    expected = drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs)
+    kept = sorted(cache.glob("*.blob"))
+    assert kept
+    for blob in kept:
+        os.truncate(blob, blob.stat().st_size // 2)
+    assert torch.equal(drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs), expected)
+
+
+def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "decoder.xml").write_text("<net")
+    with pytest.raises(ArtifactError, match=r"decoder\.xml: OpenVINO cannot load it") as caught:
+        OpenVinoGraph(tmp_path / "decoder.xml", "fp32", (1,), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_shapes_that_were_not_built_are_refused(converted: Converted) -> None:
+    run = drop_in("transformer", converted.graph("transformer"))
+    inputs = probe_inputs("transformer", SHAPE, 1, torch.float32)
+    with pytest.raises(BackendError, match=r"size: got 4x4 .*built for 4x8"):
+        run(**{**inputs, "latent": inputs["latent"][..., :4]})
+    with pytest.raises(BackendError, match="text: got 13 tokens, this engine was built for up to 12"):
+        run(**{**inputs, "text": torch.zeros(1, 13, 128), "text_mask": None})
+
+
+def test_a_missing_package_and_a_cpu_without_bf16_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(get_property=lambda *_: ["FP32"])
+    monkeypatch.setattr(backend, "_openvino", lambda: SimpleNamespace(Core=lambda: core))
+    check_cpu("fp32")
+    with pytest.raises(BackendError, match="no bf16 instructions; build with --precision fp32"):
+        check_cpu("bf16")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match="openvino: the package is missing"):
+        check_cpu("fp32")
