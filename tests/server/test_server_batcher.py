@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from running_server import GatedEngine, Later, Running, Serve, image_file, read_image, wait_until
@@ -189,13 +190,32 @@ def test_leaving_while_the_job_runs_harms_nobody(serve: Serve) -> None:
     running.client.timeout = 0.05
     request = running.later()
     engine.wait_for_batch()
-    with pytest.raises(Exception, match="timed out"):
+    with pytest.raises(httpx.ReadTimeout):
         request.result()
     running.client.timeout = 30
     engine.gate.set()
     assert running.generate().status_code == 200
     wait_until(lambda: running.metric("sana_sprint_requests_total", route="/generate", status="499") == 1)
     assert running.metric("sana_sprint_jobs_dropped_total", reason="client_gone") == 0  # it ran
+
+
+def test_a_job_whose_client_left_is_not_run_again_after_its_batch_failed(serve: Serve) -> None:
+    engine = GatedEngine()
+    running = serve(engine)
+    requests = queue_up(running, engine, ["a [[raise]]"])
+    running.client.timeout = 1.0
+    leaving = running.later("leaves")
+    running.wait_for_waiting(2)
+    engine.gate.set()
+    engine.gate.clear()  # the first batch goes, the second is held
+    wait_until(lambda: len(engine.seen) == 2, "the second batch")
+    with pytest.raises(httpx.ReadTimeout):
+        leaving.result()
+    running.client.timeout = 30
+    wait_until(lambda: running.metric("sana_sprint_requests_total", route="/generate", status="499") == 1)
+    engine.gate.set()
+    assert [one.result().status_code for one in requests] == [200, 500]
+    assert prompts_seen(engine) == [["holds the engine"], ["a [[raise]]", "leaves"], ["a [[raise]]"]]
 
 
 def test_a_deadline_covers_the_decoding_of_images(serve: Serve) -> None:

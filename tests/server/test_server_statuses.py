@@ -109,6 +109,10 @@ def test_413_while_a_body_of_unknown_length_streams(serve: Serve) -> None:
 
 def test_413_reaches_a_client_that_sends_everything_first(serve: Serve) -> None:
     running = serve(body_limit_mib=0.01)
+    with connect(running) as connection:
+        connection.sendall(head(content_length=3_000_000) + b" " * 3_000_000)
+        status, _, _ = answer_of(connection)
+    assert status == 413
     is_problem(running.generate("x" * 3_000_000), 413, "body_too_large")
     assert running.generate().status_code == 200
 
