@@ -1,0 +1,268 @@
+"""Load on a server over real HTTP, closed or open loop: latency, throughput, goodput, batches, memory, right pictures.
+
+    python -m bench.load --concurrency 64 --requests 20000 --size 64x64 --check fake -- --backend fake
+    python -m bench.load --rate 200 --seconds 30 --deadline-ms 100 -- --backend fake --fake-delay-ms 5
+    python -m bench.load --url http://127.0.0.1:8000 --concurrency 8 --requests 200 --check judge
+
+Starts its own server with the flags behind `--`, unless --url names one that nobody else uses meanwhile. Prints a
+table, then one JSON document as the last line. Exit code 1 where an answer was lost or a picture is another's.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, get_args
+
+from bench.checks import Check, Outcome, run_check
+from bench.errors import BenchError
+from bench.figures import machine, spread, table
+from bench.served import Served, samples, serving
+from bench.traffic import Order, Record, Traffic
+from distill.evaluate import evaluation_prompts
+from engines.errors import SprintError
+
+WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed
+SETTLE_S = 5.0  # for the server to notice that our connections are closed
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a server tells of itself at one moment."""
+
+    samples: dict[str, float]
+    threads: int | None  # of a server of our own
+
+    @property
+    def files(self) -> int:
+        return int(self.samples["process_open_fds"])
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.samples["process_resident_memory_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    records: list[Record]
+    seconds: float
+    before: State
+    after: State
+    info: dict[str, Any]  # GET /v1/info
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a picture whose order names none."""
+        width, height = self.info["default_size"]
+        return width, height
+
+
+def orders(options: argparse.Namespace, count: int, first_seed: int) -> list[Order]:
+    """Captions of the tiny world in turn, every order with a seed of its own."""
+    prompts = [prompt.text for prompt in evaluation_prompts(options.prompts, seed=options.seed)]
+    width, height = options.size or (None, None)
+    return [
+        Order(
+            prompts[i % len(prompts)],
+            first_seed + i,
+            options.steps,
+            options.format,
+            width,
+            height,
+            options.timeout_ms,
+        )
+        for i in range(count)
+    ]
+
+
+async def run(options: argparse.Namespace, url: str, served: Served | None, spool: BinaryIO) -> Run:
+    """Warm-up, state, load, state."""
+    traffic = Traffic(url, spool, patience_s=options.patience_s)
+    count = options.requests or round(options.rate * options.seconds)
+    warmup = await traffic.closed_loop(orders(options, options.warmup, WARMUP_SEED), options.concurrency or 8)
+    failed = [record for record in warmup if record.status != 200]
+    if failed:
+        raise BenchError(f"warm-up: got {failed[0].status} {failed[0].error}, needed is 200: {failed[0].order}")
+    info = json.loads((await traffic.get("/v1/info")).body)
+    before = await _settled(traffic, served, 0)
+    began = time.perf_counter()
+    if options.rate:
+        records = await traffic.open_loop(orders(options, count, options.seed), options.rate, options.seed)
+    else:
+        records = await traffic.closed_loop(orders(options, count, options.seed), options.concurrency)
+    seconds = time.perf_counter() - began
+    after = await _settled(traffic, served, before.files)
+    spool.flush()
+    await traffic.close()
+    return Run(records, seconds, before, after, info)
+
+
+async def _settled(traffic: Traffic, served: Served | None, files: int) -> State:
+    """The state once our connections are gone: when no more than `files` are open, or after SETTLE_S."""
+    await traffic.close()
+    end = time.perf_counter() + SETTLE_S
+    while True:
+        seen = samples((await traffic.get("/metrics")).body.decode())
+        state = State(seen, served.status("Threads") if served else None)
+        if state.files <= files or time.perf_counter() > end or not files:
+            return state
+        await asyncio.sleep(0.05)
+
+
+def summary(options: argparse.Namespace, flags: Sequence[str], ran: Run, outcome: Outcome) -> dict[str, object]:
+    """The JSON document. Milliseconds, requests a second, bytes."""
+    records, before, after = ran.records, ran.before, ran.after
+    good = [record for record in records if record.status == 200]
+    statuses = Counter(record.status for record in records)
+    in_time = sum(record.seconds * 1000 <= options.deadline_ms for record in good)
+    lost = [record for record in records if record.status == 0]
+    counted = {name: value - before.samples.get(name, 0.0) for name, value in after.samples.items()}
+    batches = counted["sana_sprint_batch_size_count"]
+    hits, misses = (counted[f"sana_sprint_prompt_cache_{name}_total"] for name in ("hits", "misses"))
+    return {
+        "program": "bench.load",
+        "loop": "open" if options.rate else "closed",
+        "options": {name: value for name, value in vars(options).items() if value is not None},
+        "server": list(flags),
+        "engine": {name: ran.info[name] for name in ("checkpoint", "backend", "precision", "device", "max_batch")},
+        "machine": machine(),
+        "requests": len(records),
+        "seconds": round(ran.seconds, 3),
+        "throughput": round(len(good) / ran.seconds, 3),
+        "goodput": round(in_time / ran.seconds, 3),
+        "in_time_share": round(in_time / len(records), 5),
+        "statuses": {str(status): count for status, count in sorted(statuses.items()) if status},
+        "lost": len(lost),
+        "lost_reasons": dict(Counter(record.error for record in lost).most_common(5)),
+        "check": {"kind": options.check, **asdict(outcome)},
+        "latency_ms": spread([1000 * record.seconds for record in good]),
+        "refusal_ms": spread([1000 * record.seconds for record in records if record.status not in (0, 200)]),
+        "overhead_ms": spread([1000 * record.seconds - _engine_ms(record) for record in good]),
+        "stages_ms": {
+            name: spread([record.stages_ms[name] for record in good if name in record.stages_ms])
+            for name in ("queue", "text", "denoise", "decode", "encode", "total")
+        },
+        "generator_late_ms": spread([1000 * record.late for record in records]),
+        "batch": {
+            "count": int(batches),
+            "mean_size": round(counted["sana_sprint_batch_size_sum"] / batches, 3) if batches else None,
+            "padded_slots": int(counted["sana_sprint_batch_padding_total"]),
+        },
+        "prompt_cache_hit_share": round(hits / (hits + misses), 4) if hits + misses else None,
+        "memory_bytes": {
+            "before": int(before.memory_bytes),
+            "after": int(after.memory_bytes),
+            "growth": round(after.memory_bytes / before.memory_bytes - 1, 5),
+        },
+        "open_files": {"before": before.files, "after": after.files},
+        "threads": {"before": before.threads, "after": after.threads},
+        "server_cpu_seconds": round(counted["process_cpu_seconds_total"], 3),
+    }
+
+
+def _engine_ms(record: Record) -> float:
+    """What the engine says that it took; the rest of an answer's time is the server's and the queue's."""
+    return sum(record.stages_ms.get(stage, 0.0) for stage in ("text", "denoise", "decode"))
+
+
+def show(found: dict[str, object]) -> str:
+    """The tables for people."""
+    names = ("latency_ms", "overhead_ms", "refusal_ms", "generator_late_ms")
+    times = {name.replace("_", " ").replace(" ms", ", ms"): found[name] for name in names}
+    stages = found["stages_ms"]
+    assert isinstance(stages, dict)
+    times |= {f"stage {name}, ms": value for name, value in stages.items()}
+    columns = ("p50", "p95", "p99", "mean", "max", "count")
+    rows = [[name, *(value[key] for key in columns)] for name, value in times.items() if isinstance(value, dict)]
+    shown = [
+        *("loop", "requests", "seconds", "throughput", "goodput", "in_time_share", "statuses", "lost", "lost_reasons"),
+        *("batch", "prompt_cache_hit_share", "memory_bytes", "open_files", "threads"),
+    ]
+    facts = [[name, found[name]] for name in shown]
+    check = found["check"]
+    assert isinstance(check, dict)
+    verdict = f"check {check['kind']}: {check['checked']} looked at, {check['wrong']} wrong"
+    return "\n".join(
+        [table(("time", *columns), rows), "", table(("fact", "value"), facts), "", verdict, *check["reasons"]]
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needed is WxH, such as 64x64")
+    return int(found.group(1)), int(found.group(2))
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text}, needed is {least} at least")
+        return int(text)
+
+    return parse
+
+
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and the flags of the server behind `--`. Exits with code 2 where they contradict each other."""
+    own, flags = list(argv), []
+    if "--" in own:
+        cut = own.index("--")
+        own, flags = own[:cut], own[cut + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    positive = _at_least(1)
+    parser.add_argument("--concurrency", type=positive, help="closed loop: clients that wait for their answers")
+    parser.add_argument("--requests", type=positive, help="closed loop: how many in all")
+    parser.add_argument("--rate", type=float, help="open loop: requests a second")
+    parser.add_argument("--seconds", type=float, help="open loop: how long")
+    parser.add_argument("--url", help="a running server, instead of one of our own")
+    parser.add_argument("--size", type=_size, help="WxH of the pictures (default: the checkpoint's)")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--format", default="png", choices=("png", "jpeg", "webp"))
+    parser.add_argument("--prompts", type=positive, default=500, help="different captions (default 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of captions, arrival times and the first picture")
+    parser.add_argument("--timeout-ms", type=positive, help="sent with every request")
+    parser.add_argument("--deadline-ms", type=float, default=1000.0, help="what goodput counts (default 1000)")
+    parser.add_argument("--patience-s", type=float, default=120.0, help="an answer that takes longer is lost")
+    parser.add_argument("--warmup", type=_at_least(0), default=64, help="requests before the run (default 64)")
+    parser.add_argument("--check", default="none", choices=get_args(Check), help="what pictures are held against")
+    parser.add_argument("--check-sample", type=positive, default=32, help="pictures that --check alone makes again")
+    options = parser.parse_args(own)
+    closed = (options.concurrency, options.requests)
+    loops = [all(value is not None for value in pair) for pair in (closed, (options.rate, options.seconds))]
+    if sum(loops) != 1 or sum(value is not None for value in (*closed, options.rate, options.seconds)) != 2:
+        parser.error("needed is either --concurrency and --requests or --rate and --seconds")
+    if options.url and (flags or options.check == "alone"):
+        parser.error("--url takes no flags of a server, and --check alone needs a server of our own")
+    if options.format != "png" and options.check in ("fake", "alone"):
+        parser.error(f"--check {options.check} compares pixels: --format png is needed, got {options.format}")
+    return options, flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, flags = parsed(sys.argv[1:] if argv is None else argv)
+    try:
+        with tempfile.TemporaryFile() as spool:
+            with contextlib.nullcontext() if options.url else serving(flags) as served:
+                ran = asyncio.run(run(options, served.url if served else options.url, served, spool))
+            outcome = run_check(options.check, ran.records, spool.fileno(), ran.size, flags, options.check_sample)
+    except SprintError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    found = summary(options, flags, ran, outcome)
+    print(show(found))
+    print(json.dumps(found))
+    return int(bool(found["lost"]) or (options.check in ("fake", "alone") and outcome.wrong > 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
