@@ -20,6 +20,7 @@ from server.codec import Codec
 from server.edge import Edge, EdgeLimits
 from server.generation import Generation
 from server.keys import ApiKeys
+from server.live import Live
 from server.metrics import Metrics
 from server.service import Service, context_of
 from server.settings import Settings
@@ -78,7 +79,8 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES))
+    live = Live(batcher, codec, metrics, settings)
+    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live)
     app.include_router(routes.router)
     app.include_router(openai_api.router)
     if routes.STATIC.is_dir():

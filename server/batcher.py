@@ -256,6 +256,11 @@ class Reservation:
         self._timer = loop.call_later(self._deadline - time.monotonic(), self._expire)
         return [entry.future for entry in self._entries]
 
+    def replace(self, job: Job) -> bool:
+        """Makes the one job of this reservation another one; False where it is in a batch already."""
+        (entry,) = self._entries
+        return self._queue.replace(entry, job)
+
     def __enter__(self) -> Self:
         return self
 

@@ -5,6 +5,7 @@ has it, one metric and one log line. Plain ASGI; the answer's body is passed on 
 """
 
 import asyncio
+import base64
 import contextlib
 import logging
 import re
@@ -40,6 +41,8 @@ SCHEMA_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # 
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+
+KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a page's websocket can set no header
 
 SMALL_BODY = 64 * 1024  # an unread body of at most this is read before an early answer, so that the connection can stay
 LINGER_S = 2.0  # after an early answer to a larger one, how long and
@@ -81,10 +84,14 @@ class Edge:
             await self._http(scope, receive, send)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        context = _context(headers)
+        scope.setdefault("state", {})["context"] = context
         try:
-            self._authorize(scope["path"], Headers(scope=scope))
+            self._authorize(scope["path"], headers, _offered_key(scope))
         except UnauthorizedError as error:
-            await send({"type": "websocket.close", "code": 1008, "reason": error.detail})
+            answer = problems.response(error, path=scope["path"], request_id=context.request_id)
+            await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -109,9 +116,9 @@ class Edge:
         finally:
             self._record(scope, exchange)
 
-    def _authorize(self, path: str, headers: Headers) -> None:
+    def _authorize(self, path: str, headers: Headers, offered: str | None = None) -> None:
         if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
-            self._keys.check(headers.get("authorization"))
+            self._keys.check(headers.get("authorization", offered))
 
     async def _answer(self, error: RequestError, scope: Scope, exchange: "_Exchange") -> None:
         if exchange.started:
@@ -261,6 +268,16 @@ def content_length(headers: Headers) -> int | None:
     """What the head announces; None where it does not. More than 18 digits are cut: too much is too much."""
     value = headers.get("content-length", "")
     return int(value[:18]) if value.isascii() and value.isdigit() else None
+
+
+def _offered_key(scope: Scope) -> str | None:
+    """An Authorization header made of the subprotocol in which a page offers its key: it cannot set the header."""
+    for name in scope["subprotocols"]:
+        if name.startswith(KEY_SUBPROTOCOL):
+            encoded = name.removeprefix(KEY_SUBPROTOCOL)
+            with contextlib.suppress(ValueError):
+                return "Bearer " + base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+    return None
 
 
 def _is_page(path: str) -> bool:

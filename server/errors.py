@@ -2,18 +2,19 @@
 
     SprintError
     ├── SettingsError            a flag or an environment variable is unknown or has a bad value; the start stops
-    └── RequestError             a request is answered with `status`, a `code` for programs and a sentence for people
-        ├── UnauthorizedError        401  API keys are set and the request carries none of them
-        ├── HttpError                404, 405 and the rest of plain HTTP: routing raises these
-        ├── SlowBodyError            408  the body did not arrive in time
-        ├── BodyTooLargeError        413  the body is over the limit; it was not read whole
-        ├── MediaTypeError           415  the body is of another type than the route reads
-        ├── InvalidError             422  a value is not allowed; `faults` name field, value and what is allowed
-        ├── QueueFullError           429  refused at once, with the seconds after which a retry makes sense
-        ├── ClientGoneError          499  the client left; logged and counted, never sent
-        ├── EngineError              500  the engine failed on this job
-        ├── UnavailableError         503  not ready yet, draining, or the engine does not answer
-        └── DeadlineError            504  the deadline passed before the job ran
+    ├── RequestError             a request is answered with `status`, a `code` for programs and a sentence for people
+    │   ├── UnauthorizedError        401  API keys are set and the request carries none of them
+    │   ├── HttpError                404, 405 and the rest of plain HTTP: routing raises these
+    │   ├── SlowBodyError            408  the body did not arrive in time
+    │   ├── BodyTooLargeError        413  the body is over the limit; it was not read whole
+    │   ├── MediaTypeError           415  the body is of another type than the route reads
+    │   ├── InvalidError             422  a value is not allowed; `faults` name field, value and what is allowed
+    │   ├── QueueFullError           429  refused at once, with the seconds after which a retry makes sense
+    │   ├── ClientGoneError          499  the client left; logged and counted, never sent
+    │   ├── EngineError              500  the engine failed on this job
+    │   ├── UnavailableError         503  not ready yet, draining, or the engine does not answer
+    │   └── DeadlineError            504  the deadline passed before the job ran
+    └── SessionEndError          the server ends a live session, with a close code
 
 Exit codes of `python -m server`, so that an orchestrator can tell the cases apart, stand below.
 """
@@ -31,6 +32,13 @@ EXIT_HANG = 70  # a batch ran longer than --hang-limit-s
 EXIT_ENGINE = 71  # the engine fails on its own warm-up job, or its thread died
 
 CLIENT_GONE = 499
+
+# Close codes of WS /v1/live: of RFC 6455 where it has one.
+CLOSE_SLOW = 1008
+CLOSE_ENGINE = 1011
+CLOSE_RESTART = 1012
+CLOSE_BUSY = 1013
+CLOSE_IDLE = 4408
 
 SIZE_FIELDS = ("width", "height", "width x height", "size")
 
@@ -143,3 +151,13 @@ class UnavailableError(RequestError):
 class DeadlineError(RequestError):
     status = 504
     code = "deadline_exceeded"
+
+
+class SessionEndError(SprintError):
+    """A live session is over: `code` for programs, a sentence for people, a close code for the websocket."""
+
+    def __init__(self, code: str, detail: str, close_code: int) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.close_code = close_code

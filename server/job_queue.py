@@ -82,6 +82,22 @@ class JobQueue:
             self._shrink(entry.job.key, group, 1)
             return True
 
+    def replace(self, entry: Entry, job: Job) -> bool:
+        """Makes a job that still waits another one, in its place. False where it is in a batch, or gone, already."""
+        with self._filled:
+            key = entry.job.key
+            group = self._waiting.get(key)
+            if group is None or entry.place not in group:
+                return False
+            if job.key != key:
+                del group[entry.place]
+                if not group:
+                    del self._waiting[key]
+                joined = self._waiting.get(job.key, {}) | {entry.place: entry}
+                self._waiting[job.key] = OrderedDict(sorted(joined.items()))
+            entry.job = job
+            return True
+
     def release(self, *, unused: int, jobs: int) -> None:
         """Gives back `jobs` slots, `unused` of which never queued a job."""
         with self._filled:

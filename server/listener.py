@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.live_messages import MAX_DRAWING
 from server.problems import MEDIA_TYPE
 from server.service import Service
 from server.settings import Settings
@@ -23,6 +24,7 @@ from server.settings import Settings
 HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
 HEAD_S = 30.0  # from the connection, or from the first byte of a head, to its end
 UNREAD_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
+LIVE_SEND_BYTES = 128 * 1024  # of the kernel, for each websocket
 KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
 
 logger = logging.getLogger("server")
@@ -60,6 +62,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         if not self._head_open:
             self._begin_head()
+
+    def handle_websocket_upgrade(self) -> None:
+        # What waits in the kernel for a slow reader is old by the time it is read: little may.
+        listening = self.transport.get_extra_info("socket")
+        if listening is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LIVE_SEND_BYTES)
+        super().handle_websocket_upgrade()
 
     def on_headers_complete(self) -> None:
         self._end_head()
@@ -127,6 +136,7 @@ class DrainingServer(uvicorn.Server):
         logger.info("draining: at most %g s", settings.drain_limit_s)
         await asyncio.sleep(settings.drain_delay_s)
         batcher = self._service.batcher
+        self._service.live.drain()
         await batcher.drain()
         # What is left is to send answers to slow readers.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(batcher.drain_left_s))
@@ -152,6 +162,9 @@ def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=BoundedProtocol,
+        ws="websockets-sansio",
+        ws_max_size=MAX_DRAWING,
+        ws_per_message_deflate=False,  # pictures and drawings are compressed already
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -19,6 +19,7 @@ class Metrics:
     """The instruments, and `exposition` to read them."""
 
     def __init__(self, *, request_buckets: Iterable[float], stage_buckets: Iterable[float]) -> None:
+        request_bounds = tuple(request_buckets)
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
@@ -28,7 +29,7 @@ class Metrics:
             "sana_sprint_request_duration_seconds",
             "From the first byte of a request's head to the last byte of its answer.",
             ("route",),
-            buckets=tuple(request_buckets),
+            buckets=request_bounds,
             registry=self.registry,
         )
         self.stage_seconds = Histogram(
@@ -62,6 +63,23 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self.live_sessions = Gauge("sana_sprint_live_sessions", "Open live sessions.", registry=self.registry)
+        self.live_ended = Counter(
+            "sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",), registry=self.registry
+        )
+        self.live_seconds = Histogram(
+            "sana_sprint_live_picture_duration_seconds",
+            "From the receipt of the newest drawing or setting that a picture shows to the picture's departure.",
+            buckets=request_bounds,
+            registry=self.registry,
+        )
+        self.live_dropped = Counter(
+            "sana_sprint_live_drawings_dropped",
+            "Drawings that were never shown, because a newer one came.",
+            registry=self.registry,
+        )
+        for reason in ("client", "idle", "slow", "draining", "too_many_sessions"):
+            self.live_ended.labels(reason)
         for reason in ("client_gone", "deadline", "draining", "queue_full"):
             self.dropped.labels(reason)
         for kind in ("error", "out_of_memory", "output", "hang"):

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.websockets import WebSocket
 
 from server import __version__, openapi_doc
 from server import metrics as exposition
@@ -90,6 +91,12 @@ async def info(request: Request) -> Response:
             "timeout_ms": service.settings.timeout_ms,
         }
     )
+
+
+@router.websocket("/v1/live")
+async def live_drawing(socket: WebSocket) -> None:
+    """Pictures of drawings, while they are drawn: docs/live.md."""
+    await service_of(socket).live.serve(socket, context_of(socket))
 
 
 @router.get("/", include_in_schema=False)

@@ -36,8 +36,8 @@ IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 STREAM_SCHEMA: JsonDict = {"const": False}
 
 
-class Options(BaseModel):
-    """What both POST /generate and the OpenAI routes understand."""
+class Sampling(BaseModel):
+    """What every way to ask for a picture understands."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -48,6 +48,11 @@ class Options(BaseModel):
     height: Whole | None = Field(None, description="Null: the checkpoint's.", json_schema_extra=SIZE_SCHEMA)
     output_format: ImageFormat = "png"
     output_quality: Whole = Field(90, ge=1, le=100, description="For jpeg and webp.")
+
+
+class Options(Sampling):
+    """What both POST /generate and the OpenAI routes understand."""
+
     image: str | None = Field(
         None,
         max_length=MAX_BASE64,

@@ -8,6 +8,7 @@ from server.batcher import Batcher
 from server.codec import Codec
 from server.edge import RequestContext
 from server.generation import Generation
+from server.live import Live
 from server.metrics import Metrics
 from server.settings import Settings
 from server.uploads import Uploads
@@ -21,6 +22,7 @@ class Service:
     codec: Codec
     generation: Generation
     uploads: Uploads
+    live: Live
 
 
 def service_of(connection: HTTPConnection) -> Service:

@@ -133,6 +133,8 @@ class Settings:
         0.0, number(0, 3600), "after SIGTERM, go on listening at least this long, so that a balancer sees 503"
     )
     drain_limit_s: float = setting(30.0, number(0, 3600), "after SIGTERM, answer what was accepted within this time")
+    live_sessions: int = setting(64, whole(1, 100_000), "most people who may draw at the same time, on /v1/live")
+    live_idle_s: float = setting(120.0, number(0.05, 86_400), "a live session without a message for so long ends")
     cors_origins: tuple[str, ...] = setting((), origins(), "origins whose pages may call this server; none by default")
     log_format: str = setting("text", one_of("text", "json"), "how log lines look")
     log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "least severe line that is logged")
