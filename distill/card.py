@@ -28,7 +28,7 @@ CARD = """# {name}: a SANA-Sprint checkpoint small enough to ship
 
 {size}x{size} pictures of coloured shapes on plain backgrounds, in one to four steps, from a network with the
 published architecture (linear attention, QK-norm, guidance embedding, an f32c32 autoencoder, a Gemma-2 text encoder) at
-a width of {width}. It is what the server runs out of the box and what its tests judge. Licence: Apache-2.0, as the code.
+a width of {width}. It is what the server runs out of the box and what its tests judge. Licence: Apache-2.0.
 
 ![held-out prompts, one step](samples.png)
 
