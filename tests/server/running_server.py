@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -64,7 +64,6 @@ class Running:
     server: uvicorn.Server
     left: list[int]  # exit codes that it would have left with
     client: httpx.Client
-    background: list[threading.Thread] = field(default_factory=list)
 
     def generate(self, prompt: str = "a red circle", **body: Any) -> httpx.Response:
         return self.client.post("/generate", json={"prompt": prompt, "width": 64, "height": 64} | body)

@@ -152,7 +152,9 @@ def test_numbers_that_are_none_are_refused(plain: Running, constant: str) -> Non
 
 def test_a_seed_too_large_for_its_last_image_is_refused(plain: Running) -> None:
     assert plain.generate(seed=MAX_SEED - 1, num_images=2).status_code == 200
-    assert fault_fields(plain.generate(seed=MAX_SEED, num_images=2)) == ["seed"]
+    answer = plain.generate(seed=MAX_SEED, num_images=2)
+    assert fault_fields(answer) == ["seed"]
+    assert f"for 2 images, allowed: 0 to {MAX_SEED - 1}" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("size", [(100, 64), (64, 0), (-32, 64), (4096, 64), (10**30, 64)])

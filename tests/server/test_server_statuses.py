@@ -110,6 +110,7 @@ def test_413_while_a_body_of_unknown_length_streams(serve: Serve) -> None:
 def test_413_reaches_a_client_that_sends_everything_first(serve: Serve) -> None:
     running = serve(body_limit_mib=0.01)
     with connect(running) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that the kernel cannot take it all
         connection.sendall(head(content_length=3_000_000) + b" " * 3_000_000)
         status, _, _ = answer_of(connection)
     assert status == 413
