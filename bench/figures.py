@@ -1,7 +1,9 @@
 """Figures of a measurement: percentiles, tables for people, and the machine that they hold for."""
 
+import argparse
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -45,6 +47,14 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "-" if value is None else str(value)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height from N or WxH, for argparse."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needed is N or WxH, such as 512 or 640x384")
+    return int(found.group(1)), int(found.group(2) or found.group(1))
 
 
 def machine() -> dict[str, object]:

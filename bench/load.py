@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import re
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO, get_args
 
 from bench.checks import Check, Outcome, run_check
 from bench.errors import BenchError
-from bench.figures import machine, spread, table
+from bench.figures import machine, parse_size, spread, table
 from bench.served import Served, samples, serving
 from bench.traffic import Order, Record, Traffic
 from distill.evaluate import evaluation_prompts
@@ -194,13 +193,6 @@ def show(found: dict[str, object]) -> str:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"got {text!r}, needed is WxH, such as 64x64")
-    return int(found.group(1)), int(found.group(2))
-
-
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if int(text) < least:
@@ -225,7 +217,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rate", type=float, help="open loop: requests a second")
     parser.add_argument("--seconds", type=float, help="open loop: how long")
     parser.add_argument("--url", help="a running server, instead of one of our own")
-    parser.add_argument("--size", type=_size, help="WxH of the pictures (default: the checkpoint's)")
+    parser.add_argument("--size", type=parse_size, help="N or WxH of the pictures (default: the checkpoint's)")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--format", default="png", choices=("png", "jpeg", "webp"))
     parser.add_argument("--prompts", type=positive, default=500, help="different captions (default 500)")

@@ -140,12 +140,16 @@ class Checkpoint:
         return tokenizer
 
 
-def open_checkpoint(name: str, decoder: str | None = None) -> Checkpoint:
-    """Finds the checkpoint `name` (downloading it if it is on the hub) and reads its configs.
+def open_checkpoint(name: str | Checkpoint, decoder: str | None = None) -> Checkpoint:
+    """Finds the checkpoint `name` (downloading it if it is on the hub) and reads its configs; one that is open already
+    is taken as it is.
 
     decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. Raises CheckpointError.
     """
-    checkpoint = _random(name) if name.startswith("random:") else _from_folder(name, find_folder(name))
+    if isinstance(name, Checkpoint):
+        checkpoint = name
+    else:
+        checkpoint = _random(name) if name.startswith("random:") else _from_folder(name, find_folder(name))
     if decoder is None:
         return checkpoint
     if not isinstance(checkpoint.weights, FolderWeights):
