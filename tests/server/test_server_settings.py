@@ -27,6 +27,8 @@ GOOD: dict[str, tuple[str, Any]] = {
     "hang_limit_s": ("9.5", 9.5),
     "drain_delay_s": ("1", 1.0),
     "drain_limit_s": ("0", 0.0),
+    "live_sessions": ("5", 5),
+    "live_idle_s": ("7.5", 7.5),
     "cors_origins": ("https://a.example, http://b.example:81", ("https://a.example", "http://b.example:81")),
     "log_format": ("json", "json"),
     "log_level": ("warning", "warning"),
