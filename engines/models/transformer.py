@@ -7,7 +7,7 @@ models/transformers/sana_transformer.py; self-attention after SanaLinearAttnProc
 Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, H heads of d, D = H*d.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -99,6 +99,24 @@ SPRINT_0_6B = TransformerConfig(
     guidance_embeds=True,
     qk_norm="rms_norm_across_heads",
 )
+
+
+# (index of a block, its output [B, N, D]) -> what the next block reads.
+Inject = Callable[[int, Tensor], Tensor]
+
+
+def after_next_block(residuals: Sequence[Tensor]) -> Inject:
+    """Adds the i-th residual to the output of block i + 1, as diffusers' SanaTransformer2DModel does."""
+
+    def inject(index: int, x: Tensor) -> Tensor:
+        return x + residuals[index - 1] if 0 < index <= len(residuals) else x
+
+    return inject
+
+
+def attention_bias(text_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask [B, T], 1 keeps a token and 0 drops it, as what is added to attention scores: [B, 1, 1, T]."""
+    return ((1 - text_mask.to(dtype)) * -10000.0)[:, None, None, :]
 
 
 class Projections(nn.Module):
@@ -213,18 +231,16 @@ class SprintTransformer(nn.Module):
         modulation: Tensor,
         embedded: Tensor,
         text_mask: Tensor | None = None,
-        control: Sequence[Tensor] | None = None,
+        inject: Inject | None = None,
     ) -> Tensor:
         """As `forward`, from the results of `project_text` and `conditioning`."""
-        bias = None
-        if text_mask is not None:  # 1 keeps a token, 0 drops it: [B, 1, 1, T]
-            bias = ((1 - text_mask.to(latent.dtype)) * -10000.0)[:, None, None, :]
+        bias = None if text_mask is None else attention_bias(text_mask, latent.dtype)
         size = (latent.shape[-2], latent.shape[-1])
         x: Tensor = self.patch_embed(latent)
         for index, block in enumerate(self.transformer_blocks):
             x = block(x, projected, modulation, bias, size)
-            if control is not None and 0 < index <= len(control):
-                x = x + control[index - 1]
+            if inject is not None:
+                x = inject(index, x)
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
         return torch.unflatten(x.transpose(1, 2), 2, size)
@@ -245,4 +261,5 @@ class SprintTransformer(nn.Module):
         control: residuals [B, N, D], the i-th added to the output of block i + 1.
         """
         modulation, embedded = self.conditioning(timestep, guidance)
-        return self.velocity(latent, self.project_text(text), modulation, embedded, text_mask, control)
+        inject = None if control is None else after_next_block(control)
+        return self.velocity(latent, self.project_text(text), modulation, embedded, text_mask, inject)

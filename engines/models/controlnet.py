@@ -1,0 +1,149 @@
+"""ControlNet on the Sprint transformer: copies of its first blocks turn the latent of a drawing into residuals.
+
+Parameter names are those of diffusers' SanaControlNetModel, whose layout is loaded as it is; the keys guidance_embeds,
+qk_norm and injection of its config.json are ours, since upstream's has no Sprint. Two graphs are published for the same
+weights, and they differ (n copies, x is what the transformer computes, h the drawing through the patch embedding):
+
+    diffusers  c = patches(x) + input(h);  c = copy_i(c);  zero_i(c) is added to the output of block i + 1
+    nvlabs     c = block_0(patches(x)) + input(h), h without positions;  zero_i(c) is added to the output of block i
+
+Sources: paper 3.4; diffusers models/controlnets/controlnet_sana.py; NVlabs sana_multi_scale_controlnet.py.
+
+Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from engines.models.embeddings import MLP, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
+from engines.models.layers import RMSNorm
+from engines.models.transformer import (
+    Block,
+    SprintTransformer,
+    TransformerConfig,
+    after_next_block,
+    attention_bias,
+)
+
+Injection = Literal["diffusers", "nvlabs"]
+
+_LAYERS = 7  # upstream's default
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """The copied blocks in numbers (`copies.num_layers` of them), and which graph the weights were trained in."""
+
+    copies: TransformerConfig
+    injection: Injection = "diffusers"
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, object]) -> "ControlConfig":
+        """Reads a diffusers controlnet/config.json. Raises ValueError, naming the key, for what is not supported."""
+        given = {"num_layers": _LAYERS, **config}
+        injection = given.pop("injection", "diffusers")
+        if injection not in get_args(Injection):
+            raise ValueError(f"injection: got {injection!r}, supported: {', '.join(get_args(Injection))}")
+        return cls(TransformerConfig.from_dict(given), cast(Injection, injection))
+
+    def to_dict(self) -> dict[str, object]:
+        """The config.json that `from_dict` reads back."""
+        return {**self.copies.to_dict(), "_class_name": "SanaControlNetModel", "injection": self.injection}
+
+
+class ControlNet(nn.Module):
+    """The copied blocks with their own embeddings, and the projections that begin as zero."""
+
+    def __init__(self, config: ControlConfig):
+        super().__init__()
+        self.config = config
+        copies = config.copies
+        self.patch_embed = PatchEmbed(copies.in_channels, copies.dim, copies.sample_size, copies.interpolation_scale)
+        self.time_embed = TimeGuidanceEmbed(copies.dim) if copies.guidance_embeds else TimeEmbed(copies.dim)
+        self.caption_projection = MLP(copies.caption_channels, copies.dim, nn.GELU(approximate="tanh"))
+        self.caption_norm = RMSNorm(copies.dim)
+        self.transformer_blocks = nn.ModuleList(Block(copies) for _ in range(copies.num_layers))
+        self.input_block = nn.Linear(copies.dim, copies.dim)
+        self.controlnet_blocks = nn.ModuleList(nn.Linear(copies.dim, copies.dim) for _ in range(copies.num_layers))
+
+    @classmethod
+    def of(cls, transformer: SprintTransformer, copies: int, injection: Injection = "diffusers") -> "ControlNet":
+        """As training begins: the transformer's first blocks and embeddings, copied, and projections of zero."""
+        own = cls(ControlConfig(replace(transformer.config, num_layers=copies), injection))
+        theirs = transformer.state_dict()
+        weights = {name: theirs.get(name, torch.zeros_like(value)) for name, value in own.state_dict().items()}
+        own.load_state_dict(weights)
+        return own
+
+    def residuals(
+        self,
+        x: Tensor,
+        control: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> list[Tensor]:
+        """One residual [B, N, D] for each copy.
+
+        x: the noisy latent [B, C, h, w] ("diffusers"), or the tokens [B, N, D] behind the transformer's first block
+        ("nvlabs"); control: the drawing's latent [B, C, h, w]; the rest as in SprintTransformer.forward.
+        """
+        if not self.config.copies.guidance_embeds:
+            guidance = None
+        modulation, _ = self.time_embed(timestep, guidance)
+        modulation = torch.unflatten(modulation, 1, (6, -1))
+        projected = self.caption_norm(self.caption_projection(text))
+        bias = None if text_mask is None else attention_bias(text_mask, text.dtype)
+        if self.config.injection == "diffusers":
+            x, hint = self.patch_embed(x), self.patch_embed(control)
+        else:
+            hint = self.patch_embed.proj(control).flatten(2).transpose(1, 2)
+        x = x + self.input_block(hint)
+        found = []
+        for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
+            x = block(x, projected, modulation, bias, (control.shape[-2], control.shape[-1]))
+            found.append(project(x))
+        return found
+
+
+class ControlledTransformer(nn.Module):
+    """Transformer and ControlNet as one module, which a backend executes in one graph."""
+
+    def __init__(self, transformer: SprintTransformer, controlnet: ControlNet):
+        super().__init__()
+        self.transformer = transformer
+        self.controlnet = controlnet
+
+    def forward(
+        self,
+        latent: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        text_mask: Tensor | None,
+        control: Tensor,
+        control_scale: Tensor,
+    ) -> Tensor:
+        """The flow velocity v [B, C, h, w]. control: the drawing's latent [B, C, h, w]; control_scale [B], 0 gives what
+        the transformer gives alone, to the bit; the rest as in SprintTransformer.forward."""
+        base, scale = self.transformer, control_scale.to(latent.dtype)[:, None, None]
+        modulation, embedded = base.conditioning(timestep, guidance)
+
+        def residuals(x: Tensor) -> list[Tensor]:
+            found = self.controlnet.residuals(x, control, text, timestep, guidance, text_mask)
+            return [residual * scale for residual in found]
+
+        def after_own_block(index: int, x: Tensor) -> Tensor:
+            if index == 0:
+                made.extend(residuals(x))
+            return x + made[index] if index < len(made) else x
+
+        made: list[Tensor] = []
+        diffusers = self.controlnet.config.injection == "diffusers"
+        inject = after_next_block(residuals(latent)) if diffusers else after_own_block
+        return base.velocity(latent, base.project_text(text), modulation, embedded, text_mask, inject)
