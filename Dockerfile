@@ -25,6 +25,7 @@ WORKDIR /app
 COPY LICENSE ./
 COPY engines engines
 COPY server server
+COPY models models
 COPY deploy/healthcheck.py deploy/healthcheck.py
 # One user without a name or a shell; two folders that outlive the container; the rest may be read-only.
 RUN /venv/bin/python -m compileall -q engines server \
