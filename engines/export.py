@@ -51,9 +51,7 @@ def export_onnx(
         import onnx  # noqa: F401  # torch imports it late, with a message of its own
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise BuildError(
-            f"export: the package {error.name} is missing; pip install 'sana-sprint-server[build]'"
-        ) from error
+        raise BuildError(f"export: the package {error.name} is missing; pip install '.[build]'") from error
     from torch.onnx import OnnxExporterError
 
     try:
@@ -66,12 +64,14 @@ def export_onnx(
                 dynamic_shapes=_open_batch(inputs),
                 output_names=list(OUTPUTS[name]),
                 opset_version=OPSET,
+                optimize=False,  # see _fold
                 custom_translation_table=dict(translations) if translations else None,
                 verbose=False,
             )
     except OnnxExporterError as error:
         raise BuildError(f"export: {name} cannot be written as ONNX: {_cause(error)}") from error
     assert program is not None
+    _fold(program.model)
     program.save(str(path))
 
 
@@ -79,6 +79,21 @@ def onnx_files(path: Path) -> Sequence[Path]:
     """The graph and, where the weights lie beside it, their file."""
     data = path.with_name(path.name + ".data")
     return [path, data] if data.exists() else [path]
+
+
+def _fold(model: Any) -> None:
+    """Constants computed, helpers inlined, dead nodes removed; and no more.
+
+    torch's own `optimize` would also run onnxscript's rewrite rules, one of which takes any constant below 1e-8 for a
+    zero and drops "x + 1e-15" (onnxscript/rewriter/_pattern_ir.py, abs_tol): linear attention then divides 0 by 0
+    wherever no feature of a query is positive.
+    """
+    from onnxscript import optimizer
+
+    with quiet():
+        optimizer.inline(model)
+        optimizer.fold_constants(model)
+        optimizer.remove_unused_nodes(model)
 
 
 @contextmanager

@@ -1,31 +1,41 @@
 """From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from engines.artifacts import load_artifacts
+from engines.backends.compiled import compiled
 from engines.backends.eager import eager
-from engines.backends.spec import Backend, ModuleSpec
+from engines.backends.spec import Backend, ModuleName, ModuleSpec
+from engines.buckets import powers_of_two
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import BackendError, CheckpointError
+from engines.manifest import read_manifest
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.models.text_encoder import TextEncoder
 from engines.pipeline import LatentSpace, Modules, SprintEngine
-from engines.prompt import INSTRUCTION, PromptTokenizer
 from engines.sampler import Schedule
-from engines.text_stage import EmbeddingCache, TextStage
+from engines.text_stage import load_text_stage
 from engines.types import Engine, EngineInfo, Limits
 
-# A further backend enters here, by the name that --backend takes.
-BACKENDS: Mapping[str, Backend] = {"eager": eager}
+# By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
+BACKENDS: Mapping[str, Backend] = {"eager": eager, "compiled": compiled}
+ARTIFACT_BACKENDS: Mapping[str, str] = {
+    "openvino": "python build_engine.py --gpu cpu",
+    "tensorrt": "python build_engine.py --gpu native",
+}
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_engine(
-    model: str,
+    model: str | Checkpoint,
     *,
     engine_dir: str | None = None,
     backend: str = "auto",
@@ -37,53 +47,109 @@ def load_engine(
 ) -> Engine:
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
-    engine_dir: built artifacts; precision: fp32 or bf16; device: cpu or cuda; None lets the machine decide. decoder:
-    another autoencoder with the same latents; schedule: see engines.sampler.angles_for.
-    Raises CheckpointError, BackendError.
+    engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
+    fp32 or bf16, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another autoencoder
+    with the same latents; schedule: see engines.sampler.angles_for.
+    Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
-    backend = _backend(backend, engine_dir, reasons)
+    if engine_dir is not None:
+        return _load_built(Path(engine_dir), model, backend, max_batch, precision, device, decoder, schedule)
+    backend = _backend(backend, reasons)
     place = _device(device, reasons)
     precision = _precision(precision, place, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
     checkpoint = open_checkpoint(model, decoder)
     limits = _limits(checkpoint, max_batch)
 
-    settings, config = checkpoint.settings, checkpoint.transformer
-    instruction = INSTRUCTION if settings.instruction else ""
-    tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
-    encoder = TextEncoder(checkpoint.load_text_body(dtype, place), tokenizer.prefix)
+    def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
+        sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
+        spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, checkpoint.autoencoder.compression)
+        return execute(module, spec)
+
+    text = load_text_stage(checkpoint, dtype, place)
     transformer = checkpoint.load_transformer(dtype, place)
     autoencoder = checkpoint.load_autoencoder(dtype, place)
     modules = Modules(
-        TextStage(tokenizer, encoder, EmbeddingCache()),
-        execute(transformer, ModuleSpec("transformer", dtype, place, max_batch)),
-        execute(PixelDecoder(autoencoder), ModuleSpec("decoder", dtype, place, max_batch)),
-        execute(PixelEncoder(autoencoder), ModuleSpec("encoder", dtype, place, max_batch)),
+        text,
+        prepared("transformer", transformer),
+        prepared("decoder", PixelDecoder(autoencoder)),
+        prepared("encoder", PixelEncoder(autoencoder)),
     )
-    compression = checkpoint.autoencoder.compression
-    space = LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, place)
-    info = EngineInfo(
-        checkpoint=model,
+    info = _info(checkpoint, backend, precision, place, reasons)
+    buckets = powers_of_two(max_batch) if backend == "compiled" else ()
+    return SprintEngine(modules, _space(checkpoint, dtype, place), info, limits, schedule, buckets)
+
+
+def _load_built(
+    folder: Path,
+    model: str | Checkpoint,
+    backend: str,
+    max_batch: int,
+    precision: str | None,
+    device: str | None,
+    decoder: str | None,
+    schedule: Schedule,
+) -> Engine:
+    """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
+    manifest = read_manifest(folder)
+    if backend not in ("auto", manifest.backend):
+        raise BackendError(f"backend: got {backend!r}, and the engines in {folder} are of {manifest.backend!r}")
+    if precision not in (None, manifest.precision):
+        raise BackendError(f"precision: got {precision!r}, and the engines in {folder} are {manifest.precision}")
+    reasons = {"backend": f"{manifest.backend}: what {folder} was built for", "precision": "that of the built engines"}
+    if manifest.backend == "openvino" and device is None:
+        device = "cpu"
+    place = _device(device, reasons)
+    checkpoint = open_checkpoint(model, decoder)
+    loaded = load_artifacts(folder, checkpoint, place)
+    text_dtype = torch.float32 if place.type == "cpu" else torch.bfloat16  # fp16 overflows in Gemma
+    modules = Modules(
+        load_text_stage(checkpoint, text_dtype, place), loaded.transformer, loaded.decoder, loaded.encoder
+    )
+    largest = max(manifest.batches)
+    default = checkpoint.settings.default_size
+    limits = replace(
+        _limits(checkpoint, min(max_batch, largest)),
+        sizes=manifest.sizes,
+        default_size=default if default in manifest.sizes else manifest.sizes[-1],
+    )
+    reasons["batch"] = f"{limits.max_batch}: asked for {max_batch}, built for {largest}"
+    info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
+    info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
+    return SprintEngine(modules, _space(checkpoint, loaded.dtype, place), info, limits, schedule, manifest.batches)
+
+
+def _info(
+    checkpoint: Checkpoint, backend: str, precision: str, device: torch.device, reasons: dict[str, str]
+) -> EngineInfo:
+    return EngineInfo(
+        checkpoint=checkpoint.name,
         backend=backend,
         precision=precision,
-        device=_device_name(place),
+        device=_device_name(device),
         versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
         reasons=reasons,
-        guidance_trained=settings.guidance_trained,
-        max_prompt_tokens=settings.max_prompt_tokens,
+        guidance_trained=checkpoint.settings.guidance_trained,
+        max_prompt_tokens=checkpoint.settings.max_prompt_tokens,
     )
-    return SprintEngine(modules, space, info, limits, schedule)
 
 
-def _backend(asked: str, engine_dir: str | None, reasons: dict[str, str]) -> str:
-    if engine_dir is not None:
-        raise BackendError(f"engine: got {engine_dir!r}, and no backend of {', '.join(BACKENDS)} runs built artifacts")
+def _space(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LatentSpace:
+    config, compression = checkpoint.transformer, checkpoint.autoencoder.compression
+    return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
+
+
+def _backend(asked: str, reasons: dict[str, str]) -> str:
     if asked == "auto":
         reasons["backend"] = "eager: the one that runs everywhere; no built engine was given"
         return "eager"
+    if asked in ARTIFACT_BACKENDS:
+        raise BackendError(
+            f"backend: {asked} runs built engines; build them with {ARTIFACT_BACKENDS[asked]} and give --engine DIR"
+        )
     if asked not in BACKENDS:
-        raise BackendError(f"backend: got {asked!r}, allowed auto, {', '.join(BACKENDS)}")
+        raise BackendError(f"backend: got {asked!r}, allowed auto, {', '.join((*BACKENDS, *ARTIFACT_BACKENDS))}")
     reasons["backend"] = f"{asked}: asked for"
     return asked
 

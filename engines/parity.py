@@ -59,7 +59,14 @@ GATES: Mapping[str, Gate] = {
     "fp32": Gate(relative=1e-4, levels=1),
     "fp16": Gate(sqnr_db=55, psnr_db=45),
     "bf16": Gate(sqnr_db=35, psnr_db=35),
-    "fp8": Gate(sqnr_db=25, psnr_db=30),
+    "fp8": Gate(sqnr_db=25),
+}
+# Of transformer and decoder in a row.
+PICTURE_GATES: Mapping[str, Gate] = {
+    "fp32": Gate(levels=2),
+    "fp16": Gate(psnr_db=40),
+    "bf16": Gate(psnr_db=35),
+    "fp8": Gate(psnr_db=20),
 }
 
 

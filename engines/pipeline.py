@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.buckets import smallest_fitting
 from engines.errors import JobError, OutOfMemoryError, OutputError
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix, sample
 from engines.text_stage import TextStage, join
@@ -43,10 +44,17 @@ class SprintEngine:
     """Text in, pixels out, by the modules it is given."""
 
     def __init__(
-        self, modules: Modules, space: LatentSpace, info: EngineInfo, limits: Limits, schedule: Schedule = "paper"
+        self,
+        modules: Modules,
+        space: LatentSpace,
+        info: EngineInfo,
+        limits: Limits,
+        schedule: Schedule = "paper",
+        buckets: tuple[int, ...] = (),
     ):
+        """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is."""
         self._modules, self._space, self._schedule = modules, space, schedule
-        self._info, self._limits = info, limits
+        self._info, self._limits, self._buckets = info, limits, buckets
 
     @property
     def info(self) -> EngineInfo:
@@ -57,8 +65,10 @@ class SprintEngine:
         return self._limits
 
     def warmup(self) -> None:
-        width, height = self._limits.default_size
-        self.generate([Job("", seed=0, width=width, height=height)])
+        sizes = self._limits.sizes if self._buckets else ()
+        for width, height in sizes or (self._limits.default_size,):
+            for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
+                self.generate([Job("", seed=0, width=width, height=height)] * count)
 
     def memory_bytes(self) -> Mapping[str, int]:
         """See engines.types.ReportsMemory; nothing without a GPU."""
@@ -112,8 +122,9 @@ class SprintEngine:
             bad = [f"seed {job.seed}" for job, fine in zip(jobs, sound, strict=True) if not fine]
             raise OutputError(f"the decoder gave NaN or infinity for {', '.join(bad)} of a batch of {len(jobs)}")
         stages = StageSeconds(*watch.laps())
+        bucket = smallest_fitting(len(jobs), self._buckets) if self._buckets else len(jobs)
         return [
-            RawImage(picture, stages, len(jobs), embedding.truncated, embedding.cached)
+            RawImage(picture, stages, bucket, embedding.truncated, embedding.cached)
             for picture, embedding in zip(pictures, embeddings, strict=True)
         ]
 

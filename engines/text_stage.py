@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.checkpoint import Checkpoint
 from engines.models.text_encoder import TextEncoder
-from engines.prompt import PromptTokenizer
+from engines.prompt import INSTRUCTION, PromptTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,15 @@ class TextStage:
             found[prompt.text] = TextEmbedding(states, prompt.truncated, cached=False)
             self.cache.put(prompt.text, found[prompt.text])
         return [found[text] for text in texts]
+
+
+def load_text_stage(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextStage:
+    """The text stage of a checkpoint, with an empty cache. Raises CheckpointError."""
+    settings = checkpoint.settings
+    instruction = INSTRUCTION if settings.instruction else ""
+    tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
+    encoder = TextEncoder(checkpoint.load_text_body(dtype, device), tokenizer.prefix)
+    return TextStage(tokenizer, encoder, EmbeddingCache())
 
 
 def join(embeddings: Sequence[TextEmbedding]) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """Exported graphs against the torch modules they come from, run by onnxruntime."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,31 @@ def test_graph_is_strongly_typed_with_fp32_islands(true_width: Path) -> None:
     assert fixed["latent"] == [0, 32, 4, 8]
     assert fixed["text"] == [0, 12, 2304]
     assert [d.dim_param != "" for d in graph.output[0].type.tensor_type.shape.dim] == [True, False, False, False]
+
+
+class ZeroQueries(nn.Module):
+    """Linear attention where no feature of any query is positive: 0 / (0 + 1e-15)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = hot_transformer().transformer_blocks[0].attn1
+        self.attention.norm_q.weight.zero_()
+
+    def forward(self, latent: Tensor) -> Tensor:
+        attended: Tensor = self.attention(latent)
+        return attended
+
+
+def test_the_smallest_constants_survive(tmp_path: Path) -> None:
+    inputs = {"latent": torch.randn(2, 5, 160)}
+    export_onnx(ZeroQueries(), "transformer", inputs, tmp_path / "graph.onnx")
+    assert torch.equal(run(tmp_path / "graph.onnx", inputs)[0], ZeroQueries()(**inputs))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(BuildError, match=r"the package onnx is missing; pip install '\.\[build\]'"):
+        export_onnx(nn.Identity(), "encoder", {}, tmp_path / "graph.onnx")
 
 
 class Unknown(nn.Module):

@@ -1,0 +1,76 @@
+"""Builds engines from a checkpoint, and prints their manifest. See docs/gpu-proof.md for what was proved of them.
+
+python build_engine.py --model models/tiny --gpu cpu --precision fp32 --out artifacts/tiny-cpu
+python build_engine.py --model sprint-0.6b --gpu native --precision fp8 --out artifacts/sprint --sizes 1024x1024
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engines.build import Built, build
+from engines.build_spec import BuildSpec
+from engines.errors import SprintError
+from engines.targets import GPU_PRECISIONS, GPUS
+
+
+def parse(arguments: list[str]) -> BuildSpec:
+    parser = argparse.ArgumentParser(description="Builds engines from a checkpoint, and prints their manifest.")
+    parser.add_argument("--model", required=True, help="folder, hub id or short name of a checkpoint")
+    parser.add_argument("--gpu", required=True, choices=[*GPUS, "native", "cpu"], help="native: this machine's card")
+    parser.add_argument("--precision", required=True, choices=GPU_PRECISIONS, help="a CPU takes fp32 and bf16")
+    parser.add_argument("--out", required=True, type=Path, help="folder to build; replaced when the build is whole")
+    parser.add_argument(
+        "--sizes", default=(), type=sizes, help="1024x1024,... width x height; default: the checkpoint's"
+    )
+    parser.add_argument("--batches", default=(1, 2, 4, 8), type=numbers, help="buckets; default 1,2,4,8")
+    parser.add_argument("--steps", default=(1, 2, 4), type=numbers, help="captured as CUDA graphs; default 1,2,4")
+    parser.add_argument("--decoder", help="another autoencoder with the same latents, such as DC-AE-Lite")
+    return BuildSpec(**vars(parser.parse_args(arguments)))
+
+
+def sizes(text: str) -> tuple[tuple[int, int], ...]:
+    pairs = [size.split("x") for size in text.split(",")]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}, like 1024x1024,512x512 is needed")
+    return tuple((int(width), int(height)) for width, height in pairs)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def run(spec: BuildSpec) -> Built:
+    """Builds with a progress bar, or with a line per step where nobody watches a terminal."""
+    if not sys.stderr.isatty():
+        return build(spec, lambda done, total, text: print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True))
+    with tqdm(unit="step", bar_format="{l_bar}{bar}| {n}/{total} {elapsed}", file=sys.stderr) as bar:
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            bar.set_description_str(text)
+
+        built = build(spec, progress)
+        bar.update((bar.total or 0) - bar.n)
+    return built
+
+
+def main(arguments: list[str]) -> int:
+    spec = parse(arguments)
+    try:
+        built = run(spec)
+    except SprintError as error:
+        print(f"build_engine.py: {error}", file=sys.stderr)
+        return 1
+    if not built.changed:
+        print(f"{spec.out}: nothing has changed, nothing was built", file=sys.stderr)
+    print(json.dumps(built.manifest.to_dict(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Between a graph on disk and something that runs it: each backend's compiler and loader, by the manifest's words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from engines.backends import openvino
+from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for
+from engines.backends.openvino import CpuPrecision, OpenVinoGraph
+from engines.backends.spec import ModuleName
+from engines.checkpoint import Checkpoint
+from engines.errors import ParityError
+from engines.machine import dotted, this_machine
+from engines.manifest import Artifact, Manifest, read_manifest
+from engines.parity import GATES, PICTURE_GATES
+from engines.reference import MODULES, load_reference
+from engines.targets import Target, module_dtype
+
+CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a backend made of one graph, beside it."""
+
+    files: Sequence[Path]
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int]) -> Compiled:
+    """Compiles an exported graph for `target` into files named `stem`.<suffix>. Raises BuildError."""
+    assert target.backend == "openvino", batches
+    return Compiled(openvino.convert(graph, stem))
+
+
+def open_artifact(
+    backend: str, folder: Path, artifact: Artifact, batches: Sequence[int], device: torch.device
+) -> Graph:
+    """Raises ArtifactError, BackendError."""
+    assert backend == "openvino", device
+    precision = cast(CpuPrecision, artifact.precision)
+    return OpenVinoGraph(folder / artifact.files[0].name, precision, batches, folder / CACHE)
+
+
+@dataclass(frozen=True)
+class LoadedModules:
+    """Drop-ins for the modules at every size of the manifest."""
+
+    manifest: Manifest
+    dtype: torch.dtype  # of the transformer's inputs
+    transformer: TransformerDropIn
+    decoder: DecoderDropIn
+    encoder: EncoderDropIn
+
+
+def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -> LoadedModules:
+    """Everything in `folder`, checked: files, checkpoint, machine, and on first load what could not be checked before.
+
+    Raises ArtifactError, BackendError, ParityError.
+    """
+    manifest = read_manifest(folder)
+    check_fit(manifest, device)
+    manifest.check_files(folder)
+    manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
+    graphs: dict[ModuleName, dict[Side, Graph]] = {name: {} for name in MODULES}
+    for artifact in manifest.artifacts:
+        width, height = artifact.size
+        unit = 1 if artifact.module == "encoder" else checkpoint.autoencoder.compression
+        graphs[artifact.module][height // unit, width // unit] = open_artifact(
+            manifest.backend, folder, artifact, manifest.batches, device
+        )
+    dtype = module_dtype(manifest.precision)
+    if manifest.backend == "openvino":
+        dtype = torch.float32  # it rounds inside
+    if not manifest.executed:
+        _check_first_run(manifest, folder, graphs, dtype, device, checkpoint.autoencoder.compression)
+    return LoadedModules(
+        manifest,
+        dtype,
+        TransformerDropIn(built_for(graphs["transformer"]), manifest.tokens),
+        DecoderDropIn(built_for(graphs["decoder"])),
+        EncoderDropIn(built_for(graphs["encoder"])),
+    )
+
+
+def check_fit(manifest: Manifest, device: torch.device) -> None:
+    """Raises ArtifactError where `manifest` is for another machine; needs no files."""
+    machine = this_machine()
+    capability = dotted(machine.capability) if device.type == "cuda" and machine.capability else None
+    manifest.check_machine(machine.words, capability, package_versions(manifest.vendor))
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of the installed ones among `names` (as imported)."""
+    distributions = {"tensorrt_rtx": "tensorrt-rtx-cu13", "torch_tensorrt": "torch-tensorrt"}
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(distributions.get(name, name))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_first_run(
+    manifest: Manifest,
+    folder: Path,
+    graphs: Mapping[ModuleName, Mapping[Side, Graph]],
+    dtype: torch.dtype,
+    device: torch.device,
+    compression: int,
+) -> None:
+    """Compares engines that never ran where they were built with the references that lie beside them."""
+    precisions = {(artifact.module, artifact.size): artifact.precision for artifact in manifest.artifacts}
+    for size, record in manifest.references.items():
+        width, height = (int(side) for side in size.split("x"))
+
+        def at(name: ModuleName, height: int = height, width: int = width) -> Graph:
+            unit = 1 if name == "encoder" else compression
+            return graphs[name][height // unit, width // unit]
+
+        found, picture = load_reference(folder / record.name).compare(at, dtype, device)
+        try:
+            for name, distance in found.items():
+                GATES[precisions[name, (width, height)]].check(f"{name} at {size}", distance)
+            PICTURE_GATES[manifest.precision].check(f"picture at {size}", picture)
+        except ParityError as error:
+            raise ParityError(
+                f"engine: first run on this machine: {error}; build it again: {manifest.command}"
+            ) from error

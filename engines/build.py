@@ -1,0 +1,266 @@
+"""From a checkpoint to a folder of engines: reference, export, compilation, parity gate, manifest; all or nothing.
+
+Order: the fp32 reference of every size first, then each module once in its own precision, so that no two large modules
+are in memory together. A build whose inputs have not changed does nothing.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engines.artifacts import compile_graph, open_artifact, package_versions
+from engines.backends.drop_in import Graph
+from engines.backends.spec import ModuleName
+from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
+from engines.calibration import calibration_texts
+from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.errors import ArtifactError, BuildError
+from engines.export import export_onnx, onnx_files
+from engines.machine import Machine, dotted, this_machine
+from engines.manifest import Artifact, FileRecord, Manifest, read_manifest
+from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.onnx_graph import OnnxGraph
+from engines.parity import GATES, PICTURE_GATES
+from engines.probe import GraphShape, probe_inputs
+from engines.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
+from engines.staging import staging
+from engines.targets import Target, module_dtype, module_precision, resolve
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
+
+CPU = torch.device("cpu")
+_FP16_LARGEST = 65504
+_VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino", "tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class Built:
+    """The manifest, and whether anything had to be done for it."""
+
+    manifest: Manifest
+    changed: bool
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """A Progress that nobody watches."""
+
+
+def build(spec: BuildSpec, progress: Progress = silent) -> Built:
+    """Builds what `spec` asks for, or finds that it is there.
+
+    Raises BuildError (refused, failed or disk full), ParityError (built, and too far from the reference),
+    CheckpointError, BackendError. Nothing is left behind then; engines that were in `out` stay as they were.
+    """
+    machine = this_machine()
+    target = resolve(spec.gpu, spec.precision, machine)
+    checkpoint = open_checkpoint(spec.model, spec.decoder)
+    spec = completed(spec, checkpoint)
+    sha256 = checkpoint.weights.sha256()
+    versions = package_versions(*_VERSIONS)
+    fingerprint = fingerprint_of(spec, target, sha256, versions)
+    present = _unchanged(spec.out, fingerprint)
+    if present is not None:
+        return Built(present, changed=False)
+    with staging(spec.out) as folder:
+        started = time.perf_counter()
+        work = _Work(spec, checkpoint, target, folder, progress)
+        references = work.references()
+        graphs = work.graphs()
+        if not target.executable:
+            parity, pictures = work.parity(references, lambda name, size: OnnxGraph(graphs[name, size].path), "graph")
+        compiled = work.compiled(graphs)
+        if target.executable:
+            parity, pictures = work.parity(references, lambda name, size: work.open(compiled[name, size]), "engine")
+        manifest = Manifest(
+            checkpoint=spec.model,
+            checkpoint_sha256=sha256,
+            decoder=spec.decoder,
+            gpu=spec.gpu,
+            device=_device_name(target, machine),
+            compute_capability=dotted(target.capability) if target.capability else None,
+            driver=machine.driver if target.executable and target.capability else None,
+            backend=target.backend,
+            vendor=target.vendor,
+            precision=spec.precision,
+            sizes=spec.sizes,
+            batches=spec.batches,
+            steps=spec.steps,
+            tokens=checkpoint.settings.max_prompt_tokens,
+            versions=versions,
+            executed=target.executable,
+            command=spec.command,
+            fingerprint=fingerprint,
+            seconds=round(time.perf_counter() - started, 1),
+            pictures=pictures,
+            references={words(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
+            artifacts=tuple(replace(made, parity=parity[key]) for key, made in compiled.items()),
+        )
+        manifest.write(folder)
+    return Built(manifest, changed=True)
+
+
+Key = tuple[ModuleName, Size]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    path: Path
+    seconds: float
+
+
+@dataclass
+class _Work:
+    """One build under way, in its temporary folder."""
+
+    spec: BuildSpec
+    checkpoint: Checkpoint
+    target: Target
+    folder: Path
+    progress: Progress
+    done: int = 0
+
+    def step(self, text: str) -> None:
+        # Each size: reference of 2 modules, then export, compilation and parity of 3.
+        total = len(self.spec.sizes) * (2 + 3 * len(MODULES))
+        self.progress(self.done, total, text)
+        self.done += 1
+
+    def references(self) -> dict[Size, Path]:
+        """The fp32 reference of each size, on disk. Raises BuildError where fp16 could not hold its activations."""
+        rows = min(2, max(self.spec.batches))
+        texts = calibration_texts(self.checkpoint).rows(rows)
+        found: dict[Size, dict[str, Tensor]] = {}
+        module: nn.Module = self.checkpoint.load_transformer(torch.float32, CPU)
+        with torch.inference_mode(), peaks(module) as seen:
+            for size in self.spec.sizes:
+                self.step(f"reference of the transformer at {words(size)}")
+                shape = self.shape(size)
+                noise = probe_inputs("decoder", shape, rows, torch.float32)["latent"]
+                latent, time_, guidance = starting_point(noise)
+                inputs = {"latent": latent, "text": texts.states, "timestep": time_, "guidance": guidance}
+                inputs["text_mask"] = texts.mask
+                velocity = module(**inputs)
+                found[size] = {**inputs, "velocity": velocity, "clean": clean_latent(latent, velocity, time_)}
+        self.check_range("transformer", seen)
+        del module
+        autoencoder = self.checkpoint.load_autoencoder(torch.float32, CPU)
+        decoder, encoder = PixelDecoder(autoencoder), PixelEncoder(autoencoder)
+        with torch.inference_mode(), peaks(decoder) as seen, peaks(encoder) as seen_encoding:
+            for size, tensors in found.items():
+                self.step(f"reference of the autoencoder at {words(size)}")
+                # Row by row, because the largest stage of one row alone takes gigabytes at full size.
+                tensors["pixels"] = torch.cat([decoder(row[None])[0] for row in tensors["clean"]])
+                tensors["encoded"] = torch.cat([encoder(row[None]) for row in tensors["pixels"]])
+        self.check_range("decoder", seen)
+        self.check_range("encoder", seen_encoding)
+        paths = {size: self.folder / _reference_file(size) for size in found}
+        for size, path in paths.items():
+            Reference(found[size]).save(path)
+        return paths
+
+    def check_range(self, name: ModuleName, seen: Mapping[str, float]) -> None:
+        part, peak = max(seen.items(), key=lambda pair: pair[1])
+        if module_dtype(module_precision(self.spec.precision, name)) == torch.float16 and peak * 2 > _FP16_LARGEST:
+            raise BuildError(
+                f"precision: {name}.{part} reaches {peak:.0f} on real prompts, and fp16 holds {_FP16_LARGEST}; "
+                "build with --precision bf16"
+            )
+
+    def graphs(self) -> dict[Key, _Graph]:
+        """Every module at every size as ONNX, each module loaded once."""
+        found: dict[Key, _Graph] = {}
+        for name in MODULES:
+            dtype = self.dtype(name)
+            module = self.module(name, dtype)
+            for size in self.spec.sizes:
+                self.step(f"export of the {name} at {words(size)}")
+                started = time.perf_counter()
+                path = self.folder / f"{name}-{words(size)}.onnx"
+                export_onnx(module, name, probe_inputs(name, self.shape(size), 2, dtype), path)
+                found[name, size] = _Graph(path, time.perf_counter() - started)
+            del module
+            gc.collect()
+        return found
+
+    def module(self, name: ModuleName, dtype: torch.dtype) -> nn.Module:
+        if name == "transformer":
+            return self.checkpoint.load_transformer(dtype, CPU)
+        autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
+        return PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)
+
+    def compiled(self, graphs: Mapping[Key, _Graph]) -> dict[Key, Artifact]:
+        """The artifacts, still without their parity; the graphs are removed."""
+        found: dict[Key, Artifact] = {}
+        for (name, size), graph in graphs.items():
+            self.step(f"compilation of the {name} at {words(size)}")
+            started = time.perf_counter()
+            made = compile_graph(self.target, graph.path, graph.path.with_suffix(""), self.spec.batches)
+            for path in onnx_files(graph.path):
+                path.unlink()
+            seconds = round(graph.seconds + time.perf_counter() - started, 1)
+            files = tuple(FileRecord.of(path) for path in made.files)
+            precision = module_precision(self.spec.precision, name)
+            found[name, size] = Artifact(name, size, precision, seconds, files, {}, made.details)
+        return found
+
+    def parity(
+        self, references: Mapping[Size, Path], open_graph: Callable[[ModuleName, Size], Graph], of: str
+    ) -> tuple[dict[Key, dict[str, object]], dict[str, dict[str, object]]]:
+        """Distances and kept gates, of the modules and of the pictures. Raises ParityError."""
+        modules: dict[Key, dict[str, object]] = {}
+        pictures: dict[str, dict[str, object]] = {}
+        for size, path in references.items():
+
+            def opened(name: ModuleName, size: Size = size) -> Graph:
+                self.step(f"parity of the {name} at {words(size)}")
+                return open_graph(name, size)
+
+            found, picture = load_reference(path).compare(opened, self.dtype("transformer"))
+            for name, distance in found.items():
+                precision = module_precision(self.spec.precision, name)
+                gate = GATES[precision].check(f"{name} at {words(size)}", distance)
+                modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
+            gate = PICTURE_GATES[self.spec.precision].check(f"picture at {words(size)}", picture)
+            pictures[words(size)] = {**picture.to_dict(), "gate": gate, "of": of}
+        return modules, pictures
+
+    def open(self, artifact: Artifact) -> Graph:
+        device = CPU if self.target.capability is None else torch.device("cuda")
+        return open_artifact(self.target.backend, self.folder, artifact, self.spec.batches, device)
+
+    def dtype(self, name: ModuleName) -> torch.dtype:
+        if self.target.backend == "openvino":
+            return torch.float32  # it rounds inside
+        return module_dtype(module_precision(self.spec.precision, name))
+
+    def shape(self, size: Size) -> GraphShape:
+        unit, config = self.checkpoint.autoencoder.compression, self.checkpoint.transformer
+        tokens = self.checkpoint.settings.max_prompt_tokens
+        return GraphShape(size[1] // unit, size[0] // unit, config.in_channels, unit, tokens, config.caption_channels)
+
+
+def _reference_file(size: Size) -> str:
+    return f"reference-{words(size)}.safetensors"
+
+
+def _unchanged(out: Path, fingerprint: str) -> Manifest | None:
+    """What lies in `out`, if it is whole and was built from exactly this."""
+    try:
+        manifest = read_manifest(out)
+        if manifest.fingerprint != fingerprint:
+            return None
+        manifest.check_files(out)
+    except ArtifactError:
+        return None
+    return manifest
+
+
+def _device_name(target: Target, machine: Machine) -> str:
+    if target.capability is None:
+        return machine.cpu
+    return machine.gpu if target.executable and machine.gpu else target.gpu

@@ -1,0 +1,48 @@
+"""What this machine is, as far as a built engine depends on it."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The CPU, and the first NVIDIA GPU where torch sees one."""
+
+    cpu: str
+    gpu: str | None = None
+    capability: Capability | None = None  # compute capability: 8.9 is (8, 9)
+    driver: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The GPU, or that there is none."""
+        return f"{self.gpu} ({dotted(self.capability)})" if self.capability else "no NVIDIA GPU"
+
+
+def this_machine() -> Machine:
+    if not torch.cuda.is_available():
+        return Machine(_cpu_name())
+    return Machine(_cpu_name(), torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0), _driver())
+
+
+def dotted(capability: Capability | None) -> str:
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
+
+
+def _cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The kernel module's version; None where the file is absent, as in some containers."""
+    if not version.exists():
+        return None
+    words = version.read_text().partition("Module")[2].split()
+    return words[0] if words else None
