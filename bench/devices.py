@@ -1,0 +1,49 @@
+"""What GPUs can do at most, as their makers state it: dense operations a second by type, bytes a second of memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+TERA, GIGA = 10**12, 10**9
+
+
+@dataclass(frozen=True)
+class Device:
+    """`matrix`: tensor cores, dense, accumulating in fp32; `vector`: fp32 outside of them. Per second."""
+
+    name: str
+    matrix: Mapping[str, float]
+    vector: float
+    bandwidth: float
+    source: str
+
+    def peak(self, dtype: torch.dtype, *, eight_bit: bool) -> float:
+        """Of matrix products whose inputs are `dtype`, or 8 bits wide where they may be."""
+        if dtype in (torch.bfloat16, torch.float16):
+            return self.matrix["fp8" if eight_bit else "16bit"]
+        return self.vector  # fp32 stays exact: no TF32
+
+
+H100 = Device(
+    "H100 SXM",
+    {"16bit": 989.4 * TERA, "fp8": 1978.9 * TERA},
+    vector=66.9 * TERA,
+    bandwidth=3350 * GIGA,
+    source="NVIDIA H100 Tensor Core GPU Architecture (whitepaper), table 2, without sparsity",
+)
+RTX4090 = Device(
+    "RTX 4090",
+    {"16bit": 165.2 * TERA, "fp8": 330.3 * TERA},
+    vector=82.6 * TERA,
+    bandwidth=1008 * GIGA,
+    source="NVIDIA Ada GPU Architecture (whitepaper), appendix A, fp32 accumulation, without sparsity",
+)
+A100 = Device(
+    "A100 SXM 80GB",
+    {"16bit": 312 * TERA},
+    vector=19.5 * TERA,
+    bandwidth=2039 * GIGA,
+    source="NVIDIA A100 80GB data sheet, without sparsity; it has no fp8",
+)
+DEVICES = (H100, RTX4090, A100)
