@@ -16,8 +16,10 @@ from engines.backends.eager import eager
 from engines.backends.spec import Backend, ModuleName, ModuleSpec
 from engines.buckets import powers_of_two
 from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.control import load_controlnet
 from engines.errors import BackendError, CheckpointError
 from engines.manifest import read_manifest
+from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline import LatentSpace, Modules, SprintEngine
 from engines.sampler import Schedule
@@ -43,24 +45,29 @@ def load_engine(
     precision: str | None = None,
     device: str | None = None,
     decoder: str | None = None,
+    controlnet: str | None = None,
     schedule: Schedule = "paper",
 ) -> Engine:
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
     engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
     fp32 or bf16, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another autoencoder
-    with the same latents; schedule: see engines.sampler.angles_for.
+    with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name where there is
+    one; schedule: see engines.sampler.angles_for.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
     if engine_dir is not None:
-        return _load_built(Path(engine_dir), model, backend, max_batch, precision, device, decoder, schedule)
+        return _load_built(
+            Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule
+        )
     backend = _backend(backend, reasons)
     place = _device(device, reasons)
     precision = _precision(precision, place, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
     checkpoint = open_checkpoint(model, decoder)
-    limits = _limits(checkpoint, max_batch)
+    branch = load_controlnet(checkpoint, controlnet, dtype, place)
+    limits = _limits(checkpoint, max_batch, branch is not None)
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
@@ -75,6 +82,7 @@ def load_engine(
         prepared("transformer", transformer),
         prepared("decoder", PixelDecoder(autoencoder)),
         prepared("encoder", PixelEncoder(autoencoder)),
+        None if branch is None else prepared("controlled", ControlledTransformer(transformer, branch)),
     )
     info = _info(checkpoint, backend, precision, place, reasons)
     buckets = powers_of_two(max_batch) if backend == "compiled" else ()
@@ -89,6 +97,7 @@ def _load_built(
     precision: str | None,
     device: str | None,
     decoder: str | None,
+    controlnet: str | None,
     schedule: Schedule,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
@@ -104,13 +113,20 @@ def _load_built(
     checkpoint = open_checkpoint(model, decoder)
     loaded = load_artifacts(folder, checkpoint, place)
     text_dtype = torch.float32 if place.type == "cpu" else torch.bfloat16  # fp16 overflows in Gemma
+    branch = load_controlnet(checkpoint, controlnet, text_dtype, place)
+    controlled = None
+    if branch is not None:
+        reasons["control"] = (
+            "PyTorch: built engines hold no ControlNet, so pictures of drawings are denoised without them"
+        )
+        controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, place), branch)
     modules = Modules(
-        load_text_stage(checkpoint, text_dtype, place), loaded.transformer, loaded.decoder, loaded.encoder
+        load_text_stage(checkpoint, text_dtype, place), loaded.transformer, loaded.decoder, loaded.encoder, controlled
     )
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size
     limits = replace(
-        _limits(checkpoint, min(max_batch, largest)),
+        _limits(checkpoint, min(max_batch, largest), branch is not None),
         sizes=manifest.sizes,
         default_size=default if default in manifest.sizes else manifest.sizes[-1],
     )
@@ -185,7 +201,7 @@ def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def _limits(checkpoint: Checkpoint, max_batch: int) -> Limits:
+def _limits(checkpoint: Checkpoint, max_batch: int, control: bool) -> Limits:
     """Sides up to twice the size that the checkpoint was trained at; beyond it pictures repeat themselves."""
     settings = checkpoint.settings
     width, height = settings.default_size
@@ -196,7 +212,7 @@ def _limits(checkpoint: Checkpoint, max_batch: int) -> Limits:
         multiple=math.lcm(32, checkpoint.autoencoder.compression),
         max_side=2 * max(width, height),
         max_pixels=4 * width * height,
-        conditioning=frozenset({"text", "image"}),
+        conditioning=frozenset({"text", "image", "control", "image+control"} if control else {"text", "image"}),
     )
     if not limits.allows_size(width, height):
         raise CheckpointError(

@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engines.buckets import smallest_fitting
+from engines.control import LatentCache
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix, sample
+from engines.sampler import Denoiser, Schedule, angles_for, angles_from_image, job_noise, mix, sample
 from engines.text_stage import TextStage, join
-from engines.types import EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+
+MAX_CONTROL_SCALE = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Modules:
     transformer: Callable[..., Tensor]  # SprintTransformer.forward
     decoder: Callable[[Tensor], tuple[Tensor, Tensor]]  # PixelDecoder.forward
     encoder: Callable[[Tensor], Tensor]  # PixelEncoder.forward
+    controlled: Callable[..., Tensor] | None = None  # ControlledTransformer.forward
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class SprintEngine:
         """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is."""
         self._modules, self._space, self._schedule = modules, space, schedule
         self._info, self._limits, self._buckets = info, limits, buckets
+        self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
 
     @property
     def info(self) -> EngineInfo:
@@ -66,9 +72,11 @@ class SprintEngine:
 
     def warmup(self) -> None:
         sizes = self._limits.sizes if self._buckets else ()
+        drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
         for width, height in sizes or (self._limits.default_size,):
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
-                self.generate([Job("", seed=0, width=width, height=height)] * count)
+                for drawing in drawings:
+                    self.generate([Job("", seed=0, width=width, height=height, control_image=drawing)] * count)
 
     def memory_bytes(self) -> Mapping[str, int]:
         """See engines.types.ReportsMemory; nothing without a GPU."""
@@ -80,7 +88,7 @@ class SprintEngine:
         return {"used": used, "reserved": reserved, "total": total}
 
     def close(self) -> None:
-        del self._modules
+        del self._modules, self._images
         if self._space.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -108,9 +116,10 @@ class SprintEngine:
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32, device=device)
         guidance = guidance * self._space.guidance_embeds_scale
 
-        def velocity(x: Tensor, flow_time: Tensor) -> Tensor:
+        def plain(x: Tensor, flow_time: Tensor) -> Tensor:
             return self._modules.transformer(x.to(dtype), text, flow_time, guidance, mask)
 
+        velocity = self._controlled(jobs, text, guidance, mask) or plain
         noise, angles = self._start(jobs)
         latent = sample(velocity, noise[0], angles, noise[1:])
         watch.lap()
@@ -139,9 +148,26 @@ class SprintEngine:
             return noise, torch.tensor(base, device=space.device)[:, None].expand(-1, len(jobs))
         starts = [angles_from_image(job.strength, base) for job in jobs]
         angles = torch.tensor(starts, device=space.device).T
-        pixels = torch.stack([resized(image, key.width, key.height) for image in images]).to(space.device)
-        noise[0] = mix(self._modules.encoder(pixels), noise[0], angles[0])
+        noise[0] = mix(self._encoded(images, key), noise[0], angles[0])
         return noise, angles
+
+    def _controlled(self, jobs: Sequence[Job], text: Tensor, guidance: Tensor, mask: Tensor | None) -> Denoiser | None:
+        """The transformer as the drawings of the jobs steer it; None where there are none."""
+        drawings = [job.control_image for job in jobs if job.control_image is not None]
+        run, dtype, device = self._modules.controlled, self._space.dtype, self._space.device
+        if not drawings or run is None:
+            return None
+        control = self._encoded(drawings, jobs[0].key).to(dtype)
+        scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32, device=device)
+
+        def velocity(x: Tensor, flow_time: Tensor) -> Tensor:
+            return run(x.to(dtype), text, flow_time, guidance, mask, control, scale)
+
+        return velocity
+
+    def _encoded(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
+        """Latents [B, C, h, w] of RGB images of any size."""
+        return self._images.latents(images, lambda image: resized(image, key.width, key.height), key[:2])
 
     def _check(self, jobs: Sequence[Job]) -> None:
         """Raises JobError for a batch that this engine cannot run."""
@@ -153,6 +179,8 @@ class SprintEngine:
                 raise JobError(f"batch key: got {job.key} and {jobs[0].key} in one batch; they must agree")
             if not 0 <= job.strength <= 1:
                 raise JobError(f"strength: got {job.strength}, allowed 0 to 1")
+            if not 0 <= job.control_scale <= MAX_CONTROL_SCALE:
+                raise JobError(f"control_scale: got {job.control_scale}, allowed 0 to {MAX_CONTROL_SCALE}")
 
 
 def resized(image: Pixels, width: int, height: int) -> Tensor:

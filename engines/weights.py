@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engines.errors import CheckpointError
 
-Part = Literal["transformer", "vae", "text_encoder"]
+Part = Literal["transformer", "vae", "text_encoder", "controlnet"]
 
 
 class WeightSource(Protocol):

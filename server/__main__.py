@@ -29,6 +29,7 @@ def load(settings: Settings) -> Engine:
         precision=None if settings.precision == "auto" else settings.precision,
         device=None if settings.device == "auto" else settings.device,
         decoder=settings.decoder,
+        controlnet=settings.controlnet,
     )
 
 

@@ -113,6 +113,9 @@ class Settings:
     precision: str = setting("auto", one_of("auto", "fp32", "bf16"), "of the weights; auto decides and says why")
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "where the modules run; auto decides and says why")
     decoder: str | None = setting(None, text("a folder or a hub id"), "another autoencoder with the same latents")
+    controlnet: str | None = setting(
+        None, text("a folder or a hub id"), "what drawings steer it with; default: controlnet/ in the checkpoint"
+    )
     host: str = setting("127.0.0.1", text("a name or an address"), "where to listen")
     port: int = setting(8000, whole(0, 65535), "where to listen; 0 takes a free port")
     max_batch: int = setting(8, whole(1, 64), "most jobs in one batch")

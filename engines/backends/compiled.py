@@ -29,7 +29,7 @@ def compiled(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     def at(side: Side) -> Graph:
         return fast if side in sides else plain
 
-    if spec.name == "transformer":
+    if spec.name in ("transformer", "controlled"):
         return TransformerDropIn(at, spec.tokens)
     return DecoderDropIn(at) if spec.name == "decoder" else EncoderDropIn(at)
 

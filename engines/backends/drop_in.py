@@ -38,13 +38,23 @@ def built_for(graphs: Mapping[Side, Graph]) -> GraphAt:
 
 
 class TransformerDropIn:
-    """Called like SprintTransformer.forward; graphs by (h, w) of the latent, all with text of `tokens` positions."""
+    """Called like SprintTransformer.forward, or ControlledTransformer's where a drawing comes along.
+
+    Graphs by (h, w) of the latent, all with text of `tokens` positions.
+    """
 
     def __init__(self, graph_at: GraphAt, tokens: int):
         self._graph_at, self._tokens = graph_at, tokens
 
     def __call__(
-        self, latent: Tensor, text: Tensor, timestep: Tensor, guidance: Tensor | None, text_mask: Tensor | None = None
+        self,
+        latent: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        text_mask: Tensor | None = None,
+        control: Tensor | None = None,
+        control_scale: Tensor | None = None,
     ) -> Tensor:
         missing = self._tokens - text.shape[1]
         if missing < 0:
@@ -52,15 +62,16 @@ class TransformerDropIn:
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         assert guidance is not None
-        [velocity] = self._graph_at((latent.shape[-2], latent.shape[-1]))(
-            {
-                "latent": latent,
-                "text": F.pad(text, (0, 0, 0, missing)),
-                "timestep": timestep,
-                "guidance": guidance,
-                "text_mask": F.pad(text_mask, (0, missing)),
-            }
-        )
+        inputs = {
+            "latent": latent,
+            "text": F.pad(text, (0, 0, 0, missing)),
+            "timestep": timestep,
+            "guidance": guidance,
+            "text_mask": F.pad(text_mask, (0, missing)),
+        }
+        if control is not None and control_scale is not None:
+            inputs |= {"control": control, "control_scale": control_scale}
+        [velocity] = self._graph_at((latent.shape[-2], latent.shape[-1]))(inputs)
         return velocity
 
 

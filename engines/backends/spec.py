@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-ModuleName = Literal["transformer", "decoder", "encoder"]  # SprintTransformer, PixelDecoder, PixelEncoder
+# SprintTransformer, PixelDecoder, PixelEncoder, ControlledTransformer
+ModuleName = Literal["transformer", "decoder", "encoder", "controlled"]
 
 
 @dataclass(frozen=True)

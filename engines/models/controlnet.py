@@ -131,7 +131,10 @@ class ControlledTransformer(nn.Module):
     ) -> Tensor:
         """The flow velocity v [B, C, h, w]. control: the drawing's latent [B, C, h, w]; control_scale [B], 0 gives what
         the transformer gives alone, to the bit; the rest as in SprintTransformer.forward."""
-        base, scale = self.transformer, control_scale.to(latent.dtype)[:, None, None]
+        base = self.transformer
+        dtype = base.proj_out.weight.dtype  # not always that of the engine, whose other modules may be built ones
+        latent, text, control = latent.to(dtype), text.to(dtype), control.to(dtype)
+        scale = control_scale.to(dtype)[:, None, None]
         modulation, embedded = base.conditioning(timestep, guidance)
 
         def residuals(x: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "precision": ("bf16", "bf16"),
     "device": ("cpu", "cpu"),
     "decoder": ("lite", "lite"),
+    "controlnet": ("drawn", "drawn"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "max_batch": ("16", 16),
