@@ -54,6 +54,7 @@ def test_each_call_takes_as_long_as_its_arithmetic_or_its_traffic() -> None:
     assert seconds([busy, streaming], PLAIN, Efficiency(0.5, 0.5)) == 10.0 + 20.0
     assert seconds([busy, streaming], PLAIN, PEAK, eight_bit=True) == 2.5 + 7.0
     assert seconds([call(500, 1, 1, dtype=torch.float32)], PLAIN, PEAK, eight_bit=True) == 5.0
+    assert seconds([call(500, 60, 40, dtype=torch.float32)], PLAIN, PEAK, eight_bit=True) == 10.0
     assert seconds([call(500, 1, 1, kind="depthwise")], PLAIN, PEAK, eight_bit=True) == 5.0
     other = call(0, 20, 20, kind="other")
     assert seconds([other], PLAIN, PEAK) == 0.0
@@ -107,4 +108,5 @@ def test_bars_are_drawn_to_scale() -> None:
     widths = [float(one.attrib["width"]) for one in rectangles]
     assert widths[1] == pytest.approx(3 * widths[0], rel=0.01)
     assert widths[2] == pytest.approx(2 * widths[0], rel=0.01)
+    assert 300 < sum(widths[:2]) < 600  # the longest bar fills its field
     assert [one.text for one in picture if one.text and one.text.endswith(" ms")] == ["4 ms", "2 ms"]
