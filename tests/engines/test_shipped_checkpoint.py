@@ -16,7 +16,7 @@ PROMPT = "a red circle to the left of a blue square"
 
 @pytest.fixture(scope="module")
 def upstream() -> SanaSprintPipeline:
-    pipeline = SanaSprintPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipeline = SanaSprintPipeline.from_pretrained(TINY, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
