@@ -4,8 +4,10 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -57,11 +59,19 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found.group(1)), int(found.group(2) or found.group(1))
 
 
+def command(program: str, argv: Sequence[str]) -> str:
+    """The line to type for the same measurement."""
+    return f"python -m {program} {shlex.join(argv)}".strip()
+
+
 def machine() -> dict[str, object]:
-    """What the figures hold for: processor, cores this process may use, memory, versions, revision of the code."""
+    """What the figures hold for: day, processor, cores this process may use, what else kept it busy (processes that
+    wanted to run, over the last five minutes), memory, versions, revision of the code."""
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[1], 2),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

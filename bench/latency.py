@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 
 from bench.errors import BenchError
-from bench.figures import machine, parse_size, spread, table
+from bench.figures import command, machine, parse_size, spread, table
 from bench.memory import in_own_process, peak_bytes, rise
 from bench.served import serving
 from bench.shared_weights import SharedWeights
@@ -190,6 +190,7 @@ def _summary(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "program": "bench.latency",
+        "command": options.command,
         "model": options.model,
         "checkpoint": checkpoint.name,
         "size": list(size),
@@ -294,7 +295,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
     parser.add_argument("--http", action="store_true", help="ours through python -m server too")
-    options = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.latency", given))
+    options = parser.parse_args(given)
     if min(options.batch, options.runs, options.tokens) < 1:
         parser.error("--batch, --runs and --tokens: needed is 1 at least")
     options.vs_precision = options.vs_precision or (options.precision if options.precision in DTYPES else "bf16")

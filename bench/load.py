@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, get_args
 
 from bench.checks import Check, Outcome, run_check
 from bench.errors import BenchError
-from bench.figures import machine, parse_size, spread, table
+from bench.figures import command, machine, parse_size, spread, table
 from bench.served import Served, samples, serving
 from bench.traffic import Order, Record, Traffic
 from distill.evaluate import evaluation_prompts
@@ -127,8 +127,14 @@ def summary(options: argparse.Namespace, flags: Sequence[str], ran: Run, outcome
     hits, misses = (counted[f"sana_sprint_prompt_cache_{name}_total"] for name in ("hits", "misses"))
     return {
         "program": "bench.load",
+        "command": options.command,
         "loop": "open" if options.rate else "closed",
-        "options": {name: value for name, value in vars(options).items() if value is not None},
+        "concurrency": options.concurrency,
+        "rate": options.rate,
+        "deadline_ms": options.deadline_ms,
+        "size": options.size or ran.size,
+        "steps": options.steps,
+        "format": options.format,
         "server": list(flags),
         "engine": {name: ran.info[name] for name in ("checkpoint", "backend", "precision", "device", "max_batch")},
         "machine": machine(),
@@ -228,6 +234,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--warmup", type=_at_least(0), default=64, help="requests before the run (default 64)")
     parser.add_argument("--check", default="none", choices=get_args(Check), help="what pictures are held against")
     parser.add_argument("--check-sample", type=positive, default=32, help="pictures that --check alone makes again")
+    parser.set_defaults(command=command("bench.load", argv))
     options = parser.parse_args(own)
     closed = (options.concurrency, options.requests)
     loops = [all(value is not None for value in pair) for pair in (closed, (options.rate, options.seconds))]

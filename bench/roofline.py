@@ -23,7 +23,7 @@ from torch import nn
 from bench.chart import Bar, stacked_bars
 from bench.counting import Call, count
 from bench.devices import DEVICES, Device
-from bench.figures import parse_size, table
+from bench.figures import command, machine, parse_size, table
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import SprintError
 from engines.models.dcae import Autoencoder
@@ -162,6 +162,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 )
     return {
         "program": "bench.roofline",
+        "command": options.command,
         "projection": True,
         "model": options.model,
         "size": list(size),
@@ -169,6 +170,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "prompt_tokens": options.tokens,
         "efficiency": asdict(efficiency),
+        "machine": machine(),
         "devices": {device.name: device.source for device in DEVICES},
         "work": {
             stage: {
@@ -240,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arithmetic", type=float, default=Efficiency.arithmetic, help="share of the peak (0.6)")
     parser.add_argument("--memory", type=float, default=Efficiency.memory, help="share of the peak (0.8)")
     parser.add_argument("--plot", type=Path, help="an SVG file to write")
-    options = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.roofline", given))
+    options = parser.parse_args(given)
     try:
         found = measure(options)
     except SprintError as error:

@@ -88,10 +88,18 @@ class Diffusers:
     ends with the picture, "denoise" holds everything between text and decode.
     """
 
-    def __init__(self, checkpoint: Checkpoint, precision: str, device: torch.device, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        precision: str,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        guidance: float = GUIDANCE,
+    ) -> None:
         settings = checkpoint.settings
         self._pipe = pipeline(checkpoint, DTYPES[precision], device)
-        self._compiled, self._precision, self._device = compiled, precision, device
+        self._compiled, self._precision, self._device, self._guidance = compiled, precision, device, guidance
         self._instruction = INSTRUCTION.split("\n") if settings.instruction else None
         self._max_tokens = settings.max_prompt_tokens
         if compiled:
@@ -116,7 +124,7 @@ class Diffusers:
             prompt=list(task.prompts),
             num_inference_steps=task.steps,
             intermediate_timesteps=1.3 if task.steps == 2 else None,
-            guidance_scale=GUIDANCE,
+            guidance_scale=self._guidance,
             height=task.height,
             width=task.width,
             generator=[torch.Generator().manual_seed(seed) for seed in task.seeds],

@@ -1,0 +1,190 @@
+"""What speed costs in pictures: scores on held-out captions for each way to run a checkpoint and each step count.
+
+    python -m bench.quality --model models/tiny --variants eager:fp32,eager:bf16,compiled:bf16 --steps 1,2,4
+    python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
+
+A variant is <backend>:<precision>, engine:<folder of build_engine.py>, or diffusers:<precision>. All get the same
+captions and seeds. Scores are distill.evaluate's (GenEval's six categories, judged by pixels); beside them stands how
+far the pictures are from the first variant's. Prints a table, then one JSON document as the last line.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from bench.errors import BenchError
+from bench.figures import command, machine, table
+from bench.subjects import DTYPES, Diffusers, Task
+from distill.evaluate import Generate, engine_generator, evaluate, evaluation_prompts
+from engines.checkpoint import open_checkpoint
+from engines.errors import SprintError
+from engines.loader import load_engine
+from engines.parity import Difference, difference
+from engines.sampler import Schedule
+from engines.types import Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run the checkpoint: `backend` with `precision`, or what stands behind `engine:`."""
+
+    backend: str
+    argument: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """Raises ValueError for text without two parts."""
+        backend, _, argument = text.partition(":")
+        if not backend or not argument:
+            raise ValueError(text)
+        return cls(backend, argument)
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.argument}"
+
+
+class Kept:
+    """A generator whose pictures are kept as they pass by."""
+
+    def __init__(self, generate: Generate) -> None:
+        self._generate = generate
+        self.pictures: list[Pixels] = []
+
+    def __call__(self, texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
+        for picture in self._generate(texts, seeds):
+            self.pictures.append(picture)
+            yield picture
+
+
+def generators(variant: Variant, options: argparse.Namespace) -> Iterator[tuple[int, Generate]]:
+    """A generator for every number of steps, all on one loaded checkpoint; let go of one before asking for the next."""
+    if variant.backend == "diffusers":
+        if variant.argument not in DTYPES:
+            raise BenchError(f"variants: got {variant}, diffusers runs in {', '.join(DTYPES)}")
+        checkpoint = open_checkpoint(options.model)
+        rival = Diffusers(checkpoint, variant.argument, torch.device("cpu"), guidance=options.guidance)
+        size = options.size or checkpoint.settings.default_size[0]
+        for steps in options.steps:
+            yield steps, _of_diffusers(rival, size, steps, options.max_batch)
+        return
+    built = variant.backend == "engine"
+    engine = load_engine(
+        options.model,
+        engine_dir=variant.argument if built else None,
+        backend="auto" if built else variant.backend,
+        precision=None if built else variant.argument,
+        max_batch=options.max_batch,
+        schedule=options.schedule,
+    )
+    try:
+        for steps in options.steps:
+            yield steps, engine_generator(engine, steps, options.guidance, options.size)
+    finally:
+        engine.close()
+
+
+def _of_diffusers(rival: Diffusers, size: int, steps: int, batch: int) -> Generate:
+    def generate(texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
+        for first in range(0, len(texts), batch):
+            some = slice(first, first + batch)
+            yield from rival.run(Task(texts[some], seeds[some], size, size, steps)).pictures
+
+    return generate
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON document."""
+    prompts = evaluation_prompts(options.prompts)
+    reference: dict[int, list[Pixels]] = {}
+    rows: list[dict[str, Any]] = []
+    for variant in options.variants:
+        for steps, generate in generators(variant, options):
+            kept = Kept(generate)
+            report = evaluate(kept, prompts, range(options.seeds))
+            far = _difference(reference.setdefault(steps, kept.pictures), kept.pictures)
+            rows.append(
+                {
+                    "variant": str(variant),
+                    "steps": steps,
+                    "mean": round(report.mean, 4),
+                    "spread": round(report.spread, 4),
+                    "categories": {name: round(score, 4) for name, score in report.categories.items()},
+                    "psnr_db": None if far.psnr_db is None else round(far.psnr_db, 2),
+                    "max_abs": far.max_abs,
+                }
+            )
+    return {
+        "program": "bench.quality",
+        "command": options.command,
+        "model": options.model,
+        "prompts": options.prompts,
+        "seeds": options.seeds,
+        "guidance": options.guidance,
+        "schedule": options.schedule,
+        "compared_with": str(options.variants[0]),
+        "machine": machine(),
+        "rows": rows,
+    }
+
+
+def _difference(expected: Sequence[Pixels], got: Sequence[Pixels]) -> Difference:
+    return difference(torch.from_numpy(np.stack(expected)), torch.from_numpy(np.stack(got)))
+
+
+def show(found: dict[str, Any]) -> str:
+    """The table for people."""
+    names = list(found["rows"][0]["categories"])
+    first, last = ("variant", "steps", "mean", "spread"), ("psnr_db", "max_abs")
+    rows = [[*map(row.get, first), *row["categories"].values(), *map(row.get, last)] for row in found["rows"]]
+    far = f"PSNR to {found['compared_with']}, dB"
+    return table(["variant", "steps", "mean", "std over seeds", *names, far, "max abs"], rows)
+
+
+def _variants(text: str) -> list[Variant]:
+    try:
+        return [Variant.parse(part) for part in text.split(",")]
+    except ValueError as error:
+        message = f"got {error}, needed is <backend>:<precision>, engine:<folder> or diffusers:<precision>"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def _steps(text: str) -> list[int]:
+    steps = [int(part) for part in text.split(",")]
+    if not set(steps) <= {1, 2, 3, 4}:
+        raise argparse.ArgumentTypeError(f"got {text}, allowed are 1, 2, 3, 4")
+    return steps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id; it must draw the tiny world")
+    parser.add_argument("--variants", type=_variants, default="eager:fp32,eager:bf16", help="separated by commas")
+    parser.add_argument("--steps", type=_steps, default="1,2,4", help="separated by commas (default 1,2,4)")
+    parser.add_argument("--prompts", type=int, default=120, help="held-out captions (default 120)")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures for each caption (default 1)")
+    parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
+    parser.add_argument("--schedule", default="paper", choices=get_args(Schedule), help="of ours (default paper)")
+    parser.add_argument("--max-batch", type=int, default=8)
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.quality", given))
+    try:
+        found = measure(parser.parse_args(given))
+    except SprintError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    print(show(found))
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""docs/bench.md from the JSON documents in bench/results: caveats first, tables and plots, reproduction last.
+
+    python -m bench.latency --model models/tiny --vs diffusers | tail -1 > bench/results/latency-tiny.json
+    python -m bench.report
+
+A result is the last line that a bench program printed, one file each. Only what those files hold enters the page, and
+the same files always make the same page.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import roofline
+from bench.chart import Bar, stacked_bars
+from bench.errors import BenchError
+from bench.figures import table
+from engines.errors import SprintError
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = dict[str, Any]
+STAGES = ("text", "denoise", "decode")
+
+NO_GPU = "Nothing here was measured on a GPU. What concerns GPUs is a projection and says so in every line."
+CAVEATS = (
+    "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
+    "Random weights (`random:...`) have the published size and cost the same time; their pictures are noise, and "
+    "distances between such pictures are no statement about quality.",
+    "Ours and theirs run in turn in one process on the same tensors, every run with prompts that no cache has seen.",
+    "Load is generated on the same machine that serves, and takes its share of it.",
+)
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """File name without ending -> result, by name. Raises BenchError for a file that is none."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BenchError(
+                f"{path}: not JSON ({error}); needed is the last line that a bench program printed"
+            ) from error
+        program = result.get("program") if isinstance(result, dict) else None
+        if program not in SECTIONS:
+            raise BenchError(f"{path}: of program {program!r}, needed is one of {', '.join(SECTIONS)}")
+        found[path.stem] = result
+    return found
+
+
+def _latency(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    head = ("model", "size", "steps", "batch", "ours", "rival", "ours, s", "rival, s", "ratio", *STAGES, "over HTTP, s")
+    far_head = ("model", "size", "who", "PSNR to fp32, dB", "max abs", "PSNR to each other, dB", "peak, MiB", "tokens")
+    times, distances, bars = [], [], []
+    for result in results.values():
+        ours, theirs = result["ours"], result.get("theirs")
+        label = f"{result['model']}, {_by(result['size'])}, {result['steps']} steps, batch {result['batch']}"
+        shape = [result["model"], _by(result["size"])]
+        ratios = result.get("ratios", {})
+        http = result.get("http_seconds", {}).get("total", {}).get("p50")
+        times.append(
+            [
+                *shape,
+                result["steps"],
+                result["batch"],
+                _ran(ours),
+                theirs and f"{result['vs']}, {theirs['precision']}",
+                _time(ours, "total"),
+                theirs and _time(theirs, "total"),
+                result.get("ratio"),
+                *(ratios.get(stage) for stage in STAGES),
+                http,
+            ]
+        )
+        for who, one in (("ours", ours), ("rival", theirs)):
+            if one:
+                parity = one["parity_to_fp32"] or {}
+                peak = result.get("peak_bytes", {}).get("ours" if one is ours else "theirs")
+                each = result.get("parity_to_each_other", {}).get("psnr_db")
+                far = (parity.get("psnr_db"), parity.get("max_abs"), each)
+                tokens = result["prompt_tokens"]["mean"]
+                distances.append([*shape, f"{who}: {_ran(one)}", *far, peak and peak / 2**20, tokens])
+                bars.append(Bar(f"{label}: {_ran(one)}", {stage: one["seconds"][stage]["p50"] for stage in STAGES}))
+    text = (
+        "Medians in seconds from prompts to pixels; `ratio` is the rival's over ours, end to end and by stage.\n\n"
+        f"{table(head, times)}\n\nHow far from fp32 on equally rounded weights, and from each other:\n\n"
+        f"{table(far_head, distances)}\n\n![Seconds by stage](bench-latency.svg)"
+    )
+    return text, {"bench-latency.svg": stacked_bars("From prompts to pixels", "s", bars)}
+
+
+def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    head = [
+        *("checkpoint", "backend", "load", "answers/s", "in time/s", "deadline, ms", "p50, ms", "p95, ms", "p99, ms"),
+        *("overhead p50, ms", "overhead p99, ms", "batch", "refused", "lost", "wrong of checked", "memory growth"),
+    ]
+    rows = []
+    for result in results.values():
+        engine, latency, check = result["engine"], result["latency_ms"], result["check"]
+        closed = result["loop"] == "closed"
+        refused = sum(count for status, count in result["statuses"].items() if status != "200")
+        rows.append(
+            [
+                engine["checkpoint"],
+                engine["backend"],
+                f"{result['concurrency']} clients" if closed else f"{result['rate']:g}/s",
+                *(result[key] for key in ("throughput", "goodput", "deadline_ms")),
+                *(latency[key] for key in ("p50", "p95", "p99")),
+                *(result["overhead_ms"][key] for key in ("p50", "p99")),
+                result["batch"]["mean_size"],
+                refused,
+                result["lost"],
+                f"{check['wrong']} of {check['checked']} ({check['kind']})",
+                f"{result['memory_bytes']['growth']:.2%}",
+            ]
+        )
+    return (
+        "Over HTTP, `in time` within the deadline; overhead is what an answer takes beyond the engine's own stages, so "
+        "at more than one client it holds the wait for others.\n\n" + table(head, rows)
+    ), {}
+
+
+def _quality(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    parts = []
+    for result in results.values():
+        names = list(result["rows"][0]["categories"])
+        head = ["variant", "steps", "mean", "std over seeds", *names, "PSNR, dB", "max abs"]
+        keys = ("variant", "steps", "mean", "spread")
+        rows = [
+            [*(row[key] for key in keys), *row["categories"].values(), row["psnr_db"], row["max_abs"]]
+            for row in result["rows"]
+        ]
+        parts.append(
+            f"`{result['model']}`, {result['prompts']} held-out captions, {result['seeds']} seeds; distances are from "
+            f"`{result['compared_with']}`.\n\n{table(head, rows)}"
+        )
+    return "\n\n".join(parts), {}
+
+
+def _roofline(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    parts, plots = [], {}
+    for name, result in results.items():
+        plots[f"bench-{name}.svg"] = roofline.plot(result)
+        parts.append(f"{roofline.show(result)}\n\n![Projection, not measured](bench-{name}.svg)")
+    return "\n\n".join(parts), plots
+
+
+Section = Callable[[Mapping[str, Result]], tuple[str, dict[str, str]]]
+SECTIONS: Mapping[str, tuple[str, Section]] = {
+    "bench.latency": ("Latency against diffusers", _latency),
+    "bench.load": ("Under load", _load),
+    "bench.quality": ("Quality", _quality),
+    "bench.roofline": ("Projections for GPUs", _roofline),
+}
+
+
+def _time(subject: Result, stage: str) -> float:
+    return float(subject["seconds"][stage]["p50"])
+
+
+def _ran(subject: Result) -> str:
+    return f"{subject['backend']}, {subject['precision']}"
+
+
+def _by(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def render(results: Mapping[str, Result]) -> dict[str, str]:
+    """File name -> text: bench.md and its plots."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m bench.report` from `bench/results/`; not by hand.",
+        "",
+        "## Caveats",
+        "",
+    ]
+    on_gpu = any("cuda" in str(one.get("device", one.get("engine"))) for one in results.values())
+    lines += [f"- {caveat}" for caveat in (CAVEATS if on_gpu else (NO_GPU, *CAVEATS))]
+    busy = [name for name, one in results.items() if _busy(one) and one["program"] != "bench.roofline"]
+    if busy:
+        lines.append(
+            f"- The machine had other work during {', '.join(busy)}: times are too long, ratios roughly right."
+        )
+    files: dict[str, str] = {}
+    for program, (title, section) in SECTIONS.items():
+        mine = {name: result for name, result in results.items() if result["program"] == program}
+        if mine:
+            text, plots = section(mine)
+            files |= plots
+            lines += ["", f"## {title}", "", text]
+    lines += ["", "## Reproduction", ""]
+    for name, result in results.items():
+        told = result["machine"]
+        lines += [
+            f"### {name}",
+            "",
+            f"    {result['command']} | tail -1 > bench/results/{name}.json",
+            "",
+            f"{told['date']}, revision {told['revision']}, {told['cores']} cores of {told['cpu']}, "
+            f"{told['memory_gib']} GiB, Python {told['python']}, torch {told['torch']}, load average "
+            f"{told['load_average']} at the end.",
+            "",
+        ]
+    return {"bench.md": "\n".join(lines).rstrip() + "\n", **files}
+
+
+def _busy(result: Result) -> bool:
+    told = result["machine"]
+    return bool(told["load_average"] > told["cores"] + 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder to write to (default docs)")
+    options = parser.parse_args(argv)
+    try:
+        results = read_results(options.results)
+        if not results:
+            raise BenchError(f"{options.results}: no results; see python -m bench.report --help")
+        files = render(results)
+    except SprintError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    for name, text in files.items():
+        (options.out / name).write_text(text, encoding="utf-8")
+        print(options.out / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
