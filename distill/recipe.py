@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distill.data import World
+from engines.models.controlnet import Injection
 from engines.models.dcae import AutoencoderConfig, BlockKind
 from engines.models.transformer import TransformerConfig
 
@@ -95,6 +96,28 @@ class DistilStage:
 
 
 @dataclass(frozen=True)
+class ControlStage:
+    """A ControlNet on the frozen student (paper 3.4)."""
+
+    steps: int
+    batch: int
+    pictures: int  # drawn and encoded once, with their drawings
+    copies: int  # of the student's first blocks
+    learning_rate: float  # AdamW: embeddings, norms, biases, projections
+    matrix_learning_rate: float  # Muon: the matrices of the blocks
+    injection: Injection = "nvlabs"
+    mean: float = 0.2  # of the angles, as DistilStage.student_mean
+    std: float = 1.6
+    max_time_probability: float = 0.5
+    empty_probability: float = 0.1  # of a drawing without strokes
+    warmup: int = 50
+    decay_fraction: float = 0.4
+    ema: float = 0.998
+    sheet_every: int = 500
+    seed: int = 7
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. `world` None: pictures come from elsewhere (published teachers, real photographs)."""
 
@@ -103,6 +126,7 @@ class Recipe:
     autoencoder: AutoencoderStage | None
     teacher: TeacherStage | None
     distil: DistilStage
+    control: ControlStage | None = None
     world: World = field(default_factory=World)
     teacher_guidance: float = 4.5
     teacher_sampling_steps: int = 20
@@ -172,6 +196,9 @@ def tiny() -> Recipe:
             decay_fraction=0.4,
             ema=0.995,
         ),
+        control=ControlStage(
+            steps=3000, batch=48, pictures=20_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
+        ),
     )
 
 
@@ -206,6 +233,9 @@ def smoke() -> Recipe:
             gradient_clip=1.0,
             warmup=2,
             score_every=6,
+        ),
+        control=ControlStage(
+            steps=6, batch=4, pictures=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
         ),
     )
 
