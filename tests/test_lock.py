@@ -62,7 +62,8 @@ def test_what_is_imported_is_asked_for(folder: str) -> None:
     asked = {
         canonicalize_name(Requirement(line).name) for lines in [*ASKED.values(), *EXTRAS.values()] for line in lines
     }
-    own = {"server", "engines", "distill", "bench", "deploy", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    programs = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    own = {"server", "engines", "distill", "bench", "deploy", *(path.stem for path in programs)}
     distributions = packages_distributions()
     for package in sorted(set(imported_packages(folder)) - own - sys.stdlib_module_names):
         brought = {canonicalize_name(name) for name in distributions.get(package, [package])}

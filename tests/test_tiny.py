@@ -72,7 +72,9 @@ def test_more_steps_draw_it_too(printed: Line, steps: int) -> None:
 
 def test_the_readme_shows_this_line_and_this_picture(printed: Line) -> None:
     readme = (ROOT / "README.md").read_text()
-    shown = [parsed(line.strip().removeprefix("$ ")) for line in readme.splitlines() if line.strip().startswith("curl -s ")]
+    shown = [
+        parsed(line.strip().removeprefix("$ ")) for line in readme.splitlines() if line.strip().startswith("curl -s ")
+    ]
     assert [line.body for line in shown] == [printed.body]
     kept = np.asarray(Image.open(ROOT / "docs/red-circle.png").convert("RGB")).astype(int)
     assert np.abs(kept - picture(printed)).mean() < 1
