@@ -22,7 +22,7 @@ RUN python3 -m venv /pip \
 FROM ${BASE}
 COPY --from=packages /venv /venv
 WORKDIR /app
-COPY LICENSE ./
+COPY LICENSE build_engine.py ./
 COPY engines engines
 COPY server server
 COPY models models
