@@ -8,10 +8,11 @@ from typing import cast
 
 import torch
 
-from engines.backends import openvino
+from engines.backends import openvino, tensorrt
 from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.spec import ModuleName
+from engines.backends.tensorrt import TensorRtGraph
 from engines.checkpoint import Checkpoint
 from engines.errors import ParityError
 from engines.machine import dotted, this_machine
@@ -31,19 +32,24 @@ class Compiled:
     details: Mapping[str, object] = field(default_factory=dict)
 
 
-def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int]) -> Compiled:
-    """Compiles an exported graph for `target` into files named `stem`.<suffix>. Raises BuildError."""
-    assert target.backend == "openvino", batches
-    return Compiled(openvino.convert(graph, stem))
+def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int], timing_cache: Path) -> Compiled:
+    """Compiles an exported graph for `target` into files named `stem`.<suffix>. Raises BuildError, BackendError."""
+    if target.backend == "openvino":
+        return Compiled(openvino.convert(graph, stem))
+    assert target.capability is not None
+    plan = stem.with_suffix(".engine")
+    vendor = tensorrt.vendor(target.vendor)
+    details = tensorrt.build_engine(vendor, graph, plan, batches, target.capability, timing_cache)
+    return Compiled([plan], details)
 
 
-def open_artifact(
-    backend: str, folder: Path, artifact: Artifact, batches: Sequence[int], device: torch.device
-) -> Graph:
+def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact) -> Graph:
     """Raises ArtifactError, BackendError."""
-    assert backend == "openvino", device
-    precision = cast(CpuPrecision, artifact.precision)
-    return OpenVinoGraph(folder / artifact.files[0].name, precision, batches, folder / CACHE)
+    path = folder / artifact.files[0].name
+    if backend == "openvino":
+        return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, folder / CACHE)
+    jit_cache = folder / CACHE / f"{path.stem}.jit"
+    return TensorRtGraph(tensorrt.vendor(vendor), path, artifact.batches, jit_cache)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
         width, height = artifact.size
         unit = 1 if artifact.module == "encoder" else checkpoint.autoencoder.compression
         graphs[artifact.module][height // unit, width // unit] = open_artifact(
-            manifest.backend, folder, artifact, manifest.batches, device
+            manifest.backend, manifest.vendor, folder, artifact
         )
     dtype = module_dtype(manifest.precision)
     if manifest.backend == "openvino":

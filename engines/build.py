@@ -5,9 +5,10 @@ are in memory together. A build whose inputs have not changed does nothing.
 """
 
 import gc
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,10 @@ from engines.targets import Target, module_dtype, module_precision, resolve
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
 
 CPU = torch.device("cpu")
+TIMING = "timing.cache"  # TensorRT's, carried from the engines that a build replaces to those it makes
 _FP16_LARGEST = 65504
+_LIVE_TENSORS = 4.5  # of full resolution at once in the decoder: 1.2 GB planned for one 1024x1024 row in fp16
+_AUTOENCODER_SHARE = 1 / 8  # of the card's memory
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino", "tensorrt", "tensorrt_rtx")
 
 
@@ -68,6 +72,8 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
         return Built(present, changed=False)
     with staging(spec.out) as folder:
         started = time.perf_counter()
+        if (spec.out / TIMING).is_file():
+            shutil.copy(spec.out / TIMING, folder)
         work = _Work(spec, checkpoint, target, folder, progress)
         references = work.references()
         graphs = work.graphs()
@@ -123,6 +129,8 @@ class _Work:
     folder: Path
     progress: Progress
     done: int = 0
+    precisions: dict[ModuleName, str] = field(default_factory=dict)  # settled by the reference
+    reasons: dict[ModuleName, str] = field(default_factory=dict)  # for a precision that was not asked for
 
     def step(self, text: str) -> None:
         # Each size: reference of 2 modules, then export, compilation and parity of 3.
@@ -131,7 +139,7 @@ class _Work:
         self.done += 1
 
     def references(self) -> dict[Size, Path]:
-        """The fp32 reference of each size, on disk. Raises BuildError where fp16 could not hold its activations."""
+        """The fp32 reference of each size, on disk; settles the precision of each module."""
         rows = min(2, max(self.spec.batches))
         texts = calibration_texts(self.checkpoint).rows(rows)
         found: dict[Size, dict[str, Tensor]] = {}
@@ -146,7 +154,7 @@ class _Work:
                 inputs["text_mask"] = texts.mask
                 velocity = module(**inputs)
                 found[size] = {**inputs, "velocity": velocity, "clean": clean_latent(latent, velocity, time_)}
-        self.check_range("transformer", seen)
+        self.settle("transformer", seen)
         del module
         autoencoder = self.checkpoint.load_autoencoder(torch.float32, CPU)
         decoder, encoder = PixelDecoder(autoencoder), PixelEncoder(autoencoder)
@@ -156,20 +164,28 @@ class _Work:
                 # Row by row, because the largest stage of one row alone takes gigabytes at full size.
                 tensors["pixels"] = torch.cat([decoder(row[None])[0] for row in tensors["clean"]])
                 tensors["encoded"] = torch.cat([encoder(row[None]) for row in tensors["pixels"]])
-        self.check_range("decoder", seen)
-        self.check_range("encoder", seen_encoding)
+        self.settle("decoder", seen)
+        self.settle("encoder", seen_encoding)
         paths = {size: self.folder / _reference_file(size) for size in found}
         for size, path in paths.items():
             Reference(found[size]).save(path)
         return paths
 
-    def check_range(self, name: ModuleName, seen: Mapping[str, float]) -> None:
+    def settle(self, name: ModuleName, seen: Mapping[str, float]) -> None:
+        """The precision of one module: as asked for, but bf16 for an autoencoder that overflows fp16.
+
+        Upstream advises bf16 or fp32 for the autoencoder; published ones are known to overflow (diffusers issues 9982,
+        10241). Raises BuildError where it is the transformer that overflows.
+        """
+        precision = module_precision(self.spec.precision, name)
         part, peak = max(seen.items(), key=lambda pair: pair[1])
-        if module_dtype(module_precision(self.spec.precision, name)) == torch.float16 and peak * 2 > _FP16_LARGEST:
-            raise BuildError(
-                f"precision: {name}.{part} reaches {peak:.0f} on real prompts, and fp16 holds {_FP16_LARGEST}; "
-                "build with --precision bf16"
-            )
+        if module_dtype(precision) == torch.float16 and peak * 2 > _FP16_LARGEST:
+            reason = f"{name}.{part} reaches {peak:.0f} on real prompts, and fp16 holds {_FP16_LARGEST}"
+            if name == "transformer":
+                raise BuildError(f"precision: {reason}; build with --precision bf16")
+            self.reasons[name] = reason
+            precision = "bf16"
+        self.precisions[name] = precision
 
     def graphs(self) -> dict[Key, _Graph]:
         """Every module at every size as ONNX, each module loaded once."""
@@ -199,13 +215,14 @@ class _Work:
         for (name, size), graph in graphs.items():
             self.step(f"compilation of the {name} at {words(size)}")
             started = time.perf_counter()
-            made = compile_graph(self.target, graph.path, graph.path.with_suffix(""), self.spec.batches)
+            batches = self.batches(name, size)
+            made = compile_graph(self.target, graph.path, graph.path.with_suffix(""), batches, self.folder / TIMING)
             for path in onnx_files(graph.path):
                 path.unlink()
             seconds = round(graph.seconds + time.perf_counter() - started, 1)
             files = tuple(FileRecord.of(path) for path in made.files)
-            precision = module_precision(self.spec.precision, name)
-            found[name, size] = Artifact(name, size, precision, seconds, files, {}, made.details)
+            details = {**made.details, **({"reason": self.reasons[name]} if name in self.reasons else {})}
+            found[name, size] = Artifact(name, size, self.precisions[name], batches, seconds, files, {}, details)
         return found
 
     def parity(
@@ -222,21 +239,34 @@ class _Work:
 
             found, picture = load_reference(path).compare(opened, self.dtype("transformer"))
             for name, distance in found.items():
-                precision = module_precision(self.spec.precision, name)
-                gate = GATES[precision].check(f"{name} at {words(size)}", distance)
+                gate = GATES[self.precisions[name]].check(f"{name} at {words(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
             gate = PICTURE_GATES[self.spec.precision].check(f"picture at {words(size)}", picture)
             pictures[words(size)] = {**picture.to_dict(), "gate": gate, "of": of}
         return modules, pictures
 
     def open(self, artifact: Artifact) -> Graph:
-        device = CPU if self.target.capability is None else torch.device("cuda")
-        return open_artifact(self.target.backend, self.folder, artifact, self.spec.batches, device)
+        return open_artifact(self.target.backend, self.target.vendor, self.folder, artifact)
+
+    def batches(self, name: ModuleName, size: Size) -> tuple[int, ...]:
+        """The buckets; for the autoencoder on a GPU only those whose activations leave the card room for the rest."""
+        if self.target.memory is None or name not in ("decoder", "encoder"):
+            return self.spec.batches
+        config = self.checkpoint.autoencoder
+        first = [
+            width
+            for width, depth in zip(config.decoder_block_out_channels, config.decoder_layers_per_block, strict=True)
+            if depth
+        ]
+        bytes_each = module_dtype(self.precisions[name]).itemsize
+        row = size[0] * size[1] * first[0] * bytes_each * _LIVE_TENSORS
+        fitting = tuple(batch for batch in self.spec.batches if batch * row <= self.target.memory * _AUTOENCODER_SHARE)
+        return fitting or (1,)
 
     def dtype(self, name: ModuleName) -> torch.dtype:
         if self.target.backend == "openvino":
             return torch.float32  # it rounds inside
-        return module_dtype(module_precision(self.spec.precision, name))
+        return module_dtype(self.precisions[name])
 
     def shape(self, size: Size) -> GraphShape:
         unit, config = self.checkpoint.autoencoder.compression, self.checkpoint.transformer

@@ -17,6 +17,7 @@ class Machine:
     gpu: str | None = None
     capability: Capability | None = None  # compute capability: 8.9 is (8, 9)
     driver: str | None = None
+    memory: float | None = None  # bytes of the GPU
 
     @property
     def words(self) -> str:
@@ -27,7 +28,8 @@ class Machine:
 def this_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine(_cpu_name())
-    return Machine(_cpu_name(), torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0), _driver())
+    card = torch.cuda.get_device_properties(0)
+    return Machine(_cpu_name(), card.name, (card.major, card.minor), _driver(), float(card.total_memory))
 
 
 def dotted(capability: Capability | None) -> str:

@@ -6,6 +6,7 @@ what differs, and the command that builds it again.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,6 +39,7 @@ class Artifact:
     module: ModuleName
     size: tuple[int, int]  # (width, height) in pixels
     precision: str
+    batches: tuple[int, ...]  # its own buckets; a larger batch runs in pieces
     seconds: float
     files: tuple[FileRecord, ...]
     parity: Mapping[str, object]
@@ -103,9 +105,13 @@ class Manifest:
     def check_machine(self, machine: str, capability: str | None, versions: Mapping[str, str]) -> None:
         """Raises ArtifactError where it was built for another GPU, or by another version of its vendor's package."""
         if self.compute_capability != capability:
-            raise self._refuse(
-                f"built for {self.device} (compute capability {self.compute_capability or 'none'}), this machine has "
-                f"{machine}"
+            instead = "--gpu native" if capability else "--gpu cpu --precision fp32"
+            command = re.sub(
+                r"--gpu \S+( --precision \S+)?", lambda m: instead + (m[1] or "" if capability else ""), self.command
+            )
+            raise ArtifactError(
+                f"engine: built for {self.device} (compute capability {self.compute_capability or 'none'}), "
+                f"this machine has {machine}; for this one: {command}"
             )
         built, here = self.versions.get(self.vendor), versions.get(self.vendor)
         if built != here and self.backend == "tensorrt":
@@ -155,7 +161,8 @@ def _artifact(values: Mapping[str, Any]) -> Artifact:
     if values["module"] not in get_args(ModuleName):
         raise ValueError(f"module {values['module']!r}")
     files = tuple(FileRecord(**file) for file in values["files"])
-    return Artifact(**{**values, "files": files, "size": _pair(values["size"])})
+    batches = tuple(int(batch) for batch in values["batches"])
+    return Artifact(**{**values, "files": files, "size": _pair(values["size"]), "batches": batches})
 
 
 def _pair(values: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from engines.errors import BuildError
 from engines.machine import Capability, Machine, dotted
 
 GPUS: Mapping[str, Capability] = {"h100": (9, 0), "rtx4090": (8, 9)}
+_MEMORY: Mapping[str, float] = {"h100": 80e9, "rtx4090": 24e9}
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CPU_PRECISIONS = ("fp32", "bf16")
 GPU_PRECISIONS = ("fp16", "bf16", "fp8", "fp32")
@@ -27,6 +28,7 @@ class Target:
     vendor: str  # the package that compiles: openvino, tensorrt, tensorrt_rtx
     capability: Capability | None  # None: the CPU
     executable: bool  # here, where it is built
+    memory: float | None = None  # bytes of the card
 
 
 def module_precision(precision: str, name: ModuleName) -> str:
@@ -58,16 +60,17 @@ def resolve(
             f"{dotted(_NEEDS[precision])} or newer has; use fp16"
         )
     on_the_card = machine.capability == capability
+    memory = machine.memory if on_the_card else _MEMORY[gpu]
     if on_the_card and (installed("tensorrt") or not installed("tensorrt_rtx")):
         _need("tensorrt", "tensorrt", installed)
-        return Target(gpu, "tensorrt", "tensorrt", capability, executable=True)
+        return Target(gpu, "tensorrt", "tensorrt", capability, executable=True, memory=memory)
     if capability == (9, 0):
         raise BuildError(
             f"gpu: TensorRT builds for an H100 on an H100 only, and this machine has {machine.words}; "
             "TensorRT for RTX, which can build ahead of time, does not know compute capability 9.0"
         )
     _need("tensorrt_rtx", "tensorrt-rtx", installed)
-    return Target(gpu, "tensorrt", "tensorrt_rtx", capability, executable=on_the_card)
+    return Target(gpu, "tensorrt", "tensorrt_rtx", capability, executable=on_the_card, memory=memory)
 
 
 def _capability(gpu: str, machine: Machine) -> Capability:

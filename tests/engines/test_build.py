@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 import build_engine
 from engines import build as building
-from engines.build import build
+from engines.build import _Work, build, silent
 from engines.build_spec import BuildSpec
+from engines.checkpoint import open_checkpoint
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
 from engines.manifest import NAME, FileRecord, read_manifest
 from engines.reference import load_reference
+from engines.targets import Target
 from engines.types import Job
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
@@ -274,17 +276,31 @@ def test_engines_too_far_from_the_reference_are_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_activations_that_fp16_cannot_hold_are_refused(small_pictures: Path, tmp_path: Path) -> None:
-    from engines.build import _Work
-    from engines.targets import Target
-
+def test_an_autoencoder_that_overflows_fp16_runs_in_bf16_and_a_transformer_is_refused(
+    small_pictures: Path, tmp_path: Path
+) -> None:
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False)
-    work = _Work(spec(small_pictures, tmp_path, "fp8"), None, target, tmp_path, building.silent)
-    work.check_range("decoder", {"up_blocks.0": 30_000.0})
-    for name in ("transformer", "decoder"):
-        with pytest.raises(BuildError, match=rf"{name}\.up_blocks\.1 reaches 40000 .*build with --precision bf16"):
-            work.check_range(name, {"up_blocks.0": 1.0, "up_blocks.1": 40_000.0})
-    replace(work, spec=replace(work.spec, precision="bf16")).check_range("decoder", {"up_blocks.1": 1e6})
+    work = _Work(spec(small_pictures, tmp_path, "fp8"), open_checkpoint(str(small_pictures)), target, tmp_path, silent)
+    work.settle("decoder", {"up_blocks.0": 30_000.0})
+    assert work.precisions == {"decoder": "fp16"}
+    work.settle("decoder", {"up_blocks.0": 1.0, "up_blocks.1": 40_000.0})
+    work.settle("transformer", {"blocks.0": 1.0})
+    assert work.precisions == {"decoder": "bf16", "transformer": "fp8"}
+    assert work.reasons == {"decoder": "decoder.up_blocks.1 reaches 40000 on real prompts, and fp16 holds 65504"}
+    with pytest.raises(BuildError, match=r"transformer\.blocks\.1 reaches 40000 .*build with --precision bf16"):
+        work.settle("transformer", {"blocks.1": 40_000.0})
+
+
+def test_the_autoencoders_batches_leave_the_card_room(small_pictures: Path, tmp_path: Path) -> None:
+    target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False, memory=24e9)
+    checkpoint = open_checkpoint("random:sprint-0.6b")
+    work = _Work(replace(spec(small_pictures, tmp_path), batches=(1, 2, 4, 8)), checkpoint, target, tmp_path, silent)
+    work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
+    assert work.batches("decoder", (1024, 1024)) == (1, 2)
+    assert work.batches("decoder", (512, 512)) == (1, 2, 4, 8)
+    assert work.batches("decoder", (2048, 2048)) == (1,)
+    assert work.batches("transformer", (2048, 2048)) == (1, 2, 4, 8)
+    assert replace(work, target=replace(target, memory=None)).batches("decoder", (2048, 2048)) == (1, 2, 4, 8)
 
 
 # A build in a process of its own, for what only a process can suffer.

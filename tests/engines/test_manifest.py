@@ -26,13 +26,15 @@ ADA = Manifest(
     tokens=300,
     versions={"torch": "2.13.0", "tensorrt": "11.4.0"},
     executed=True,
-    command="python build_engine.py --model models/tiny",
+    command="python build_engine.py --gpu rtx4090 --precision fp8 --out x",
     fingerprint="cd" * 32,
     seconds=1.5,
     pictures={"256x256": {"psnr_db": 60.0}},
     references={"256x256": FileRecord("reference-256x256.safetensors", 3, "ef" * 32)},
     artifacts=(
-        Artifact("decoder", (256, 256), "fp16", 1.0, (FileRecord("decoder.engine", 5, "01" * 32),), {"gate": "x"}, {}),
+        Artifact(
+            "decoder", (256, 256), "fp16", (1, 2), 1.0, (FileRecord("decoder.engine", 5, "01" * 32),), {"gate": "x"}, {}
+        ),
     ),
 )
 
@@ -61,7 +63,8 @@ def test_the_machine_it_was_built_on_is_accepted() -> None:
     ("capability", "versions", "message"),
     [
         ("9.0", {"tensorrt": "11.4.0"}, r"built for NVIDIA GeForce RTX 4090 \(compute capability 8.9\), this machine"),
-        (None, {"tensorrt": "11.4.0"}, "this machine has a card; build it again: python build_engine.py"),
+        ("9.0", {}, r"has a card; for this one: python build_engine.py --gpu native --precision fp8 --out x$"),
+        (None, {}, r"has a card; for this one: python build_engine.py --gpu cpu --precision fp32 --out x$"),
         ("8.9", {"tensorrt": "10.16.1"}, "built by tensorrt 11.4.0, here is 10.16.1"),
         ("8.9", {}, "built by tensorrt 11.4.0, here is none"),
     ],

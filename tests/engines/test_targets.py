@@ -11,10 +11,10 @@ from engines.machine import Machine, _cpu_name, _driver, dotted, this_machine
 from engines.targets import Target, module_dtype, module_precision, resolve
 
 PLAIN = Machine("a CPU")
-ADA = Machine("a CPU", "NVIDIA GeForce RTX 4090", (8, 9), "580.1")
-HOPPER = Machine("a CPU", "NVIDIA H100 80GB HBM3", (9, 0), "580.1")
-AMPERE = Machine("a CPU", "NVIDIA GeForce RTX 3090", (8, 6), "580.1")
-TURING = Machine("a CPU", "NVIDIA T4", (7, 5), "580.1")
+ADA = Machine("a CPU", "NVIDIA GeForce RTX 4090", (8, 9), "580.1", 1e9)
+HOPPER = Machine("a CPU", "NVIDIA H100 80GB HBM3", (9, 0), "580.1", 1e9)
+AMPERE = Machine("a CPU", "NVIDIA GeForce RTX 3090", (8, 6), "580.1", 1e9)
+TURING = Machine("a CPU", "NVIDIA T4", (7, 5), "580.1", 1e9)
 ALL = ("tensorrt", "tensorrt_rtx", "openvino")
 
 
@@ -22,12 +22,12 @@ ALL = ("tensorrt", "tensorrt_rtx", "openvino")
     ("gpu", "precision", "machine", "packages", "expected"),
     [
         ("cpu", "bf16", ADA, ALL, Target("cpu", "openvino", "openvino", None, True)),
-        ("rtx4090", "fp8", PLAIN, ALL, Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), False)),
-        ("rtx4090", "fp16", HOPPER, ALL, Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), False)),
-        ("rtx4090", "fp16", ADA, ALL, Target("rtx4090", "tensorrt", "tensorrt", (8, 9), True)),
-        ("native", "fp16", ADA, ("tensorrt_rtx",), Target("native", "tensorrt", "tensorrt_rtx", (8, 9), True)),
-        ("h100", "fp8", HOPPER, ALL, Target("h100", "tensorrt", "tensorrt", (9, 0), True)),
-        ("native", "bf16", AMPERE, ALL, Target("native", "tensorrt", "tensorrt", (8, 6), True)),
+        ("rtx4090", "fp8", PLAIN, ALL, Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), False, 24e9)),
+        ("rtx4090", "fp16", HOPPER, ALL, Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), False, 24e9)),
+        ("rtx4090", "fp16", ADA, ALL, Target("rtx4090", "tensorrt", "tensorrt", (8, 9), True, 1e9)),
+        ("native", "fp16", ADA, ("tensorrt_rtx",), Target("native", "tensorrt", "tensorrt_rtx", (8, 9), True, 1e9)),
+        ("h100", "fp8", HOPPER, ALL, Target("h100", "tensorrt", "tensorrt", (9, 0), True, 1e9)),
+        ("native", "bf16", AMPERE, ALL, Target("native", "tensorrt", "tensorrt", (8, 6), True, 1e9)),
     ],
 )
 def test_what_compiles(gpu: str, precision: str, machine: Machine, packages: tuple[str, ...], expected: Target) -> None:

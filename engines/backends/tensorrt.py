@@ -1,0 +1,278 @@
+"""TensorRT: strongly typed ONNX to an engine, and the engine as a torch callable.
+
+One builder serves both vendors, given as a module: `tensorrt` (10 and 11, on the card) and `tensorrt_rtx` (ahead of
+time, for a compute capability that need not be here). Precision lives in the graph alone; no flag of TensorRT 10's weak
+typing is used, because 11 has none. One optimisation profile per batch bucket, min = best = max: kernels are chosen for
+the very shapes that run, and a CUDA graph's context never changes shape.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.backends.drop_in import padded
+from engines.buckets import smallest_fitting
+from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
+
+Capability = tuple[int, int]
+_SEVERE = 1  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
+    "INT64": torch.int64,
+}
+
+
+def vendor(name: str) -> Any:
+    """The module `tensorrt` or `tensorrt_rtx`. Raises BackendError where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise BackendError(f"{name}: the package is missing; pip install '.[{name.replace('_', '-')}]'") from error
+
+
+@dataclass
+class Log:
+    """What TensorRT says, kept: its exceptions carry no text."""
+
+    lines: list[tuple[int, str]] = field(default_factory=list)
+
+    def first_error(self) -> str:
+        """The first, for the ones behind it are its consequences (or of a GPU that is not there)."""
+        errors = [line for severity, line in self.lines if severity <= _SEVERE]
+        return tidy(errors[0]) if errors else "no reason given"
+
+    def activation_bytes(self) -> int | None:
+        """The largest activation memory that the builder planned; None where it said nothing."""
+        found = [re.search(r"Total Activation Memory: (\d+) bytes", line) for _, line in self.lines]
+        return max((int(match[1]) for match in found if match), default=None)
+
+    def attach(self, trt: Any) -> Any:
+        """A logger object of `trt` that writes here."""
+        lines = self.lines
+
+        class Logger(trt.ILogger):  # type: ignore[misc]  # trt is a module known at run time only
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                lines.append((int(severity), message))
+
+        return Logger()
+
+
+def tidy(message: str) -> str:
+    """What TensorRT means, in one line, without its source positions, error codes and consequences."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    line = next((line for line in lines if not line.startswith("Invalid Node")), message.strip())
+    if "Plugin not found" in line:
+        return "it has no such operator"
+    driver = re.search(r"cudaError \d+: [^)]+", line)
+    if driver:
+        return driver[0]
+    inner = re.search(r"Error Code \d+: [\w ]+\((.*)\)", line)
+    line = re.sub(r"^(\[[^\]]*\]\s*)+", "", inner[1] if inner else line)
+    return re.sub(r"\.? In \w+ at /\S+$", "", line).rstrip(".")[:400]
+
+
+def build_engine(
+    trt: Any,
+    graph: Path,
+    target: Path,
+    batches: Sequence[int],
+    capability: Capability,
+    timing_cache: Path,
+) -> dict[str, object]:
+    """Compiles the ONNX file `graph` into `target`; gives what is worth telling of it.
+
+    batches: the buckets, each with a profile of its own. capability: of the card that is to run it, which only
+    tensorrt_rtx may differ from the card that is here. timing_cache: read and written, where the vendor has one.
+    Raises BuildError with the node that is refused, or the first error.
+    """
+    log = Log()
+    logger = log.attach(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        raise BuildError(f"{graph.stem}: {trt.__name__} refuses the graph: {_parser_error(parser, log)}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that an inspector can tell layers' precisions
+    _set_target(trt, config, capability)
+    for batch in batches:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            shape = (batch, *tuple(tensor.shape)[1:])
+            profile.set_shape(tensor.name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    timed = _load_timing(trt, config, timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(f"{graph.stem}: {trt.__name__} cannot compile the graph: {log.first_error()}")
+    target.write_bytes(plan)
+    if timed:
+        timing_cache.write_bytes(config.get_timing_cache().serialize())
+    return {"layers": network.num_layers, "activation_bytes": log.activation_bytes(), "batches": list(batches)}
+
+
+def _parser_error(parser: Any, log: Log) -> str:
+    if not parser.num_errors:
+        return log.first_error()
+    error = parser.get_error(0)
+    name, kind = error.node_name(), error.node_operator()
+    where = f"node {name} ({kind}): " if name or kind else ""
+    return where + tidy(error.desc())
+
+
+def _ahead_of_time(trt: Any) -> bool:
+    """Whether `trt` is tensorrt_rtx, which builds for cards that are not here; tensorrt builds for the one that is."""
+    return hasattr(trt, "ComputeCapability")
+
+
+def _set_target(trt: Any, config: Any, capability: Capability) -> None:
+    """tensorrt_rtx is told its target always: without one it accepts fp8 for cards that have none."""
+    if not _ahead_of_time(trt):
+        return
+    name = f"SM{capability[0]}{capability[1]}"
+    if not hasattr(trt.ComputeCapability, name):
+        raise BuildError(f"gpu: {trt.__name__} {trt.__version__} does not build for compute capability {name[2:]}")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+
+
+def _load_timing(trt: Any, config: Any, path: Path) -> bool:
+    """Gives `config` the kernels' timings of earlier builds; tensorrt_rtx times nothing when it builds."""
+    if _ahead_of_time(trt):
+        return False
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return True
+
+
+class _JitCache:
+    """Kernels that tensorrt_rtx compiled for this card, in a file; nothing for tensorrt, whose engines hold them."""
+
+    def __init__(self, engine: Any, path: Path):
+        self._engine, self._path = engine, path
+        self._kept: set[int] = set()
+        self._settings: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
+        self._cache: Any = None
+        if self._settings is not None and hasattr(self._settings, "create_runtime_cache"):
+            self._cache = self._settings.create_runtime_cache()
+            if path.exists():
+                self._cache.deserialize(path.read_bytes())
+            self._settings.set_runtime_cache(self._cache)
+
+    def context(self) -> Any:
+        if self._cache is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(self._settings)
+
+    def keep(self, bucket: int) -> None:
+        """Writes what was compiled, once `bucket` has run; a folder that cannot be written costs only time."""
+        if self._cache is None or bucket in self._kept:
+            return
+        self._kept.add(bucket)
+        with suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
+            self._path.write_bytes(self._cache.serialize())
+
+
+class TensorRtGraph:
+    """engines.backends.drop_in.Graph over a built engine: device pointers in, device pointers out, torch's stream.
+
+    Each bucket has an execution context of its own, and `replica` gives another set, because a CUDA graph keeps the
+    addresses of the context that it was captured from. Batches beyond the largest bucket run in pieces. jit_cache: file
+    for the kernels that tensorrt_rtx compiles when an engine is first loaded.
+    Raises ArtifactError where TensorRT refuses the file.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        plan: Path,
+        buckets: Sequence[int],
+        jit_cache: Path,
+        stream: Callable[[], int] = lambda: torch.cuda.current_stream().cuda_stream,
+    ):
+        self._trt, self._buckets, self._stream = trt, tuple(buckets), stream
+        self._log = Log()
+        self._runtime = trt.Runtime(self._log.attach(trt))
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise ArtifactError(f"engine: {plan.name}: {trt.__name__} refuses it: {self._log.first_error()}")
+        self._name = plan.stem
+        tensors = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in tensors}
+        self._inputs = [name for name in tensors if modes[name] == trt.TensorIOMode.INPUT]
+        self._outputs = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
+        self._types = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in tensors}
+        self._jit = _JitCache(self._engine, jit_cache)
+        self._contexts = {bucket: self._context(index) for index, bucket in enumerate(self._buckets)}
+
+    def replica(self) -> "TensorRtGraph":
+        """The same engine with contexts of its own."""
+        other = object.__new__(TensorRtGraph)
+        other.__dict__.update(self.__dict__)
+        other._contexts = {bucket: other._context(index) for index, bucket in enumerate(self._buckets)}
+        return other
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        batch, largest = next(iter(inputs.values())).shape[0], self._buckets[-1]
+        if batch <= largest:
+            return self._run(inputs, batch)
+        pieces = [
+            self._run(
+                {name: value[start : start + largest] for name, value in inputs.items()}, min(largest, batch - start)
+            )
+            for start in range(0, batch, largest)
+        ]
+        return [torch.cat(outputs) for outputs in zip(*pieces, strict=True)]
+
+    def layers_by_precision(self) -> dict[str, int]:
+        """How many layers write each type, by the engine inspector: proof that fp8 kernels are really used."""
+        inspector = self._engine.create_engine_inspector()
+        report = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        formats = re.findall(r'"Format/Datatype":\s*"([^"]+)"', report)
+        counts: dict[str, int] = {}
+        for text in formats:
+            kind = text.split()[-1] if text else "unknown"
+            counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+    def _context(self, profile: int) -> Any:
+        context = self._jit.context()
+        if context is None:
+            raise OutOfMemoryError(f"engine: {self._name}: no memory for its activations; {self._log.first_error()}")
+        context.set_optimization_profile_async(profile, self._stream())
+        return context
+
+    def _run(self, inputs: Mapping[str, Tensor], batch: int) -> list[Tensor]:
+        bucket = smallest_fitting(batch, self._buckets)
+        context = self._contexts[bucket]
+        held = {name: padded(inputs[name].to(self._types[name]), bucket) for name in self._inputs}
+        for name, value in held.items():
+            if not context.set_input_shape(name, tuple(value.shape)):
+                raise BackendError(f"{self._name}: {name} of shape {list(value.shape)} is not what it was built for")
+            context.set_tensor_address(name, value.data_ptr())
+        device = next(iter(held.values())).device
+        outputs = {}
+        for name in self._outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            outputs[name] = torch.empty(shape, dtype=self._types[name], device=device)
+            context.set_tensor_address(name, outputs[name].data_ptr())
+        if not context.execute_async_v3(self._stream()):
+            raise BackendError(f"{self._name}: {self._trt.__name__} failed: {self._log.first_error()}")
+        self._jit.keep(bucket)
+        return [value[:batch] for value in outputs.values()]

@@ -1,0 +1,176 @@
+"""A vendor module with TensorRT's interface that works on the CPU: it reads and writes the addresses it is given.
+
+Its engine has the inputs x [b, 4] (fp32) and keep [b] (bool), and gives y = 2x + profile where keep, else 0. It refuses
+what TensorRT refuses: shapes outside the chosen profile, contexts beyond the memory, plans that it did not write.
+"""
+
+import ctypes
+import json
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+TensorIOMode = IntEnum("TensorIOMode", ["INPUT", "OUTPUT"])
+LayerInformationFormat = SimpleNamespace(JSON="json")
+TYPES = {"x": "FLOAT", "keep": "BOOL", "y": "FLOAT", "kept": "BOOL"}
+
+
+class ILogger:
+    def log(self, severity: int, message: str) -> None:
+        raise NotImplementedError
+
+
+def plan(batches: tuple[int, ...], contexts: int = 99) -> bytes:
+    return json.dumps({"batches": batches, "contexts": contexts}).encode()
+
+
+class Runtime:
+    def __init__(self, logger: ILogger):
+        self._logger = logger
+
+    def deserialize_cuda_engine(self, content: bytes) -> "Engine | None":
+        try:
+            return Engine(**json.loads(content), logger=self._logger)
+        except ValueError:
+            self._logger.log(1, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (bad magic. In x at /y)")
+            return None
+
+
+class Engine:
+    num_io_tensors = len(TYPES)
+
+    def __init__(self, batches: list[int], contexts: int, logger: ILogger):
+        self.batches, self.left, self.logger = batches, contexts, logger
+        self.contexts: list[Context] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(TYPES)[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name in ("x", "keep") else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name=TYPES[name])
+
+    def create_execution_context(self, settings: object = None) -> "Context | None":
+        if len(self.contexts) == self.left:
+            return None
+        self.contexts.append(Context(self, settings))
+        return self.contexts[-1]
+
+    def create_engine_inspector(self) -> Any:
+        layers = [
+            {"Outputs": [{"Format/Datatype": text}]} for text in ("Row major Half", "Row major FP8", "Row major FP8")
+        ]
+        return SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
+
+
+class Context:
+    def __init__(self, engine: Engine, settings: object):
+        self._engine, self.settings, self.runs, self.fails = engine, settings, 0, False
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self.profile, self.streams = -1, []
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+        self.profile = profile
+        self.streams.append(stream)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return shape[0] == self._engine.batches[self.profile] and shape[1:] == ((4,) if name == "x" else ())
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes["x"] if name == "y" else self._shapes["keep"]
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self._addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.streams.append(stream)
+        if self.fails:
+            self._engine.logger.log(1, "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (out of luck)")
+            return False
+        x, keep = self._at("x", ctypes.c_float), self._at("keep", ctypes.c_bool)
+        self._at("y", ctypes.c_float)[:] = np.where(keep[:, None], 2 * x + self.profile, 0)
+        self._at("kept", ctypes.c_bool)[:] = keep
+        self.runs += 1
+        return True
+
+    def _at(self, name: str, kind: Any) -> Any:
+        shape = self.get_tensor_shape(name) if name in ("y", "kept") else self._shapes[name]
+        size = int(np.prod(shape))
+        return np.ctypeslib.as_array((kind * size).from_address(self._addresses[name])).reshape(shape)
+
+
+class NetworkDefinitionCreationFlag(IntEnum):
+    STRONGLY_TYPED = 1
+
+
+ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+
+
+class Builder:
+    """Accepts every graph; its plan says the profiles, and that it is strongly typed."""
+
+    def __init__(self, logger: ILogger):
+        self._logger = logger
+
+    def create_network(self, flags: int) -> Any:
+        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        tensors = [SimpleNamespace(name="x", shape=(-1, 4)), SimpleNamespace(name="keep", shape=(-1,))]
+        return SimpleNamespace(num_inputs=2, num_layers=3, get_input=lambda index: tensors[index])
+
+    def create_builder_config(self) -> "Config":
+        return Config()
+
+    def create_optimization_profile(self) -> Any:
+        shapes: dict[str, Any] = {}
+        return SimpleNamespace(shapes=shapes, set_shape=lambda name, *shape: shapes.update({name: shape}))
+
+    def build_serialized_network(self, network: object, config: "Config") -> bytes | None:
+        assert network is not None
+        if config.broken:
+            self._logger.log(1, "Error Code 2: Internal Error (no kernel fits)")
+            return None
+        self._logger.log(3, "Total Activation Memory: 4096 bytes")
+        for shapes in config.profiles:
+            assert all(least == best == most for least, best, most in shapes.values())
+        return plan(tuple(shapes["x"][0][0] for shapes in config.profiles))
+
+
+class Config:
+    broken = False
+
+    def __init__(self) -> None:
+        self.profiles: list[dict[str, Any]] = []
+        self.profiling_verbosity = ""
+        self._timings = b""
+
+    def add_optimization_profile(self, profile: Any) -> None:
+        self.profiles.append(profile.shapes)
+
+    def create_timing_cache(self, content: bytes) -> bytes:
+        return content + b"+"
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> None:
+        assert not ignore_mismatch
+        self._timings = cache
+
+    def get_timing_cache(self) -> Any:
+        return SimpleNamespace(serialize=lambda: self._timings)
+
+
+class OnnxParser:
+    num_errors = 0
+
+    def __init__(self, network: object, logger: ILogger):
+        self._network, self._logger = network, logger
+
+    def parse_from_file(self, path: str) -> bool:
+        if not path.endswith("broken.onnx"):
+            return True
+        self._logger.log(1, f"cannot open {path}")
+        return False

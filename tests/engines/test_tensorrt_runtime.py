@@ -1,0 +1,153 @@
+"""TensorRT's side of a card, on a stand-in for its module that reads and writes the addresses it is given."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fake_tensorrt
+import pytest
+import torch
+from torch import Tensor
+
+from engines.backends.tensorrt import TensorRtGraph, build_engine
+from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
+
+STREAM = 7
+
+
+def graph(
+    folder: Path, batches: tuple[int, ...] = (1, 2, 4), trt: Any = fake_tensorrt, contexts: int = 99
+) -> TensorRtGraph:
+    (folder / "module.engine").write_bytes(fake_tensorrt.plan(batches, contexts))
+    return TensorRtGraph(trt, folder / "module.engine", batches, folder / "cache" / "module.jit", stream=lambda: STREAM)
+
+
+def inputs(batch: int) -> dict[str, Tensor]:
+    x = torch.arange(batch * 4, dtype=torch.float32).reshape(batch, 4) + 1
+    return {"x": x, "keep": torch.arange(batch) % 2 == 0}
+
+
+def expected(given: dict[str, Tensor], profile: int) -> Tensor:
+    return (2 * given["x"] + profile) * given["keep"][:, None]
+
+
+@pytest.mark.parametrize(("batch", "profile"), [(1, 0), (2, 1), (3, 2), (4, 2)])
+def test_a_batch_runs_in_its_buckets_profile_on_torchs_stream(batch: int, profile: int, tmp_path: Path) -> None:
+    run = graph(tmp_path)
+    given = inputs(batch)
+    y, kept = run(given)
+    assert torch.equal(y, expected(given, profile))
+    assert torch.equal(kept, given["keep"])
+    contexts = run._engine.contexts
+    assert [context.profile for context in contexts] == [0, 1, 2]
+    assert [context.runs for context in contexts] == [int(index == profile) for index in range(3)]
+    assert {stream for context in contexts for stream in context.streams} == {STREAM}
+
+
+def test_batches_beyond_the_largest_bucket_run_in_pieces(tmp_path: Path) -> None:
+    run = graph(tmp_path, (1, 2))
+    given = inputs(5)
+    y, kept = run(given)
+    assert torch.equal(y[:4], expected(given, 1)[:4])
+    assert torch.equal(y[4:], expected(given, 0)[4:])
+    assert torch.equal(kept, given["keep"])
+
+
+def test_results_are_the_callers_own_and_inputs_may_be_views_of_another_type(tmp_path: Path) -> None:
+    run = graph(tmp_path)
+    first = run(inputs(2))[0]
+    before = first.clone()
+    wide = inputs(2)["x"].double().repeat(1, 2)[:, ::2]
+    assert torch.equal(run({"x": wide, "keep": torch.tensor([True, True])})[0], 2 * wide.float() + 1)
+    assert torch.equal(first, before)
+
+
+def test_a_replica_has_contexts_of_its_own(tmp_path: Path) -> None:
+    run = graph(tmp_path)
+    other = run.replica()
+    assert len(run._engine.contexts) == 6
+    given = inputs(1)
+    assert torch.equal(other(given)[0], expected(given, 0))
+    assert [context.runs for context in run._engine.contexts] == [0, 0, 0, 1, 0, 0]
+
+
+def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"module: x of shape \[1, 5\] is not what it was built for"):
+        graph(tmp_path)({"x": torch.zeros(1, 5), "keep": torch.tensor([True])})
+
+
+def test_a_plan_of_another_maker_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "module.engine").write_bytes(b"TRT!")
+    with pytest.raises(ArtifactError, match=r"module\.engine: fake_tensorrt refuses it: bad magic$"):
+        TensorRtGraph(fake_tensorrt, tmp_path / "module.engine", (1,), tmp_path / "jit", stream=lambda: STREAM)
+
+
+def test_too_little_memory_and_a_failed_launch_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemoryError, match="module: no memory for its activations"):
+        graph(tmp_path, contexts=2)
+    run = graph(tmp_path)
+    run._engine.contexts[0].fails = True
+    with pytest.raises(BackendError, match="module: fake_tensorrt failed: out of luck"):
+        run(inputs(1))
+
+
+def test_the_inspector_counts_layers_by_what_they_write(tmp_path: Path) -> None:
+    assert graph(tmp_path).layers_by_precision() == {"Half": 1, "FP8": 2}
+
+
+class JitEngine(fake_tensorrt.Engine):
+    """As tensorrt_rtx: kernels are compiled when an engine is loaded, and can be kept."""
+
+    def create_runtime_config(self) -> Any:
+        cache = SimpleNamespace(content=b"", serialize=lambda: b"kernels")
+        cache.deserialize = lambda content: setattr(cache, "content", content)
+        config = SimpleNamespace(create_runtime_cache=lambda: cache)
+        config.set_runtime_cache = lambda chosen: setattr(config, "cache", chosen)
+        return config
+
+
+class JitRuntime(fake_tensorrt.Runtime):
+    def deserialize_cuda_engine(self, content: bytes) -> JitEngine:
+        engine = super().deserialize_cuda_engine(content)
+        assert engine is not None
+        return JitEngine(engine.batches, engine.left, engine.logger)
+
+
+JIT = SimpleNamespace(**{**vars(fake_tensorrt), "Runtime": JitRuntime})
+
+
+def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
+    run = graph(tmp_path, trt=JIT)
+    kept = tmp_path / "cache" / "module.jit"
+    assert not kept.exists(), "nothing has run"
+    run(inputs(1))
+    assert kept.read_bytes() == b"kernels"
+    kept.unlink()
+    run(inputs(1))
+    assert not kept.exists(), "a bucket is kept once"
+    kept.write_bytes(b"earlier")
+    again = graph(tmp_path, trt=JIT)
+    assert again._engine.contexts[0].settings.cache.content == b"earlier"
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert graph(tmp_path, trt=JIT)(inputs(1))
+
+
+def test_on_the_card_each_bucket_gets_a_profile_and_timings_are_carried_on(tmp_path: Path) -> None:
+    plan, timing = tmp_path / "module.engine", tmp_path / "timing.cache"
+    for expected in (b"+", b"++"):
+        details = build_engine(fake_tensorrt, tmp_path / "module.onnx", plan, (1, 4), (9, 0), timing)
+        assert timing.read_bytes() == expected
+    assert details == {"layers": 3, "activation_bytes": 4096, "batches": [1, 4]}
+    run = TensorRtGraph(fake_tensorrt, plan, (1, 4), tmp_path / "jit", stream=lambda: STREAM)
+    assert torch.equal(run(inputs(3))[0], (2 * inputs(3)["x"] + 1) * inputs(3)["keep"][:, None])
+
+
+def test_a_failed_build_gives_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BuildError, match=r"broken: fake_tensorrt refuses the graph: cannot open .*broken\.onnx"):
+        build_engine(fake_tensorrt, tmp_path / "broken.onnx", tmp_path / "plan", (1,), (9, 0), tmp_path / "timing")
+    monkeypatch.setattr(fake_tensorrt.Config, "broken", True)
+    with pytest.raises(BuildError, match="module: fake_tensorrt cannot compile the graph: no kernel fits"):
+        build_engine(fake_tensorrt, tmp_path / "module.onnx", tmp_path / "plan", (1,), (9, 0), tmp_path / "timing")
