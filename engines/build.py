@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engines.arithmetic import fp8_share
 from engines.artifacts import compile_graph, open_artifact, package_versions
 from engines.backends.drop_in import Graph
 from engines.backends.spec import ModuleName
@@ -28,6 +29,7 @@ from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.onnx_graph import OnnxGraph
 from engines.parity import GATES, PICTURE_GATES
 from engines.probe import GraphShape, probe_inputs
+from engines.quantize import exporting, quantize
 from engines.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.staging import staging
 from engines.targets import Target, module_dtype, module_precision, resolve
@@ -39,6 +41,7 @@ TIMING = "timing.cache"  # TensorRT's, carried from the engines that a build rep
 _FP16_LARGEST = 65504
 _LIVE_TENSORS = 4.5  # of full resolution at once in the decoder: 1.2 GB planned for one 1024x1024 row in fp16
 _AUTOENCODER_SHARE = 1 / 8  # of the card's memory
+_FP8_SHARE = 0.85
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino", "tensorrt", "tensorrt_rtx")
 
 
@@ -117,6 +120,7 @@ Key = tuple[ModuleName, Size]
 class _Graph:
     path: Path
     seconds: float
+    fp8_share: float | None = None  # of the matrix arithmetic
 
 
 @dataclass
@@ -191,21 +195,42 @@ class _Work:
         """Every module at every size as ONNX, each module loaded once."""
         found: dict[Key, _Graph] = {}
         for name in MODULES:
-            dtype = self.dtype(name)
-            module = self.module(name, dtype)
+            module = self.module(name)
             for size in self.spec.sizes:
                 self.step(f"export of the {name} at {words(size)}")
-                started = time.perf_counter()
-                path = self.folder / f"{name}-{words(size)}.onnx"
-                export_onnx(module, name, probe_inputs(name, self.shape(size), 2, dtype), path)
-                found[name, size] = _Graph(path, time.perf_counter() - started)
+                found[name, size] = self.export(module, name, size)
             del module
             gc.collect()
         return found
 
-    def module(self, name: ModuleName, dtype: torch.dtype) -> nn.Module:
+    def export(self, module: nn.Module, name: ModuleName, size: Size) -> _Graph:
+        """Raises BuildError where fp8 was asked for and reaches too little of the arithmetic."""
+        started = time.perf_counter()
+        path = self.folder / f"{name}-{words(size)}.onnx"
+        inputs = probe_inputs(name, self.shape(size), 2, self.dtype(name))
+        if self.precisions[name] != "fp8":
+            export_onnx(module, name, inputs, path)
+            return _Graph(path, time.perf_counter() - started)
+        with exporting() as translations:
+            export_onnx(module, name, inputs, path, translations)
+        share = fp8_share(path)
+        if share < _FP8_SHARE:
+            raise BuildError(
+                f"{path.stem}: fp8 reaches {share:.0%} of the matrix arithmetic, {_FP8_SHARE:.0%} is needed"
+            )
+        return _Graph(path, time.perf_counter() - started, share)
+
+    def module(self, name: ModuleName) -> nn.Module:
+        """One module in the precision that is to run."""
+        dtype = self.dtype(name)
         if name == "transformer":
-            return self.checkpoint.load_transformer(dtype, CPU)
+            transformer = self.checkpoint.load_transformer(dtype, CPU)
+            if self.precisions[name] != "fp8":
+                return transformer
+            shapes = [self.shape(size) for size in self.spec.sizes]
+            sides = [(shape.height, shape.width) for shape in shapes]
+            texts = calibration_texts(self.checkpoint)
+            return quantize(transformer, texts, sides, self.spec.steps, self.checkpoint.transformer.in_channels)
         autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
         return PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)
 
@@ -221,7 +246,8 @@ class _Work:
                 path.unlink()
             seconds = round(graph.seconds + time.perf_counter() - started, 1)
             files = tuple(FileRecord.of(path) for path in made.files)
-            details = {**made.details, **({"reason": self.reasons[name]} if name in self.reasons else {})}
+            share = {} if graph.fp8_share is None else {"fp8_share": round(graph.fp8_share, 4)}
+            details = {**made.details, **share, **({"reason": self.reasons[name]} if name in self.reasons else {})}
             found[name, size] = Artifact(name, size, self.precisions[name], batches, seconds, files, {}, details)
         return found
 
