@@ -27,8 +27,9 @@ from bench.figures import command, machine, parse_size, table
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import SprintError
 from engines.models.dcae import Autoencoder
+from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.pixels import PixelDecoder
-from engines.models.text_encoder import TextEncoder, Tokens, gemma_body
+from engines.models.text_encoder import TextEncoder, Tokens
 from engines.models.transformer import SprintTransformer
 from engines.prompt import INSTRUCTION, PromptTokenizer
 
@@ -96,7 +97,8 @@ def workloads(
     prefix = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens).prefix
     padded = len(prefix) + settings.max_prompt_tokens - 2 if instruction else settings.max_prompt_tokens
     start = padded - settings.max_prompt_tokens + 1
-    body = on_meta(gemma_body(checkpoint.text), dtype)
+    with META:
+        body = GemmaBody(GemmaConfig.from_dict(checkpoint.text)).to(dtype).eval()
     ours, upstream = TextEncoder(body, prefix), TextEncoder(body, prefix[:1])
     prompts = [Tokens((*prefix, *range(tokens)), min(start, len(prefix)))] * batch
     whole = [Tokens((*prefix[:1], *range(padded - 1)), 1)] * batch

@@ -4,7 +4,7 @@ Both are asked for the same pictures in the same way and answer with uint8 pixel
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,6 @@ import torch
 from bench.errors import BenchError
 from engines.checkpoint import Checkpoint
 from engines.loader import load_engine
-from engines.models.text_encoder import gemma_body
 from engines.prompt import INSTRUCTION
 from engines.types import Job, Pixels
 
@@ -168,7 +167,7 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
         transformer = upstream.SanaTransformer2DModel.from_config(config.to_dict())
     with torch.device("meta"):
         vae = upstream.AutoencoderDC.from_config(checkpoint.autoencoder.to_dict())
-    text_encoder = gemma_body(checkpoint.text)
+    text_encoder = _text_encoder(checkpoint.text)
     checkpoint.weights.fill("transformer", transformer, dtype, device)
     checkpoint.weights.fill("vae", vae, dtype, device)
     checkpoint.weights.fill("text_encoder", text_encoder, dtype, device)
@@ -186,3 +185,20 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _text_encoder(config: Mapping[str, object]) -> torch.nn.Module:
+    """transformers' Gemma2Model with parameters on the meta device and the buffers that no checkpoint holds.
+
+    Attention is eager, because its logits are soft-capped, which the fused kernels do not know.
+    """
+    from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RotaryEmbedding
+
+    parsed = Gemma2Config.from_dict(dict(config), attn_implementation="eager")
+    with torch.device("meta"):
+        body: torch.nn.Module = Gemma2Model(parsed)
+    body.rotary_emb = Gemma2RotaryEmbedding(parsed)
+    embed = body.get_submodule("embed_tokens")
+    embed.register_buffer("embed_scale", torch.tensor(float(parsed.hidden_size) ** 0.5), persistent=False)
+    return body

@@ -23,7 +23,8 @@ from distill.teacher import Teacher, silence_guidance
 from engines.checkpoint import find_folder
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
-from engines.models.text_encoder import TextEncoder, gemma_body
+from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
 from engines.prompt import INSTRUCTION, PromptTokenizer
 from engines.text_stage import EmbeddingCache, TextStage, join
@@ -65,14 +66,18 @@ def open_published(name: str, device: torch.device, dtype: torch.dtype = torch.b
         config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     except ValueError as error:
         raise CheckpointError(f"{folder}: transformer/config.json: {error}") from error
+    try:
+        text = GemmaConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: text_encoder/config.json: {error}") from error
     if config.qk_norm is None:
         raise CheckpointError(f"{folder}: no QK-norm; a Sprint teacher (dense time, QK-norm) is needed, see paper 3.2")
     with torch.device("meta"):
         transformer = SprintTransformer(config)
         autoencoder = Autoencoder(AutoencoderConfig.from_dict(read_json(folder / "vae" / "config.json")))
+        body = GemmaBody(text)
     weights.fill("transformer", transformer, torch.float32, device)
     weights.fill("vae", autoencoder, dtype, device)
-    body = gemma_body(read_json(folder / "text_encoder" / "config.json"))
     weights.fill("text_encoder", body, dtype, device)
     tokenizer = PromptTokenizer(weights.tokenizer(), INSTRUCTION, PROMPT_TOKENS)
     stage = TextStage(tokenizer, TextEncoder(body, tokenizer.prefix), EmbeddingCache())

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
-from engines.models.text_encoder import gemma_body
+from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
 from engines.random_weights import RandomWeights
 from engines.weights import FolderWeights, Part, WeightSource, read_json
@@ -117,15 +116,14 @@ class Checkpoint:
         self.weights.fill("vae", module, dtype, device)
         return module.eval()
 
-    def load_text_body(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def load_text_body(self, dtype: torch.dtype, device: torch.device) -> GemmaBody:
         """The Gemma-2 body, to be wrapped in models.text_encoder.TextEncoder."""
-        from huggingface_hub.errors import StrictDataclassError  # what transformers' configs raise
-
         try:
-            module = gemma_body(self.text)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{self.name}: text_encoder/config.json: {reason}") from error
+            config = GemmaConfig.from_dict(self.text)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: text_encoder/config.json: {error}") from error
+        with torch.device("meta"):
+            module = GemmaBody(config)
         self.weights.fill("text_encoder", module, dtype, device)
         return module.eval()
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, padded
@@ -53,6 +52,8 @@ class _Compiled(_Plain):
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
-        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+        import torch._dynamo as dynamo  # a second of every start, for those who compile
+
+        with dynamo.config.patch(recompile_limit=_SHAPES):
             outputs = super().__call__({name: padded(value, bucket) for name, value in inputs.items()})
         return [output[:batch] for output in outputs]

@@ -16,7 +16,7 @@ def test_decides_and_says_why(folder: Path) -> None:
     assert engine.info.reasons["device"] == "cpu: asked for"
     assert set(engine.info.reasons) == {"backend", "precision", "device"}
     assert engine.info.checkpoint == str(folder)
-    assert set(engine.info.versions) >= {"torch", "transformers"}
+    assert set(engine.info.versions) >= {"torch", "tokenizers"}
 
 
 def test_a_published_checkpoint_gets_upstreams_limits(folder: Path) -> None:

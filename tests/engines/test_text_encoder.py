@@ -9,11 +9,12 @@ from diffusers import SanaSprintPipeline
 from small_checkpoint import byte_level_tokenizer, heat
 from tokenizers import Tokenizer, models, processors, trainers
 from torch import Tensor
-from transformers import Gemma2Model, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from engines.checkpoint import open_checkpoint
 from engines.errors import CheckpointError
-from engines.models.text_encoder import TextEncoder, Tokens, gemma_body
+from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.text_encoder import TextEncoder, Tokens
 from engines.prompt import INSTRUCTION, PromptTokenizer
 
 UPSTREAM = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
@@ -118,7 +119,7 @@ def test_tokens_that_join_across_the_boundary(prompt: str, instruction: str, ups
     )
     # A copy, because upstream's calls leave truncation and padding set in theirs.
     tokenizer = PromptTokenizer(Tokenizer.from_str(wrapped.backend_tokenizer.to_str()), instruction, 6)
-    encoder = TextEncoder(upstream.text_encoder, tokenizer.prefix)
+    encoder = TextEncoder(same_weights(upstream.text_encoder), tokenizer.prefix)
     [states] = encoder.encode([tokenizer.encode(prompt).tokens])
     torch.testing.assert_close(states, reference(pipeline, prompt, [instruction], limit=6), rtol=0, atol=1e-4)
 
@@ -128,7 +129,7 @@ def test_a_prompt_that_leaves_the_prefix_early_is_exact(ours: tuple[PromptTokeni
     ids = (*encoder.prefix[:5], 9, 8, 7)
     [states] = encoder.encode([Tokens(ids, start=3)])
     with torch.no_grad():
-        full = encoder.body(torch.tensor([ids])).last_hidden_state[0]
+        full = encoder.body(torch.tensor([ids]))[0][0]
     torch.testing.assert_close(states, torch.cat([full[:1], full[3:]]), rtol=0, atol=1e-5)
 
 
@@ -139,23 +140,82 @@ def test_tokenizer_without_bos_is_refused() -> None:
         PromptTokenizer(bare, INSTRUCTION, 300)
 
 
-def test_body_built_without_weights_equals_transformers() -> None:
-    """Buffers that no checkpoint holds are made as transformers makes them; config.json as older releases wrote it."""
+def same_weights(theirs: Gemma2Model) -> GemmaBody:
+    body = GemmaBody(GemmaConfig.from_dict(theirs.config.to_dict()))
+    body.load_state_dict(theirs.state_dict())
+    return body.eval()
+
+
+SMALL = {
+    "vocab_size": 32, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "query_pre_attn_scalar": 16, "sliding_window": 4, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"attn_logit_softcapping": None},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "rms_norm_eps": 1e-2, "sliding_window": 3},
+        {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+    ],
+    ids=lambda changed: next(iter(changed), "as published"),
+)
+def test_body_equals_transformers(changed: dict[str, object]) -> None:
+    """Whole, and cut in two with the past kept between; in bf16 as near as upstream is to itself in fp32."""
+    theirs = heat(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
+    with torch.no_grad():
+        for layer in theirs.layers:  # so that the cap on the logits bends them
+            layer.self_attn.q_proj.weight.mul_(12)
+    ours = same_weights(theirs)
+    ids = torch.randint(0, 32, (2, 19), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).last_hidden_state
+        whole, _ = ours(ids)
+        first, past = ours(ids[:, :7])
+        second, _ = ours(ids[:, 7:], past)
+        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-4)
+        distance = (theirs.bfloat16()(ids).last_hidden_state - expected).abs().mean()
+        assert (ours.bfloat16()(ids)[0] - expected).abs().mean() <= 1.5 * distance
+
+
+def test_config_as_older_releases_wrote_it() -> None:
     config = {
         "model_type": "gemma2", "architectures": ["Gemma2Model"], "torch_dtype": "bfloat16", "rope_theta": 500.0,
-        "vocab_size": 32, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 12,
-        "sliding_window": 4, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
+        "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", **SMALL,
     }  # fmt: skip
-    body = gemma_body(config)
-    reference = heat(Gemma2Model(body.config))
-    body.load_state_dict(reference.state_dict(), assign=True)
-    ids = torch.randint(0, 32, (2, 9))
-    with torch.no_grad():
-        torch.testing.assert_close(body.eval()(ids).last_hidden_state, reference(ids).last_hidden_state)
-    assert float(body.rotary_emb.inv_freq[1]) == pytest.approx(500.0 ** (-2 / 12))
+    found = GemmaConfig.from_dict(config)
+    assert (found.rope_theta, found.hidden_size) == (500.0, 24)
+    assert found.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
 
 
-def test_another_model_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="'t5'"):
-        gemma_body({"model_type": "t5"})
+def test_defaults_are_gemma_2_2b() -> None:
+    published = GemmaConfig.from_dict({"model_type": "gemma2"})
+    assert published == GemmaConfig.from_dict(Gemma2Config().to_dict())
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in GemmaBody(published).parameters())
+    assert count == 2_614_341_888
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_type": "t5"}, "model_type: got 't5', supported: 'gemma2'"),
+        ({"attention_bias": True}, "attention_bias: got True, supported: False"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"hidden_activation": "relu"}, "hidden_activation: got 'relu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'default'"),
+        ({"hidden_size": "wide"}, "hidden_size: got 'wide'"),
+        ({"head_dim": None}, "head_dim: got None"),
+        ({"num_key_value_heads": 3}, "needed is a multiple of num_key_value_heads"),
+        ({"layer_types": ["full_attention"]}, "layer_types: got"),
+        ({"layer_types": 3}, "layer_types: got 3"),
+    ],
+)
+def test_config_that_is_not_supported_is_refused(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GemmaConfig.from_dict({"model_type": "gemma2", **changed})
