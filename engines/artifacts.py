@@ -12,7 +12,7 @@ from engines.backends import openvino, tensorrt
 from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.spec import ModuleName
-from engines.backends.tensorrt import TensorRtGraph
+from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.checkpoint import Checkpoint
 from engines.errors import ParityError
 from engines.machine import dotted, this_machine
@@ -43,24 +43,40 @@ def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int
     return Compiled([plan], details)
 
 
-def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact) -> Graph:
-    """Raises ArtifactError, BackendError."""
+def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact, scratch: Scratch) -> Graph:
+    """scratch: what the engines of one GPU share. Raises ArtifactError, BackendError."""
     path = folder / artifact.files[0].name
     if backend == "openvino":
         return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, folder / CACHE)
     jit_cache = folder / CACHE / f"{path.stem}.jit"
-    return TensorRtGraph(tensorrt.vendor(vendor), path, artifact.batches, jit_cache)
+    return TensorRtGraph(tensorrt.vendor(vendor), path, artifact.batches, jit_cache, scratch)
+
+
+@dataclass(frozen=True)
+class DropIns:
+    """In place of the modules, at every size of the manifest."""
+
+    transformer: TransformerDropIn
+    decoder: DecoderDropIn
+    encoder: EncoderDropIn
 
 
 @dataclass(frozen=True)
 class LoadedModules:
-    """Drop-ins for the modules at every size of the manifest."""
+    """Opened artifacts."""
 
     manifest: Manifest
     dtype: torch.dtype  # of the transformer's inputs
-    transformer: TransformerDropIn
-    decoder: DecoderDropIn
-    encoder: EncoderDropIn
+    graphs: Mapping[ModuleName, Mapping[Side, Graph]]
+
+    def replica(self) -> DropIns:
+        """Drop-ins with execution contexts of their own, as each CUDA graph needs them, on the same weights."""
+        own = {name: {side: _replica(graph) for side, graph in at.items()} for name, at in self.graphs.items()}
+        return DropIns(
+            TransformerDropIn(built_for(own["transformer"]), self.manifest.tokens),
+            DecoderDropIn(built_for(own["decoder"])),
+            EncoderDropIn(built_for(own["encoder"])),
+        )
 
 
 def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -> LoadedModules:
@@ -73,24 +89,23 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     manifest.check_files(folder)
     manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
     graphs: dict[ModuleName, dict[Side, Graph]] = {name: {} for name in MODULES}
+    scratch = Scratch(device)
     for artifact in manifest.artifacts:
         width, height = artifact.size
         unit = 1 if artifact.module == "encoder" else checkpoint.autoencoder.compression
         graphs[artifact.module][height // unit, width // unit] = open_artifact(
-            manifest.backend, manifest.vendor, folder, artifact
+            manifest.backend, manifest.vendor, folder, artifact, scratch
         )
     dtype = module_dtype(manifest.precision)
     if manifest.backend == "openvino":
         dtype = torch.float32  # it rounds inside
     if not manifest.executed:
         _check_first_run(manifest, folder, graphs, dtype, device, checkpoint.autoencoder.compression)
-    return LoadedModules(
-        manifest,
-        dtype,
-        TransformerDropIn(built_for(graphs["transformer"]), manifest.tokens),
-        DecoderDropIn(built_for(graphs["decoder"])),
-        EncoderDropIn(built_for(graphs["encoder"])),
-    )
+    return LoadedModules(manifest, dtype, graphs)
+
+
+def _replica(graph: Graph) -> Graph:
+    return graph.replica() if isinstance(graph, TensorRtGraph) else graph
 
 
 def check_fit(manifest: Manifest, device: torch.device) -> None:

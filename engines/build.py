@@ -18,6 +18,7 @@ from engines.arithmetic import fp8_share
 from engines.artifacts import compile_graph, open_artifact, package_versions
 from engines.backends.drop_in import Graph
 from engines.backends.spec import ModuleName
+from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
 from engines.calibration import calibration_texts
 from engines.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +37,7 @@ from engines.targets import Target, module_dtype, module_precision, resolve
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TIMING = "timing.cache"  # TensorRT's, carried from the engines that a build replaces to those it makes
 _FP16_LARGEST = 65504
 _LIVE_TENSORS = 4.5  # of full resolution at once in the decoder: 1.2 GB planned for one 1024x1024 row in fp16
@@ -107,7 +108,10 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
             seconds=round(time.perf_counter() - started, 1),
             pictures=pictures,
             references={words(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
-            artifacts=tuple(replace(made, parity=parity[key]) for key, made in compiled.items()),
+            artifacts=tuple(
+                replace(made, parity=parity[key], details={**made.details, **work.layers.get(key, {})})
+                for key, made in compiled.items()
+            ),
         )
         manifest.write(folder)
     return Built(manifest, changed=True)
@@ -135,6 +139,7 @@ class _Work:
     done: int = 0
     precisions: dict[ModuleName, str] = field(default_factory=dict)  # settled by the reference
     reasons: dict[ModuleName, str] = field(default_factory=dict)  # for a precision that was not asked for
+    layers: dict[Key, dict[str, object]] = field(default_factory=dict)  # what the inspector tells of built engines
 
     def step(self, text: str) -> None:
         # Each size: reference of 2 modules, then export, compilation and parity of 3.
@@ -263,7 +268,8 @@ class _Work:
                 self.step(f"parity of the {name} at {words(size)}")
                 return open_graph(name, size)
 
-            found, picture = load_reference(path).compare(opened, self.dtype("transformer"))
+            device = GPU if of == "engine" and self.target.capability else CPU
+            found, picture = load_reference(path).compare(opened, self.dtype("transformer"), device)
             for name, distance in found.items():
                 gate = GATES[self.precisions[name]].check(f"{name} at {words(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
@@ -272,7 +278,11 @@ class _Work:
         return modules, pictures
 
     def open(self, artifact: Artifact) -> Graph:
-        return open_artifact(self.target.backend, self.target.vendor, self.folder, artifact)
+        """Notes what the inspector tells of it."""
+        graph = open_artifact(self.target.backend, self.target.vendor, self.folder, artifact, Scratch(GPU))
+        if isinstance(graph, TensorRtGraph):
+            self.layers[artifact.module, artifact.size] = {"layers_by_precision": graph.layers_by_precision()}
+        return graph
 
     def batches(self, name: ModuleName, size: Size) -> tuple[int, ...]:
         """The buckets; for the autoencoder on a GPU only those whose activations leave the card room for the rest."""

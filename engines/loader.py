@@ -1,7 +1,7 @@
 """From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,22 +12,24 @@ from torch import nn
 
 from engines.artifacts import load_artifacts
 from engines.backends.compiled import compiled
+from engines.backends.cuda_graph import CudaRecorder, GraphBook, Recorder
 from engines.backends.eager import eager
 from engines.backends.spec import Backend, ModuleName, ModuleSpec
 from engines.buckets import powers_of_two
+from engines.chain import Chain, input_specs
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.control import load_controlnet
 from engines.errors import BackendError, CheckpointError
 from engines.manifest import read_manifest
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline import LatentSpace, Modules, SprintEngine
+from engines.pipeline import Books, LatentSpace, Modules, SprintEngine
 from engines.sampler import Schedule
 from engines.text_stage import load_text_stage
 from engines.types import Engine, EngineInfo, Limits
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
-BACKENDS: Mapping[str, Backend] = {"eager": eager, "compiled": compiled}
+BACKENDS: Mapping[str, Backend] = {"eager": eager, "compiled": compiled, "cuda-graph": eager}
 ARTIFACT_BACKENDS: Mapping[str, str] = {
     "openvino": "python build_engine.py --gpu cpu",
     "tensorrt": "python build_engine.py --gpu native",
@@ -47,22 +49,24 @@ def load_engine(
     decoder: str | None = None,
     controlnet: str | None = None,
     schedule: Schedule = "paper",
+    recorder: Recorder | None = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
     engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
     fp32 or bf16, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another autoencoder
     with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name where there is
-    one; schedule: see engines.sampler.angles_for.
+    one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on a GPU.
+    On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
     if engine_dir is not None:
         return _load_built(
-            Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule
+            Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder
         )
-    backend = _backend(backend, reasons)
     place = _device(device, reasons)
+    backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
     checkpoint = open_checkpoint(model, decoder)
@@ -84,9 +88,12 @@ def load_engine(
         prepared("encoder", PixelEncoder(autoencoder)),
         None if branch is None else prepared("controlled", ControlledTransformer(transformer, branch)),
     )
+    buckets = () if backend == "eager" else powers_of_two(max_batch)
+    space = _space(checkpoint, dtype, place)
+    recorder = None if backend == "eager" else _recorder(place, recorder)
+    books = _books(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
     info = _info(checkpoint, backend, precision, place, reasons)
-    buckets = powers_of_two(max_batch) if backend == "compiled" else ()
-    return SprintEngine(modules, _space(checkpoint, dtype, place), info, limits, schedule, buckets)
+    return SprintEngine(modules, space, info, limits, schedule, buckets, books)
 
 
 def _load_built(
@@ -99,6 +106,7 @@ def _load_built(
     decoder: str | None,
     controlnet: str | None,
     schedule: Schedule,
+    recorder: Recorder | None,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -120,9 +128,13 @@ def _load_built(
             "PyTorch: built engines hold no ControlNet, so pictures of drawings are denoised without them"
         )
         controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, place), branch)
-    modules = Modules(
-        load_text_stage(checkpoint, text_dtype, place), loaded.transformer, loaded.decoder, loaded.encoder, controlled
-    )
+    text = load_text_stage(checkpoint, text_dtype, place)
+
+    def modules() -> Modules:
+        """Each time with execution contexts of their own, which a graph needs."""
+        made = loaded.replica()
+        return Modules(text, made.transformer, made.decoder, made.encoder, controlled)
+
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size
     limits = replace(
@@ -131,9 +143,56 @@ def _load_built(
         default_size=default if default in manifest.sizes else manifest.sizes[-1],
     )
     reasons["batch"] = f"{limits.max_batch}: asked for {max_batch}, built for {largest}"
+    space = _space(checkpoint, loaded.dtype, place)
+    buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
+    recorder = _recorder(place, recorder)
+    books = _books(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
     info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
-    return SprintEngine(modules, _space(checkpoint, loaded.dtype, place), info, limits, schedule, manifest.batches)
+    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, books)
+
+
+def _recorder(device: torch.device, asked: Recorder | None) -> Recorder | None:
+    return CudaRecorder() if asked is None and device.type == "cuda" else asked
+
+
+def _books(
+    modules: Callable[[], Modules],
+    checkpoint: Checkpoint,
+    space: LatentSpace,
+    limits: Limits,
+    buckets: Sequence[int],
+    steps: Iterable[int],
+    recorder: Recorder | None,
+    reasons: dict[str, str],
+) -> Books | None:
+    """Graphs to capture for `buckets` at every size of the checkpoint, or its own one; None without a recorder."""
+    if recorder is None:
+        return None
+    unit, steps = space.compression, tuple(steps)
+    sides = [(height // unit, width // unit) for width, height in limits.sizes or (limits.default_size,)]
+
+    def book(*, drawing: bool) -> GraphBook:
+        def chain() -> Chain:
+            made = modules()
+            transformer = made.controlled if drawing else made.transformer
+            assert transformer is not None
+            return Chain(transformer, made.decoder, space.dtype)
+
+        tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
+        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
+        return GraphBook(chain, specs, buckets, sides, steps, recorder, space.device)
+
+    books = Books(book(drawing=False), book(drawing=True) if "control" in limits.conditioning else None)
+    reasons["graphs"] = (
+        f"{len(books.plain.order)} are captured before the first request: batches {_listed(buckets)}, "
+        f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"
+    )
+    return books
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _info(
@@ -144,7 +203,7 @@ def _info(
         backend=backend,
         precision=precision,
         device=_device_name(device),
-        versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        versions={name: version(name) for name in ("torch", "tokenizers", "safetensors")},
         reasons=reasons,
         guidance_trained=checkpoint.settings.guidance_trained,
         max_prompt_tokens=checkpoint.settings.max_prompt_tokens,
@@ -156,8 +215,11 @@ def _space(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> 
     return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
 
 
-def _backend(asked: str, reasons: dict[str, str]) -> str:
+def _backend(asked: str, device: torch.device, recorder: Recorder | None, reasons: dict[str, str]) -> str:
     if asked == "auto":
+        if device.type == "cuda":
+            reasons["backend"] = "cuda-graph: a GPU is present, and no built engine was given"
+            return "cuda-graph"
         reasons["backend"] = "eager: the one that runs everywhere; no built engine was given"
         return "eager"
     if asked in ARTIFACT_BACKENDS:
@@ -166,6 +228,8 @@ def _backend(asked: str, reasons: dict[str, str]) -> str:
         )
     if asked not in BACKENDS:
         raise BackendError(f"backend: got {asked!r}, allowed auto, {', '.join((*BACKENDS, *ARTIFACT_BACKENDS))}")
+    if asked == "cuda-graph" and device.type != "cuda" and recorder is None:
+        raise BackendError("backend: cuda-graph needs an NVIDIA GPU, and the device is cpu; use eager or compiled")
     reasons["backend"] = f"{asked}: asked for"
     return asked
 

@@ -4,7 +4,6 @@ A job's picture depends on the job alone: its noise comes from its own seed befo
 looks across jobs. Knows no HTTP, no files and no choice of backend.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.backends.cuda_graph import GraphBook
 from engines.buckets import smallest_fitting
+from engines.chain import Chain
 from engines.control import LatentCache
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.sampler import Denoiser, Schedule, angles_for, angles_from_image, job_noise, mix, sample
+from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
+from engines.stopwatch import Stopwatch
 from engines.text_stage import TextStage, join
 from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
 
@@ -45,6 +47,14 @@ class LatentSpace:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Books:
+    """Captured graphs in place of the plain chain, and of the one with a drawing."""
+
+    plain: GraphBook
+    controlled: GraphBook | None = None
+
+
 class SprintEngine:
     """Text in, pixels out, by the modules it is given."""
 
@@ -56,10 +66,12 @@ class SprintEngine:
         limits: Limits,
         schedule: Schedule = "paper",
         buckets: tuple[int, ...] = (),
+        books: Books | None = None,
     ):
-        """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is."""
+        """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is.
+        books: graphs that `warmup` captures; they pad texts to the longest that the engine takes."""
         self._modules, self._space, self._schedule = modules, space, schedule
-        self._info, self._limits, self._buckets = info, limits, buckets
+        self._info, self._limits, self._buckets, self._books = info, limits, buckets, books
         self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
 
     @property
@@ -71,12 +83,23 @@ class SprintEngine:
         return self._limits
 
     def warmup(self) -> None:
+        self._capture()
         sizes = self._limits.sizes if self._buckets else ()
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
         for width, height in sizes or (self._limits.default_size,):
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
                     self.generate([Job("", seed=0, width=width, height=height, control_image=drawing)] * count)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Captures every graph. Raises OutOfMemoryError."""
+        books = () if self._books is None else (self._books.plain, self._books.controlled)
+        try:
+            for book in filter(None, books):
+                book.capture()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
 
     def memory_bytes(self) -> Mapping[str, int]:
         """See engines.types.ReportsMemory; nothing without a GPU."""
@@ -88,7 +111,7 @@ class SprintEngine:
         return {"used": used, "reserved": reserved, "total": total}
 
     def close(self) -> None:
-        del self._modules, self._images
+        del self._modules, self._images, self._books
         if self._space.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -106,25 +129,21 @@ class SprintEngine:
             raise
 
     def _generate(self, jobs: Sequence[Job]) -> list[RawImage]:
-        device, dtype = self._space.device, self._space.dtype
+        device = self._space.device
         watch = Stopwatch(device)
         embeddings = self._modules.text.encode([job.prompt for job in jobs])
-        text, mask = join(embeddings)
-        text = text.to(dtype)
+        inputs = self._read(*join(embeddings))
         watch.lap()
 
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32, device=device)
-        guidance = guidance * self._space.guidance_embeds_scale
-
-        def plain(x: Tensor, flow_time: Tensor) -> Tensor:
-            return self._modules.transformer(x.to(dtype), text, flow_time, guidance, mask)
-
-        velocity = self._controlled(jobs, text, guidance, mask) or plain
         noise, angles = self._start(jobs)
-        latent = sample(velocity, noise[0], angles, noise[1:])
-        watch.lap()
-
-        pixels, finite = self._modules.decoder(latent)
+        inputs |= {"noise": noise, "angles": angles, "guidance": guidance * self._space.guidance_embeds_scale}
+        inputs |= self._drawn(jobs)
+        run = self._run(drawn="control" in inputs)
+        captured = None
+        if isinstance(run, GraphBook):
+            captured = run.graph_for(len(jobs), noise.shape[-2], noise.shape[-1], jobs[0].steps)
+        pixels, finite = run(inputs, watch.lap)
         watch.lap()
         pictures, sound = pixels.cpu().numpy(), finite.tolist()
         if not all(sound):
@@ -132,10 +151,33 @@ class SprintEngine:
             raise OutputError(f"the decoder gave NaN or infinity for {', '.join(bad)} of a batch of {len(jobs)}")
         stages = StageSeconds(*watch.laps())
         bucket = smallest_fitting(len(jobs), self._buckets) if self._buckets else len(jobs)
+        if captured is not None:
+            bucket = captured.bucket
+        uncaptured = isinstance(run, GraphBook) and captured is None
         return [
-            RawImage(picture, stages, bucket, embedding.truncated, embedding.cached)
+            RawImage(picture, stages, bucket, embedding.truncated, embedding.cached, uncaptured)
             for picture, embedding in zip(pictures, embeddings, strict=True)
         ]
+
+    def _read(self, text: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """The chain's inputs of the texts [B, T, D]; graphs have one length, that of the longest prompt."""
+        text = text.to(self._space.dtype)
+        if self._books is None:
+            return {"text": text} if mask is None else {"text": text, "text_mask": mask}
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        missing = self._info.max_prompt_tokens - text.shape[1]
+        return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
+
+    def _run(self, *, drawn: bool) -> Chain | GraphBook:
+        """What denoises and decodes: a book of graphs where there is one."""
+        modules = self._modules
+        book = None if self._books is None else (self._books.controlled if drawn else self._books.plain)
+        if book is not None:
+            return book
+        transformer = modules.controlled if drawn else modules.transformer
+        assert transformer is not None  # else the limits refuse drawings
+        return Chain(transformer, modules.decoder, self._space.dtype)
 
     def _start(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
         """Samples at the first angle, then the noise of each further step [steps, B, C, h, w]; angles [steps, B]."""
@@ -151,19 +193,13 @@ class SprintEngine:
         noise[0] = mix(self._encoded(images, key), noise[0], angles[0])
         return noise, angles
 
-    def _controlled(self, jobs: Sequence[Job], text: Tensor, guidance: Tensor, mask: Tensor | None) -> Denoiser | None:
-        """The transformer as the drawings of the jobs steer it; None where there are none."""
+    def _drawn(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The chain's inputs of the drawings; none where the jobs have none."""
         drawings = [job.control_image for job in jobs if job.control_image is not None]
-        run, dtype, device = self._modules.controlled, self._space.dtype, self._space.device
-        if not drawings or run is None:
-            return None
-        control = self._encoded(drawings, jobs[0].key).to(dtype)
-        scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32, device=device)
-
-        def velocity(x: Tensor, flow_time: Tensor) -> Tensor:
-            return run(x.to(dtype), text, flow_time, guidance, mask, control, scale)
-
-        return velocity
+        if not drawings:
+            return {}
+        scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32, device=self._space.device)
+        return {"control": self._encoded(drawings, jobs[0].key).to(self._space.dtype), "control_scale": scale}
 
     def _encoded(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
         """Latents [B, C, h, w] of RGB images of any size."""
@@ -190,31 +226,6 @@ def resized(image: Pixels, width: int, height: int) -> Tensor:
     planes = torch.tensor(image).permute(2, 0, 1)[None].float()
     planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return planes.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
-
-
-class Stopwatch:
-    """Seconds between laps, as the device spent them. On CUDA by events, so that a lap does not wait."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._events: list[torch.cuda.Event] = []
-        self._times: list[float] = []
-        self.lap()
-
-    def lap(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
-            event.record()
-            self._events.append(event)
-        else:
-            self._times.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        if self._cuda:
-            self._events[-1].synchronize()
-            pairs = zip(self._events, self._events[1:], strict=False)
-            return [first.elapsed_time(second) / 1000 for first, second in pairs]
-        return [second - first for first, second in zip(self._times, self._times[1:], strict=False)]
 
 
 def _no_memory(jobs: Sequence[Job], error: Exception) -> str:

@@ -74,6 +74,7 @@ class RawImage:
     bucket: int  # the batch size that ran, padding included
     prompt_truncated: bool = False
     prompt_cached: bool = False
+    uncaptured: bool = False  # the engine keeps CUDA graphs, and has none for this batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,7 @@ class EngineThread:
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.padding.inc(max(images[0].bucket - len(jobs), 0))
+        self._metrics.uncaptured.inc(images[0].uncaptured)
         return images
 
     def _after_out_of_memory(self, engine: Engine, batch: Sequence[Entry], error: Exception) -> None:

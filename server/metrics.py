@@ -43,6 +43,11 @@ class Metrics:
             "sana_sprint_batch_size", "Jobs in a batch.", buckets=BATCH_BUCKETS, registry=self.registry
         )
         self.padding = Counter("sana_sprint_batch_padding", "Padded slots run for nothing.", registry=self.registry)
+        self.uncaptured = Counter(
+            "sana_sprint_uncaptured_batches",
+            "Batches that no CUDA graph was captured for, of an engine that has some.",
+            registry=self.registry,
+        )
         self.images = Counter(
             "sana_sprint_images", "Images made.", ("width", "height", "steps"), registry=self.registry
         )

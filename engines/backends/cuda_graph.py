@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engines.buckets import smallest_fitting
+from engines.stopwatch import CudaMark, HostMark, Mark
 
 WARM_UPS = 3
 
@@ -40,14 +41,22 @@ class InputSpec:
 
 
 Inputs = Mapping[str, Tensor]
-Chain = Callable[[Inputs], tuple[Tensor, ...]]  # denoise and decode; outputs have the batch first
 Replay = Callable[[], None]
 
 
+class Chain(Protocol):
+    """Denoise and decode (engines.chain); outputs have the batch first, `lap` is called between the two."""
+
+    def __call__(self, inputs: Inputs, lap: Callable[[], object]) -> tuple[Tensor, ...]: ...
+
+
 class Recorder(Protocol):
-    """What a device does. `record` runs `launch` once more and gives what runs it again on the same memory."""
+    """What a device does. `record` runs `launch` once more and gives what runs it again on the same memory; a `mark`
+    that is recorded within is recorded anew each time."""
 
     def warm(self, launch: Callable[[], object]) -> None: ...
+
+    def mark(self) -> Mark: ...
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]: ...
 
@@ -57,6 +66,7 @@ class _Captured:
     inputs: Inputs  # views of the shared buffers
     outputs: tuple[Tensor, ...]
     replay: Replay
+    mark: Mark  # between denoise and decode
 
 
 class GraphBook:
@@ -92,37 +102,45 @@ class GraphBook:
     def ready(self) -> bool:
         return len(self._captured) == len(self.order)
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return self._buckets
+
     def capture(self) -> None:
         """Captures every graph, largest first; again does nothing."""
         for key in self.order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key)
 
-    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The chain's outputs, which are the caller's own."""
-        batch, height, width, steps = self._measure(inputs)
-        if batch <= self._buckets[-1]:
-            key = GraphKey(smallest_fitting(batch, self._buckets), height, width, steps)
-            if key in self._captured:
-                return self._replay(self._captured[key], inputs, batch)
-        self.uncaptured[GraphKey(batch, height, width, steps)] += 1
-        return self._plain(inputs)
+    def graph_for(self, batch: int, height: int, width: int, steps: int) -> GraphKey | None:
+        """The captured graph that `batch` jobs run in; None where they run as they are."""
+        if batch > self._buckets[-1]:
+            return None
+        key = GraphKey(smallest_fitting(batch, self._buckets), height, width, steps)
+        return key if key in self._captured else None
 
-    def _measure(self, inputs: Inputs) -> tuple[int, int, int, int]:
-        """Batch, height, width and steps, from the noise [steps, B, C, h, w]."""
+    def __call__(self, inputs: Inputs, lap: Callable[[Mark | None], object]) -> tuple[Tensor, ...]:
+        """The chain's outputs, which are the caller's own. `lap` is told of the end of denoise: by a mark, or now."""
         steps, batch, _, height, width = inputs["noise"].shape
-        return batch, height, width, steps
+        key = self.graph_for(batch, height, width, steps)
+        if key is None:
+            self.uncaptured[GraphKey(batch, height, width, steps)] += 1
+            return self._plain(inputs, lambda: lap(None))
+        captured = self._captured[key]
+        outputs = self._replay(captured, inputs, batch)
+        lap(captured.mark)
+        return outputs
 
     def _capture(self, key: GraphKey) -> _Captured:
         views = {
             name: self._buffers[name][: prod(spec.shape(key))].view(spec.shape(key))
             for name, spec in self._specs.items()
         }
-        chain = self._make_chain()
+        chain, mark = self._make_chain(), self._recorder.mark()
         for _ in range(WARM_UPS):
-            self._recorder.warm(lambda: chain(views))
-        replay, outputs = self._recorder.record(lambda: chain(views))
-        return _Captured(views, outputs, replay)
+            self._recorder.warm(lambda: chain(views, lambda: None))
+        replay, outputs = self._recorder.record(lambda: chain(views, mark.record))
+        return _Captured(views, outputs, replay, mark)
 
     def _replay(self, captured: _Captured, inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
         for name, view in captured.inputs.items():
@@ -151,8 +169,31 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
 
+    def mark(self) -> Mark:
+        return CudaMark(captured=True)
+
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = launch()
         return graph.replay, outputs
+
+
+class HostRecorder:
+    """A recorder without a device: a graph is the launch, run again into the same memory. It saves nothing; it lets
+    everything but the CUDA calls run, and be checked, on any machine."""
+
+    def warm(self, launch: Callable[[], object]) -> None:
+        launch()
+
+    def mark(self) -> Mark:
+        return HostMark()
+
+    def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        outputs = launch()
+
+        def replay() -> None:
+            for kept, fresh in zip(outputs, launch(), strict=True):
+                kept.copy_(fresh)
+
+        return replay, outputs

@@ -174,9 +174,10 @@ class _JitCache:
                 self._cache.deserialize(path.read_bytes())
             self._settings.set_runtime_cache(self._cache)
 
-    def context(self) -> Any:
+    def context(self, strategy: Any) -> Any:
         if self._cache is None:
-            return self._engine.create_execution_context()
+            return self._engine.create_execution_context(strategy)
+        self._settings.set_execution_context_allocation_strategy(strategy)
         return self._engine.create_execution_context(self._settings)
 
     def keep(self, bucket: int) -> None:
@@ -189,13 +190,36 @@ class _JitCache:
             self._path.write_bytes(self._cache.serialize())
 
 
+class Scratch:
+    """Memory for activations that all contexts of a device share, since nothing of them runs at once.
+
+    Otherwise every captured graph would hold the activations of its own contexts: gigabytes each at 1024x1024. It grows
+    while engines are opened, and keeps its address from the first context on; an engine that needs more than there is
+    by then gets a block of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._bytes = device, 0
+        self._block: Tensor | None = None
+
+    def reserve(self, size: int) -> None:
+        self._bytes = max(self._bytes, size)
+
+    def lend(self, size: int) -> Tensor:
+        """At least `size` bytes, to be held as long as a context uses them."""
+        if self._block is None or self._block.numel() < size:
+            self._block = torch.empty(max(self._bytes, size, 1), dtype=torch.uint8, device=self._device)
+        return self._block
+
+
 class TensorRtGraph:
     """engines.backends.drop_in.Graph over a built engine: device pointers in, device pointers out, torch's stream.
 
-    Each bucket has an execution context of its own, and `replica` gives another set, because a CUDA graph keeps the
-    addresses of the context that it was captured from. Batches beyond the largest bucket run in pieces. jit_cache: file
-    for the kernels that tensorrt_rtx compiles when an engine is first loaded.
-    Raises ArtifactError where TensorRT refuses the file.
+    Each bucket has an execution context of its own, made when it is first used, and `replica` gives another set,
+    because a CUDA graph keeps the addresses of the context that it was captured from. Batches beyond the largest bucket
+    run in pieces. jit_cache: file for the kernels that tensorrt_rtx compiles when an engine is first loaded; scratch:
+    shared with the other engines of the device.
+    Raises ArtifactError where TensorRT refuses the file, OutOfMemoryError where a context has no room.
     """
 
     def __init__(
@@ -204,9 +228,10 @@ class TensorRtGraph:
         plan: Path,
         buckets: Sequence[int],
         jit_cache: Path,
+        scratch: Scratch,
         stream: Callable[[], int] = lambda: torch.cuda.current_stream().cuda_stream,
     ):
-        self._trt, self._buckets, self._stream = trt, tuple(buckets), stream
+        self._trt, self._buckets, self._stream, self._scratch = trt, tuple(buckets), stream, scratch
         self._log = Log()
         self._runtime = trt.Runtime(self._log.attach(trt))
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -219,13 +244,14 @@ class TensorRtGraph:
         self._outputs = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
         self._types = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in tensors}
         self._jit = _JitCache(self._engine, jit_cache)
-        self._contexts = {bucket: self._context(index) for index, bucket in enumerate(self._buckets)}
+        self._scratch.reserve(self._engine.device_memory_size_v2)
+        self._contexts: dict[int, tuple[Any, Tensor]] = {}  # with the memory that each holds
 
     def replica(self) -> "TensorRtGraph":
         """The same engine with contexts of its own."""
         other = object.__new__(TensorRtGraph)
         other.__dict__.update(self.__dict__)
-        other._contexts = {bucket: other._context(index) for index, bucket in enumerate(self._buckets)}
+        other._contexts = {}
         return other
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -251,16 +277,20 @@ class TensorRtGraph:
             counts[kind] = counts.get(kind, 0) + 1
         return counts
 
-    def _context(self, profile: int) -> Any:
-        context = self._jit.context()
-        if context is None:
-            raise OutOfMemoryError(f"engine: {self._name}: no memory for its activations; {self._log.first_error()}")
-        context.set_optimization_profile_async(profile, self._stream())
-        return context
+    def _context(self, bucket: int) -> Any:
+        if bucket not in self._contexts:
+            context = self._jit.context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                raise OutOfMemoryError(f"engine: {self._name}: no memory for a context; {self._log.first_error()}")
+            context.set_optimization_profile_async(self._buckets.index(bucket), self._stream())
+            block = self._scratch.lend(self._engine.device_memory_size_v2)
+            context.set_device_memory(block.data_ptr(), block.numel())
+            self._contexts[bucket] = context, block
+        return self._contexts[bucket][0]
 
     def _run(self, inputs: Mapping[str, Tensor], batch: int) -> list[Tensor]:
         bucket = smallest_fitting(batch, self._buckets)
-        context = self._contexts[bucket]
+        context = self._context(bucket)
         held = {name: padded(inputs[name].to(self._types[name]), bucket) for name in self._inputs}
         for name, value in held.items():
             if not context.set_input_shape(name, tuple(value.shape)):

@@ -14,6 +14,7 @@ import numpy as np
 
 TensorIOMode = IntEnum("TensorIOMode", ["INPUT", "OUTPUT"])
 LayerInformationFormat = SimpleNamespace(JSON="json")
+ExecutionContextAllocationStrategy = SimpleNamespace(STATIC="static", USER_MANAGED="user managed")
 TYPES = {"x": "FLOAT", "keep": "BOOL", "y": "FLOAT", "kept": "BOOL"}
 
 
@@ -40,6 +41,7 @@ class Runtime:
 
 class Engine:
     num_io_tensors = len(TYPES)
+    device_memory_size_v2 = 4096
 
     def __init__(self, batches: list[int], contexts: int, logger: ILogger):
         self.batches, self.left, self.logger = batches, contexts, logger
@@ -55,6 +57,7 @@ class Engine:
         return SimpleNamespace(name=TYPES[name])
 
     def create_execution_context(self, settings: object = None) -> "Context | None":
+        assert getattr(settings, "strategy", settings) == ExecutionContextAllocationStrategy.USER_MANAGED
         if len(self.contexts) == self.left:
             return None
         self.contexts.append(Context(self, settings))
@@ -72,11 +75,15 @@ class Context:
         self._engine, self.settings, self.runs, self.fails = engine, settings, 0, False
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self.profile, self.streams = -1, []
+        self.profile, self.streams, self.memory = -1, [], 0
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> None:
         self.profile = profile
         self.streams.append(stream)
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        self.memory = memory
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shapes[name] = shape
@@ -90,6 +97,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         self.streams.append(stream)
+        assert self.memory, "no memory for its activations"
         if self.fails:
             self._engine.logger.log(1, "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (out of luck)")
             return False

@@ -13,7 +13,7 @@ import torch
 from hot_modules import SHAPE, hot_module
 
 from engines.backends.spec import ModuleName
-from engines.backends.tensorrt import Log, TensorRtGraph, build_engine, tidy, vendor
+from engines.backends.tensorrt import Log, Scratch, TensorRtGraph, build_engine, tidy, vendor
 from engines.errors import ArtifactError, BackendError, BuildError
 from engines.export import export_onnx
 from engines.probe import probe_inputs
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
 def test_without_a_gpu_an_engine_is_refused_with_the_reason(tmp_path: Path) -> None:
     plan = compile_model(relu(HALF), ADA, tmp_path)
     with pytest.raises(ArtifactError, match=r"graph\.engine: tensorrt_rtx refuses it: cudaError \d+: CUDA driver"):
-        TensorRtGraph(trt, plan, (1,), tmp_path / "jit")
+        TensorRtGraph(trt, plan, (1,), tmp_path / "jit", Scratch(torch.device("cpu")))
 
 
 def test_a_missing_package_is_named() -> None:

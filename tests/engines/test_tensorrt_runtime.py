@@ -9,17 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.backends.tensorrt import TensorRtGraph, build_engine
+from engines.backends.tensorrt import Scratch, TensorRtGraph, build_engine
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 
 STREAM = 7
+CPU = torch.device("cpu")
 
 
 def graph(
     folder: Path, batches: tuple[int, ...] = (1, 2, 4), trt: Any = fake_tensorrt, contexts: int = 99
 ) -> TensorRtGraph:
     (folder / "module.engine").write_bytes(fake_tensorrt.plan(batches, contexts))
-    return TensorRtGraph(trt, folder / "module.engine", batches, folder / "cache" / "module.jit", stream=lambda: STREAM)
+    return opened(folder, batches, folder / "cache" / "module.jit", trt)
+
+
+def opened(folder: Path, batches: tuple[int, ...], jit: Path, trt: Any = fake_tensorrt) -> TensorRtGraph:
+    return TensorRtGraph(trt, folder / "module.engine", batches, jit, Scratch(CPU), stream=lambda: STREAM)
 
 
 def inputs(batch: int) -> dict[str, Tensor]:
@@ -38,10 +43,10 @@ def test_a_batch_runs_in_its_buckets_profile_on_torchs_stream(batch: int, profil
     y, kept = run(given)
     assert torch.equal(y, expected(given, profile))
     assert torch.equal(kept, given["keep"])
-    contexts = run._engine.contexts
-    assert [context.profile for context in contexts] == [0, 1, 2]
-    assert [context.runs for context in contexts] == [int(index == profile) for index in range(3)]
-    assert {stream for context in contexts for stream in context.streams} == {STREAM}
+    [context] = run._engine.contexts
+    assert (context.profile, context.runs, set(context.streams)) == (profile, 1, {STREAM})
+    run(given)
+    assert run._engine.contexts == [context]
 
 
 def test_batches_beyond_the_largest_bucket_run_in_pieces(tmp_path: Path) -> None:
@@ -65,10 +70,26 @@ def test_results_are_the_callers_own_and_inputs_may_be_views_of_another_type(tmp
 def test_a_replica_has_contexts_of_its_own(tmp_path: Path) -> None:
     run = graph(tmp_path)
     other = run.replica()
-    assert len(run._engine.contexts) == 6
     given = inputs(1)
-    assert torch.equal(other(given)[0], expected(given, 0))
-    assert [context.runs for context in run._engine.contexts] == [0, 0, 0, 1, 0, 0]
+    for each in (run, other, run):
+        assert torch.equal(each(given)[0], expected(given, 0))
+    assert [context.runs for context in run._engine.contexts] == [2, 1]
+
+
+def test_all_contexts_share_memory_for_activations(tmp_path: Path) -> None:
+    scratch = Scratch(CPU)
+    (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
+    runs = [
+        TensorRtGraph(fake_tensorrt, tmp_path / "module.engine", (1, 2), tmp_path / "jit", scratch, lambda: STREAM)
+        for _ in range(2)
+    ]
+    scratch.reserve(9000)
+    for run in (*runs, runs[0].replica()):
+        for batch in (1, 2):
+            run(inputs(batch))
+    assert len({context.memory for run in runs for context in run._engine.contexts}) == 1
+    assert scratch.lend(9000).data_ptr() == runs[0]._engine.contexts[0].memory
+    assert scratch.lend(9001).data_ptr() != runs[0]._engine.contexts[0].memory
 
 
 def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
@@ -79,13 +100,14 @@ def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_plan_of_another_maker_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "module.engine").write_bytes(b"TRT!")
     with pytest.raises(ArtifactError, match=r"module\.engine: fake_tensorrt refuses it: bad magic$"):
-        TensorRtGraph(fake_tensorrt, tmp_path / "module.engine", (1,), tmp_path / "jit", stream=lambda: STREAM)
+        opened(tmp_path, (1,), tmp_path / "jit")
 
 
 def test_too_little_memory_and_a_failed_launch_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(OutOfMemoryError, match="module: no memory for its activations"):
-        graph(tmp_path, contexts=2)
+    with pytest.raises(OutOfMemoryError, match="module: no memory for a context"):
+        graph(tmp_path, contexts=0)(inputs(1))
     run = graph(tmp_path)
+    run(inputs(1))
     run._engine.contexts[0].fails = True
     with pytest.raises(BackendError, match="module: fake_tensorrt failed: out of luck"):
         run(inputs(1))
@@ -103,6 +125,7 @@ class JitEngine(fake_tensorrt.Engine):
         cache.deserialize = lambda content: setattr(cache, "content", content)
         config = SimpleNamespace(create_runtime_cache=lambda: cache)
         config.set_runtime_cache = lambda chosen: setattr(config, "cache", chosen)
+        config.set_execution_context_allocation_strategy = lambda chosen: setattr(config, "strategy", chosen)
         return config
 
 
@@ -127,6 +150,7 @@ def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
     assert not kept.exists(), "a bucket is kept once"
     kept.write_bytes(b"earlier")
     again = graph(tmp_path, trt=JIT)
+    again(inputs(1))
     assert again._engine.contexts[0].settings.cache.content == b"earlier"
 
 
@@ -141,7 +165,7 @@ def test_on_the_card_each_bucket_gets_a_profile_and_timings_are_carried_on(tmp_p
         details = build_engine(fake_tensorrt, tmp_path / "module.onnx", plan, (1, 4), (9, 0), timing)
         assert timing.read_bytes() == expected
     assert details == {"layers": 3, "activation_bytes": 4096, "batches": [1, 4]}
-    run = TensorRtGraph(fake_tensorrt, plan, (1, 4), tmp_path / "jit", stream=lambda: STREAM)
+    run = opened(tmp_path, (1, 4), tmp_path / "jit")
     assert torch.equal(run(inputs(3))[0], (2 * inputs(3)["x"] + 1) * inputs(3)["keep"][:, None])
 
 

@@ -1,12 +1,15 @@
 """Metrics: exactly the contract's names, labels and buckets; nothing that a client chose as a label."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import GatedEngine, Running, Serve
 
 from engines.fake import FakeEngine
+from engines.types import Job, RawImage
 from server.metrics import Metrics
 
 REQUEST = ".005 .01 .02 .03 .04 .05 .06 .075 .1 .125 .15 .2 .25 .3 .4 .5 .75 1 2 5 10"
@@ -38,7 +41,8 @@ def test_names_types_and_labels(plain: Running) -> None:
         for sample in families[name].samples:
             assert set(sample.labels) - {"le"} == labels, sample
     beyond = {name for name in families if name.startswith("sana_sprint_")} - set(CONTRACT)
-    assert {name for name in beyond if not name.startswith("sana_sprint_live_")} == {"sana_sprint_engine_failures"}
+    ours = {"sana_sprint_engine_failures", "sana_sprint_uncaptured_batches"}
+    assert {name for name in beyond if not name.startswith("sana_sprint_live_")} == ours
     assert not any(name.endswith("_created") for name in re.findall(r"^\w+", answer.text, re.MULTILINE))
 
 
@@ -116,3 +120,17 @@ def test_each_app_has_its_own_registry() -> None:
     assert isinstance(first.registry, CollectorRegistry)
     assert b"sana_sprint_batch_padding_total 3.0" in first.exposition()
     assert b"sana_sprint_batch_padding_total 0.0" in second.exposition()
+
+
+class SmallGraphs(FakeEngine):
+    """As an engine with CUDA graphs for 64x64 alone."""
+
+    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+        return [replace(image, uncaptured=jobs[0].width != 64) for image in super().generate(jobs)]
+
+
+def test_batches_without_a_graph_are_counted(serve: Serve) -> None:
+    running = serve(SmallGraphs())
+    for width, count in ((64, 0), (96, 1), (96, 2), (64, 2)):
+        assert running.generate(width=width).status_code == 200
+        assert running.metric("sana_sprint_uncaptured_batches_total") == count
