@@ -11,13 +11,14 @@ FLAVOUR ?= cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
+# The server's tests have a process of their own, as it has in use: no compiler, no Helm, no training in its memory.
 # What is installed: one stamp per lock, newer than the lock it was made from.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof deploy-tools image image-check lock clean
+.PHONY: help run test check proof chaos deploy-tools image image-check lock clean
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,16 +27,21 @@ run: $(RUN) ## serves the tiny checkpoint on 127.0.0.1:8000 (PORT=N for another 
 	@exec $(BIN)/python -m server --port $(PORT)
 
 test: $(DEV) ## runs every test that this machine can run
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore tests/server
+	@$(BIN)/python -m pytest tests/server
 
 check: $(DEV) ## format, lint, types and tests: what CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/server
+	$(BIN)/python -m pytest tests/server
 
 proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(DEV) ## plays a campaign of faults against real servers and prints what clients saw: minutes
+	$(BIN)/python -m bench.chaos
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 
