@@ -43,6 +43,10 @@ class Connection:
         kind = "content-type: application/json\r\n" if body else ""
         self._closes = True  # until the answer is read whole, nothing else may be sent here
         self._writer.write(f"{head}{kind}\r\n".encode() + body)
+        return await self.answer()
+
+    async def answer(self) -> Answer:
+        """Reads the answer to what was sent. Raises as `exchange` does."""
         status, headers = _parsed(await self._reader.readuntil(b"\r\n\r\n"))
         content = await self._reader.readexactly(int(headers["content-length"]))
         self._closes = headers.get("connection", "").lower() == "close"

@@ -22,6 +22,7 @@ from engines.types import Conditioning, EngineInfo, Job, Limits, Pixels, RawImag
 ALL_CONDITIONING: frozenset[Conditioning] = frozenset({"text", "image", "control", "image+control"})
 
 CACHED_PROMPTS = 1024
+SLOW_S = 0.5
 REMEMBERED_BATCHES = 1024
 
 
@@ -30,8 +31,13 @@ class FaultPlan:
     """When a fake engine fails. A prompt that contains a marker triggers its fault on every batch it is in."""
 
     raise_marker: str = "[[raise]]"
+    once_marker: str = "[[once]]"  # raises on the first batch that holds this very prompt, and never again
     nan_marker: str = "[[nan]]"
+    black_marker: str = "[[black]]"  # the picture is all zeros
+    memory_marker: str = "[[memory]]"  # out of memory for every batch of more than one job
+    slow_marker: str = "[[slow]]"  # the batch takes SLOW_S longer
     hang_marker: str = "[[hang]]"
+    break_marker: str = "[[break]]"  # this batch and all later ones raise
     out_of_memory_above: int | None = None  # batches of more jobs than this
     raise_on_calls: frozenset[int] = field(default_factory=frozenset)  # 0 is the first generate after warm-up
     broken_from_call: int | None = None  # this call and all later ones raise
@@ -71,6 +77,8 @@ class FakeEngine:
         self.delay_s = delay_s
         self.delay_per_job_s = delay_per_job_s
         self._calls = 0
+        self._raised_once: set[str] = set()
+        self._broken = False
         self._batches: deque[int] = deque(maxlen=REMEMBERED_BATCHES)
 
     @property
@@ -105,7 +113,7 @@ class FakeEngine:
         delay = self.delay_s + self.delay_per_job_s * bucket
         if delay > 0:
             self._closed.wait(delay)
-        pixels = [expected_pixels(job) for job in jobs]
+        pixels = [self._picture(job) for job in jobs]
         spent = time.perf_counter() - began
         stages = StageSeconds(text=spent * 0.1, denoise=spent * 0.3, decode=spent * 0.6)
         return [
@@ -135,19 +143,36 @@ class FakeEngine:
     def _fail_as_planned(self, jobs: Sequence[Job], call: int) -> None:
         plan = self._faults
         prompts = [job.prompt for job in jobs]
-        if plan.out_of_memory_above is not None and len(jobs) > plan.out_of_memory_above:
-            raise OutOfMemoryError(f"fake: a batch of {len(jobs)}, memory for {plan.out_of_memory_above}")
-        if any(plan.hang_marker in prompt for prompt in prompts):
+
+        def marked(marker: str) -> bool:
+            return any(marker in prompt for prompt in prompts)
+
+        most = 1 if marked(plan.memory_marker) else plan.out_of_memory_above
+        if most is not None and len(jobs) > most:
+            raise OutOfMemoryError(f"fake: a batch of {len(jobs)}, memory for {most}")
+        if marked(plan.hang_marker):
             self._closed.wait()
             raise RuntimeError("fake: closed while hanging")
-        if any(plan.raise_marker in prompt for prompt in prompts):
+        if marked(plan.slow_marker):
+            self._closed.wait(SLOW_S)
+        if marked(plan.raise_marker):
             raise RuntimeError("fake: a prompt asked for a failure")
+        once = {prompt for prompt in prompts if plan.once_marker in prompt} - self._raised_once
+        if once:
+            self._raised_once |= once
+            raise RuntimeError("fake: a prompt asked for one failure")
         if call in plan.raise_on_calls:
             raise RuntimeError(f"fake: call {call} was planned to fail")
-        if plan.broken_from_call is not None and call >= plan.broken_from_call:
-            raise RuntimeError(f"fake: broken since call {plan.broken_from_call}")
-        if any(plan.nan_marker in prompt for prompt in prompts):
+        self._broken |= marked(plan.break_marker)
+        self._broken |= plan.broken_from_call is not None and call >= plan.broken_from_call
+        if self._broken:
+            raise RuntimeError(f"fake: broken, call {call}")
+        if marked(plan.nan_marker):
             raise OutputError("fake: the decoded picture holds NaN")
+
+    def _picture(self, job: Job) -> Pixels:
+        black = self._faults.black_marker in job.prompt
+        return np.zeros((job.height, job.width, 3), dtype=np.uint8) if black else expected_pixels(job)
 
     def _seen(self, prompt: str) -> bool:
         cached = prompt in self._prompts

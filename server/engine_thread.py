@@ -137,6 +137,9 @@ class EngineThread:
             self._metrics.running.set(0)
         if len(images) != len(jobs):
             raise OutputError(f"the engine made {len(images)} pictures of {len(jobs)} jobs")
+        for job, image in zip(jobs, images, strict=True):
+            if job.image is None and not image.pixels.any():  # from a black image, black may come
+                raise OutputError(f"the picture of seed {job.seed} in a batch of {len(jobs)} is all black")
         seconds = (time.monotonic() - began) / len(jobs)
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
         self._metrics.batch_size.observe(len(jobs))

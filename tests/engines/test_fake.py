@@ -100,7 +100,24 @@ def test_faults_come_as_planned() -> None:
         engine.generate([JOB, replace(JOB, prompt="x [[raise]]")])
     with pytest.raises(OutputError, match="NaN"):
         engine.generate([replace(JOB, prompt="x [[nan]]")])
-    with pytest.raises(RuntimeError, match="since call 4"):
+    with pytest.raises(RuntimeError, match="broken, call 4"):
+        engine.generate([JOB])
+
+
+def test_prompts_ask_for_faults() -> None:
+    engine = FakeEngine()
+    once = replace(JOB, prompt="x [[once]]")
+    with pytest.raises(RuntimeError, match="one failure"):
+        engine.generate([once])
+    np.testing.assert_array_equal(engine.generate([once])[0].pixels, expected_pixels(once))
+    large = replace(JOB, prompt="x [[memory]]")
+    with pytest.raises(OutOfMemoryError, match="batch of 2"):
+        engine.generate([JOB, large])
+    assert engine.generate([large])[0].pixels.any()
+    assert not engine.generate([replace(JOB, prompt="x [[black]]")])[0].pixels.any()
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.generate([replace(JOB, prompt="x [[break]]")])
+    with pytest.raises(RuntimeError, match="broken"):
         engine.generate([JOB])
 
 
