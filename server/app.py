@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -37,13 +37,22 @@ def leave(exit_code: int) -> None:
     os._exit(exit_code)
 
 
+async def own_metrics(metrics: Metrics) -> bytes:
+    return metrics.exposition()
+
+
 def create_app(
-    engine: Engine | Callable[[], Engine], settings: Settings, *, leave: Callable[[int], None] = leave
+    engine: Engine | Callable[[], Engine],
+    settings: Settings,
+    *,
+    leave: Callable[[int], None] = leave,
+    expose: Callable[[Metrics], Awaitable[bytes]] = own_metrics,
 ) -> FastAPI:
     """The whole server as an ASGI app.
 
     `engine` is an engine or loads one; it is loaded, warmed up, called and closed on one thread of its own, beginning
-    with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors).
+    with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors). `expose` is
+    what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all.
     Raises SettingsError for an API key file that cannot be used.
     """
     load = engine if callable(engine) else lambda: engine
@@ -80,7 +89,7 @@ def create_app(
         redirect_slashes=False,
     )
     live = Live(batcher, codec, metrics, settings)
-    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live)
+    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live, expose)
     app.include_router(routes.router)
     app.include_router(openai_api.router)
     if routes.STATIC.is_dir():

@@ -117,8 +117,9 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        port = self.servers[0].sockets[0].getsockname()[1]
-        self._tasks.append(asyncio.create_task(self._announce(port), name="announce"))
+        if self.servers:
+            where = address(self.config.host, self.servers[0].sockets[0].getsockname()[1])
+            self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         batcher = self._service.batcher
@@ -142,15 +143,27 @@ class DrainingServer(uvicorn.Server):
         self.config.timeout_graceful_shutdown = max(1, math.ceil(batcher.drain_left_s))
         self.should_exit = True
 
-    async def _announce(self, port: int) -> None:
-        """Says where the server listens at once, and once it is ready, with a line to paste."""
-        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"listening on {address}; loading {self._service.settings.model}", flush=True)
+    async def _announce(self, where: str) -> None:
+        say_listening(where, self._service.settings.model)
         await self._service.batcher.ready.wait()
-        body = '{"prompt": "a red circle on a white background", "seed": 7}'
-        print(f"ready (docs at {address}/docs). Try:")
-        print(f"curl -s {address}/generate -H 'content-type: application/json' -d '{body}' -o picture.png", flush=True)
+        say_ready(where)
+
+
+def address(host: str, port: int) -> str:
+    """The URL of a server, for someone on its machine."""
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def say_listening(where: str, what: str) -> None:
+    print(f"listening on {where}; loading {what}", flush=True)
+
+
+def say_ready(where: str) -> None:
+    """With a line to paste."""
+    body = '{"prompt": "a red circle on a white background", "seed": 7}'
+    print(f"ready (docs at {where}/docs). Try:")
+    print(f"curl -s {where}/generate -H 'content-type: application/json' -d '{body}' -o picture.png", flush=True)
 
 
 def serve(app: FastAPI, settings: Settings) -> None:

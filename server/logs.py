@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 
@@ -33,9 +34,15 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
 
 
-def configure(log_format: str, level: str) -> None:
-    """Sends everything that is logged to stderr, in one format."""
+def configure(log_format: str, level: str, fields: Mapping[str, object] | None = None) -> None:
+    """Sends everything that is logged to stderr, in one format; each line carries `fields`."""
+
+    def add(record: logging.LogRecord) -> bool:
+        record.fields = {**(fields or {}), **getattr(record, "fields", {})}
+        return True
+
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(add)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)

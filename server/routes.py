@@ -65,7 +65,8 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", **openapi_doc.METRICS)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    return Response(service_of(request).metrics.exposition(), media_type=exposition.CONTENT_TYPE)
+    service = service_of(request)
+    return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
 
 
 @router.get("/v1/info", **openapi_doc.INFO)

@@ -1,5 +1,6 @@
 """What the routes share, made once for each app and kept in `app.state.service`."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -23,6 +24,7 @@ class Service:
     generation: Generation
     uploads: Uploads
     live: Live
+    expose: Callable[[Metrics], Awaitable[bytes]]  # what GET /metrics answers
 
 
 def service_of(connection: HTTPConnection) -> Service:

@@ -118,6 +118,9 @@ class Settings:
     )
     host: str = setting("127.0.0.1", text("a name or an address"), "where to listen")
     port: int = setting(8000, whole(0, 65535), "where to listen; 0 takes a free port")
+    workers: int = setting(
+        1, whole(1, 64), "processes behind the port, one for each GPU; limits such as max-queue are each one's own"
+    )
     max_batch: int = setting(8, whole(1, 64), "most jobs in one batch")
     max_queue: int = setting(128, whole(1, 100_000), "most jobs that may wait; more are refused at once with 429")
     timeout_ms: int = setting(

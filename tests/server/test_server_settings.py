@@ -18,6 +18,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "controlnet": ("drawn", "drawn"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
+    "workers": ("4", 4),
     "max_batch": ("16", 16),
     "max_queue": ("7", 7),
     "timeout_ms": ("250", 250),

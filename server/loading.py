@@ -1,0 +1,23 @@
+"""From settings to an engine: the only module of the server that reaches into the GPU world beyond its types."""
+
+from engines.fake import FakeEngine
+from engines.types import Engine
+from server.settings import Settings
+
+
+def load(settings: Settings) -> Engine:
+    """The engine that the settings ask for. Slow: reads a checkpoint."""
+    if settings.backend == "fake":
+        return FakeEngine(max_batch=settings.max_batch, delay_s=settings.fake_delay_ms / 1000)
+    from engines.loader import load_engine  # brings torch
+
+    return load_engine(
+        settings.model,
+        engine_dir=settings.engine,
+        backend=settings.backend,
+        max_batch=settings.max_batch,
+        precision=None if settings.precision == "auto" else settings.precision,
+        device=None if settings.device == "auto" else settings.device,
+        decoder=settings.decoder,
+        controlnet=settings.controlnet,
+    )
