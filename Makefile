@@ -9,6 +9,10 @@ BUILD_FLAGS ?=
 RUN_FLAGS ?=
 FLAVOUR ?= cpu
 
+# For `make accept-gpu`: a published checkpoint, as a folder or a hub id.
+MODEL ?=
+COMMA := ,
+
 VENV := .venv
 BIN := $(VENV)/bin
 # The server's tests have a process of their own, as it has in use: no compiler, no Helm, no training in its memory.
@@ -18,7 +22,7 @@ DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof chaos deploy-tools image image-check lock clean
+.PHONY: help run test check proof accept-gpu chaos deploy-tools image image-check lock clean
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +46,11 @@ proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 
 chaos: $(DEV) ## plays a campaign of faults against real servers and prints what clients saw: minutes
 	$(BIN)/python -m bench.chaos
+
+accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, and writes bench/results (MODEL=NAME adds a checkpoint)
+	$(BIN)/python -m pip install --quiet 'tensorrt>=10.13'
+	$(BIN)/python -m pytest -m gpu; tests=$$?; \
+	  $(BIN)/python -m bench.accept $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$tests
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import roofline
+from bench import accept, roofline
 from bench.chart import Bar, stacked_bars
 from bench.errors import BenchError
 from bench.figures import table
@@ -148,8 +148,14 @@ def _roofline(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     return "\n\n".join(parts), plots
 
 
+def _acceptance(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    pages = (accept.show(result).removeprefix("# ") for result in results.values())
+    return "\n\n".join(f"### {page}" for page in pages), {}
+
+
 Section = Callable[[Mapping[str, Result]], tuple[str, dict[str, str]]]
 SECTIONS: Mapping[str, tuple[str, Section]] = {
+    "bench.accept": ("Acceptance on a device", _acceptance),
     "bench.latency": ("Latency against diffusers", _latency),
     "bench.load": ("Under load", _load),
     "bench.quality": ("Quality", _quality),

@@ -55,6 +55,8 @@ class Ours:
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         self._engine = load_engine(checkpoint, schedule="diffusers", **options)
+        if self._engine.info.device != "cpu":
+            self._engine.warmup()  # captures graphs, as a server does before it is ready
 
     @property
     def facts(self) -> dict[str, object]:

@@ -91,20 +91,22 @@ def quantize(
 
 def run_samples(
     model: nn.Module, texts: Texts, sizes: Sequence[tuple[int, int]], steps: Sequence[int], channels: int
-) -> None:
-    """Every prompt through the sampler at every size and number of steps, one at a time."""
-    dtype = next(model.parameters()).dtype
+) -> list[Tensor]:
+    """Every prompt through the sampler at every size, one at a time, the numbers of steps in turn; clean latents."""
+    like, made = next(model.parameters()), []
     for height, width in sizes:
         for seed, (states, mask) in enumerate(zip(texts.states, texts.mask, strict=True)):
             count = steps[seed % len(steps)]
-            noise = job_noise(seed, (channels, height, width), count)[:, None]
+            noise = job_noise(seed, (channels, height, width), count)[:, None].to(like.device)
 
             def velocity(x: Tensor, time: Tensor, states: Tensor = states, mask: Tensor = mask) -> Tensor:
                 guidance = torch.full_like(time, 0.45)
-                found: Tensor = model(x.to(dtype), states[None].to(dtype), time, guidance, mask[None])
+                text = states[None].to(like)
+                found: Tensor = model(x.to(like.dtype), text, time, guidance, mask[None].to(like.device))
                 return found
 
-            sample(velocity, noise[0], angles_for(count), noise[1:])
+            made.append(sample(velocity, noise[0], angles_for(count), noise[1:]))
+    return made
 
 
 @contextmanager

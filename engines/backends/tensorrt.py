@@ -6,6 +6,7 @@ typing is used, because 11 has none. One optimisation profile per batch bucket, 
 the very shapes that run, and a CUDA graph's context never changes shape.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "INT64": torch.int64,
 }
+_INSPECTED = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "E4M3": "FP8"}  # one name for each
 
 
 def vendor(name: str) -> Any:
@@ -212,6 +214,12 @@ class Scratch:
         return self._block
 
 
+def _kind(text: str) -> str:
+    """The type in the inspector's words, such as "Row major linear FP16 format" or "Half"."""
+    found = re.search(r"FP8|E4M3|BF16|BFloat16|FP16|Half|FP32|Float|Int8|UInt8|Int32|Int64|Bool", text)
+    return _INSPECTED.get(found[0], found[0]) if found else "unknown"
+
+
 class TensorRtGraph:
     """engines.backends.drop_in.Graph over a built engine: device pointers in, device pointers out, torch's stream.
 
@@ -270,11 +278,12 @@ class TensorRtGraph:
         """How many layers write each type, by the engine inspector: proof that fp8 kernels are really used."""
         inspector = self._engine.create_engine_inspector()
         report = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        formats = re.findall(r'"Format/Datatype":\s*"([^"]+)"', report)
+        layers = json.loads(report).get("Layers", [])
         counts: dict[str, int] = {}
-        for text in formats:
-            kind = text.split()[-1] if text else "unknown"
-            counts[kind] = counts.get(kind, 0) + 1
+        for layer in layers:
+            outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []
+            for kind in {_kind(output.get("Format/Datatype", "")) for output in outputs}:
+                counts[kind] = counts.get(kind, 0) + 1
         return counts
 
     def _context(self, bucket: int) -> Any:

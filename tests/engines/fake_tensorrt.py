@@ -65,9 +65,12 @@ class Engine:
 
     def create_engine_inspector(self) -> Any:
         layers = [
-            {"Outputs": [{"Format/Datatype": text}]} for text in ("Row major Half", "Row major FP8", "Row major FP8")
+            {"Outputs": [{"Format/Datatype": text}]}
+            for text in ("Half", "Row major linear FP8 format", "FP8", "Row major linear FP16 format")
         ]
-        return SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
+        return SimpleNamespace(
+            get_engine_information=lambda _: json.dumps({"Layers": [*layers, "a layer without details"]})
+        )
 
 
 class Context:

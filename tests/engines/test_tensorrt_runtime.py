@@ -114,7 +114,7 @@ def test_too_little_memory_and_a_failed_launch_are_told_apart(tmp_path: Path) ->
 
 
 def test_the_inspector_counts_layers_by_what_they_write(tmp_path: Path) -> None:
-    assert graph(tmp_path).layers_by_precision() == {"Half": 1, "FP8": 2}
+    assert graph(tmp_path).layers_by_precision() == {"FP16": 2, "FP8": 2}
 
 
 class JitEngine(fake_tensorrt.Engine):

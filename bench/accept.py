@@ -1,0 +1,206 @@
+"""What a GPU host runs once, without an edit, to prove and measure what a machine without a GPU cannot.
+
+    make accept-gpu                       # the tiny checkpoint, and random weights at the published size
+    make accept-gpu MODEL=sprint-0.6b     # the tiny checkpoint, and a published one: a hub id or a folder
+    python -m bench.accept --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
+
+For each checkpoint: ranges of activations, engines in each precision with their parity gates, pictures again and
+against eager fp32, graphs, then seconds by stage for every number of steps and batch, beside diffusers on the same
+device. Writes <out>/<date>_<device>.json and .md; what was not measured is not in them. Exit code 1: a step failed.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.acceptance import Plan, Step, accept
+from bench.errors import BenchError
+from bench.figures import command, machine, parse_size, table
+from bench.roofline import PAPER
+from engines.checkpoint import open_checkpoint
+from engines.errors import SprintError
+from engines.machine import dotted, this_machine
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("tiny", "random:sprint-0.6b")
+PRECISIONS = {"cuda": ("fp16", "fp8"), "cpu": ("fp32", "bf16")}
+BACKENDS = {"cuda": ("cuda-graph", "compiled", "torch-tensorrt"), "cpu": ("eager",)}
+PEERS = ("diffusers", "diffusers-compiled")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything; a line per step on standard error. Raises SprintError for a checkpoint that cannot be opened."""
+    device = torch.device(options.device)
+    found: list[Step] = []
+    for model in options.models:
+        size = options.size or open_checkpoint(model).settings.default_size
+        plan = Plan(
+            model=model,
+            device=device,
+            engines=options.engines,
+            precisions=options.precisions or PRECISIONS[device.type],
+            size=size,
+            batches=options.batches,
+            steps=options.steps,
+            runs=options.runs,
+            backends=BACKENDS[device.type],
+            peers=options.peers,
+        )
+        found += accept(plan, lambda step: print(_line(step), file=sys.stderr, flush=True))
+    here = this_machine()
+    return {
+        "program": "bench.accept",
+        "command": options.command,
+        "device": str(device),
+        "card": here.gpu if device.type == "cuda" else here.cpu,
+        "compute_capability": dotted(here.capability) if device.type == "cuda" else None,
+        "driver": here.driver,
+        "machine": machine(),
+        "failed": sum(step.outcome == "failed" for step in found),
+        "steps": [step.to_dict() for step in found],
+        "paper": [
+            {"device": name, "stage": stage, "steps": steps, "milliseconds": value}
+            for (name, stage), by_steps in PAPER.items()
+            for steps, value in by_steps.items()
+        ],
+    }
+
+
+def _line(step: Step) -> str:
+    return f"{step.outcome}: {step.model}: {step.name}, {step.seconds:.0f} s" + (
+        f": {step.reason}" if step.reason else ""
+    )
+
+
+def show(found: dict[str, Any]) -> str:
+    """The page for people, in Markdown."""
+    steps = found["steps"]
+    head = f"# Acceptance on {found['card']}"
+    told = found["machine"]
+    where = f"{told['date']}, revision {told['revision']}, torch {told['torch']}, driver {found['driver'] or 'unknown'}"
+    rows = [[s["model"], s["name"], s["outcome"], s["seconds"], _summary(s)] for s in steps]
+    parts = [head, where, f"`{found['command']}`", table(("model", "step", "outcome", "s", "found"), rows)]
+    times = [row | {"model": step["model"]} for step in steps for row in step["rows"]]
+    if times:
+        columns = (
+            "model",
+            "size",
+            "steps",
+            "batch",
+            "who",
+            "how",
+            "text, s",
+            "denoise, s",
+            "decode, s",
+            "total p50, s",
+        )
+        parts += [
+            "Medians; the paper's figure, in milliseconds, stands beside one picture at 1024x1024 on the card it used.",
+            table((*columns, "total p95, s", "pictures/s", "paper, ms"), [_time(row, found["card"]) for row in times]),
+        ]
+    paper = [[one["device"], one["stage"], one["steps"], one["milliseconds"]] for one in found["paper"]]
+    parts += [
+        "What the paper (arXiv 2503.09641) measured at 1024x1024, one picture, bf16, in milliseconds:",
+        table(("device", "stage", "steps", "ms"), paper),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _time(row: dict[str, Any], card: str) -> list[object]:
+    width, height = row["size"]
+    cells = [row["model"], f"{width}x{height}", row["steps"], row["batch"], row["who"], row["how"]]
+    if "refused" in row:
+        return [*cells, row["refused"], None, None, None, None, None, None]
+    seconds = row["seconds"]
+    medians = [seconds[stage]["p50"] for stage in ("text", "denoise", "decode", "total")]
+    published = (width, height) == (1024, 1024) and row["batch"] == 1 and "0.6b" in row["model"].lower()
+    paper = _paper(card, row["steps"]) if published else None
+    return [*cells, *medians, seconds["total"]["p95"], row["pictures_per_second"], paper]
+
+
+def _paper(card: str, steps: int) -> str | None:
+    """Of the whole, on the card of that name."""
+    for (name, stage), by_steps in PAPER.items():
+        if stage == "total" and name.split()[0 if "RTX" not in name else 1] in card:
+            return by_steps.get(steps)
+    return None
+
+
+def _summary(step: dict[str, Any]) -> str:
+    """What a step found, in a cell."""
+    if step["reason"]:
+        return str(step["reason"]).replace("|", "/")
+    figures = step["figures"]
+    if step["name"] == "activation ranges":
+        return "; ".join(f"{name} {one['peak']:.4g} ({one['part']})" for name, one in figures.items())
+    if step["name"].startswith("build"):
+        modules = (
+            f"{name} {one['precision']} {one['bytes'] / 1e6:.0f} MB {one['parity'].get('gate', '')}"
+            for name, one in figures["modules"].items()
+        )
+        return f"{figures['seconds']:.0f} s by {figures['vendor']}: " + "; ".join(modules)
+    if step["name"].startswith("latency"):
+        return f"{figures['backend']}, {figures['precision']}"
+    return "; ".join(f"{name} {value}" for name, value in figures.items())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(number) for number in text.split(",")}))
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accept", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--precisions", type=words, default=(), help="of built engines; default fp16,fp8 on a GPU")
+    parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: each checkpoint's)")
+    parser.add_argument("--batches", type=numbers, default=(1, 2, 4, 8, 16))
+    parser.add_argument("--steps", type=numbers, default=(1, 2, 4))
+    parser.add_argument("--runs", type=int, default=10, help="of each measurement, after one more")
+    parser.add_argument("--peers", type=words, default=PEERS, help="among diffusers,diffusers-compiled; '' for none")
+    parser.add_argument("--engines", type=Path, default=ROOT / "build" / "accept", help="folder for built engines")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.accept", given))
+    options = parser.parse_args(given)
+    if options.runs < 1:
+        parser.error("--runs: needed is 1 at least")
+    if set(options.peers) - set(PEERS):
+        parser.error(f"--peers: got {','.join(options.peers)}, allowed {','.join(PEERS)}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parsed(argv)
+    try:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise BenchError("device: torch sees no GPU; --device cpu runs what a CPU can")
+        found = run(options)
+    except SprintError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    name = re.sub(r"[^A-Za-z0-9]+", "-", found["card"]).strip("-").lower()
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out / f"{found['machine']['date']}_{name}"
+    page = show(found)
+    stem.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+    print(json.dumps(found))
+    return int(found["failed"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
