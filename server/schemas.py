@@ -59,7 +59,7 @@ class Options(Sampling):
         json_schema_extra=IMAGE_SCHEMA,
         description="Image-to-image: base64 of a png, jpeg or webp of at most 2048x2048 and 8 MiB.",
     )
-    strength: float = Field(0.5, ge=0, le=1, description="How far to go from `image`: 1 ignores it.")
+    strength: float = Field(0.5, ge=0, le=1, description="How far to go from `image`: 1 keeps a trace of it.")
     control_image: str | None = Field(
         None,
         max_length=MAX_BASE64,
