@@ -34,13 +34,13 @@ class Connection:
     def usable(self) -> bool:
         return not (self._closes or self._reader.at_eof() or self._writer.is_closing())
 
-    async def exchange(self, method: str, path: str, body: bytes = b"") -> Answer:
+    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
         """Sends a request and reads its answer whole.
 
         Raises OSError or EOFError where the connection ends before that, BenchError for what is no HTTP/1.1 answer.
         """
         head = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-length: {len(body)}\r\n"
-        kind = "content-type: application/json\r\n" if body else ""
+        kind = f"content-type: {media_type}\r\n" if body else ""
         self._closes = True  # until the answer is read whole, nothing else may be sent here
         self._writer.write(f"{head}{kind}\r\n".encode() + body)
         return await self.answer()

@@ -21,7 +21,8 @@ from bench.served import ROOT
 from bench.stage import AGAIN_S, PATIENCE_S, RIGHT, Stage
 from bench.supervisor import Supervisor, free_port, ready_label
 
-INSIDE = 48  # jobs that were accepted when the signal comes
+LONG = 2  # batches of half a second that the engine has to make first
+INSIDE = 48  # jobs that wait behind them when the signal comes
 DAY = 86_400
 JUMPS_S = (3600, -DAY, 10 * 365 * DAY, -20 * 365 * DAY, 1, 0)
 DISK_ORDERS = 20  # while the disk is full, each time
@@ -33,18 +34,15 @@ RESTART = NOT_THERE | {RIGHT, "503 draining"}  # a new connection may be cut unh
 
 
 def signalled(number: signal.Signals, exit_code: int) -> Callable[[Stage], Awaitable[Seen]]:
-    """The signal while INSIDE jobs are accepted and wait behind one that runs. Whoever is cut asks again."""
+    """The signal while INSIDE jobs are accepted and wait behind long ones. Whoever is cut asks again."""
 
     async def play(stage: Stage) -> Seen:
         seen: Seen = Counter()
         for _ in range(stage.count):
             exits = len(stage.supervisor.codes)
-            jobs = [stage.order("[[slow]]")]
-            accepted = [asyncio.create_task(stage.ask(jobs[0]))]
-            await stage.running()
-            jobs += [stage.order() for _ in range(INSIDE)]
-            accepted += [asyncio.create_task(stage.ask(job)) for job in jobs[1:]]
-            await stage.waiting(INSIDE)
+            jobs = [*stage.long_orders(LONG), *(stage.order() for _ in range(INSIDE))]
+            accepted = [asyncio.create_task(stage.ask(job)) for job in jobs]
+            await stage.accepted(accepted)
             stage.strike()
             stage.supervisor.send(number)
             labels = await asyncio.gather(*accepted)
@@ -94,11 +92,11 @@ def clock_jumps(clock: Clock) -> Callable[[Stage], Awaitable[Seen]]:
     async def play(stage: Stage) -> Seen:
         seen: Seen = Counter()
         for i in range(stage.count):
-            running = asyncio.create_task(stage.ask(stage.order("[[slow]]")))
-            await stage.running()
+            running = [asyncio.create_task(stage.ask(job)) for job in stage.long_orders(LONG)]
+            await stage.accepted(running)
             patient = asyncio.create_task(stage.ask(stage.order(), timeout_ms=30_000))
             hasty = asyncio.create_task(stage.ask(stage.order(), timeout_ms=50))
-            await stage.waiting(1)
+            await asyncio.sleep(AGAIN_S)
             stage.strike()
             seconds = JUMPS_S[i % len(JUMPS_S)]
             clock.set(seconds)
@@ -106,7 +104,7 @@ def clock_jumps(clock: Clock) -> Callable[[Stage], Awaitable[Seen]]:
             answer = await stage.supervisor.exchange("POST", "/v1/images/generations", b'{"prompt": "x"}')
             if abs(json.loads(answer.body)["created"] - time.time() - seconds) > PATIENCE_S:
                 seen["the clock did not jump"] += 1
-            seen += Counter(await asyncio.gather(running, patient))
+            seen += Counter(await asyncio.gather(*running, patient))
             label = await hasty
             seen[label if label == LATE else f"{label}, not {LATE}"] += 1
         clock.set(0)

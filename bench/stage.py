@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +35,7 @@ class Stage:
     supervisor: Supervisor
     rng: random.Random
     count: int
+    crowded: int = 0  # customers of the crowd
     struck: float = 0.0
     recovered: list[float] = field(default_factory=list)  # seconds from a strike to the next right picture
     never: int = 0  # orders that were asked again and again and never became a picture
@@ -71,6 +72,7 @@ class Stage:
     async def crowd(self, customers: int, done: asyncio.Event) -> Counter[str]:
         """Customers who want one picture after the other until `done`, whatever happens to others."""
         seen: Counter[str] = Counter()
+        self.crowded = customers
 
         async def customer(rng: random.Random) -> None:
             while not done.is_set():
@@ -90,19 +92,21 @@ class Stage:
         await self.insist(self.order(), Counter())
         self.recovered.append(time.monotonic() - self.struck)
 
-    async def running(self) -> None:
-        """Returns when the engine has a batch that takes long, such as one with [[slow]] in it."""
-        await self._sample("sana_sprint_jobs_running", 1)
+    def long_orders(self, batches: int) -> list[Job]:
+        """Orders that take the engine half a second each, since their sizes differ."""
+        return [self.order("[[slow]]", 96 + 32 * i) for i in range(batches)]
 
-    async def waiting(self, jobs: int) -> None:
-        """Returns when so many accepted jobs wait."""
-        await self._sample("sana_sprint_jobs_waiting", jobs)
-
-    async def _sample(self, name: str, least: int) -> None:
+    async def accepted(self, orders: Sequence[asyncio.Task[str]]) -> None:
+        """Returns when the server has taken all of these orders in: they and the whole crowd wait, run, or are done."""
         end = time.monotonic() + PATIENCE_S
-        while (await self.supervisor.samples())[name] < least:
+        while True:
+            samples = await self.supervisor.samples()
+            inside = samples["sana_sprint_jobs_waiting"] + samples["sana_sprint_jobs_running"]
+            done = sum(order.done() for order in orders)
+            if done == len(orders) or inside + done >= len(orders) + self.crowded:
+                return
             if time.monotonic() > end:
-                raise BenchError(f"{name} never was {least}")
+                raise BenchError(f"{len(orders)} orders were never inside at the same time")
             await asyncio.sleep(0.005)
 
 

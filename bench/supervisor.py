@@ -29,12 +29,14 @@ def free_port() -> int:
         return port
 
 
-async def exchange_with(port: int, method: str, path: str, body: bytes = b"") -> Answer:
+async def exchange_with(
+    port: int, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+) -> Answer:
     """On a connection of its own. Raises as Connection.exchange does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     connection = Connection(reader, writer, f"127.0.0.1:{port}")
     try:
-        return await connection.exchange(method, path, body)
+        return await connection.exchange(method, path, body, media_type)
     finally:
         await connection.close()
 
@@ -116,8 +118,8 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
         return self.codes[exits - 1]
 
-    async def exchange(self, method: str, path: str, body: bytes = b"") -> Answer:
-        return await exchange_with(self.port, method, path, body)
+    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
+        return await exchange_with(self.port, method, path, body, media_type)
 
     async def samples(self) -> dict[str, float]:
         """What /metrics says."""

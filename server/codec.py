@@ -78,9 +78,9 @@ def encode_base64(pixels: Pixels, image_format: ImageFormat, quality: int) -> by
 def decode(field: str, source: bytes | str, background: int) -> Pixels:
     """[height, width, 3] uint8 RGB of a PNG, JPEG or WebP file, given as bytes or as base64 (a data: URI is fine).
 
-    The first frame of an animation; turned upright as EXIF says; 16 bits are cut to 8; transparent parts show
-    `background` (a gray level); colour profiles are ignored. Raises InvalidError (422) that names `field`. Nothing is
-    decompressed before the size is known to be at most 2048x2048.
+    The first frame of an animation; turned upright as EXIF says, where it can be read; 16 bits are cut to 8;
+    transparent parts show `background` (a gray level); colour profiles are ignored. Raises InvalidError (422) that
+    names `field`. Nothing is decompressed before the size is known to be at most 2048x2048.
     """
     content = _from_base64(field, source) if isinstance(source, str) else source
     if len(content) > MAX_IMAGE_BYTES:
@@ -98,7 +98,7 @@ def decode(field: str, source: bytes | str, background: int) -> Pixels:
 
 
 def _upright_rgb(image: Image.Image, background: int) -> Pixels:
-    upright = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     if upright.mode.startswith("I"):  # 16-bit gray: Pillow would clip where it should scale
         gray = (np.asarray(upright, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.ascontiguousarray(np.broadcast_to(gray[:, :, None], (*gray.shape, 3)))
@@ -107,6 +107,13 @@ def _upright_rgb(image: Image.Image, background: int) -> Pixels:
         ground = Image.new("RGBA", layer.size, (background, background, background, 255))
         upright = Image.alpha_composite(ground, layer)
     return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises whatever broken EXIF makes it raise; broken pixels raise again when they are read
+        return image
 
 
 def _from_base64(field: str, text: str) -> bytes:

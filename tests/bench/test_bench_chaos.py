@@ -30,9 +30,9 @@ def test_a_short_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> N
     rows = play(capsys, "--scale", "0.01", *(word for name in SHORT for word in ("--only", name)))
     assert set(rows) == set(SHORT)
     assert rows["poisonous job"]["hit"] == {"500 engine_failed": 2}
-    assert rows["SIGTERM under load"]["hit"] == {"200": 49}
-    assert rows["SIGKILL under load, restart"]["hit"] == {"cut": 49}
-    assert rows["clock jumps"]["hit"] == {"200": 2, "504 deadline_exceeded": 1}
+    assert rows["SIGTERM under load"]["hit"] == {"200": 50}
+    assert rows["SIGKILL under load, restart"]["hit"] == {"cut": 50}
+    assert rows["clock jumps"]["hit"] == {"200": 3, "504 deadline_exceeded": 1}
 
 
 @pytest.mark.slow

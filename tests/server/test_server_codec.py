@@ -61,6 +61,13 @@ def test_photographs_are_turned_upright(orientation: int, stored_as: Image.Trans
     np.testing.assert_array_equal(decode("image", file.getvalue(), 0), upright)
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_exif_that_cannot_be_read_turns_nothing(image_format: str) -> None:
+    picture = noise(5, 9)
+    content = image_file(picture, image_format, exif=b"Exif\0\0no TIFF at all", lossless=True)
+    np.testing.assert_array_equal(decode("image", content, 0), picture)
+
+
 @pytest.mark.parametrize("background", [0, 255])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_parts_show_the_background(mode: str, background: int) -> None:
