@@ -22,7 +22,7 @@ DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof accept-gpu chaos deploy-tools image image-check lock clean
+.PHONY: help run test check proof accept-gpu chaos fuzz deploy-tools image image-check lock clean
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,12 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, a
 	$(BIN)/python -m pip install --quiet 'tensorrt>=10.13'
 	$(BIN)/python -m pytest -m gpu; tests=$$?; \
 	  $(BIN)/python -m bench.accept $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$tests
+
+fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
+	$(BIN)/python -m venv .venvs/fuzz
+	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
+	$(BIN)/python -m bench.fuzz --images 5000 --requests 5000 --sessions 1000 \
+	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 
