@@ -14,7 +14,8 @@ from engines.artifacts import load_artifacts
 from engines.backends.compiled import compiled
 from engines.backends.cuda_graph import CudaRecorder, GraphBook, Recorder
 from engines.backends.eager import eager
-from engines.backends.spec import Backend, ModuleName, ModuleSpec
+from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
+from engines.backends.torch_tensorrt import torch_tensorrt
 from engines.buckets import powers_of_two
 from engines.chain import Chain, input_specs
 from engines.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +30,12 @@ from engines.text_stage import load_text_stage
 from engines.types import Engine, EngineInfo, Limits
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
-BACKENDS: Mapping[str, Backend] = {"eager": eager, "compiled": compiled, "cuda-graph": eager}
+BACKENDS: Mapping[str, Backend] = {
+    "eager": eager,
+    "compiled": compiled,
+    "cuda-graph": eager,
+    "torch-tensorrt": torch_tensorrt,
+}
 ARTIFACT_BACKENDS: Mapping[str, str] = {
     "openvino": "python build_engine.py --gpu cpu",
     "tensorrt": "python build_engine.py --gpu native",
@@ -50,13 +56,15 @@ def load_engine(
     controlnet: str | None = None,
     schedule: Schedule = "paper",
     recorder: Recorder | None = None,
+    cache: str | None = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
     engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
     fp32 or bf16, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another autoencoder
     with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name where there is
-    one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on a GPU.
+    one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on a GPU;
+    cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
@@ -75,7 +83,8 @@ def load_engine(
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
-        spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, checkpoint.autoencoder.compression)
+        unit, kept = checkpoint.autoencoder.compression, Path(cache or CACHE).expanduser()
+        spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept)
         return execute(module, spec)
 
     text = load_text_stage(checkpoint, dtype, place)

@@ -1,5 +1,9 @@
 """From settings to an engine: the only module of the server that reaches into the GPU world beyond its types."""
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 from engines.fake import FakeEngine
 from engines.types import Engine
 from server.settings import Settings
@@ -20,4 +24,11 @@ def load(settings: Settings) -> Engine:
         device=None if settings.device == "auto" else settings.device,
         decoder=settings.decoder,
         controlnet=settings.controlnet,
+        cache=settings.cache or user_cache(os.environ),
     )
+
+
+def user_cache(environment: Mapping[str, str]) -> str | None:
+    """This program's folder where XDG_CACHE_HOME names the user's cache; None where it does not."""
+    place = environment.get("XDG_CACHE_HOME")
+    return str(Path(place) / "sana-sprint") if place else None

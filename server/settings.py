@@ -110,6 +110,9 @@ class Settings:
     model: str = setting("tiny", text("a folder, a hub id or a short name"), "checkpoint in the diffusers layout")
     engine: str | None = setting(None, text("a folder"), "folder that build_engine.py wrote")
     backend: str = setting("auto", one_of(*BACKENDS), "how the modules are executed; auto decides and says why")
+    cache: str | None = setting(
+        None, text("a folder"), "where torch-tensorrt keeps what it compiles; default: sana-sprint in the user's cache"
+    )
     precision: str = setting("auto", one_of("auto", "fp32", "bf16"), "of the weights; auto decides and says why")
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "where the modules run; auto decides and says why")
     decoder: str | None = setting(None, text("a folder or a hub id"), "another autoencoder with the same latents")

@@ -5,7 +5,7 @@ TensorRT engine, an OpenVINO model and a compiled module have in common ends her
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,17 @@ class Graph(Protocol):
     """One module at one size."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]: ...
+
+
+class ModuleGraph:
+    """A Graph over a module, called by the names of its arguments."""
+
+    def __init__(self, module: Callable[..., Any]):
+        self._module = module
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        outputs = self._module(**inputs)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 GraphAt = Callable[[Side], Graph]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 # SprintTransformer, PixelDecoder, PixelEncoder, ControlledTransformer
 ModuleName = Literal["transformer", "decoder", "encoder", "controlled"]
+
+CACHE = Path("~/.cache/sana-sprint")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class ModuleSpec:
     tokens: int = 300  # positions of the text, which backends with fixed shapes pad to
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels that it is prepared for
     compression: int = 32  # pixels per cell of the latent
+    cache: Path = CACHE  # folder for what is compiled when it is loaded
 
     @property
     def sides(self) -> frozenset[tuple[int, int]]:
