@@ -26,6 +26,7 @@ from engines.errors import ArtifactError, BuildError
 from engines.export import export_onnx, onnx_files
 from engines.machine import Machine, dotted, this_machine
 from engines.manifest import Artifact, FileRecord, Manifest, read_manifest
+from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.onnx_graph import OnnxGraph
 from engines.parity import GATES, PICTURE_GATES
@@ -237,7 +238,10 @@ class _Work:
             texts = calibration_texts(self.checkpoint)
             return quantize(transformer, texts, sides, self.spec.steps, self.checkpoint.transformer.in_channels)
         autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
-        return PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)
+        if name == "encoder":
+            return PixelEncoder(autoencoder)
+        fold(autoencoder.decoder)
+        return PixelDecoder(autoencoder)
 
     def compiled(self, graphs: Mapping[Key, _Graph]) -> dict[Key, Artifact]:
         """The artifacts, still without their parity; the graphs are removed."""

@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, padded
-from engines.backends.eager import eager
+from engines.backends.drop_in import (
+    DecoderDropIn,
+    EncoderDropIn,
+    Graph,
+    ModuleGraph,
+    Side,
+    TransformerDropIn,
+    padded,
+)
+from engines.backends.eager import laid_out
 from engines.backends.spec import ModuleSpec
 from engines.buckets import powers_of_two, smallest_fitting
 
@@ -21,8 +29,8 @@ _SHAPES = 64  # compiled per module at most; torch's own limit of 8 counts all m
 
 def compiled(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     """A drop-in for `module` whose first call at each bucket of a size in `spec.sizes` takes seconds to minutes."""
-    module = eager(module, spec)
-    plain, fast = _Plain(module), _Compiled(module, spec)
+    module = laid_out(module, spec)
+    plain, fast = ModuleGraph(module), _Compiled(module, spec)
     sides = spec.sides
 
     def at(side: Side) -> Graph:
@@ -33,16 +41,7 @@ def compiled(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     return DecoderDropIn(at) if spec.name == "decoder" else EncoderDropIn(at)
 
 
-class _Plain:
-    def __init__(self, module: nn.Module):
-        self._module = module
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        outputs = self._module(**inputs)
-        return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-
-class _Compiled(_Plain):
+class _Compiled(ModuleGraph):
     def __init__(self, module: nn.Module, spec: ModuleSpec):
         mode = "max-autotune-no-cudagraphs" if spec.device.type == "cuda" else None
         fast: Any = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)

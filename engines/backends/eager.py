@@ -1,14 +1,43 @@
-"""PyTorch as it is: any shape, any batch, no preparation. The reference that other backends are held against."""
+"""PyTorch as it is: any shape, any batch, no preparation beyond the layout of weights.
+
+On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu_decoder).
+"""
 
 import torch
 from torch import nn
 
+from engines.backends.cpu_decoder import CpuDecoder
 from engines.backends.spec import ModuleSpec
+from engines.models.dcae import Decoder
+from engines.models.folding import fold
+from engines.models.pixels import PixelDecoder
 
 
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """The module itself; the autoencoder's convolutions in channels-last, which their kernels read fastest."""
+    """A module that computes the same; of a PixelDecoder the decoder is replaced, and its weights with it."""
+    if isinstance(module, PixelDecoder) and spec.device.type == "cpu" and _packs(spec.dtype):
+        module.decoder = CpuDecoder(_loaded(module))
+        return module
+    return laid_out(module, spec)
+
+
+def laid_out(module: nn.Module, spec: ModuleSpec) -> nn.Module:
+    """The autoencoder in channels-last, which convolutions read fastest, its upsampling folded; others as they are."""
     if spec.name in ("transformer", "controlled"):
         return module
-    laid_out: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
-    return laid_out
+    if isinstance(module, PixelDecoder):
+        fold(_loaded(module))
+    made: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
+    return made
+
+
+def _loaded(module: PixelDecoder) -> Decoder:
+    assert isinstance(module.decoder, Decoder)  # and not prepared before
+    return module.decoder
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and computes in `dtype` on this CPU."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -138,10 +138,16 @@ class MultiscaleLinearAttention(nn.Module):
         self.norm_out = RMSNorm(channels, bias=True, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])[:, :, None, None]
         qkv = F.conv2d(x, weight)  # [B, 3C, H, W]
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
+        out = self.attend(scales)
+        y: Tensor = self.norm_out(F.conv2d(out, self.to_out.weight[:, :, None, None]))
+        return x + y
+
+    def attend(self, scales: Tensor) -> Tensor:
+        """Queries, keys and values of all scales [B,3C*S,H,W] to what they attend to, [B,C*S,H,W]."""
+        batch, _, height, width = scales.shape
         # Upstream's grouping: the concatenated channels are cut into runs of 3*head_dim, each run a (q, k, v).
         grouped = scales.reshape(batch, -1, 3 * self.head_dim, height * width)
         linear = height * width > self.head_dim
@@ -152,14 +158,12 @@ class MultiscaleLinearAttention(nn.Module):
         if linear:
             out = torch.matmul(torch.matmul(v, k.transpose(-1, -2)), q)
             total = torch.matmul(k.sum(dim=-1, keepdim=True).transpose(-1, -2), q)  # the row of ones, not materialised
-            out = (out / (total + ATTENTION_EPS)).to(x.dtype)
+            out = (out / (total + ATTENTION_EPS)).to(scales.dtype)
         else:
             scores = torch.matmul(k.transpose(-1, -2), q).float()
             scores = scores / (scores.sum(dim=2, keepdim=True) + ATTENTION_EPS)
             out = torch.matmul(v, scores.to(v.dtype))
-        out = out.reshape(batch, -1, height, width)
-        y: Tensor = self.norm_out(F.conv2d(out, self.to_out.weight[:, :, None, None]))
-        return x + y
+        return out.reshape(batch, -1, height, width)
 
 
 class EfficientViTBlock(nn.Module):

@@ -15,7 +15,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, autoencoder: Autoencoder):
         super().__init__()
-        self.decoder = autoencoder.decoder
+        self.decoder: nn.Module = autoencoder.decoder
         self.scaling_factor = autoencoder.config.scaling_factor
         self.dtype = autoencoder.decoder.conv_in.weight.dtype
 
