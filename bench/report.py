@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import accept, roofline
+from bench import accept, fp8, roofline
 from bench.chart import Bar, stacked_bars
 from bench.errors import BenchError
 from bench.figures import table
@@ -153,12 +153,17 @@ def _acceptance(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     return "\n\n".join(f"### {page}" for page in pages), {}
 
 
+def _fp8(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    return "\n\n".join(fp8.show(result) for result in results.values()), {}
+
+
 Section = Callable[[Mapping[str, Result]], tuple[str, dict[str, str]]]
 SECTIONS: Mapping[str, tuple[str, Section]] = {
     "bench.accept": ("Acceptance on a device", _acceptance),
     "bench.latency": ("Latency against diffusers", _latency),
     "bench.load": ("Under load", _load),
     "bench.quality": ("Quality", _quality),
+    "bench.fp8": ("What fp8 costs, rounded in PyTorch", _fp8),
     "bench.roofline": ("Projections for GPUs", _roofline),
 }
 

@@ -12,6 +12,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "model": ("sprint-0.6b", "sprint-0.6b"),
     "engine": ("engines/x", "engines/x"),
     "backend": ("fake", "fake"),
+    "cache": ("kept", "kept"),
     "precision": ("bf16", "bf16"),
     "device": ("cpu", "cpu"),
     "decoder": ("lite", "lite"),
