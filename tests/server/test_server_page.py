@@ -168,7 +168,7 @@ def test_an_error_is_shown_and_goes_away(page: Page, plain: Running) -> None:
 
 @needs_browser
 def test_a_pause_ends_with_the_next_stroke(page: Page, serve: Serve) -> None:
-    open_page(page, serve(live_idle_s=1.0).url)
+    open_page(page, serve(live_idle_s=3.0).url)
     page.until("document.body.dataset.state === 'idle'")
     assert page.text("#status") == "Paused: draw or type to go on"
     page.stroke("#sketch", CIRCLE)
