@@ -89,22 +89,22 @@ async def request_case(server: Supervisor, rng: random.Random) -> str:
 async def session_case(server: Supervisor, rng: random.Random) -> str:
     """A live session of a few frames, most of them bad."""
     frames = [bad_frame(rng) for _ in range(rng.randrange(1, FRAMES))]
-    received = await _raw(server, [handshake(rng, server.port), *frames])
+    received = await _raw(server, [handshake(rng, server.port), *frames], first_s=PATIENCE_S)
     if not received.startswith(b"HTTP/1.1 101"):
         return f"wrong: {received[:60]!r}"
     kinds = sorted(set(re.findall(rb'"type":"(\w+)"', received)))
     return b" and ".join(kinds).decode() or "wrong: no greeting"
 
 
-async def _raw(server: Supervisor, parts: Sequence[bytes]) -> bytes:
-    """What comes back for these bytes, until the server closes or says nothing for a while."""
+async def _raw(server: Supervisor, parts: Sequence[bytes], first_s: float = QUIET_S) -> bytes:
+    """What comes back for these bytes, until the server closes or says nothing for a while (`first_s`: at first)."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     received = b""
     with contextlib.suppress(ConnectionError, TimeoutError):
         for part in parts:
             writer.write(part)
             await asyncio.wait_for(writer.drain(), PATIENCE_S)
-        while more := await asyncio.wait_for(reader.read(2**16), QUIET_S):
+        while more := await asyncio.wait_for(reader.read(2**16), QUIET_S if received else first_s):
             received += more
     writer.transport.abort()
     return received

@@ -34,6 +34,7 @@ EXIT_ENGINE = 71  # the engine fails on its own warm-up job, or its thread died
 CLIENT_GONE = 499
 
 # Close codes of WS /v1/live: of RFC 6455 where it has one.
+CLOSE_GONE = 1006  # never sent: the client left without a word
 CLOSE_SLOW = 1008
 CLOSE_ENGINE = 1011
 CLOSE_RESTART = 1012

@@ -119,5 +119,5 @@ async def _close(socket: WebSocket, error: SessionEndError) -> None:
         async with asyncio.timeout(GOODBYE_S):
             await socket.send_text(message("end", {"code": error.code, "detail": error.detail}))
             await socket.close(error.close_code, error.detail)
-    except (WebSocketDisconnect, TimeoutError):
+    except (WebSocketDisconnect, TimeoutError, RuntimeError):  # the last is uvicorn's for a connection closed meanwhile
         logger.debug("the client did not hear why its session ended: %s", error.code)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engines.types import Conditioning, Job, Pixels
 from server.batcher import Batcher
@@ -20,6 +20,7 @@ from server.engine_thread import Finished
 from server.errors import (
     CLOSE_BUSY,
     CLOSE_ENGINE,
+    CLOSE_GONE,
     CLOSE_IDLE,
     CLOSE_RESTART,
     CLOSE_SLOW,
@@ -265,6 +266,8 @@ class LiveSession:
                     await self._socket.send_bytes(content)
         except TimeoutError as error:
             raise SessionEndError("slow", f"nothing was read for {SEND_S:g} s", CLOSE_SLOW) from error
+        except RuntimeError as error:  # uvicorn's, once it has closed on a client that broke the protocol
+            raise WebSocketDisconnect(CLOSE_GONE) from error
 
 
 def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int) -> Order:

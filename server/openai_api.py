@@ -19,8 +19,10 @@ from server.errors import ClientGoneError, Fault, InvalidError
 from server.generation import Delivery
 from server.intake import check_media_type, read_json, until_gone
 from server.routes import server_timing
-from server.schemas import ImageGenerationRequest, parse_form
+from server.schemas import ImageGenerationRequest, Usage, parse_form
 from server.service import Service, context_of, service_of
+
+NO_USAGE = Usage().model_dump()
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -111,7 +113,7 @@ def images_json(delivery: Delivery, response_format: str) -> bytes:
             "background": "opaque",
             "output_format": delivery.output_format,
             "size": f"{delivery.width}x{delivery.height}",
-            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0},
+            "usage": NO_USAGE,
             "timings_ms": {stage: round(ms, 3) for stage, ms in delivery.timings_ms._asdict().items()},
         }
     )

@@ -197,10 +197,16 @@ class OpenAiImage(BaseModel):
     seed: int
 
 
+class InputTokens(BaseModel):
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
 class Usage(BaseModel):
     """Tokens are not counted here; clients expect the fields."""
 
     input_tokens: int = 0
+    input_tokens_details: InputTokens = InputTokens()
     output_tokens: int = 0
     total_tokens: int = 0
 

@@ -35,7 +35,8 @@ def test_the_answer_has_what_clients_read(plain: Running) -> None:
     body = answer.json()
     assert {"created", "data", "output_format", "size", "background", "usage"} <= set(body)
     assert (body["size"], body["output_format"]) == ("64x96", "png")
-    assert set(body["usage"]) == {"input_tokens", "output_tokens", "total_tokens"}
+    assert set(body["usage"]) == {"input_tokens", "input_tokens_details", "output_tokens", "total_tokens"}
+    assert set(body["usage"]["input_tokens_details"]) == {"image_tokens", "text_tokens"}  # LiteLLM insists
     assert [item["seed"] for item in body["data"]] == [5, 6]
     np.testing.assert_array_equal(pixels_of(body["data"][0]), expected_pixels(JOB))
     assert "server-timing" in answer.headers
