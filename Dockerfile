@@ -1,7 +1,7 @@
-# The server, for a CPU or for an NVIDIA GPU (the wheels bring CUDA and TensorRT; the host brings the driver).
+# The server, for a CPU or for an NVIDIA GPU (the wheels bring CUDA; the host brings the driver), or for a Ray cluster.
 #
 #   docker build -t sana-sprint-server .
-#   docker build -t sana-sprint-server:gpu --build-arg FLAVOUR=gpu .
+#   docker build -t sana-sprint-server:gpu --build-arg FLAVOUR=gpu .      or ray: gpu and Ray Serve
 #
 # pip takes torch from where it is told to: PIP_EXTRA_INDEX_URL names an index with CPU wheels, which are ten times
 # smaller than the CUDA wheels of the default index; PIP_FIND_LINKS names a folder of wheels.
@@ -11,12 +11,12 @@ FROM ${BASE} AS packages
 ARG FLAVOUR=cpu
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-RUN case "${FLAVOUR}" in cpu|gpu) ;; *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu" >&2; exit 1;; esac \
+RUN case "${FLAVOUR}" in cpu|gpu|ray) ;; *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu, ray" >&2; exit 1;; esac \
  && python3 -m venv --without-pip /venv
-COPY requirements.lock requirements-gpu.lock /
+COPY requirements.lock requirements-gpu.lock requirements-ray.lock /
 # Layers change in this order: base, packages, code. pip stays outside the environment that is shipped.
 RUN python3 -m venv /pip \
- && if [ "${FLAVOUR}" = gpu ]; then lock=/requirements-gpu.lock; else lock=/requirements.lock; fi \
+ && if [ "${FLAVOUR}" = cpu ]; then lock=/requirements.lock; else lock="/requirements-${FLAVOUR}.lock"; fi \
  && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --requirement "${lock}"
 
 FROM ${BASE}

@@ -17,6 +17,7 @@ from engines.buckets import smallest_fitting
 from engines.chain import Chain
 from engines.control import LatentCache
 from engines.errors import JobError, OutOfMemoryError, OutputError
+from engines.gpu_memory import open_card
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.stopwatch import Stopwatch
 from engines.text_stage import TextStage, join
@@ -72,6 +73,9 @@ class SprintEngine:
         books: graphs that `warmup` captures; they pad texts to the longest that the engine takes."""
         self._modules, self._space, self._schedule = modules, space, schedule
         self._info, self._limits, self._buckets, self._books = info, limits, buckets, books
+        self._card = None
+        if space.device.type == "cuda":
+            self._card = open_card(str(torch.cuda.get_device_properties(space.device).uuid))
         self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
 
     @property
@@ -106,9 +110,12 @@ class SprintEngine:
         device = self._space.device
         if device.type != "cuda":
             return {}
-        _, total = torch.cuda.mem_get_info(device)
-        used, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        return {"used": used, "reserved": reserved, "total": total}
+        if self._card is None:
+            free, total = torch.cuda.mem_get_info(device)
+            used = {"used": total - free, "total": total}
+        else:
+            used = dict(self._card.memory_bytes())
+        return {"reserved": torch.cuda.memory_reserved(device), **used}
 
     def close(self) -> None:
         del self._modules, self._images, self._books

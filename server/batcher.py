@@ -127,6 +127,16 @@ class Batcher:
         return self._engine
 
     @property
+    def waiting(self) -> int:
+        """Jobs accepted and not in a batch yet."""
+        return self._queue.waiting
+
+    @property
+    def inside(self) -> int:
+        """Jobs accepted and not answered yet."""
+        return self._queue.inside
+
+    @property
     def retry_after_s(self) -> int:
         """Whole seconds in which what is inside now will have run, by the measured time per job; at least 1."""
         return max(1, math.ceil(self._thread.seconds_per_job * self._queue.inside))

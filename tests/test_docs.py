@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from server.cluster import __main__ as cluster
 from server.metrics import Metrics
 from server.settings import REQUEST_BUCKETS, STAGE_BUCKETS, parser
 
@@ -62,7 +63,8 @@ def test_programs_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_of_the_server_exist(document: str) -> None:
-    flags = {option for action in parser()._actions for option in action.option_strings}
+    actions = [*parser()._actions, *cluster.parser()._actions]
+    flags = {option for action in actions for option in action.option_strings}
     lines = re.findall(r"python3? -m server\b[^`\n]*", text_of(document))
     named = {flag for line in lines for flag in re.findall(r"--[a-z][\w-]*", line)}
     if document == "docs/operations.md":

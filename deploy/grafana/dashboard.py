@@ -200,15 +200,18 @@ ROWS = (
                 "process leaves and is restarted.",
             ),
             Panel(
-                "GPU memory", "timeseries", (Query(f"sana_sprint_gpu_memory_bytes{{{ON}}}", "{{instance}} {{kind}}"),),
+                "GPU memory", "timeseries",
+                (Query(f"sana_sprint_gpu_memory_bytes{{{ON}}}", "{{instance}} {{replica}} {{kind}}"),),
                 "Absent where no GPU is.", unit="bytes",
             ),
             Panel(
-                "Process memory", "timeseries", (Query(f"process_resident_memory_bytes{{{ON}}}", "{{instance}}"),),
+                "Process memory", "timeseries",
+                (Query(f"process_resident_memory_bytes{{{ON}}}", "{{instance}} {{replica}}"),),
                 "Resident memory of the server. It should be flat under load.", unit="bytes",
             ),
             Panel(
-                "CPU", "timeseries", (Query(rate("process_cpu_seconds_total", "instance"), "{{instance}}"),),
+                "CPU", "timeseries",
+                (Query(rate("process_cpu_seconds_total", "instance, replica"), "{{instance}} {{replica}}"),),
                 "Cores in use: image encoding, or the whole engine where it runs on the CPU.", width=12,
             ),
             Panel(

@@ -1,0 +1,87 @@
+"""The Ray Serve application: how many replicas, with what, and when there are more or fewer.
+
+`serve run server.cluster.application:application model=tiny` and KubeRay's RayService take `application` by its name;
+`python -m server.cluster` calls `build`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from server.cluster.replica import Replica
+from server.cluster.scaling import ByWaitingJobs
+from server.errors import SettingsError
+from server.settings import Settings, flag_of, read
+
+NAME = "sana-sprint"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Replicas and their share of a machine. `jobs_waiting`: at each replica, beyond which another one starts."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    jobs_waiting: int = 8
+    gpus: float = 0.0
+    cpus: float = 1.0
+    up_s: float = 10.0  # how long jobs must wait before another replica starts
+    down_s: float = 300.0  # how long a replica must be one too many
+
+
+def build(settings: Settings, scale: Scale) -> Any:
+    """A ray.serve.Application. Raises SettingsError."""
+    if not 1 <= scale.min_replicas <= scale.max_replicas:
+        raise SettingsError(
+            f"--min-replicas, --max-replicas: got {scale.min_replicas}, {scale.max_replicas}, allowed: 1 <= min <= max"
+        )
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    policy = AutoscalingPolicy(
+        policy_function=ByWaitingJobs,
+        policy_kwargs={"jobs_waiting": scale.jobs_waiting, "max_batch": settings.max_batch},
+    )
+    deployment = serve.deployment(serve.ingress()(Replica)).options(
+        name=NAME,
+        ray_actor_options={"num_gpus": scale.gpus, "num_cpus": scale.cpus},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=scale.min_replicas,
+            max_replicas=scale.max_replicas,
+            upscale_delay_s=scale.up_s,
+            downscale_delay_s=scale.down_s,
+            look_back_period_s=max(scale.up_s, 1.0),
+            policy=policy,
+        ),
+        # The server refuses for itself (429, at once), so Serve has to let more through than it takes.
+        max_ongoing_requests=2 * settings.max_queue + settings.live_sessions,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=settings.drain_limit_s + 5,
+        health_check_period_s=5,
+        health_check_timeout_s=10,
+    )
+    return deployment.bind(settings)
+
+
+def application(arguments: Mapping[str, object]) -> Any:
+    """By names as Serve's YAML has them: the fields of Scale, and those of the server's Settings.
+
+    Raises SettingsError for a bad or unknown one.
+    """
+    known = {field.name for field in fields(Scale)}
+    allowed = known | {field.name for field in fields(Settings)}
+    if unknown := sorted(set(arguments) - allowed):
+        raise SettingsError(f"arguments: got {', '.join(unknown)}, allowed: {', '.join(sorted(allowed))}")
+    scale = Scale(**{name: in_scale(name, value) for name, value in arguments.items() if name in known})
+    flags = [word for name, value in arguments.items() if name not in known for word in (flag_of(name), str(value))]
+    return build(read(flags, {}), scale)
+
+
+def in_scale(name: str, value: object) -> Any:
+    """The value of a field of Scale. Raises SettingsError."""
+    whole = isinstance(getattr(Scale(), name), int)
+    try:
+        return int(str(value)) if whole else float(str(value))
+    except ValueError as error:
+        allowed = "a whole number" if whole else "a number"
+        raise SettingsError(f"{flag_of(name)}: got {value!r}, allowed: {allowed}") from error

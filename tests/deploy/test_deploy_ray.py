@@ -1,0 +1,61 @@
+"""The RayService: its arguments are ones that the application takes, its pods fit the schemas of Kubernetes."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.cluster.application import NAME, Scale, in_scale
+from server.cluster.retry import CALLBACK
+from server.settings import Settings, flag_of, read
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = yaml.safe_load((ROOT / "deploy/kubernetes/rayservice.yaml").read_text())
+SERVE = yaml.safe_load(DOCUMENT["spec"]["serveConfigV2"])
+CLUSTER = DOCUMENT["spec"]["rayClusterConfig"]
+TEMPLATES = [CLUSTER["headGroupSpec"]["template"], *(group["template"] for group in CLUSTER["workerGroupSpecs"])]
+
+
+def test_arguments_are_ones_that_the_application_takes() -> None:
+    (application,) = SERVE["applications"]
+    assert application["name"] == NAME
+    module, name = application["import_path"].split(":")
+    assert f"def {name}(" in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+    arguments = application["args"]
+    known = {field.name for field in fields(Scale)}
+    scale = Scale(**{name: in_scale(name, value) for name, value in arguments.items() if name in known})
+    assert (scale.gpus, scale.max_replicas) == (1, CLUSTER["workerGroupSpecs"][0]["maxReplicas"])
+    read([word for name, value in arguments.items() if name not in known for word in (flag_of(name), value)], {})
+
+
+def test_workers_hold_what_a_replica_asks_for() -> None:
+    resources = TEMPLATES[1]["spec"]["containers"][0]["resources"]
+    arguments = SERVE["applications"][0]["args"]
+    assert int(resources["limits"]["nvidia.com/gpu"]) == arguments["gpus"]
+    assert int(resources["requests"]["cpu"]) >= arguments["cpus"]
+    assert TEMPLATES[1]["spec"]["terminationGracePeriodSeconds"] > Settings().drain_limit_s
+
+
+def test_the_ray_version_is_the_locked_one() -> None:
+    assert f"ray=={CLUSTER['rayVersion']}\n" in (ROOT / "requirements-ray.lock").read_text()
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["head", "worker"])
+def test_proxies_ask_again(template: dict[str, Any]) -> None:
+    environment = {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
+    variable, callback = CALLBACK
+    assert environment[variable] == callback
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["head", "worker"])
+def test_pods_fit_the_schemas_of_kubernetes(template: dict[str, Any]) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="schemas are not installed: make deploy-tools")
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": template.get("metadata", {}), "spec": template["spec"]}
+    kubernetes.validate(pod, "1.30", strict=True)
+
+
+def test_ray_serve_accepts_the_configuration() -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="Ray is not installed: pip install 'ray[serve]'")
+    schema.ServeDeploySchema.model_validate(SERVE)
