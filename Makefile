@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 
-# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu or gpu.
+# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu, gpu or ray.
 CONTAINER ?= docker
 BUILD_FLAGS ?=
 RUN_FLAGS ?=
@@ -22,7 +22,7 @@ DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof accept-gpu chaos fuzz deploy-tools image image-check lock clean
+.PHONY: help run test check proof accept-gpu chaos fuzz clients deploy-tools image image-check lock clean
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,11 @@ fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in
 	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
 	$(BIN)/python -m bench.fuzz --images 5000 --requests 5000 --sessions 1000 \
 	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
+
+clients: $(DEV) ## runs the openai client and LiteLLM, in an environment of their own, against the server
+	$(BIN)/python -m venv .venvs/clients
+	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2
+	$(BIN)/python -m pytest -m slow tests/server/test_server_openai_clients.py
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 
