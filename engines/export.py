@@ -25,6 +25,7 @@ OUTPUTS: Mapping[ModuleName, tuple[str, ...]] = {
     "transformer": ("velocity",),
     "decoder": ("pixels", "finite"),
     "encoder": ("latent",),
+    "controlled": ("velocity",),
 }
 _LARGEST_BATCH = 64
 

@@ -40,10 +40,14 @@ def probe_inputs(
     if name == "decoder":
         return {"latent": latent}
     kept = shape.tokens - torch.arange(batch) % max(1, shape.tokens // 2)
-    return {
+    inputs = {
         "latent": latent.to(dtype),
         "text": torch.randn(batch, shape.tokens, shape.caption_channels, generator=generator).to(dtype),
         "timestep": torch.linspace(1, 0.4, batch),
         "guidance": torch.linspace(0.45, 0.4, batch),
         "text_mask": torch.arange(shape.tokens) < kept[:, None],
     }
+    if name == "controlled":
+        inputs["control"] = torch.randn(latent.shape, generator=generator).to(dtype)
+        inputs["control_scale"] = torch.linspace(1, 0.3, batch)
+    return inputs

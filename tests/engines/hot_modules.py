@@ -10,6 +10,7 @@ from torch import nn
 
 from distill.recipe import tiny
 from engines.backends.spec import ModuleName
+from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
 from engines.models.dcae import Autoencoder
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
@@ -36,10 +37,20 @@ def hot_transformer(config: TransformerConfig = TRANSFORMER, dtype: torch.dtype 
     return module.to(dtype).eval().requires_grad_(False)
 
 
+def hot_controlled(dtype: torch.dtype = torch.float32, injection: Injection = "diffusers") -> ControlledTransformer:
+    """A branch of one block whose every weight matters, on the transformer of `hot_transformer`."""
+    transformer = hot_transformer()
+    branch = heat(ControlNet.of(transformer, 1, injection), 4)
+    assert isinstance(branch, ControlNet)
+    return ControlledTransformer(transformer, branch).to(dtype).eval().requires_grad_(False)
+
+
 def hot_module(name: ModuleName, dtype: torch.dtype = torch.float32) -> nn.Module:
     """`name` as the engine runs it, made for SHAPE."""
     if name == "transformer":
         return hot_transformer(dtype=dtype)
+    if name == "controlled":
+        return hot_controlled(dtype)
     autoencoder = heat(_seeded(lambda: Autoencoder(AUTOENCODER))).to(dtype).requires_grad_(False)
     assert isinstance(autoencoder, Autoencoder)
     return (PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)).eval()

@@ -3,15 +3,17 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from hot_modules import SHAPE, hot_module, hot_transformer
+from hot_modules import SHAPE, hot_controlled, hot_module, hot_transformer
 from torch import Tensor, nn
 
 from engines.backends.spec import ModuleName
 from engines.errors import BuildError
 from engines.export import OUTPUTS, export_onnx, onnx_files
+from engines.models.controlnet import Injection
 from engines.models.transformer import SPRINT_0_6B
 from engines.parity import GATES, difference
 from engines.probe import probe_inputs
@@ -35,7 +37,13 @@ def run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("transformer", "fp32"), ("transformer", "bf16"), ("decoder", "fp16"), ("encoder", "fp32")],
+    [
+        ("transformer", "fp32"),
+        ("transformer", "bf16"),
+        ("decoder", "fp16"),
+        ("encoder", "fp32"),
+        ("controlled", "fp32"),
+    ],
 )
 def test_graph_equals_the_module_at_any_batch(name: ModuleName, precision: str, tmp_path: Path) -> None:
     dtype, path = DTYPES[precision], tmp_path / f"{name}.onnx"
@@ -53,6 +61,21 @@ def test_graph_equals_the_module_at_any_batch(name: ModuleName, precision: str, 
         broken = probe_inputs(name, SHAPE, 2, dtype)["latent"].clone()
         broken[1, 0, 0, 0] = float("nan")
         assert run(path, {"latent": broken})[1].tolist() == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("injection", get_args(Injection))
+def test_both_published_graphs_of_a_controlnet_export(injection: Injection, precision: str, tmp_path: Path) -> None:
+    dtype, path = DTYPES[precision], tmp_path / "controlled.onnx"
+    module = hot_controlled(dtype, injection)
+    export_onnx(module, "controlled", probe_inputs("controlled", SHAPE, 2, dtype), path)
+    given = probe_inputs("controlled", SHAPE, 3, torch.float32)
+    expected = hot_controlled(injection=injection)(**given)
+    found = run(path, probe_inputs("controlled", SHAPE, 3, dtype))[0]
+    GATES[precision].check("controlled", difference(expected, found))
+    without = hot_controlled(injection=injection)(**{**given, "control_scale": torch.zeros(3)})
+    assert difference(expected, without).sqnr_db < 25, "a graph without the branch would pass"
 
 
 @pytest.fixture(scope="module")
