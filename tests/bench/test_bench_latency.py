@@ -90,3 +90,13 @@ def test_the_rise_sees_memory_that_is_freed_again() -> None:
     with rise(CPU) as risen:
         torch.ones(size, dtype=torch.uint8).sum()
     assert risen[0] > size // 2
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--model", str(folder), "--runs", "2", "--vs", "diffusers", "--memory", "--device", "cuda"]
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ours"]["rise_bytes"] > 0
+    assert found["peak_bytes"]["ours"] > 0
+    assert found["ours"]["backend"] == "cuda-graph"
