@@ -21,8 +21,14 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
+# For `make peers`. Each environment finds our engine behind its own packages, by a .pth file.
+PEERS := litserve ray bentoml
+PEER_litserve := litserve==0.2.19
+PEER_ray := ray[serve]==2.60.0
+PEER_bentoml := bentoml==1.4.35
+
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof accept-gpu chaos fuzz clients deploy-tools image image-check lock clean
+.PHONY: help run test check proof accept-gpu chaos fuzz clients deploy-tools image image-check lock clean peers
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +79,16 @@ image-check: image ## builds the image and proves it: user, read-only root, heal
 
 lock: $(BIN)/python ## pins what pyproject.toml asks for; delete a line of a lock to upgrade that package
 	$(BIN)/python deploy/lock.py
+
+peers: $(PEERS:%=.venvs/peer-%/.installed) ## measures the server beside LitServe, Ray Serve and BentoML, each in its own environment
+	$(BIN)/python -m bench.peers
+
+.venvs/peer-%/.installed: $(DEV)
+	$(PYTHON) -m venv .venvs/peer-$*
+	.venvs/peer-$*/bin/python -m pip install --quiet "$(PEER_$*)"
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venvs/peer-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	@touch $@
 
 clean: ## removes the virtual environment, caches and build output
 	rm -rf $(VENV) .venvs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

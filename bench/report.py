@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import accept, fp8, roofline
+from bench import accept, fp8, peers, roofline
 from bench.chart import Bar, stacked_bars
 from bench.errors import BenchError
 from bench.figures import table
@@ -148,6 +148,18 @@ def _roofline(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     return "\n\n".join(parts), plots
 
 
+def _peers(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
+    told = (
+        "The same engine, PNG encoder and batch limit (8) behind each server, one server at a time under one load "
+        "generator. `fake:5` takes 5 ms a batch, whatever its size; clients are closed loops, rates open ones."
+    )
+    parts = [
+        f"{peers.show(result)}\n\nReleases: {', '.join(' '.join(pair) for pair in result['versions'].items())}."
+        for result in results.values()
+    ]
+    return "\n\n".join([told, *parts]), {}
+
+
 def _acceptance(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     pages = (accept.show(result).removeprefix("# ") for result in results.values())
     return "\n\n".join(f"### {page}" for page in pages), {}
@@ -162,6 +174,7 @@ SECTIONS: Mapping[str, tuple[str, Section]] = {
     "bench.accept": ("Acceptance on a device", _acceptance),
     "bench.latency": ("Latency against diffusers", _latency),
     "bench.load": ("Under load", _load),
+    "bench.peers": ("Beside other servers", _peers),
     "bench.quality": ("Quality", _quality),
     "bench.fp8": ("What fp8 costs, rounded in PyTorch", _fp8),
     "bench.roofline": ("Projections for GPUs", _roofline),

@@ -1,0 +1,243 @@
+"""The same engine behind our server and behind what one would otherwise write, under the same load, in one run.
+
+    make peers
+    python -m bench.peers --engine fake:5 --rates 50,100,200 --concurrency 1,8,64 --seconds 3
+
+Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (bench/peer_*.py),
+each in an environment of its own that `make peers` makes. One server runs at a time; one load generator, on the same
+machine, measures all. Every peer has our engine, our PNG encoder, batches of 8 and, where it waits for a batch to fill,
+5 ms to do so. A request without an answer of status 200 counts as lost.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.figures import command, machine, spread, table
+from bench.traffic import Order, Record, Traffic
+from distill.evaluate import evaluation_prompts
+from engines.errors import SprintError
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = ROOT / ".venvs"
+PEERS = ("ours", "fastapi", "litserve", "ray", "bentoml")
+CAPTIONS = 400
+WARMUP = 64
+READY_S, END_S, PATIENCE_S = 180.0, 30.0, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listed(Order):
+    """As BentoML takes it: a list of one."""
+
+    def body(self) -> bytes:
+        return b'{"orders": [' + Order.body(self) + b"]}"
+
+
+def python_of(peer: str) -> Path:
+    """The interpreter of its environment."""
+    if peer in ("ours", "fastapi"):
+        return Path(sys.executable)
+    return ENVIRONMENTS / f"peer-{peer}" / "bin" / "python"
+
+
+def command_of(peer: str, engine: str, port: int) -> list[str]:
+    """What starts `peer` on `port` of 127.0.0.1."""
+    if peer == "ours":
+        fake = engine.startswith("fake:")
+        flags = ["--backend", "fake", "--fake-delay-ms", engine[5:]] if fake else ["--model", engine]
+        words = ["server", *flags, "--max-batch", "8", "--max-queue", "512", "--port", str(port)]
+    elif peer == "bentoml":
+        words = ["bentoml", "serve", "bench.peer_bentoml:Generate", "--host", "127.0.0.1", "--port", str(port)]
+    else:
+        words = [f"bench.peer_{peer}", str(port)]
+    return [str(python_of(peer)), "-m", *words]
+
+
+@contextlib.contextmanager
+def running(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """URL and process of a started peer, which may not answer yet; with the block ends all that it started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile() as log:
+        environment = {**os.environ, "BENCH_PEER_ENGINE": engine, "BENTOML_DO_NOT_TRACK": "True"}
+        words = command_of(peer, engine, port)
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield f"http://127.0.0.1:{port}", process
+        except BenchError as error:
+            last = os.pread(log.fileno(), 2000, max(0, os.fstat(log.fileno()).st_size - 2000)).decode(errors="replace")
+            raise BenchError(f"{peer}: {error}\n{last}") from error
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number, patience in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    process.wait()
+
+
+def orders(peer: str, count: int, first_seed: int) -> list[Order]:
+    kind = Listed if peer == "bentoml" else Order
+    prompts = [prompt.text for prompt in evaluation_prompts(CAPTIONS)]
+    return [kind(prompts[i % CAPTIONS], first_seed + i, 1, "png") for i in range(count)]
+
+
+async def measure(
+    peer: str, url: str, process: subprocess.Popen[bytes], loads: argparse.Namespace
+) -> list[dict[str, object]]:
+    """One row for each load. Raises BenchError where the peer does not answer."""
+    rows = []
+    with tempfile.TemporaryFile() as spool:
+        traffic = Traffic(url, spool, patience_s=PATIENCE_S)
+        await _ready(traffic, peer, process)
+        await traffic.closed_loop(orders(peer, WARMUP, 10**6), 8)
+        for clients in loads.concurrency:
+            pace = await _paced(traffic, peer, clients)
+            asked = orders(peer, max(3 * clients, round(pace * loads.seconds)), 0)
+            began = time.perf_counter()
+            records = await traffic.closed_loop(asked, clients)
+            rows.append(_row(f"{clients} clients", records, time.perf_counter() - began))
+        for rate in loads.rates:
+            asked = orders(peer, round(rate * loads.seconds), 0)
+            began = time.perf_counter()
+            records = await traffic.open_loop(asked, rate)
+            rows.append(_row(f"{rate:g}/s", records, time.perf_counter() - began))
+        await traffic.close()
+    return rows
+
+
+async def _ready(traffic: Traffic, peer: str, process: subprocess.Popen[bytes]) -> None:
+    end = time.perf_counter() + READY_S
+    while time.perf_counter() < end and process.poll() is None:
+        [record] = await traffic.closed_loop(orders(peer, 1, 10**6), 1)
+        if record.status == 200:
+            return
+        await asyncio.sleep(0.2)
+    raise BenchError(
+        f"not ready within {READY_S:g} s, or gone (code {process.returncode}): got {record.status} {record.error}"
+    )
+
+
+async def _paced(traffic: Traffic, peer: str, clients: int) -> float:
+    """Answers a second, roughly, so that every peer is measured for as long."""
+    asked = orders(peer, 2 * clients + 8, 2 * 10**6)
+    began = time.perf_counter()
+    await traffic.closed_loop(asked, clients)
+    return len(asked) / (time.perf_counter() - began)
+
+
+def _row(load: str, records: Sequence[Record], seconds: float) -> dict[str, object]:
+    good = [record for record in records if record.status == 200]
+    return {
+        "load": load,
+        "requests": len(records),
+        "lost": len(records) - len(good),
+        "throughput": round(len(good) / seconds, 2),
+        "latency_ms": spread([1000 * record.seconds for record in good]),
+    }
+
+
+def versions(peer: str) -> str:
+    """The release of what the peer is made of."""
+    package = {"ours": "sana-sprint-server"}.get(peer, peer)
+    program = f"from importlib.metadata import version; print(version({package!r}))"
+    done = subprocess.run([python_of(peer), "-c", program], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON document; peers that are not installed stand in `absent`."""
+    present = [peer for peer in options.peers if python_of(peer).exists()]
+    rows = []
+    for engine in options.engine:
+        for peer in present:
+            with running(peer, engine) as (url, process):
+                for row in asyncio.run(measure(peer, url, process, options)):
+                    rows.append({"engine": engine, "peer": peer, **row})
+                    print(_line(rows[-1]), file=sys.stderr, flush=True)
+    return {
+        "program": "bench.peers",
+        "command": options.command,
+        "machine": machine(),
+        "seconds": options.seconds,
+        "absent": [peer for peer in options.peers if peer not in present],
+        "versions": {peer: versions(peer) for peer in present},
+        "rows": rows,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    times = row["latency_ms"] or {}
+    figures = " ".join(f"{key} {times.get(key, float('nan')):.1f}" for key in ("p50", "p95", "p99"))
+    return f"{row['engine']} {row['peer']} {row['load']}: {row['throughput']}/s, {figures} ms, {row['lost']} lost"
+
+
+def show(found: dict[str, Any]) -> str:
+    """One table: a load in each block, a peer in each line."""
+    head = ("engine", "load", "peer", "answers/s", "p50, ms", "p95, ms", "p99, ms", "lost")
+    loads = list(dict.fromkeys((row["engine"], row["load"]) for row in found["rows"]))
+    lines = []
+    for engine, load in loads:
+        for row in found["rows"]:
+            if (row["engine"], row["load"]) == (engine, load):
+                times = row["latency_ms"] or {}
+                figures = (times.get(key) for key in ("p50", "p95", "p99"))
+                lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"]])
+    absent = f"\n\nnot installed (make peers): {', '.join(found['absent'])}" if found["absent"] else ""
+    return table(head, lines) + absent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engine", nargs="+", default=["fake:5", "models/tiny"], help="fake:<ms>, or a checkpoint")
+    parser.add_argument("--peers", type=_words, default=PEERS, help=f"of {','.join(PEERS)}")
+    parser.add_argument("--concurrency", type=_numbers, default=(1, 8, 64), help="closed loops (default 1,8,64)")
+    parser.add_argument("--rates", type=_numbers, default=(50, 100, 200), help="open loops, requests a second")
+    parser.add_argument("--seconds", type=float, default=3.0, help="about as long each load lasts (default 3)")
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.peers", given))
+    options = parser.parse_args(given)
+    try:
+        found = run(options)
+    except SprintError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    print(show(found))
+    print(json.dumps(found))
+    return int(any(row["lost"] for row in found["rows"] if row["peer"] == "ours"))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(",") if word)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(text.split(","))
+    if not set(words) <= set(PEERS):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(PEERS)}")
+    return words
+
+
+if __name__ == "__main__":
+    sys.exit(main())
