@@ -28,6 +28,7 @@ PICTURES = 100  # different ones
 LIMIT_S = 1800
 # A machine whose cores are busy takes its time over starts and reports; Serve would give up.
 PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "300",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

@@ -1,5 +1,6 @@
 """Several processes behind one port: python -m server --workers N, with the fake engine."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import PATIENCE_S, wait_until
+from websockets.sync.client import connect
 
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.settings import Settings
@@ -134,6 +136,13 @@ def test_sigterm_drains_all(slow: Supervised) -> None:
         assert [one.result().status_code for one in asked] == [200] * 4 * WORKERS
     assert slow.wait_end() == 0, slow.output
     assert "Traceback" not in slow.output
+
+
+def test_a_drawing_session_stays_with_one_worker(quick: Supervised) -> None:
+    with quick.wait_ready() as client, connect(f"ws://{client.base_url.netloc.decode()}/v1/live") as socket:
+        assert json.loads(socket.recv(PATIENCE_S))["type"] == "ready"
+        sessions = samples(client, "sana_sprint_live_sessions")
+        assert sorted(sessions.values()) == [0, 1]
 
 
 def test_one_worker_can_be_drained_alone(quick: Supervised) -> None:
