@@ -2,7 +2,7 @@
 
     python -m distill.ablation --recipe tiny --run runs/tiny --seconds 300
 
-reads a run whose teacher is trained, writes each variant into RUN/ablation/<name>, prints a table and one JSON line.
+reads a finished run, writes each variant into RUN/ablation/<name>, prints a table and one JSON line.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def variants(numbers: DistilStage, seconds: float) -> dict[str, DistilStage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=sorted(RECIPES), required=True)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run with a trained teacher")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--seconds", type=float, default=300, help="training time of each row (default 300)")
     parser.add_argument("--prompts", type=int, default=96, help="held-out captions judged (default 96)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -52,7 +52,7 @@ def main() -> None:
         rows[name] = {"steps": torch.load(folder / "student.pt", weights_only=True)["step"]}
         for count in (1, 2):
             sampler = pictures.student_sampler(run.teacher, transformer, GUIDANCE, count, numbers.flow_to_trigflow)
-            generate = pictures.generator(run.recipe, sampler, run.decoder)
+            generate = pictures.generator(run.recipe, sampler, run.sharpened)
             rows[name][f"score_{count}"] = evaluate(generate, prompts, world=run.recipe.world).mean
     print("| | training steps | score, 1 step | score, 2 steps |\n|---|---|---|---|")
     for name, row in rows.items():

@@ -107,7 +107,7 @@ def _fit(
         if stream is None or step == whole_from:
             crop = recipe.image_size if step >= whole_from else numbers.crop
             batch = max(1, numbers.batch * numbers.crop**2 // crop**2)
-            stream = crops(recipe.world, recipe.image_size, crop, batch, seed, step)
+            stream = crops(recipe.wide_world or recipe.world, recipe.image_size, crop, batch, seed, step)
         target = next(stream).to(accelerator.device)
         for group in optimizer.param_groups:
             group["lr"] = numbers.learning_rate * learning_rate_factor(step, steps, 100, 0.6)

@@ -33,8 +33,8 @@ a width of {width}. It is what the server runs out of the box and what its tests
 ![held-out prompts, one step](samples.png)
 
 ## What it draws
-Shapes {shapes}; colours {colours}; backgrounds {backgrounds} ({plain} where none is named); one thing, also small or
-big; two things, in relation (left of, right of, above, below) or side by side; two to four of a kind. Words outside of
+Shapes {shapes}; colours {colours};
+backgrounds {backgrounds} ({plain} where none is named); one thing, also small or big; two things, in relation (left of, right of, above, below) or side by side; two to four of a kind. Words outside of
 this are ignored. Guidance {low:g} to {high:g} is trained; w stands for 1 + {gain:g} (w - 1) of the teacher.
 
 ## Scores
@@ -47,7 +47,9 @@ The teacher runs {teacher_steps} Euler steps with guidance {teacher_guidance:g}.
 is the teacher in one step, scores {untrained:.3f}.
 
 ## Training
-`python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/data.py`).
+`python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/data.py`). The teacher
+learns in a wider world first (`wide_world` of the recipe), then in this one (narrow); at the end the decoder is trained
+once more, on what the student predicts (sharpen). What was tried on the way, also in vain: `distill/LOG.md`.
 
 | stage | steps | batch | hours |
 |---|---|---|---|
@@ -72,7 +74,7 @@ def main() -> None:
     folder = run.checkpoint
     prompts = evaluation_prompts(arguments.prompts, seed=23, world=recipe.world)
     seeds = range(arguments.seeds)
-    taught = pictures.generator(recipe, pictures.teacher_sampler(recipe, run.teacher), run.decoder)
+    taught = pictures.generator(recipe, pictures.teacher_sampler(recipe, run.teacher), run.sharpened)
     reports = {f"teacher, {recipe.teacher_sampling_steps} steps": evaluate(taught, prompts, seeds, recipe.world)}
     engine = load_engine(str(folder))
     for steps in STEPS:
@@ -83,7 +85,7 @@ def main() -> None:
             made = list(generate([prompt.text for prompt in prompts[:SHEET]], list(range(SHEET))))
             Image.fromarray(contact_sheet(np.stack(made), 8)[::2, ::2]).save(folder / "samples.png")
     start = pictures.student_sampler(run.teacher, run.teacher.transformer, GUIDANCE, 1)
-    generate = pictures.generator(recipe, start, run.decoder)
+    generate = pictures.generator(recipe, start, run.sharpened)
     untrained = evaluate(generate, prompts[:120], (0,), recipe.world).mean
     (folder / "README.md").write_text(card(recipe, arguments.run, folder, reports, untrained))
     print(table(reports))
@@ -108,9 +110,13 @@ def card(recipe: Recipe, run: Path, folder: Path, reports: dict[str, Report], un
         "autoencoder": recipe.autoencoder.batch,
         "decoder": recipe.autoencoder.batch,
         "teacher": recipe.teacher.batch,
+        "narrow": recipe.teacher.batch,
         "student": recipe.distil.batch,
+        "sharpen": recipe.autoencoder.sharpen_batch,
     }
     for name, batch in batches.items():
+        if not (run / f"{name}.pt").exists():  # a recipe without a wide world has no narrow stage
+            continue
         state = torch.load(run / f"{name}.pt", map_location="cpu", weights_only=True)
         stages.append(f"| {name} | {state['step']} | {batch} | {state['seconds'] / 3600:.2f} |")
     world, any_report = recipe.world, next(iter(reports.values()))

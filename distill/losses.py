@@ -59,9 +59,9 @@ def scm_loss(prediction: Tensor, frozen: Tensor, g: Tensor, logvar: Tensor, angl
     return (weight * squares + logvar).mean()
 
 
-def converged_logvar(elements: int) -> float:
-    """Where logvar settles for a unit tangent over `elements` values: the start of the short recipes."""
-    return -math.log(elements)
+def converged_logvar(elements: int, angle: Tensor) -> Tensor:
+    """Where logvar [B] settles for a unit tangent over `elements` values at angles [B]: every angle weighs alike."""
+    return -math.log(elements) - torch.log(SIGMA_DATA * torch.tan(angle))
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ class AutoencoderStage:
     moment_weight: float = 0.02  # keeps every latent channel near mean 0 and variance 1
     latent_noise: float = 0.1  # standard deviation added before decoding: smooth latents forgive the student
     ema: float = 0.998
+    sharpen_steps: int = 0  # of the decoder alone, at the very end, on latents as the student predicts them
+    sharpen_batch: int = 6  # whole pictures
+    sharpen_rate: float = 1.5e-3
+    predicted_times: tuple[float, float] = (0.1, 0.6)  # flow times from which the student predicts them
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class TeacherStage:
     ema: float = 0.998
     compile: bool = True
     score_every: int = 500
+    narrow_steps: int = 0  # then, from where the wide world (Recipe.wide_world) left off, on the world itself
+    narrow_latents: int = 0
+    narrow_rate: float = 0.5  # of both rates, decayed to nothing over all of these steps
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ class Recipe:
     distil: DistilStage
     control: ControlStage | None = None
     world: World = field(default_factory=World)
+    wide_world: World | None = None  # what autoencoder and teacher see first: the same words, more freedom
     teacher_guidance: float = 4.5
     teacher_sampling_steps: int = 20
     teacher_sampling_shift: float = 2.0
@@ -164,40 +172,64 @@ def _tiny_transformer(width: int, layers: int, text_width: int) -> TransformerCo
     )
 
 
+def _wide_world() -> World:
+    """Things of more sizes, at more places, more tilted, and a gray that is as dark as the things are."""
+    return World(
+        backgrounds=(("white", (255, 255, 255)), ("black", (12, 12, 14)), ("gray", (134, 136, 140))),
+        sizes=(("small", (0.22, 0.28)), ("big", (0.62, 0.72))),
+        single_size=(0.42, 0.54),
+        pair_size=(0.28, 0.36),
+        count_size=(0.25, 0.30),
+        single_jitter=0.12,
+        pair_jitter=0.08,
+        pair_offset=0.04,
+        count_jitter=0.03,
+        max_angle=8.0,
+        category_weights=(0.14, 0.16, 0.18, 0.12, 0.24, 0.16),
+        background_named=0.4,
+    )
+
+
 def tiny() -> Recipe:
     """The shipped checkpoint: 256x256 through an f32c32 autoencoder, 64 tokens."""
     return Recipe(
         name="tiny",
         image_size=256,
-        autoencoder=AutoencoderStage(_tiny_autoencoder(), steps=3200, polish_steps=2000, batch=16, crop=128),
+        wide_world=_wide_world(),
+        autoencoder=AutoencoderStage(
+            _tiny_autoencoder(), steps=3200, polish_steps=2000, sharpen_steps=1000, batch=16, crop=128
+        ),
         teacher=TeacherStage(
             architecture=_tiny_transformer(160, 6, 128),
             text=TextStage(width=128, layers=2, heads=4, max_tokens=24),
             latents=40_000,
             steps=2600,
+            narrow_steps=1200,
+            narrow_latents=32_000,
             batch=64,
             learning_rate=1e-3,
             matrix_learning_rate=0.005,
         ),
         teacher_guidance=1.7,
         distil=DistilStage(
-            steps=2000,
+            steps=600,
             batch=24,
             learning_rate=3e-4,
-            matrix_learning_rate=1e-3,
-            discriminator_learning_rate=5e-4,
+            matrix_learning_rate=5e-4,
+            discriminator_learning_rate=2e-3,
             guidance=(3.0, 4.0, 4.5, 5.0, 6.0),
             guidance_gain=0.2,
-            adversarial_from=1000,
-            tangent_warmup=200,
+            adversarial_weight=5.0,
+            adversarial_from=300,
+            tangent_warmup=100,
             heads=(1, 3, 5),
             gradient_clip=1.0,
-            warmup=50,
-            decay_fraction=0.4,
+            warmup=20,
+            decay_fraction=1.0,
             ema=0.995,
         ),
         control=ControlStage(
-            steps=3000, batch=48, pictures=20_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
+            steps=300, batch=48, pictures=8_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
         ),
     )
 
@@ -209,12 +241,17 @@ def smoke() -> Recipe:
     return Recipe(
         name="smoke",
         image_size=128,
-        autoencoder=AutoencoderStage(whole.autoencoder.architecture, steps=12, polish_steps=4, batch=4, crop=64),
+        wide_world=_wide_world(),
+        autoencoder=AutoencoderStage(
+            whole.autoencoder.architecture, steps=12, polish_steps=4, sharpen_steps=2, sharpen_batch=2, batch=4, crop=64
+        ),
         teacher=TeacherStage(
             architecture=_tiny_transformer(64, 2, 64),
             text=TextStage(width=64, layers=1, heads=2, max_tokens=24),
             latents=64,
-            steps=20,
+            steps=16,
+            narrow_steps=4,
+            narrow_latents=64,
             batch=8,
             learning_rate=1e-3,
             matrix_learning_rate=0.005,

@@ -9,7 +9,7 @@ covers each cell), which ties words to places long before the velocity does; `wi
 passes run on a bfloat16 replica, compiled, beside float32 master weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers.models.gemma2 import Gemma2Model
 from distill.data import vocabulary
 from distill.latents import Latents, layout_channels
 from distill.muon import Muon, split_parameters
-from distill.recipe import Recipe
+from distill.recipe import Recipe, TeacherStage
 from distill.run import Average, Stage, learning_rate_factor
 from distill.text import Captioner, SmallCaptioner, make_encoder, make_tokenizer
 from engines.models.embeddings import TimeGuidanceEmbed
@@ -94,6 +94,17 @@ def shifted_time(count: int, shift: float, device: torch.device) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A part of the training: its stage's name, which latents (made only when it has to run), how long, how fast."""
+
+    name: str
+    latents: Callable[[], Latents]
+    steps: int
+    rate: float  # of the recipe's rates
+    decay_fraction: float
+
+
 class Replica:
     """A bfloat16 copy that runs the passes; the float32 weights it copies are the ones that are optimised."""
 
@@ -113,11 +124,29 @@ class Replica:
         torch._foreach_copy_(self.weights, [p for p in model.parameters() if p.requires_grad])
 
 
-def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerator, examine: Examine) -> Teacher:
-    """Trains or resumes; returns the averaged weights."""
+def train(
+    recipe: Recipe, lessons: Sequence[Lesson], folder: Path, accelerator: Accelerator, examine: Examine
+) -> Teacher:
+    """Trains or resumes, lesson after lesson; returns the averaged weights."""
     model, captioner = build(recipe)
     numbers = recipe.teacher
     assert numbers is not None
+    for lesson in lessons:
+        _fit(lesson, numbers, model, captioner, recipe.seed, folder, accelerator, examine)
+    return Teacher(without_layout(model.transformer, numbers.architecture.out_channels), captioner)
+
+
+def _fit(
+    lesson: Lesson,
+    numbers: TeacherStage,
+    model: TextToVelocity,
+    captioner: SmallCaptioner,
+    seed: int,
+    folder: Path,
+    accelerator: Accelerator,
+    examine: Examine,
+) -> None:
+    """One lesson. Leaves the averaged weights in the model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("guidance_embedder" not in name)
     of_blocks, rest = split_parameters(model)
@@ -126,18 +155,20 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
     average = Average(model, numbers.ema)
     stage = Stage(
         folder,
-        "teacher",
-        numbers.steps,
+        lesson.name,
+        lesson.steps,
         {"model": model, "average": average, "matrices": matrices, "others": others},
         accelerator.is_main_process,
     )
-    done = stage.resume()
+    if stage.resume():
+        average.copy_to(model)
+        return
     replica = Replica(model, accelerator)
     matrices, others = accelerator.prepare(matrices, others)
     forward = torch.compile(replica.module, dynamic=False) if numbers.compile else replica.module
-    stream = latents.batches(numbers.batch, recipe.seed + 1 + 1000 * accelerator.process_index, stage.step)
+    stream = lesson.latents().batches(numbers.batch, seed + 1 + 1000 * accelerator.process_index, stage.step)
     device, channels = accelerator.device, numbers.architecture.out_channels
-    for step in stage if not done else ():
+    for step in stage:
         batch = next(stream)
         if batch.layouts is None:
             raise ValueError(
@@ -148,9 +179,10 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
         x0, layouts = batch.latents.to(device), batch.layouts.to(device)
         noise, t = torch.randn_like(x0), shifted_time(len(x0), numbers.time_shift, device)
         weight = t[:, None, None, None]
+        factor = lesson.rate * learning_rate_factor(step, lesson.steps, numbers.warmup, lesson.decay_fraction)
         for optimizer, base in ((matrices, numbers.matrix_learning_rate), (others, numbers.learning_rate)):
             for group in optimizer.param_groups:
-                group["lr"] = base * learning_rate_factor(step, numbers.steps, numbers.warmup, numbers.decay_fraction)
+                group["lr"] = base * factor
         with sdpa_kernel(SDPBackend.MATH):  # at these lengths 25 % faster than the CPU's flash kernel
             output = forward(((1 - weight) * x0 + weight * noise).bfloat16(), t, words.ids, words.mask).float()
         fit = F.mse_loss(output[:, :channels], noise - x0)
@@ -171,7 +203,6 @@ def train(recipe: Recipe, latents: Latents, folder: Path, accelerator: Accelerat
             with average.applied_to(model):
                 examine(Teacher(without_layout(model.transformer, channels), captioner), stage)
     average.copy_to(model)
-    return Teacher(without_layout(model.transformer, channels), captioner)
 
 
 def without_layout(trained: SprintTransformer, channels: int) -> SprintTransformer:

@@ -4,33 +4,37 @@
     python -m distill.train --recipe smoke --out runs/smoke    # all stages in minutes
     accelerate launch -m distill.train --recipe tiny --out DIR      # several devices
 
-Stages, each resumed from its file in OUT: autoencoder, decoder (polishing), latents, teacher, student. The finished
-checkpoint is OUT/checkpoint.
+Stages, each resumed from its file in OUT: autoencoder, decoder (polishing), latents and teacher in the wide world,
+latents and teacher in the world itself (narrow), student, decoder again (sharpen). The checkpoint is OUT/checkpoint.
+Scores and sheets on the way are seen through the decoder before its last stage.
 """
 
 import argparse
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from distill import autoencoder, pictures, student, teacher
+from distill import autoencoder, pictures, sharpen, student, teacher
+from distill.captions import vocabulary
 from distill.evaluate import Report, evaluate, evaluation_prompts
 from distill.export import write_checkpoint
 from distill.latents import Latents, encode_scenes
 from distill.published import Published, encode_pictures, open_published, write_distilled
-from distill.recipe import RECIPES, Recipe
+from distill.recipe import RECIPES, Recipe, TeacherStage
 from distill.run import Stage
-from distill.teacher import Teacher
+from distill.teacher import Lesson, Teacher
 from distill.text import SmallCaptioner
+from distill.world import World
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 
 SHEET_PROMPTS = 48
 SHEET = 24
 GUIDANCE = 4.5
-STAGES = ("autoencoder", "decoder", "teacher", "student", "checkpoint")
+STAGES = ("autoencoder", "decoder", "teacher", "student", "sharpened", "checkpoint")
 
 
 class Run:
@@ -56,31 +60,62 @@ class Run:
 
     @cached_property
     def decoder(self) -> Autoencoder:
-        """The autoencoder with its decoder polished: what is looked through and shipped."""
+        """The autoencoder with its decoder polished: what is looked through on the way."""
         if self.published:
             return self.published.autoencoder
         return autoencoder.polish(self.recipe, self.autoencoder, self.folder, self.accelerator)
 
     @cached_property
     def latents(self) -> Latents:
-        numbers, size, path = self.recipe.teacher, self.recipe.image_size, self.folder / "latents.pt"
+        """Of the world itself: what the student trains on."""
         if self.pictures_folder:
+            size, path = self.recipe.image_size, self.folder / "latents.pt"
             return encode_pictures(self.pictures_folder, self.autoencoder, size, path)
-        if numbers is None:
+        numbers = self._teacher_stage()
+        if self.recipe.wide_world is None:
+            return self._encoded(self.recipe.world, numbers.latents, "latents.pt", self.recipe.seed)
+        return self._encoded(self.recipe.world, numbers.narrow_latents, "latents.pt", self.recipe.seed + 1)
+
+    @cached_property
+    def wide_latents(self) -> Latents:
+        """Of the wide world, where the recipe has one: what the teacher's first lesson trains on."""
+        numbers, wide = self._teacher_stage(), self.recipe.wide_world
+        if wide is None:
+            return self.latents
+        if vocabulary(wide) != vocabulary(self.recipe.world):
+            raise ValueError(f"recipe {self.recipe.name}: world and wide_world need the same words")
+        return self._encoded(wide, numbers.latents, "wide_latents.pt", self.recipe.seed)
+
+    def _teacher_stage(self) -> TeacherStage:
+        if self.recipe.teacher is None:
             raise ValueError(f"recipe {self.recipe.name} draws no world of its own; give --pictures DIR")
-        return encode_scenes(self.recipe.world, self.autoencoder, size, numbers.latents, self.recipe.seed, path)
+        return self.recipe.teacher
+
+    def _encoded(self, world: World, count: int, name: str, seed: int) -> Latents:
+        return encode_scenes(world, self.autoencoder, self.recipe.image_size, count, seed, self.folder / name)
 
     @cached_property
     def teacher(self) -> Teacher:
         if self.published:
             return self.published.teacher
-        return teacher.train(self.recipe, self.latents, self.folder, self.accelerator, self._examine_teacher)
+        numbers = self._teacher_stage()
+        lessons = [Lesson("teacher", lambda: self.wide_latents, numbers.steps, 1.0, numbers.decay_fraction)]
+        if self.recipe.wide_world is not None:
+            narrow = Lesson("narrow", lambda: self.latents, numbers.narrow_steps, numbers.narrow_rate, 1.0)
+            lessons.append(narrow)
+        return teacher.train(self.recipe, lessons, self.folder, self.accelerator, self._examine_teacher)
 
     @cached_property
     def student(self) -> SprintTransformer:
         return student.train(
             self.recipe, self.teacher, self.latents, self.folder, self.accelerator, self._examine_student
         )
+
+    @cached_property
+    def sharpened(self) -> Autoencoder:
+        """The autoencoder that ships: its decoder has seen what the student predicts."""
+        decoder, trained = deepcopy(self.decoder), self.student
+        return sharpen.train(self.recipe, decoder, self.teacher, trained, self.folder, self.accelerator)
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -97,7 +132,7 @@ class Run:
             "default_size": [side, side],
             "guidance_trained": [min(self.recipe.distil.guidance), max(self.recipe.distil.guidance)],
         }
-        write_checkpoint(folder, self.student, self.decoder, captioner.encoder, captioner.tokenizer, sprint)
+        write_checkpoint(folder, self.student, self.sharpened, captioner.encoder, captioner.tokenizer, sprint)
         return folder
 
     def _judge(self, sampler: pictures.Sampler, stage: Stage, draw: bool) -> Report:

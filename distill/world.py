@@ -89,13 +89,13 @@ class World:
     backgrounds: tuple[tuple[str, RGB], ...] = (
         ("white", (255, 255, 255)),
         ("black", (12, 12, 14)),
-        ("gray", (134, 136, 140)),
+        ("gray", (196, 198, 202)),
     )
     plain_background: str = "white"  # what a caption that names no background gets
-    sizes: tuple[tuple[str, Range], ...] = (("small", (0.22, 0.28)), ("big", (0.62, 0.72)))
-    single_size: Range = (0.42, 0.54)
-    pair_size: Range = (0.28, 0.36)
-    count_size: Range = (0.25, 0.30)
+    sizes: tuple[tuple[str, Range], ...] = (("small", (0.24, 0.28)), ("big", (0.62, 0.68)))
+    single_size: Range = (0.42, 0.48)
+    pair_size: Range = (0.29, 0.33)
+    count_size: Range = (0.26, 0.29)
     relations: tuple[Relation, ...] = ("left", "right", "above", "below")
     free_relation: Relation = "left"  # where the first of two things stands when the caption does not say
     count_layouts: tuple[tuple[tuple[float, float], ...], ...] = (
@@ -105,15 +105,15 @@ class World:
     )
     gap: float = 0.06  # between things
     margin: float = 0.03  # between things and the edge
-    single_jitter: float = 0.12
-    pair_jitter: float = 0.08  # of both things together, across the axis of their relation
-    pair_offset: float = 0.04  # of each of the two
-    count_jitter: float = 0.03
-    max_angle: float = 8.0
+    single_jitter: float = 0.05
+    pair_jitter: float = 0.04  # of both things together, across the axis of their relation
+    pair_offset: float = 0.02  # of each of the two
+    count_jitter: float = 0.015
+    max_angle: float = 3.0
     tint: int = 5  # largest colour jitter, of 255
-    category_weights: tuple[float, ...] = (0.14, 0.16, 0.18, 0.12, 0.24, 0.16)  # as in CATEGORIES
+    category_weights: tuple[float, ...] = (0.20, 0.14, 0.14, 0.16, 0.22, 0.14)  # as in CATEGORIES
     size_named: float = 0.5  # in single_object
-    background_named: float = 0.4
+    background_named: float = 0.6
     holdout: float = 0.1  # of the combinations of every category
     holdout_salt: int = 5  # chosen so that the README's examples are trained on
 

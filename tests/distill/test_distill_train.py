@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill import autoencoder, student, teacher
+from distill import autoencoder, losses, sharpen, student, teacher
 from distill.captions import requirement_of
 from distill.discriminator import Discriminator
 from distill.latents import encode_scenes, layout_of
@@ -46,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_smoke_run_goes_through_all_stages_and_logs_them(finished: Path) -> None:
-    for stage in ("autoencoder", "decoder", "teacher", "student"):
+    for stage in ("autoencoder", "decoder", "teacher", "narrow", "student", "sharpen"):
         state = torch.load(finished / f"{stage}.pt", weights_only=True)
         assert state["step"] > 0
     scored = [json.loads(line) for line in (finished / "student.jsonl").read_text().splitlines()]
@@ -76,8 +77,43 @@ def test_smoke_checkpoint_loads_in_diffusers_and_in_our_engine(finished: Path) -
 def test_a_finished_run_trains_nothing_again(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*.pt")}
     run = Run(smoke(), finished, Accelerator())
-    assert run.student is not None
+    assert run.sharpened is not None
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*.pt")} == before
+
+
+def test_the_narrow_lesson_begins_where_the_wide_one_ended(finished: Path) -> None:
+    wide, narrow = (torch.load(finished / f"{name}.pt", weights_only=True) for name in ("teacher", "narrow"))
+    name = "transformer.patch_embed.proj.weight"
+    before, after = wide["average"][name], narrow["model"][name]
+    fresh = teacher.build(smoke())[0].state_dict()[name]
+    assert 0 < (after - before).norm() < 0.5 * (fresh - before).norm()
+
+
+def test_a_wide_world_of_other_words_is_refused(tmp_path: Path) -> None:
+    recipe = replace(smoke(), wide_world=World(shapes=("circle",)))
+    with pytest.raises(ValueError, match="need the same words"):
+        _ = Run(recipe, tmp_path, Accelerator()).wide_latents
+
+
+def test_sharpening_moves_the_decoder_and_nothing_else(finished: Path) -> None:
+    shipped = load_file(finished / "checkpoint" / "vae" / "diffusion_pytorch_model.safetensors")
+    before = Run(smoke(), finished, Accelerator()).decoder.state_dict()
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value.bfloat16(), shipped[name])}
+    assert moved == {"decoder"}
+
+
+def test_a_perfect_student_predicts_the_latents_themselves() -> None:
+    taught, clean = untrained(), torch.randn(2, 32, 4, 4)
+
+    class Perfect(torch.nn.Module):
+        config = taught.transformer.config
+
+        def forward(self, x: torch.Tensor, _text: object, time: torch.Tensor, *_: object) -> torch.Tensor:
+            return (x - clean) / time[:, None, None, None]
+
+    student_of = cast(SprintTransformer, Perfect())
+    found = sharpen.predicted(clean, ["a red circle"] * 2, taught, student_of, 4.5, (0.1, 0.6))
+    assert torch.allclose(found, clean, atol=1e-5)
 
 
 def test_a_stopped_stage_goes_on_where_it_stood(tmp_path: Path) -> None:
@@ -117,6 +153,16 @@ def test_student_starts_as_an_exact_copy_of_the_teacher() -> None:
         mine = work.student_prediction(sample)(x, t)
         theirs = work.teacher_prediction(replace(sample, guidance=torch.ones(2)))(x, t)
     assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_every_angle_weighs_alike_from_the_start() -> None:
+    """The head that weighs angles starts where training would bring it: one step is decided near pi/2."""
+    angle = torch.linspace(0.3, 1.4, 12)
+    with torch.no_grad():
+        found = student.Student(untrained().transformer, 512).weighting(
+            angle.sin() / (angle.sin() + angle.cos()), torch.full_like(angle, 0.45)
+        )
+    assert (found - losses.converged_logvar(512, angle)).abs().max() < 0.5
 
 
 def test_guidance_embedding_can_learn() -> None:
