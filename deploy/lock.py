@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
 # Lock -> extras. The first is what the others build on. `tensorrt` and `torch-tensorrt` stand in none: their libraries
 # lie on NVIDIA's own index, and their versions follow the card's driver.
-TEST = ("test", "train", "openvino", "build", "tensorrt-rtx")
+TEST = ("test", "train", "openvino", "build", "tensorrt-rtx", "otel")
 LOCKS: dict[str, tuple[str, ...]] = {
     "requirements.lock": (),
     "requirements-dev.lock": TEST,

@@ -1,5 +1,6 @@
 """The app: what is made once, how it starts and how it ends. Imports no torch; the engine comes from outside."""
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,6 +25,7 @@ from server.live import Live
 from server.metrics import Metrics
 from server.service import Service, context_of
 from server.settings import Settings
+from server.tracing import Tracing
 from server.uploads import Uploads
 
 LARGE_BODIES = 32  # read at the same time, each up to the body limit
@@ -53,7 +55,7 @@ def create_app(
     `engine` is an engine or loads one; it is loaded, warmed up, called and closed on one thread of its own, beginning
     with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors). `expose` is
     what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all.
-    Raises SettingsError for an API key file that cannot be used.
+    Raises SettingsError for an API key file that cannot be used, and for traces without the extra `otel`.
     """
     load = engine if callable(engine) else lambda: engine
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
@@ -68,6 +70,7 @@ def create_app(
         leave=leave,
         when_ready=lambda ready: _introduce(ready, metrics),
     )
+    tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
     codec = Codec(settings.codec_threads)
     generation = Generation(batcher, codec, metrics, timeout_ms=settings.timeout_ms)
 
@@ -80,6 +83,8 @@ def create_app(
         finally:
             await batcher.close()
             codec.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="sana-sprint-server",
@@ -101,6 +106,7 @@ def create_app(
         metrics=metrics,
         keys=keys,
         limits=EdgeLimits(body_bytes=settings.body_limit, body_s=settings.body_timeout_s),
+        tracing=tracing,
     )
     if settings.cors_origins:
         app.add_middleware(

@@ -28,6 +28,7 @@ from server.errors import (
 )
 from server.keys import ApiKeys
 from server.metrics import Metrics
+from server.tracing import Tracing
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
@@ -69,8 +70,11 @@ class RequestContext:
 class Edge:
     """ASGI middleware around everything else."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: EdgeLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: EdgeLimits, tracing: Tracing | None
+    ) -> None:
         self._app = app
+        self._tracing = tracing
         self._metrics = metrics
         self._keys = keys
         self._limits = limits
@@ -134,6 +138,17 @@ class Edge:
         seconds = time.monotonic() - exchange.context.arrived
         self._metrics.requests.labels(route, exchange.status).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
+        trace_id = exchange.context.trace_id
+        if self._tracing is not None:
+            trace_id = self._tracing.record(
+                method=scope["method"],
+                route=route,
+                status=exchange.status,
+                request_id=exchange.context.request_id,
+                seconds=seconds,
+                headers=Headers(scope=scope),
+                timings=scope["state"].get("timings"),
+            )
         if logger.isEnabledFor(logging.INFO):
             fields: dict[str, object] = {
                 "method": scope["method"],
@@ -142,8 +157,8 @@ class Edge:
                 "ms": round(seconds * 1000, 2),
                 "request_id": exchange.context.request_id,
             }
-            if exchange.context.trace_id is not None:
-                fields["trace_id"] = exchange.context.trace_id
+            if trace_id is not None:
+                fields["trace_id"] = trace_id
             logger.info("request", extra={"fields": fields})
 
 

@@ -69,6 +69,7 @@ async def _answer(
     request: Request, service: Service, making: Coroutine[Any, Any, Delivery], response_format: str
 ) -> Response:
     delivery = await until_gone(making, request.receive)
+    request.state.timings = delivery.timings_ms  # for the trace
     headers = {"server-timing": server_timing(delivery.timings_ms)}
     if delivery.prompt_truncated:
         headers["x-prompt-truncated"] = "true"

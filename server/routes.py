@@ -37,6 +37,7 @@ async def generate(request: Request) -> Response:
     making = service.generation.make(body.order(base64=as_json), context.arrived)
     del body  # it may hold large images, which are not needed once they are decoded
     delivery = await until_gone(making, request.receive)
+    request.state.timings = delivery.timings_ms  # for the trace
     headers = {"server-timing": server_timing(delivery.timings_ms)}
     if delivery.prompt_truncated:
         headers["x-prompt-truncated"] = "true"

@@ -145,6 +145,9 @@ class Settings:
     live_sessions: int = setting(64, whole(1, 100_000), "most people who may draw at the same time, on /v1/live")
     live_idle_s: float = setting(120.0, number(0.05, 86_400), "a live session without a message for so long ends")
     cors_origins: tuple[str, ...] = setting((), origins(), "origins whose pages may call this server; none by default")
+    otlp_endpoint: str | None = setting(
+        None, text("an address such as http://collector:4318"), "where traces go, by OTLP over HTTP; none by default"
+    )
     log_format: str = setting("text", one_of("text", "json"), "how log lines look")
     log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "least severe line that is logged")
     request_buckets: tuple[float, ...] = setting(REQUEST_BUCKETS, buckets(), "histogram of request durations, seconds")

@@ -33,6 +33,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "live_sessions": ("5", 5),
     "live_idle_s": ("7.5", 7.5),
     "cors_origins": ("https://a.example, http://b.example:81", ("https://a.example", "http://b.example:81")),
+    "otlp_endpoint": ("http://collector:4318", "http://collector:4318"),
     "log_format": ("json", "json"),
     "log_level": ("warning", "warning"),
     "request_buckets": (".1 .2,5", (0.1, 0.2, 5.0)),
