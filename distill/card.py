@@ -34,7 +34,8 @@ a width of {width}. It is what the server runs out of the box and what its tests
 
 ## What it draws
 Shapes {shapes}; colours {colours};
-backgrounds {backgrounds} ({plain} where none is named); one thing, also small or big; two things, in relation (left of, right of, above, below) or side by side; two to four of a kind. Words outside of
+backgrounds {backgrounds} ({plain} where none is named); one thing, also small or
+big; two things, in relation (left of, right of, above, below) or side by side; two to four of a kind. Words outside of
 this are ignored. Guidance {low:g} to {high:g} is trained; w stands for 1 + {gain:g} (w - 1) of the teacher.
 
 ## Scores
