@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import fake_tensorrt
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 
 import build_engine
 from engines import build as building
+from engines.backends.cuda_graph import HostRecorder
 from engines.build import _Work, build, silent
 from engines.build_spec import BuildSpec
 from engines.checkpoint import open_checkpoint
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
-from engines.manifest import NAME, FileRecord, read_manifest
+from engines.manifest import NAME, Artifact, FileRecord, read_manifest
+from engines.parity import Difference, difference
+from engines.pipeline import SprintEngine
 from engines.reference import load_reference
 from engines.targets import Target
 from engines.types import Job
@@ -90,6 +94,46 @@ def test_pictures_of_built_engines_equal_eager(engines: Path, small_pictures: Pa
     [job] = jobs(1)
     changed = [engine.generate([replace(job, image=photo)])[0].pixels for engine in (built, eager)]
     assert levels(*changed).max() <= 2
+
+
+def test_built_engines_run_in_captured_graphs(engines: Path, small_pictures: Path) -> None:
+    """On a recorder without a device; the graphs are those that were asked for when they were built."""
+    built = load_engine(str(small_pictures), engine_dir=str(engines), recorder=HostRecorder())
+    assert isinstance(built, SprintEngine)
+    built.warmup()
+    plain = load_engine(str(small_pictures), engine_dir=str(engines))
+    for steps in (1, 2, 3):
+        for count in (1, 2):
+            found = built.generate(jobs(count, steps))
+            assert {image.uncaptured for image in found} == {steps == 3}
+            for ours, theirs in zip(found, plain.generate(jobs(count, steps)), strict=True):
+                assert levels(ours.pixels, theirs.pixels).max() <= 1
+                assert not theirs.uncaptured
+    assert built.info.reasons["graphs"] == ("4 are captured before the first request: batches 1, 2, 1 size, steps 1, 2")
+
+
+def test_on_the_card_engines_are_compared_there_and_inspected(
+    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target("native", "tensorrt", "tensorrt", (9, 0), executable=True)
+    work = _Work(spec(small_pictures, tmp_path, "fp16"), open_checkpoint(str(small_pictures)), target, tmp_path, silent)
+    work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
+    (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
+    monkeypatch.setattr("engines.backends.tensorrt.vendor", lambda _: fake_tensorrt)
+    record = FileRecord.of(tmp_path / "module.engine")
+    work.open(Artifact("decoder", (64, 64), "fp16", (1, 2), 1.0, (record,), {}, {}))
+    assert work.layers == {("decoder", (64, 64)): {"layers_by_precision": {"FP16": 2, "FP8": 2}}}
+    places: list[str] = []
+
+    class Seen:
+        def compare(self, _: object, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, object], Difference]:
+            places.append(f"{device} {dtype}")
+            return {}, difference(torch.ones(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8))
+
+    monkeypatch.setattr(building, "load_reference", lambda _: Seen())
+    for of in ("engine", "graph"):
+        work.parity({(64, 64): tmp_path}, lambda *_: None, of)
+    assert places == ["cuda torch.float16", "cpu torch.float16"]
 
 
 def test_bf16_engines_stay_near(small_pictures: Path, tmp_path: Path) -> None:

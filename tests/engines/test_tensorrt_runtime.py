@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.artifacts import LoadedModules
 from engines.backends.tensorrt import Scratch, TensorRtGraph, build_engine
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
+from engines.reference import MODULES
 
 STREAM = 7
 CPU = torch.device("cpu")
@@ -90,6 +92,15 @@ def test_all_contexts_share_memory_for_activations(tmp_path: Path) -> None:
     assert len({context.memory for run in runs for context in run._engine.contexts}) == 1
     assert scratch.lend(9000).data_ptr() == runs[0]._engine.contexts[0].memory
     assert scratch.lend(9001).data_ptr() != runs[0]._engine.contexts[0].memory
+
+
+def test_every_set_of_drop_ins_has_contexts_of_its_own(tmp_path: Path) -> None:
+    run = graph(tmp_path)
+    manifest: Any = SimpleNamespace(tokens=4)
+    graphs = {name: {(4, 4): run} for name in MODULES}
+    loaded = LoadedModules(manifest, torch.float16, graphs)
+    held = [loaded.replica().decoder._graph_at((4, 4)) for _ in range(3)]
+    assert len({id(one) for one in (run, *held)}) == 4
 
 
 def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
