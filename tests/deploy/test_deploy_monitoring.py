@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from deploy.grafana import dashboard
+from server import gathering
 from server.metrics import Metrics
 from server.settings import REQUEST_BUCKETS, STAGE_BUCKETS
 
@@ -205,9 +206,12 @@ def test_every_query_returns_data_from_a_server_under_load(server: str, promethe
 
 
 @needs_prometheus
-def test_promtool_accepts_the_metrics(server: str) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_promtool_accepts_the_metrics(server: str, replicas: int) -> None:
     assert post(f"http://{server}/generate", {"prompt": "a circle", "width": 64, "height": 64}) == 200
     with urllib.request.urlopen(f"http://{server}/metrics", timeout=5) as answer:
         text = answer.read()
+    if replicas > 1:
+        text = gathering.merged({str(number): text for number in range(replicas)})
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
