@@ -1,10 +1,11 @@
 """PyTorch as it is: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu_decoder).
+On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu_decoder), and in bf16 the transformer
+takes jobs one by one, so that a picture is the same in any batch.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engines.backends.cpu_decoder import CpuDecoder
 from engines.backends.spec import ModuleSpec
@@ -20,6 +21,8 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     if isinstance(module, PixelDecoder) and spec.device.type == "cpu" and _packs(_loaded(module), spec.dtype):
         module.decoder = CpuDecoder(_loaded(module))
         return module
+    if spec.name in ("transformer", "controlled") and spec.device.type == "cpu" and spec.dtype == torch.bfloat16:
+        return RowByRow(module)
     return laid_out(module, spec)
 
 
@@ -43,3 +46,32 @@ def _packs(decoder: Decoder, dtype: torch.dtype) -> bool:
     if decoder.conv_in.weight.shape[0] < _WIDE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class RowByRow(nn.Module):
+    """A transformer, run for one job at a time, with that job's text alone.
+
+    In bf16 on a CPU the kernels of the cross-attention sum in an order that depends on how far texts are padded, so a
+    longer prompt in the same batch would move pixels by up to 26/255. A core is busy with one job as with eight.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self,
+        latent: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        guidance: Tensor,
+        text_mask: Tensor | None = None,
+        *drawing: Tensor,
+    ) -> Tensor:
+        rows = []
+        for index in range(latent.shape[0]):
+            one = slice(index, index + 1)
+            length = text.shape[1] if text_mask is None else int(text_mask[index].sum())
+            drawn = [value[one] for value in drawing]
+            rows.append(self.module(latent[one], text[one, :length], timestep[one], guidance[one], None, *drawn))
+        return torch.cat(rows)
