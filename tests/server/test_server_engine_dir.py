@@ -32,6 +32,8 @@ sys.path.append(str(Path(__file__).parents[1] / "engines"))
 
 from small_checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.slow  # builds engines and starts servers; tests/engines/test_build.py does without the latter
+
 ROOT = Path(__file__).parents[2]
 JOBS = [Job("a red circle", 3, 64, 64), Job("three green triangles", 4, 64, 64, 2, 4.1), Job("a cat", 5, 64, 64, 4)]
 
@@ -122,7 +124,6 @@ def test_the_server_says_what_it_serves(served: Callable[[str], str]) -> None:
     assert "64x64" in refused.text
 
 
-@pytest.mark.slow
 def test_pictures_in_bf16_stay_near_eager(served: Callable[[str], str], eager: Engine) -> None:
     try:
         url = served("bf16")
