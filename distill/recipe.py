@@ -141,6 +141,12 @@ class Recipe:
     teacher_sampling_shift: float = 2.0
     seed: int = 7
 
+    def __post_init__(self) -> None:
+        if self.wide_world and self.teacher and not (self.teacher.narrow_steps and self.teacher.narrow_latents):
+            raise ValueError(
+                f"recipe {self.name}: wide_world needs narrow_steps and narrow_latents above 0, or be None"
+            )
+
 
 def _tiny_autoencoder() -> AutoencoderConfig:
     blocks: tuple[BlockKind, ...] = ("ResBlock",) * 5 + ("EfficientViTBlock",)

@@ -95,6 +95,13 @@ def test_a_wide_world_of_other_words_is_refused(tmp_path: Path) -> None:
         _ = Run(recipe, tmp_path, Accelerator()).wide_latents
 
 
+def test_a_wide_world_without_steps_in_the_narrow_one_is_refused() -> None:
+    whole = smoke()
+    assert whole.teacher is not None
+    with pytest.raises(ValueError, match="wide_world needs narrow_steps"):
+        replace(whole, teacher=replace(whole.teacher, narrow_steps=0))
+
+
 def test_sharpening_moves_the_decoder_and_nothing_else(finished: Path) -> None:
     shipped = load_file(finished / "checkpoint" / "vae" / "diffusion_pytorch_model.safetensors")
     before = Run(smoke(), finished, Accelerator()).decoder.state_dict()
