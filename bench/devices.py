@@ -37,7 +37,7 @@ RTX4090 = Device(
     {"16bit": 165.2 * TERA, "fp8": 330.3 * TERA},
     vector=82.6 * TERA,
     bandwidth=1008 * GIGA,
-    source="NVIDIA Ada GPU Architecture (whitepaper), appendix A, fp32 accumulation, without sparsity",
+    source="NVIDIA Ada GPU Architecture (whitepaper V2.01), appendix A, fp32 accumulation, without sparsity",
 )
 A100 = Device(
     "A100 SXM 80GB",
