@@ -57,9 +57,9 @@ def ask_to_drain(end: socket.socket) -> None:
         end.send(DRAIN)
 
 
-def taken(end: socket.socket) -> socket.socket | Literal["drain", "closed"] | None:
-    """The next thing that the supervisor sent: a connection, or the word to drain; closed where it is gone; None where
-    nothing waits."""
+def taken(end: socket.socket) -> socket.socket | Literal["drain", "lost", "closed"] | None:
+    """The next thing that the supervisor sent: a connection, or the word to drain; lost where this process may open no
+    further file for a connection; closed where the supervisor is gone; None where nothing waits."""
     try:
         data, descriptors, _, _ = socket.recv_fds(end, 1, 1)
     except BlockingIOError:
@@ -68,6 +68,8 @@ def taken(end: socket.socket) -> socket.socket | Literal["drain", "closed"] | No
         return "closed"
     if descriptors:
         return socket.socket(fileno=descriptors[0])
+    if data == CONNECTION:
+        return "lost"
     return "drain" if data == DRAIN else "closed"
 
 

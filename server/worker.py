@@ -7,6 +7,7 @@ through the channel, accepted already. A supervisor that is gone means the same 
 """
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -23,6 +24,8 @@ from server.loading import load
 from server.passing import Report, State, send_report, taken
 from server.service import Service
 from server.settings import read
+
+logger = logging.getLogger("server.worker")
 
 
 class WorkerServer(DrainingServer):
@@ -57,6 +60,10 @@ class WorkerServer(DrainingServer):
     def _read(self) -> None:
         loop = asyncio.get_running_loop()
         while (item := taken(self._end)) is not None:
+            if item == "lost":
+                self._received += 1
+                logger.warning("a connection was lost: too many open files")
+                continue
             if isinstance(item, socket.socket):
                 self._received += 1
                 task = asyncio.create_task(self._connect(item))
