@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from server.live_messages import MAX_DRAWING
 from server.problems import MEDIA_TYPE
@@ -103,6 +104,22 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+class SturdyWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's websockets, where text that is not UTF-8 ends the connection (1007) without a traceback of ours."""
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                if self.conn.state.name == "OPEN":  # else it is closing already, and nobody waits for what it says
+                    self.conn.send_close(1007, "text must be UTF-8")
+                    self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
+
+
 class DrainingServer(uvicorn.Server):
     """A uvicorn server whose first SIGTERM or SIGINT drains.
 
@@ -175,7 +192,7 @@ def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=BoundedProtocol,
-        ws="websockets-sansio",
+        ws=SturdyWebSocket,
         ws_max_size=MAX_DRAWING,
         ws_per_message_deflate=False,  # pictures and drawings are compressed already
         host=settings.host,

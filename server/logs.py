@@ -46,12 +46,3 @@ def configure(log_format: str, level: str, fields: Mapping[str, object] | None =
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
-    logging.getLogger("uvicorn.error").addFilter(without_clients_traceback)
-
-
-def without_clients_traceback(record: logging.LogRecord) -> bool:
-    """uvicorn logs text that is not UTF-8 as an error with its traceback; it is the client's fault, and one line."""
-    if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], UnicodeDecodeError):
-        record.exc_info = None
-        record.levelno, record.levelname = logging.INFO, "INFO"
-    return True

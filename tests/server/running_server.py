@@ -25,9 +25,9 @@ from server.settings import Settings
 PATIENCE_S = 30.0
 
 
-def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:
-    """Fails after PATIENCE_S; nothing here depends on how long it takes."""
-    end = time.monotonic() + PATIENCE_S
+def wait_until(condition: Callable[[], Any], what: str = "the condition", within_s: float = PATIENCE_S) -> None:
+    """Fails after `within_s`; nothing here depends on how long it takes."""
+    end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, f"{what} did not come"
         time.sleep(0.002)
