@@ -6,9 +6,10 @@ A step that fails is written down with its reason and does not stop the others; 
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,13 +22,15 @@ from engines.build import build
 from engines.build_spec import BuildSpec
 from engines.calibration import calibration_texts
 from engines.checkpoint import open_checkpoint
-from engines.errors import BackendError, SprintError
+from engines.errors import BackendError, OutOfMemoryError, SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
 from engines.parity import PICTURE_GATES, difference
 from engines.quantize import run_samples
 from engines.reference import peaks
-from engines.types import Job, RawImage
+from engines.types import Engine, Job, RawImage
+
+T = TypeVar("T")
 
 FP16_LARGEST = 65504
 Outcome = Literal["passed", "failed", "skipped"]
@@ -160,8 +163,8 @@ def _build(plan: Plan, precision: str, step: Step) -> None:
 def _pictures(plan: Plan, precision: str, step: Step) -> None:
     """Built engines against eager fp32 on the same device; again, and alone. Raises BenchError, ParityError."""
     jobs = _jobs(plan, max(plan.batches), plan.steps[0])
-    engine = load_engine(plan.model, engine_dir=str(_folder(plan, precision)), device=str(plan.device))
-    jobs = jobs[: engine.limits.max_batch]
+    folder = str(_folder(plan, precision))
+    engine = load_engine(plan.model, engine_dir=folder, device=str(plan.device), max_batch=len(jobs))
     engine.warmup()
     first, again = engine.generate(jobs), engine.generate(jobs)
     alone = [engine.generate([job])[0] for job in jobs]
@@ -184,21 +187,27 @@ def _pictures(plan: Plan, precision: str, step: Step) -> None:
 
 def _graphs(plan: Plan, step: Step) -> None:
     """Captures every graph of PyTorch's modules; replays equal plain runs. Without a GPU: the book alone."""
-    recorder = CudaRecorder() if plan.on_gpu else HostRecorder()
     precision = "bf16" if plan.on_gpu else "fp32"
-    options: dict[str, Any] = {"precision": precision, "device": str(plan.device), "max_batch": max(plan.batches)}
-    engine = load_engine(plan.model, backend="cuda-graph", recorder=recorder, **options)
-    began = time.perf_counter()
-    engine.warmup()
-    step.figures = {"told": engine.info.reasons["graphs"], "capture_seconds": round(time.perf_counter() - began, 1)}
+
+    def load(largest: int) -> Engine:
+        recorder = CudaRecorder() if plan.on_gpu else HostRecorder()
+        options: dict[str, Any] = {"precision": precision, "device": str(plan.device), "max_batch": largest}
+        engine = load_engine(plan.model, backend="cuda-graph", recorder=recorder, **options)
+        began = time.perf_counter()
+        engine.warmup()
+        step.figures = {"told": engine.info.reasons["graphs"], "capture_seconds": round(time.perf_counter() - began, 1)}
+        return engine
+
+    engine = _largest_fitting(plan, load)
+    batches = [batch for batch in plan.batches if batch <= engine.limits.max_batch]
     worst = 0.0
-    found = {
-        (steps, batch): engine.generate(_jobs(plan, batch, steps)) for steps in plan.steps for batch in plan.batches
-    }
+    found = {(steps, batch): engine.generate(_jobs(plan, batch, steps)) for steps in plan.steps for batch in batches}
     step.figures["uncaptured"] = sum(images[0].uncaptured for images in found.values())
     engine.close()
     _free(plan)
-    plain = load_engine(plan.model, backend="eager", **options)
+    plain = load_engine(
+        plan.model, backend="eager", precision=precision, device=str(plan.device), max_batch=max(batches)
+    )
     for (steps, batch), images in found.items():
         expected = plain.generate(_jobs(plan, batch, steps))
         worst = max(worst, difference(_stack(expected), _stack(images)).max_abs)
@@ -208,12 +217,22 @@ def _graphs(plan: Plan, step: Step) -> None:
         raise BenchError(f"replays differ from plain runs by {worst:.0f} of 255, allowed is 1")
 
 
+def _largest_fitting(plan: Plan, load: Callable[[int], T]) -> T:
+    """What `load` gives for the largest batch that the device has memory for. Raises OutOfMemoryError."""
+    for largest in sorted(plan.batches, reverse=True)[:-1]:
+        with suppress(OutOfMemoryError):
+            return load(largest)
+        _free(plan)  # out here, where no traceback holds what was loaded
+    return load(min(plan.batches))
+
+
 Made = Callable[[], tuple[Subject, Mapping[str, object]]]
 
 
 def _built(plan: Plan, precision: str) -> Made:
     def make() -> tuple[Subject, Mapping[str, object]]:
-        engine = Ours(open_checkpoint(plan.model), engine_dir=str(_folder(plan, precision)), device=str(plan.device))
+        options: dict[str, Any] = {"device": str(plan.device), "max_batch": max(plan.batches)}
+        engine = Ours(open_checkpoint(plan.model), engine_dir=str(_folder(plan, precision)), **options)
         return engine, {"who": "ours", "how": f"engine {precision}"}
 
     return make
@@ -222,9 +241,14 @@ def _built(plan: Plan, precision: str) -> Made:
 def _unbuilt(plan: Plan, backend: str) -> Made:
     def make() -> tuple[Subject, Mapping[str, object]]:
         precision = "bf16" if plan.on_gpu else "fp32"
-        options: dict[str, Any] = {"precision": precision, "device": str(plan.device), "max_batch": max(plan.batches)}
+        options: dict[str, Any] = {"precision": precision, "device": str(plan.device)}
+        checkpoint = open_checkpoint(plan.model)
+
+        def load(largest: int) -> Ours:
+            return Ours(checkpoint, backend=backend, max_batch=largest, **options)
+
         try:
-            return Ours(open_checkpoint(plan.model), backend=backend, **options), {
+            return _largest_fitting(plan, load), {
                 "who": "ours",
                 "how": f"{backend} {precision}",
             }

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import report
 from bench.accept import main, parsed, show
+from bench.acceptance import Plan, _largest_fitting
+from engines.errors import OutOfMemoryError
 
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
@@ -123,6 +126,24 @@ def test_a_step_that_fails_is_told_and_stops_no_other(
     assert not steps["latency diffusers"]["rows"]
     assert found["failed"] == 3
     assert reason in page
+
+
+def test_the_largest_batch_that_fits_is_measured(tmp_path: Path) -> None:
+    plan = Plan("tiny", torch.device("cpu"), tmp_path, (), (64, 64), (1, 2, 4, 8), (1,), 1, (), ())
+    tried: list[int] = []
+
+    def load(largest: int) -> int:
+        tried.append(largest)
+        if largest > room:
+            raise OutOfMemoryError("no memory")
+        return largest
+
+    room = 2
+    assert _largest_fitting(plan, load) == 2
+    assert tried == [8, 4, 2]
+    room = 0
+    with pytest.raises(OutOfMemoryError):
+        _largest_fitting(plan, load)
 
 
 def test_without_a_gpu_the_default_is_refused(
