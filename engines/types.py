@@ -177,7 +177,7 @@ class Engine(Protocol):
 
 @runtime_checkable
 class ReportsMemory(Protocol):
-    """What an engine on a GPU can tell besides, in bytes by kind: `used` and `total` of the device, by whatever process,
-    and `reserved` by this engine."""
+    """What an engine on a GPU can tell besides, in bytes by kind: `used` and `total` of the device, by whatever
+    process, and `reserved` by this engine."""
 
     def memory_bytes(self) -> Mapping[str, int]: ...
