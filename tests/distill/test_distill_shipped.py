@@ -19,7 +19,7 @@ def test_the_tiny_checkpoint_draws_held_out_prompts() -> None:
 
 
 def test_the_tiny_controlnet_is_followed_and_without_it_chance_decides() -> None:
-    engine = load_engine(str(MODELS / "tiny"), controlnet=str(MODELS / "tiny-control"))
+    engine = load_engine(str(MODELS / "tiny"))
     try:
         chosen = cases(24, engine.limits.default_size[0])
         drawn, without = score(engine, chosen, 1, 1.0), score(engine, chosen, 1, None)
@@ -31,5 +31,5 @@ def test_the_tiny_controlnet_is_followed_and_without_it_chance_decides() -> None
 
 def test_all_weights_together_stay_small() -> None:
     sizes = {path: path.stat().st_size for path in MODELS.rglob("*.safetensors")}
-    assert sum(size for path, size in sizes.items() if "tiny-control" in path.parts) < 3e6
+    assert sum(size for path, size in sizes.items() if "controlnet" in path.parts) < 3e6
     assert sum(sizes.values()) < 16e6
