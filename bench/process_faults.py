@@ -92,7 +92,7 @@ def clock_jumps(clock: Clock) -> Callable[[Stage], Awaitable[Seen]]:
     async def play(stage: Stage) -> Seen:
         seen: Seen = Counter()
         for i in range(stage.count):
-            running = [asyncio.create_task(stage.ask(job)) for job in stage.long_orders(LONG)]
+            running = [asyncio.create_task(stage.ask(job)) for job in stage.long_orders(2 * LONG)]
             await stage.accepted(running)
             patient = asyncio.create_task(stage.ask(stage.order(), timeout_ms=30_000))
             hasty = asyncio.create_task(stage.ask(stage.order(), timeout_ms=50))

@@ -100,9 +100,9 @@ class Stage:
         """Returns when the server has taken all of these orders in: they and the whole crowd wait, run, or are done."""
         end = time.monotonic() + PATIENCE_S
         while True:
+            done = sum(order.done() for order in orders)  # before the look inside: none may count twice
             samples = await self.supervisor.samples()
             inside = samples["sana_sprint_jobs_waiting"] + samples["sana_sprint_jobs_running"]
-            done = sum(order.done() for order in orders)
             if done == len(orders) or inside + done >= len(orders) + self.crowded:
                 return
             if time.monotonic() > end:
