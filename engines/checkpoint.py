@@ -19,7 +19,7 @@ from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
 from engines.random_weights import RandomWeights
-from engines.weights import FolderWeights, Part, WeightSource, read_json
+from engines.weights import FolderWeights, Part, WeightSource, read_json, unfilled
 
 SHORT_NAMES = {
     "sprint-0.6b": "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers",
@@ -105,13 +105,13 @@ class Checkpoint:
             )
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
-        with torch.device("meta"):
+        with unfilled():
             module = SprintTransformer(self.transformer)
         self.weights.fill("transformer", module, dtype, device)
         return module.eval()
 
     def load_autoencoder(self, dtype: torch.dtype, device: torch.device) -> Autoencoder:
-        with torch.device("meta"):
+        with unfilled():
             module = Autoencoder(self.autoencoder)
         self.weights.fill("vae", module, dtype, device)
         return module.eval()
@@ -122,7 +122,7 @@ class Checkpoint:
             config = GemmaConfig.from_dict(self.text)
         except ValueError as error:
             raise CheckpointError(f"{self.name}: text_encoder/config.json: {error}") from error
-        with torch.device("meta"):
+        with unfilled():
             module = GemmaBody(config)
         self.weights.fill("text_encoder", module, dtype, device)
         return module.eval()

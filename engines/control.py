@@ -15,7 +15,7 @@ from engines.checkpoint import Checkpoint, find_folder
 from engines.errors import CheckpointError
 from engines.models.controlnet import ControlConfig, ControlNet
 from engines.types import Pixels
-from engines.weights import FolderWeights, read_json
+from engines.weights import FolderWeights, read_json, unfilled
 
 FOLDER = "controlnet"
 _SHARED = ("in_channels", "caption_channels", "num_attention_heads", "attention_head_dim")
@@ -55,7 +55,7 @@ def load_controlnet(
         raise CheckpointError(
             f"{folder}: num_layers is {mine.num_layers}; fewer than the transformer's {theirs.num_layers} are needed"
         )
-    with torch.device("meta"):
+    with unfilled():
         module = ControlNet(config)
     FolderWeights({"controlnet": folder}).fill("controlnet", module, dtype, device)
     return module.eval()

@@ -6,16 +6,18 @@ meta device and get their tensors assigned; files are memory-mapped.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engines.errors import CheckpointError
 
@@ -32,6 +34,25 @@ class WeightSource(Protocol):
 
     def sha256(self) -> str:
         """Hex digest that changes when any weight of any part does."""
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Draws no first values; on the meta device that would import torch's compiler, a second of every start."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = options or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return arguments[0] if arguments else given["tensor"]
+        return function(*arguments, **given)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Within the block modules are built without values, on the meta device, to be filled by a WeightSource."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -178,7 +178,7 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(config.dim, config.cross_attention_head_dim, True, normed)
         self.norm2 = nn.LayerNorm(config.dim, elementwise_affine=False, eps=config.norm_eps)
         self.ff = GLUMBConv(config.dim, config.mlp_ratio, norm=False, residual=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, config.dim), std=config.dim**-0.5))
 
     def forward(
         self, x: Tensor, text: Tensor, modulation: Tensor, bias: Tensor | None, size: tuple[int, int]
@@ -206,7 +206,7 @@ class SprintTransformer(nn.Module):
         self.caption_projection = MLP(config.caption_channels, config.dim, nn.GELU(approximate="tanh"))
         self.caption_norm = RMSNorm(config.dim)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.scale_shift_table = nn.Parameter(torch.randn(2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, config.dim), std=config.dim**-0.5))
         self.norm_out = nn.LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(config.dim, config.out_channels)
 

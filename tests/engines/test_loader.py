@@ -1,5 +1,7 @@
 """What is decided at start, and the reason that is given for it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from small_checkpoint import with_settings
 from engines.errors import BackendError, CheckpointError
 from engines.loader import load_engine
 from engines.types import Engine, Job, ReportsMemory
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_decides_and_says_why(folder: Path) -> None:
@@ -96,3 +100,13 @@ def test_what_cannot_run_is_refused(asked: dict[str, str], message: str, folder:
 def test_a_default_size_that_cannot_run_is_refused(settings: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="default_size"):
         load_engine(str(with_settings(folder, tmp_path, settings)))
+
+
+def test_a_start_imports_neither_a_compiler_nor_transformers() -> None:
+    """Each of them costs more than a second, and a start without them takes less than three."""
+    program = (
+        "import sys; from engines.loader import load_engine; load_engine('tiny', device='cpu').warmup();"
+        "print([name for name in ('torch._dynamo', 'sympy', 'transformers') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
