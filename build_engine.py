@@ -22,14 +22,22 @@ def parse(arguments: list[str]) -> BuildSpec:
     parser.add_argument("--model", required=True, help="folder, hub id or short name of a checkpoint")
     parser.add_argument("--gpu", required=True, choices=[*GPUS, "native", "cpu"], help="native: this machine's card")
     parser.add_argument("--precision", required=True, choices=GPU_PRECISIONS, help="a CPU takes fp32 and bf16")
-    parser.add_argument("--out", required=True, type=Path, help="folder to build; replaced when the build is whole")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder to build, replaced when the build is whole; default artifacts/<model>-<gpu>-<precision>",
+    )
     parser.add_argument(
         "--sizes", default=(), type=sizes, help="1024x1024,... width x height; default: the checkpoint's"
     )
     parser.add_argument("--batches", default=(1, 2, 4, 8), type=numbers, help="buckets; default 1,2,4,8")
     parser.add_argument("--steps", default=(1, 2, 4), type=numbers, help="captured as CUDA graphs; default 1,2,4")
     parser.add_argument("--decoder", help="another autoencoder with the same latents, such as DC-AE-Lite")
-    return BuildSpec(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    if given["out"] is None:
+        name = Path(given["model"]).name.replace(":", "-")
+        given["out"] = Path("artifacts") / f"{name}-{given['gpu']}-{given['precision']}"
+    return BuildSpec(**given)
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:

@@ -400,6 +400,15 @@ def test_a_wrong_word_on_the_command_line_is_named(line: str, capsys: pytest.Cap
     assert flag in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [("models/tiny", "tiny-cpu-fp32"), ("random:sprint-0.6b", "random-sprint-0.6b-cpu-fp32")],
+)
+def test_without_a_folder_the_build_is_named_after_what_it_is(model: str, folder: str) -> None:
+    spec = build_engine.parse(["--model", model, "--gpu", "cpu", "--precision", "fp32"])
+    assert spec.out == Path("artifacts") / folder
+
+
 def test_errors_of_every_kind_become_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert issubclass(CheckpointError, SprintError)
     line = ["--model", "nowhere", "--gpu", "cpu", "--precision", "fp32", "--out", str(tmp_path / "out")]
