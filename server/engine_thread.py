@@ -1,8 +1,9 @@
 """The one thread that calls the engine: load, warm up, then batch after batch until the queue closes.
 
-Contains the engine's faults. A batch that fails is run again job by job, so that a poisonous job fails alone; a batch
-that does not fit into memory halves the largest batch of its key; an engine that keeps failing has to make a picture of
-its own before it is trusted again. Knows no event loop: what happens is told to a Listener, on this thread.
+Contains the engine's faults. A batch that fails, be it of one job, is run again job by job, so that a poisonous job
+fails alone and a failure that passes is seen by nobody; a batch that does not fit into memory halves the largest batch
+of its key; an engine that keeps failing has to make a picture of its own before it is trusted again. Knows no event
+loop: what happens is told to a Listener, on this thread.
 """
 
 import logging
@@ -109,8 +110,8 @@ class EngineThread:
     def _largest(self, key: BatchKey) -> int:
         return self._reduced.get(key, self._max_batch)
 
-    def _run(self, engine: Engine, batch: Sequence[Entry]) -> None:
-        """Runs the jobs whose requests still want them; every one of them gets its outcome."""
+    def _run(self, engine: Engine, batch: Sequence[Entry], *, again: bool = False) -> None:
+        """Runs the jobs whose requests still want them; every one of them gets its outcome. `again`: the last time."""
         batch = [entry for entry in batch if not entry.future.done()]
         if not batch:
             return
@@ -120,7 +121,7 @@ class EngineThread:
         except OutOfMemoryError as error:
             self._after_out_of_memory(engine, batch, error)
         except Exception as error:
-            self._after_failure(engine, batch, error)
+            self._after_failure(engine, batch, error, again=again)
         else:
             self._failures = 0
             self._listener.on_outcomes(
@@ -161,14 +162,14 @@ class EngineThread:
             self._run(engine, batch[:largest])
             batch = batch[largest:]
 
-    def _after_failure(self, engine: Engine, batch: Sequence[Entry], error: Exception) -> None:
+    def _after_failure(self, engine: Engine, batch: Sequence[Entry], error: Exception, *, again: bool) -> None:
         self._metrics.engine_failures.labels("output" if isinstance(error, OutputError) else "error").inc()
-        if len(batch) > 1:
+        if isinstance(error, JobError) and len(batch) == 1:
+            self._listener.on_outcomes([(batch[0], InvalidError.of_job(error))])
+        elif not again:
             logger.warning("a batch of %d failed (%s); running its jobs alone", len(batch), type(error).__name__)
             for entry in batch:
-                self._run(engine, [entry])
-        elif isinstance(error, JobError):
-            self._listener.on_outcomes([(batch[0], InvalidError.of_job(error))])
+                self._run(engine, [entry], again=True)
         elif isinstance(error, OutputError):
             self._fail(engine, batch[0], "the engine's output is no picture", error)
         else:

@@ -55,7 +55,7 @@ def test_failures_inside_are_found(tmp_path: Path) -> None:
 
     found = asyncio.run(run())
     assert found['sana_sprint_requests_total{route="/generate",status="500"}'] == 1
-    assert found["tracebacks in the log"] == 1
+    assert found["tracebacks in the log"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,14 @@ def test_a_failure_that_passes_is_seen_by_nobody(serve: Serve) -> None:
     assert engine.batches == [1, 2, 1, 1]
 
 
+def test_a_failure_that_passes_is_seen_by_nobody_in_a_batch_of_one_either(serve: Serve) -> None:
+    engine = FakeEngine()
+    running = serve(engine)
+    assert running.generate("x [[once]]").status_code == 200
+    assert running.generate("x [[raise]]").status_code == 500
+    assert engine.batches == [1, 1, 1, 1]
+
+
 def test_out_of_memory_halves_the_batches_of_its_key_and_goes_on(serve: Serve) -> None:
     engine = GatedEngine(faults=FaultPlan(out_of_memory_above=2))
     running = serve(engine)
