@@ -1,6 +1,7 @@
 """pyproject.toml, the locks and the code agree: what is imported is asked for, what is asked for is pinned."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"]) for lock, extras in LOCKS.items()}
+
+# What `make peers` measures against, each in an environment of its own.
+PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def pins(lock: str) -> dict[str, Version]:
@@ -60,7 +64,9 @@ def imported_packages(folder: str) -> Iterator[str]:
 @pytest.mark.parametrize("folder", ["server", "engines", "distill", "bench", "tests"])
 def test_what_is_imported_is_asked_for(folder: str) -> None:
     asked = {
-        canonicalize_name(Requirement(line).name) for lines in [*ASKED.values(), *EXTRAS.values()] for line in lines
+        canonicalize_name(Requirement(line).name)
+        for lines in [*ASKED.values(), *EXTRAS.values(), PEERS]
+        for line in lines
     }
     programs = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
     own = {"server", "engines", "distill", "bench", "deploy", *(path.stem for path in programs)}
