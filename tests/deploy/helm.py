@@ -1,7 +1,7 @@
 """Helm's own code, asked for one thing on stdin: {"chart": path} to lint it, with "values" to render it.
 
-A program and not a module: Helm's library brings Go's runtime with its signal handlers. Loaded into the tests' process it
-ended that process with SIGSEGV in Go's code, now and then, and without a word.
+A program and not a module: Helm's library brings Go's runtime with its signal handlers. Loaded into the tests' process
+it ended that process with SIGSEGV in Go's code, now and then, and without a word.
 Answers in JSON on stdout; 1 with Helm's message on stderr where Helm refuses.
 """
 
