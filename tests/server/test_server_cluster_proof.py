@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,11 +15,11 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from program import Program
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[serve]'")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 REQUESTS = 2000
 CLIENTS = 32
 PICTURES = 100  # different ones
@@ -71,26 +69,11 @@ class Client:
         return set(re.findall(rb'sana_sprint_engine_info\{replica="(\w+)"', text)) if status == 200 else set()
 
 
-class Program:
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", *arguments]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **PATIENCE},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.output = ""
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
+class Started(Program):
+    end_within_s = LIMIT_S
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-        self.process.stdout.close()
+    def __init__(self, *arguments: str) -> None:
+        super().__init__("-m", *arguments, **PATIENCE)
 
     def client(self) -> Client:
         until("ready", lambda: "\nready" in self.output or self.process.poll() is not None)
@@ -100,9 +83,7 @@ class Program:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(LIMIT_S)
-        self._reader.join()
-        return code
+        return self.wait_end()
 
 
 def until(what: str, condition: object) -> None:
@@ -165,13 +146,13 @@ class Watch:
 
 
 def test_no_request_is_lost_while_replicas_come_die_and_go() -> None:
-    single = Program("server", *SETTINGS, "--fake-delay-ms", "0", "--port", "0")
+    single = Started("server", *SETTINGS, "--fake-delay-ms", "0", "--port", "0")
     client = single.client()
     reference = [client.picture(number)[2] for number in range(PICTURES)]
     client.close()
     assert single.stop() == 0
 
-    cluster = Program("server.cluster", *SETTINGS, *SCALE, "--down-s", "15", "--port", str(free_port()))
+    cluster = Started("server.cluster", *SETTINGS, *SCALE, "--down-s", "15", "--port", str(free_port()))
     client = cluster.client()
     watch = Watch(client)
     until("two replicas", lambda: watch.count == 2)

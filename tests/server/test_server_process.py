@@ -1,46 +1,29 @@
 """python -m server as a process: what it prints, how it ends, and with which code."""
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from program import Program
 from running_server import PATIENCE_S, wait_until
 
 from server.errors import EXIT_HANG, EXIT_SETTINGS, EXIT_START
 
-ROOT = Path(__file__).parents[2]
 PROCESS_S = 180.0  # to import torch on a busy machine, say
 
 
-class Program:
-    """A started `python -m server`; what it prints is collected."""
+class Server(Program):
+    """A started `python -m server`."""
+
+    end_within_s = PROCESS_S
 
     def __init__(self, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-W", "error", "-m", "server", "--port", "0", *arguments]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.output = ""
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-        self.process.stdout.close()
+        super().__init__("-W", "error", "-m", "server", "--port", "0", *arguments, **environment)
 
     def wait_ready(self) -> str:
         wait_until(
@@ -50,21 +33,16 @@ class Program:
         assert found, self.output
         return found.group(1)
 
-    def wait_end(self) -> int:
-        code = self.process.wait(PROCESS_S)
-        self._reader.join(PATIENCE_S)
-        return code
 
-
-Launch = Callable[..., Program]
+Launch = Callable[..., Server]
 
 
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    programs: list[Program] = []
+    programs: list[Server] = []
 
-    def start(*arguments: str, **environment: str) -> Program:
-        programs.append(Program(*arguments, **environment))
+    def start(*arguments: str, **environment: str) -> Server:
+        programs.append(Server(*arguments, **environment))
         return programs[-1]
 
     yield start

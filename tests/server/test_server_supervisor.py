@@ -5,15 +5,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from program import Program
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import PATIENCE_S, wait_until
 from websockets.sync.client import connect
@@ -22,26 +20,15 @@ from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.settings import Settings
 from server.supervisor import environments
 
-ROOT = Path(__file__).parents[2]
 WORKERS = 2
 BODY = {"prompt": "a red circle", "seed": 7, "width": 64, "height": 64}
 
 
-class Supervised:
-    """A started `python -m server --workers 2`; what it prints is collected."""
+class Supervised(Program):
+    """A started `python -m server --workers 2`."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "server", "--port", "0", "--workers", str(WORKERS), *arguments]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.output = ""
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-        self.process.stdout.close()
+        super().__init__("-m", "server", "--port", "0", "--workers", str(WORKERS), *arguments)
 
     def pids(self) -> dict[int, int]:
         """Worker -> the process that was the last to become ready in its place."""
@@ -53,11 +40,6 @@ class Supervised:
         assert found, self.output
         limits = httpx.Limits(max_keepalive_connections=0)  # a new connection for each request
         return httpx.Client(base_url=found.group(1), timeout=PATIENCE_S, limits=limits)
-
-    def wait_end(self) -> int:
-        code = self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        return code
 
 
 def stop(supervised: Supervised) -> None:
