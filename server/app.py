@@ -130,6 +130,7 @@ def _introduce(engine: Engine, metrics: Metrics) -> None:
     """Says what runs and why, once it is ready."""
     info = engine.info
     metrics.describe_engine(info, __version__)
+    metrics.name_sizes(engine.limits.sizes or (engine.limits.default_size,))
     if isinstance(engine, ReportsMemory):
         metrics.watch_memory(engine.memory_bytes)
     logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)

@@ -224,7 +224,7 @@ class Batcher:
 
     def _count(self, job: Job, finished: Finished) -> None:
         metrics, image = self._metrics, finished.image
-        metrics.images.labels(job.width, job.height, job.steps).inc()
+        metrics.count_image(job.width, job.height, job.steps)
         (metrics.cache_hits if image.prompt_cached else metrics.cache_misses).inc()
         metrics.stage_seconds.labels("queue").observe(finished.queue_s)
         metrics.stage_seconds.labels("text").observe(image.stages.text)

@@ -1,6 +1,7 @@
 """What Prometheus sees. One registry for each app; names, labels and buckets are the contract's.
 
-Labels never carry a prompt, a seed or a request id.
+Labels never carry a prompt, a seed or a request id. Clients cannot make series without end: where an engine runs any
+size, the sizes that get a series of their own are bounded.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,8 @@ from engines.types import EngineInfo
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
+ASKED_SIZES = 32  # beside the engine's own, the first that clients ask for; all others count together as OTHER_SIZE
+OTHER_SIZE = ("other", "other")
 
 
 class Metrics:
@@ -51,6 +54,8 @@ class Metrics:
         self.images = Counter(
             "sana_sprint_images", "Images made.", ("width", "height", "steps"), registry=self.registry
         )
+        self._sizes: dict[tuple[int, int], tuple[str, str]] = {}  # (width, height) -> labels
+        self._most_sizes = ASKED_SIZES
         self.waiting = Gauge(
             "sana_sprint_jobs_waiting", "Jobs accepted and not yet in a batch.", registry=self.registry
         )
@@ -103,6 +108,18 @@ class Metrics:
                 "version": version,
             }
         )
+
+    def name_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Sizes (width, height) that always have series of their own, whatever clients ask for before them."""
+        self._sizes |= {(width, height): (str(width), str(height)) for width, height in sizes}
+        self._most_sizes = len(self._sizes) + ASKED_SIZES
+
+    def count_image(self, width: int, height: int, steps: int) -> None:
+        """Counts a picture that was made, in pixels."""
+        size = (width, height)
+        if size not in self._sizes and len(self._sizes) < self._most_sizes:
+            self._sizes[size] = (str(width), str(height))
+        self.images.labels(*self._sizes.get(size, OTHER_SIZE), steps).inc()
 
     def watch_memory(self, read: Callable[[], Mapping[str, int]]) -> None:
         """Publishes sana_sprint_gpu_memory_bytes, read at each scrape: kind (used, reserved, total) -> bytes."""

@@ -10,7 +10,7 @@ from running_server import GatedEngine, Running, Serve
 
 from engines.fake import FakeEngine
 from engines.types import Job, RawImage
-from server.metrics import Metrics
+from server.metrics import ASKED_SIZES, Metrics
 
 REQUEST = ".005 .01 .02 .03 .04 .05 .06 .075 .1 .125 .15 .2 .25 .3 .4 .5 .75 1 2 5 10"
 STAGE = ".0005 .001 .002 .004 .008 .016 .032 .064 .128 .256 .512 1 2 5 10"
@@ -95,6 +95,23 @@ def test_whatever_clients_ask_for_routes_stay_few(plain: Running) -> None:
         *("unmatched", "/static", "/docs", "/openapi.json", "/", "/metrics"),
         *("/generate", "/health/ready", "/health/live", "/v1/info"),
     }
+
+
+def test_whatever_sizes_clients_ask_for_series_stay_few(serve: Serve) -> None:
+    running = serve(FakeEngine())  # runs any multiple of 32, as PyTorch does
+    asked = [(32 * (2 + i % 8), 32 * (2 + i // 8)) for i in range(ASKED_SIZES + 3)]
+    for width, height in [*asked, asked[0]]:
+        assert running.generate(width=width, height=height).status_code == 200
+    width, height = running.service.batcher.engine.limits.default_size
+    assert running.generate(width=width, height=height).status_code == 200
+    text = running.client.get("/metrics").text
+    assert len(re.findall(r"^sana_sprint_images_total{", text, re.MULTILINE)) == ASKED_SIZES + 2
+    for labels, count in (
+        ({"width": "64", "height": "64"}, 2),
+        ({"width": "other", "height": "other"}, 3),
+        ({"width": str(width), "height": str(height)}, 1),
+    ):
+        assert running.metric("sana_sprint_images_total", **labels, steps="1") == count
 
 
 def test_no_prompt_seed_or_request_id_is_a_label(plain: Running) -> None:
