@@ -117,7 +117,11 @@ def check_fit(manifest: Manifest, device: torch.device) -> None:
 
 def package_versions(*names: str) -> dict[str, str]:
     """Versions of the installed ones among `names` (as imported)."""
-    distributions = {"tensorrt_rtx": "tensorrt-rtx-cu13", "torch_tensorrt": "torch-tensorrt"}
+    distributions = {
+        "modelopt": "nvidia-modelopt",
+        "tensorrt_rtx": "tensorrt-rtx-cu13",
+        "torch_tensorrt": "torch-tensorrt",
+    }
     found = {}
     for name in names:
         try:

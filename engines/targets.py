@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 
+from engines.backends.openvino import CpuPrecision, check_cpu
 from engines.backends.spec import ModuleName
 from engines.errors import BuildError
 from engines.machine import Capability, Machine, dotted
@@ -44,12 +46,13 @@ def module_dtype(precision: str) -> torch.dtype:
 def resolve(
     gpu: str, precision: str, machine: Machine, installed: Callable[[str], object | None] = find_spec
 ) -> Target:
-    """Raises BuildError naming what is allowed here, or what is missing."""
+    """Raises BuildError naming what is allowed here, or what is missing; BackendError on a CPU without `precision`."""
     if gpu == "cpu":
         if precision not in CPU_PRECISIONS:
             allowed = ", ".join(CPU_PRECISIONS)
             raise BuildError(f"precision: got {precision!r}, a CPU engine is built in {allowed}")
         _need("openvino", "openvino", installed)
+        check_cpu(cast(CpuPrecision, precision))
         return Target(gpu, "openvino", "openvino", None, executable=True)
     if precision not in GPU_PRECISIONS:
         raise BuildError(f"precision: got {precision!r}, allowed {', '.join(GPU_PRECISIONS)}")

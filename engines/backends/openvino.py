@@ -27,10 +27,14 @@ def convert(onnx_path: Path, target: Path) -> list[Path]:
     return [xml, target.with_suffix(".bin")]
 
 
+def has_bf16() -> bool:
+    """Whether OpenVINO multiplies in bf16 on this CPU. Raises BackendError where openvino is missing."""
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def check_cpu(precision: CpuPrecision) -> None:
-    """Raises BackendError where openvino is missing or this CPU cannot multiply in `precision`."""
-    able = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision == "bf16" and "BF16" not in able:
+    """Raises BackendError where this CPU cannot multiply in `precision`."""
+    if precision == "bf16" and not has_bf16():
         raise BackendError("openvino: this CPU has no bf16 instructions; build with --precision fp32")
 
 
@@ -39,11 +43,12 @@ class OpenVinoGraph:
 
     buckets: ascending batch sizes; a batch runs in the smallest that holds it, padded by its last row. cache: folder
     for compiled models; one that cannot be written, or holds damaged files, costs time only.
-    Raises BackendError without openvino, ArtifactError where the file cannot be read.
+    Raises BackendError without openvino or on a CPU without `precision`, ArtifactError where the file cannot be read.
     """
 
     def __init__(self, xml: Path, precision: CpuPrecision, buckets: Sequence[int], cache: Path):
         vendor = _openvino()
+        check_cpu(precision)
         self._buckets = tuple(buckets)
         settings = {
             "INFERENCE_PRECISION_HINT": _HINT[precision],

@@ -23,7 +23,7 @@ from engines.buckets import smallest_fitting
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 
 Capability = tuple[int, int]
-_SEVERE = 1  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3
+_SEVERE, _TOLD = 1, 3  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3, verbose 4
 _DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -32,7 +32,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "INT64": torch.int64,
 }
-_INSPECTED = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "E4M3": "FP8"}  # one name for each
+_INSPECTED = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "E4M3": "FP8", "Float8": "FP8"}  # one name for each
 
 
 def vendor(name: str) -> Any:
@@ -45,7 +45,7 @@ def vendor(name: str) -> Any:
 
 @dataclass
 class Log:
-    """What TensorRT says, kept: its exceptions carry no text."""
+    """What TensorRT says, kept: its exceptions carry no text. Not what is verbose: a line for every kernel."""
 
     lines: list[tuple[int, str]] = field(default_factory=list)
 
@@ -68,7 +68,8 @@ class Log:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                lines.append((int(severity), message))
+                if int(severity) <= _TOLD:
+                    lines.append((int(severity), message))
 
         return Logger()
 
@@ -154,18 +155,27 @@ def _set_target(trt: Any, config: Any, capability: Capability) -> None:
 
 
 def _load_timing(trt: Any, config: Any, path: Path) -> bool:
-    """Gives `config` the kernels' timings of earlier builds; tensorrt_rtx times nothing when it builds."""
+    """Gives `config` the kernels' timings of earlier builds; tensorrt_rtx times nothing when it builds.
+
+    Those of another card or version are refused, and an empty cache takes their place.
+    """
     if _ahead_of_time(trt):
         return False
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return True
+    for content in (path.read_bytes() if path.exists() else b"", b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return True
+    return False
 
 
 class _JitCache:
-    """Kernels that tensorrt_rtx compiled for this card, in a file; nothing for tensorrt, whose engines hold them."""
+    """Kernels that tensorrt_rtx compiled for this card, in a file; nothing for tensorrt, whose engines hold them.
 
-    def __init__(self, engine: Any, path: Path):
+    They are compiled for a shape when it first runs. By default that happens in the background while kernels for any
+    shape run, and those would be what a CUDA graph captures.
+    """
+
+    def __init__(self, trt: Any, engine: Any, path: Path):
         self._engine, self._path = engine, path
         self._kept: set[int] = set()
         self._settings: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
@@ -175,6 +185,8 @@ class _JitCache:
             if path.exists():
                 self._cache.deserialize(path.read_bytes())
             self._settings.set_runtime_cache(self._cache)
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._settings.dynamic_shapes_kernel_specialization_strategy = eager
 
     def context(self, strategy: Any) -> Any:
         if self._cache is None:
@@ -216,7 +228,7 @@ class Scratch:
 
 def _kind(text: str) -> str:
     """The type in the inspector's words, such as "Row major linear FP16 format" or "Half"."""
-    found = re.search(r"FP8|E4M3|BF16|BFloat16|FP16|Half|FP32|Float|Int8|UInt8|Int32|Int64|Bool", text)
+    found = re.search(r"FP8|Float8|E4M3|BF16|BFloat16|FP16|Half|FP32|Float|Int8|UInt8|Int32|Int64|Bool", text)
     return _INSPECTED.get(found[0], found[0]) if found else "unknown"
 
 
@@ -251,7 +263,7 @@ class TensorRtGraph:
         self._inputs = [name for name in tensors if modes[name] == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
         self._types = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in tensors}
-        self._jit = _JitCache(self._engine, jit_cache)
+        self._jit = _JitCache(trt, self._engine, jit_cache)
         self._scratch.reserve(self._engine.device_memory_size_v2)
         self._contexts: dict[int, tuple[Any, Tensor]] = {}  # with the memory that each holds
 
@@ -275,14 +287,20 @@ class TensorRtGraph:
         return [torch.cat(outputs) for outputs in zip(*pieces, strict=True)]
 
     def layers_by_precision(self) -> dict[str, int]:
-        """How many layers write each type, by the engine inspector: proof that fp8 kernels are really used."""
+        """How many layers read or write each type, by the engine inspector: proof that fp8 kernels are really used.
+
+        A product that reads fp8 mostly writes fp16. A kernel's name tells of fp8 where its tensors do not.
+        """
         inspector = self._engine.create_engine_inspector()
         report = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         layers = json.loads(report).get("Layers", [])
         counts: dict[str, int] = {}
-        for layer in layers:
-            outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []
-            for kind in {_kind(output.get("Format/Datatype", "")) for output in outputs}:
+        for layer in (one for one in layers if isinstance(one, dict)):  # the others are names alone
+            tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])]
+            kinds = {_kind(tensor.get("Format/Datatype", "")) for tensor in tensors}
+            if re.search("e4m3|fp8", str(layer.get("TacticName")), re.IGNORECASE):
+                kinds.add("FP8")
+            for kind in kinds:
                 counts[kind] = counts.get(kind, 0) + 1
         return counts
 
@@ -291,7 +309,8 @@ class TensorRtGraph:
             context = self._jit.context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
                 raise OutOfMemoryError(f"engine: {self._name}: no memory for a context; {self._log.first_error()}")
-            context.set_optimization_profile_async(self._buckets.index(bucket), self._stream())
+            if not context.set_optimization_profile_async(self._buckets.index(bucket), self._stream()):
+                raise BackendError(f"{self._name}: no profile for a batch of {bucket}: {self._log.first_error()}")
             block = self._scratch.lend(self._engine.device_memory_size_v2)
             context.set_device_memory(block.data_ptr(), block.numel())
             self._contexts[bucket] = context, block

@@ -118,6 +118,7 @@ class Programs:
             try:
                 compiled = self._vendor.dynamo.compile(
                     program,
+                    arg_inputs=(),
                     kwarg_inputs=examples,
                     device=self._device,
                     immutable_weights=False,

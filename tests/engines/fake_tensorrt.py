@@ -65,8 +65,13 @@ class Engine:
 
     def create_engine_inspector(self) -> Any:
         layers = [
-            {"Outputs": [{"Format/Datatype": text}]}
-            for text in ("Half", "Row major linear FP8 format", "FP8", "Row major linear FP16 format")
+            {"Inputs": [{"Format/Datatype": given}], "Outputs": [{"Format/Datatype": made}], "TacticName": kernel}
+            for given, made, kernel in (
+                ("Half", "Row major linear FP8 format", "quantise"),
+                ("Float8E4M3", "Half", "product"),
+                ("Row major linear FP16 format", "Half", "sm90_xmma_gemm_e4m3e4m3_f32f32_f16"),
+                ("Half", "Float", "0x0"),
+            )
         ]
         return SimpleNamespace(
             get_engine_information=lambda _: json.dumps({"Layers": [*layers, "a layer without details"]})
@@ -80,9 +85,10 @@ class Context:
         self._addresses: dict[str, int] = {}
         self.profile, self.streams, self.memory = -1, [], 0
 
-    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
         self.streams.append(stream)
+        return profile < len(self._engine.batches)
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert size >= self._engine.device_memory_size_v2
@@ -163,12 +169,15 @@ class Config:
     def add_optimization_profile(self, profile: Any) -> None:
         self.profiles.append(profile.shapes)
 
-    def create_timing_cache(self, content: bytes) -> bytes:
-        return content + b"+"
+    def create_timing_cache(self, content: bytes) -> bytes | None:
+        return None if content.startswith(b"torn") else content + b"+"
 
-    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> None:
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
+        if cache.startswith(b"of another card"):
+            return False
         self._timings = cache
+        return True
 
     def get_timing_cache(self) -> Any:
         return SimpleNamespace(serialize=lambda: self._timings)

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from engines.backends import openvino as backend
 from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, TransformerDropIn, built_for
-from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert
+from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert, has_bf16
 from engines.backends.spec import ModuleName
 from engines.errors import ArtifactError, BackendError
 from engines.export import export_onnx
+from engines.machine import Machine
 from engines.parity import GATES, difference
 from engines.probe import probe_inputs
+from engines.targets import resolve
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
+
+needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
 
 LATENT, PICTURE = (SHAPE.height, SHAPE.width), SHAPE.pixels
 
@@ -56,13 +60,9 @@ def drop_in(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
     return made[name]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
 def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, converted: Converted) -> None:
-    try:
-        check_cpu(precision)
-    except BackendError as error:
-        pytest.skip(str(error))
     module, run = hot_module(name), drop_in(name, converted.graph(name, precision, (1, 4)))
     for batch in (1, 3):
         inputs = probe_inputs(name, SHAPE, batch, torch.float32)
@@ -130,7 +130,11 @@ def test_a_missing_package_and_a_cpu_without_bf16_are_told(monkeypatch: pytest.M
     check_cpu("fp32")
     with pytest.raises(BackendError, match="no bf16 instructions; build with --precision fp32"):
         check_cpu("bf16")
+    with pytest.raises(BackendError, match="no bf16 instructions"):
+        resolve("cpu", "bf16", Machine("a CPU"))
+    with pytest.raises(BackendError, match="no bf16 instructions"):
+        OpenVinoGraph(Path("decoder.xml"), "bf16", (1,), Path("cache"))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match="openvino: the package is missing"):
-        check_cpu("fp32")
+        OpenVinoGraph(Path("decoder.xml"), "fp32", (1,), Path("cache"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.artifacts import LoadedModules
-from engines.backends.tensorrt import Scratch, TensorRtGraph, build_engine
+from engines.backends.tensorrt import Log, Scratch, TensorRtGraph, build_engine
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 from engines.reference import MODULES
 
@@ -124,8 +124,8 @@ def test_too_little_memory_and_a_failed_launch_are_told_apart(tmp_path: Path) ->
         run(inputs(1))
 
 
-def test_the_inspector_counts_layers_by_what_they_write(tmp_path: Path) -> None:
-    assert graph(tmp_path).layers_by_precision() == {"FP16": 2, "FP8": 2}
+def test_the_inspector_counts_layers_by_what_they_read_and_write(tmp_path: Path) -> None:
+    assert graph(tmp_path).layers_by_precision() == {"FP16": 4, "FP8": 3, "FP32": 1}
 
 
 class JitEngine(fake_tensorrt.Engine):
@@ -134,7 +134,9 @@ class JitEngine(fake_tensorrt.Engine):
     def create_runtime_config(self) -> Any:
         cache = SimpleNamespace(content=b"", serialize=lambda: b"kernels")
         cache.deserialize = lambda content: setattr(cache, "content", content)
-        config = SimpleNamespace(create_runtime_cache=lambda: cache)
+        config = SimpleNamespace(
+            create_runtime_cache=lambda: cache, dynamic_shapes_kernel_specialization_strategy="lazy"
+        )
         config.set_runtime_cache = lambda chosen: setattr(config, "cache", chosen)
         config.set_execution_context_allocation_strategy = lambda chosen: setattr(config, "strategy", chosen)
         return config
@@ -147,7 +149,13 @@ class JitRuntime(fake_tensorrt.Runtime):
         return JitEngine(engine.batches, engine.left, engine.logger)
 
 
-JIT = SimpleNamespace(**{**vars(fake_tensorrt), "Runtime": JitRuntime})
+JIT = SimpleNamespace(
+    **{
+        **vars(fake_tensorrt),
+        "Runtime": JitRuntime,
+        "DynamicShapesKernelSpecializationStrategy": SimpleNamespace(EAGER="eager"),
+    }
+)
 
 
 def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
@@ -162,7 +170,9 @@ def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
     kept.write_bytes(b"earlier")
     again = graph(tmp_path, trt=JIT)
     again(inputs(1))
-    assert again._engine.contexts[0].settings.cache.content == b"earlier"
+    settings = again._engine.contexts[0].settings
+    assert settings.cache.content == b"earlier"
+    assert settings.dynamic_shapes_kernel_specialization_strategy == "eager", "or a graph holds kernels for any shape"
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
@@ -178,6 +188,28 @@ def test_on_the_card_each_bucket_gets_a_profile_and_timings_are_carried_on(tmp_p
     assert details == {"layers": 3, "activation_bytes": 4096, "batches": [1, 4]}
     run = opened(tmp_path, (1, 4), tmp_path / "jit")
     assert torch.equal(run(inputs(3))[0], (2 * inputs(3)["x"] + 1) * inputs(3)["keep"][:, None])
+
+
+@pytest.mark.parametrize("kept", [b"of another card", b"torn"])
+def test_timings_that_do_not_fit_are_measured_anew(kept: bytes, tmp_path: Path) -> None:
+    timing = tmp_path / "timing.cache"
+    timing.write_bytes(kept)
+    build_engine(fake_tensorrt, tmp_path / "module.onnx", tmp_path / "plan", (1,), (9, 0), timing)
+    assert timing.read_bytes() == b"+"
+
+
+def test_a_profile_that_the_engine_lacks_is_told(tmp_path: Path) -> None:
+    (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1,)))
+    with pytest.raises(BackendError, match="module: no profile for a batch of 2: no reason given"):
+        opened(tmp_path, (1, 2), tmp_path / "jit")(inputs(2))
+
+
+def test_what_is_verbose_is_not_kept() -> None:
+    log = Log()
+    logger = log.attach(fake_tensorrt)
+    for severity in range(5):
+        logger.log(severity, str(severity))
+    assert [severity for severity, _ in log.lines] == [0, 1, 2, 3]
 
 
 def test_a_failed_build_gives_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
