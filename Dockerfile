@@ -13,11 +13,10 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 RUN case "${FLAVOUR}" in cpu|gpu|ray) ;; *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu, ray" >&2; exit 1;; esac \
  && python3 -m venv --without-pip /venv
-COPY requirements.lock requirements-gpu.lock requirements-ray.lock /
+COPY requirements-cpu.lock requirements-gpu.lock requirements-ray.lock /
 # Layers change in this order: base, packages, code. pip stays outside the environment that is shipped.
 RUN python3 -m venv /pip \
- && if [ "${FLAVOUR}" = cpu ]; then lock=/requirements.lock; else lock="/requirements-${FLAVOUR}.lock"; fi \
- && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --requirement "${lock}"
+ && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --requirement "/requirements-${FLAVOUR}.lock"
 
 FROM ${BASE}
 COPY --from=packages /venv /venv

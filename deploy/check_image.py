@@ -1,4 +1,5 @@
-"""Proves an image by running it: who it runs as, what it may write, that it answers, drains, finds its volumes again.
+"""Proves an image by running it: who it runs as, what it may write, that it answers, drains, builds an engine onto its
+volume and serves it from there after a restart.
 
     python deploy/check_image.py --image NAME [--container podman] [--run-flags "..."] [-- FLAGS OF THE SERVER]
 
@@ -19,13 +20,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 IN_FLIGHT = 12  # requests that are being answered when SIGTERM comes
 DRAIN_LIMIT_S = 30
+ENGINE = "/engines/tiny"
+BUILD = f"python build_engine.py --model tiny --gpu cpu --precision fp32 --batches 1,2 --out {ENGINE}".split()
 BODY = {"prompt": "a red circle on a white background", "seed": 7}
 PARTS = """
 import pathlib
@@ -72,8 +75,8 @@ class Containers:
         return done.stdout.strip()
 
     @contextmanager
-    def running(self) -> Iterator["Running"]:
-        """A container as the README starts it, on a free port; removed in the end."""
+    def running(self, *arguments: str) -> Iterator["Running"]:
+        """A container as the README starts it, with further flags of the server, on a free port; removed in the end."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -84,7 +87,7 @@ class Containers:
             place = flags.index("--publish")
             flags[place : place + 2] = ["--env", f"SPRINT_PORT={port}"]
         # `run` in its two halves: how long storage takes to lay out a container is not the image's doing.
-        name = self.do("create", *flags, *self.run_flags, self.image, *self.arguments)
+        name = self.do("create", *flags, *self.run_flags, self.image, *self.arguments, *arguments)
         began = time.monotonic()
         self.do("start", name)
         try:
@@ -110,6 +113,12 @@ class Running:
         data = json.dumps(BODY | more).encode()
         return answer(urllib.request.Request(self.address + "/generate", data, {"content-type": "application/json"}))
 
+    def restarted(self) -> "Running":
+        self.containers.do("stop", "--time", str(DRAIN_LIMIT_S + 10), self.name)
+        began = time.monotonic()
+        self.containers.do("start", self.name)
+        return replace(self, began=began)
+
     def until_ready(self, limit_s: float = 900) -> float:
         """Seconds from the start of the container to ready."""
         while self.get("/health/ready")[0] != 200:
@@ -117,6 +126,17 @@ class Running:
                 raise CheckError(f"not ready in {limit_s:g} s: {self.containers.do('logs', self.name)[-2000:]}")
             time.sleep(0.05)
         return time.monotonic() - self.began
+
+    def backend(self) -> object:
+        return json.loads(self.get("/v1/info")[1])["backend"]
+
+    def files(self, folder: str) -> str:
+        """Names, sizes and times of everything under `folder`."""
+        script = (
+            f"import pathlib; files = [(str(one), one.stat().st_size, one.stat().st_mtime_ns) "
+            f"for one in pathlib.Path({folder!r}).rglob('*') if one.is_file()]; print(sorted(files))"
+        )
+        return self.inside("python", "-c", script)
 
     def jobs_inside(self) -> float:
         lines = self.get("/metrics")[1].decode().splitlines()
@@ -218,6 +238,31 @@ def keeps_volumes(containers: Containers) -> str:
     return f"kept; ready after {first:.1f} s, again after {second:.1f} s"
 
 
+def keeps_engines(containers: Containers) -> str:
+    """An engine that one container builds onto its volume is served by the next, and after a restart, as it is."""
+    with containers.running() as box:
+        box.until_ready()
+        if (
+            box.inside("python", "-c", "from importlib.util import find_spec; print(bool(find_spec('openvino')))")
+            != "True"
+        ):
+            return "not checked: this image holds no OpenVINO, which builds engines without a GPU"
+        began = time.monotonic()
+        box.inside(*BUILD)
+        built = time.monotonic() - began
+    with containers.running("--engine", ENGINE) as box:
+        first = box.until_ready()
+        expect(box.backend(), "openvino", "backend")
+        picture, files = box.generate(), box.files(ENGINE)
+        expect(picture[0], 200, "POST /generate of the built engine")
+        box = box.restarted()
+        second = box.until_ready()
+        expect(box.backend(), "openvino", "backend after a restart")
+        expect(box.generate() == picture, True, "the same picture after a restart")
+        expect(box.files(ENGINE), files, "files of the engine after a restart")
+    return f"built in {built:.1f} s; ready after {first:.1f} s, restarted after {second:.1f} s; no file of it changed"
+
+
 def check(containers: Containers) -> dict[str, str]:
     found: dict[str, str] = {}
 
@@ -232,6 +277,7 @@ def check(containers: Containers) -> dict[str, str]:
         for name, one in FIRST.items():
             note(name, one(box))
     note("volumes", keeps_volumes(containers))
+    note("engine", keeps_engines(containers))
     return found
 
 

@@ -1,5 +1,5 @@
 """Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -deploy to test deploy/ too,
--gpu for the GPU image, -ray for the image of a Ray cluster.
+-cpu and -gpu for the images of those flavours, -ray for the image of a Ray cluster.
 
 pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so
 a new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen.
@@ -23,6 +23,7 @@ LOCKS: dict[str, tuple[str, ...]] = {
     "requirements.lock": (),
     "requirements-dev.lock": TEST,
     "requirements-deploy.lock": (*TEST, "deploy"),
+    "requirements-cpu.lock": ("openvino", "export"),
     "requirements-gpu.lock": ("gpu",),
     "requirements-ray.lock": ("gpu", "ray"),
 }
