@@ -6,14 +6,15 @@
 
 For each checkpoint: ranges of activations, engines in each precision with their parity gates, pictures again and
 against eager fp32, graphs, then seconds by stage for every number of steps and batch, beside diffusers on the same
-device. Writes <out>/<date>_<device>.json and .md; what was not measured is not in them. Exit code 1: a step failed.
+device. Writes <out>/<date>_<device>.json and .md after every step; what was not measured is not in them. Exit code 1: a
+step failed.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ import torch
 from bench.acceptance import Plan, Step, accept
 from bench.errors import BenchError
 from bench.figures import command, machine, parse_size, table
+from bench.program import told
 from bench.roofline import PAPER
 from engines.checkpoint import open_checkpoint
-from engines.errors import SprintError
 from engines.machine import dotted, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +35,21 @@ BACKENDS = {"cuda": ("cuda-graph", "compiled", "torch-tensorrt"), "cpu": ("eager
 PEERS = ("diffusers", "diffusers-compiled")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything; a line per step on standard error. Raises SprintError for a checkpoint that cannot be opened."""
+def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Everything; a line per step on standard error, and `keep` is given all that was found so far.
+
+    Raises SprintError for a checkpoint that cannot be opened.
+    """
     device = torch.device(options.device)
-    found: list[Step] = []
+    found, steps = _about(options, device), list[Step]()
+
+    def tell(step: Step) -> None:
+        print(_line(step), file=sys.stderr, flush=True)
+        steps.append(step)
+        found["steps"] = [one.to_dict() for one in steps]
+        found["failed"] = sum(one.outcome == "failed" for one in steps)
+        keep(found)
+
     for model in options.models:
         size = options.size or open_checkpoint(model).settings.default_size
         plan = Plan(
@@ -52,7 +64,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             backends=BACKENDS[device.type],
             peers=options.peers,
         )
-        found += accept(plan, lambda step: print(_line(step), file=sys.stderr, flush=True))
+        accept(plan, tell)
+    return found
+
+
+def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     here = this_machine()
     return {
         "program": "bench.accept",
@@ -62,8 +78,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "compute_capability": dotted(here.capability) if device.type == "cuda" else None,
         "driver": here.driver,
         "machine": machine(),
-        "failed": sum(step.outcome == "failed" for step in found),
-        "steps": [step.to_dict() for step in found],
+        "failed": 0,
+        "steps": [],
         "paper": [
             {"device": name, "stage": stage, "steps": steps, "milliseconds": value}
             for (name, stage), by_steps in PAPER.items()
@@ -184,22 +200,22 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
-    try:
+
+    def kept() -> dict[str, Any]:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BenchError("device: torch sees no GPU; --device cpu runs what a CPU can")
-        found = run(options)
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return run(options, lambda so_far: keep(so_far, options.out))
+
+    return told(kept, show, lambda found: found["failed"] > 0)
+
+
+def keep(found: dict[str, Any], folder: Path) -> None:
+    """Writes the document and its page, named by day and card."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", found["card"]).strip("-").lower()
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"{found['machine']['date']}_{name}"
-    page = show(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{found['machine']['date']}_{name}"
     stem.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
-    print(json.dumps(found))
-    return int(found["failed"] > 0)
+    stem.with_suffix(".md").write_text(show(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

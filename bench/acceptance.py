@@ -1,6 +1,7 @@
 """The steps of bench.accept: each proves or measures one thing of one checkpoint on the device, and says how it went.
 
-A step that fails is written down with its reason and does not stop the others; nothing is estimated in its place.
+A step that fails is written down with its reason and does not stop the others; nothing is estimated in its place. On a
+GPU each has a process of its own, because an error of a kernel spoils CUDA for the rest of its process.
 """
 
 import gc
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from bench.apart import apart
 from bench.errors import BenchError
 from bench.figures import spread
 from bench.subjects import STAGES, Diffusers, Ours, Subject, Task
@@ -33,6 +35,7 @@ from engines.types import Engine, Job, RawImage
 T = TypeVar("T")
 
 FP16_LARGEST = 65504
+STEP_LIMIT_S = 2 * 3600  # the longest compile every kernel of five batch sizes
 Outcome = Literal["passed", "failed", "skipped"]
 
 
@@ -82,20 +85,35 @@ class Step:
 def accept(plan: Plan, tell: Callable[[Step], object]) -> list[Step]:
     """Every step of `plan`, in order; `tell` hears of each as it ends."""
     done = []
-    for name, run in _steps(plan):
-        step = Step(plan.model, name)
-        began = time.perf_counter()
-        try:
-            run(step)
-        except SkippedError as error:
-            step.outcome, step.reason = "skipped", str(error)
-        except Exception as error:  # whatever it is, it is the outcome of this step
-            step.outcome, step.reason = "failed", _line(error)
-        step.seconds = round(time.perf_counter() - began, 1)
-        _free(plan)
+    for name, _ in _steps(plan):
+        step = run_apart(plan, name) if plan.on_gpu else run_step(plan, name)
         tell(step)
         done.append(step)
     return done
+
+
+def run_step(plan: Plan, name: str) -> Step:
+    """One step of `plan`; whatever it raises is its outcome."""
+    step = Step(plan.model, name)
+    began = time.perf_counter()
+    try:
+        dict(_steps(plan))[name](step)
+    except SkippedError as error:
+        step.outcome, step.reason = "skipped", str(error)
+    except Exception as error:  # see above
+        step.outcome, step.reason = "failed", _line(error)
+    step.seconds = round(time.perf_counter() - began, 1)
+    _free(plan)
+    return step
+
+
+def run_apart(plan: Plan, name: str) -> Step:
+    """`run_step` in a process of its own; if that dies, it is the step's outcome."""
+    began = time.perf_counter()
+    try:
+        return apart(STEP_LIMIT_S, run_step, plan, name)
+    except BenchError as error:
+        return Step(plan.model, name, "failed", str(error), round(time.perf_counter() - began, 1))
 
 
 def _steps(plan: Plan) -> Iterator[tuple[str, Callable[[Step], None]]]:
@@ -248,10 +266,7 @@ def _unbuilt(plan: Plan, backend: str) -> Made:
             return Ours(checkpoint, backend=backend, max_batch=largest, **options)
 
         try:
-            return _largest_fitting(plan, load), {
-                "who": "ours",
-                "how": f"{backend} {precision}",
-            }
+            return _largest_fitting(plan, load), {"who": "ours", "how": f"{backend} {precision}"}
         except BackendError as error:
             raise SkippedError(str(error)) from error
 

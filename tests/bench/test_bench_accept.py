@@ -1,6 +1,8 @@
 """bench.accept on the CPU: every step but the card's own runs here, so that the one command of a GPU host works."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 
 from bench import report
 from bench.accept import main, parsed, show
-from bench.acceptance import Plan, _largest_fitting
+from bench.acceptance import Plan, Step, _largest_fitting, accept, run_apart
+from bench.errors import BenchError
 from engines.errors import OutOfMemoryError
 
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
@@ -126,6 +129,38 @@ def test_a_step_that_fails_is_told_and_stops_no_other(
     assert not steps["latency diffusers"]["rows"]
     assert found["failed"] == 3
     assert reason in page
+
+
+def test_a_step_has_a_process_of_its_own_which_may_die(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(str(folder), torch.device("cpu"), tmp_path, ("fp32",), (64, 64), (1,), (1,), 1, (), ())
+    alone = run_apart(plan, "pictures fp32")
+    assert (alone.outcome, alone.reason) == ("skipped", "no engines in fp32 were built")
+
+    def dies(*_: object) -> None:
+        raise BenchError("its process died: SIGSEGV")
+
+    monkeypatch.setattr("bench.acceptance.apart", dies)
+    monkeypatch.setattr("bench.acceptance._free", lambda _: None)
+    told: list[Step] = []
+    accept(replace(plan, device=torch.device("cuda")), told.append)
+    assert len(told) == 5
+    assert {(step.outcome, step.reason) for step in told} == {("failed", "its process died: SIGSEGV")}
+
+
+def test_what_was_found_is_kept_after_every_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def two_steps(plan: Plan, tell: Callable[[Step], object]) -> None:
+        for name in ("one", "two"):
+            tell(Step(plan.model, name, "failed", "a reason"))
+            seen.append(len(written(tmp_path)[0]["steps"]))
+
+    monkeypatch.setattr("bench.accept.accept", two_steps)
+    assert main(command(folder, tmp_path)) == 1
+    assert seen == [1, 2]
+    assert written(tmp_path)[0]["failed"] == 2
 
 
 def test_the_largest_batch_that_fits_is_measured(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""A call in a process of its own answers, dies or hangs, and its caller goes on."""
+
+import operator
+import os
+import time
+
+import pytest
+
+from bench.apart import apart
+from bench.errors import BenchError
+
+
+def test_the_answer_comes_back() -> None:
+    assert apart(60, operator.add, 1, 2) == 3
+    assert apart(60, os.getpid) != os.getpid()
+
+
+def test_a_process_that_dies_is_told_by_what_ended_it() -> None:
+    with pytest.raises(BenchError, match=r"^its process died: SIGABRT$"):
+        apart(60, os.abort)
+    with pytest.raises(BenchError, match=r"^its process died: exit 3$"):
+        apart(60, os._exit, 3)
+
+
+def test_one_that_hangs_is_ended() -> None:
+    with pytest.raises(BenchError, match=r"^not done after 0\.1 s; its process was ended$"):
+        apart(0.1, time.sleep, 600)
