@@ -31,7 +31,7 @@ from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.onnx_graph import OnnxGraph
 from engines.parity import GATES, PICTURE_GATES
 from engines.probe import GraphShape, probe_inputs
-from engines.quantize import exporting, quantize
+from engines.quantize import exporting, narrowed, quantize
 from engines.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.staging import staging
 from engines.targets import Target, module_dtype, module_precision, resolve
@@ -142,10 +142,13 @@ class _Work:
     reasons: dict[ModuleName, str] = field(default_factory=dict)  # for a precision that was not asked for
     layers: dict[Key, dict[str, object]] = field(default_factory=dict)  # what the inspector tells of built engines
 
+    @property
+    def total(self) -> int:
+        """Steps. Each size: reference of 2 modules, then export, compilation and parity of 3."""
+        return len(self.spec.sizes) * (2 + 3 * len(MODULES))
+
     def step(self, text: str) -> None:
-        # Each size: reference of 2 modules, then export, compilation and parity of 3.
-        total = len(self.spec.sizes) * (2 + 3 * len(MODULES))
-        self.progress(self.done, total, text)
+        self.progress(self.done, self.total, text)
         self.done += 1
 
     def references(self) -> dict[Size, Path]:
@@ -229,14 +232,14 @@ class _Work:
     def module(self, name: ModuleName) -> nn.Module:
         """One module in the precision that is to run."""
         dtype = self.dtype(name)
+        if name == "transformer" and self.precisions[name] == "fp8":
+            self.progress(self.done, self.total, "calibration of the transformer")
+            exact = self.checkpoint.load_transformer(torch.float32, CPU)
+            sides = [(shape.height, shape.width) for shape in map(self.shape, self.spec.sizes)]
+            texts, channels = calibration_texts(self.checkpoint), self.checkpoint.transformer.in_channels
+            return narrowed(quantize(exact, texts, sides, self.spec.steps, channels), dtype)
         if name == "transformer":
-            transformer = self.checkpoint.load_transformer(dtype, CPU)
-            if self.precisions[name] != "fp8":
-                return transformer
-            shapes = [self.shape(size) for size in self.spec.sizes]
-            sides = [(shape.height, shape.width) for shape in shapes]
-            texts = calibration_texts(self.checkpoint)
-            return quantize(transformer, texts, sides, self.spec.steps, self.checkpoint.transformer.in_channels)
+            return self.checkpoint.load_transformer(dtype, CPU)
         autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
         if name == "encoder":
             return PixelEncoder(autoencoder)

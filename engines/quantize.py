@@ -89,6 +89,19 @@ def quantize(
     return quantised
 
 
+def narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A quantised `module` with weights and scales in `dtype`, which is that of its graph.
+
+    Scales are measured in fp32: a CPU without fp16 arithmetic takes 14 s for one pointwise convolution of the 0.6B
+    transformer in fp16, and 0.2 s in fp32. Other buffers keep their type, as everywhere.
+    """
+    scales = (value for name, value in module.named_buffers() if name.endswith("_amax"))
+    with torch.inference_mode(mode=False):
+        for value in (*module.parameters(), *scales):
+            value.data = value.data.to(dtype)
+    return module
+
+
 def run_samples(
     model: nn.Module, texts: Texts, sizes: Sequence[tuple[int, int]], steps: Sequence[int], channels: int
 ) -> list[Tensor]:

@@ -337,6 +337,27 @@ def test_an_autoencoder_that_overflows_fp16_runs_in_bf16_and_a_transformer_is_re
         work.settle("transformer", {"blocks.1": 40_000.0})
 
 
+def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
+    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+    told: list[str] = []
+
+    def calibrated(module: nn.Module, *_: object) -> nn.Module:
+        seen.append(next(module.parameters()).dtype)
+        return module
+
+    monkeypatch.setattr(building, "quantize", calibrated)
+    target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False)
+    checkpoint = open_checkpoint(str(small_pictures))
+    asked = replace(spec(small_pictures, tmp_path, "fp8"), sizes=((64, 64),))
+    work = _Work(asked, checkpoint, target, tmp_path, lambda *step: told.append(str(step)))
+    work.precisions["transformer"] = "fp8"
+    assert next(work.module("transformer").parameters()).dtype == torch.float16
+    assert seen == [torch.float32]
+    assert told == ["(0, 11, 'calibration of the transformer')"]
+
+
 def test_the_autoencoders_batches_leave_the_card_room(small_pictures: Path, tmp_path: Path) -> None:
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False, memory=24e9)
     checkpoint = open_checkpoint("random:sprint-0.6b")

@@ -16,7 +16,7 @@ from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransform
 from engines.onnx_graph import OnnxGraph
 from engines.parity import GATES, difference
 from engines.probe import probe_inputs
-from engines.quantize import TABLE, decide, exporting, quantised_layers, quantize, run_samples, sensitivity
+from engines.quantize import TABLE, decide, exporting, narrowed, quantised_layers, quantize, run_samples, sensitivity
 
 onnx = pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 pytest.importorskip("modelopt", reason="the extra 'build' is not installed")
@@ -29,7 +29,7 @@ SIDES = [(SHAPE.height, SHAPE.width)]
 
 @pytest.fixture(scope="module")
 def quantised() -> nn.Module:
-    return quantize(hot_transformer(dtype=torch.float16), TEXTS, SIDES, (1, 2), 32)
+    return narrowed(quantize(hot_transformer(), TEXTS, SIDES, (1, 2), 32), torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,16 @@ def test_the_graph_keeps_the_gate_and_is_really_rounded(graph: Path) -> None:
     distance = difference(reference(), found)
     assert GATES["fp8"].check("transformer", distance) == "SQNR >= 25 dB"
     assert distance.sqnr_db < 40
+
+
+def test_weights_and_scales_have_the_type_of_the_graph_and_other_buffers_their_own(quantised: nn.Module) -> None:
+    buffers = dict(quantised.named_buffers())
+    scales = {name: value for name, value in buffers.items() if name.endswith("_amax")}
+    assert len(scales) == 2 * 2 * 10
+    assert {value.dtype for value in (*quantised.parameters(), *scales.values())} == {torch.float16}
+    with_positions = nn.Module()
+    with_positions.register_buffer("pos_embed", torch.zeros(1))
+    assert next(narrowed(with_positions, torch.float16).buffers()).dtype == torch.float32
 
 
 def test_most_of_the_arithmetic_has_fp8_inputs(graph: Path, tmp_path: Path) -> None:
