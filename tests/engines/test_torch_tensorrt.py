@@ -138,4 +138,5 @@ def test_programs_on_the_card_equal_the_module(name: ModuleName, tmp_path: Path)
         inputs = {key: value.cuda() for key, value in probe_inputs(name, SHAPE, 2, torch.float32).items()}
         found, expected = run(**inputs), module(**inputs)
         found, expected = (found[0], expected[0]) if name == "decoder" else (found, expected)
-        torch.testing.assert_close(found.float(), expected.float(), atol=2e-2, rtol=2e-2)
+        # TF32 rounds what both multiply; of pixels, which are whole numbers, that moves some by one.
+        torch.testing.assert_close(found.float(), expected.float(), atol=2 if name == "decoder" else 2e-2, rtol=2e-2)
