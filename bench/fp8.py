@@ -10,7 +10,6 @@ score is further than --allowed from fp32's.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.figures import command, machine, table
+from bench.program import told
 from distill.evaluate import engine_generator, evaluate, evaluation_prompts
 from engines.calibration import Texts, calibration_texts
 from engines.checkpoint import Checkpoint, open_checkpoint
-from engines.errors import SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
 from engines.models.transformer import SprintTransformer
@@ -166,14 +165,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
-    try:
-        found = measure(options)
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    print(show(found))
-    print(json.dumps(found))
-    return int(options.score and abs(found["score"]["apart"]) > options.allowed)
+    return told(
+        lambda: measure(options),
+        show,
+        lambda found: options.score and abs(found["score"]["apart"]) > options.allowed,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ median over ours, end to end. Prints tables, then one JSON document as the last 
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -24,13 +23,13 @@ import torch
 from bench.errors import BenchError
 from bench.figures import command, machine, parse_size, spread, table
 from bench.memory import in_own_process, peak_bytes, rise
+from bench.program import told
 from bench.served import serving
 from bench.shared_weights import SharedWeights
 from bench.subjects import DTYPES, STAGES, Diffusers, Made, Ours, Rival, Subject, Task
 from bench.traffic import Order, Traffic
 from distill.evaluate import evaluation_prompts
 from engines.checkpoint import Checkpoint, open_checkpoint
-from engines.errors import SprintError
 from engines.parity import difference
 from engines.prompt import INSTRUCTION, PromptTokenizer
 from engines.types import Pixels
@@ -305,14 +304,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        found = measure(parsed(argv))
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    print(show(found))
-    print(json.dumps(found))
-    return 0
+    options = parsed(argv)
+    return told(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

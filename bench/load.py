@@ -16,17 +16,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, get_args
 
 from bench.checks import Check, Outcome, run_check
 from bench.errors import BenchError
 from bench.figures import command, machine, parse_size, spread, table
+from bench.program import told
 from bench.served import Served, samples, serving
 from bench.traffic import Order, Record, Traffic
 from distill.evaluate import evaluation_prompts
-from engines.errors import SprintError
 
 WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed
 SETTLE_S = 5.0  # for the server to notice that our connections are closed
@@ -115,7 +115,22 @@ async def _settled(traffic: Traffic, served: Served | None, files: int) -> State
         await asyncio.sleep(0.05)
 
 
-def summary(options: argparse.Namespace, flags: Sequence[str], ran: Run, outcome: Outcome) -> dict[str, object]:
+def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    """The whole of it, on a server of our own unless --url names one: see `summary`. Raises BenchError."""
+    with tempfile.TemporaryFile() as spool:
+        with contextlib.nullcontext() if options.url else serving(flags) as served:
+            ran = asyncio.run(run(options, served.url if served else options.url, served, spool))
+        outcome = run_check(options.check, ran.records, spool.fileno(), ran.size, flags, options.check_sample)
+    return summary(options, flags, ran, outcome)
+
+
+def is_wrong(found: Mapping[str, Any]) -> bool:
+    """Whether an answer was lost, or a picture is another's; `judge` only says how many look right."""
+    check = found["check"]
+    return bool(found["lost"]) or (check["kind"] in ("fake", "alone") and check["wrong"] > 0)
+
+
+def summary(options: argparse.Namespace, flags: Sequence[str], ran: Run, outcome: Outcome) -> dict[str, Any]:
     """The JSON document. Milliseconds, requests a second, bytes."""
     records, before, after = ran.records, ran.before, ran.after
     good = [record for record in records if record.status == 200]
@@ -177,12 +192,11 @@ def _engine_ms(record: Record) -> float:
     return sum(record.stages_ms.get(stage, 0.0) for stage in ("text", "denoise", "decode"))
 
 
-def show(found: dict[str, object]) -> str:
+def show(found: Mapping[str, Any]) -> str:
     """The tables for people."""
     names = ("latency_ms", "overhead_ms", "refusal_ms", "generator_late_ms")
     times = {name.replace("_", " ").replace(" ms", ", ms"): found[name] for name in names}
     stages = found["stages_ms"]
-    assert isinstance(stages, dict)
     times |= {f"stage {name}, ms": value for name, value in stages.items()}
     columns = ("p50", "p95", "p99", "mean", "max", "count")
     rows = [[name, *(value[key] for key in columns)] for name, value in times.items() if isinstance(value, dict)]
@@ -192,7 +206,6 @@ def show(found: dict[str, object]) -> str:
     ]
     facts = [[name, found[name]] for name in shown]
     check = found["check"]
-    assert isinstance(check, dict)
     verdict = f"check {check['kind']}: {check['checked']} looked at, {check['wrong']} wrong"
     return "\n".join(
         [table(("time", *columns), rows), "", table(("fact", "value"), facts), "", verdict, *check["reasons"]]
@@ -249,18 +262,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parsed(sys.argv[1:] if argv is None else argv)
-    try:
-        with tempfile.TemporaryFile() as spool:
-            with contextlib.nullcontext() if options.url else serving(flags) as served:
-                ran = asyncio.run(run(options, served.url if served else options.url, served, spool))
-            outcome = run_check(options.check, ran.records, spool.fileno(), ran.size, flags, options.check_sample)
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    found = summary(options, flags, ran, outcome)
-    print(show(found))
-    print(json.dumps(found))
-    return int(bool(found["lost"]) or (options.check in ("fake", "alone") and outcome.wrong > 0))
+    return told(lambda: measure(options, flags), show, is_wrong)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ machine, measures all. Every peer has our engine, our PNG encoder, batches of 8 
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -27,9 +26,9 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.figures import command, machine, spread, table
+from bench.program import told
 from bench.traffic import Order, Record, Traffic
 from distill.evaluate import evaluation_prompts
-from engines.errors import SprintError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".venvs"
@@ -218,14 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.peers", given))
     options = parser.parse_args(given)
-    try:
-        found = run(options)
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    print(show(found))
-    print(json.dumps(found))
-    return int(any(row["lost"] for row in found["rows"] if row["peer"] == "ours"))
+    return told(
+        lambda: run(options), show, lambda found: any(row["lost"] for row in found["rows"] if row["peer"] == "ours")
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

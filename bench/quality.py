@@ -9,7 +9,6 @@ far the pictures are from the first variant's. Prints a table, then one JSON doc
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import torch
 
 from bench.errors import BenchError
 from bench.figures import command, machine, table
+from bench.program import told
 from bench.subjects import DTYPES, Diffusers, Task
 from distill.evaluate import Generate, engine_generator, evaluate, evaluation_prompts
 from engines.checkpoint import open_checkpoint
-from engines.errors import SprintError
 from engines.loader import load_engine
 from engines.parity import Difference, difference
 from engines.sampler import Schedule
@@ -176,14 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-batch", type=int, default=8)
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.quality", given))
-    try:
-        found = measure(parser.parse_args(given))
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    print(show(found))
-    print(json.dumps(found))
-    return 0
+    options = parser.parse_args(given)
+    return told(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ picture files, the host, and traffic that a cache on the device saves.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +23,8 @@ from bench.chart import Bar, stacked_bars
 from bench.counting import Call, count
 from bench.devices import DEVICES, Device
 from bench.figures import command, machine, parse_size, table
+from bench.program import told
 from engines.checkpoint import Checkpoint, open_checkpoint
-from engines.errors import SprintError
 from engines.models.dcae import Autoencoder
 from engines.models.folding import fold
 from engines.models.gemma import GemmaBody, GemmaConfig
@@ -253,16 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.roofline", given))
     options = parser.parse_args(given)
-    try:
+
+    def measured() -> dict[str, Any]:
         found = measure(options)
-    except SprintError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    if options.plot:
-        options.plot.write_text(plot(found), encoding="utf-8")
-    print(show(found))
-    print(json.dumps(found))
-    return 0
+        if options.plot:
+            options.plot.write_text(plot(found), encoding="utf-8")
+        return found
+
+    return told(measured, show)
 
 
 if __name__ == "__main__":
