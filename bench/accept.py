@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from bench.acceptance import Plan, Step, accept
+from bench.acceptance import accept
 from bench.errors import BenchError
 from bench.figures import command, machine, parse_size, table
+from bench.plan import Plan, Step
 from bench.program import told
 from bench.roofline import PAPER
 from engines.checkpoint import open_checkpoint

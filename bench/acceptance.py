@@ -5,18 +5,18 @@ GPU each has a process of its own, because an error of a kernel spoils CUDA for 
 """
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from bench.apart import apart
 from bench.errors import BenchError
 from bench.figures import spread
+from bench.plan import Plan, SkippedError, Step
 from bench.subjects import STAGES, Diffusers, Ours, Subject, Task
 from distill.evaluate import evaluation_prompts
 from engines.backends.cuda_graph import CudaRecorder, HostRecorder
@@ -36,50 +36,6 @@ T = TypeVar("T")
 
 FP16_LARGEST = 65504
 STEP_LIMIT_S = 2 * 3600  # the longest compile every kernel of five batch sizes
-Outcome = Literal["passed", "failed", "skipped"]
-
-
-class SkippedError(BenchError):
-    """What a step needs is not here; the message says what."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is accepted, and how thoroughly. Sizes in pixels, width first."""
-
-    model: str
-    device: torch.device
-    engines: Path  # folder for what is built
-    precisions: tuple[str, ...]
-    size: tuple[int, int]
-    batches: tuple[int, ...]
-    steps: tuple[int, ...]
-    runs: int
-    backends: tuple[str, ...]  # of ours, without built engines
-    peers: tuple[str, ...]
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def folder(self, precision: str) -> Path:
-        return self.engines / f"{Path(self.model).name.replace(':', '-')}-{precision}"
-
-
-@dataclass
-class Step:
-    """How one step went. figures: what it found; rows: measurements."""
-
-    model: str
-    name: str
-    outcome: Outcome = "passed"
-    reason: str | None = None
-    seconds: float = 0.0
-    figures: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def accept(plan: Plan, tell: Callable[[Step], object]) -> list[Step]:
@@ -236,10 +192,15 @@ def _graphs(plan: Plan, step: Step) -> None:
 
 
 def _largest_fitting(plan: Plan, load: Callable[[int], T]) -> T:
-    """What `load` gives for the largest batch that the device has memory for. Raises OutOfMemoryError."""
+    """What `load` gives for the largest batch that the device has memory for, and kernels with indices wide enough.
+
+    Raises what the smallest batch raises.
+    """
     for largest in sorted(plan.batches, reverse=True)[:-1]:
-        with suppress(OutOfMemoryError):
+        try:
             return load(largest)
+        except (OutOfMemoryError, RuntimeError) as error:
+            print(f"{plan.model}: batches of {largest} cannot be loaded: {_line(error)}", file=sys.stderr)
         _free(plan)  # out here, where no traceback holds what was loaded
     return load(min(plan.batches))
 
@@ -298,7 +259,7 @@ def _latency(plan: Plan, step: Step, make: Made) -> None:
             step.rows.append(row)
             try:
                 made = [subject.run(_task(plan, texts, steps, batch)) for _ in range(plan.runs + 1)][1:]
-            except (SprintError, torch.OutOfMemoryError) as error:
+            except (SprintError, RuntimeError) as error:  # memory, and tensors of 2³¹ elements
                 row["refused"] = _line(error)
                 continue
             seconds = {stage: spread([one.seconds[stage] for one in made]) for stage in (*STAGES, "total")}
