@@ -7,6 +7,7 @@ import os
 import sys
 
 from server import logs
+from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.listener import serve
@@ -21,6 +22,7 @@ def main() -> int:
         logs.configure(settings.log_format, settings.log_level)
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
+        keep_memory(os.environ)
         app = create_app(lambda: load(settings), settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server import gathering, logs
+from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.listener import DrainingServer, configuration
@@ -112,6 +113,7 @@ def main() -> int:
     try:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
+        keep_memory(os.environ)
         app = create_app(lambda: load(settings), settings, expose=lambda _: gathering.gather(folder))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 from fastapi import FastAPI
 
 from server import gathering, logs
+from server.allocator import keep_memory
 from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
 from server.errors import UnavailableError
@@ -31,6 +33,7 @@ class Replica:
         self._name = context.replica_id.unique_id
         self._all = serve.get_deployment_handle(context.deployment, context.app_name)
         logs.configure(settings.log_format, settings.log_level, {"replica": self._name})
+        keep_memory(os.environ)
         self._service: Service | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
