@@ -60,8 +60,10 @@ def create_app(
     load = engine if callable(engine) else lambda: engine
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
     metrics = Metrics(request_buckets=settings.request_buckets, stage_buckets=settings.stage_buckets)
+    codec = Codec(settings.codec_threads)
     batcher = Batcher(
         load,
+        codec,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         hang_limit_s=settings.hang_limit_s,
@@ -71,8 +73,7 @@ def create_app(
         when_ready=lambda ready: _introduce(ready, metrics),
     )
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
-    codec = Codec(settings.codec_threads)
-    generation = Generation(batcher, codec, metrics, timeout_ms=settings.timeout_ms)
+    generation = Generation(batcher, codec, timeout_ms=settings.timeout_ms)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -92,6 +93,7 @@ def create_app(
         description="Pictures from text in one step: SANA-Sprint over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/metrics.py and tracing.py are ours
     )
     live = Live(batcher, codec, metrics, settings)
     app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live, expose)

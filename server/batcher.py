@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-from engines.types import Engine, Job
-from server.engine_thread import EngineThread, Finished, Outcome
+from engines.types import Engine, Job, Pixels
+from server.codec import Codec
+from server.engine_thread import EngineThread
 from server.errors import (
     EXIT_HANG,
     ClientGoneError,
@@ -25,6 +26,7 @@ from server.errors import (
     RequestError,
     UnavailableError,
 )
+from server.handover import Handover, Made
 from server.job_queue import Entry, JobQueue
 from server.metrics import Metrics
 
@@ -45,6 +47,7 @@ class Batcher:
     def __init__(
         self,
         load: Callable[[], Engine],
+        codec: Codec,
         *,
         max_batch: int,
         max_queue: int,
@@ -62,7 +65,7 @@ class Batcher:
         self._when_ready = when_ready
         # Beyond those that wait: one batch that runs and one whose pictures are being encoded.
         self._queue = JobQueue(max_waiting=max_queue, max_inside=max_queue + 2 * max_batch)
-        self._thread = EngineThread(load, self._queue, _OnLoop(self), metrics, max_batch=max_batch)
+        self._thread = EngineThread(load, self._queue, Handover(self, codec), metrics, max_batch=max_batch)
         self._engine: Engine | None = None
         self._unanswered: set[Entry] = set()
         self._idle = asyncio.Event()
@@ -198,38 +201,43 @@ class Batcher:
         if self.state == "loading":
             self.state = "ready"
 
-    def outcomes(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
+    def outcomes(self, outcomes: Sequence[tuple[Entry, Made | Exception]]) -> None:
         for entry, outcome in outcomes:
             if not entry.future.done():
-                if isinstance(outcome, RequestError):
-                    entry.future.set_exception(outcome)
-                else:
+                if isinstance(outcome, Made):
                     entry.future.set_result(outcome)
-            if isinstance(outcome, Finished):
+                else:
+                    entry.future.set_exception(outcome)
+            if isinstance(outcome, Made):
                 self._count(entry.job, outcome)
 
     def expired(self, entries: Sequence[Entry]) -> None:
         self._metrics.dropped.labels("deadline").inc(len(entries))
         _fail(entries, deadline_passed)
 
+    def failed(self, exit_code: int, reason: str) -> None:
+        self.lost("failed", exit_code, reason)
+
     def lost(self, state: Literal["hung", "failed"], exit_code: int, reason: str) -> None:
         """The engine is gone for good: answers everyone, then leaves."""
         logger.critical("leaving with exit code %d: %s", exit_code, reason)
         self.state = state
         _fail(self._queue.clear(), self._unavailable)
-        unanswered = list(self._unanswered)
-        _fail(unanswered, lambda: EngineError(f"{reason}; the server is about to restart"))
+        unmade = [entry for entry in self._unanswered if not entry.made]
+        _fail(unmade, lambda: EngineError(f"{reason}; the server is about to restart"))
         grace_s = EXIT_GRACE_S if self._engine is not None else 0.0  # nothing was accepted before it was ready
         asyncio.get_running_loop().call_later(grace_s, self._leave, exit_code)
 
-    def _count(self, job: Job, finished: Finished) -> None:
-        metrics, image = self._metrics, finished.image
+    def _count(self, job: Job, made: Made) -> None:
+        metrics, image, stages = self._metrics, made.finished.image, made.finished.image.stages
         metrics.count_image(job.width, job.height, job.steps)
         (metrics.cache_hits if image.prompt_cached else metrics.cache_misses).inc()
-        metrics.stage_seconds.labels("queue").observe(finished.queue_s)
-        metrics.stage_seconds.labels("text").observe(image.stages.text)
-        metrics.stage_seconds.labels("denoise").observe(image.stages.denoise)
-        metrics.stage_seconds.labels("decode").observe(image.stages.decode)
+        metrics.stages["queue"].observe(made.finished.queue_s)
+        metrics.stages["text"].observe(stages.text)
+        metrics.stages["denoise"].observe(stages.denoise)
+        metrics.stages["decode"].observe(stages.decode)
+        if made.content:
+            metrics.stages["encode"].observe(made.encode_s)
 
     async def _watch(self) -> None:
         """Notices a call of the engine that does not end."""
@@ -255,10 +263,10 @@ class Reservation:
         self._entries: list[Entry] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Finished]]:
-        """Queues as many jobs as were reserved. Each future ends with the picture or with a RequestError."""
+    def submit(self, jobs: Sequence[Job], encode: Callable[[Pixels], bytes]) -> list[asyncio.Future[Made]]:
+        """Queues as many jobs as were reserved. Each future ends with the encoded picture or with a RequestError."""
         loop = asyncio.get_running_loop()
-        self._entries = [Entry(job, loop.create_future(), self._deadline) for job in jobs]
+        self._entries = [Entry(job, encode, loop.create_future(), self._deadline) for job in jobs]
         for entry in self._entries:
             self._batcher.track(entry)
         self._queue.put(self._entries)
@@ -266,10 +274,10 @@ class Reservation:
         self._timer = loop.call_later(self._deadline - time.monotonic(), self._expire)
         return [entry.future for entry in self._entries]
 
-    def replace(self, job: Job) -> bool:
+    def replace(self, job: Job, encode: Callable[[Pixels], bytes]) -> bool:
         """Makes the one job of this reservation another one; False where it is in a batch already."""
         (entry,) = self._entries
-        return self._queue.replace(entry, job)
+        return self._queue.replace(entry, job, encode)
 
     def __enter__(self) -> Self:
         return self
@@ -291,32 +299,6 @@ class Reservation:
 
     def _expire(self) -> None:
         self._batcher.expired([entry for entry in self._entries if self._queue.withdraw(entry)])
-
-
-class _OnLoop:
-    """Carries the engine thread's reports to the event loop."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
-
-    def on_ready(self, engine: Engine) -> None:
-        self._post(self._batcher.became_ready, engine)
-
-    def on_outcomes(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
-        self._post(self._batcher.outcomes, outcomes)
-
-    def on_expired(self, entries: Sequence[Entry]) -> None:
-        self._post(self._batcher.expired, entries)
-
-    def on_fatal(self, exit_code: int, reason: str) -> None:
-        self._post(self._batcher.lost, "failed", exit_code, reason)
-
-    def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        loop = self._batcher.loop
-        if loop is None or loop.is_closed():
-            logger.error("the event loop ended before the engine's thread; %s is lost", call.__name__)
-        else:
-            loop.call_soon_threadsafe(call, *arguments)
 
 
 def deadline_passed() -> DeadlineError:

@@ -8,6 +8,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal, TypeVar, get_args
 
 import fpng
@@ -38,9 +39,9 @@ class Codec:
         """Runs `work` on a codec thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    async def encode(self, pixels: Pixels, image_format: ImageFormat, quality: int, *, base64: bool) -> bytes:
-        """The image file, or its base64."""
-        return await self.run(encode_base64 if base64 else encode, pixels, image_format, quality)
+    def begin(self, work: Callable[..., None], *arguments: object) -> None:
+        """Has `work`, which must not raise, run on a codec thread; may be called on any thread, and does not wait."""
+        self._pool.submit(work, *arguments)
 
     async def decode(self, field: str, source: bytes | str, background: int) -> Pixels:
         """See `decode`."""
@@ -50,10 +51,15 @@ class Codec:
         """Loads the plugins, so that no request pays for it."""
         for image_format in get_args(ImageFormat):
             pixels = np.zeros((1, 1, 3), dtype=np.uint8)
-            await self.decode("image", await self.encode(pixels, image_format, 90, base64=False), 0)
+            await self.decode("image", await self.run(encode, pixels, image_format, 90), 0)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> Callable[[Pixels], bytes]:
+    """What makes the image file, or its base64, of pixels."""
+    return partial(encode_base64 if base64 else encode, image_format=image_format, quality=quality)
 
 
 def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:

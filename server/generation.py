@@ -14,10 +14,8 @@ import numpy as np
 from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels
 from server.batcher import Batcher
-from server.codec import Codec, ImageFormat
-from server.engine_thread import Finished
+from server.codec import Codec, ImageFormat, encoder
 from server.errors import Fault, InvalidError
-from server.metrics import Metrics
 
 WHITE, BLACK = 255, 0  # what shows through transparent parts of an image, and of strokes on black
 
@@ -77,10 +75,9 @@ class Delivery:
 class Generation:
     """Makes what orders ask for."""
 
-    def __init__(self, batcher: Batcher, codec: Codec, metrics: Metrics, *, timeout_ms: int) -> None:
+    def __init__(self, batcher: Batcher, codec: Codec, *, timeout_ms: int) -> None:
         self._batcher = batcher
         self._codec = codec
-        self._metrics = metrics
         self._timeout_ms = timeout_ms
 
     async def make(self, order: Order, arrived: float) -> Delivery:
@@ -99,12 +96,12 @@ class Generation:
                 template = replace(template, control_image=strokes)
             order = replace(order, image=None, control_image=None)  # lets go of files that are decoded now
             jobs = [replace(template, seed=template.seed + i) for i in range(order.count)]
-            futures = slots.submit(jobs)
-            made = await asyncio.gather(*(self._finish(future, order) for future in futures))
-        finished = [one for one, _, _ in made]
+            encode = encoder(order.output_format, order.output_quality, base64=order.base64)
+            made = await asyncio.gather(*slots.submit(jobs, encode))
+        finished = [one.finished for one in made]
         stages = [one.image.stages for one in finished]
         return Delivery(
-            pictures=[Picture(content, job.seed) for job, (_, content, _) in zip(jobs, made, strict=True)],
+            pictures=[Picture(one.content, job.seed) for job, one in zip(jobs, made, strict=True)],
             width=template.width,
             height=template.height,
             output_format=order.output_format,
@@ -113,21 +110,11 @@ class Generation:
                 text=1000 * max(stage.text for stage in stages),
                 denoise=1000 * max(stage.denoise for stage in stages),
                 decode=1000 * max(stage.decode for stage in stages),
-                encode=1000 * max(seconds for _, _, seconds in made),
+                encode=1000 * max(one.encode_s for one in made),
                 total=1000 * (time.monotonic() - arrived),
             ),
             prompt_truncated=any(one.image.prompt_truncated for one in finished),
         )
-
-    async def _finish(self, future: asyncio.Future[Finished], order: Order) -> tuple[Finished, bytes, float]:
-        finished = await future
-        began = time.monotonic()
-        content = await self._codec.encode(
-            finished.image.pixels, order.output_format, order.output_quality, base64=order.base64
-        )
-        seconds = time.monotonic() - began
-        self._metrics.stage_seconds.labels("encode").observe(seconds)
-        return finished, content, seconds
 
 
 def plan(order: Order, limits: Limits) -> Job:

@@ -56,20 +56,20 @@ async def whole_body(request: Request) -> bytes:
 
 async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """The result of `work`, cancelled when the client leaves (ClientGoneError). The body must have been read."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(receive))
+    asking = asyncio.current_task()
+    assert asking is not None
+    leaving = asyncio.create_task(_cancel_when_gone(asking, receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError("the client left before its answer")
+        return await work
+    except asyncio.CancelledError:
+        if leaving.done() and not asking.uncancel():  # by nobody else
+            raise ClientGoneError("the client left before its answer") from None
+        raise
     finally:
         leaving.cancel()
-        if not working.done():
-            working.cancel()
-            await asyncio.wait((working,))
-    return working.result()
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _cancel_when_gone(asking: asyncio.Task[Any], receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    asking.cancel()

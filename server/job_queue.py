@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from engines.types import BatchKey, Job
+from engines.types import BatchKey, Job, Pixels
 
 
 @dataclass(eq=False, slots=True)
@@ -21,10 +21,12 @@ class Entry:
     """A job in the queue, and the future that its request waits on (the queue never touches the future)."""
 
     job: Job
+    encode: Callable[[Pixels], bytes]  # what makes a file of its picture
     future: asyncio.Future[Any]
     deadline: float
     submitted: float = field(default_factory=time.monotonic)
     place: int = 0  # given by the queue: lower is older
+    made: bool = False  # its picture is there, and about to be encoded
 
 
 class JobQueue:
@@ -82,7 +84,7 @@ class JobQueue:
             self._shrink(entry.job.key, group, 1)
             return True
 
-    def replace(self, entry: Entry, job: Job) -> bool:
+    def replace(self, entry: Entry, job: Job, encode: Callable[[Pixels], bytes]) -> bool:
         """Makes a job that still waits another one, in its place. False where it is in a batch, or gone, already."""
         with self._filled:
             key = entry.job.key
@@ -95,7 +97,7 @@ class JobQueue:
                     del self._waiting[key]
                 joined = self._waiting.get(job.key, {}) | {entry.place: entry}
                 self._waiting[job.key] = OrderedDict(sorted(joined.items()))
-            entry.job = job
+            entry.job, entry.encode = job, encode
             return True
 
     def release(self, *, unused: int, jobs: int) -> None:

@@ -8,15 +8,14 @@ a drawing is at most as old as the batch that runs. Nothing here grows with what
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engines.types import Conditioning, Job, Pixels
 from server.batcher import Batcher
-from server.codec import Codec
-from server.engine_thread import Finished
+from server.codec import Codec, encoder
 from server.errors import (
     CLOSE_BUSY,
     CLOSE_ENGINE,
@@ -32,6 +31,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.generation import BLACK, RANDOM_SEEDS, WHITE, Order, plan
+from server.handover import Made
 from server.live_messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.metrics import Metrics
 
@@ -207,36 +207,29 @@ class LiveSession:
     async def _picture(self, wanted: Wanted) -> None:
         """Makes and sends one picture, of `wanted` or of what is newer when its batch begins."""
         with self._batcher.reserve(1, time.monotonic() + self._timeout_s) as slots:
-            (future,) = slots.submit([wanted.job])
+            (future,) = slots.submit([wanted.job], _encoder(wanted))
             while not future.done():
                 if not self._news.is_set():
                     await _either(future, self._news.wait())
                 elif (newer := await self._newest()) is not None:
-                    if slots.replace(newer.job):
+                    if slots.replace(newer.job, _encoder(newer)):
                         wanted = newer
                         continue
                     await asyncio.wait((future,))
                     self._news.set()
-            finished = await future
-            began = time.monotonic()
-            settings = wanted.settings
-            content = await self._codec.encode(
-                finished.image.pixels, settings.output_format, settings.output_quality, base64=False
-            )
-            encode_s = time.monotonic() - began
-        self._metrics.stage_seconds.labels("encode").observe(encode_s)
-        await self._show(wanted, finished, content, encode_s)
+            made = await future
+        await self._show(wanted, made)
 
-    async def _show(self, wanted: Wanted, finished: Finished, content: bytes, encode_s: float) -> None:
+    async def _show(self, wanted: Wanted, made: Made) -> None:
         total_s = time.monotonic() - wanted.received
         dropped = max(wanted.drawings - self._shown_drawings - 1, 0)
-        stages = finished.image.stages
+        finished, stages = made.finished, made.finished.image.stages
         timings = {
             "queue": finished.queue_s,
             "text": stages.text,
             "denoise": stages.denoise,
             "decode": stages.decode,
-            "encode": encode_s,
+            "encode": made.encode_s,
             "total": total_s,
         }
         header = {
@@ -247,11 +240,11 @@ class LiveSession:
             "width": wanted.job.width,
             "height": wanted.job.height,
             "format": wanted.settings.output_format,
-            "bytes": len(content),
+            "bytes": len(made.content),
             "prompt_truncated": finished.image.prompt_truncated,
             "timings_ms": {stage: round(1000 * seconds, 3) for stage, seconds in timings.items()},
         }
-        await self._say(message("picture", header), content)
+        await self._say(message("picture", header), made.content)
         self._shown_drawings = wanted.drawings
         self.drawn += 1
         self._metrics.live_seconds.observe(total_s)
@@ -285,12 +278,16 @@ def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int
     )
 
 
+def _encoder(wanted: Wanted) -> Callable[[Pixels], bytes]:
+    return encoder(wanted.settings.output_format, wanted.settings.output_quality, base64=False)
+
+
 def _unavailable(error: UnavailableError) -> SessionEndError:
     close_codes = {"not_ready": CLOSE_BUSY, "draining": CLOSE_RESTART}
     return SessionEndError(error.code, error.detail, close_codes.get(error.code, CLOSE_ENGINE))
 
 
-async def _either(future: asyncio.Future[Finished], other: Awaitable[object]) -> None:
+async def _either(future: asyncio.Future[Made], other: Awaitable[object]) -> None:
     """Returns when one of the two is done; the second is given up then."""
     waiting = asyncio.ensure_future(other)
     try:

@@ -14,6 +14,7 @@ from engines.types import EngineInfo
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
+STAGES = ("queue", "text", "denoise", "decode", "encode")
 ASKED_SIZES = 32  # beside the engine's own, the first that clients ask for; all others count together as OTHER_SIZE
 OTHER_SIZE = ("other", "other")
 
@@ -94,8 +95,7 @@ class Metrics:
             self.dropped.labels(reason)
         for kind in ("error", "out_of_memory", "output", "hang"):
             self.engine_failures.labels(kind)
-        for stage in ("queue", "text", "denoise", "decode", "encode"):
-            self.stage_seconds.labels(stage)
+        self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     def describe_engine(self, info: EngineInfo, version: str) -> None:
         """Publishes sana_sprint_engine_info; `version` is this package's."""

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from server import openapi_doc
+from server.direct import DirectRoute
 from server.errors import ClientGoneError, Fault, InvalidError
 from server.generation import Delivery
 from server.intake import check_media_type, read_json, until_gone
@@ -24,7 +25,7 @@ from server.service import Service, context_of, service_of
 
 NO_USAGE = Usage().model_dump()
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=DirectRoute)
 
 
 @router.post("/images/generations", **openapi_doc.GENERATIONS)

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket
 
 from server import __version__, openapi_doc
 from server import metrics as exposition
+from server.direct import DirectRoute
 from server.errors import HttpError
 from server.generation import Delivery, Timings
 from server.intake import read_json, until_gone
@@ -22,7 +23,7 @@ from server.service import context_of, service_of
 
 STATIC = Path(__file__).parent / "static"
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post("/generate", **openapi_doc.GENERATE)
@@ -51,7 +52,7 @@ async def generate(request: Request) -> Response:
 
 
 @router.get("/health/live", **openapi_doc.LIVE)
-async def live() -> Response:
+async def live(_: Request) -> Response:
     """Answers while the process can answer at all."""
     return JSONResponse({"status": "live"})
 
@@ -102,7 +103,7 @@ async def live_drawing(socket: WebSocket) -> None:
 
 
 @router.get("/", include_in_schema=False)
-async def page() -> Response:
+async def page(_: Request) -> Response:
     """The web page."""
     path = STATIC / "index.html"
     if not path.is_file():

@@ -1,6 +1,7 @@
 """A real server in a thread, a client for it, and a fake engine whose batches a test can hold."""
 
 import io
+import json
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -113,6 +115,16 @@ class Later:
             raise self._error
         assert self._response is not None
         return self._response
+
+
+def connect_and_ask(running: Running, prompt: str) -> socket.socket:
+    """A client that a test can make leave."""
+    parts = urlsplit(running.url)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
+    body = json.dumps({"prompt": prompt, "width": 64, "height": 64}).encode()
+    head = "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
 
 
 Serve = Callable[..., Running]

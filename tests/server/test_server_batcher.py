@@ -1,22 +1,20 @@
 """Batches, order, faults of the engine, hang and drain: seen from outside, on a fake engine that a test can hold."""
 
 import asyncio
-import json
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from running_server import PATIENCE_S, GatedEngine, Later, Running, Serve, image_file, read_image, wait_until
+from running_server import GatedEngine, Later, Running, Serve, connect_and_ask, image_file, read_image, wait_until
 
 from engines.errors import CheckpointError
 from engines.fake import FakeEngine, FaultPlan, expected_pixels
 from engines.types import Engine, Job, RawImage
 from server.batcher import Batcher
+from server.codec import Codec
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
 from server.metrics import Metrics
 
@@ -204,16 +202,6 @@ def test_an_engine_that_cannot_be_loaded_is_left_with_a_code(serve: Serve, caplo
     assert "cannot start: no such folder; name one" in caplog.text
 
 
-def connect_and_ask(running: Running, prompt: str) -> socket.socket:
-    """A client that a test can make leave."""
-    parts = urlsplit(running.url)
-    connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
-    body = json.dumps({"prompt": prompt, "width": 64, "height": 64}).encode()
-    head = "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-    return connection
-
-
 def test_leaving_while_the_job_runs_harms_nobody(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine)
@@ -337,6 +325,7 @@ def test_the_engine_is_closed_on_the_thread_that_ran_it() -> None:
 def make_batcher(load: Callable[[], Engine]) -> Batcher:
     return Batcher(
         load,
+        Codec(1),
         max_batch=8,
         max_queue=8,
         hang_limit_s=30,

@@ -8,15 +8,19 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.types import Job
+from engines.types import Job, Pixels
 from server.job_queue import Entry, JobQueue
 
 FAR = time.monotonic() + 1e6
 
 
+def encode(pixels: Pixels) -> bytes:
+    return pixels.tobytes()
+
+
 def entry(width: int = 32, deadline: float = FAR) -> Entry:
     future: asyncio.Future[Any] = asyncio.Future(loop=LOOP)
-    return Entry(Job("x", seed=0, width=width, height=32), future, deadline)
+    return Entry(Job("x", seed=0, width=width, height=32), encode, future, deadline)
 
 
 class _NoLoop(asyncio.AbstractEventLoop):
