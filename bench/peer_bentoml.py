@@ -4,11 +4,10 @@ Its batched routes speak JSON, so that a picture travels as base64.
 """
 
 from base64 import b64encode
-from typing import Any
 
 import bentoml  # type: ignore[import-not-found]  # in the peer's own environment only
 
-from bench.peer_work import MAX_BATCH, PATH, Work
+from bench.peer_work import MAX_BATCH, PATH, Asked, Work
 
 
 @bentoml.service(workers=1, traffic={"timeout": 120, "max_concurrency": 512}, metrics={"enabled": False})
@@ -18,6 +17,6 @@ class Generate:
 
     # The latency that it may add: its own scheduler learns how long to wait within it.
     @bentoml.api(route=PATH, batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=120_000)  # type: ignore[untyped-decorator]  # as above
-    def generate(self, orders: list[dict[str, Any]]) -> list[str]:
+    def generate(self, orders: list[Asked]) -> list[str]:
         jobs = [self._work.job(order) for order in orders]
         return [b64encode(picture).decode() for picture in self._work.pictures(jobs)]

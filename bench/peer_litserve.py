@@ -7,7 +7,7 @@ from typing import Any
 import litserve  # type: ignore[import-not-found]  # in the peer's own environment only
 from fastapi import Response
 
-from bench.peer_work import MAX_BATCH, PATH, WAIT_S, Work
+from bench.peer_work import MAX_BATCH, PATH, WAIT_S, Asked, Work
 from engines.types import Job
 
 
@@ -16,7 +16,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]  # as above
         del device
         self.work = Work()
 
-    def decode_request(self, request: dict[str, Any], **_: Any) -> Job:
+    def decode_request(self, request: Asked, **_: Any) -> Job:
         return self.work.job(request)
 
     def batch(self, inputs: Sequence[Job]) -> list[Job]:

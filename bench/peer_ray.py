@@ -12,7 +12,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bench.peer_work import ENGINE_VARIABLE, MAX_BATCH, PATH, WAIT_S, Work
+from bench.peer_work import ENGINE_VARIABLE, MAX_BATCH, PATH, WAIT_S, Asked, Work
 from engines.types import Job
 
 
@@ -26,7 +26,7 @@ class Generate:
         return await asyncio.to_thread(self._work.pictures, jobs)
 
     async def __call__(self, request: Request) -> Response:
-        job = self._work.job(await request.json())
+        job = self._work.job(Asked.model_validate_json(await request.body()))
         picture: bytes = await self.pictures(job)
         return Response(picture, media_type="image/png", headers={"content-length": str(len(picture))})
 

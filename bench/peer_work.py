@@ -5,10 +5,11 @@ Runs in the peer's own environment. BENCH_PEER_ENGINE says which engine: fake:<m
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import fpng
+from pydantic import BaseModel, Field
 
 from engines.fake import FakeEngine
 from engines.types import Engine, Job
@@ -17,6 +18,15 @@ MAX_BATCH = 8
 WAIT_S = 0.005  # that a batch waits to be filled, where a peer asks for such a time
 PATH = "/generate"
 ENGINE_VARIABLE = "BENCH_PEER_ENGINE"
+
+
+class Asked(BaseModel):
+    """The body of a request, checked as one would write it: what bench.traffic sends."""
+
+    prompt: str = Field(min_length=1, max_length=4000)
+    seed: int = Field(ge=0)
+    num_inference_steps: int = Field(1, ge=1, le=4)
+    output_format: Literal["png"] = "png"
 
 
 class Work:
@@ -34,10 +44,9 @@ class Work:
         self._engine.warmup()
         self._lock = threading.Lock()
 
-    def job(self, order: Mapping[str, Any]) -> Job:
-        """Of the fields that bench.traffic sends."""
+    def job(self, asked: Asked) -> Job:
         width, height = self._engine.limits.default_size
-        return Job(order["prompt"], order["seed"], width, height, order.get("num_inference_steps", 1))
+        return Job(asked.prompt, asked.seed, width, height, asked.num_inference_steps)
 
     def pictures(self, jobs: Sequence[Job]) -> list[bytes]:
         """PNG files."""
