@@ -1,14 +1,18 @@
 """A program of ours in a process of its own, with what it prints."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from running_server import PATIENCE_S
+from running_server import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
+PROCESS_S = 180.0  # to import torch on a busy machine, say
 
 
 class Program:
@@ -40,3 +44,33 @@ class Program:
         code = self.process.wait(self.end_within_s)
         self._reader.join(PATIENCE_S)
         return code
+
+
+class Server(Program):
+    """A started `python -m server`."""
+
+    end_within_s = PROCESS_S
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        super().__init__("-W", "error", "-m", "server", "--port", "0", *arguments, **environment)
+
+    def wait_ready(self) -> str:
+        """Its address."""
+        wait_until(
+            lambda: "curl -s" in self.output or self.process.poll() is not None, "the curl line", within_s=PROCESS_S
+        )
+        found = re.search(r"curl -s (http://127\.0\.0\.1:\d+)/generate", self.output)
+        assert found, self.output
+        return found.group(1)
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[str]:
+    """The address of a `python -m server` that is ready; it must leave with code 0 on SIGTERM."""
+    server = Server(*flags)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.process.terminate()
+        code = server.wait_end()
+    assert code == 0, server.output

@@ -2,23 +2,19 @@
 
 import asyncio
 import json
-import os
-import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from live_client import live
+from program import serving
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import PATIENCE_S, Running, Serve, image_file, wait_until
 from websockets.asyncio.client import ClientConnection, connect
@@ -170,26 +166,6 @@ async def vanish(address: str, drawings: Sequence[bytes]) -> None:
         socket.transport.abort()
 
 
-@contextmanager
-def process() -> Iterator[str]:
-    """python -m server on the fake engine, in a process of its own; its address."""
-    command = [sys.executable, "-m", "server", "--backend", "fake", "--fake-delay-ms", str(ENGINE_MS), "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINT_")}
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(
-        [*command, "--log-level", "warning"], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout is not None
-        try:
-            found = re.search(r"http://\S+:\d+", server.stdout.readline())
-            assert found is not None
-            wait_until(lambda: httpx.get(found[0] + "/health/ready").status_code == 200, "readiness")
-            yield found[0]
-        finally:
-            server.terminate()
-            assert server.wait(PATIENCE_S) == 0
-
-
 def metrics(url: str) -> dict[str, float]:
     families = text_string_to_metric_families(httpx.get(url + "/metrics").text)
     return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
@@ -205,7 +181,7 @@ def test_two_minutes_of_twenty_people() -> None:
     drawings = [image_file((rng.random((64, 64, 1)) > 0.95).repeat(3, 2).astype(np.uint8) * 255) for _ in range(16)]
     seen = [Seen() for _ in range(SESSIONS)]
     memory: list[tuple[float, float]] = []
-    with process() as url:
+    with serving("--backend", "fake", "--fake-delay-ms", str(ENGINE_MS), "--log-level", "warning") as url:
         address = url.replace("http", "ws") + "/v1/live"
 
         async def all_draw() -> None:

@@ -5,37 +5,22 @@ python -m pytest -m slow tests/server/test_server_page_tiny.py -s --basetemp FOL
 
 import json
 import math
-import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from chromium import Page, browser, executable
-from running_server import wait_until
+from program import serving
 
-ROOT = Path(__file__).resolve().parents[2]
 STROKES = 40
 PROMPT = "a red circle"
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """python -m server with the shipped checkpoint, in a process of its own."""
-    command = [sys.executable, "-m", "server", "--port", "0", "--log-level", "warning"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            found = re.search(r"http://[^\s/]+:\d+", server.stdout.readline())
-            assert found is not None
-            wait_until(lambda: httpx.get(found[0] + "/health/ready").status_code == 200, "readiness")
-            yield found[0]
-        finally:
-            server.terminate()
-            assert server.wait(30) == 0
+    with serving("--log-level", "warning") as address:
+        yield address
 
 
 def arc(radius: float, start: int, end: int) -> list[tuple[float, float]]:

@@ -9,30 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from program import Program
+from program import Server
 from running_server import PATIENCE_S, wait_until
 
 from server.errors import EXIT_HANG, EXIT_SETTINGS, EXIT_START
-
-PROCESS_S = 180.0  # to import torch on a busy machine, say
-
-
-class Server(Program):
-    """A started `python -m server`."""
-
-    end_within_s = PROCESS_S
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        super().__init__("-W", "error", "-m", "server", "--port", "0", *arguments, **environment)
-
-    def wait_ready(self) -> str:
-        wait_until(
-            lambda: "curl -s" in self.output or self.process.poll() is not None, "the curl line", within_s=PROCESS_S
-        )
-        found = re.search(r"curl -s (http://127\.0\.0\.1:\d+)/generate", self.output)
-        assert found, self.output
-        return found.group(1)
-
 
 Launch = Callable[..., Server]
 
