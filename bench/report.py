@@ -95,7 +95,18 @@ def _latency(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     head = [
         *("checkpoint", "backend", "load", "answers/s", "in time/s", "deadline, ms", "p50, ms", "p95, ms", "p99, ms"),
-        *("overhead p50, ms", "overhead p99, ms", "batch", "refused", "lost", "wrong of checked", "memory growth"),
+        *(
+            "overhead p50, ms",
+            "overhead p99, ms",
+            "size",
+            "engine p50, ms",
+            "encode p50, ms",
+            "batch",
+            "refused",
+            "lost",
+            "wrong of checked",
+            "memory growth",
+        ),
     ]
     rows = []
     for result in results.values():
@@ -110,6 +121,9 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
                 *(result[key] for key in ("throughput", "goodput", "deadline_ms")),
                 *(latency[key] for key in ("p50", "p95", "p99")),
                 *(result["overhead_ms"][key] for key in ("p50", "p99")),
+                f"{_by(result['size'])} {result['format']}",
+                sum(result["stages_ms"][stage]["p50"] for stage in STAGES),
+                result["stages_ms"]["encode"]["p50"],
                 result["batch"]["mean_size"],
                 refused,
                 result["lost"],
@@ -119,7 +133,10 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
         )
     return (
         "Over HTTP, `in time` within the deadline; overhead is what an answer takes beyond the engine's own stages, so "
-        "at more than one client it holds the wait for others.\n\n" + table(head, rows)
+        "at more than one client it holds the wait for others. Engine is the sum of its stages, for the whole batch; "
+        "encode is what a file takes from its pixels, the wait for a codec thread included, while the engine's thread "
+        "is at its next batch (`tests/server/test_server_handover.py` stops all encoders and sees batch after batch "
+        "run).\n\n" + table(head, rows)
     ), {}
 
 
