@@ -41,7 +41,8 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
     "tensorrt": "python build_engine.py --gpu native",
 }
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of weights and activations; int8 is bf16 with the decoder's wide convolutions in 8 bits.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 def load_engine(
@@ -61,10 +62,10 @@ def load_engine(
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
     engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
-    fp32 or bf16, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another autoencoder
-    with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name where there is
-    one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on a GPU;
-    cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE.
+    one of PRECISIONS, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another
+    autoencoder with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name
+    where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
+    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
@@ -75,7 +76,7 @@ def load_engine(
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
-    precision = _precision(precision, place, reasons)
+    precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
     checkpoint = open_checkpoint(model, decoder)
     branch = load_controlnet(checkpoint, controlnet, dtype, place)
@@ -84,7 +85,7 @@ def load_engine(
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
         unit, kept = checkpoint.autoencoder.compression, Path(cache or CACHE).expanduser()
-        spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept)
+        spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept, int8=precision == "int8")
         return execute(module, spec)
 
     text = load_text_stage(checkpoint, dtype, place)
@@ -257,7 +258,7 @@ def _device(asked: str | None, reasons: dict[str, str]) -> torch.device:
     return torch.device(asked)
 
 
-def _precision(asked: str | None, device: torch.device, reasons: dict[str, str]) -> str:
+def _precision(asked: str | None, device: torch.device, backend: str, reasons: dict[str, str]) -> str:
     if asked is None:
         chosen = "fp32" if device.type == "cpu" else "bf16"
         reasons["precision"] = f"{chosen}: " + (
@@ -266,6 +267,10 @@ def _precision(asked: str | None, device: torch.device, reasons: dict[str, str])
         return chosen
     if asked not in PRECISIONS:
         raise BackendError(f"precision: got {asked!r}, allowed {', '.join(PRECISIONS)}")
+    if asked == "int8" and (backend, device.type) != ("eager", "cpu"):
+        raise BackendError(
+            f"precision: int8 is the eager backend's on a CPU, and this is {backend} on {device.type}; use bf16"
+        )
     reasons["precision"] = f"{asked}: asked for"
     return asked
 

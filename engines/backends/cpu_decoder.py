@@ -8,18 +8,25 @@ that torch.compile's CPU backend calls (torch/_inductor/fx_passes/mkldnn_fusion.
 Shapes: [B, C, H, W], channels-last in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.models.dcae import Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
-from engines.models.folding import folded_kernel, phases_of
+from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm
 
 _TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others; chosen for none, 1x1 is 8x slower
 _SLICE = 2**18  # numbers in one slice: 1 MiB in fp32, the L2 cache of a core
+
+
+class WideConv(Protocol):
+    """Makes what computes a convolution of stride 1 (with SiLU behind it) from [B, C, H, W] to [B, D, H, W]."""
+
+    def __call__(self, conv: nn.Conv2d, *, silu: bool = False) -> Callable[[Tensor], Tensor]: ...
 
 
 class PackedConv:
@@ -79,8 +86,8 @@ class _Norm:
 
 
 class _ResBlock:
-    def __init__(self, block: ResBlock) -> None:
-        self._first, self._second = PackedConv(block.conv1, silu=True), PackedConv(block.conv2)
+    def __init__(self, block: ResBlock, wide: WideConv) -> None:
+        self._first, self._second = wide(block.conv1, silu=True), wide(block.conv2)
         self._norm = _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -107,10 +114,10 @@ class _Attention:
 
 
 class _GatedConv:
-    def __init__(self, block: GLUMBConv) -> None:
+    def __init__(self, block: GLUMBConv, wide: WideConv) -> None:
         assert block.norm is not None
-        self._widen, self._depth = PackedConv(block.conv_inverted, silu=True), PackedConv(block.conv_depth)
-        self._narrow, self._norm = PackedConv(block.conv_point), _Norm(block.norm)
+        self._widen, self._depth = wide(block.conv_inverted, silu=True), PackedConv(block.conv_depth)
+        self._narrow, self._norm = wide(block.conv_point), _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         value, gate = self._depth(self._widen(x)).chunk(2, dim=1)
@@ -126,9 +133,11 @@ def _view(x: Tensor) -> Tensor:
 
 
 class _Upsample:
-    def __init__(self, upsample: Upsample) -> None:
-        weight, bias = folded_kernel(upsample)
-        self._conv = PackedConv(_conv(weight, bias, padding=1))
+    def __init__(self, upsample: Upsample, wide: WideConv) -> None:
+        # A 1 among the weights is free, but 8 bits with one scale per channel would hold that 1 and little else.
+        self._apart = upsample.repeats > 0 and wide is not PackedConv
+        weight, bias = folded_kernel(upsample, shortcut=not self._apart)
+        self._upsample, self._conv = upsample, wide(_conv(weight, bias, padding=1))
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -136,23 +145,31 @@ class _Upsample:
         size = (batch, phases[0].shape[1], 2 * height, 2 * width)
         out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
         for phase, part in enumerate(phases):
-            out[:, :, phase // 2 :: 2, phase % 2 :: 2].copy_(part)
+            target = out[:, :, phase // 2 :: 2, phase % 2 :: 2]
+            if self._apart:
+                torch.add(part, shortcuts_of(self._upsample, x)[phase], out=target)
+            else:
+                target.copy_(part)
         return out
 
 
 class CpuDecoder(nn.Module):
     """As dcae.Decoder.forward, of a loaded `decoder` on the CPU, whose weights it copies; fp32 or bf16."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, wide: WideConv | None = None) -> None:
         super().__init__()
+        wide = wide or PackedConv
         self._repeats = decoder.repeats  # of the shortcut around the first convolution
         self._first = PackedConv(_of(decoder.conv_in))
         self._steps = [
-            step for stage in reversed(decoder.up_blocks) for block in _of_sequence(stage) for step in _steps(block)
+            step
+            for stage in reversed(decoder.up_blocks)
+            for block in _of_sequence(stage)
+            for step in _steps(block, wide)
         ]
         self._norm, self._act = _Norm(decoder.norm_out), decoder.act
         last = decoder.conv_out
-        self._last = _Upsample(last) if isinstance(last, Upsample) else PackedConv(_of(last))
+        self._last = _Upsample(last, wide) if isinstance(last, Upsample) else PackedConv(_of(last))
 
     def forward(self, latent: Tensor) -> Tensor:
         latent = latent.contiguous(memory_format=torch.channels_last)
@@ -176,10 +193,10 @@ def _of_sequence(module: nn.Module) -> nn.Sequential:
     return module
 
 
-def _steps(block: nn.Module) -> list[_ResBlock | _Attention | _GatedConv | _Upsample]:
+def _steps(block: nn.Module, wide: WideConv) -> list[_ResBlock | _Attention | _GatedConv | _Upsample]:
     if isinstance(block, EfficientViTBlock):
-        return [_Attention(block.attn), _GatedConv(block.conv_out)]
+        return [_Attention(block.attn), _GatedConv(block.conv_out, wide)]
     if isinstance(block, Upsample):
-        return [_Upsample(block)]
+        return [_Upsample(block, wide)]
     assert isinstance(block, ResBlock)
-    return [_ResBlock(block)]
+    return [_ResBlock(block, wide)]

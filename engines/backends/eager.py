@@ -1,29 +1,52 @@
 """PyTorch as it is: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu_decoder), and in bf16 the transformer
-takes jobs one by one, so that a picture is the same in any batch.
+On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu_decoder), in 8 bits where that is asked
+for, and in bf16 the transformer takes jobs one by one, so that a picture is the same in any batch.
 """
 
 import torch
 from torch import Tensor, nn
 
 from engines.backends.cpu_decoder import CpuDecoder
+from engines.backends.cpu_int8 import Int8Conv, has_int8
 from engines.backends.spec import ModuleSpec
+from engines.errors import BackendError
 from engines.models.dcae import Decoder
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder
+from engines.parity import INT8_GATE, difference
 
 _WIDE = 256  # channels; a narrower decoder is bound by its calls, and a packed one costs 0.2 ms more
+_PROBE = (8, 8)  # cells of the latent that 8 bits are held to the gate on; noise, which uses all of a decoder
 
 
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """A module that computes the same; of a PixelDecoder the decoder is replaced, and its weights with it."""
+    """A module that computes the same; of a PixelDecoder the decoder is replaced, and its weights with it.
+
+    Raises BackendError, and ParityError where 8 bits cost this decoder more than its gate allows.
+    """
+    if isinstance(module, PixelDecoder) and spec.int8:
+        return _in_8_bits(module, spec)
     if isinstance(module, PixelDecoder) and spec.device.type == "cpu" and _packs(_loaded(module), spec.dtype):
         module.decoder = CpuDecoder(_loaded(module))
         return module
     if spec.name in ("transformer", "controlled") and spec.device.type == "cpu" and spec.dtype == torch.bfloat16:
         return RowByRow(module)
     return laid_out(module, spec)
+
+
+def _in_8_bits(module: PixelDecoder, spec: ModuleSpec) -> PixelDecoder:
+    if spec.device.type != "cpu" or not has_int8():
+        raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
+    decoder = _loaded(module)
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
+    with torch.inference_mode():
+        expected, _ = module(latent)
+        module.decoder = CpuDecoder(decoder, Int8Conv)
+        found, _ = module(latent)
+    INT8_GATE.check("decoder in int8", difference(expected, found))
+    return module
 
 
 def laid_out(module: nn.Module, spec: ModuleSpec) -> nn.Module:

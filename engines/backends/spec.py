@@ -26,6 +26,7 @@ class ModuleSpec:
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels that it is prepared for
     compression: int = 32  # pixels per cell of the latent
     cache: Path = CACHE  # folder for what is compiled when it is loaded
+    int8: bool = False  # the decoder's wide convolutions in 8 bits, where the backend can
 
     @property
     def sides(self) -> frozenset[tuple[int, int]]:

@@ -17,8 +17,11 @@ from engines.models.dcae import Decoder, Upsample
 _TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
-def folded_kernel(upsample: Upsample) -> tuple[Tensor, Tensor | None]:
-    """Weight [4D, C, k, k], ordered by phase and then by channel, and bias [4D]; k is 2, or 3 for a pixel shuffle."""
+def folded_kernel(upsample: Upsample, *, shortcut: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Weight [4D, C, k, k], ordered by phase and then by channel, and bias [4D]; k is 2, or 3 for a pixel shuffle.
+
+    shortcut False leaves it out, for weights that are rounded too coarsely to hold a 1 (`shortcuts_of` adds it).
+    """
     weight = upsample.conv.weight.double()
     bias = upsample.conv.bias
     if upsample.interpolate:
@@ -31,7 +34,7 @@ def folded_kernel(upsample: Upsample) -> tuple[Tensor, Tensor | None]:
     else:
         kernel = torch.unflatten(weight, 0, (-1, 4)).transpose(0, 1).contiguous()
         bias = None if bias is None else torch.unflatten(bias, 0, (-1, 4)).t().reshape(-1)
-    if upsample.repeats:
+    if upsample.repeats and shortcut:
         out = torch.arange(kernel.shape[1], device=kernel.device)
         for phase in range(4):
             row, column = (1 - phase // 2, 1 - phase % 2) if upsample.interpolate else (1, 1)
@@ -47,6 +50,11 @@ def phases_of(y: Tensor, height: int, width: int) -> list[Tensor]:
         parts[p][:, :, shift * (p // 2) : shift * (p // 2) + height, shift * (p % 2) : shift * (p % 2) + width]
         for p in range(4)
     ]
+
+
+def shortcuts_of(upsample: Upsample, x: Tensor) -> list[Tensor]:
+    """What the shortcut adds to each phase: four views [B, D, H, W] of x [B, C, H, W]."""
+    return [x[:, phase // upsample.repeats :: 4 // upsample.repeats] for phase in range(4)]
 
 
 class FoldedUpsample(nn.Module):

@@ -317,7 +317,7 @@ def test_engines_too_far_from_the_reference_are_not_kept(
 
     export = building.export_onnx
     monkeypatch.setattr(building, "export_onnx", forgetful)
-    with pytest.raises(ParityError, match="transformer at 64x64: too far from the fp32 reference: relative error"):
+    with pytest.raises(ParityError, match="transformer at 64x64: too far from its reference: relative error"):
         build(spec(small_pictures, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 

@@ -83,7 +83,7 @@ def test_bf16_runs_near_fp32(small_pictures: Path) -> None:
     ("asked", "message"),
     [
         ({"backend": "onnx"}, "backend: got 'onnx', allowed auto, eager"),
-        ({"precision": "int4"}, "precision: got 'int4', allowed fp32, bf16"),
+        ({"precision": "int4"}, "precision: got 'int4', allowed fp32, bf16, int8"),
         ({"device": "tpu"}, "device: got 'tpu', allowed cpu, cuda"),
         ({"device": "cuda:x"}, "device: got 'cuda:x'"),
         ({"device": "cuda:99"}, "device: got 'cuda:99', but torch sees"),

@@ -1,0 +1,76 @@
+"""Convolutions in 8 bits on a CPU with VNNI: twice the rate of bf16, at about 39 dB each.
+
+Weights are rounded once, with a scale per output channel. Activations are rounded at every call with a scale and a zero
+of their own per picture, so that no calibration is needed and a picture does not depend on its batch. Sums are exact
+(int32), bias and SiLU are applied to them in fp32 inside the kernel. The operators are those that torch.compile's CPU
+backend calls for quantised models (torch/_inductor/fx_passes/quantization.py).
+
+Shapes: [B, C, H, W], channels-last in memory.
+"""
+
+import torch
+from torch import Tensor, nn
+
+_TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others
+_LEVELS = 254  # of 256: the zero is rounded, which may shift the range by half a level
+_SLICE = 2**16  # numbers quantised at once: 256 KiB in fp32, within the L2 cache of a core
+
+
+def has_int8() -> bool:
+    """Whether this CPU multiplies 8-bit numbers without overflow in between, and torch has the operators."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()  # type: ignore[no-untyped-call]  # torch's own
+
+
+class Int8Conv:
+    """A convolution of stride 1 as `engines.backends.cpu_decoder.PackedConv`, computed in 8 bits."""
+
+    def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
+        assert not isinstance(conv.padding, str)
+        weight = conv.weight.detach().float()
+        self._scales = weight.abs().amax((1, 2, 3)).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+        rounded = (weight / self._scales[:, None, None, None]).round().to(torch.int8)
+        self._geometry = ([1, 1], list(conv.padding), [1, 1], conv.groups)
+        self._weight = torch.ops.onednn.qconv_prepack(
+            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *_TYPICAL]
+        )
+        self._zeros = torch.zeros(len(self._scales), dtype=torch.int32)
+        self._bias = None if conv.bias is None else conv.bias.detach().float()
+        self._activation = "swish" if silu else "none"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        made = [self._one(picture) for picture in torch.split(x, 1)]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _one(self, x: Tensor) -> Tensor:
+        """One picture [1, C, H, W]. What is not finite comes out as NaN everywhere."""
+        low, high = (float(bound) for bound in torch.aminmax(x.permute(0, 2, 3, 1)))  # else it copies x first
+        scale = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
+        finite = abs(scale) < float("inf")  # false for NaN too
+        zero = round(-min(low, 0.0) / scale) if finite else 0
+        y: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            quantised(x, scale, zero) if finite else torch.zeros_like(x, dtype=torch.uint8),
+            scale if finite else float("nan"),
+            zero,
+            self._weight,
+            self._scales,
+            self._zeros,
+            self._bias,
+            *self._geometry,
+            1.0,
+            0,
+            x.dtype,
+            self._activation,
+            [],
+            "",
+        )
+        return y
+
+
+def quantised(x: Tensor, scale: float, zero: int) -> Tensor:
+    """round(x / scale) + zero as uint8, of one picture [1, C, H, W]; by slices, so that fp32 stays in the cache."""
+    out = torch.empty_like(x, dtype=torch.uint8)
+    step = max(1, _SLICE // x.shape[1])
+    rows = (torch.split(tensor.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), step) for tensor in (x, out))
+    for given, made in zip(*rows, strict=True):
+        made.copy_(given.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5))
+    return out
