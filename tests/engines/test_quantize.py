@@ -55,7 +55,7 @@ def test_the_graph_keeps_the_gate_and_is_really_rounded(graph: Path) -> None:
 def test_weights_and_scales_have_the_type_of_the_graph_and_other_buffers_their_own(quantised: nn.Module) -> None:
     buffers = dict(quantised.named_buffers())
     scales = {name: value for name, value in buffers.items() if name.endswith("_amax")}
-    assert len(scales) == 2 * 2 * 10
+    assert len(scales) == 2 * len(quantised_layers(hot_transformer())) == 2 * 2 * 9
     assert {value.dtype for value in (*quantised.parameters(), *scales.values())} == {torch.float16}
     with_positions = nn.Module()
     with_positions.register_buffer("pos_embed", torch.zeros(1))
@@ -64,13 +64,13 @@ def test_weights_and_scales_have_the_type_of_the_graph_and_other_buffers_their_o
 
 def test_most_of_the_arithmetic_has_fp8_inputs(graph: Path, tmp_path: Path) -> None:
     width, cells, tokens, blocks = 160, 32, 12, 2
-    taken = blocks * width**2 * (4 * cells + 2 * cells + 2 * tokens + 7.5 * cells)
+    taken = blocks * width**2 * (3 * cells + 2 * cells + 2 * tokens + 7.5 * cells)
     products_of_attention = 2 * cells * width * 32 + cells * width + 2 * cells * tokens * width
-    left = blocks * (9 * 5 * width * cells + products_of_attention)
+    left = blocks * (9 * 5 * width * cells + width**2 * cells + products_of_attention)
     left += cells * 32 * width * 2 + tokens * (128 * width + width**2)
     left += 2 * (256 * width + width**2) + 6 * width**2
     assert fp8_share(graph) == pytest.approx(taken / (taken + left))
-    assert fp8_share(graph) > 0.85
+    assert fp8_share(graph) > 0.8, "0.86 in the shipped checkpoint, where both ends weigh a third of that"
     plain = tmp_path / "plain.onnx"
     export_onnx(
         hot_transformer(dtype=torch.float16), "transformer", probe_inputs("transformer", SHAPE, 2, torch.float16), plain
@@ -81,7 +81,7 @@ def test_most_of_the_arithmetic_has_fp8_inputs(graph: Path, tmp_path: Path) -> N
 def test_quantisers_stand_where_the_table_says(graph: Path) -> None:
     made = onnx.load(graph).graph
     pairs = [node for node in made.node if node.op_type == "QuantizeLinear"]
-    assert len(pairs) == 2 * 2 * 10, "input and weight of ten layers in each of two blocks"
+    assert len(pairs) == 2 * 2 * 9, "input and weight of nine layers in each of two blocks"
     makers = {name: node.op_type for node in made.node for name in node.output}
     assert "LayerNormalization" not in {makers.get(node.input[0]) for node in pairs}
     grouped = [node for node in made.node if node.op_type == "Conv" and _groups(node) > 1]
@@ -98,7 +98,7 @@ def test_the_table_decides_about_every_layer_of_the_published_sizes(config: obje
     with torch.device("meta"):
         module = SprintTransformer(config)
     layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    assert len(quantised_layers(module)) == 10 * config.num_layers
+    assert len(quantised_layers(module)) == 9 * config.num_layers
     assert {decide(name) for name in layers} == set(TABLE), "a row that decides about nothing"
     assert all(row.reason for row in TABLE)
 
