@@ -6,10 +6,11 @@ typing is used, because 11 has none. One optimisation profile per batch bucket, 
 the very shapes that run, and a CUDA graph's context never changes shape.
 """
 
+import gc
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +89,23 @@ def tidy(message: str) -> str:
     return re.sub(r"\.? In \w+ at /\S+$", "", line).rstrip(".")[:400]
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block Python collects no cycles.
+
+    TensorRT calls the logger with a lock held that the destructor of a builder takes too. A collection in the logger
+    that finds a builder, left in the traceback of an earlier refusal, would wait for itself for ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def build_engine(
     trt: Any,
     graph: Path,
@@ -253,8 +271,9 @@ class TensorRtGraph:
     ):
         self._trt, self._buckets, self._stream, self._scratch = trt, tuple(buckets), stream, scratch
         self._log = Log()
-        self._runtime = trt.Runtime(self._log.attach(trt))
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        with uncollected():
+            self._runtime = trt.Runtime(self._log.attach(trt))
+            self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise ArtifactError(f"engine: {plan.name}: {trt.__name__} refuses it: {self._log.first_error()}")
         self._name = plan.stem

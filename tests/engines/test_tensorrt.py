@@ -4,6 +4,7 @@ What is proved by this is that the graphs parse, that types and shapes are legal
 compute capability 8.9; not that they run, nor how fast (docs/gpu-proof.md).
 """
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,23 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(b"\x08\x0a\x12")
     with pytest.raises(BuildError, match=r"graph: tensorrt_rtx refuses the graph: .*Failed to parse the ONNX model"):
         build_engine(trt, tmp_path / "graph.onnx", tmp_path / "graph.engine", (1,), ADA, tmp_path / "timing")
+
+
+def test_no_cycle_is_collected_while_a_vendor_holds_its_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logger is called under a lock that the destructor of a builder takes."""
+    collecting = []
+
+    class Told(list[tuple[int, str]]):
+        def append(self, _line: tuple[int, str]) -> None:
+            collecting.append(gc.isenabled())
+
+    monkeypatch.setattr(Log, "__init__", lambda log: setattr(log, "lines", Told()))
+    (tmp_path / "graph.onnx").write_bytes(b"\x08\x0a\x12")
+    with pytest.raises(BuildError):
+        build_engine(trt, tmp_path / "graph.onnx", tmp_path / "graph.engine", (1,), ADA, tmp_path / "timing")
+    assert collecting
+    assert not any(collecting)
+    assert gc.isenabled()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
