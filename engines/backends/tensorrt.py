@@ -6,12 +6,10 @@ typing is used, because 11 has none. One optimisation profile per batch bucket, 
 the very shapes that run, and a CUDA graph's context never changes shape.
 """
 
-import gc
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,11 @@ import torch
 from torch import Tensor
 
 from engines.backends.drop_in import padded
+from engines.backends.tensorrt_log import Log, tidy, uncollected
 from engines.buckets import smallest_fitting
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 
 Capability = tuple[int, int]
-_SEVERE, _TOLD = 1, 3  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3, verbose 4
 _DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -42,67 +40,6 @@ def vendor(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise BackendError(f"{name}: the package is missing; pip install '.[{name.replace('_', '-')}]'") from error
-
-
-@dataclass
-class Log:
-    """What TensorRT says, kept: its exceptions carry no text. Not what is verbose: a line for every kernel."""
-
-    lines: list[tuple[int, str]] = field(default_factory=list)
-
-    def first_error(self) -> str:
-        """The first, for the ones behind it are its consequences (or of a GPU that is not there)."""
-        errors = [line for severity, line in self.lines if severity <= _SEVERE]
-        return tidy(errors[0]) if errors else "no reason given"
-
-    def activation_bytes(self) -> int | None:
-        """The largest activation memory that the builder planned; None where it said nothing."""
-        found = [re.search(r"Total Activation Memory: (\d+) bytes", line) for _, line in self.lines]
-        return max((int(match[1]) for match in found if match), default=None)
-
-    def attach(self, trt: Any) -> Any:
-        """A logger object of `trt` that writes here."""
-        lines = self.lines
-
-        class Logger(trt.ILogger):  # type: ignore[misc]  # trt is a module known at run time only
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if int(severity) <= _TOLD:
-                    lines.append((int(severity), message))
-
-        return Logger()
-
-
-def tidy(message: str) -> str:
-    """What TensorRT means, in one line, without its source positions, error codes and consequences."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    line = next((line for line in lines if not line.startswith("Invalid Node")), message.strip())
-    if "Plugin not found" in line:
-        return "it has no such operator"
-    driver = re.search(r"cudaError \d+: [^)]+", line)
-    if driver:
-        return driver[0]
-    inner = re.search(r"Error Code \d+: [\w ]+\((.*)\)", line)
-    line = re.sub(r"^(\[[^\]]*\]\s*)+", "", inner[1] if inner else line)
-    return re.sub(r"\.? In \w+ at /\S+$", "", line).rstrip(".")[:400]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Within the block Python collects no cycles.
-
-    TensorRT calls the logger with a lock held that the destructor of a builder takes too. A collection in the logger
-    that finds a builder, left in the traceback of an earlier refusal, would wait for itself for ever.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @uncollected()
