@@ -147,7 +147,7 @@ async def run(name: str, case: Case, cases: int, server: Supervisor, seed: int) 
 
 
 async def schemathesis(program: str, examples: int, server: Supervisor, seed: int) -> Campaign:
-    """The program's own run against /openapi.json, twice: a short one first, to warm up."""
+    """The program's own run against /openapi.json, twice: first with another seed, to warm up."""
     settings = server.log.with_suffix(".toml")
     settings.write_text(SCHEMATHESIS)
     warm = [
@@ -158,7 +158,7 @@ async def schemathesis(program: str, examples: int, server: Supervisor, seed: in
         f"http://127.0.0.1:{server.port}/openapi.json",
     ]
     warm += ["--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--generation-database", "none"]
-    await _said(settings.parent, *warm, "--seed", str(seed + 1), "--max-examples", str(examples // 4 + 1))
+    await _said(settings.parent, *warm, "--seed", str(seed + 1), "--max-examples", str(examples))
     before = await state(server)
     code, said = await _said(settings.parent, *warm, "--seed", str(seed), "--max-examples", str(examples))
     print(said, file=sys.stderr)
