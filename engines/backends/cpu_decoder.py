@@ -19,7 +19,7 @@ from engines.models.dcae import Decoder, EfficientViTBlock, MultiscaleLinearAtte
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm
 
-_TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others; chosen for none, 1x1 is 8x slower
+TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others; chosen for none, 1x1 is 8x slower
 _SLICE = 2**18  # numbers in one slice: 1 MiB in fp32, the L2 cache of a core
 
 
@@ -37,7 +37,7 @@ class PackedConv:
         self._activation = "swish" if silu else "none"
         self._bias = conv.bias
         self._weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight, self._padding, [1, 1], [1, 1], self._groups, [1, conv.in_channels, *_TYPICAL]
+            conv.weight, self._padding, [1, 1], [1, 1], self._groups, [1, conv.in_channels, *TYPICAL]
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ def _conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2d:
     return conv
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """[B, C, H, W] as [B*H*W, C], without a copy."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all `tensors` at once, as many as fit a cache."""
-    step = max(1, _SLICE // tensors[0].shape[1])
+def slices_of(*tensors: Tensor, numbers: int = _SLICE) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of all `tensors` at once, as many as hold so many `numbers`: what fits a cache."""
+    step = max(1, numbers // tensors[0].shape[1])
     yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
 
 
@@ -80,7 +80,7 @@ class _Norm:
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
         """x + norm(y), in the memory of x."""
-        for kept, rows in _slices(_rows(x), _rows(y)):
+        for kept, rows in slices_of(rows_of(x), rows_of(y)):
             kept.add_(self(rows))
         return x
 
@@ -122,33 +122,34 @@ class _GatedConv:
     def __call__(self, x: Tensor) -> Tensor:
         value, gate = self._depth(self._widen(x)).chunk(2, dim=1)
         gated = torch.empty_like(value, memory_format=torch.channels_last)
-        for out, one, other in _slices(_rows(gated), _view(value), _view(gate)):
+        for out, one, other in slices_of(rows_of(gated), _view(value), _view(gate)):
             torch.mul(one, F.silu(other), out=out)
         return self._norm.added_to(x, self._narrow(gated))
 
 
 def _view(x: Tensor) -> Tensor:
-    """As `_rows`, of a part of the channels."""
+    """As `rows_of`, of a part of the channels."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class _Upsample:
     def __init__(self, upsample: Upsample, wide: WideConv) -> None:
         # A 1 among the weights is free, but 8 bits with one scale per channel would hold that 1 and little else.
-        self._apart = upsample.repeats > 0 and wide is not PackedConv
-        weight, bias = folded_kernel(upsample, shortcut=not self._apart)
-        self._upsample, self._conv = upsample, wide(_conv(weight, bias, padding=1))
+        self._repeats = 0 if wide is PackedConv else upsample.repeats  # of a shortcut that is added apart
+        weight, bias = folded_kernel(upsample, shortcut=not self._repeats)
+        self._conv = wide(_conv(weight, bias, padding=1))
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         phases = phases_of(self._conv(x), height, width)
         size = (batch, phases[0].shape[1], 2 * height, 2 * width)
         out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-        for phase, part in enumerate(phases):
-            target = out[:, :, phase // 2 :: 2, phase % 2 :: 2]
-            if self._apart:
-                torch.add(part, shortcuts_of(self._upsample, x)[phase], out=target)
-            else:
+        targets = [out[:, :, phase // 2 :: 2, phase % 2 :: 2] for phase in range(4)]
+        if self._repeats:
+            for target, part, shortcut in zip(targets, phases, shortcuts_of(x, self._repeats), strict=True):
+                torch.add(part, shortcut, out=target)
+        else:
+            for target, part in zip(targets, phases, strict=True):
                 target.copy_(part)
         return out
 
@@ -156,9 +157,8 @@ class _Upsample:
 class CpuDecoder(nn.Module):
     """As dcae.Decoder.forward, of a loaded `decoder` on the CPU, whose weights it copies; fp32 or bf16."""
 
-    def __init__(self, decoder: Decoder, wide: WideConv | None = None) -> None:
+    def __init__(self, decoder: Decoder, wide: WideConv = PackedConv) -> None:
         super().__init__()
-        wide = wide or PackedConv
         self._repeats = decoder.repeats  # of the shortcut around the first convolution
         self._first = PackedConv(_of(decoder.conv_in))
         self._steps = [
@@ -178,7 +178,7 @@ class CpuDecoder(nn.Module):
             x += latent.repeat_interleave(self._repeats, dim=1)
         for step in self._steps:
             x = step(x)
-        for (rows,) in _slices(_rows(x)):
+        for (rows,) in slices_of(rows_of(x)):
             rows.copy_(self._act(self._norm(rows)))
         return self._last(x)
 

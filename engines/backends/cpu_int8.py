@@ -11,7 +11,8 @@ Shapes: [B, C, H, W], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-_TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others
+from engines.backends.cpu_decoder import TYPICAL, rows_of, slices_of
+
 _LEVELS = 254  # of 256: the zero is rounded, which may shift the range by half a level
 _SLICE = 2**16  # numbers quantised at once: 256 KiB in fp32, within the L2 cache of a core
 
@@ -31,7 +32,7 @@ class Int8Conv:
         rounded = (weight / self._scales[:, None, None, None]).round().to(torch.int8)
         self._geometry = ([1, 1], list(conv.padding), [1, 1], conv.groups)
         self._weight = torch.ops.onednn.qconv_prepack(
-            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *_TYPICAL]
+            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *TYPICAL]
         )
         self._zeros = torch.zeros(len(self._scales), dtype=torch.int32)
         self._bias = None if conv.bias is None else conv.bias.detach().float()
@@ -43,7 +44,7 @@ class Int8Conv:
 
     def _one(self, x: Tensor) -> Tensor:
         """One picture [1, C, H, W]. What is not finite comes out as NaN everywhere."""
-        low, high = (float(bound) for bound in torch.aminmax(x.permute(0, 2, 3, 1)))  # else it copies x first
+        low, high = (float(bound) for bound in torch.aminmax(rows_of(x)))  # of x itself it makes a copy first
         scale = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         finite = abs(scale) < float("inf")  # false for NaN too
         zero = round(-min(low, 0.0) / scale) if finite else 0
@@ -69,8 +70,6 @@ class Int8Conv:
 def quantised(x: Tensor, scale: float, zero: int) -> Tensor:
     """round(x / scale) + zero as uint8, of one picture [1, C, H, W]; by slices, so that fp32 stays in the cache."""
     out = torch.empty_like(x, dtype=torch.uint8)
-    step = max(1, _SLICE // x.shape[1])
-    rows = (torch.split(tensor.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), step) for tensor in (x, out))
-    for given, made in zip(*rows, strict=True):
+    for given, made in slices_of(rows_of(x), rows_of(out), numbers=_SLICE):
         made.copy_(given.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5))
     return out

@@ -52,9 +52,9 @@ def phases_of(y: Tensor, height: int, width: int) -> list[Tensor]:
     ]
 
 
-def shortcuts_of(upsample: Upsample, x: Tensor) -> list[Tensor]:
-    """What the shortcut adds to each phase: four views [B, D, H, W] of x [B, C, H, W]."""
-    return [x[:, phase // upsample.repeats :: 4 // upsample.repeats] for phase in range(4)]
+def shortcuts_of(x: Tensor, repeats: int) -> list[Tensor]:
+    """What a shortcut of so many `repeats` adds to each phase: four views [B, D, H, W] of x [B, C, H, W]."""
+    return [x[:, phase // repeats :: 4 // repeats] for phase in range(4)]
 
 
 class FoldedUpsample(nn.Module):
