@@ -1,69 +1,23 @@
 """The decoder on a CPU: its convolutions as oneDNN wants them, and few passes over memory between them.
 
 Weights are packed once instead of at every call, SiLU is computed inside the convolution before it, upsampling is
-folded (engines.models.folding), and norm and residual run slice by slice, so that their fp32 intermediates stay in the
-cache. All tensors are channels-last, in which a norm over channels needs no transposition. The operators are those
-that torch.compile's CPU backend calls (torch/_inductor/fx_passes/mkldnn_fusion.py).
+folded (engines.models.folding), a block is computed strip by strip (engines.backends.cpu_conv) and added to its picture
+in place, and norm and attention run slice by slice, so that their fp32 intermediates stay in the cache. All tensors are
+channels-last, in which a norm over channels needs no transposition.
 
-Shapes: [B, C, H, W], channels-last in memory.
+Shapes: [B, C, H, W], channels-last in memory; a picture has B = 1.
 """
-
-from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.models.dcae import Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
+from engines.backends.cpu_conv import PackedConv, Strip, WideConv, change, conv_of, rows_of, slices_of, strips_of
+from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm
 
-TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others; chosen for none, 1x1 is 8x slower
-_SLICE = 2**18  # numbers in one slice: 1 MiB in fp32, the L2 cache of a core
-
-
-class WideConv(Protocol):
-    """Makes what computes a convolution of stride 1 (with SiLU behind it) from [B, C, H, W] to [B, D, H, W]."""
-
-    def __call__(self, conv: nn.Conv2d, *, silu: bool = False) -> Callable[[Tensor], Tensor]: ...
-
-
-class PackedConv:
-    """A convolution of stride 1 over weights that are laid out for oneDNN, with SiLU behind it where asked for."""
-
-    def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
-        self._padding, self._groups = list(conv.padding), conv.groups
-        self._activation = "swish" if silu else "none"
-        self._bias = conv.bias
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight, self._padding, [1, 1], [1, 1], self._groups, [1, conv.in_channels, *TYPICAL]
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        ones = [1, 1]
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._weight, self._bias, self._padding, ones, ones, self._groups, self._activation, [], ""
-        )
-        return y
-
-
-def _conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2d:
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, padding=padding, device="meta")
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return conv
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """[B, C, H, W] as [B*H*W, C], without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def slices_of(*tensors: Tensor, numbers: int = _SLICE) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all `tensors` at once, as many as hold so many `numbers`: what fits a cache."""
-    step = max(1, numbers // tensors[0].shape[1])
-    yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
+_ATTENTION_SLICE = 2**18  # numbers of queries, keys and values at once
 
 
 class _Norm:
@@ -78,11 +32,10 @@ class _Norm:
         scale = size.square_().mul_(1 / rows.shape[1]).add_(self._eps).rsqrt_()
         return torch.addcmul(self._bias, rows.float().mul_(scale), self._weight)
 
-    def added_to(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + norm(y), in the memory of x."""
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds norm(y) to x, in place."""
         for kept, rows in slices_of(rows_of(x), rows_of(y)):
             kept.add_(self(rows))
-        return x
 
 
 class _ResBlock:
@@ -91,45 +44,102 @@ class _ResBlock:
         self._norm = _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._norm.added_to(x, self._second(self._first(x)))
+        for picture in torch.split(x, 1):
+            self._change(picture)
+        return x
+
+    def _change(self, picture: Tensor) -> None:
+        def read(strip: Strip) -> Tensor:
+            between = strip.and_neighbours()
+            return self._first(between.and_neighbours().of(picture), between.edges)
+
+        def write(strip: Strip, y: Tensor) -> None:
+            self._norm.add(strip.of(picture), self._second(y, strip.edges))
+
+        change(strips_of(picture), read, write)
 
 
 class _Attention:
     def __init__(self, attention: MultiscaleLinearAttention) -> None:
         weights = [attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]
-        self._project = PackedConv(_conv(torch.cat(weights)[:, :, None, None], None))
+        self._project = PackedConv(conv_of(torch.cat(weights)[:, :, None, None], None))
         self._scales = [
             (PackedConv(_of(one.get_submodule("proj_in"))), PackedConv(_of(one.get_submodule("proj_out"))))
             for one in attention.to_qkv_multiscale
         ]
-        self._attend = attention.attend
-        self._out = PackedConv(_conv(attention.to_out.weight[:, :, None, None], None))
+        self._head_dim, self._few = attention.head_dim, attention.attend
+        self._out = PackedConv(conv_of(attention.to_out.weight[:, :, None, None], None))
         self._norm = _Norm(attention.norm_out)
 
     def __call__(self, x: Tensor) -> Tensor:
         projected = self._project(x)
-        scales = torch.cat([projected, *(last(first(projected)) for first, last in self._scales)], dim=1)
-        attended = self._attend(scales).contiguous(memory_format=torch.channels_last)
-        return self._norm.added_to(x, self._out(attended))
+        scales = [projected, *(last(first(projected)) for first, last in self._scales)]
+        self._norm.add(x, self._out(self._attended(scales)))
+        return x
+
+    def _attended(self, scales: list[Tensor]) -> Tensor:
+        """Queries, keys and values of each scale [B, 3C, H, W] to what they attend to, [B, C*S, H, W]."""
+        batch, channels, height, width = scales[0].shape
+        if height * width <= self._head_dim:  # another order of products
+            return self._few(torch.cat(scales, dim=1)).contiguous(memory_format=torch.channels_last)
+        size = (batch, len(scales) * channels // 3, height, width)
+        out = torch.empty(size, dtype=scales[0].dtype, memory_format=torch.channels_last)
+        for index, target in enumerate(torch.split(out, 1)):
+            parts = rows_of(target).chunk(len(scales), dim=1)
+            for scale, part in zip(scales, parts, strict=True):
+                _attend(rows_of(scale[index : index + 1]), part, self._head_dim)
+        return out
+
+
+def _attend(rows: Tensor, out: Tensor, head_dim: int) -> None:
+    """Linear attention over the pixels of one picture, as MultiscaleLinearAttention.attend; [N, 3C] to [N, C].
+
+    Each run of 3 * head_dim channels is a query, a key and a value; all in fp32.
+    """
+    heads = rows.shape[1] // (3 * head_dim)
+    context, total = torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim, 1)
+    grouped = torch.unflatten(rows, 1, (heads, 3 * head_dim))
+    made = torch.unflatten(out, 1, (heads, head_dim))
+    step = max(1, _ATTENTION_SLICE // rows.shape[1])
+    for part in torch.split(grouped, step):
+        part = part.transpose(0, 1)  # [heads, n, 3*head_dim]
+        key, value = F.relu(part[..., head_dim : 2 * head_dim].float()), part[..., 2 * head_dim :].float()
+        context.baddbmm_(key.transpose(1, 2), value)
+        total += key.sum(1).unsqueeze(2)
+    for part, target in zip(torch.split(grouped, step), torch.split(made, step), strict=True):
+        query = F.relu(part[..., :head_dim].transpose(0, 1).float())
+        target.copy_((query @ context).div_(query @ total + ATTENTION_EPS).transpose(0, 1))
 
 
 class _GatedConv:
     def __init__(self, block: GLUMBConv, wide: WideConv) -> None:
         assert block.norm is not None
+        self._hidden = block.conv_inverted.out_channels
         self._widen, self._depth = wide(block.conv_inverted, silu=True), PackedConv(block.conv_depth)
         self._narrow, self._norm = wide(block.conv_point), _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        value, gate = self._depth(self._widen(x)).chunk(2, dim=1)
-        gated = torch.empty_like(value, memory_format=torch.channels_last)
-        for out, one, other in slices_of(rows_of(gated), _view(value), _view(gate)):
-            torch.mul(one, F.silu(other), out=out)
-        return self._norm.added_to(x, self._narrow(gated))
+        for picture in torch.split(x, 1):
+            self._change(picture)
+        return x
+
+    def _change(self, picture: Tensor) -> None:
+        def read(strip: Strip) -> Tensor:
+            return self._widen(strip.and_neighbours().of(picture))
+
+        def write(strip: Strip, y: Tensor) -> None:
+            self._norm.add(strip.of(picture), self._narrow(_gated(self._depth(y, strip.edges))))
+
+        change(strips_of(picture, self._hidden // 2), read, write)
 
 
-def _view(x: Tensor) -> Tensor:
-    """As `rows_of`, of a part of the channels."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
+def _gated(x: Tensor) -> Tensor:
+    """The first half of the channels times the SiLU of the second."""
+    value, gate = (half.permute(0, 2, 3, 1).flatten(0, 2) for half in x.chunk(2, dim=1))
+    gated = torch.empty((1, value.shape[1], *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
+    for out, one, other in slices_of(rows_of(gated), value, gate):
+        torch.mul(one, F.silu(other), out=out)
+    return gated
 
 
 class _Upsample:
@@ -137,21 +147,28 @@ class _Upsample:
         # A 1 among the weights is free, but 8 bits with one scale per channel would hold that 1 and little else.
         self._repeats = 0 if wide is PackedConv else upsample.repeats  # of a shortcut that is added apart
         weight, bias = folded_kernel(upsample, shortcut=not self._repeats)
-        self._conv = wide(_conv(weight, bias, padding=1))
+        self._conv, self._channels = wide(conv_of(weight, bias, padding=1)), len(weight) // 4
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        phases = phases_of(self._conv(x), height, width)
-        size = (batch, phases[0].shape[1], 2 * height, 2 * width)
+        size = (batch, self._channels, 2 * height, 2 * width)
         out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        for picture, made in zip(torch.split(x, 1), torch.split(out, 1), strict=True):
+            for strip in strips_of(picture):
+                self._make(picture, strip, made[:, :, 2 * strip.start : 2 * strip.stop])
+        return out
+
+    def _make(self, picture: Tensor, strip: Strip, out: Tensor) -> None:
+        y = self._conv(strip.and_neighbours().of(picture), strip.edges)
+        phases = phases_of(y, strip.stop - strip.start, picture.shape[3])
         targets = [out[:, :, phase // 2 :: 2, phase % 2 :: 2] for phase in range(4)]
         if self._repeats:
-            for target, part, shortcut in zip(targets, phases, shortcuts_of(x, self._repeats), strict=True):
+            shortcuts = shortcuts_of(strip.of(picture), self._repeats)
+            for target, part, shortcut in zip(targets, phases, shortcuts, strict=True):
                 torch.add(part, shortcut, out=target)
         else:
             for target, part in zip(targets, phases, strict=True):
                 target.copy_(part)
-        return out
 
 
 class CpuDecoder(nn.Module):

@@ -11,7 +11,7 @@ Shapes: [B, C, H, W], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu_decoder import TYPICAL, rows_of, slices_of
+from engines.backends.cpu_conv import TYPICAL, Edges, rows_of, slices_of
 
 _LEVELS = 254  # of 256: the zero is rounded, which may shift the range by half a level
 _SLICE = 2**16  # numbers quantised at once: 256 KiB in fp32, within the L2 cache of a core
@@ -23,14 +23,16 @@ def has_int8() -> bool:
 
 
 class Int8Conv:
-    """A convolution of stride 1 as `engines.backends.cpu_decoder.PackedConv`, computed in 8 bits."""
+    """A convolution of stride 1 as `engines.backends.cpu_conv.PackedConv`, computed in 8 bits."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         assert not isinstance(conv.padding, str)
         weight = conv.weight.detach().float()
         self._scales = weight.abs().amax((1, 2, 3)).clamp_(min=torch.finfo(torch.float32).tiny) / 127
         rounded = (weight / self._scales[:, None, None, None]).round().to(torch.int8)
-        self._geometry = ([1, 1], list(conv.padding), [1, 1], conv.groups)
+        self._rows, columns = conv.padding
+        # Rows of zeros are added where x is rounded anyway.
+        self._geometry = ([1, 1], [0, columns], [1, 1], conv.groups)
         self._weight = torch.ops.onednn.qconv_prepack(
             rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *TYPICAL]
         )
@@ -38,18 +40,19 @@ class Int8Conv:
         self._bias = None if conv.bias is None else conv.bias.detach().float()
         self._activation = "swish" if silu else "none"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        made = [self._one(picture) for picture in torch.split(x, 1)]
+    def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor:
+        edges = (self._rows, self._rows) if edges is None else edges
+        made = [self._one(picture, edges) for picture in torch.split(x, 1)]
         return made[0] if len(made) == 1 else torch.cat(made)
 
-    def _one(self, x: Tensor) -> Tensor:
-        """One picture [1, C, H, W]. What is not finite comes out as NaN everywhere."""
+    def _one(self, x: Tensor, edges: Edges) -> Tensor:
+        """One picture or strip [1, C, H, W]. What is not finite comes out as NaN everywhere."""
         low, high = (float(bound) for bound in torch.aminmax(rows_of(x)))  # of x itself it makes a copy first
         scale = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         finite = abs(scale) < float("inf")  # false for NaN too
         zero = round(-min(low, 0.0) / scale) if finite else 0
         y: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            quantised(x, scale, zero) if finite else torch.zeros_like(x, dtype=torch.uint8),
+            quantised(x if finite else torch.zeros_like(x), scale if finite else 1.0, zero, edges),
             scale if finite else float("nan"),
             zero,
             self._weight,
@@ -67,9 +70,19 @@ class Int8Conv:
         return y
 
 
-def quantised(x: Tensor, scale: float, zero: int) -> Tensor:
-    """round(x / scale) + zero as uint8, of one picture [1, C, H, W]; by slices, so that fp32 stays in the cache."""
-    out = torch.empty_like(x, dtype=torch.uint8)
-    for given, made in slices_of(rows_of(x), rows_of(out), numbers=_SLICE):
-        made.copy_(given.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5))
+def quantised(x: Tensor, scale: float, zero: int, edges: Edges = (0, 0)) -> Tensor:
+    """round(x / scale) + zero as uint8 [1, C, H + edges, W] of x [1, C, H, W], with rows of 0 around it.
+
+    By slices, so that fp32 stays in the cache; by way of int32, for its conversions are vectorised.
+    """
+    _, channels, height, width = x.shape
+    above, below = edges
+    size = (1, channels, height + above + below, width)
+    out = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
+    rows = rows_of(out)
+    first, last = above * width, (above + height) * width
+    rows[:first].fill_(zero)
+    rows[last:].fill_(zero)
+    for given, made in slices_of(rows_of(x), rows[first:last], numbers=_SLICE):
+        made.copy_(given.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5).to(torch.int32))
     return out

@@ -71,8 +71,22 @@ def test_what_is_not_finite_stays_not_finite(odd: float) -> None:
     assert Int8Conv(seeded_conv(3))(x).isnan().all()
 
 
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_strips_join_into_the_picture(kernel: int) -> None:
+    """Each with its neighbours and a scale of its own; a kernel of two rows makes one row more at the end."""
+    conv = seeded_conv(kernel)
+    x, halo = activations(), kernel // 2
+    made = Int8Conv(conv)
+    upper = made(x[:, :, : 5 + halo].contiguous(memory_format=torch.channels_last), (halo, 0))
+    lower = made(x[:, :, 5 - halo :].contiguous(memory_format=torch.channels_last), (0, halo))
+    found = torch.cat([upper[:, :, :5], lower], dim=2)
+    assert difference(conv(x), found).sqnr_db > 35
+
+
+@pytest.mark.parametrize("numbers", [2**22, 2**13])
 @pytest.mark.parametrize("upsampling", ["interpolate", "pixel_shuffle"])
-def test_a_decoder_keeps_its_shortcuts_exact(upsampling: str) -> None:
+def test_a_decoder_keeps_its_shortcuts_exact(upsampling: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.backends.cpu_conv.STRIP", numbers)
     config = AutoencoderConfig.from_dict({**WIDE.to_dict(), "upsample_block_type": upsampling})
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
@@ -95,8 +109,8 @@ def test_the_shipped_checkpoint_keeps_its_pictures() -> None:
 
 
 def test_a_decoder_that_8_bits_ruin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bent(self: Int8Conv, x: torch.Tensor) -> torch.Tensor:
-        return 1.2 * exact(self, x)
+    def bent(self: Int8Conv, x: torch.Tensor, edges: tuple[int, int] | None = None) -> torch.Tensor:
+        return 1.2 * exact(self, x, edges)
 
     exact = Int8Conv.__call__
     monkeypatch.setattr(Int8Conv, "__call__", bent)

@@ -67,6 +67,18 @@ def test_equals_the_decoder(config: AutoencoderConfig, size: tuple[int, int, int
         assert torch.equal(made(x), made(x))  # nothing that is kept is written to
 
 
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+@pytest.mark.parametrize("numbers", [1, 5_000, 20_000])
+@torch.inference_mode()
+def test_strips_change_nothing(config: AutoencoderConfig, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time, and a few, so that the last strip is shorter than the others."""
+    x = latents(config, 2, 6, 8)
+    expected = autoencoder(config).decoder(x)
+    monkeypatch.setattr("engines.backends.cpu_conv.STRIP", numbers)
+    found = CpuDecoder(autoencoder(config).decoder)(x)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("config", [ARCHITECTURES["published"], AUTOENCODER], ids=["published", "tiny"])
 @torch.inference_mode()
 def test_in_bf16_as_near_as_the_decoder_itself(config: AutoencoderConfig) -> None:
