@@ -1,5 +1,5 @@
-"""A call in a process of its own: what crashes, hangs or leaves a card in a state that only a new process leaves costs
-itself alone. Knows nothing of what is called."""
+"""A call in a process of its own, whose memory is then its alone; what crashes, hangs or leaves a card in a state that
+only a new process leaves costs itself alone. Knows nothing of what is called."""
 
 import signal
 from collections.abc import Callable
@@ -13,10 +13,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def apart(limit_s: float, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+def apart(limit_s: float | None, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
     """What `call` answers in a fresh process; it, its arguments and its answer must be picklable.
 
-    Raises BenchError where the process ends without an answer, or has none after `limit_s` seconds.
+    Raises what `call` raises, and BenchError where the process ends without an answer, or has none after `limit_s`
+    seconds (None: however long it takes).
     """
     context = get_context("spawn")  # a fork would share the parent's CUDA
     receiver, sender = context.Pipe(duplex=False)
@@ -28,19 +29,26 @@ def apart(limit_s: float, call: Callable[P, R], *arguments: P.args, **options: P
             if not receiver.poll(limit_s):
                 process.kill()
                 raise BenchError(f"not done after {limit_s:g} s; its process was ended")
-            answer: R = receiver.recv()
+            answer, raised = receiver.recv()
         except EOFError:
             process.join()
             raise BenchError(f"its process died: {_ending(process.exitcode)}") from None
         finally:
             process.join()
-    return answer
+    if raised is not None:
+        raise raised
+    made: R = answer
+    return made
 
 
 def _answer(
     sender: Connection, call: Callable[..., object], arguments: tuple[object, ...], options: dict[str, object]
 ) -> None:
-    sender.send(call(*arguments, **options))
+    try:
+        found: tuple[object, Exception | None] = call(*arguments, **options), None
+    except Exception as error:  # raised again where the answer is awaited
+        found = None, error
+    sender.send(found)
 
 
 def _ending(code: int | None) -> str:

@@ -20,9 +20,10 @@ from typing import Any, get_args
 
 import torch
 
+from bench.apart import apart
 from bench.errors import BenchError
 from bench.figures import command, machine, parse_size, spread, table
-from bench.memory import in_own_process, peak_bytes, rise
+from bench.memory import peak_bytes, rise
 from bench.program import told
 from bench.served import serving
 from bench.shared_weights import SharedWeights
@@ -89,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     first, *rest = (task(seed) for seed in range(options.runs))
     warmup = task(options.runs)
     base = DTYPES[options.vs_precision]
-    reference = in_own_process(_reference, options, first) if options.reference else None
+    reference = apart(None, _reference, options, first) if options.reference else None
     shared = replace(checkpoint, weights=SharedWeights(checkpoint.weights, base))
     subjects: dict[str, Subject] = {}
     series: dict[str, Series] = {}
@@ -108,7 +109,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     found = _summary(options, place, checkpoint, (width, height), prompts, series, reference)
     del subjects, shared
     if options.memory:
-        found["peak_bytes"] = {name: in_own_process(_peak, name, options, warmup) for name in series}
+        found["peak_bytes"] = {name: apart(None, _peak, name, options, warmup) for name in series}
     if options.http:
         found["http_seconds"] = asyncio.run(_over_http(options, [warmup, first, *rest]))
     return found

@@ -1,16 +1,10 @@
-"""Memory of a process on Linux, and work in a process of its own, whose memory is then its alone."""
+"""Memory of a process on Linux, or of CUDA."""
 
 import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def _status_bytes(field: str) -> int:
@@ -38,13 +32,6 @@ def rise(device: torch.device) -> Iterator[list[int]]:
     before = _status_bytes("VmRSS")
     yield risen
     risen.append(_status_bytes("VmHWM") - before)
-
-
-def in_own_process(function: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
-    """function(...) in a fresh interpreter, with its exceptions."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments, **options).result()
 
 
 def peak_bytes(device: torch.device) -> int:

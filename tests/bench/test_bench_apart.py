@@ -15,6 +15,11 @@ def test_the_answer_comes_back() -> None:
     assert apart(60, os.getpid) != os.getpid()
 
 
+def test_raises_what_the_call_raises() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        apart(60, int, "seven")
+
+
 def test_a_process_that_dies_is_told_by_what_ended_it() -> None:
     with pytest.raises(BenchError, match=r"^its process died: SIGABRT$"):
         apart(60, os.abort)

@@ -9,7 +9,7 @@ import torch
 
 from bench.errors import BenchError
 from bench.latency import Prompts, main
-from bench.memory import in_own_process, rise
+from bench.memory import rise
 from bench.shared_weights import SharedWeights
 from bench.subjects import Diffusers, Ours, Task, pipeline
 from engines.checkpoint import open_checkpoint
@@ -78,11 +78,6 @@ def test_two_pipelines_hold_the_same_tensors(folder: Path) -> None:
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
         assert torch.equal(one, one.to(torch.bfloat16).float())
-
-
-def test_work_in_a_process_of_its_own_raises_here() -> None:
-    with pytest.raises(ValueError, match="invalid literal"):
-        in_own_process(int, "no number")
 
 
 def test_the_rise_sees_memory_that_is_freed_again() -> None:
