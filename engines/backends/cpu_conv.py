@@ -107,13 +107,13 @@ class Strip:
         return rows.view(1, -1, width, channels).permute(0, 3, 1, 2)
 
 
-def strips_of(picture: Tensor, channels: int = 0) -> list[Strip]:
-    """All rows of a picture, as many at once as hold some millions of numbers at so many `channels` (its own: 0).
+def strips_of(picture: Tensor, widest: int) -> list[Strip]:
+    """All rows of a picture, as many at once as hold some millions of numbers at so many channels, the most on the way.
 
     At least two, as many as two convolutions of three rows look beyond a strip (`change`).
     """
     height, width = picture.shape[2:]
-    step = max(2, STRIP // ((channels or picture.shape[1]) * width))
+    step = max(2, STRIP // (widest * width))
     return [Strip(start, min(start + step, height), height) for start in range(0, height, step)]
 
 

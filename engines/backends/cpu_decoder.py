@@ -56,7 +56,7 @@ class _ResBlock:
         def write(strip: Strip, y: Tensor) -> None:
             self._norm.add(strip.of(picture), self._second(y, strip.edges))
 
-        change(strips_of(picture), read, write)
+        change(strips_of(picture, picture.shape[1]), read, write)
 
 
 class _Attention:
@@ -130,7 +130,7 @@ class _GatedConv:
         def write(strip: Strip, y: Tensor) -> None:
             self._norm.add(strip.of(picture), self._narrow(_gated(self._depth(y, strip.edges))))
 
-        change(strips_of(picture, self._hidden // 2), read, write)
+        change(strips_of(picture, self._hidden), read, write)
 
 
 def _gated(x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _Upsample:
         size = (batch, self._channels, 2 * height, 2 * width)
         out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
         for picture, made in zip(torch.split(x, 1), torch.split(out, 1), strict=True):
-            for strip in strips_of(picture):
+            for strip in strips_of(picture, max(picture.shape[1], 4 * self._channels)):
                 self._make(picture, strip, made[:, :, 2 * strip.start : 2 * strip.stop])
         return out
 
