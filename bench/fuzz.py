@@ -45,7 +45,7 @@ CHECKS = (
 SCHEMATHESIS = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n'
 Case = Callable[[Supervisor, random.Random], Awaitable[str]]
 SIZE = {"prompt": "x", "width": 64, "height": 64, "seed": 1}
-LARGEST = {"prompt": "x", "width": 2048, "height": 2048, "seed": 1}  # that the fake engine makes
+LARGEST = {**SIZE, "width": 2048, "height": 2048}  # that the fake engine makes
 FORMATS = ("png", "jpeg", "webp")
 
 

@@ -117,14 +117,22 @@ def strips_of(picture: Tensor, widest: int) -> list[Strip]:
     return [Strip(start, min(start + step, height), height) for start in range(0, height, step)]
 
 
-def change(strips: list[Strip], read: Callable[[Strip], Tensor], write: Callable[[Strip, Tensor], None]) -> None:
-    """write(strip, read(strip)) for all `strips`, each read before the one above it is written.
+Read = Callable[[Tensor, Strip], Tensor]
+Write = Callable[[Tensor, Strip, Tensor], None]
 
-    So a picture can be changed in place by kernels that see beyond a strip: what is above it is still as it was.
+
+def change(x: Tensor, widest: int, read: Read, write: Write) -> Tensor:
+    """x, after write(picture, strip, read(picture, strip)) for all strips of its pictures (`strips_of`), in place.
+
+    Each is read before the one above it is written, for kernels that see beyond a strip: what is above it is still as
+    it was.
     """
-    waiting: list[tuple[Strip, Tensor]] = []
-    for strip in strips:
-        waiting.append((strip, read(strip)))
-        if len(waiting) > 1:
-            write(*waiting.pop(0))
-    write(*waiting.pop())
+    for picture in torch.split(x, 1):
+        first, *others = strips_of(picture, widest)
+        waiting, made = first, read(picture, first)
+        for strip in others:
+            following = read(picture, strip)
+            write(picture, waiting, made)
+            waiting, made = strip, following
+        write(picture, waiting, made)
+    return x

@@ -17,8 +17,6 @@ from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, Multi
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm
 
-_ATTENTION_SLICE = 2**18  # numbers of queries, keys and values at once
-
 
 class _Norm:
     """RMSNorm of [N, C] rows, in fp32."""
@@ -44,19 +42,14 @@ class _ResBlock:
         self._norm = _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        for picture in torch.split(x, 1):
-            self._change(picture)
-        return x
+        return change(x, x.shape[1], self._read, self._write)
 
-    def _change(self, picture: Tensor) -> None:
-        def read(strip: Strip) -> Tensor:
-            between = strip.and_neighbours()
-            return self._first(between.and_neighbours().of(picture), between.edges)
+    def _read(self, picture: Tensor, strip: Strip) -> Tensor:
+        between = strip.and_neighbours()
+        return self._first(between.and_neighbours().of(picture), between.edges)
 
-        def write(strip: Strip, y: Tensor) -> None:
-            self._norm.add(strip.of(picture), self._second(y, strip.edges))
-
-        change(strips_of(picture, picture.shape[1]), read, write)
+    def _write(self, picture: Tensor, strip: Strip, y: Tensor) -> None:
+        self._norm.add(strip.of(picture), self._second(y, strip.edges))
 
 
 class _Attention:
@@ -98,17 +91,19 @@ def _attend(rows: Tensor, out: Tensor, head_dim: int) -> None:
     """
     heads = rows.shape[1] // (3 * head_dim)
     context, total = torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim, 1)
-    grouped = torch.unflatten(rows, 1, (heads, 3 * head_dim))
-    made = torch.unflatten(out, 1, (heads, head_dim))
-    step = max(1, _ATTENTION_SLICE // rows.shape[1])
-    for part in torch.split(grouped, step):
-        part = part.transpose(0, 1)  # [heads, n, 3*head_dim]
-        key, value = F.relu(part[..., head_dim : 2 * head_dim].float()), part[..., 2 * head_dim :].float()
-        context.baddbmm_(key.transpose(1, 2), value)
+    for (part,) in slices_of(rows):
+        _, key, value = torch.split(_heads(part, heads), head_dim, dim=2)
+        key = F.relu(key.float())
+        context.baddbmm_(key.transpose(1, 2), value.float())
         total += key.sum(1).unsqueeze(2)
-    for part, target in zip(torch.split(grouped, step), torch.split(made, step), strict=True):
-        query = F.relu(part[..., :head_dim].transpose(0, 1).float())
-        target.copy_((query @ context).div_(query @ total + ATTENTION_EPS).transpose(0, 1))
+    for part, target in slices_of(rows, out):
+        query = F.relu(_heads(part, heads)[..., :head_dim].float())
+        _heads(target, heads).copy_((query @ context).div_(query @ total + ATTENTION_EPS))
+
+
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """[n, heads * c] as [heads, n, c], a view."""
+    return torch.unflatten(rows, 1, (heads, -1)).transpose(0, 1)
 
 
 class _GatedConv:
@@ -119,18 +114,13 @@ class _GatedConv:
         self._narrow, self._norm = wide(block.conv_point), _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        for picture in torch.split(x, 1):
-            self._change(picture)
-        return x
+        return change(x, self._hidden, self._read, self._write)
 
-    def _change(self, picture: Tensor) -> None:
-        def read(strip: Strip) -> Tensor:
-            return self._widen(strip.and_neighbours().of(picture))
+    def _read(self, picture: Tensor, strip: Strip) -> Tensor:
+        return self._widen(strip.and_neighbours().of(picture))
 
-        def write(strip: Strip, y: Tensor) -> None:
-            self._norm.add(strip.of(picture), self._narrow(_gated(self._depth(y, strip.edges))))
-
-        change(strips_of(picture, self._hidden), read, write)
+    def _write(self, picture: Tensor, strip: Strip, y: Tensor) -> None:
+        self._norm.add(strip.of(picture), self._narrow(_gated(self._depth(y, strip.edges))))
 
 
 def _gated(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Int8Conv:
         return y
 
 
-def quantised(x: Tensor, scale: float, zero: int, edges: Edges = (0, 0)) -> Tensor:
+def quantised(x: Tensor, scale: float, zero: int, edges: Edges) -> Tensor:
     """round(x / scale) + zero as uint8 [1, C, H + edges, W] of x [1, C, H, W], with rows of 0 around it.
 
     By slices, so that fp32 stays in the cache; by way of int32, for its conversions are vectorised.

@@ -71,7 +71,7 @@ def test_equals_the_decoder(config: AutoencoderConfig, size: tuple[int, int, int
 @pytest.mark.parametrize("numbers", [1, 5_000, 20_000])
 @torch.inference_mode()
 def test_strips_change_nothing(config: AutoencoderConfig, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row at a time, and a few, so that the last strip is shorter than the others."""
+    """As few rows at a time as may be, and a few more, so that the last strip is shorter than the others."""
     x = latents(config, 2, 6, 8)
     expected = autoencoder(config).decoder(x)
     monkeypatch.setattr("engines.backends.cpu_conv.STRIP", numbers)
