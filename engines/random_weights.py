@@ -23,13 +23,13 @@ class RandomWeights:
     seed: int = 0
 
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Draws in `dtype` on the CPU, key by key in the module's order, and moves to `device`."""
+        """Draws in fp32 on the CPU, key by key in order: a seed is the same weights, rounded to any dtype."""
         generator = torch.Generator().manual_seed(self.seed)
         tensors = {}
         for key, like in module.state_dict().items():
             offset, scale = _distribution(part, key, like)
-            drawn = torch.empty(like.shape, dtype=dtype).normal_(offset, scale, generator=generator)
-            tensors[key] = drawn.to(device)
+            drawn = torch.empty(like.shape, dtype=torch.float32).normal_(offset, scale, generator=generator)
+            tensors[key] = drawn.to(device, dtype)
         assign(module, tensors, f"random {part}")
         module.to(device)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu_conv import PackedConv, Strip, WideConv, change, conv_of, rows_of, slices_of, strips_of
+from engines.backends.cpu_winograd import WinogradConv
 from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm
@@ -38,7 +39,8 @@ class _Norm:
 
 class _ResBlock:
     def __init__(self, block: ResBlock, wide: WideConv) -> None:
-        self._first, self._second = wide(block.conv1, silu=True), wide(block.conv2)
+        three = WinogradConv if wide is PackedConv else wide  # sums of rows take more than 8 bits
+        self._first, self._second = three(block.conv1, silu=True), three(block.conv2)
         self._norm = _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -51,8 +51,19 @@ def test_any_fields(plain: Running, path: str, body: dict[str, Any], given_heade
     check(plain, path, json.dumps(body).encode(), given_headers)
 
 
+def is_an_object(content: bytes) -> bool:
+    """Drawn where Hypothesis finds one in the code; it may be a sound request, and is `test_any_fields`' matter."""
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False
+
+
 @usual
-@given(st.sampled_from(["/generate", "/v1/images/generations", "/v1/images/edits"]), st.binary(max_size=200))
+@given(
+    st.sampled_from(["/generate", "/v1/images/generations", "/v1/images/edits"]),
+    st.binary(max_size=200).filter(lambda content: not is_an_object(content)),
+)
 def test_any_bytes(plain: Running, path: str, content: bytes) -> None:
     kind = "multipart/form-data; boundary=x" if path.endswith("edits") else "application/json"
     assert check(plain, path, content, {"content-type": kind}) != 200
