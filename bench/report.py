@@ -170,10 +170,12 @@ def _peers(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
         "The same engine, PNG encoder and batch limit (8) behind each server, one server at a time under one load "
         "generator. `fake:5` takes 5 ms a batch, whatever its size; clients are closed loops, rates open ones."
     )
-    parts = [
-        f"{peers.show(result)}\n\nReleases: {', '.join(' '.join(pair) for pair in result['versions'].items())}."
-        for result in results.values()
-    ]
+    parts = []
+    for result in results.values():
+        releases = [
+            f"{peer} {version}" for peer, version in result["versions"].items() if version
+        ]  # ours is no package
+        parts.append(f"{peers.show(result)}\n\nReleases: {', '.join(releases)}.")
     return "\n\n".join([told, *parts]), {}
 
 

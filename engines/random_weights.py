@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from engines.prompt import INSTRUCTION
 from engines.weights import Part, assign
 
+_AT_ONCE = 2**22  # numbers: 16 MiB beside the weights themselves
+
 
 @dataclass(frozen=True)
 class RandomWeights:
@@ -25,11 +27,13 @@ class RandomWeights:
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Draws in fp32 on the CPU, key by key in order: a seed is the same weights, rounded to any dtype."""
         generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.empty(_AT_ONCE)
         tensors = {}
         for key, like in module.state_dict().items():
             offset, scale = _distribution(part, key, like)
-            drawn = torch.empty(like.shape, dtype=torch.float32).normal_(offset, scale, generator=generator)
-            tensors[key] = drawn.to(device, dtype)
+            tensors[key] = torch.empty(like.shape, dtype=dtype, device=device)
+            for some in torch.split(tensors[key].view(-1), _AT_ONCE):
+                some.copy_(drawn[: len(some)].normal_(offset, scale, generator=generator))
         assign(module, tensors, f"random {part}")
         module.to(device)
 

@@ -47,8 +47,7 @@ class _ResBlock:
         return change(x, x.shape[1], self._read, self._write)
 
     def _read(self, picture: Tensor, strip: Strip) -> Tensor:
-        between = strip.and_neighbours()
-        return self._first(between.and_neighbours().of(picture), between.edges)
+        return self._first(strip.and_neighbours().of(picture), strip.edges)
 
     def _write(self, picture: Tensor, strip: Strip, y: Tensor) -> None:
         self._norm.add(strip.of(picture), self._second(y, strip.edges))
@@ -119,7 +118,7 @@ class _GatedConv:
         return change(x, self._hidden, self._read, self._write)
 
     def _read(self, picture: Tensor, strip: Strip) -> Tensor:
-        return self._widen(strip.and_neighbours().of(picture))
+        return self._widen(strip.of(picture))
 
     def _write(self, picture: Tensor, strip: Strip, y: Tensor) -> None:
         self._norm.add(strip.of(picture), self._narrow(_gated(self._depth(y, strip.edges))))

@@ -22,7 +22,8 @@ def folded_kernel(upsample: Upsample, *, shortcut: bool = True) -> tuple[Tensor,
 
     shortcut False leaves it out, for weights that are rounded too coarsely to hold a 1 (`shortcuts_of` adds it).
     """
-    weight = upsample.conv.weight.double()
+    weight = upsample.conv.weight  # summed in a precision higher than its own
+    weight = weight.double() if weight.dtype in (torch.float32, torch.float64) else weight.float()
     bias = upsample.conv.bias
     if upsample.interpolate:
         rows = [torch.stack([weight[:, :, list(taps)].sum(2) for taps in parity], dim=2) for parity in _TAPS]
