@@ -27,6 +27,7 @@ from bench.bad_images import bad_image
 from bench.errors import BenchError
 from bench.figures import command, machine, table
 from bench.supervisor import Supervisor
+from bench.traffic import FORMATS
 
 TOGETHER = 8
 PATIENCE_S = 60.0
@@ -46,7 +47,6 @@ SCHEMATHESIS = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", 
 Case = Callable[[Supervisor, random.Random], Awaitable[str]]
 SIZE = {"prompt": "x", "width": 64, "height": 64, "seed": 1}
 LARGEST = {**SIZE, "width": 2048, "height": 2048}  # that the fake engine makes
-FORMATS = ("png", "jpeg", "webp")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from bench.errors import BenchError
 from bench.figures import command, machine, parse_size, spread, table
 from bench.program import told
 from bench.served import Served, samples, serving
-from bench.traffic import Order, Record, Traffic
+from bench.traffic import FORMATS, Order, Record, Traffic
 from distill.evaluate import evaluation_prompts
 
 WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed
@@ -238,7 +238,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--url", help="a running server, instead of one of our own")
     parser.add_argument("--size", type=parse_size, help="N or WxH of the pictures (default: the checkpoint's)")
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--format", default="png", choices=("png", "jpeg", "webp"))
+    parser.add_argument("--format", default="png", choices=FORMATS)
     parser.add_argument("--prompts", type=positive, default=500, help="different captions (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of captions, arrival times and the first picture")
     parser.add_argument("--timeout-ms", type=positive, help="sent with every request")

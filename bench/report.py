@@ -172,9 +172,8 @@ def _peers(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     )
     parts = []
     for result in results.values():
-        releases = [
-            f"{peer} {version}" for peer, version in result["versions"].items() if version
-        ]  # ours is no package
+        known = {peer: version for peer, version in result["versions"].items() if version}  # ours is no package
+        releases = [f"{peer} {version}" for peer, version in known.items()]
         parts.append(f"{peers.show(result)}\n\nReleases: {', '.join(releases)}.")
     return "\n\n".join([told, *parts]), {}
 

@@ -16,6 +16,8 @@ from typing import BinaryIO
 from bench.errors import BenchError
 from bench.http_client import Answer, Pool
 
+FORMATS = ("png", "jpeg", "webp")  # of pictures, as the API names them
+
 
 @dataclass(frozen=True, slots=True)
 class Order:

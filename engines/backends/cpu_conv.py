@@ -49,9 +49,7 @@ class PackedConv:
         self._groups = conv.groups
         self._activation = "swish" if silu else "none"
         self._bias = conv.bias
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight, list(conv.padding), [1, 1], [1, 1], self._groups, [1, conv.in_channels, *TYPICAL]
-        )
+        self._weight = packed(conv.weight, list(conv.padding), self._groups)
 
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor:
         rows = self._rows
@@ -62,6 +60,13 @@ class PackedConv:
             x, self._weight, self._bias, [rows, self._columns], ones, ones, self._groups, self._activation, [], ""
         )
         return y
+
+
+def packed(weight: Tensor, padding: list[int], groups: int = 1) -> Tensor:
+    """Weights [D, C / groups, k, l] of a convolution of stride 1, laid out for oneDNN."""
+    size = [1, groups * weight.shape[1], *TYPICAL]
+    made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], groups, size)
+    return made
 
 
 def conv_of(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2d:

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu_conv import TYPICAL, Edges
+from engines.backends.cpu_conv import Edges, packed
 
 _AT_ONCE = 4  # rows of the result
 _A, _B = 3 / 2, 2 / 3
-_ALONG = ([0, 1], [1, 1], [1, 1], 1)  # padding, stride, dilation and groups of a 1x3 convolution
+_PADDING = [0, 1]  # of a 1x3 convolution
+_ALONG = (_PADDING, [1, 1], [1, 1], 1)  # and its stride, dilation and groups
 
 
 class WinogradConv:
@@ -30,7 +31,7 @@ class WinogradConv:
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         weight = conv.weight.detach()
         self._at_0, *self._at_points, self._at_infinity = (
-            _packed(kernel.to(weight.dtype)) for kernel in _kernels(weight.float())
+            packed(kernel.to(weight.dtype).contiguous(), _PADDING) for kernel in _kernels(weight.float())
         )
         self._bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
         self._silu = silu
@@ -94,11 +95,3 @@ def _kernels(weight: Tensor) -> Iterator[Tensor]:
         for signed in (point, -point):
             yield (above + signed * at + point**2 * below) / scale
     yield below
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """[D, C, 1, 3] laid out for oneDNN."""
-    made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(), *_ALONG, [1, weight.shape[1], *TYPICAL]
-    )
-    return made
