@@ -44,8 +44,9 @@ check: $(DEV) ## format, lint, types and tests: what CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore tests/server
-	$(BIN)/python -m pytest tests/server
+	@# Examples that Hypothesis makes up are the same in each run here; `make test` looks for new ones.
+	$(BIN)/python -m pytest --hypothesis-profile ci --ignore tests/server
+	$(BIN)/python -m pytest --hypothesis-profile ci tests/server
 
 proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 	$(BIN)/python -m pytest -m slow

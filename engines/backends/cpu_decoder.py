@@ -9,15 +9,31 @@ channels needs no transposition.
 Shapes: [B, C, H, W], channels-last in memory; a picture has B = 1.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu_conv import PackedConv, Strip, WideConv, change, conv_of, rows_of, slices_of, strips_of
+from engines.backends.cpu_int8 import Int8Conv
 from engines.backends.cpu_winograd import WinogradConv
 from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What computes the wide convolutions: 3x3 in ResBlocks, and the others, of gated blocks and upsampling."""
+
+    three: WideConv
+    other: WideConv
+    exact_ones: bool  # a 1 among small weights stays a 1, and leaves them their precision
+
+
+IN_FLOATS = Arithmetic(WinogradConv, PackedConv, exact_ones=True)
+IN_8_BITS = Arithmetic(Int8Conv, Int8Conv, exact_ones=False)  # sums of rows would take more than 8 bits
 
 
 class _Norm:
@@ -39,9 +55,8 @@ class _Norm:
 
 
 class _ResBlock:
-    def __init__(self, block: ResBlock, wide: WideConv) -> None:
-        three = WinogradConv if wide is PackedConv else wide  # sums of rows take more than 8 bits
-        self._first, self._second = three(block.conv1, silu=True), three(block.conv2)
+    def __init__(self, block: ResBlock, arithmetic: Arithmetic) -> None:
+        self._first, self._second = arithmetic.three(block.conv1, silu=True), arithmetic.three(block.conv2)
         self._norm = _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -109,11 +124,11 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 
 
 class _GatedConv:
-    def __init__(self, block: GLUMBConv, wide: WideConv) -> None:
+    def __init__(self, block: GLUMBConv, arithmetic: Arithmetic) -> None:
         assert block.norm is not None
         self._hidden = block.conv_inverted.out_channels
-        self._widen, self._depth = wide(block.conv_inverted, silu=True), PackedConv(block.conv_depth)
-        self._narrow, self._norm = wide(block.conv_point), _Norm(block.norm)
+        self._widen, self._depth = arithmetic.other(block.conv_inverted, silu=True), PackedConv(block.conv_depth)
+        self._narrow, self._norm = arithmetic.other(block.conv_point), _Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         return change(x, self._hidden, self._read, self._write)
@@ -135,11 +150,11 @@ def _gated(x: Tensor) -> Tensor:
 
 
 class _Upsample:
-    def __init__(self, upsample: Upsample, wide: WideConv) -> None:
+    def __init__(self, upsample: Upsample, arithmetic: Arithmetic) -> None:
         # A 1 among the weights is free, but 8 bits with one scale per channel would hold that 1 and little else.
-        self._repeats = 0 if wide is PackedConv else upsample.repeats  # of a shortcut that is added apart
+        self._repeats = 0 if arithmetic.exact_ones else upsample.repeats  # of a shortcut that is added apart
         weight, bias = folded_kernel(upsample, shortcut=not self._repeats)
-        self._conv, self._channels = wide(conv_of(weight, bias, padding=1)), len(weight) // 4
+        self._conv, self._channels = arithmetic.other(conv_of(weight, bias, padding=1)), len(weight) // 4
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -166,7 +181,7 @@ class _Upsample:
 class CpuDecoder(nn.Module):
     """As dcae.Decoder.forward, of a loaded `decoder` on the CPU, whose weights it copies; fp32 or bf16."""
 
-    def __init__(self, decoder: Decoder, wide: WideConv = PackedConv) -> None:
+    def __init__(self, decoder: Decoder, arithmetic: Arithmetic = IN_FLOATS) -> None:
         super().__init__()
         self._repeats = decoder.repeats  # of the shortcut around the first convolution
         self._first = PackedConv(_of(decoder.conv_in))
@@ -174,11 +189,11 @@ class CpuDecoder(nn.Module):
             step
             for stage in reversed(decoder.up_blocks)
             for block in _of_sequence(stage)
-            for step in _steps(block, wide)
+            for step in _steps(block, arithmetic)
         ]
         self._norm, self._act = _Norm(decoder.norm_out), decoder.act
         last = decoder.conv_out
-        self._last = _Upsample(last, wide) if isinstance(last, Upsample) else PackedConv(_of(last))
+        self._last = _Upsample(last, arithmetic) if isinstance(last, Upsample) else PackedConv(_of(last))
 
     def forward(self, latent: Tensor) -> Tensor:
         latent = latent.contiguous(memory_format=torch.channels_last)
@@ -202,10 +217,10 @@ def _of_sequence(module: nn.Module) -> nn.Sequential:
     return module
 
 
-def _steps(block: nn.Module, wide: WideConv) -> list[_ResBlock | _Attention | _GatedConv | _Upsample]:
+def _steps(block: nn.Module, arithmetic: Arithmetic) -> list[_ResBlock | _Attention | _GatedConv | _Upsample]:
     if isinstance(block, EfficientViTBlock):
-        return [_Attention(block.attn), _GatedConv(block.conv_out, wide)]
+        return [_Attention(block.attn), _GatedConv(block.conv_out, arithmetic)]
     if isinstance(block, Upsample):
-        return [_Upsample(block, wide)]
+        return [_Upsample(block, arithmetic)]
     assert isinstance(block, ResBlock)
-    return [_ResBlock(block, wide)]
+    return [_ResBlock(block, arithmetic)]

@@ -7,8 +7,8 @@ for, and in bf16 the transformer takes jobs one by one, so that a picture is the
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu_decoder import CpuDecoder
-from engines.backends.cpu_int8 import Int8Conv, has_int8
+from engines.backends.cpu_decoder import IN_8_BITS, CpuDecoder
+from engines.backends.cpu_int8 import has_int8
 from engines.backends.spec import ModuleSpec
 from engines.errors import BackendError
 from engines.models.dcae import Decoder
@@ -43,7 +43,7 @@ def _in_8_bits(module: PixelDecoder, spec: ModuleSpec) -> PixelDecoder:
     latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
     with torch.inference_mode():
         expected, _ = module(latent)
-        module.decoder = CpuDecoder(decoder, Int8Conv)
+        module.decoder = CpuDecoder(decoder, IN_8_BITS)
         found, _ = module(latent)
     INT8_GATE.check("decoder in int8", difference(expected, found))
     return module

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends.cpu_decoder import CpuDecoder
-from engines.backends.cpu_int8 import Int8Conv, has_int8
+from engines.backends.cpu_decoder import IN_8_BITS, CpuDecoder
+from engines.backends.cpu_int8 import Int8Conv, has_int8, quantised
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
 from engines.models.dcae import AutoencoderConfig, Decoder
@@ -34,6 +34,15 @@ def seeded_conv(kernel: int, *, bias: bool = True) -> nn.Conv2d:
 def activations(count: int = 1) -> torch.Tensor:
     """Positive for the most part, as behind SiLU, so that zero lies far from the middle of their range."""
     return (torch.randn(count, 64, 12, 20) + 1.5).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 100, 254])
+def test_rounds_to_the_nearest_level(zero: int) -> None:
+    """From half a level below the lowest, which a rounded zero may ask for, to the highest; a half goes to the even."""
+    scale = 2.0**-7
+    levels = torch.linspace(-0.5, 254.5, 2041)  # eighths of a level, which fp32 holds exactly
+    found = quantised(((levels - zero) * scale).view(1, 1, -1, 1), scale, zero, (1, 2)).flatten()
+    assert found.tolist() == [zero, *(round(level) for level in levels.tolist()), zero, zero]
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
@@ -91,7 +100,7 @@ def test_a_decoder_keeps_its_shortcuts_exact(upsampling: str, numbers: int, monk
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
     latent = torch.randn(1, config.latent_channels, 6, 5)
-    assert difference(decoder(latent), CpuDecoder(decoder, Int8Conv)(latent)).sqnr_db > 25
+    assert difference(decoder(latent), CpuDecoder(decoder, IN_8_BITS)(latent)).sqnr_db > 25
 
 
 def test_the_shipped_checkpoint_keeps_its_pictures() -> None:
