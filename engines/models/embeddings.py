@@ -57,7 +57,7 @@ class PatchEmbed(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         height, width = latent.shape[-2:]
         patches: Tensor = self.proj(latent)
-        x = patches.flatten(2).transpose(1, 2)
+        x = patches.flatten(2).transpose(1, 2).contiguous()  # what is added to it takes its layout, in every block
         if self.scale is None or self.pos_embed is None:
             return x
         table = self.pos_embed

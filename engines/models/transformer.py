@@ -154,7 +154,8 @@ class LinearAttention(Projections):
         query, key, value = self.project(x, x)
         query, key, value = F.relu(query).float(), F.relu(key).float(), value.float()
         context = key.transpose(2, 3) @ value  # [B, H, d, d]
-        weight = query @ key.sum(2).unsqueeze(3)  # [B, H, N, 1]: upstream's row of ones in the padded value
+        # Upstream's row of ones in the padded value; as a row times a matrix, since CPUs are slow at one times a column.
+        weight = (key.sum(2, keepdim=True) @ query.transpose(2, 3)).transpose(2, 3)  # [B, H, N, 1]
         out = self.merge(((query @ context) / (weight + 1e-15)).to(x.dtype))
         # Base Sana reaches 1e6 here, and its fp16 weights rely on the clip (diffusers issue 10336).
         return out.clip(-65504, 65504) if x.dtype == torch.float16 else out

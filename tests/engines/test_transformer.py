@@ -69,6 +69,18 @@ def test_two_blocks_at_true_width_equal_upstream(config: TransformerConfig) -> N
     assert error(reference, ours, inputs(config, (8, 8))) <= GATE
 
 
+def test_tokens_keep_one_layout() -> None:
+    """Sums take the layout of what they start from; transposed tokens would be copied by every norm of every block."""
+    _, ours = pair(SMALL)
+    layouts = []
+    for block in ours.transformer_blocks:
+        block.register_forward_hook(
+            lambda block, given, x: layouts.extend([given[0].is_contiguous(), x.is_contiguous()])
+        )
+    ours(**inputs(SMALL, (8, 8)))
+    assert layouts == [True] * 6
+
+
 def test_no_part_can_be_left_out() -> None:
     reference, ours = pair(SMALL)
     given = inputs(SMALL, (8, 8))
