@@ -154,7 +154,7 @@ class LinearAttention(Projections):
         query, key, value = self.project(x, x)
         query, key, value = F.relu(query).float(), F.relu(key).float(), value.float()
         context = key.transpose(2, 3) @ value  # [B, H, d, d]
-        # Upstream's row of ones in the padded value; as a row times a matrix, since CPUs are slow at one times a column.
+        # Upstream's row of ones in the padded value. A row times a matrix: a matrix times a column is slow on CPUs.
         weight = (key.sum(2, keepdim=True) @ query.transpose(2, 3)).transpose(2, 3)  # [B, H, N, 1]
         out = self.merge(((query @ context) / (weight + 1e-15)).to(x.dtype))
         # Base Sana reaches 1e6 here, and its fp16 weights rely on the clip (diffusers issue 10336).

@@ -72,11 +72,13 @@ def test_two_blocks_at_true_width_equal_upstream(config: TransformerConfig) -> N
 def test_tokens_keep_one_layout() -> None:
     """Sums take the layout of what they start from; transposed tokens would be copied by every norm of every block."""
     _, ours = pair(SMALL)
-    layouts = []
+    layouts: list[bool] = []
+
+    def note(_: nn.Module, given: tuple[Tensor, ...], x: Tensor) -> None:
+        layouts.extend([given[0].is_contiguous(), x.is_contiguous()])
+
     for block in ours.transformer_blocks:
-        block.register_forward_hook(
-            lambda block, given, x: layouts.extend([given[0].is_contiguous(), x.is_contiguous()])
-        )
+        block.register_forward_hook(note)
     ours(**inputs(SMALL, (8, 8)))
     assert layouts == [True] * 6
 
