@@ -82,9 +82,9 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def slices_of(*tensors: Tensor, numbers: int = _SLICE) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all `tensors` at once, as many as hold so many `numbers`: what fits a cache."""
-    step = max(1, numbers // tensors[0].shape[1])
+def slices_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of all `tensors` at once, as many as fit a cache."""
+    step = max(1, _SLICE // tensors[0].shape[1])
     yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
 
 
