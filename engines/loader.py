@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from engines.backends.eager import eager
 from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.torch_tensorrt import torch_tensorrt
 from engines.buckets import powers_of_two
-from engines.chain import Chain, input_specs
+from engines.chain import Decode, Denoise, input_specs, latent_spec
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.control import load_controlnet
 from engines.errors import BackendError, CheckpointError
@@ -28,6 +28,9 @@ from engines.pipeline import Books, LatentSpace, Modules, SprintEngine
 from engines.sampler import Schedule
 from engines.text_stage import load_text_stage
 from engines.types import Engine, EngineInfo, Limits
+
+if TYPE_CHECKING:
+    from engines.backends.cuda.native import Native  # needs Triton, which a CPU's environment has not
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -41,8 +44,8 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
     "tensorrt": "python build_engine.py --gpu native",
 }
 
-# Of weights and activations; int8 is bf16 with the decoder's wide convolutions in 8 bits.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+# Of weights and activations; int8 (on a CPU) and fp8 (on a GPU) are bf16 with the decoder's wide convolutions in 8 bits.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def load_engine(
@@ -58,6 +61,7 @@ def load_engine(
     schedule: Schedule = "paper",
     recorder: Recorder | None = None,
     cache: str | None = None,
+    native: "Native | None" = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
@@ -65,7 +69,8 @@ def load_engine(
     one of PRECISIONS, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another
     autoencoder with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name
     where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
-    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE.
+    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE; native: the
+    kernels of the cuda-graph backend, None takes those of the GPU at hand.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
@@ -91,6 +96,9 @@ def load_engine(
     text = load_text_stage(checkpoint, dtype, place)
     transformer = checkpoint.load_transformer(dtype, place)
     autoencoder = checkpoint.load_autoencoder(dtype, place)
+    kernels = _kernels(backend, dtype, place, checkpoint) if native is None else native
+    if kernels is not None:
+        execute, text = kernels, kernels.text(text)
     modules = Modules(
         text,
         prepared("transformer", transformer),
@@ -98,12 +106,14 @@ def load_engine(
         prepared("encoder", PixelEncoder(autoencoder)),
         None if branch is None else prepared("controlled", ControlledTransformer(transformer, branch)),
     )
+    if kernels is not None:
+        reasons |= kernels.reasons
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     space = _space(checkpoint, dtype, place)
     recorder = None if backend == "eager" else _recorder(place, recorder)
     books = _books(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
     info = _info(checkpoint, backend, precision, place, reasons)
-    return SprintEngine(modules, space, info, limits, schedule, buckets, books)
+    return SprintEngine(modules, space, info, limits, schedule, buckets, books, kernels)
 
 
 def _load_built(
@@ -162,6 +172,15 @@ def _load_built(
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, books)
 
 
+def _kernels(backend: str, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> "Native | None":
+    """Our own kernels, where the backend is made of them; other precisions than bf16 run PyTorch's."""
+    if (backend, dtype, device.type) != ("cuda-graph", torch.bfloat16, "cuda"):
+        return None
+    from engines.backends.cuda.native import Native
+
+    return Native.on(device, checkpoint.autoencoder)
+
+
 def _recorder(device: torch.device, asked: Recorder | None) -> Recorder | None:
     return CudaRecorder() if asked is None and device.type == "cuda" else asked
 
@@ -182,18 +201,23 @@ def _books(
     unit, steps = space.compression, tuple(steps)
     sides = [(height // unit, width // unit) for width, height in limits.sizes or (limits.default_size,)]
 
-    def book(*, drawing: bool) -> GraphBook:
-        def chain() -> Chain:
+    def denoise(*, drawing: bool) -> GraphBook:
+        def chain() -> Denoise:
             made = modules()
             transformer = made.controlled if drawing else made.transformer
             assert transformer is not None
-            return Chain(transformer, made.decoder, space.dtype)
+            return Denoise(transformer, space.dtype)
 
         tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
         specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
         return GraphBook(chain, specs, buckets, sides, steps, recorder, space.device)
 
-    books = Books(book(drawing=False), book(drawing=True) if "control" in limits.conditioning else None)
+    # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.
+    decode = GraphBook(
+        lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
+    )
+    controlled = denoise(drawing=True) if "control" in limits.conditioning else None
+    books = Books(denoise(drawing=False), decode, controlled, recorder)
     reasons["graphs"] = (
         f"{len(books.plain.order)} are captured before the first request: batches {_listed(buckets)}, "
         f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"
@@ -267,6 +291,11 @@ def _precision(asked: str | None, device: torch.device, backend: str, reasons: d
         return chosen
     if asked not in PRECISIONS:
         raise BackendError(f"precision: got {asked!r}, allowed {', '.join(PRECISIONS)}")
+    if asked == "fp8" and (backend, device.type) != ("cuda-graph", "cuda"):
+        raise BackendError(
+            f"precision: fp8 without a built engine is the cuda-graph backend's on a GPU, and this is {backend} on "
+            f"{device.type}; use bf16"
+        )
     if asked == "int8" and (backend, device.type) != ("eager", "cpu"):
         raise BackendError(
             f"precision: int8 is the eager backend's on a CPU, and this is {backend} on {device.type}; use bf16"

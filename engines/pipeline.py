@@ -4,26 +4,39 @@ A job's picture depends on the job alone: its noise comes from its own seed befo
 looks across jobs. Knows no HTTP, no files and no choice of backend.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cuda_graph import GraphBook
+from engines.backends.cuda_graph import GraphBook, GraphKey, Recorder
 from engines.buckets import smallest_fitting
-from engines.chain import Chain
+from engines.chain import Decode, Denoise
 from engines.control import LatentCache
+from engines.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.errors import JobError, OutOfMemoryError, OutputError
 from engines.gpu_memory import open_card
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.stopwatch import Stopwatch
-from engines.text_stage import TextStage, join
-from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.text_stage import TextEmbedding, TextStage, join
+from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
 
 MAX_CONTROL_SCALE = 2
+
+
+class Kernels(Protocol):
+    """Modules made of kernels that have to prove themselves on the card that is there."""
+
+    @property
+    def reasons(self) -> Mapping[str, str]: ...
+
+    def compare(self, work: Callable[[], object]) -> None:
+        """Runs `work`, in which each kernel is compared with its reference."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +63,12 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class Books:
-    """Captured graphs in place of the plain chain, and of the one with a drawing."""
+    """Captured graphs in place of the plain chains: of denoising, of that with a drawing, and of decoding."""
 
     plain: GraphBook
-    controlled: GraphBook | None = None
+    decode: GraphBook
+    controlled: GraphBook | None
+    recorder: Recorder  # what captures them, and the text stage's
 
 
 class SprintEngine:
@@ -68,15 +83,24 @@ class SprintEngine:
         schedule: Schedule = "paper",
         buckets: tuple[int, ...] = (),
         books: Books | None = None,
+        kernels: Kernels | None = None,
     ):
         """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is.
-        books: graphs that `warmup` captures; they pad texts to the longest that the engine takes."""
+        books: graphs that `warmup` captures; they pad texts to the longest that the engine takes. kernels: what the
+        modules are made of, which `warmup` has compared before it captures."""
         self._modules, self._space, self._schedule = modules, space, schedule
         self._info, self._limits, self._buckets, self._books = info, limits, buckets, books
+        self._kernels = kernels
         self._card = None
         if space.device.type == "cuda":
             self._card = open_card(str(torch.cuda.get_device_properties(space.device).uuid))
         self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
+        self._downloader: Downloader = HostDownloader()
+        self._stream = None  # TensorRT wants one that is not the default
+        if space.device.type == "cuda":
+            torch.cuda.set_device(space.device)
+            self._downloader = CudaDownloader(jpeg_on_card())
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
 
     @property
     def info(self) -> EngineInfo:
@@ -87,23 +111,42 @@ class SprintEngine:
         return self._limits
 
     def warmup(self) -> None:
-        self._capture()
+        if self._kernels is not None:
+            width, height = self._limits.default_size
+            self._kernels.compare(lambda: self.generate([Job("a red circle", seed=0, width=width, height=height)]))
+            self._info.reasons.update(self._kernels.reasons)
+        with self._on_device():
+            self._capture()
         sizes = self._limits.sizes if self._buckets else ()
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
         for width, height in sizes or (self._limits.default_size,):
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
-                    self.generate([Job("", seed=0, width=width, height=height, control_image=drawing)] * count)
+                    for quality in (None, 90):
+                        job = Job("", seed=0, width=width, height=height, control_image=drawing, jpeg_quality=quality)
+                        self.generate([job] * count)
 
     @torch.inference_mode()
     def _capture(self) -> None:
         """Captures every graph. Raises OutOfMemoryError."""
-        books = () if self._books is None else (self._books.plain, self._books.controlled)
+        books = self._books
+        if books is None:
+            return
         try:
-            for book in filter(None, books):
+            for book in filter(None, (books.decode, books.plain, books.controlled)):
                 book.capture()
+            self._modules.text.capture(books.recorder)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """This engine's card and stream are the current ones."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._space.device), torch.cuda.stream(self._stream):
+            yield
 
     def memory_bytes(self) -> Mapping[str, int]:
         """See engines.types.ReportsMemory; nothing without a GPU."""
@@ -123,11 +166,12 @@ class SprintEngine:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         """See engines.types.Engine.generate."""
         self._check(jobs)
         try:
-            return self._generate(jobs)
+            with self._on_device():
+                return self._generate(jobs, deliver)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(_no_memory(jobs, error)) from error
         except RuntimeError as error:
@@ -135,36 +179,48 @@ class SprintEngine:
                 raise OutOfMemoryError(_no_memory(jobs, error)) from error
             raise
 
-    def _generate(self, jobs: Sequence[Job]) -> list[RawImage]:
-        device = self._space.device
-        watch = Stopwatch(device)
+    def _generate(self, jobs: Sequence[Job], deliver: Deliver | None) -> list[RawImage]:
+        watch = Stopwatch(self._space.device)
         embeddings = self._modules.text.encode([job.prompt for job in jobs])
-        inputs = self._read(*join(embeddings))
+        noise, angles = self._start(jobs)  # drawn while the GPU works on the text
         watch.lap()
-
-        guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32, device=device)
-        noise, angles = self._start(jobs)
+        inputs = self._read(*join(embeddings))
+        guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32)
         inputs |= {"noise": noise, "angles": angles, "guidance": guidance * self._space.guidance_embeds_scale}
         inputs |= self._drawn(jobs)
-        run = self._run(drawn="control" in inputs)
-        captured = None
-        if isinstance(run, GraphBook):
-            captured = run.graph_for(len(jobs), noise.shape[-2], noise.shape[-1], jobs[0].steps)
-        pixels, finite = run(inputs, watch.lap)
+        latents, bucket = self._denoise(inputs, jobs[0].steps)
         watch.lap()
-        pictures, sound = pixels.cpu().numpy(), finite.tolist()
-        if not all(sound):
-            bad = [f"seed {job.seed}" for job, fine in zip(jobs, sound, strict=True) if not fine]
-            raise OutputError(f"the decoder gave NaN or infinity for {', '.join(bad)} of a batch of {len(jobs)}")
-        stages = StageSeconds(*watch.laps())
-        bucket = smallest_fitting(len(jobs), self._buckets) if self._buckets else len(jobs)
-        if captured is not None:
-            bucket = captured.bucket
-        uncaptured = isinstance(run, GraphBook) and captured is None
-        return [
-            RawImage(picture, stages, bucket, embedding.truncated, embedding.cached, uncaptured)
-            for picture, embedding in zip(pictures, embeddings, strict=True)
-        ]
+        made = _Made(jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._books is not None and not bucket)
+        coming: list[Download] = []
+        for latent in torch.split(latents, 1):
+            pixels, finite = self._decode(latent)
+            watch.lap()
+            # The next picture is decoding before this thread waits for the one before it.
+            coming.append(self._downloader.start(pixels[0], finite[0], jobs[len(coming)].jpeg_quality))
+            if len(coming) > 1:
+                made.take(coming[-2], deliver)
+        made.take(coming[-1], deliver)
+        return made.images
+
+    def _denoise(self, inputs: dict[str, Tensor], steps: int) -> tuple[Tensor, int | None]:
+        """Latents [B, C, h, w], and the bucket of the graph that ran, if one did."""
+        drawn = "control" in inputs
+        batch, _, height, width = inputs["noise"].shape[1:]
+        shape = GraphKey(batch, height, width, steps)
+        book = None if self._books is None else (self._books.controlled if drawn else self._books.plain)
+        if book is not None:
+            captured = book.graph_for(*shape)
+            return book(inputs, shape)[0], None if captured is None else captured.bucket
+        transformer = self._modules.controlled if drawn else self._modules.transformer
+        assert transformer is not None  # else the limits refuse drawings
+        there = {name: value.to(self._space.device) for name, value in inputs.items()}
+        return Denoise(transformer, self._space.dtype)(there)[0], None
+
+    def _decode(self, latent: Tensor) -> tuple[Tensor, ...]:
+        """pixels [1, H, W, 3] and finite [1] of one latent [1, C, h, w]."""
+        if self._books is None:
+            return Decode(self._modules.decoder)({"latent": latent})
+        return self._books.decode({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
 
     def _read(self, text: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """The chain's inputs of the texts [B, T, D]; graphs have one length, that of the longest prompt."""
@@ -176,27 +232,18 @@ class SprintEngine:
         missing = self._info.max_prompt_tokens - text.shape[1]
         return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
 
-    def _run(self, *, drawn: bool) -> Chain | GraphBook:
-        """What denoises and decodes: a book of graphs where there is one."""
-        modules = self._modules
-        book = None if self._books is None else (self._books.controlled if drawn else self._books.plain)
-        if book is not None:
-            return book
-        transformer = modules.controlled if drawn else modules.transformer
-        assert transformer is not None  # else the limits refuse drawings
-        return Chain(transformer, modules.decoder, self._space.dtype)
-
     def _start(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
-        """Samples at the first angle, then the noise of each further step [steps, B, C, h, w]; angles [steps, B]."""
+        """Samples at the first angle, then the noise of each further step [steps, B, C, h, w]; angles [steps, B]. Both
+        on the host, ready to be copied while it goes on; on the device where a sample begins from an image."""
         key, space = jobs[0].key, self._space
         shape = (space.channels, key.height // space.compression, key.width // space.compression)
-        noise = torch.stack([job_noise(job.seed, shape, key.steps) for job in jobs], dim=1).to(space.device)
+        noise = torch.stack([job_noise(job.seed, shape, key.steps) for job in jobs], dim=1)
         base = angles_for(key.steps, self._schedule)
         images = [job.image for job in jobs if job.image is not None]
         if not images:
-            return noise, torch.tensor(base, device=space.device)[:, None].expand(-1, len(jobs))
+            return noise, torch.tensor(base)[:, None].expand(-1, len(jobs))
         starts = [angles_from_image(job.strength, base) for job in jobs]
-        angles = torch.tensor(starts, device=space.device).T
+        angles, noise = torch.tensor(starts, device=space.device).T, noise.to(space.device)
         noise[0] = mix(self._encoded(images, key), noise[0], angles[0])
         return noise, angles
 
@@ -205,7 +252,7 @@ class SprintEngine:
         drawings = [job.control_image for job in jobs if job.control_image is not None]
         if not drawings:
             return {}
-        scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32, device=self._space.device)
+        scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32)
         return {"control": self._encoded(drawings, jobs[0].key).to(self._space.dtype), "control_scale": scale}
 
     def _encoded(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
@@ -224,6 +271,40 @@ class SprintEngine:
                 raise JobError(f"strength: got {job.strength}, allowed 0 to 1")
             if not 0 <= job.control_scale <= MAX_CONTROL_SCALE:
                 raise JobError(f"control_scale: got {job.control_scale}, allowed 0 to {MAX_CONTROL_SCALE}")
+
+
+class _Made:
+    """The images of a batch, as they come."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        embeddings: Sequence[TextEmbedding],
+        watch: Stopwatch,
+        bucket: int,
+        *,
+        uncaptured: bool,
+    ):
+        self._jobs, self._embeddings, self._watch = jobs, embeddings, watch
+        self._bucket, self._uncaptured = bucket, uncaptured
+        self.images: list[RawImage] = []
+
+    def take(self, download: Download, deliver: Deliver | None) -> None:
+        """Waits for the next image and hands it out. Raises OutputError where it is not finite."""
+        index = len(self.images)
+        got, embedding = download.wait(), self._embeddings[index]
+        if not got.finite:
+            raise OutputError(
+                f"the decoder gave NaN or infinity for seed {self._jobs[index].seed} of a batch of {len(self._jobs)}"
+            )
+        text, denoise, *decode = self._watch.laps(index + 3)
+        stages = StageSeconds(text, denoise, decode[index])
+        image = RawImage(
+            got.pixels, stages, self._bucket, embedding.truncated, embedding.cached, self._uncaptured, got.jpeg
+        )
+        self.images.append(image)
+        if deliver is not None:
+            deliver(index, image)
 
 
 def resized(image: Pixels, width: int, height: int) -> Tensor:

@@ -64,6 +64,7 @@ class PromptTokenizer:
         tokenizer.enable_truncation(longest)
         self._start = longest - (max_tokens - 1)
         self._instruction = instruction
+        self.max_tokens = max_tokens
         self._tokenizer = tokenizer
 
     @staticmethod

@@ -34,11 +34,11 @@ class HostMark:
 
 
 class CudaMark:
-    """A Mark on the current stream; captured, it is recorded anew by each replay (external: torch.cuda.Event)."""
+    """A Mark on the current stream."""
 
-    def __init__(self, *, captured: bool = False) -> None:
+    def __init__(self) -> None:
         make: Any = torch.cuda.Event  # untyped in torch's stubs
-        self.event = make(enable_timing=True, external=captured)
+        self.event = make(enable_timing=True)
 
     def record(self) -> None:
         self.event.record()
@@ -58,14 +58,15 @@ class Stopwatch:
         self._marks: list[Mark] = []
         self.lap()
 
-    def lap(self, mark: Mark | None = None) -> None:
-        """Ends a lap here and now, or at a `mark` that was recorded elsewhere."""
-        if mark is None:
-            mark = CudaMark() if self._cuda else HostMark()
-            mark.record()
+    def lap(self) -> None:
+        """Ends a lap at what the device has been given so far."""
+        mark: Mark = CudaMark() if self._cuda else HostMark()
+        mark.record()
         self._marks.append(mark)
 
-    def laps(self) -> list[float]:
-        self._marks[-1].synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
+    def laps(self, count: int | None = None) -> list[float]:
+        """The first `count` laps, None: all; waits until the device has ended the last of them."""
+        marks = self._marks if count is None else self._marks[: count + 1]
+        marks[-1].synchronize()
+        pairs = zip(marks, marks[1:], strict=False)
         return [first.elapsed_time(second) / 1000 for first, second in pairs]

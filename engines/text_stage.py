@@ -6,12 +6,14 @@ Only prompts that are not in the cache are tokenised and run, each once, in one 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from engines.backends.cuda_graph import Recorder
 from engines.checkpoint import Checkpoint
-from engines.models.text_encoder import TextEncoder
+from engines.models.text_encoder import TextEncoder, Tokens
 from engines.prompt import INSTRUCTION, PromptTokenizer
 
 
@@ -59,11 +61,38 @@ class EmbeddingCache:
             self.bytes -= dropped.states.nbytes
 
 
+class Encoder(Protocol):
+    """engines.models.text_encoder.TextEncoder, or what a backend has in its place."""
+
+    @property
+    def prefix(self) -> tuple[int, ...]: ...
+
+    def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]: ...
+
+
+@runtime_checkable
+class Captures(Protocol):
+    """An encoder that runs as CUDA graphs."""
+
+    def capture(self, recorder: Recorder) -> None: ...
+
+
 class TextStage:
     """Tokenizer, encoder and cache together."""
 
-    def __init__(self, tokenizer: PromptTokenizer, encoder: TextEncoder, cache: EmbeddingCache):
+    def __init__(self, tokenizer: PromptTokenizer, encoder: Encoder, cache: EmbeddingCache):
         self.tokenizer, self.encoder, self.cache = tokenizer, encoder, cache
+
+    def capture(self, recorder: Recorder) -> None:
+        """Has the encoder's graphs captured, where it has any; without, runs it once at each power of two of lengths,
+        so that no request pays for loading kernels."""
+        if isinstance(self.encoder, Captures):
+            self.encoder.capture(recorder)
+            return
+        prefix, length = self.encoder.prefix, 1
+        while length < self.tokenizer.max_tokens:
+            self.encoder.encode([Tokens((*prefix, *prefix[-1:] * length), len(prefix))])
+            length *= 2
 
     def encode(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """One embedding per prompt, in order. `cached` says that nothing was run for that prompt."""

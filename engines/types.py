@@ -5,7 +5,7 @@ static batch size a batch runs at; the *stages* are text, denoise and decode. Im
 be built, run and tested without torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -44,6 +44,7 @@ class Job:
     strength: float = 0.5
     control_image: Pixels | None = None
     control_scale: float = 1.0
+    jpeg_quality: int | None = None  # a JPEG file will do instead of pixels, if the engine can make one
 
     @property
     def conditioning(self) -> Conditioning:
@@ -69,12 +70,16 @@ class StageSeconds:
 class RawImage:
     """The picture of one job, and how it came about."""
 
-    pixels: Pixels  # [height, width, 3] uint8 RGB
+    pixels: Pixels | None  # [height, width, 3] uint8 RGB; None where `jpeg` stands for it
     stages: StageSeconds
     bucket: int  # the batch size that ran, padding included
     prompt_truncated: bool = False
     prompt_cached: bool = False
     uncaptured: bool = False  # the engine keeps CUDA graphs, and has none for this batch
+    jpeg: bytes | None = None
+
+
+Deliver = Callable[[int, RawImage], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +171,10 @@ class Engine(Protocol):
     def warmup(self) -> None:
         """Runs every bucket once, so that no request pays for a first time."""
 
-    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         """Makes the images of jobs that share one batch key, in order.
+
+        deliver: is given each image with its job's index as soon as it is done, while the next ones are made.
 
         Raises JobError (outside the limits, or keys differ), OutOfMemoryError, OutputError.
         """

@@ -1,10 +1,11 @@
-"""One CUDA graph per (bucket, height, width, steps): all steps, the decode and the conversion to uint8 as one launch.
+"""One CUDA graph per (bucket, height, width, steps): all steps, or decode and conversion to uint8, as one launch.
 
 The bookkeeping (GraphBook: which bucket, padding, order, buffers, what was not captured) knows nothing of CUDA; the
 calls (CudaRecorder) decide nothing. Rules, from PyTorch's notes on CUDA graphs and NVIDIA's guide: largest shape first
 and one shared memory pool, so that smaller graphs fit into its blocks; static inputs; warm-ups on a side stream before
 each capture; graphs of a pool never run at once; results are copied before the next replay. Everything is captured
-before the engine is ready: a shape that was not runs as it is and is counted, never captured inside a request.
+before the engine is ready: a shape that was not runs as it is and is counted, never captured inside a request. A graph
+owns what it runs through: its chain, whose execution contexts and buffers it reads, lives as long as it does.
 """
 
 from collections import Counter
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 from engines.buckets import smallest_fitting
-from engines.stopwatch import CudaMark, HostMark, Mark
 
-WARM_UPS = 3
+WARM_UPS = 2
 
 
 class GraphKey(NamedTuple):
@@ -45,18 +45,15 @@ Replay = Callable[[], None]
 
 
 class Chain(Protocol):
-    """Denoise and decode (engines.chain); outputs have the batch first, `lap` is called between the two."""
+    """Denoise or Decode (engines.chain); outputs have the batch first."""
 
-    def __call__(self, inputs: Inputs, lap: Callable[[], object]) -> tuple[Tensor, ...]: ...
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]: ...
 
 
 class Recorder(Protocol):
-    """What a device does. `record` runs `launch` once more and gives what runs it again on the same memory; a `mark`
-    that is recorded within is recorded anew each time."""
+    """What a device does. `record` runs `launch` once more and gives what runs it again on the same memory."""
 
     def warm(self, launch: Callable[[], object]) -> None: ...
-
-    def mark(self) -> Mark: ...
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]: ...
 
@@ -66,7 +63,7 @@ class _Captured:
     inputs: Inputs  # views of the shared buffers
     outputs: tuple[Tensor, ...]
     replay: Replay
-    mark: Mark  # between denoise and decode
+    chain: Chain  # what the graph runs through
 
 
 class GraphBook:
@@ -111,6 +108,7 @@ class GraphBook:
         for key in self.order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key)
+        self.uncaptured.clear()
 
     def graph_for(self, batch: int, height: int, width: int, steps: int) -> GraphKey | None:
         """The captured graph that `batch` jobs run in; None where they run as they are."""
@@ -119,28 +117,24 @@ class GraphBook:
         key = GraphKey(smallest_fitting(batch, self._buckets), height, width, steps)
         return key if key in self._captured else None
 
-    def __call__(self, inputs: Inputs, lap: Callable[[Mark | None], object]) -> tuple[Tensor, ...]:
-        """The chain's outputs, which are the caller's own. `lap` is told of the end of denoise: by a mark, or now."""
-        steps, batch, _, height, width = inputs["noise"].shape
-        key = self.graph_for(batch, height, width, steps)
+    def __call__(self, inputs: Inputs, shape: GraphKey) -> tuple[Tensor, ...]:
+        """The chain's outputs, which are the caller's own, for `inputs` of this shape (`bucket` is their batch)."""
+        key = self.graph_for(*shape)
         if key is None:
-            self.uncaptured[GraphKey(batch, height, width, steps)] += 1
-            return self._plain(inputs, lambda: lap(None))
-        captured = self._captured[key]
-        outputs = self._replay(captured, inputs, batch)
-        lap(captured.mark)
-        return outputs
+            self.uncaptured[shape] += 1
+            return self._plain(inputs)
+        return self._replay(self._captured[key], inputs, shape.bucket)
 
     def _capture(self, key: GraphKey) -> _Captured:
         views = {
             name: self._buffers[name][: prod(spec.shape(key))].view(spec.shape(key))
             for name, spec in self._specs.items()
         }
-        chain, mark = self._make_chain(), self._recorder.mark()
+        chain = self._make_chain()
         for _ in range(WARM_UPS):
-            self._recorder.warm(lambda: chain(views, lambda: None))
-        replay, outputs = self._recorder.record(lambda: chain(views, mark.record))
-        return _Captured(views, outputs, replay, mark)
+            self._recorder.warm(lambda: chain(views))
+        replay, outputs = self._recorder.record(lambda: chain(views))
+        return _Captured(views, outputs, replay, chain)
 
     def _replay(self, captured: _Captured, inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
         for name, view in captured.inputs.items():
@@ -156,7 +150,10 @@ class GraphBook:
 
 
 class CudaRecorder:
-    """The CUDA calls: one memory pool, one side stream, errors of other threads' CUDA use kept out of a capture."""
+    """The CUDA calls: one memory pool, one side stream, errors of other threads' CUDA use kept out of a capture.
+
+    What a warm-up took is given back before a capture takes its own, so that the two never stand side by side.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -168,9 +165,7 @@ class CudaRecorder:
             launch()
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
-
-    def mark(self) -> Mark:
-        return CudaMark(captured=True)
+        torch.cuda.empty_cache()
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
@@ -185,9 +180,6 @@ class HostRecorder:
 
     def warm(self, launch: Callable[[], object]) -> None:
         launch()
-
-    def mark(self) -> Mark:
-        return HostMark()
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         outputs = launch()

@@ -1,9 +1,28 @@
-"""One small checkpoint for all tests of the engine, and upstream's pipeline on it."""
+"""One small checkpoint for all tests of the engine, and upstream's pipeline on it; and an interpreter that knows bf16."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import triton.language as tl
 from small_checkpoint import save_checkpoint, with_settings
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+_create_dot = InterpreterBuilder.create_dot
+
+
+def _dot_of_bf16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    """The interpreter keeps bf16 as uint16 and multiplies these numbers as they are (Triton 3.7.1, create_dot)."""
+    wide = [
+        TensorHandle(_convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32"), tl.float32)
+        if x.dtype.scalar == tl.bfloat16
+        else x
+        for x in (a, b)
+    ]
+    return _create_dot(self, *wide, d, *rest)
+
+
+InterpreterBuilder.create_dot = _dot_of_bf16
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The book of CUDA graphs on a recorder that works on the CPU: a graph there is a launch on fixed memory."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +20,6 @@ from engines.backends.cuda_graph import (
     Replay,
 )
 from engines.sampler import sample
-from engines.stopwatch import Mark
 
 SIDES = ((4, 4), (2, 4))
 SPECS = {
@@ -53,11 +54,10 @@ class Chains:
         seen: list[dict[str, int]] = []
         self.calls.append(seen)
 
-        def chain(inputs: Inputs, lap: Callable[[], object]) -> tuple[Tensor, ...]:
+        def chain(inputs: Inputs) -> tuple[Tensor, ...]:
             seen.append({name: value.data_ptr() for name, value in inputs.items()})
             guidance = inputs["guidance"][:, None, None, None]
             clean = sample(lambda x, _: guidance * x.cos(), inputs["noise"][0], inputs["angles"], inputs["noise"][1:])
-            lap()
             return clean, clean.isfinite().all((1, 2, 3))
 
         return chain
@@ -70,8 +70,13 @@ def inputs(batch: int, side: tuple[int, int] = (4, 4), steps: int = 1) -> dict[s
     return {"noise": noise, "angles": angles, "guidance": torch.rand(batch, generator=generator)}
 
 
-def nowhere(_: Mark | None) -> None:
-    """A lap that nobody reads."""
+def shape(given: dict[str, Tensor]) -> GraphKey:
+    steps, batch, _, height, width = given["noise"].shape
+    return GraphKey(batch, height, width, steps)
+
+
+def run(book: GraphBook, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return book(given, shape(given))
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def book(chains: Chains, recorder: CpuRecorder) -> GraphBook:
 
 
 def expected(given: dict[str, Tensor]) -> Tensor:
-    return Chains().make()(given, lambda: None)[0]
+    return Chains().make()(given)[0]
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -100,7 +105,7 @@ def expected(given: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_a_replay_equals_the_chain(batch: int, side: tuple[int, int], steps: int, book: GraphBook) -> None:
     given = inputs(batch, side, steps)
-    clean, finite = book(given, nowhere)
+    clean, finite = run(book, given)
     torch.testing.assert_close(clean, expected(given), rtol=0, atol=0)
     assert finite.tolist() == [True] * batch
     assert not book.uncaptured
@@ -131,8 +136,28 @@ def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(book: Graph
     addresses = {tuple(call.values()) for calls in captured for call in calls}
     assert len(addresses) == 1
     for count in (1, 4):
-        book(inputs(count), nowhere)
+        run(book, inputs(count))
     assert {tuple(call.values()) for calls in captured for call in calls} == addresses
+
+
+def test_a_graph_keeps_what_it_runs_through() -> None:
+    """CUDA's recorder keeps no reference to the launch, and a context that nobody holds is destroyed."""
+    references: list[weakref.ref[Chain]] = []
+
+    def make() -> Chain:
+        chain = Chains().make()
+        references.append(weakref.ref(chain))
+        return chain
+
+    class Forgetful(CpuRecorder):
+        def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+            return lambda: None, launch()
+
+    made = GraphBook(make, SPECS, (1,), SIDES, (1,), Forgetful(), torch.device("cpu"))
+    made.capture()
+    gc.collect()
+    assert len(references) == 3
+    assert all(reference() is not None for reference in references)
 
 
 def test_buffers_are_as_large_as_the_largest_graph_needs(book: GraphBook) -> None:
@@ -157,7 +182,7 @@ def test_an_unseen_shape_runs_as_it_is_and_is_counted(
 ) -> None:
     before = list(recorder.events)
     for count in (1, 2):
-        assert torch.equal(book(given, nowhere)[0], expected(given))
+        assert torch.equal(run(book, given)[0], expected(given))
         assert book.uncaptured == {key: count}
     assert recorder.events == before, "captured inside a request"
 
@@ -165,23 +190,23 @@ def test_an_unseen_shape_runs_as_it_is_and_is_counted(
 def test_before_the_capture_everything_runs_as_it_is(chains: Chains, recorder: CpuRecorder) -> None:
     made = GraphBook(chains.make, SPECS, (1, 2), SIDES, (1,), recorder, torch.device("cpu"))
     given = inputs(1)
-    assert torch.equal(made(given, nowhere)[0], expected(given))
+    assert torch.equal(run(made, given)[0], expected(given))
     assert made.uncaptured == {GraphKey(1, 4, 4, 1): 1}
     assert recorder.events == []
 
 
 def test_results_are_the_callers_own(book: GraphBook) -> None:
-    first = book(inputs(2), nowhere)[0]
+    first = run(book, inputs(2))[0]
     before = first.clone()
-    book({name: value + 1 for name, value in inputs(2).items()}, nowhere)
+    run(book, {name: value + 1 for name, value in inputs(2).items()})
     assert torch.equal(first, before)
 
 
 def test_the_rest_of_a_bucket_is_filled_with_numbers(book: GraphBook) -> None:
     given = inputs(4)
     given["noise"][:, 3] = float("nan")
-    assert book(given, nowhere)[1].tolist() == [True, True, True, False]
-    assert book(inputs(3), nowhere)[1].tolist() == [True] * 3
+    assert run(book, given)[1].tolist() == [True, True, True, False]
+    assert run(book, inputs(3))[1].tolist() == [True] * 3
     assert book._buffers["noise"].isfinite().all()
 
 
@@ -196,5 +221,5 @@ def test_cuda_graphs_equal_the_chain_on_the_card() -> None:
             for side in SIDES:
                 for steps in (1, 2):
                     given = {name: value.to(device) for name, value in inputs(batch, side, steps).items()}
-                    torch.testing.assert_close(made(given, nowhere)[0], expected(given), rtol=0, atol=0)
+                    torch.testing.assert_close(run(made, given)[0], expected(given), rtol=0, atol=0)
     assert not made.uncaptured

@@ -1,0 +1,262 @@
+"""DC-AE's decoder from engines.kernels: latents in, uint8 pixels out, in NHWC throughout.
+
+The stages of EfficientViT blocks keep plain [B*H*W, C] matrices; from the first stage of ResBlocks on, matrices have
+zero borders (engines.kernels.padded), in which convolutions are products. Equal to engines.models.pixels.PixelDecoder,
+but for rounding: sums and norms are fp32, and each kernel rounds once. In fp8 the convolutions of the ResBlocks
+multiply e4m3 numbers, one scale for a tensor of activations and one for each output channel of weights; the residual
+stream stays bf16.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines.kernels.convolution import (
+    CONVOLUTION,
+    CONVOLUTION_NORM,
+    CONVOLUTION_SILU,
+    CONVOLUTION_TAPS,
+    FP8,
+    FP8_MAX,
+    tap_weight,
+)
+from engines.kernels.gated_depthwise import GATED_DEPTHWISE
+from engines.kernels.linear_attention import MULTISCALE_ATTENTION
+from engines.kernels.multiscale_projection import MULTISCALE_PROJECTION
+from engines.kernels.op import Ops
+from engines.kernels.padded import Grid
+from engines.kernels.pixels import PIXELS
+from engines.kernels.rms_norm import RMS_NORM, Layout
+from engines.kernels.silu_product import SILU_PRODUCT
+from engines.kernels.upsampling import UPSAMPLING
+from engines.models.dcae import AutoencoderConfig, Decoder, EfficientViTBlock, ResBlock, Upsample
+from engines.models.folding import folded_kernel
+from engines.models.layers import RMSNorm
+from engines.models.pixels import PixelDecoder
+
+_HEADROOM = 2.0  # of an activation's scale over the largest value that calibration saw
+_WHOLE = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A zero-bordered image [P, C]: in full, and in e4m3 where the next convolution reads that."""
+
+    full: Tensor
+    small: Tensor
+
+
+def why_not(config: AutoencoderConfig) -> str | None:
+    """Why these kernels cannot run a decoder of this architecture; None where they can."""
+    kinds, depths = config.decoder_block_types, config.decoder_layers_per_block
+    residual = [index for index, kind in enumerate(kinds) if kind == "ResBlock"]
+    if residual != list(range(len(residual))) or not residual or len(residual) == len(kinds):
+        return (
+            f"decoder_block_types are {kinds}; ResBlocks at high and EfficientViT blocks at low resolution are needed"
+        )
+    if not all(depths) or config.decoder_conv_act_fn != "relu" or config.in_channels != 3:
+        return f"decoder_layers_per_block are {depths}; blocks at every resolution, ReLU and RGB are needed"
+    if any(width % 32 for width in config.decoder_block_out_channels) or config.attention_head_dim % 8:
+        return f"decoder_block_out_channels are {config.decoder_block_out_channels}; multiples of 32 are needed"
+    if config.decoder_block_out_channels[0] not in _WHOLE:
+        return f"the last stage has {config.decoder_block_out_channels[0]} channels; one of {_WHOLE} is needed"
+    return None
+
+
+class _Norm:
+    """The parameters of an RMSNorm, in fp32."""
+
+    def __init__(self, norm: RMSNorm):
+        assert norm.bias is not None
+        self.gain, self.bias, self.eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
+
+
+class _Kernel:
+    """The weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row."""
+
+    def __init__(self, conv: nn.Conv2d):
+        self.weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
+        self.bias = None if conv.bias is None else conv.bias.detach().float()
+        self._scale: Tensor | None = None
+        self.scale: Tensor | None = None  # of the product of an 8-bit input and these weights
+
+    def to_fp8(self, input_scale: float) -> None:
+        scale = self.weight.float().abs().amax(1).clamp_min(1e-12) / FP8_MAX
+        self.weight = (self.weight.float() / scale[:, None]).to(FP8)
+        self.scale = scale * input_scale
+
+
+class _Res:
+    """dcae.ResBlock on a Stream."""
+
+    def __init__(self, block: ResBlock):
+        self.conv1, self.conv2, self.norm = _Kernel(block.conv1), _Kernel(block.conv2), _Norm(block.norm)
+        self.whole = block.conv2.out_channels in _WHOLE
+        self.input_scale: float | None = None
+        self.hidden_scale: float | None = None
+        self.seen = [0.0, 0.0]  # largest input and hidden value of a calibration
+
+    def to_fp8(self) -> None:
+        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.seen)
+        self.conv1.to_fp8(self.input_scale)
+        self.conv2.to_fp8(self.hidden_scale)
+
+    def hidden(self, ops: Ops, x: Stream, grid: Grid) -> Tensor:
+        conv, scale = self.conv1, self.hidden_scale or 1.0
+        made: Tensor = ops(CONVOLUTION_SILU, x.small, conv.weight, conv.scale, conv.bias, scale, grid)
+        return made
+
+    def __call__(self, ops: Ops, x: Stream, grid: Grid, next_scale: float | None) -> Stream:
+        hidden, conv, norm = self.hidden(ops, x, grid), self.conv2, self.norm
+        if self.whole:
+            made = ops(
+                CONVOLUTION_NORM,
+                *(hidden, conv.weight, conv.scale, norm.gain, norm.bias, x.full, norm.eps, next_scale, grid),
+            )
+        else:
+            y = ops(CONVOLUTION, hidden, conv.weight, conv.scale, grid)
+            made = ops(RMS_NORM, y, norm.gain, norm.bias, x.full, norm.eps, "bordered", next_scale, grid)
+        return Stream(made[0], made[-1])
+
+
+class _Vit:
+    """dcae.EfficientViTBlock on [B*H*W, C]."""
+
+    def __init__(self, block: EfficientViTBlock):
+        attention, glu = block.attn, block.conv_out
+        self.qkv = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]).detach()
+        scale: Any = attention.to_qkv_multiscale[0]
+        self.taps = scale.proj_in.weight.detach().flatten(1).t().contiguous()  # [K*K, 3C]
+        group = scale.proj_out.weight.shape[1]
+        self.groups = scale.proj_out.weight.detach().view(-1, group, group).contiguous()
+        self.out, self.norm1, self.head_dim = attention.to_out.weight.detach(), _Norm(attention.norm_out), group
+        self.inverted = glu.conv_inverted.weight.detach().flatten(1).contiguous()
+        self.inverted_bias, self.depth_bias = glu.conv_inverted.bias, glu.conv_depth.bias
+        self.depth = glu.conv_depth.weight.detach().flatten(1).t().contiguous()  # [9, 2*hidden]
+        self.point = glu.conv_point.weight.detach().flatten(1).contiguous()
+        assert glu.norm is not None
+        self.norm2 = _Norm(glu.norm)
+
+    def __call__(self, ops: Ops, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        qkv = F.linear(x, self.qkv)
+        scaled = ops(MULTISCALE_PROJECTION, qkv, self.taps, self.groups, grid)
+        attended = F.linear(ops(MULTISCALE_ATTENTION, qkv, scaled, grid.batch, self.head_dim), self.out)
+        norm = self.norm1
+        x = ops(RMS_NORM, attended, norm.gain, norm.bias, x, norm.eps, "plain", None, grid)[0]
+        wide = ops(SILU_PRODUCT, x, self.inverted, self.inverted_bias)
+        y = F.linear(ops(GATED_DEPTHWISE, wide, self.depth, self.depth_bias, *grid), self.point)
+        norm = self.norm2
+        made: Tensor = ops(RMS_NORM, y, norm.gain, norm.bias, x, norm.eps, layout, None, grid)[0]
+        return made
+
+
+class _Up:
+    """dcae.Upsample from a zero-bordered matrix."""
+
+    def __init__(self, upsample: Upsample):
+        weight, bias = folded_kernel(upsample)
+        self.weight = weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
+        assert bias is not None
+        self.bias = bias.detach()[: bias.shape[0] // 4].float() if upsample.interpolate else bias.detach().float()
+        assert upsample.interpolate
+
+    def __call__(self, ops: Ops, x: Tensor, grid: Grid, bordered: bool, next_scale: float | None) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = ops(UPSAMPLING, x, self.weight, self.bias, bordered, next_scale, grid)
+        return made
+
+
+class CudaDecoder:
+    """Called like PixelDecoder: latents [B, C, h, w] fp32 to pixels [B, H, W, 3] uint8, and whether each was finite.
+
+    Made from a PixelDecoder whose architecture `why_not` has nothing against; its weights are taken over. `calibrate`
+    and `to_fp8` turn the ResBlocks to 8 bits.
+    """
+
+    def __init__(self, module: PixelDecoder, ops: Ops):
+        decoder = module.decoder
+        assert isinstance(decoder, Decoder)
+        self._ops, self._factor = ops, module.scaling_factor
+        self._conv_in = decoder.conv_in.weight.detach().clone()
+        if decoder.repeats:  # the shortcut, a 1 at each kernel's centre
+            channels = torch.arange(self._conv_in.shape[0], device=self._conv_in.device)
+            self._conv_in[channels, channels // decoder.repeats, 1, 1] += 1
+        self._conv_in_bias = decoder.conv_in.bias
+        self._dtype = self._conv_in.dtype
+        stages = [list(stage.children()) for stage in reversed(decoder.up_blocks)]
+        self._low = [_parts(stage) for stage in stages if isinstance(stage[-1], EfficientViTBlock)]
+        self._high = [_parts(stage) for stage in stages if isinstance(stage[-1], ResBlock)]
+        self._norm_out = _Norm(decoder.norm_out)
+        assert isinstance(decoder.conv_out, nn.Conv2d)
+        self._conv_out = tap_weight(decoder.conv_out.weight.detach())
+        assert decoder.conv_out.bias is not None
+        self._bias_out = decoder.conv_out.bias.detach().float()
+
+    def __call__(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        x, grid = self._low_stages(latent)
+        for index, (up, blocks) in enumerate(self._high):
+            stream, grid = self._doubled(up, x, grid, blocks[0].input_scale)
+            last = index == len(self._high) - 1
+            scales = [block.input_scale for block in blocks[1:]] + [None]
+            for block, next_scale in zip(blocks[: len(blocks) - last], scales, strict=False):
+                stream = block(self._ops, stream, grid, next_scale)
+            x = stream.full
+        taps = self._last(blocks[-1], stream, grid)
+        pixels, broken = self._ops(PIXELS, taps, self._bias_out, grid)
+        return pixels, broken == 0
+
+    def calibrate(self, latents: Tensor) -> None:
+        """Widens what each convolution's input has been seen to hold by these latents [B, C, h, w]."""
+        x, grid = self._low_stages(latents)
+        for up, blocks in self._high:
+            stream, grid = self._doubled(up, x, grid, None)
+            for block in blocks:
+                hidden = block.hidden(self._ops, stream, grid)
+                found = (float(stream.full.abs().amax()), float(hidden.abs().amax()))
+                block.seen = [max(pair) for pair in zip(block.seen, found, strict=True)]
+                stream = block(self._ops, stream, grid, None)
+            x = stream.full
+
+    def to_fp8(self) -> None:
+        for _, blocks in self._high:
+            for block in blocks:
+                block.to_fp8()
+
+    def _low_stages(self, latent: Tensor) -> tuple[Tensor, Grid]:
+        grid = Grid(latent.shape[0], latent.shape[2], latent.shape[3])
+        x = (latent / self._factor).to(self._dtype).to(memory_format=torch.channels_last)
+        y = F.conv2d(x, self._conv_in, self._conv_in_bias, padding=1)
+        x = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        for up, blocks in self._low:
+            if up is not None:
+                (x,), grid = up(self._ops, x, grid, False, None), grid.doubled
+            for index, block in enumerate(blocks):
+                x = block(self._ops, x, grid, "plain" if index < len(blocks) - 1 else "to bordered")
+        return x, grid
+
+    def _doubled(self, up: _Up, x: Tensor, grid: Grid, next_scale: float | None) -> tuple[Stream, Grid]:
+        made = up(self._ops, x, grid, True, next_scale)
+        return Stream(made[0], made[-1]), grid.doubled
+
+    def _last(self, block: _Res, x: Stream, grid: Grid) -> Tensor:
+        hidden, conv, norm, out = block.hidden(self._ops, x, grid), block.conv2, block.norm, self._norm_out
+        rest = (norm.gain, norm.bias, x.full, out.gain, out.bias, self._conv_out, norm.eps, grid)
+        made: Tensor = self._ops(CONVOLUTION_TAPS, hidden, conv.weight, conv.scale, *rest)
+        return made
+
+
+def _parts(stage: list[nn.Module]) -> tuple[Any, list[Any]]:
+    """The upsampling of a stage, None for the first, and its blocks."""
+    ups = [_Up(part) for part in stage if isinstance(part, Upsample)]
+    return ups[0] if ups else None, list(_blocks(stage))
+
+
+def _blocks(stage: list[nn.Module]) -> Iterator[_Res | _Vit]:
+    for part in stage:
+        if isinstance(part, ResBlock):
+            yield _Res(part)
+        elif isinstance(part, EfficientViTBlock):
+            yield _Vit(part)

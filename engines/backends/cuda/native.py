@@ -1,0 +1,66 @@
+"""Modules of a checkpoint on an NVIDIA GPU by engines.kernels: what `--backend cuda-graph` captures."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from engines.backends.cuda.decoder import CudaDecoder, why_not
+from engines.backends.cuda.text import CudaTextEncoder
+from engines.backends.cuda.transformer import CudaControlled, CudaTransformer
+from engines.backends.eager import laid_out
+from engines.backends.spec import ModuleSpec
+from engines.kernels.op import Launcher, Ops
+from engines.models.controlnet import ControlledTransformer
+from engines.models.dcae import AutoencoderConfig
+from engines.models.pixels import PixelDecoder
+from engines.models.text_encoder import TextEncoder
+from engines.models.transformer import SprintTransformer
+from engines.text_stage import TextStage
+
+
+class Native:
+    """A backend (engines.backends.spec) whose modules share one set of operations.
+
+    reasons: what runs as PyTorch has it, and why.
+    """
+
+    def __init__(self, ops: Ops, autoencoder: AutoencoderConfig):
+        self.ops, self.reasons = ops, dict[str, str]()
+        self._against_decoder = why_not(autoencoder)
+        self._transformer: CudaTransformer | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, autoencoder: AutoencoderConfig) -> "Native":
+        return cls(Ops(Launcher.of(device)), autoencoder)
+
+    def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
+        if isinstance(module, SprintTransformer):
+            self._transformer = CudaTransformer(module, self.ops)
+            return self._transformer
+        if isinstance(module, ControlledTransformer):
+            assert self._transformer is not None
+            return CudaControlled(module, self.ops)
+        if isinstance(module, PixelDecoder):
+            if self._against_decoder is None:
+                return CudaDecoder(module, self.ops)
+            self.reasons["decoder"] = f"PyTorch's modules: {self._against_decoder}"
+        return laid_out(module, spec)
+
+    def text(self, stage: TextStage) -> TextStage:
+        """The same with an encoder of kernels."""
+        assert isinstance(stage.encoder, TextEncoder)
+        try:
+            encoder = CudaTextEncoder(stage.encoder, self.ops)
+        except ValueError as error:
+            self.reasons["text"] = f"PyTorch's modules: {error}"
+            return stage
+        return TextStage(stage.tokenizer, encoder, stage.cache)
+
+    def compare(self, work: Callable[[], object]) -> None:
+        """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""
+        self.ops.compare(work)
+        replaced = self.ops.replaced
+        told = "; ".join(f"{name}: {why}" for name, why in sorted(replaced.items()))
+        self.reasons["kernels"] = f"replaced by their references: {told}" if replaced else "all equal their references"

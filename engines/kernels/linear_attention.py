@@ -1,0 +1,193 @@
+"""ReLU linear attention as two kernels, context (split over tokens) and apply: [B*N, 3D] -> [B*N, D].
+
+Two forms of one computation, out = (relu(q) @ ctx) / (relu(q) . ksum + 1e-15), where ctx = sum over tokens of
+relu(k) (x) v and ksum that of relu(k), per image and head:
+
+- the transformer's: q, k, v are the thirds of a row; k is first divided by the rms of its whole row and multiplied by
+  norm weights (q's rms cancels in the quotient, and its weight is folded into the projection);
+- the decoder's: a row is cut into runs of 3d, each a (q, k, v), over two tensors one after the other.
+
+The parts' contexts are added in a fixed order that depends on N alone: an image does not depend on its batch.
+Shapes: B images, N tokens, H heads of d, D = H*d, S parts of the tokens, P = d padded to 16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engines.kernels.op import Launcher, Op
+
+EPS = 1e-15
+_TOGETHER = 8  # contexts of parts that are loaded at once
+
+
+@triton.jit
+def _row_rms(x, out, ROW, OFFSET, D, eps, BC: tl.constexpr):
+    """out[row] = 1 / rms of D values that begin at OFFSET of a row of ROW."""
+    row = tl.program_id(0)
+    cols = tl.arange(0, BC)
+    part = tl.load(x + row.to(tl.int64) * ROW + OFFSET + cols, mask=cols < D, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.rsqrt(tl.sum(part * part, 0) / D + eps))
+
+
+@triton.jit
+def _context(
+    first, second, rms, weight, ctx, N, ROW, SPLIT, STEP, PART, CHUNK,
+    HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr,
+    NORMED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ctx [B, H, S, HP + 1, HP] fp32: of each part the context [k, v], and in its last row the sum of k."""
+    head, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads, parts = tl.num_programs(0), tl.num_programs(1)
+    source, local = first, head
+    if head >= SPLIT:
+        source, local = second, head - SPLIT
+    d = tl.arange(0, HP)
+    keep = d < HD
+    kind = first.dtype.element_ty if FAST else tl.float32
+    total = tl.zeros((HP,), tl.float32)
+    acc = tl.zeros((HP, HP), tl.float32)
+    scale = tl.full((HP,), 1.0, tl.float32)
+    if NORMED:
+        scale = tl.load(weight + head * HD + d, mask=keep, other=0.0).to(tl.float32)
+    for start in range(0, CHUNK, BN):
+        n = part * CHUNK + start + tl.arange(0, BN)
+        inside = n < tl.minimum(N, (part + 1) * CHUNK)
+        row = image.to(tl.int64) * N + n
+        at = source + row[:, None] * ROW + local * STEP + d[None, :]
+        mask = inside[:, None] & keep[None, :]
+        k = tl.load(at + PART, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(at + 2 * PART, mask=mask, other=0.0).to(kind)
+        if NORMED:
+            k = k * scale[None, :] * tl.load(rms + row, mask=inside, other=0.0)[:, None]
+        k = tl.maximum(k, 0.0)
+        total += tl.sum(k, 0)
+        acc = tl.dot(tl.trans(k.to(kind)), v, acc, input_precision=PRECISION)
+    to = ctx + ((image * heads + head) * parts + part).to(tl.int64) * (HP + 1) * HP
+    tl.store(to + d[:, None] * HP + d[None, :], acc)
+    tl.store(to + HP * HP + d, total)
+
+
+@triton.jit
+def _apply(
+    first, second, ctx, out, N, ROW, SPLIT, STEP, PARTS, CHUNK,
+    HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [B*N, H*HD] from the parts' contexts; a program takes CHUNK tokens of one head."""
+    head, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(0)
+    source, local = first, head
+    if head >= SPLIT:
+        source, local = second, head - SPLIT
+    d, s = tl.arange(0, HP), tl.arange(0, BS)
+    kind = first.dtype.element_ty if FAST else tl.float32
+    row, last = image.to(tl.int64) * N, tl.minimum(N, (part + 1) * CHUNK)
+    n = part * CHUNK + tl.arange(0, BN)
+    at_query = source + (row + n)[:, None] * ROW + local * STEP + d[None, :]
+    q = tl.load(at_query, mask=(n < last)[:, None] & (d < HD)[None, :], other=0.0)  # on its way before the contexts are
+    context = tl.zeros((HP, HP), tl.float32)
+    total = tl.zeros((HP,), tl.float32)
+    of_head = ctx + ((image * heads + head) * PARTS).to(tl.int64) * (HP + 1) * HP
+    for begin in range(0, PARTS, BS):
+        here = begin + s
+        at = of_head + here[:, None] * ((HP + 1) * HP)
+        total += tl.sum(tl.load(at + HP * HP + d[None, :], mask=here[:, None] < PARTS, other=0.0), 0)
+        square = at[:, :, None] + d[None, :, None] * HP + d[None, None, :]
+        context += tl.sum(tl.load(square, mask=here[:, None, None] < PARTS, other=0.0), 0)
+    context = context.to(kind)
+    for _ in range(0, CHUNK, BN):
+        wide = tl.maximum(q.to(tl.float32), 0.0)
+        mask = (n < last)[:, None] & (d < HD)[None, :]
+        to = out + (row + n)[:, None] * (heads * HD) + head * HD + d[None, :]
+        n += BN
+        at_query += BN * ROW
+        q = tl.load(at_query, mask=(n < last)[:, None] & (d < HD)[None, :], other=0.0)  # the next
+        y = tl.dot(wide.to(kind), context, input_precision=PRECISION)
+        y = y / (tl.sum(wide * total[None, :], 1) + 1e-15)[:, None]
+        tl.store(to, y.to(out.dtype.element_ty), mask=mask)
+
+
+def _chunk(tokens: int) -> int:
+    """Tokens of a part. A function of the image's size alone, so that sums do not depend on the batch."""
+    return 128 if tokens <= 1024 else 512 if tokens <= 8192 else 1024
+
+
+def _attend(
+    launch: Launcher, first: Tensor, second: Tensor, rms: Tensor | None, weight: Tensor | None, batch: int,
+    heads: int, split: int, head_dim: int, step: int, part: int,
+) -> Tensor:  # fmt: skip
+    """Heads below `split` lie in `first`, the others in `second`; `step` from head to head, `part` from q to k to v."""
+    rows, width = first.shape
+    tokens = rows // batch
+    padded = max(16, triton.next_power_of_2(head_dim))
+    chunk = _chunk(tokens)
+    parts = triton.cdiv(tokens, chunk)
+    fast = first.dtype == torch.bfloat16  # fp16 would not hold the context
+    precision = "ieee" if first.dtype == torch.float32 else "tf32"
+    ctx = torch.empty((batch, heads, parts, padded + 1, padded), dtype=torch.float32, device=first.device)
+    out = torch.empty((rows, heads * head_dim), dtype=first.dtype, device=first.device)
+    grid = (heads, parts, batch)
+    given = first if rms is None else rms, first if weight is None else weight
+    launch(
+        _context, grid, first, second, *given, ctx, tokens, width, split, step, part, chunk,
+        HD=head_dim, HP=padded, BN=128, NORMED=rms is not None, FAST=fast, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _apply, grid, first, second, ctx, out, tokens, width, split, step, parts, chunk,
+        HD=head_dim, HP=padded, BN=128, BS=_TOGETHER, FAST=fast, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def run_linear(launch: Launcher, qkv: Tensor, weight: Tensor | None, batch: int, head_dim: int, eps: float) -> Tensor:
+    rows, width = qkv.shape
+    dim = width // 3
+    rms = None
+    if weight is not None:
+        rms = torch.empty(rows, dtype=torch.float32, device=qkv.device)
+        wide = triton.next_power_of_2(dim)
+        launch(_row_rms, (rows,), qkv, rms, width, dim, dim, eps, BC=wide, num_warps=2 if wide <= 2048 else 4)
+    heads = dim // head_dim
+    return _attend(launch, qkv, qkv, rms, weight, batch, heads, heads, head_dim, head_dim, dim)
+
+
+def reference_linear(qkv: Tensor, weight: Tensor | None, batch: int, head_dim: int, eps: float) -> Tensor:
+    """qkv [B*N, 3D] to [B*N, D], in fp32, rounded once; weight [D]: k's RMSNorm over all heads, None without it."""
+    q, k, v = qkv.float().chunk(3, 1)
+    if weight is not None:
+        k = k * torch.rsqrt(k.square().mean(1, keepdim=True) + eps) * weight.float()
+    q, k, v = (part.reshape(batch, -1, part.shape[1] // head_dim, head_dim).transpose(1, 2) for part in (q, k, v))
+    return _quotient(q.relu(), k.relu(), v).transpose(1, 2).reshape(qkv.shape[0], -1).to(qkv.dtype)
+
+
+def _quotient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, N, d], q and k already behind relu."""
+    weight = (k.sum(2, keepdim=True) @ q.transpose(2, 3)).transpose(2, 3)  # [B, H, N, 1]
+    return (q @ (k.transpose(2, 3) @ v)) / (weight + EPS)
+
+
+def run_multiscale(launch: Launcher, qkv: Tensor, scaled: Tensor, batch: int, head_dim: int) -> Tensor:
+    rows, width = qkv.shape
+    if rows // batch <= head_dim:
+        return reference_multiscale(qkv, scaled, batch, head_dim)
+    groups = width // (3 * head_dim)
+    return _attend(launch, qkv, scaled, None, None, batch, 2 * groups, groups, head_dim, 3 * head_dim, head_dim)
+
+
+def reference_multiscale(qkv: Tensor, scaled: Tensor, batch: int, head_dim: int) -> Tensor:
+    """qkv and scaled [B*N, 3C] to [B*N, 2C], in fp32, rounded once; groups of (q, k, v) as `attend` of
+    engines.models.dcae cuts them, and its quadratic order where N <= head_dim."""
+    both = torch.cat([qkv, scaled], 1).float().reshape(batch, -1, 2 * qkv.shape[1] // (3 * head_dim), 3, head_dim)
+    q, k, v = both.permute(3, 0, 2, 1, 4)  # [B, groups, N, d]
+    q, k = q.relu(), k.relu()
+    if both.shape[1] > head_dim:
+        out = _quotient(q, k, v)
+    else:
+        scores = q @ k.transpose(2, 3)
+        out = (scores / (scores.sum(3, keepdim=True) + EPS)) @ v
+    return out.transpose(1, 2).reshape(qkv.shape[0], -1).to(qkv.dtype)
+
+
+LINEAR_ATTENTION = Op("linear_attention", run_linear, reference_linear)
+MULTISCALE_ATTENTION = Op("multiscale_attention", run_multiscale, reference_multiscale)

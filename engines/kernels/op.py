@@ -1,0 +1,124 @@
+"""An operation that exists twice, as a Triton kernel and as its PyTorch reference, and what decides which one runs.
+
+`run` and `reference` of an Op take the same arguments and give new tensors of the same shapes and types; `run` takes
+the Launcher first. The reference says what is computed, is what a CPU runs, and replaces a kernel that a card cannot
+run or computes wrongly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A kernel may round where its reference does not (bf16 keeps 8 bits); a wrong kernel is below 10 dB.
+SQNR_DB = 30.0
+FP8_SQNR_DB = 22.0  # e4m3 keeps 4 bits
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How kernels are launched on one card.
+
+    tma: the card has the bulk tensor copy engine (compute capability 9.0 and newer), so tiles come by tensor
+    descriptors; otherwise by pointers. processors: streaming multiprocessors, the grid of a persistent kernel.
+    """
+
+    tma: bool
+    processors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Launcher":
+        card = torch.cuda.get_device_properties(device)
+        return cls(card.major >= 9, card.multi_processor_count)
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        """Launches `kernel` (triton.jit) on the current stream; constants: constexprs, num_warps, num_stages."""
+        kernel[grid](*args, **constants)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. Outputs are a tensor or a tuple of tensors."""
+
+    name: str
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+
+
+class Ops:
+    """Runs operations: by their kernels where there is a launcher and nothing speaks against it, else by reference.
+
+    replaced: operation -> why its reference runs in its place.
+    """
+
+    def __init__(self, launcher: Launcher | None):
+        self._launcher = launcher
+        self._checked: set[tuple[object, ...]] | None = None
+        self.replaced: dict[str, str] = {}
+
+    def __call__(self, op: Op, *args: Any) -> Any:
+        if self._launcher is None or op.name in self.replaced:
+            return op.reference(*args)
+        if self._checked is not None:
+            return self._compared(op, args)
+        return op.run(self._launcher, *args)
+
+    def compare(self, work: Callable[[], object]) -> None:
+        """Runs `work`, in which each operation is computed both ways, once for each set of shapes; what differs, or
+        cannot run, is replaced by its reference from then on."""
+        self._checked = set()
+        try:
+            work()
+        finally:
+            self._checked = None
+
+    def _compared(self, op: Op, args: tuple[Any, ...]) -> Any:
+        assert self._launcher is not None
+        assert self._checked is not None
+        key = (op.name, *map(_shape, args))
+        if key in self._checked:
+            return op.run(self._launcher, *args)
+        self._checked.add(key)
+        kept = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # an operation may write into one
+        expected = op.reference(*kept)
+        try:
+            found = op.run(self._launcher, *args)
+            gap = _first_gap(_tensors(expected), _tensors(found))
+        except Exception as error:  # whatever a compiler or a driver raises: the reference goes on
+            gap = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        if gap is None:
+            return found
+        self.replaced[op.name] = gap
+        return expected
+
+
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _first_gap(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> str | None:
+    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
+        if want.shape != got.shape or want.dtype != got.dtype:
+            return (
+                f"output {index}: {list(got.shape)} of {got.dtype}, its reference has {list(want.shape)} {want.dtype}"
+            )
+        bound = FP8_SQNR_DB if want.dtype.itemsize == 1 and want.dtype.is_floating_point else SQNR_DB
+        reached = sqnr_db(want, got)
+        if not reached >= bound:
+            return f"output {index}: {reached:.1f} dB to its reference, needed are {bound:g}"
+    return None
+
+
+def sqnr_db(expected: Tensor, found: Tensor) -> float:
+    """10 log10 of the reference's power over the error's, at most 200; NaN where `found` is not finite."""
+    want, got = expected.double(), found.double()
+    error = (want - got).square().sum()
+    if not bool(error.isfinite()):
+        return float("nan")
+    return float(10 * torch.log10(want.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)).clamp_max(200))
+
+
+def _shape(arg: Any) -> object:
+    return (tuple(arg.shape), arg.dtype, arg.stride()) if isinstance(arg, Tensor) else str(arg)

@@ -1,0 +1,36 @@
+"""Residual, LayerNorm and modulation: kernels against references, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from engines.kernels.modulated_norm import MODULATED_NORM, RESIDUAL, RESIDUAL_NORM
+from engines.kernels.op import Launcher, sqnr_db
+
+LAUNCHER = Launcher(tma=False, processors=3)
+FLOORS = {torch.float32: 100.0, torch.bfloat16: 40.0}
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize(("batch", "tokens", "dim"), [(1, 5, 160), (3, 7, 48), (2, 3, 64)])
+def test_equal_their_references(batch: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    x, y, extra = (torch.randn(batch * tokens, dim, generator=generator).add(1).to(dtype) for _ in range(3))
+    modulation = torch.randn(batch, 4, 6, dim, generator=generator).to(dtype)
+    shift, scale, gate = modulation[:, 2, :3].unbind(1)  # rows of a larger tensor
+    kinds = [(MODULATED_NORM, (x, scale, shift, batch, 1e-6))]
+    for given_gate, given_extra in ((gate, extra), (gate, None), (None, None)):
+        kinds.append((RESIDUAL_NORM, (x, y, given_gate, given_extra, scale, shift, batch, 1e-6)))
+        kinds.append((RESIDUAL, (x, y, given_gate, given_extra, batch)))
+    kept = x.clone()
+    for op, args in kinds:
+        expected, found = op.reference(*args), op.run(LAUNCHER, *args)
+        for want, got in zip(*(out if isinstance(out, tuple) else (out,) for out in (expected, found)), strict=True):
+            assert got.dtype == dtype
+            assert sqnr_db(want, got) > FLOORS[dtype]
+    assert torch.equal(x, kept)
+
+
+def test_rows_of_different_modulations_are_refused() -> None:
+    x, scale, shift = torch.zeros(2, 16), torch.zeros(2, 16), torch.zeros(2, 2, 16)[:, 0]
+    with pytest.raises(ValueError, match="scale and shift"):
+        MODULATED_NORM.run(LAUNCHER, x, scale, shift, 2, 1e-6)

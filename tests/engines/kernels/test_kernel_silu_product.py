@@ -1,0 +1,26 @@
+"""Product with bias and SiLU: kernel against reference, by pointers and by descriptors, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from engines.kernels.op import Launcher, sqnr_db
+from engines.kernels.silu_product import SILU_PRODUCT, tile_for
+
+FLOORS = {torch.float32: 100.0, torch.bfloat16: 40.0}
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("rows", "depth", "cols"), [(200, 72, 264), (33, 160, 48), (5, 30, 20)])
+def test_equals_its_reference(rows: int, depth: int, cols: int, tma: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, depth, generator=generator), torch.randn(cols, depth, generator=generator)
+    args = (x.to(dtype), weight.to(dtype) / depth**0.5, torch.randn(cols, generator=generator).to(dtype))
+    expected, found = SILU_PRODUCT.reference(*args), SILU_PRODUCT.run(Launcher(tma, 1), *args)
+    assert found.dtype == dtype
+    assert sqnr_db(expected, found) > FLOORS[dtype]
+
+
+def test_small_pictures_get_tiles_that_fill_the_card() -> None:
+    assert tile_for(1024, 5760, 132, tma=True).cols == 128
+    assert tile_for(16384, 4096, 132, tma=True).cols == 256

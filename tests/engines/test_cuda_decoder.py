@@ -1,0 +1,84 @@
+"""The decoder of a GPU, by its references on a CPU, against the PyTorch module; 8 bits as a card would round them."""
+
+import pytest
+import torch
+from small_checkpoint import heat
+
+from engines.backends.cuda.decoder import CudaDecoder, why_not
+from engines.kernels.op import Ops, sqnr_db
+from engines.models.dcae import Autoencoder, AutoencoderConfig
+from engines.models.pixels import PixelDecoder
+
+SMALL = AutoencoderConfig(
+    latent_channels=8,
+    attention_head_dim=16,
+    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    encoder_block_out_channels=(32, 32, 64, 64),
+    decoder_block_out_channels=(32, 32, 64, 64),
+    encoder_layers_per_block=(1, 1, 1, 1),
+    decoder_layers_per_block=(2, 3, 1, 2),
+    encoder_qkv_multiscales=((), (), (5,), (5,)),
+    decoder_qkv_multiscales=((), (), (5,), (5,)),
+    decoder_norm_types=("rms_norm",) * 4,
+    decoder_act_fns=("silu",) * 4,
+)
+
+
+def decoders(dtype: torch.dtype = torch.float32) -> tuple[PixelDecoder, CudaDecoder]:
+    module = PixelDecoder(heat(Autoencoder(SMALL)).to(dtype))  # type: ignore[arg-type]  # heat gives what it is given
+    return module, CudaDecoder(module, Ops(None))
+
+
+@pytest.fixture
+def latent() -> torch.Tensor:
+    return torch.randn(3, 8, 6, 5, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def test_equals_the_module(latent: torch.Tensor) -> None:
+    module, made = decoders()
+    (expected, sound), (found, flags) = module(latent), made(latent)
+    assert flags.tolist() == sound.tolist() == [True] * 3
+    assert 10 < expected.float().std() < 120
+    assert (expected.int() - found.int()).abs().max() <= 1
+
+
+@torch.inference_mode()
+def test_a_picture_is_the_same_alone_and_in_a_batch(latent: torch.Tensor) -> None:
+    _, made = decoders()
+    together, _ = made(latent)
+    for index in range(3):
+        alone, _ = made(latent[index : index + 1])
+        assert (alone[0].int() - together[index].int()).abs().max() <= 1
+
+
+@torch.inference_mode()
+def test_says_which_picture_is_not_finite(latent: torch.Tensor) -> None:
+    _, made = decoders()
+    latent[1, 0, 0, 0] = float("nan")
+    assert made(latent)[1].tolist() == [True, False, True]
+
+
+@torch.inference_mode()
+def test_8_bits_stay_near(latent: torch.Tensor) -> None:
+    _, exact = decoders(torch.bfloat16)
+    _, made = decoders(torch.bfloat16)
+    made.calibrate(latent)
+    made.to_fp8()
+    reached = sqnr_db(exact(latent)[0], made(latent)[0])
+    assert 20 < reached < 60  # and is not bf16
+
+
+def test_says_what_it_cannot_run() -> None:
+    from dataclasses import replace
+
+    assert why_not(SMALL) is None
+    assert why_not(AutoencoderConfig()) is None
+    odd = (
+        replace(SMALL, decoder_layers_per_block=(0, 3, 1, 2)),
+        replace(SMALL, decoder_block_out_channels=(48, 32, 64, 64)),
+        replace(SMALL, decoder_block_types=("EfficientViTBlock", "ResBlock", "ResBlock", "ResBlock")),
+    )
+    for config in odd:
+        assert why_not(config)

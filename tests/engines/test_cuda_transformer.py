@@ -1,0 +1,152 @@
+"""The transformer of the GPU path against the module, by references on the CPU and by kernels in the interpreter."""
+
+import copy
+from dataclasses import replace
+
+
+import pytest
+import torch
+from small_checkpoint import heat
+from torch import Tensor
+
+from engines.backends.cuda.transformer import CudaControlled, CudaTransformer, lengths_of
+from engines.errors import BackendError
+from engines.kernels.op import Launcher, Ops, sqnr_db
+from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
+from engines.models.transformer import SPRINT_0_6B, SprintTransformer, TransformerConfig
+
+SMALL = replace(
+    SPRINT_0_6B,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_cross_attention_heads=4,
+    cross_attention_head_dim=8,
+    num_layers=3,
+    caption_channels=24,
+    in_channels=4,
+    out_channels=6,
+    sample_size=4,
+)
+WIDE = replace(
+    SMALL, num_attention_heads=5, attention_head_dim=32, num_cross_attention_heads=5, cross_attention_head_dim=32
+)
+KINDS = {
+    "small": SMALL,
+    "160 wide": WIDE,
+    "positions": replace(SMALL, interpolation_scale=1.0),
+    "attention bias": replace(SMALL, attention_bias=True),
+    "no norm of q and k, no guidance": replace(SMALL, qk_norm=None, guidance_embeds=False),
+}
+
+
+def made(config: TransformerConfig) -> SprintTransformer:
+    """With weights that all matter, among them negative ones of norms."""
+    torch.manual_seed(0)
+    transformer: SprintTransformer = heat(SprintTransformer(config))
+    for name, weight in transformer.named_parameters():
+        if "norm_q" in name or "norm_k" in name:
+            torch.nn.init.normal_(weight)
+    return transformer.eval().requires_grad_(False)
+
+
+def inputs(config: TransformerConfig, size: tuple[int, int], batch: int, text: int = 6) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "latent": torch.randn(batch, config.in_channels, *size, generator=generator),
+        "text": torch.randn(batch, text, config.caption_channels, generator=generator),
+        "timestep": torch.linspace(1, 0.4, batch),
+        "guidance": torch.linspace(0.4, 0.5, batch) if config.guidance_embeds else None,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "batch"), [((4, 4), 1), ((3, 5), 3)])
+def test_equals_the_module(kind: str, size: tuple[int, int], batch: int) -> None:
+    config = KINDS[kind]
+    transformer, given = made(config), inputs(config, size, batch)
+    expected = copy.deepcopy(transformer)(**given)
+    fast = CudaTransformer(transformer, Ops(None))
+    found = fast(**given)
+    assert found.shape == (batch, 6, *size)
+    assert sqnr_db(expected, found) > 90
+    assert sqnr_db(expected, transformer(**given)) > 90  # whose parameters are views by now
+
+
+def test_masked_text_is_not_seen_and_a_prompt_is_prepared_once() -> None:
+    transformer, given = made(SMALL), inputs(SMALL, (4, 3), 3)
+    mask = torch.arange(6)[None] < torch.tensor([[2], [6], [1]])
+    expected = transformer(**given, text_mask=mask)
+    fast = CudaTransformer(transformer, Ops(None))
+    assert sqnr_db(expected, fast(**given, text_mask=mask)) > 90
+    prepared = fast.prepare(given["text"], lengths_of(given["text"], mask))
+    for time in (given["timestep"], given["timestep"] / 2):
+        expected = transformer(given["latent"], given["text"], time, given["guidance"], mask)
+        assert sqnr_db(expected, fast.velocity(given["latent"], prepared, time, given["guidance"])) > 90
+
+
+def test_residuals_go_where_the_module_adds_them() -> None:
+    transformer, given = made(SMALL), inputs(SMALL, (3, 5), 2)
+    residuals = list(torch.randn(2, 2, 15, 32, generator=torch.Generator().manual_seed(3)))
+    expected = transformer(**given, control=residuals)
+    fast = CudaTransformer(transformer, Ops(None))
+    prepared = fast.prepare(given["text"], lengths_of(given["text"], None))
+    found = fast.velocity(given["latent"], prepared, given["timestep"], given["guidance"], residuals)
+    assert sqnr_db(expected, found) > 90
+
+
+def controlled(injection: Injection, config: TransformerConfig) -> ControlledTransformer:
+    transformer = made(config)
+    net = ControlNet.of(transformer, 2, injection)
+    return ControlledTransformer(transformer, heat(net)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])
+@pytest.mark.parametrize("kind", ["small", "positions", "no norm of q and k, no guidance"])
+def test_controlled_equals_the_module(injection: Injection, kind: str) -> None:
+    config = KINDS[kind]
+    module, given = controlled(injection, config), inputs(config, (3, 5), 3)
+    mask = torch.arange(6)[None] < torch.tensor([[2], [6], [1]])
+    control = torch.randn(3, 4, 3, 5, generator=torch.Generator().manual_seed(3))
+    more = {"text_mask": mask, "control": control, "control_scale": torch.tensor([1.0, 0.0, 0.5])}
+    expected = module(**given, **more)
+    plain = module.transformer(**given, text_mask=mask)
+    fast = CudaControlled(module, Ops(None))
+    found = fast(**given, **more)
+    assert sqnr_db(expected, found) > 90
+    assert torch.equal(found[1], fast.base(**given, text_mask=mask)[1])
+    assert sqnr_db(plain, found) < 60
+
+
+@pytest.mark.parametrize("kind", ["small", "no norm of q and k, no guidance"])
+def test_kernels_give_the_same(kind: str) -> None:
+    config = replace(KINDS[kind], num_layers=2)
+    transformer, given = made(config), inputs(config, (2, 3), 2)
+    mask = torch.arange(6)[None] < torch.tensor([[6], [3]])
+    expected = transformer(**given, text_mask=mask)
+    ops = Ops(Launcher(tma=False, processors=3))
+    fast = CudaTransformer(transformer, ops)
+    assert sqnr_db(expected, fast(**given, text_mask=mask)) > 90
+    ops.compare(lambda: fast(**given, text_mask=mask))
+    assert not ops.replaced
+
+
+def test_guidance_is_needed_where_it_is_embedded_and_refused_where_not() -> None:
+    for kind, given in (("small", None), ("no norm of q and k, no guidance", torch.ones(1))):
+        fast = CudaTransformer(made(KINDS[kind]), Ops(None))
+        with pytest.raises(ValueError, match="guidance"):
+            fast(**{**inputs(KINDS[kind], (2, 2), 1), "guidance": given})
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(BackendError, match="float16"):
+        CudaTransformer(made(SMALL).half(), Ops(None))
+
+
+def test_weights_are_not_kept_twice() -> None:
+    transformer = made(SMALL)
+    fast = CudaTransformer(transformer, Ops(None))
+    block = transformer.transformer_blocks[1]
+    stacked = fast.blocks.keys_values.weight
+    for layer in (block.attn2.to_k, block.attn2.to_v):
+        assert layer.weight.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+    assert block.attn1.to_q.weight.untyped_storage().data_ptr() == block.attn1.to_v.weight.untyped_storage().data_ptr()
