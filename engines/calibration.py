@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engines.checkpoint import Checkpoint
 from engines.random_weights import RandomWeights
-from engines.text_stage import join, load_text_stage
+from engines.text_stage import TextStage, join, load_text_stage
 
 # Short and long, plain and rich, and of the tiny world.
 PROMPTS = (
@@ -45,17 +45,19 @@ class Texts:
         return Texts(self.states[index], self.mask[index])
 
 
-def calibration_texts(checkpoint: Checkpoint) -> Texts:
-    """PROMPTS through the checkpoint's text encoder; for random weights, noise of as many lengths."""
+def calibration_texts(checkpoint: Checkpoint, stage: TextStage | None = None) -> Texts:
+    """PROMPTS through the checkpoint's text stage, None: loaded here; for random weights, noise of as many lengths."""
     tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
     if isinstance(checkpoint.weights, RandomWeights):
         generator = torch.Generator().manual_seed(checkpoint.weights.seed)
         states = torch.randn(len(PROMPTS), tokens, width, generator=generator)
         kept = tokens - torch.arange(len(PROMPTS)) * tokens // (2 * len(PROMPTS))
         return Texts(states, torch.arange(tokens) < kept[:, None])
-    dtype = torch.bfloat16 if width >= _LARGE else torch.float32
-    stage = load_text_stage(checkpoint, dtype, torch.device("cpu"))
-    states, mask = join(stage.encode(PROMPTS))
+    if stage is None:
+        dtype = torch.bfloat16 if width >= _LARGE else torch.float32
+        stage = load_text_stage(checkpoint, dtype, torch.device("cpu"))
+    states, mask = join([stage.encode([prompt])[0] for prompt in PROMPTS])
+    states, mask = states.cpu(), None if mask is None else mask.cpu()
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.bool)
     missing = tokens - states.shape[1]

@@ -18,9 +18,9 @@ JpegEncoder = Callable[[Tensor, int], bytes]  # pixels [H, W, 3] uint8 on the ca
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A picture on the host. pixels is None where the file alone was asked for."""
+    """A picture on the host. pixels is empty where the file alone was asked for."""
 
-    pixels: Pixels | None
+    pixels: Pixels
     finite: bool
     jpeg: bytes | None = None
 
@@ -77,7 +77,7 @@ class _FromCard:
         with torch.cuda.stream(self._card.stream):
             content = self._card.jpeg(self._pixels, self._quality)
         self._done.synchronize()
-        return Downloaded(None, bool(self._finite), content)
+        return Downloaded(np.empty((0, 0, 3), np.uint8), bool(self._finite), content)
 
 
 class CudaDownloader:

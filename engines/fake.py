@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engines.buckets import powers_of_two, smallest_fitting
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.types import Conditioning, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.types import Conditioning, Deliver, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
 
 ALL_CONDITIONING: frozenset[Conditioning] = frozenset({"text", "image", "control", "image+control"})
 
@@ -98,8 +98,8 @@ class FakeEngine:
         """Nothing is compiled, so nothing is warmed: takes one batch's delay."""
         time.sleep(self.delay_s)
 
-    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
-        """Colour fields of the jobs, in order.
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
+        """Colour fields of the jobs, in order; `deliver` is given them at the end.
 
         Raises JobError (no jobs, keys differ, outside the limits), and what the fault plan asks for.
         """
@@ -116,7 +116,7 @@ class FakeEngine:
         pixels = [self._picture(job) for job in jobs]
         spent = time.perf_counter() - began
         stages = StageSeconds(text=spent * 0.1, denoise=spent * 0.3, decode=spent * 0.6)
-        return [
+        images = [
             RawImage(
                 pixels=picture,
                 stages=stages,
@@ -126,6 +126,10 @@ class FakeEngine:
             )
             for job, picture in zip(jobs, pixels, strict=True)
         ]
+        for index, image in enumerate(images):
+            if deliver is not None:
+                deliver(index, image)
+        return images
 
     def close(self) -> None:
         """Ends a hang or a delay that is under way."""

@@ -17,6 +17,7 @@ from engines.backends.eager import eager
 from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.torch_tensorrt import torch_tensorrt
 from engines.buckets import powers_of_two
+from engines.calibration import calibration_texts
 from engines.chain import Decode, Denoise, input_specs, latent_spec
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.control import load_controlnet
@@ -44,7 +45,7 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
     "tensorrt": "python build_engine.py --gpu native",
 }
 
-# Of weights and activations; int8 (on a CPU) and fp8 (on a GPU) are bf16 with the decoder's wide convolutions in 8 bits.
+# Of weights and activations; int8 (on a CPU) and fp8 (on a GPU): bf16, the decoder's wide convolutions in 8 bits.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -106,10 +107,14 @@ def load_engine(
         prepared("encoder", PixelEncoder(autoencoder)),
         None if branch is None else prepared("controlled", ControlledTransformer(transformer, branch)),
     )
+    space = _space(checkpoint, dtype, place)
     if kernels is not None:
+        if precision == "fp8":
+            cells = [side // space.compression for side in reversed(limits.default_size)]
+            guidance = sum(checkpoint.settings.guidance_trained) / 2 * space.guidance_embeds_scale
+            kernels.to_fp8(calibration_texts(checkpoint, text), guidance, (space.channels, cells[0], cells[1]), place)
         reasons |= kernels.reasons
     buckets = () if backend == "eager" else powers_of_two(max_batch)
-    space = _space(checkpoint, dtype, place)
     recorder = None if backend == "eager" else _recorder(place, recorder)
     books = _books(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
     info = _info(checkpoint, backend, precision, place, reasons)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.backends.cuda_graph import GraphBook, GraphKey, Recorder
-from engines.buckets import smallest_fitting
 from engines.chain import Decode, Denoise
 from engines.control import LatentCache
 from engines.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card

@@ -1,6 +1,7 @@
 """Seconds between laps, as the device spent them. On CUDA by events, so that a lap does not wait for the work."""
 
 import time
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -68,5 +69,4 @@ class Stopwatch:
         """The first `count` laps, None: all; waits until the device has ended the last of them."""
         marks = self._marks if count is None else self._marks[: count + 1]
         marks[-1].synchronize()
-        pairs = zip(marks, marks[1:], strict=False)
-        return [first.elapsed_time(second) / 1000 for first, second in pairs]
+        return [first.elapsed_time(second) / 1000 for first, second in pairwise(marks)]

@@ -70,13 +70,13 @@ class StageSeconds:
 class RawImage:
     """The picture of one job, and how it came about."""
 
-    pixels: Pixels | None  # [height, width, 3] uint8 RGB; None where `jpeg` stands for it
+    pixels: Pixels  # [height, width, 3] uint8 RGB; empty where `jpeg` stands for it
     stages: StageSeconds
     bucket: int  # the batch size that ran, padding included
     prompt_truncated: bool = False
     prompt_cached: bool = False
     uncaptured: bool = False  # the engine keeps CUDA graphs, and has none for this batch
-    jpeg: bytes | None = None
+    jpeg: bytes | None = None  # the file that the job asked for, made on the card
 
 
 Deliver = Callable[[int, RawImage], None]

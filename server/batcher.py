@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-from engines.types import Engine, Job, Pixels
+from engines.types import Engine, Job, RawImage
 from server.codec import Codec
 from server.engine_thread import EngineThread
 from server.errors import (
@@ -263,7 +263,7 @@ class Reservation:
         self._entries: list[Entry] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, jobs: Sequence[Job], encode: Callable[[Pixels], bytes]) -> list[asyncio.Future[Made]]:
+    def submit(self, jobs: Sequence[Job], encode: Callable[[RawImage], bytes]) -> list[asyncio.Future[Made]]:
         """Queues as many jobs as were reserved. Each future ends with the encoded picture or with a RequestError."""
         loop = asyncio.get_running_loop()
         self._entries = [Entry(job, encode, loop.create_future(), self._deadline) for job in jobs]
@@ -274,7 +274,7 @@ class Reservation:
         self._timer = loop.call_later(self._deadline - time.monotonic(), self._expire)
         return [entry.future for entry in self._entries]
 
-    def replace(self, job: Job, encode: Callable[[Pixels], bytes]) -> bool:
+    def replace(self, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
         """Makes the one job of this reservation another one; False where it is in a batch already."""
         (entry,) = self._entries
         return self._queue.replace(entry, job, encode)

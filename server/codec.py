@@ -16,7 +16,7 @@ import numpy as np
 import pybase64
 from PIL import Image, ImageOps
 
-from engines.types import Pixels
+from engines.types import Pixels, RawImage
 from server.errors import Fault, InvalidError
 
 T = TypeVar("T")
@@ -57,9 +57,15 @@ class Codec:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> Callable[[Pixels], bytes]:
-    """What makes the image file, or its base64, of pixels."""
-    return partial(encode_base64 if base64 else encode, image_format=image_format, quality=quality)
+def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> Callable[[RawImage], bytes]:
+    """What makes the image file, or its base64, of an engine's image."""
+    return partial(encode_image, image_format=image_format, quality=quality, base64=base64)
+
+
+def encode_image(image: RawImage, image_format: ImageFormat, quality: int, *, base64: bool) -> bytes:
+    """The file, or its base64; one that the engine made already is taken."""
+    file = encode(image.pixels, image_format, quality) if image.jpeg is None else image.jpeg
+    return pybase64.b64encode(file) if base64 else file
 
 
 def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
@@ -75,10 +81,6 @@ def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
     else:
         image.save(file, "WEBP", quality=quality, method=WEBP_EFFORT)
     return file.getvalue()
-
-
-def encode_base64(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
-    return pybase64.b64encode(encode(pixels, image_format, quality))
 
 
 def decode(field: str, source: bytes | str, background: int) -> Pixels:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engines.errors import JobError, OutOfMemoryError, OutputError, SprintError
-from engines.types import BatchKey, Engine, Job, RawImage
+from engines.types import BatchKey, Deliver, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_START, EngineError, InvalidError, RequestError
 from server.job_queue import Entry, JobQueue
 from server.metrics import Metrics
@@ -116,31 +116,36 @@ class EngineThread:
         if not batch:
             return
         began = time.monotonic()
-        try:
-            images = self._generate(engine, [entry.job for entry in batch], began)
-        except OutOfMemoryError as error:
-            self._after_out_of_memory(engine, batch, error)
-        except Exception as error:
-            self._after_failure(engine, batch, error, again=again)
-        else:
-            self._failures = 0
-            self._listener.on_outcomes(
-                [(entry, Finished(image, began - entry.submitted)) for entry, image in zip(batch, images, strict=True)]
-            )
+        told: set[int] = set()
 
-    def _generate(self, engine: Engine, jobs: Sequence[Job], began: float) -> list[RawImage]:
+        def tell(index: int, image: RawImage) -> None:
+            """Each image as soon as it is done, while the engine makes the next."""
+            entry = batch[index]
+            if image.jpeg is None and entry.job.image is None and not image.pixels.any():  # of a black image, black
+                raise OutputError(f"the picture of seed {entry.job.seed} in a batch of {len(batch)} is all black")
+            told.add(index)
+            self._failures = 0
+            self._listener.on_outcomes([(entry, Finished(image, began - entry.submitted))])
+
+        try:
+            images = self._generate(engine, [entry.job for entry in batch], began, tell)
+            for index in set(range(len(batch))) - told:
+                tell(index, images[index])
+        except OutOfMemoryError as error:
+            self._after_out_of_memory(engine, _rest(batch, told), error)
+        except Exception as error:
+            self._after_failure(engine, _rest(batch, told), error, again=again)
+
+    def _generate(self, engine: Engine, jobs: Sequence[Job], began: float, tell: Deliver) -> list[RawImage]:
         self._metrics.running.set(len(jobs))
         self.running_since = began
         try:
-            images = engine.generate(jobs)
+            images = engine.generate(jobs, tell)
         finally:
             self.running_since = None
             self._metrics.running.set(0)
         if len(images) != len(jobs):
             raise OutputError(f"the engine made {len(images)} pictures of {len(jobs)} jobs")
-        for job, image in zip(jobs, images, strict=True):
-            if job.image is None and not image.pixels.any():  # from a black image, black may come
-                raise OutputError(f"the picture of seed {job.seed} in a batch of {len(jobs)} is all black")
         seconds = (time.monotonic() - began) / len(jobs)
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
         self._metrics.batch_size.observe(len(jobs))
@@ -194,6 +199,11 @@ class EngineThread:
             return
         job = Job("a red circle", seed=0, width=width, height=height, steps=engine.limits.steps[0])
         try:
-            self._generate(engine, [job], time.monotonic())
+            self._generate(engine, [job], time.monotonic(), lambda _index, _image: None)
         except Exception as error:
             raise RuntimeError(f"the engine fails on its own job too: {error!r}") from error
+
+
+def _rest(batch: Sequence[Entry], told: set[int]) -> list[Entry]:
+    """Those whose image was not told."""
+    return [entry for index, entry in enumerate(batch) if index not in told]

@@ -140,6 +140,7 @@ def plan(order: Order, limits: Limits) -> Job:
         guidance_scale=order.guidance_scale,
         strength=order.strength,
         control_scale=order.control_scale,
+        jpeg_quality=order.output_quality if order.output_format == "jpeg" else None,
     )
     stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
     conditioned = replace(

@@ -79,7 +79,7 @@ class Handover:
         """On a codec thread."""
         outcome: Made | Exception
         try:
-            content = b"" if entry.future.done() else entry.encode(finished.image.pixels)
+            content = b"" if entry.future.done() else entry.encode(finished.image)
             outcome = Made(finished, content, time.monotonic() - handed)
         except Exception as error:  # told to the request
             outcome = error

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from engines.types import BatchKey, Job, Pixels
+from engines.types import BatchKey, Job, RawImage
 
 
 @dataclass(eq=False, slots=True)
@@ -21,7 +21,7 @@ class Entry:
     """A job in the queue, and the future that its request waits on (the queue never touches the future)."""
 
     job: Job
-    encode: Callable[[Pixels], bytes]  # what makes a file of its picture
+    encode: Callable[[RawImage], bytes]  # what makes a file of its picture
     future: asyncio.Future[Any]
     deadline: float
     submitted: float = field(default_factory=time.monotonic)
@@ -84,7 +84,7 @@ class JobQueue:
             self._shrink(entry.job.key, group, 1)
             return True
 
-    def replace(self, entry: Entry, job: Job, encode: Callable[[Pixels], bytes]) -> bool:
+    def replace(self, entry: Entry, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
         """Makes a job that still waits another one, in its place. False where it is in a batch, or gone, already."""
         with self._filled:
             key = entry.job.key

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from engines.types import Conditioning, Job, Pixels
+from engines.types import Conditioning, Job, Pixels, RawImage
 from server.batcher import Batcher
 from server.codec import Codec, encoder
 from server.errors import (
@@ -278,7 +278,7 @@ def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int
     )
 
 
-def _encoder(wanted: Wanted) -> Callable[[Pixels], bytes]:
+def _encoder(wanted: Wanted) -> Callable[[RawImage], bytes]:
     return encoder(wanted.settings.output_format, wanted.settings.output_quality, base64=False)
 
 

@@ -1,4 +1,4 @@
-"""One small checkpoint for all tests of the engine, and upstream's pipeline on it; and an interpreter that knows bf16."""
+"""One small checkpoint for all tests of the engine, upstream's pipeline on it, and an interpreter that knows bf16."""
 
 from pathlib import Path
 from typing import Any

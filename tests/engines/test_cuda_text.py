@@ -12,8 +12,6 @@ import torch
 from small_checkpoint import heat
 from torch import Tensor
 
-# Before any module with kernels is imported.
-
 from engines.backends.cuda.text import CudaTextBody, CudaTextEncoder, TextKey
 from engines.backends.cuda_graph import HostRecorder
 from engines.kernels.op import Launcher, Ops, sqnr_db

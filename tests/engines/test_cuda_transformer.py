@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-
 import pytest
 import torch
 from small_checkpoint import heat

@@ -18,7 +18,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.fake import FakeEngine
-from engines.types import Engine, Job, Pixels, RawImage
+from engines.types import Deliver, Engine, Job, Pixels, RawImage
 from server.app import create_app
 from server.listener import configuration
 from server.service import Service
@@ -44,12 +44,12 @@ class GatedEngine(FakeEngine):
         self.busy = False
         self.seen: list[list[Job]] = []
 
-    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         self.seen.append(list(jobs))
         self.busy = True
         try:
             assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
-            return super().generate(jobs)
+            return super().generate(jobs, deliver)
         finally:
             self.busy = False
 

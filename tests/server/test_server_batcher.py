@@ -8,11 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running_server import GatedEngine, Later, Running, Serve, connect_and_ask, image_file, read_image, wait_until
+from running_server import (
+    PATIENCE_S,
+    GatedEngine,
+    Later,
+    Running,
+    Serve,
+    connect_and_ask,
+    image_file,
+    read_image,
+    wait_until,
+)
 
 from engines.errors import CheckpointError
 from engines.fake import FakeEngine, FaultPlan, expected_pixels
-from engines.types import Engine, Job, RawImage
+from engines.types import Deliver, Engine, Job, RawImage
 from server.batcher import Batcher
 from server.codec import Codec
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
@@ -72,10 +82,10 @@ def test_many_clients_fill_the_batches(serve: Serve) -> None:
 
         left = 160
 
-        def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+        def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
             self.left -= len(jobs)
             wait_until(lambda: running.waiting >= min(8, self.left), "the next batch")
-            return super().generate(jobs)
+            return super().generate(jobs, deliver)
 
     running = serve(Patient())
 
@@ -334,3 +344,47 @@ def make_batcher(load: Callable[[], Engine]) -> Batcher:
         leave=lambda _: None,
         when_ready=lambda _: None,
     )
+
+
+def test_an_image_leaves_while_the_next_one_is_made(serve: Serve) -> None:
+    first_is_out = threading.Event()
+
+    class OneByOne(GatedEngine):
+        """Makes its second image only when the first one has reached its client."""
+
+        def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
+            images = super().generate(jobs)
+            assert deliver is not None
+            deliver(0, images[0])
+            if len(jobs) > 1:
+                assert first_is_out.wait(PATIENCE_S), "the first image waited for the second"
+                deliver(1, images[1])
+            return images
+
+    engine = OneByOne(max_batch=2)
+    running = serve(engine, max_batch=2)
+    _, first, second = queue_up(running, engine, ["a", "b"])
+    engine.gate.set()
+    assert first.result().status_code == 200
+    first_is_out.set()
+    assert second.result().status_code == 200
+
+
+def test_what_fails_behind_an_image_does_not_make_it_again(serve: Serve) -> None:
+    class Stumbling(GatedEngine):
+        """Fails behind the first image of two."""
+
+        def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
+            images = super().generate(jobs)
+            assert deliver is not None
+            deliver(0, images[0])
+            if len(jobs) > 1:
+                raise RuntimeError("behind the first")
+            return images
+
+    engine = Stumbling(max_batch=2)
+    running = serve(engine, max_batch=2)
+    requests = queue_up(running, engine, ["a", "b"])
+    engine.gate.set()
+    assert [request.result().status_code for request in requests] == [200, 200, 200]
+    assert prompts_seen(engine) == [["holds the engine"], ["a", "b"], ["b"]]

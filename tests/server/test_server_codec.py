@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from running_server import image_file, read_image
 
-from engines.types import Pixels
-from server.codec import MAX_IMAGE_BYTES, ImageFormat, decode, encode, encode_base64
+from engines.types import Pixels, RawImage, StageSeconds
+from server.codec import MAX_IMAGE_BYTES, ImageFormat, decode, encode, encode_image
 from server.errors import InvalidError
 
 
@@ -34,7 +34,9 @@ def test_same_pixels_same_bytes(image_format: ImageFormat) -> None:
     pixels = noise(33, 65)
     content = encode(pixels, image_format, 90)
     assert content == encode(pixels.copy(), image_format, 90)
-    assert pybase64.b64decode(encode_base64(pixels, image_format, 90)) == content
+    image = RawImage(pixels, StageSeconds(0, 0, 0), 1)
+    assert encode_image(image, image_format, 90, base64=False) == content
+    assert pybase64.b64decode(encode_image(image, image_format, 90, base64=True)) == content
     with Image.open(io.BytesIO(content)) as image:
         assert (image.format, image.size, image.mode) == (image_format.upper(), (65, 33), "RGB")
 
@@ -156,3 +158,9 @@ def test_a_damaged_file_is_read_or_refused(content: bytes, data: st.DataObject) 
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
     assert max(pixels.shape[:2]) <= 2048
+
+
+def test_a_file_that_the_engine_made_is_taken() -> None:
+    image = RawImage(np.empty((0, 0, 3), np.uint8), StageSeconds(0, 0, 0), 1, jpeg=b"a file")
+    assert encode_image(image, "jpeg", 90, base64=False) == b"a file"
+    assert encode_image(image, "jpeg", 90, base64=True) == pybase64.b64encode(b"a file")

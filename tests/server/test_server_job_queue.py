@@ -8,14 +8,14 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.types import Job, Pixels
+from engines.types import Job, RawImage
 from server.job_queue import Entry, JobQueue
 
 FAR = time.monotonic() + 1e6
 
 
-def encode(pixels: Pixels) -> bytes:
-    return pixels.tobytes()
+def encode(image: RawImage) -> bytes:
+    return image.pixels.tobytes()
 
 
 def entry(width: int = 32, deadline: float = FAR) -> Entry:

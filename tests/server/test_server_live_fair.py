@@ -20,7 +20,7 @@ from running_server import PATIENCE_S, Running, Serve, image_file, wait_until
 from websockets.asyncio.client import ClientConnection, connect
 
 from engines.fake import FakeEngine
-from engines.types import Job, Pixels, RawImage
+from engines.types import Deliver, Job, Pixels, RawImage
 
 SESSIONS = 20
 BATCH = 8
@@ -34,10 +34,10 @@ class SteppedEngine(FakeEngine):
         self.steps = threading.Semaphore(0)
         self.seen: list[list[Job]] = []
 
-    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         self.seen.append(list(jobs))
         assert self.steps.acquire(timeout=PATIENCE_S), "the test never let the batch run"
-        return super().generate(jobs)
+        return super().generate(jobs, deliver)
 
     def close(self) -> None:
         self.steps.release(1000)

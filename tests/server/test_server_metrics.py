@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from running_server import GatedEngine, Running, Serve
 
 from engines.fake import FakeEngine
-from engines.types import Job, RawImage
+from engines.types import Deliver, Job, RawImage
 from server.metrics import ASKED_SIZES, Metrics
 
 REQUEST = ".005 .01 .02 .03 .04 .05 .06 .075 .1 .125 .15 .2 .25 .3 .4 .5 .75 1 2 5 10"
@@ -142,8 +142,12 @@ def test_each_app_has_its_own_registry() -> None:
 class SmallGraphs(FakeEngine):
     """As an engine with CUDA graphs for 64x64 alone."""
 
-    def generate(self, jobs: Sequence[Job]) -> list[RawImage]:
-        return [replace(image, uncaptured=jobs[0].width != 64) for image in super().generate(jobs)]
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
+        images = [replace(image, uncaptured=jobs[0].width != 64) for image in super().generate(jobs)]
+        for index, image in enumerate(images):
+            if deliver is not None:
+                deliver(index, image)
+        return images
 
 
 def test_batches_without_a_graph_are_counted(serve: Serve) -> None:

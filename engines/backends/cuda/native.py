@@ -11,12 +11,16 @@ from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaControlled, CudaTransformer
 from engines.backends.eager import laid_out
 from engines.backends.spec import ModuleSpec
+from engines.calibration import Texts
+from engines.chain import Denoise
+from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
 from engines.models.pixels import PixelDecoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
+from engines.sampler import angles_for, job_noise
 from engines.text_stage import TextStage
 
 
@@ -30,6 +34,7 @@ class Native:
         self.ops, self.reasons = ops, dict[str, str]()
         self._against_decoder = why_not(autoencoder)
         self._transformer: CudaTransformer | None = None
+        self._decoder: CudaDecoder | None = None
 
     @classmethod
     def on(cls, device: torch.device, autoencoder: AutoencoderConfig) -> "Native":
@@ -41,10 +46,11 @@ class Native:
             return self._transformer
         if isinstance(module, ControlledTransformer):
             assert self._transformer is not None
-            return CudaControlled(module, self.ops)
+            return CudaControlled(module, self.ops, self._transformer)
         if isinstance(module, PixelDecoder):
             if self._against_decoder is None:
-                return CudaDecoder(module, self.ops)
+                self._decoder = CudaDecoder(module, self.ops)
+                return self._decoder
             self.reasons["decoder"] = f"PyTorch's modules: {self._against_decoder}"
         return laid_out(module, spec)
 
@@ -57,6 +63,25 @@ class Native:
             self.reasons["text"] = f"PyTorch's modules: {error}"
             return stage
         return TextStage(stage.tokenizer, encoder, stage.cache)
+
+    @torch.inference_mode()
+    def to_fp8(self, texts: Texts, guidance: float, shape: tuple[int, int, int], device: torch.device) -> None:
+        """Turns the decoder to 8 bits, with scales for the latents [C, h, w] that one step makes of `texts`."""
+        if self._decoder is None or self._transformer is None:
+            raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
+        denoise = Denoise(self._transformer, self._transformer.dtype)
+        for index in range(texts.states.shape[0]):
+            one = slice(index, index + 1)
+            inputs = {
+                "noise": job_noise(index, shape, 1)[:, None],
+                "angles": torch.tensor([angles_for(1)]),
+                "guidance": torch.tensor([guidance]),
+                "text": texts.states[one].to(self._transformer.dtype),
+                "text_mask": texts.mask[one],
+            }
+            [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
+            self._decoder.calibrate(latent)
+        self._decoder.to_fp8()
 
     def compare(self, work: Callable[[], object]) -> None:
         """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""

@@ -27,6 +27,7 @@ from engines.models.controlnet import ControlledTransformer
 from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, positions
 from engines.models.layers import RMSNorm
 from engines.models.transformer import SprintTransformer, TransformerConfig
+from engines.sampler import Denoiser
 
 _WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
 
@@ -208,6 +209,11 @@ class CudaTransformer:
         """As SprintTransformer.forward; text_mask [B, T] keeps a first part of each text."""
         return self.velocity(latent, self.prepare(text, lengths_of(text, text_mask)), timestep, guidance)
 
+    def denoiser(self, text: Tensor, text_mask: Tensor | None, guidance: Tensor | None) -> Denoiser:
+        """The velocity of (latent, timestep), with the text read once for all steps; arguments as of a call."""
+        prepared = self.prepare(text, lengths_of(text, text_mask))
+        return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance)
+
     @torch.no_grad()
     def prepare(self, text: Tensor, lengths: Tensor) -> Prepared:
         """text [B, T, caption_channels], of which the first lengths[b] tokens count (int32, on the device)."""
@@ -254,11 +260,11 @@ class ControlledPrepared(NamedTuple):
 
 
 class CudaControlled:
-    """Transformer and ControlNet, called as ControlledTransformer is."""
+    """Transformer and ControlNet, called as ControlledTransformer is. base: made of the same transformer already."""
 
-    def __init__(self, controlled: ControlledTransformer, ops: Ops):
+    def __init__(self, controlled: ControlledTransformer, ops: Ops, base: CudaTransformer | None = None):
         _supported(controlled.controlnet)
-        self.base = CudaTransformer(controlled.transformer, ops)
+        self.base = CudaTransformer(controlled.transformer, ops) if base is None else base
         self._net, self._ops = controlled.controlnet, ops
         copies = controlled.controlnet.config.copies
         self.copies = Blocks(controlled.controlnet.transformer_blocks, copies, ops)
@@ -280,6 +286,13 @@ class CudaControlled:
         """As ControlledTransformer.forward; text_mask [B, T] keeps a first part of each text."""
         prepared = self.prepare(text, lengths_of(text, text_mask), control)
         return self.velocity(latent, prepared, timestep, guidance, control_scale)
+
+    def denoiser(
+        self, text: Tensor, text_mask: Tensor | None, guidance: Tensor | None, control: Tensor, control_scale: Tensor
+    ) -> Denoiser:
+        """As CudaTransformer.denoiser, with the drawing read once too."""
+        prepared = self.prepare(text, lengths_of(text, text_mask), control)
+        return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance, control_scale)
 
     @torch.no_grad()
     def prepare(self, text: Tensor, lengths: Tensor, control: Tensor) -> ControlledPrepared:
