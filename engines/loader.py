@@ -22,6 +22,7 @@ from engines.chain import Decode, Denoise, input_specs, latent_spec
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.control import load_controlnet
 from engines.errors import BackendError, CheckpointError
+from engines.machine import why_no_gpu
 from engines.manifest import read_manifest
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
@@ -277,14 +278,17 @@ def _device(asked: str | None, reasons: dict[str, str]) -> torch.device:
     if asked is None:
         found = torch.cuda.is_available()
         reasons["device"] = "cuda: a GPU is present" if found else "cpu: torch sees no GPU"
-        return torch.device("cuda" if found else "cpu")
+        return torch.device("cuda", 0) if found else torch.device("cpu")
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
         raise BackendError(f"device: got {asked!r}, allowed cpu, cuda, cuda:<index>")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device: got {asked!r}, but torch sees {torch.cuda.device_count()} GPUs; use cpu")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and count == 0:
+        raise BackendError(f"device: got {asked!r}, but {why_no_gpu()}")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise BackendError(f"device: got {asked!r}, but torch sees {count} GPUs; allowed cuda:0 to cuda:{count - 1}")
     reasons["device"] = f"{asked}: asked for"
-    return torch.device(asked)
+    return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
 def _precision(asked: str | None, device: torch.device, backend: str, reasons: dict[str, str]) -> str:

@@ -32,6 +32,21 @@ def this_machine() -> Machine:
     return Machine(_cpu_name(), card.name, (card.major, card.minor), _driver(), float(card.total_memory))
 
 
+def why_no_gpu(driver: str | None = None) -> str:
+    """Why torch sees no GPU, and what to do; driver: the kernel module's version, None looks for it."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a wheel without CUDA; install the one for CUDA (pip install torch=="
+            f"{torch.__version__.partition('+')[0]} from PyPI, as requirements-gpu.lock has it), or use --device cpu"
+        )
+    found = driver or _driver()
+    told = "no NVIDIA driver is loaded" if found is None else f"the NVIDIA driver {found} cannot be used"
+    return (
+        f"torch {torch.__version__} is a wheel for CUDA {torch.version.cuda} and {told}; install a driver for that "
+        "CUDA, start the container with --gpus all, or use --device cpu"
+    )
+
+
 def dotted(capability: Capability | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 

@@ -114,7 +114,7 @@ class Settings:
         None, text("a folder"), "where torch-tensorrt keeps what it compiles; default: sana-sprint in the user's cache"
     )
     precision: str = setting(
-        "auto", one_of("auto", "fp32", "bf16", "int8"), "of the arithmetic; auto decides and says why"
+        "auto", one_of("auto", "fp32", "bf16", "int8", "fp8"), "of the arithmetic; auto decides and says why"
     )
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "where the modules run; auto decides and says why")
     decoder: str | None = setting(None, text("a folder or a hub id"), "another autoencoder with the same latents")

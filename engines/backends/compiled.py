@@ -52,7 +52,10 @@ class _Compiled(ModuleGraph):
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
         import torch._dynamo as dynamo  # a second of every start, for those who compile
+        import torch._inductor.config as inductor
 
-        with dynamo.config.patch(recompile_limit=_SHAPES):
+        # Inductor's own Triton convolution gives wrong numbers for 3x3 with 8 warps (pytorch issue 173068).
+        exact = inductor.patch(max_autotune_conv_backends="ATEN")  # type: ignore[attr-defined]  # made at run time
+        with dynamo.config.patch(recompile_limit=_SHAPES), exact:
             outputs = super().__call__({name: padded(value, bucket) for name, value in inputs.items()})
         return [output[:batch] for output in outputs]

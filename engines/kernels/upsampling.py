@@ -122,6 +122,8 @@ def run(
     tile = tile_for(channels, columns, False, False, launch.tma)
     if grid.width <= 64 and tile.rows > 64:
         tile = replace(tile, rows=64, warps=4)
+    if out_scale is not None:
+        tile = replace(tile, stages=3)  # room for the second output
     doubled = grid.doubled
     rows = doubled.padded if bordered else doubled.pixels
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)

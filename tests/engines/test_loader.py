@@ -9,6 +9,7 @@ from small_checkpoint import with_settings
 
 from engines.errors import BackendError, CheckpointError
 from engines.loader import load_engine
+from engines.machine import why_no_gpu
 from engines.types import Engine, Job, ReportsMemory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +87,7 @@ def test_bf16_runs_near_fp32(small_pictures: Path) -> None:
         ({"precision": "int4"}, "precision: got 'int4', allowed fp32, bf16, int8"),
         ({"device": "tpu"}, "device: got 'tpu', allowed cpu, cuda"),
         ({"device": "cuda:x"}, "device: got 'cuda:x'"),
-        ({"device": "cuda:99"}, "device: got 'cuda:99', but torch sees"),
+        ({"device": "cuda:99"}, "device: got 'cuda:99', but torch "),
         ({"backend": "openvino"}, "openvino runs built engines; build them with python build_engine.py --gpu cpu"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -110,3 +111,25 @@ def test_a_start_imports_neither_a_compiler_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "told"),
+    [
+        (None, None, "is a wheel without CUDA; install the one for CUDA"),
+        ("13.0", "535.54", "is a wheel for CUDA 13.0 and the NVIDIA driver 535.54 cannot be used"),
+        ("13.0", None, "is a wheel for CUDA 13.0 and no NVIDIA driver is loaded"),
+    ],
+)
+def test_without_a_usable_gpu_driver_and_wheel_are_named(
+    cuda: str | None, driver: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr("engines.machine._driver", lambda: None)
+    assert told in why_no_gpu(driver)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_was_asked_for_is_never_a_quiet_cpu(folder: Path) -> None:
+    with pytest.raises(BackendError, match=r"device: got 'cuda', but torch .* use --device cpu"):
+        load_engine(str(folder), device="cuda")

@@ -106,3 +106,10 @@ def test_a_checkpoint_that_is_none_stops_the_start_in_one_line(launch: Launch, t
     assert "cannot start" in program.output
     assert str(tmp_path) in program.output
     assert "Traceback" not in program.output
+
+
+def test_a_gpu_that_is_not_there_stops_the_start_in_one_line(launch: Launch) -> None:
+    program = launch("--model", "tiny", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert program.wait_end() == EXIT_START, program.output
+    assert "cannot start: device: got 'cuda', but torch" in program.output
+    assert "Traceback" not in program.output
