@@ -183,7 +183,7 @@ class SprintEngine:
         embeddings = self._modules.text.encode([job.prompt for job in jobs])
         noise, angles = self._start(jobs)  # drawn while the GPU works on the text
         watch.lap()
-        inputs = self._read(*join(embeddings))
+        inputs = self._read(embeddings)
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32)
         inputs |= {"noise": noise, "angles": angles, "guidance": guidance * self._space.guidance_embeds_scale}
         inputs |= self._drawn(jobs)
@@ -221,15 +221,19 @@ class SprintEngine:
             return Decode(self._modules.decoder)({"latent": latent})
         return self._books.decode({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
 
-    def _read(self, text: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """The chain's inputs of the texts [B, T, D]; graphs have one length, that of the longest prompt."""
-        text = text.to(self._space.dtype)
+    def _read(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
+        """The chain's inputs of the texts; graphs have one length, that of the longest prompt."""
         if self._books is None:
+            text, mask = join(embeddings)
+            text = text.to(self._space.dtype)
             return {"text": text} if mask is None else {"text": text, "text_mask": mask}
-        if mask is None:
-            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        missing = self._info.max_prompt_tokens - text.shape[1]
-        return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
+        states = [embedding.states for embedding in embeddings]
+        shape = (len(states), self._info.max_prompt_tokens)
+        text = torch.zeros(*shape, states[0].shape[1], dtype=self._space.dtype, device=self._space.device)
+        for row, one in zip(text, states, strict=True):
+            row[: one.shape[0]] = one
+        lengths = torch.tensor([one.shape[0] for one in states])
+        return {"text": text, "text_mask": torch.arange(shape[1]) < lengths[:, None]}
 
     def _start(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
         """Samples at the first angle, then the noise of each further step [steps, B, C, h, w]; angles [steps, B]. Both

@@ -55,7 +55,7 @@ class _Compiled(ModuleGraph):
         import torch._inductor.config as inductor
 
         # Inductor's own Triton convolution gives wrong numbers for 3x3 with 8 warps (pytorch issue 173068).
-        exact = inductor.patch(max_autotune_conv_backends="ATEN")  # type: ignore[attr-defined]  # made at run time
+        exact = inductor.patch(max_autotune_conv_backends="ATEN")
         with dynamo.config.patch(recompile_limit=_SHAPES), exact:
             outputs = super().__call__({name: padded(value, bucket) for name, value in inputs.items()})
         return [output[:batch] for output in outputs]

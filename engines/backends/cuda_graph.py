@@ -139,14 +139,21 @@ class GraphBook:
     def _replay(self, captured: _Captured, inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
         for name, view in captured.inputs.items():
             dim = self._specs[name].batch_dim
-            view.narrow(dim, 0, batch).copy_(inputs[name])
+            view.narrow(dim, 0, batch).copy_(_fast_to_copy(inputs[name], view), non_blocking=True)
             # The rest of the bucket repeats the last job: rows never meet, and what is left over may be no number.
             missing = view.shape[dim] - batch
             if missing:
-                last = inputs[name].narrow(dim, batch - 1, 1)
+                last = view.narrow(dim, batch - 1, 1)
                 view.narrow(dim, batch, missing).copy_(last.expand_as(view.narrow(dim, batch, missing)))
         captured.replay()
         return tuple(output[:batch].clone() for output in captured.outputs)
+
+
+def _fast_to_copy(value: Tensor, view: Tensor) -> Tensor:
+    """`value`, in pinned memory where it lies on the host and `view` on a card: its copy does not stop this thread."""
+    if value.device.type == "cpu" and view.device.type == "cuda":
+        return value.contiguous().pin_memory()
+    return value
 
 
 class CudaRecorder:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_checkpoint import with_settings
 
 from engines.errors import BackendError, CheckpointError
