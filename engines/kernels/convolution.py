@@ -10,7 +10,6 @@ x [P, C] in bf16 or e4m3, weight [N, 9*C] of the same type, k = tap*C + channel;
 8-bit products into numbers; None for bf16. Borders are written as zeros. Source of the form: implicit GEMM.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,69 +17,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engines.kernels.activations import silu
 from engines.kernels.op import Launcher, Op
 from engines.kernels.padded import Grid, image_of, pad
+from engines.kernels.tiles import FP8, as_fp8, halves, inside, matrix, quantised, tile_at, tile_for
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 TAP_OUTPUTS = 27  # 9 taps of 3 channels
 _TAP_COLUMNS = 32  # the same, as a product's tile
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, depth and columns of a product's tile, and how a program runs it."""
-
-    rows: int
-    depth: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def tile_for(channels: int, columns: int, fp8: bool, whole: bool, tma: bool) -> Tile:
-    """The tile for C input and N output channels; whole: a tile spans all N, as a norm over them needs.
-
-    By descriptors as measured on an H100 (bench/LOG.md): 256x128 for 128 channels, 128x256 for wider ones; deeper steps
-    in 8 bits. By pointers for the 100 KB of shared memory of sm_89.
-    """
-    depth = min(128 if fp8 else 64, channels & -channels)
-    wide = columns if whole else min(256, columns & -columns)
-    if not tma:
-        return Tile(64 if wide == 256 else 128, min(depth, 64 if fp8 else 32), wide, 8 if wide >= 128 else 4, 3)
-    if wide == 256:
-        return Tile(128, depth, wide, 8, 3)
-    return Tile(256, depth, wide, 8, 3 if fp8 else 4) if wide == 128 else Tile(128, depth, wide, 4, 3)
-
-
-@triton.jit
-def tile_at(x, row, column, ROWS, COLUMNS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """A tile of a matrix [ROWS, COLUMNS]; rows outside are zero."""
-    if TMA:
-        tile = x.load([row, column])
-    else:
-        r = row + tl.arange(0, BM)
-        c = column + tl.arange(0, BK)
-        at = r[:, None].to(tl.int64) * COLUMNS + c[None, :]
-        tile = tl.load(x + at, mask=((r >= 0) & (r < ROWS))[:, None], other=0.0)
-    return tile
-
-
-@triton.jit
-def inside(rows, P, HP, WP):
-    """Which rows of a zero-bordered matrix are pixels."""
-    column = rows % WP
-    line = (rows // WP) % HP
-    return (column > 0) & (column < WP - 1) & (line > 0) & (line < HP - 1) & (rows < P)
-
-
-@triton.jit
-def halves(x, BM: tl.constexpr, BN: tl.constexpr):
-    """[BM, BN] as its left and its right half: pointers of a whole tile would not fit into registers."""
-    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -95,12 +39,6 @@ def _write(y, acc, m0, n0, at, fits, TMA: tl.constexpr):
         y.store([m0, n0], acc.to(y.dtype))
     else:
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=fits)
-
-
-@triton.jit
-def as_fp8(x, per_scale):
-    """x * per_scale within e4m3's range; a division of each number would cost more than a convolution's half."""
-    return tl.minimum(tl.maximum(x * per_scale, -448.0), 448.0)
 
 
 @triton.jit
@@ -204,11 +142,6 @@ def _convolution(
             given = tl.where(keep, tl.minimum(tl.maximum(given, -65504.0), 65504.0), 0.0)
             there = columns[None, :].to(tl.int64) * P + rows[:, None]
             tl.store(taps + there, given.to(tl.float16), mask=(rows < P)[:, None] & (columns < 27)[None, :])
-
-
-def matrix(t: Tensor, rows: int, columns: int, tma: bool) -> Any:
-    """What `tile_at` reads: a descriptor of tiles, or the tensor itself."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if tma else t
 
 
 def _launch(
@@ -354,11 +287,6 @@ def normed(y: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """RMSNorm of [B, N, H, W] over its channels, in fp32."""
     y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + eps)
     return y * gain[:, None, None] + bias[:, None, None]
-
-
-def quantised(x: Tensor, scale: float) -> Tensor:
-    """x / scale in e4m3, held within its range."""
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _wide(x: Tensor) -> torch.dtype:

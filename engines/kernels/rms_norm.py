@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.kernels.convolution import FP8, as_fp8, inside, quantised
 from engines.kernels.op import Launcher, Op
 from engines.kernels.padded import Grid, image_of, pad
+from engines.kernels.tiles import FP8, as_fp8, inside, quantised
 
 Layout = Literal["plain", "bordered", "to bordered"]
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.kernels.convolution import FP8, as_fp8, halves, matrix, quantised, tile_at, tile_for
 from engines.kernels.op import Launcher, Op
 from engines.kernels.padded import Grid, image_of, pad
+from engines.kernels.tiles import FP8, as_fp8, halves, matrix, quantised, tile_at, tile_for
 
 
 @triton.jit

@@ -8,7 +8,9 @@ import torch
 from small_checkpoint import heat
 from torch import Tensor
 
-from engines.backends.cuda.transformer import CudaControlled, CudaTransformer, lengths_of
+from engines.backends.cuda.blocks import lengths_of
+from engines.backends.cuda.controlled import CudaControlled
+from engines.backends.cuda.transformer import CudaTransformer
 from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection

@@ -20,8 +20,6 @@ from engines.kernels.convolution import (
     CONVOLUTION_NORM,
     CONVOLUTION_SILU,
     CONVOLUTION_TAPS,
-    FP8,
-    FP8_MAX,
     tap_weight,
 )
 from engines.kernels.gated_depthwise import GATED_DEPTHWISE
@@ -32,6 +30,7 @@ from engines.kernels.padded import Grid
 from engines.kernels.pixels import PIXELS
 from engines.kernels.rms_norm import RMS_NORM, Layout
 from engines.kernels.silu_product import SILU_PRODUCT
+from engines.kernels.tiles import FP8, FP8_MAX
 from engines.kernels.upsampling import UPSAMPLING
 from engines.models.dcae import AutoencoderConfig, Decoder, EfficientViTBlock, ResBlock, Upsample
 from engines.models.folding import folded_kernel

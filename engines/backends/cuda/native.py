@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.decoder import CudaDecoder, why_not
 from engines.backends.cuda.text import CudaTextEncoder
-from engines.backends.cuda.transformer import CudaControlled, CudaTransformer
+from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import laid_out
 from engines.backends.spec import ModuleSpec
 from engines.calibration import Texts

@@ -1,189 +1,27 @@
-"""The Sprint transformer, alone or with a ControlNet, by cuBLAS products and the kernels of engines.kernels.
+"""The Sprint transformer by cuBLAS products and engines.kernels; shapes as in engines.backends.cuda.blocks."""
 
-The same numbers as engines.models.transformer and .controlnet, by exact algebra with less work: q, k and v are one
-product; the rms of a linear attention's query cancels in its quotient; keys and values of all blocks are one product
-a prompt; all modulations are one addition. Sums are in fp32 within a kernel and rounded at its end.
-
-Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, L blocks, D width. Tokens are
-[B*N, D] between kernels.
-"""
-
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from engines.errors import BackendError
-from engines.kernels.cross_attention import CROSS_ATTENTION, KEY_NORM
-from engines.kernels.gated_depthwise import GATED_DEPTHWISE
-from engines.kernels.linear_attention import LINEAR_ATTENTION
-from engines.kernels.modulated_norm import MODULATED_NORM, RESIDUAL, RESIDUAL_NORM
+from engines.backends.cuda.blocks import (
+    Blocks,
+    Conditioning,
+    Inject,
+    Prepared,
+    checked_dtype,
+    layer_of,
+    lengths_of,
+    projected,
+    tokens,
+)
+from engines.kernels.modulated_norm import RESIDUAL_NORM
 from engines.kernels.op import Ops
-from engines.kernels.silu_product import SILU_PRODUCT
-from engines.models.controlnet import ControlledTransformer
-from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, positions
-from engines.models.layers import RMSNorm
-from engines.models.transformer import SprintTransformer, TransformerConfig
+from engines.models.transformer import SprintTransformer
 from engines.sampler import Denoiser
 
 _WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
-
-
-class Layer(NamedTuple):
-    """Weight [out, in] and bias [out] of a product."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-class Prepared(NamedTuple):
-    """What blocks read of a prompt: keys (normalised) and values [B*T, L*2*D]; lengths [B] int32."""
-
-    kv: Tensor
-    lengths: Tensor
-
-
-class Pending(NamedTuple):
-    """gate * y + extra, still to be added to the residual stream: y, extra [B*N, D], gate [B, D]."""
-
-    y: Tensor
-    gate: Tensor | None = None
-    extra: Tensor | None = None
-
-
-class _Weights(NamedTuple):
-    qkv: Layer
-    key_weight: Tensor | None  # [D] fp32: of k's norm, times the size of q's
-    out: Layer
-    query: Layer
-    cross_out: Layer
-    expand: Layer
-    taps: Tensor  # [9, 2*hidden]
-    taps_bias: Tensor
-    project: Layer
-
-
-# (index of a block, what is due to be added to its input, that input) -> the same, with more to add.
-_Inject = Callable[[int, Tensor, Pending], tuple[Tensor, Pending]]
-
-
-class Blocks:
-    """Transformer blocks with their weights as the kernels read them; the modules' parameters become views of them."""
-
-    def __init__(self, blocks: nn.ModuleList, config: TransformerConfig, ops: Ops):
-        self._ops, self._config = ops, config
-        self._normed = config.qk_norm is not None
-        modules: list[Any] = list(blocks)
-        crosses = [block.attn2 for block in modules]
-        self.keys_values = _stacked([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
-        scale = config.cross_attention_head_dim**-0.5
-        self._key_weights = torch.stack([_norm_weights(cross, config.dim) * scale for cross in crosses])
-        self.tables = torch.stack([block.scale_shift_table.detach() for block in modules])  # [L, 6, D]
-        for block, table in zip(modules, self.tables, strict=True):
-            block.scale_shift_table = nn.Parameter(table, requires_grad=False)
-        self._weights = [self._laid_out(block) for block in modules]
-        first = modules[0]
-        self._norm_eps: float = first.norm1.eps
-        self._rms_eps: float = first.attn1.norm_k.eps if self._normed else 0.0
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def _laid_out(self, block: Any) -> _Weights:
-        own, cross, ff = block.attn1, block.attn2, block.ff
-        key_weight = None
-        if self._normed:
-            # relu(q * w) . relu(k) = relu(q * sign w) . (|w| * relu(k)): exact, and the module computes as before.
-            key_weight = own.norm_k.weight.detach().float() * own.norm_q.weight.detach().float().abs()
-            sign = torch.where(own.norm_q.weight.detach() < 0, -1, 1).to(own.to_q.weight.dtype)
-            own.norm_q.weight = nn.Parameter(own.norm_q.weight.detach().abs(), requires_grad=False)
-            own.to_q.weight = nn.Parameter(own.to_q.weight.detach() * sign[:, None], requires_grad=False)
-            if own.to_q.bias is not None:
-                own.to_q.bias = nn.Parameter(own.to_q.bias.detach() * sign, requires_grad=False)
-        return _Weights(
-            qkv=_stacked([own.to_q, own.to_k, own.to_v]),
-            key_weight=key_weight,
-            out=_layer(own.to_out[0]),
-            query=_layer(cross.to_q),
-            cross_out=_layer(cross.to_out[0]),
-            expand=_layer(ff.conv_inverted),
-            taps=ff.conv_depth.weight.detach().flatten(1).t().contiguous(),
-            taps_bias=ff.conv_depth.bias.detach(),
-            project=_layer(ff.conv_point),
-        )
-
-    def product(self, x: Tensor, layer: Layer) -> Tensor:
-        """x [M, in] to [M, out]; every product but the expansion's goes through here."""
-        return F.linear(x, layer.weight, layer.bias)
-
-    def expansion(self, x: Tensor, layer: Layer) -> Tensor:
-        """silu of the product: x [M, in] to [M, out]."""
-        expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias)
-        return expanded
-
-    def keys(self, projected: Tensor, lengths: Tensor) -> Prepared:
-        """From projected text [B, T, D]."""
-        kv = self.product(projected.flatten(0, 1), self.keys_values)
-        return Prepared(self._ops(KEY_NORM, kv, self._key_weights, self._normed, self._rms_eps), lengths)
-
-    def modulations(self, modulation: Tensor) -> Tensor:
-        """What blocks share [B, 6, D], with each block's own table added: [B, L, 6, D]."""
-        return self.tables + modulation[:, None]
-
-    def block(
-        self, index: int, x: Tensor, pending: Pending | None, modulations: Tensor, text: Prepared, size: tuple[int, int]
-    ) -> tuple[Tensor, Pending]:
-        """Block `index` on x + pending: the residual stream [B*N, D], and what it lacks of the block's output."""
-        ops, weights, batch = self._ops, self._weights[index], modulations.shape[0]
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulations[:, index].unbind(1)
-        if pending is None:
-            h = ops(MODULATED_NORM, x, scale1, shift1, batch, self._norm_eps)
-        else:
-            x, h = ops(RESIDUAL_NORM, x, *pending, scale1, shift1, batch, self._norm_eps)
-        head_dim = self._config.attention_head_dim
-        qkv = self.product(h, weights.qkv)
-        attended = ops(LINEAR_ATTENTION, qkv, weights.key_weight, batch, head_dim, self._rms_eps)
-        x = ops(RESIDUAL, x, self.product(attended, weights.out), gate1, None, batch)
-        query = self.product(x, weights.query)
-        heads = self._config.num_cross_attention_heads
-        attended = ops(CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._normed, self._rms_eps)
-        y = self.product(attended, weights.cross_out)
-        x, h = ops(RESIDUAL_NORM, x, y, None, None, scale2, shift2, batch, self._norm_eps)
-        expanded = self.expansion(h, weights.expand)
-        gated = ops(GATED_DEPTHWISE, expanded, weights.taps, weights.taps_bias, batch, *size)
-        return x, Pending(self.product(gated, weights.project), gate2)
-
-
-class Conditioning:
-    """Time and guidance to the modulation of all blocks, with both embedders' products as one."""
-
-    def __init__(self, embed: TimeGuidanceEmbed | TimeEmbed):
-        self._guided = isinstance(embed, TimeGuidanceEmbed)
-        if isinstance(embed, TimeGuidanceEmbed):
-            both: list[Any] = [embed.timestep_embedder, embed.guidance_embedder]
-        else:
-            both = [embed.emb["timestep_embedder"]]
-        self._first, self._second = (
-            _stacked([getattr(embedder, name) for embedder in both]) for name in ("linear_1", "linear_2")
-        )
-        self._last = _layer(embed.linear)
-        steps = torch.arange(_WAVES, dtype=torch.float32, device=self._last.weight.device)
-        self._frequencies = torch.exp(steps * (-math.log(10000.0) / _WAVES))
-
-    def __call__(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """timestep, guidance [B]: the modulation [B, 6, D] and the embedding [B, D] of the output, as
-        SprintTransformer.conditioning gives them, and raises ValueError where guidance is missing or not embedded."""
-        if (guidance is None) == self._guided:
-            raise ValueError(f"guidance: got {guidance!r}; needed is a tensor [B] where it is embedded, else None")
-        given = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
-        angle = given[..., None].float() * self._frequencies
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
-        embedded = _each(F.silu(_each(wave, self._first)), self._second).sum(0)
-        modulation = F.linear(F.silu(embedded), *self._last)
-        return torch.unflatten(modulation, 1, (6, -1)), embedded
 
 
 class CudaTransformer:
@@ -191,7 +29,7 @@ class CudaTransformer:
 
     def __init__(self, transformer: SprintTransformer, ops: Ops):
         """Takes over the module's weights. Raises BackendError for fp16, in which sums of the residual overflow."""
-        self.dtype = _supported(transformer)
+        self.dtype = checked_dtype(transformer)
         self.config = transformer.config
         self._module, self._ops = transformer, ops
         self.blocks = Blocks(transformer.transformer_blocks, transformer.config, ops)
@@ -218,9 +56,7 @@ class CudaTransformer:
     def prepare(self, text: Tensor, lengths: Tensor) -> Prepared:
         """text [B, T, caption_channels], of which the first lengths[b] tokens count (int32, on the device)."""
         module = self._module
-        return self.blocks.keys(
-            _projected(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths
-        )
+        return self.blocks.keys(projected(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths)
 
     @torch.no_grad()
     def velocity(
@@ -230,7 +66,7 @@ class CudaTransformer:
         timestep: Tensor,
         guidance: Tensor | None,
         residuals: Sequence[Tensor] | None = None,
-        inject: _Inject | None = None,
+        inject: Inject | None = None,
     ) -> Tensor:
         """v [B, C, h, w]. residuals [B, N, D]: the i-th is added to the output of block i + 1."""
         batch, size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
@@ -247,178 +83,5 @@ class CudaTransformer:
         shift, scale = (self._module.scale_shift_table + embedded[:, None]).unbind(1)
         assert pending is not None
         _, h = self._ops(RESIDUAL_NORM, x, *pending, scale, shift, batch, self._module.norm_out.eps)
-        out = self.blocks.product(h, _layer(self._module.proj_out))
+        out = self.blocks.product(h, layer_of(self._module.proj_out))
         return torch.unflatten(torch.unflatten(out, 0, (batch, -1)).transpose(1, 2), 2, size)
-
-
-class ControlledPrepared(NamedTuple):
-    """Of a prompt, what the transformer's and the copied blocks read; of a drawing the tokens [B*N, D] to add."""
-
-    base: Prepared
-    copies: Prepared
-    hint: Tensor
-
-
-class CudaControlled:
-    """Transformer and ControlNet, called as ControlledTransformer is. base: made of the same transformer already."""
-
-    def __init__(self, controlled: ControlledTransformer, ops: Ops, base: CudaTransformer | None = None):
-        _supported(controlled.controlnet)
-        self.base = CudaTransformer(controlled.transformer, ops) if base is None else base
-        self._net, self._ops = controlled.controlnet, ops
-        copies = controlled.controlnet.config.copies
-        self.copies = Blocks(controlled.controlnet.transformer_blocks, copies, ops)
-        self._embeds = copies.guidance_embeds
-        self._conditioning = Conditioning(controlled.controlnet.time_embed)
-        self._diffusers = controlled.controlnet.config.injection == "diffusers"
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        latent: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        guidance: Tensor | None,
-        text_mask: Tensor | None,
-        control: Tensor,
-        control_scale: Tensor,
-    ) -> Tensor:
-        """As ControlledTransformer.forward; text_mask [B, T] keeps a first part of each text."""
-        prepared = self.prepare(text, lengths_of(text, text_mask), control)
-        return self.velocity(latent, prepared, timestep, guidance, control_scale)
-
-    def denoiser(
-        self, text: Tensor, text_mask: Tensor | None, guidance: Tensor | None, control: Tensor, control_scale: Tensor
-    ) -> Denoiser:
-        """As CudaTransformer.denoiser, with the drawing read once too."""
-        prepared = self.prepare(text, lengths_of(text, text_mask), control)
-        return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance, control_scale)
-
-    @torch.no_grad()
-    def prepare(self, text: Tensor, lengths: Tensor, control: Tensor) -> ControlledPrepared:
-        """text and lengths as of CudaTransformer.prepare; control: the drawing's latent [B, C, h, w]."""
-        net, dtype = self._net, self.base.dtype
-        base = self.base.prepare(text, lengths)
-        projected = _projected(net.caption_projection, net.caption_norm, text.to(dtype))
-        hint = tokens(net.patch_embed, control.to(dtype), placed=self._diffusers)
-        hint = self.copies.product(hint, _layer(net.input_block))
-        return ControlledPrepared(base, self.copies.keys(projected, lengths), hint)
-
-    @torch.no_grad()
-    def velocity(
-        self,
-        latent: Tensor,
-        prepared: ControlledPrepared,
-        timestep: Tensor,
-        guidance: Tensor | None,
-        control_scale: Tensor,
-    ) -> Tensor:
-        """v [B, C, h, w] of latent [B, C, h, w]; control_scale [B]."""
-        latent = latent.to(self.base.dtype)
-        size = (latent.shape[-2], latent.shape[-1])
-
-        def made_of(x: Tensor) -> list[Tensor]:
-            return self._residuals(x + prepared.hint, prepared.copies, timestep, guidance, control_scale, size)
-
-        if self._diffusers:
-            residuals = made_of(tokens(self._net.patch_embed, latent))
-            return self.base.velocity(latent, prepared.base, timestep, guidance, residuals)
-        made: list[Tensor] = []
-
-        def after_own_block(index: int, x: Tensor, due: Pending) -> tuple[Tensor, Pending]:
-            if index == 0:
-                made.extend(made_of(self._ops(RESIDUAL, x, *due, latent.shape[0])))
-            return x, due._replace(extra=made[index]) if index < len(made) else due
-
-        return self.base.velocity(latent, prepared.base, timestep, guidance, inject=after_own_block)
-
-    def _residuals(
-        self,
-        x: Tensor,
-        text: Prepared,
-        timestep: Tensor,
-        guidance: Tensor | None,
-        control_scale: Tensor,
-        size: tuple[int, int],
-    ) -> list[Tensor]:
-        """One residual [B*N, D] for each copied block, from its first input [B*N, D]."""
-        batch = timestep.shape[0]
-        modulation, _ = self._conditioning(timestep, guidance if self._embeds else None)
-        modulations = self.copies.modulations(modulation)
-        scale = control_scale.to(x.dtype)[:, None, None]
-        found = []
-        for index, project in enumerate(self._net.controlnet_blocks):
-            x, due = self.copies.block(index, x, None, modulations, text, size)
-            x = self._ops(RESIDUAL, x, *due, batch)
-            residual = torch.unflatten(self.copies.product(x, _layer(project)), 0, (batch, -1))
-            found.append((residual * scale).flatten(0, 1))
-        return found
-
-
-def lengths_of(text: Tensor, text_mask: Tensor | None) -> Tensor:
-    """Tokens that count in each text [B, T, ...], int32 on its device; text_mask [B, T] keeps a first part of each."""
-    if text_mask is None:
-        return torch.full((text.shape[0],), text.shape[1], dtype=torch.int32, device=text.device)
-    return text_mask.sum(1, dtype=torch.int32)
-
-
-def tokens(embed: PatchEmbed, latent: Tensor, placed: bool = True) -> Tensor:
-    """Latent [B, C, h, w] to tokens [B*N, D], as PatchEmbed does; placed False: without its positional embedding."""
-    batch, channels, height, width = latent.shape
-    flat = latent.permute(0, 2, 3, 1).reshape(-1, channels)
-    x = F.linear(flat, *_layer(embed.proj))
-    if embed.scale is None or embed.pos_embed is None or not placed:
-        return x
-    table = embed.pos_embed
-    if (height, width) != (embed.base, embed.base):
-        table = positions(x.shape[1], height, width, embed.base, embed.scale, x.device)
-    return (torch.unflatten(x, 0, (batch, -1)) + table).to(x.dtype).flatten(0, 1)
-
-
-def _projected(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
-    """Text [B, T, caption_channels] to the [B, T, D] that keys and values are made of."""
-    projected: Tensor = projection(text)
-    return F.rms_norm(projected, projected.shape[-1:], norm.weight, norm.eps)
-
-
-def _each(x: Tensor, layer: Layer) -> Tensor:
-    """x [G, B, in] through G linear maps one below the other [G*out, in]: [G, B, out]."""
-    weight = torch.unflatten(layer.weight, 0, (x.shape[0], -1))
-    assert layer.bias is not None
-    return torch.baddbmm(torch.unflatten(layer.bias, 0, (x.shape[0], 1, -1)), x, weight.mT)
-
-
-def _supported(module: nn.Module) -> torch.dtype:
-    dtype = next(module.parameters()).dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise BackendError(f"CUDA transformer: weights are {dtype}; supported are torch.bfloat16 and torch.float32")
-    return dtype
-
-
-def _layer(module: nn.Module) -> Layer:
-    """A linear map or a 1x1 convolution, without a copy."""
-    weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
-    return Layer(weight.flatten(1), None if bias is None else bias.detach())
-
-
-def _stacked(layers: Iterable[Any]) -> Layer:
-    """Linear maps one below the other; their parameters become views of the result."""
-    layers = list(layers)
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    start = 0
-    for layer in layers:
-        rows = layer.weight.shape[0]
-        layer.weight = nn.Parameter(weight[start : start + rows], requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias[start : start + rows], requires_grad=False)
-        start += rows
-    return Layer(weight, bias)
-
-
-def _norm_weights(cross: Any, dim: int) -> Tensor:
-    """Weights of the query's and the key's norm, one times the other: [D] fp32."""
-    if isinstance(cross.norm_q, nn.Identity):
-        return torch.ones(dim, device=cross.to_q.weight.device)
-    product: Tensor = cross.norm_q.weight.detach().float() * cross.norm_k.weight.detach().float()
-    return product

@@ -9,7 +9,6 @@ from engines.kernels.convolution import (
     CONVOLUTION_NORM,
     CONVOLUTION_SILU,
     CONVOLUTION_TAPS,
-    FP8,
     tap_weight,
 )
 from engines.kernels.multiscale_projection import MULTISCALE_PROJECTION
@@ -17,6 +16,7 @@ from engines.kernels.op import Launcher, Op, sqnr_db
 from engines.kernels.padded import Grid, image_of, pad
 from engines.kernels.pixels import PIXELS
 from engines.kernels.rms_norm import RMS_NORM, Layout
+from engines.kernels.tiles import FP8
 from engines.kernels.upsampling import UPSAMPLING
 
 GRIDS = (Grid(1, 5, 7), Grid(2, 4, 3))

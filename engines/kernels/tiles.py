@@ -1,0 +1,82 @@
+"""What products of shifted matrices share: their tiles, how these are read and halved, and numbers in e4m3."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, depth and columns of a product's tile, and how a program runs it."""
+
+    rows: int
+    depth: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tile_for(channels: int, columns: int, fp8: bool, whole: bool, tma: bool) -> Tile:
+    """The tile for C input and N output channels; whole: a tile spans all N, as a norm over them needs.
+
+    By descriptors as measured on an H100 (bench/LOG.md): 256x128 for 128 channels, 128x256 for wider ones; deeper steps
+    in 8 bits. By pointers for the 100 KB of shared memory of sm_89.
+    """
+    depth = min(128 if fp8 else 64, channels & -channels)
+    wide = columns if whole else min(256, columns & -columns)
+    if not tma:
+        return Tile(64 if wide == 256 else 128, min(depth, 64 if fp8 else 32), wide, 8 if wide >= 128 else 4, 3)
+    if wide == 256:
+        return Tile(128, depth, wide, 8, 3)
+    return Tile(256, depth, wide, 8, 3 if fp8 else 4) if wide == 128 else Tile(128, depth, wide, 4, 3)
+
+
+@triton.jit
+def tile_at(x, row, column, ROWS, COLUMNS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """A tile of a matrix [ROWS, COLUMNS]; rows outside are zero."""
+    if TMA:
+        tile = x.load([row, column])
+    else:
+        r = row + tl.arange(0, BM)
+        c = column + tl.arange(0, BK)
+        at = r[:, None].to(tl.int64) * COLUMNS + c[None, :]
+        tile = tl.load(x + at, mask=((r >= 0) & (r < ROWS))[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def inside(rows, P, HP, WP):
+    """Which rows of a zero-bordered matrix are pixels."""
+    column = rows % WP
+    line = (rows // WP) % HP
+    return (column > 0) & (column < WP - 1) & (line > 0) & (line < HP - 1) & (rows < P)
+
+
+@triton.jit
+def halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN] as its left and its right half: pointers of a whole tile would not fit into registers."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def as_fp8(x, per_scale):
+    """x * per_scale within e4m3's range; a division of each number would cost more than a convolution's half."""
+    return tl.minimum(tl.maximum(x * per_scale, -448.0), 448.0)
+
+
+def matrix(t: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """What `tile_at` reads: a descriptor of tiles, or the tensor itself."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if tma else t
+
+
+def quantised(x: Tensor, scale: float) -> Tensor:
+    """x / scale in e4m3, held within its range."""
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
