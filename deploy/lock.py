@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
+TRITON = "triton==3.7.1"  # what that torch's wheel for CUDA asks for, which the CPU's does not say
 # Lock -> extras. The first is what the others build on. `tensorrt` and `torch-tensorrt` stand in none: their libraries
 # lie on NVIDIA's own index, and their versions follow the card's driver.
 TEST = ("test", "train", "openvino", "build", "tensorrt-rtx", "otel")
@@ -37,7 +38,7 @@ def resolve(requirements: list[str], kept: list[str]) -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         constraints, report = Path(folder, "constraints.txt"), Path(folder, "report.json")
-        constraints.write_text("\n".join([TORCH, *kept]) + "\n")
+        constraints.write_text("\n".join([TORCH, TRITON, *kept]) + "\n")
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
         command += ["--report", str(report), "--constraint", str(constraints), *requirements]
         subprocess.run(command, check=True)
