@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.kernels.border import write_border
 from engines.kernels.op import Launcher, Op
 from engines.kernels.padded import Grid, image_of, pad
 from engines.kernels.tiles import FP8, as_fp8, halves, matrix, quantised, tile_at, tile_for
@@ -96,25 +97,6 @@ def _upsampling(
             _write(y8, as_fp8(rest, per_scale), first, left_at + half, there, fits, D, half, LINES)
 
 
-@triton.jit
-def _zero_border(y, y8, H, W, D: tl.constexpr, BC: tl.constexpr, SECOND: tl.constexpr):
-    """The border of images of H x W pixels: one pixel a program."""
-    number = tl.program_id(0)
-    image = tl.program_id(1)
-    if number < 2 * (W + 2):
-        line = (number // (W + 2)) * (H + 1)
-        column = number % (W + 2)
-    else:
-        line = (number - 2 * (W + 2)) // 2 + 1
-        column = (number % 2) * (W + 1)
-    cols = tl.arange(0, BC)
-    at = ((image.to(tl.int64) * (H + 2) + line) * (W + 2) + column) * D + cols
-    zero = tl.zeros((BC,), tl.float32)
-    tl.store(y + at, zero.to(y.dtype.element_ty), mask=cols < D)
-    if SECOND:
-        tl.store(y8 + at, zero.to(y8.dtype.element_ty), mask=cols < D)
-
-
 def run(
     launch: Launcher, x: Tensor, weight: Tensor, bias: Tensor, bordered: bool, out_scale: float | None, grid: Grid
 ) -> tuple[Tensor, ...]:
@@ -162,19 +144,7 @@ def run(
         num_stages=tile.stages,
     )
     if bordered:
-        around = 2 * (doubled.width + 2) + 2 * doubled.height
-        launch(
-            _zero_border,
-            (around, grid.batch),
-            y,
-            y if second is None else second,
-            doubled.height,
-            doubled.width,
-            D=columns,
-            BC=triton.next_power_of_2(columns),
-            SECOND=second is not None,
-            num_warps=1,
-        )
+        write_border(launch, y, second, doubled)
     return (y,) if second is None else (y, second)
 
 

@@ -8,45 +8,24 @@ stream stays bf16.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engines.backends.cuda.autoencoder_blocks import WHOLE, Norm, ResidualBlock, Stream, VitBlock
 from engines.kernels.convolution import (
-    CONVOLUTION,
-    CONVOLUTION_NORM,
-    CONVOLUTION_SILU,
     CONVOLUTION_TAPS,
     tap_weight,
 )
-from engines.kernels.gated_depthwise import GATED_DEPTHWISE
-from engines.kernels.linear_attention import MULTISCALE_ATTENTION
-from engines.kernels.multiscale_projection import MULTISCALE_PROJECTION
 from engines.kernels.op import Ops
 from engines.kernels.padded import Grid
 from engines.kernels.pixels import PIXELS
-from engines.kernels.rms_norm import RMS_NORM, Layout
-from engines.kernels.silu_product import SILU_PRODUCT
-from engines.kernels.tiles import FP8, FP8_MAX
 from engines.kernels.upsampling import UPSAMPLING
 from engines.models.dcae import AutoencoderConfig, Decoder, EfficientViTBlock, ResBlock, Upsample
 from engines.models.folding import folded_kernel
-from engines.models.layers import RMSNorm
 from engines.models.pixels import PixelDecoder
-
-_HEADROOM = 2.0  # of an activation's scale over the largest value that calibration saw
-_WHOLE = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A zero-bordered image [P, C]: in full, and in e4m3 where the next convolution reads that."""
-
-    full: Tensor
-    small: Tensor
 
 
 def why_not(config: AutoencoderConfig) -> str | None:
@@ -61,96 +40,9 @@ def why_not(config: AutoencoderConfig) -> str | None:
         return f"decoder_layers_per_block are {depths}; blocks at every resolution, ReLU and RGB are needed"
     if any(width % 32 for width in config.decoder_block_out_channels) or config.attention_head_dim % 8:
         return f"decoder_block_out_channels are {config.decoder_block_out_channels}; multiples of 32 are needed"
-    if config.decoder_block_out_channels[0] not in _WHOLE:
-        return f"the last stage has {config.decoder_block_out_channels[0]} channels; one of {_WHOLE} is needed"
+    if config.decoder_block_out_channels[0] not in WHOLE:
+        return f"the last stage has {config.decoder_block_out_channels[0]} channels; one of {WHOLE} is needed"
     return None
-
-
-class _Norm:
-    """The parameters of an RMSNorm, in fp32."""
-
-    def __init__(self, norm: RMSNorm):
-        assert norm.bias is not None
-        self.gain, self.bias, self.eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
-
-
-class _Kernel:
-    """The weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row."""
-
-    def __init__(self, conv: nn.Conv2d):
-        self.weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
-        self.bias = None if conv.bias is None else conv.bias.detach().float()
-        self._scale: Tensor | None = None
-        self.scale: Tensor | None = None  # of the product of an 8-bit input and these weights
-
-    def to_fp8(self, input_scale: float) -> None:
-        scale = self.weight.float().abs().amax(1).clamp_min(1e-12) / FP8_MAX
-        self.weight = (self.weight.float() / scale[:, None]).to(FP8)
-        self.scale = scale * input_scale
-
-
-class _Res:
-    """dcae.ResBlock on a Stream."""
-
-    def __init__(self, block: ResBlock):
-        self.conv1, self.conv2, self.norm = _Kernel(block.conv1), _Kernel(block.conv2), _Norm(block.norm)
-        self.whole = block.conv2.out_channels in _WHOLE
-        self.input_scale: float | None = None
-        self.hidden_scale: float | None = None
-        self.seen = [0.0, 0.0]  # largest input and hidden value of a calibration
-
-    def to_fp8(self) -> None:
-        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.seen)
-        self.conv1.to_fp8(self.input_scale)
-        self.conv2.to_fp8(self.hidden_scale)
-
-    def hidden(self, ops: Ops, x: Stream, grid: Grid) -> Tensor:
-        conv, scale = self.conv1, self.hidden_scale or 1.0
-        made: Tensor = ops(CONVOLUTION_SILU, x.small, conv.weight, conv.scale, conv.bias, scale, grid)
-        return made
-
-    def __call__(self, ops: Ops, x: Stream, grid: Grid, next_scale: float | None) -> Stream:
-        hidden, conv, norm = self.hidden(ops, x, grid), self.conv2, self.norm
-        if self.whole:
-            made = ops(
-                CONVOLUTION_NORM,
-                *(hidden, conv.weight, conv.scale, norm.gain, norm.bias, x.full, norm.eps, next_scale, grid),
-            )
-        else:
-            y = ops(CONVOLUTION, hidden, conv.weight, conv.scale, grid)
-            made = ops(RMS_NORM, y, norm.gain, norm.bias, x.full, norm.eps, "bordered", next_scale, grid)
-        return Stream(made[0], made[-1])
-
-
-class _Vit:
-    """dcae.EfficientViTBlock on [B*H*W, C]."""
-
-    def __init__(self, block: EfficientViTBlock):
-        attention, glu = block.attn, block.conv_out
-        self.qkv = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]).detach()
-        scale: Any = attention.to_qkv_multiscale[0]
-        self.taps = scale.proj_in.weight.detach().flatten(1).t().contiguous()  # [K*K, 3C]
-        group = scale.proj_out.weight.shape[1]
-        self.groups = scale.proj_out.weight.detach().view(-1, group, group).contiguous()
-        self.out, self.norm1, self.head_dim = attention.to_out.weight.detach(), _Norm(attention.norm_out), group
-        self.inverted = glu.conv_inverted.weight.detach().flatten(1).contiguous()
-        self.inverted_bias, self.depth_bias = glu.conv_inverted.bias, glu.conv_depth.bias
-        self.depth = glu.conv_depth.weight.detach().flatten(1).t().contiguous()  # [9, 2*hidden]
-        self.point = glu.conv_point.weight.detach().flatten(1).contiguous()
-        assert glu.norm is not None
-        self.norm2 = _Norm(glu.norm)
-
-    def __call__(self, ops: Ops, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
-        qkv = F.linear(x, self.qkv)
-        scaled = ops(MULTISCALE_PROJECTION, qkv, self.taps, self.groups, grid)
-        attended = F.linear(ops(MULTISCALE_ATTENTION, qkv, scaled, grid.batch, self.head_dim), self.out)
-        norm = self.norm1
-        x = ops(RMS_NORM, attended, norm.gain, norm.bias, x, norm.eps, "plain", None, grid)[0]
-        wide = ops(SILU_PRODUCT, x, self.inverted, self.inverted_bias)
-        y = F.linear(ops(GATED_DEPTHWISE, wide, self.depth, self.depth_bias, *grid), self.point)
-        norm = self.norm2
-        made: Tensor = ops(RMS_NORM, y, norm.gain, norm.bias, x, norm.eps, layout, None, grid)[0]
-        return made
 
 
 class _Up:
@@ -188,7 +80,7 @@ class CudaDecoder:
         stages = [list(stage.children()) for stage in reversed(decoder.up_blocks)]
         self._low = [_parts(stage) for stage in stages if isinstance(stage[-1], EfficientViTBlock)]
         self._high = [_parts(stage) for stage in stages if isinstance(stage[-1], ResBlock)]
-        self._norm_out = _Norm(decoder.norm_out)
+        self._norm_out = Norm(decoder.norm_out)
         assert isinstance(decoder.conv_out, nn.Conv2d)
         self._conv_out = tap_weight(decoder.conv_out.weight.detach())
         assert decoder.conv_out.bias is not None
@@ -240,7 +132,7 @@ class CudaDecoder:
         made = up(self._ops, x, grid, True, next_scale)
         return Stream(made[0], made[-1]), grid.doubled
 
-    def _last(self, block: _Res, x: Stream, grid: Grid) -> Tensor:
+    def _last(self, block: ResidualBlock, x: Stream, grid: Grid) -> Tensor:
         hidden, conv, norm, out = block.hidden(self._ops, x, grid), block.conv2, block.norm, self._norm_out
         rest = (norm.gain, norm.bias, x.full, out.gain, out.bias, self._conv_out, norm.eps, grid)
         made: Tensor = self._ops(CONVOLUTION_TAPS, hidden, conv.weight, conv.scale, *rest)
@@ -253,9 +145,9 @@ def _parts(stage: list[nn.Module]) -> tuple[Any, list[Any]]:
     return ups[0] if ups else None, list(_blocks(stage))
 
 
-def _blocks(stage: list[nn.Module]) -> Iterator[_Res | _Vit]:
+def _blocks(stage: list[nn.Module]) -> Iterator[ResidualBlock | VitBlock]:
     for part in stage:
         if isinstance(part, ResBlock):
-            yield _Res(part)
+            yield ResidualBlock(part)
         elif isinstance(part, EfficientViTBlock):
-            yield _Vit(part)
+            yield VitBlock(part)

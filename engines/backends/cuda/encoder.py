@@ -1,0 +1,126 @@
+"""DC-AE's encoder from engines.kernels: uint8 pixels in, latents out; what drawings and image-to-image wait for.
+
+The blocks are the decoder's (engines.backends.cuda.decoder). Downsampling is one strided convolution by cuDNN, and its
+averaging shortcut is a part of its weights; so is that of the last convolution. Equal to engines.models.pixels.
+PixelEncoder, but for rounding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines.backends.cuda.autoencoder_blocks import ResidualBlock, Stream, VitBlock
+from engines.kernels.border import ZERO_BORDER
+from engines.kernels.op import Ops
+from engines.kernels.padded import Grid
+from engines.models.dcae import AutoencoderConfig, Downsample, EfficientViTBlock, Encoder, ResBlock
+from engines.models.pixels import PixelEncoder
+
+_INPUTS = 8  # channels of the first convolution: RGB, one that is 1 and carries the bias, and zeros
+
+
+def why_not_encode(config: AutoencoderConfig) -> str | None:
+    """Why these kernels cannot run an encoder of this architecture; None where they can."""
+    kinds, depths = config.encoder_block_types, config.encoder_layers_per_block
+    residual = [index for index, kind in enumerate(kinds) if kind == "ResBlock"]
+    if residual != list(range(len(residual))) or not residual or len(residual) == len(kinds) or not all(depths):
+        return f"encoder_block_types are {kinds} of {depths} layers; ResBlocks first and blocks everywhere are needed"
+    if config.downsample_block_type == "pixel_unshuffle" or config.in_channels != 3:
+        return f"downsample_block_type is {config.downsample_block_type}; strided convolutions of RGB are needed"
+    if any(width % 32 for width in config.encoder_block_out_channels) or config.attention_head_dim % 8:
+        return f"encoder_block_out_channels are {config.encoder_block_out_channels}; multiples of 32 are needed"
+    return None
+
+
+class _Down:
+    """dcae.Downsample, its shortcut in its weights."""
+
+    def __init__(self, down: Downsample):
+        weight = down.conv.weight.detach().float().clone()
+        if down.group:  # channel 4c + 2y + x of the unshuffled image is pixel (y, x) of channel c
+            for out in range(weight.shape[0]):
+                for channel in range(out * down.group, (out + 1) * down.group):
+                    row, column = 1 + channel % 4 // 2, 1 + channel % 2
+                    weight[out, channel // 4, row, column] += 1 / down.group
+        self.weight = weight.to(down.conv.weight.dtype).to(memory_format=torch.channels_last)
+        self.bias = down.conv.bias
+
+    def __call__(self, ops: Ops, x: Tensor, grid: Grid, bordered: bool, next_bordered: bool) -> tuple[Tensor, Grid]:
+        """From and to a matrix, zero-bordered or plain."""
+        halved = Grid(grid.batch, grid.height // 2, grid.width // 2)
+        around = 2 if bordered else 0
+        image = x.view(grid.batch, grid.height + around, grid.width + around, x.shape[1]).permute(0, 3, 1, 2)
+        padding = (0 if bordered else 1) + (2 if next_bordered else 0)
+        y = F.conv2d(image, self.weight, self.bias, stride=2, padding=padding)
+        flat = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        made: Tensor = ops(ZERO_BORDER, flat, halved) if next_bordered else flat
+        return made, halved
+
+
+class CudaEncoder:
+    """Called like PixelEncoder: pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
+
+    def __init__(self, module: PixelEncoder, ops: Ops):
+        encoder = module.encoder
+        assert isinstance(encoder, Encoder)
+        assert isinstance(encoder.conv_in, nn.Conv2d)
+        self._ops, self._factor = ops, module.scaling_factor
+        first = encoder.conv_in.weight.detach()
+        self._dtype = first.dtype
+        self._conv_in = torch.zeros(first.shape[0], _INPUTS, 3, 3, dtype=first.dtype, device=first.device)
+        self._conv_in[:, :3] = first
+        assert encoder.conv_in.bias is not None
+        self._conv_in[:, 3, 1, 1] = encoder.conv_in.bias.detach()
+        self._conv_in = self._conv_in.to(memory_format=torch.channels_last)
+        self._stages = [_stage(list(stage.children())) for stage in encoder.down_blocks]
+        last = encoder.conv_out.weight.detach().float().clone()
+        if encoder.group:
+            for out in range(last.shape[0]):
+                last[out, out * encoder.group : (out + 1) * encoder.group, 1, 1] += 1 / encoder.group
+        self._conv_out = last.to(first.dtype).to(memory_format=torch.channels_last)
+        self._conv_out_bias = encoder.conv_out.bias
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        grid = Grid(*pixels.shape[:3])
+        x = self._first(pixels, grid)
+        bordered = True
+        for index, (blocks, down) in enumerate(self._stages):
+            bordered = isinstance(blocks[0], ResidualBlock)
+            for block in blocks:
+                if isinstance(block, ResidualBlock):
+                    x = block(self._ops, Stream(x, x), grid, None).full
+                else:
+                    x = block(self._ops, x, grid, "plain")
+            if down is not None:
+                after = isinstance(self._stages[index + 1][0][0], ResidualBlock)
+                x, grid = down(self._ops, x, grid, bordered, after)
+        image = x.view(*grid, x.shape[1]).permute(0, 3, 1, 2)
+        latent = F.conv2d(image, self._conv_out, self._conv_out_bias, padding=1)
+        return latent.float() * self._factor
+
+    def _first(self, pixels: Tensor, grid: Grid) -> Tensor:
+        """The first convolution's result as a zero-bordered matrix."""
+        wide = torch.zeros(
+            grid.batch, grid.height + 4, grid.width + 4, _INPUTS, dtype=self._dtype, device=pixels.device
+        )
+        inner = wide[:, 2:-2, 2:-2]
+        inner[..., :3] = pixels.float() / 127.5 - 1
+        inner[..., 3] = 1
+        y = F.conv2d(wide.permute(0, 3, 1, 2), self._conv_in)
+        made: Tensor = self._ops(ZERO_BORDER, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]), grid)
+        return made
+
+
+def _stage(parts: list[nn.Module]) -> tuple[list[ResidualBlock | VitBlock], _Down | None]:
+    """Its blocks, and what comes behind them."""
+    blocks: list[ResidualBlock | VitBlock] = []
+    down = None
+    for part in parts:
+        if isinstance(part, ResBlock):
+            blocks.append(ResidualBlock(part))
+        elif isinstance(part, EfficientViTBlock):
+            blocks.append(VitBlock(part))
+        elif isinstance(part, Downsample):
+            down = _Down(part)
+    return blocks, down
