@@ -5,7 +5,8 @@ relu(k) (x) v and ksum that of relu(k), per image and head:
 
 - the transformer's: q, k, v are the thirds of a row; k is first divided by the rms of its whole row and multiplied by
   norm weights (q's rms cancels in the quotient, and its weight is folded into the projection);
-- the decoder's: a row is cut into runs of 3d, each a (q, k, v), over two tensors one after the other.
+- the decoder's: a row is cut into runs of 3d, each a (q, k, v), over two tensors one after the other; those of the
+  second are first multiplied by a matrix [d, d] each, a 1x1 convolution in groups.
 
 The parts' contexts are added in a fixed order that depends on N alone: an image does not depend on its batch.
 Shapes: B images, N tokens, H heads of d, D = H*d, S parts of the tokens, P = d padded to 16.
@@ -32,10 +33,22 @@ def _row_rms(x, out, ROW, OFFSET, D, eps, BC: tl.constexpr):
 
 
 @triton.jit
+def _mixing(mix, local, part, HD: tl.constexpr, HP: tl.constexpr, MIXED: tl.constexpr):
+    """Of a head's group of q (0), k (1) or v (2) the matrix [in, out]; anything where there is none."""
+    d = tl.arange(0, HP)
+    square = tl.zeros((HP, HP), tl.float32)
+    if MIXED:
+        keep = (d < HD)[:, None] & (d < HD)[None, :]
+        group = (3 * local + part) * HD * HD
+        square = tl.load(mix + group + d[None, :] * HD + d[:, None], mask=keep, other=0.0).to(tl.float32)
+    return square
+
+
+@triton.jit
 def _context(
-    first, second, rms, weight, ctx, N, ROW, SPLIT, STEP, PART, CHUNK,
+    first, second, mix, rms, weight, ctx, N, ROW, SPLIT, STEP, PART, CHUNK,
     HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr,
-    NORMED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    NORMED: tl.constexpr, MIXED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ctx [B, H, S, HP + 1, HP] fp32: of each part the context [k, v], and in its last row the sum of k."""
     head, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -51,6 +64,7 @@ def _context(
     scale = tl.full((HP,), 1.0, tl.float32)
     if NORMED:
         scale = tl.load(weight + head * HD + d, mask=keep, other=0.0).to(tl.float32)
+    mix_k, mix_v = _mixing(mix, local, 1, HD, HP, MIXED), _mixing(mix, local, 2, HD, HP, MIXED)
     for start in range(0, CHUNK, BN):
         n = part * CHUNK + start + tl.arange(0, BN)
         inside = n < tl.minimum(N, (part + 1) * CHUNK)
@@ -59,6 +73,10 @@ def _context(
         mask = inside[:, None] & keep[None, :]
         k = tl.load(at + PART, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(at + 2 * PART, mask=mask, other=0.0).to(kind)
+        if MIXED:  # noqa: SIM102  # one is decided when it is compiled, the other when it runs
+            if head >= SPLIT:
+                k = tl.dot(k.to(kind), mix_k.to(kind), input_precision=PRECISION)
+                v = tl.dot(v, mix_v.to(kind), input_precision=PRECISION).to(kind)
         if NORMED:
             k = k * scale[None, :] * tl.load(rms + row, mask=inside, other=0.0)[:, None]
         k = tl.maximum(k, 0.0)
@@ -71,8 +89,9 @@ def _context(
 
 @triton.jit
 def _apply(
-    first, second, ctx, out, N, ROW, SPLIT, STEP, PARTS, CHUNK,
-    HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    first, second, mix, ctx, out, N, ROW, SPLIT, STEP, PARTS, CHUNK,
+    HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
+    MIXED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [B*N, H*HD] from the parts' contexts; a program takes CHUNK tokens of one head."""
     head, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -96,8 +115,13 @@ def _apply(
         square = at[:, :, None] + d[None, :, None] * HP + d[None, None, :]
         context += tl.sum(tl.load(square, mask=here[:, None, None] < PARTS, other=0.0), 0)
     context = context.to(kind)
+    mix_q = _mixing(mix, local, 0, HD, HP, MIXED)
     for _ in range(0, CHUNK, BN):
-        wide = tl.maximum(q.to(tl.float32), 0.0)
+        wide = q.to(tl.float32)
+        if MIXED:  # noqa: SIM102  # the same
+            if head >= SPLIT:
+                wide = tl.dot(q.to(kind), mix_q.to(kind), input_precision=PRECISION)
+        wide = tl.maximum(wide, 0.0)
         mask = (n < last)[:, None] & (d < HD)[None, :]
         to = out + (row + n)[:, None] * (heads * HD) + head * HD + d[None, :]
         n += BN
@@ -114,10 +138,11 @@ def _chunk(tokens: int) -> int:
 
 
 def _attend(
-    launch: Launcher, first: Tensor, second: Tensor, rms: Tensor | None, weight: Tensor | None, batch: int,
-    heads: int, split: int, head_dim: int, step: int, part: int,
+    launch: Launcher, first: Tensor, second: Tensor, mix: Tensor | None, rms: Tensor | None, weight: Tensor | None,
+    batch: int, heads: int, split: int, head_dim: int, step: int, part: int,
 ) -> Tensor:  # fmt: skip
-    """Heads below `split` lie in `first`, the others in `second`; `step` from head to head, `part` from q to k to v."""
+    """Heads below `split` lie in `first`, the others in `second`, where `mix` multiplies each part of each; `step` from
+    head to head, `part` from q to k to v."""
     rows, width = first.shape
     tokens = rows // batch
     padded = max(16, triton.next_power_of_2(head_dim))
@@ -129,13 +154,16 @@ def _attend(
     out = torch.empty((rows, heads * head_dim), dtype=first.dtype, device=first.device)
     grid = (heads, parts, batch)
     given = first if rms is None else rms, first if weight is None else weight
+    second_mix = first if mix is None else mix
     launch(
-        _context, grid, first, second, *given, ctx, tokens, width, split, step, part, chunk,
-        HD=head_dim, HP=padded, BN=128, NORMED=rms is not None, FAST=fast, PRECISION=precision, num_warps=4,
+        _context, grid, first, second, second_mix, *given, ctx, tokens, width, split, step, part, chunk,
+        HD=head_dim, HP=padded, BN=128, NORMED=rms is not None, MIXED=mix is not None, FAST=fast,
+        PRECISION=precision, num_warps=4,
     )  # fmt: skip
     launch(
-        _apply, grid, first, second, ctx, out, tokens, width, split, step, parts, chunk,
-        HD=head_dim, HP=padded, BN=128, BS=_TOGETHER, FAST=fast, PRECISION=precision, num_warps=4,
+        _apply, grid, first, second, second_mix, ctx, out, tokens, width, split, step, parts, chunk,
+        HD=head_dim, HP=padded, BN=128, BS=_TOGETHER, MIXED=mix is not None, FAST=fast,
+        PRECISION=precision, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -149,7 +177,7 @@ def run_linear(launch: Launcher, qkv: Tensor, weight: Tensor | None, batch: int,
         wide = triton.next_power_of_2(dim)
         launch(_row_rms, (rows,), qkv, rms, width, dim, dim, eps, BC=wide, num_warps=2 if wide <= 2048 else 4)
     heads = dim // head_dim
-    return _attend(launch, qkv, qkv, rms, weight, batch, heads, heads, head_dim, head_dim, dim)
+    return _attend(launch, qkv, qkv, None, rms, weight, batch, heads, heads, head_dim, head_dim, dim)
 
 
 def reference_linear(qkv: Tensor, weight: Tensor | None, batch: int, head_dim: int, eps: float) -> Tensor:
@@ -167,17 +195,20 @@ def _quotient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ (k.transpose(2, 3) @ v)) / (weight + EPS)
 
 
-def run_multiscale(launch: Launcher, qkv: Tensor, scaled: Tensor, batch: int, head_dim: int) -> Tensor:
+def run_multiscale(launch: Launcher, qkv: Tensor, deep: Tensor, mix: Tensor, batch: int, head_dim: int) -> Tensor:
     rows, width = qkv.shape
     if rows // batch <= head_dim:
-        return reference_multiscale(qkv, scaled, batch, head_dim)
+        return reference_multiscale(qkv, deep, mix, batch, head_dim)
     groups = width // (3 * head_dim)
-    return _attend(launch, qkv, scaled, None, None, batch, 2 * groups, groups, head_dim, 3 * head_dim, head_dim)
+    return _attend(launch, qkv, deep, mix, None, None, batch, 2 * groups, groups, head_dim, 3 * head_dim, head_dim)
 
 
-def reference_multiscale(qkv: Tensor, scaled: Tensor, batch: int, head_dim: int) -> Tensor:
-    """qkv and scaled [B*N, 3C] to [B*N, 2C], in fp32, rounded once; groups of (q, k, v) as `attend` of
-    engines.models.dcae cuts them, and its quadratic order where N <= head_dim."""
+def reference_multiscale(qkv: Tensor, deep: Tensor, mix: Tensor, batch: int, head_dim: int) -> Tensor:
+    """qkv and deep [B*N, 3C] to [B*N, 2C], in fp32; groups of (q, k, v) as `attend` of engines.models.dcae cuts them,
+    and its quadratic order where N <= head_dim. deep: what the depthwise convolution gave, still to be multiplied by
+    mix [3C/d, d, d] (group, out, in), a 1x1 convolution in groups."""
+    grouped = deep.float().view(deep.shape[0], -1, head_dim)
+    scaled = torch.einsum("ngi,goi->ngo", grouped, mix.float()).flatten(1).to(deep.dtype)
     both = torch.cat([qkv, scaled], 1).float().reshape(batch, -1, 2 * qkv.shape[1] // (3 * head_dim), 3, head_dim)
     q, k, v = both.permute(3, 0, 2, 1, 4)  # [B, groups, N, d]
     q, k = q.relu(), k.relu()

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engines.kernels.activations import silu
 from engines.kernels.op import Launcher, Op
 
 
@@ -66,7 +67,7 @@ def _tile(
             right = tl.load(by + k, mask=(cols < N)[None, :] & (k + depth < K)[:, None], other=0.0)
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
     acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    acc = acc * tl.sigmoid(acc)
+    acc = silu(acc)
     if TMA:
         out.store([m0, n0], acc.to(out.dtype))
     else:

@@ -12,9 +12,9 @@ from engines.kernels.convolution import (
     CONVOLUTION_NORM,
     CONVOLUTION_SILU,
 )
+from engines.kernels.depthwise import DEPTHWISE
 from engines.kernels.gated_depthwise import GATED_DEPTHWISE
 from engines.kernels.linear_attention import MULTISCALE_ATTENTION
-from engines.kernels.multiscale_projection import MULTISCALE_PROJECTION
 from engines.kernels.op import Ops
 from engines.kernels.padded import Grid
 from engines.kernels.rms_norm import RMS_NORM, Layout
@@ -111,8 +111,8 @@ class VitBlock:
 
     def __call__(self, ops: Ops, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
         qkv = F.linear(x, self.qkv)
-        scaled = ops(MULTISCALE_PROJECTION, qkv, self.taps, self.groups, grid)
-        attended = F.linear(ops(MULTISCALE_ATTENTION, qkv, scaled, grid.batch, self.head_dim), self.out)
+        deep = ops(DEPTHWISE, qkv, self.taps, grid)
+        attended = F.linear(ops(MULTISCALE_ATTENTION, qkv, deep, self.groups, grid.batch, self.head_dim), self.out)
         norm = self.norm1
         x = ops(RMS_NORM, attended, norm.gain, norm.bias, x, norm.eps, "plain", None, grid)[0]
         wide = ops(SILU_PRODUCT, x, self.inverted, self.inverted_bias)

@@ -19,6 +19,7 @@ from engines.kernels.convolution import (
     CONVOLUTION_TAPS,
     tap_weight,
 )
+from engines.kernels.depthwise import SIDE
 from engines.kernels.op import Ops
 from engines.kernels.padded import Grid
 from engines.kernels.pixels import PIXELS
@@ -40,6 +41,8 @@ def why_not(config: AutoencoderConfig) -> str | None:
         return f"decoder_layers_per_block are {depths}; blocks at every resolution, ReLU and RGB are needed"
     if any(width % 32 for width in config.decoder_block_out_channels) or config.attention_head_dim % 8:
         return f"decoder_block_out_channels are {config.decoder_block_out_channels}; multiples of 32 are needed"
+    if any(kernels != (SIDE,) for kernels in config.decoder_qkv_multiscales[len(residual) :]):
+        return f"decoder_qkv_multiscales are {config.decoder_qkv_multiscales}; one scale of {SIDE} is needed"
     if config.decoder_block_out_channels[0] not in WHOLE:
         return f"the last stage has {config.decoder_block_out_channels[0]} channels; one of {WHOLE} is needed"
     return None
@@ -120,7 +123,7 @@ class CudaDecoder:
         grid = Grid(latent.shape[0], latent.shape[2], latent.shape[3])
         x = (latent / self._factor).to(self._dtype).to(memory_format=torch.channels_last)
         y = F.conv2d(x, self._conv_in, self._conv_in_bias, padding=1)
-        x = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        x = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous()
         for up, blocks in self._low:
             if up is not None:
                 (x,), grid = up(self._ops, x, grid, False, None), grid.doubled

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engines.backends.cuda.autoencoder_blocks import ResidualBlock, Stream, VitBlock
 from engines.kernels.border import ZERO_BORDER
+from engines.kernels.depthwise import SIDE
 from engines.kernels.op import Ops
 from engines.kernels.padded import Grid
 from engines.models.dcae import AutoencoderConfig, Downsample, EfficientViTBlock, Encoder, ResBlock
@@ -27,6 +28,8 @@ def why_not_encode(config: AutoencoderConfig) -> str | None:
         return f"encoder_block_types are {kinds} of {depths} layers; ResBlocks first and blocks everywhere are needed"
     if config.downsample_block_type == "pixel_unshuffle" or config.in_channels != 3:
         return f"downsample_block_type is {config.downsample_block_type}; strided convolutions of RGB are needed"
+    if any(kernels != (SIDE,) for kernels in config.encoder_qkv_multiscales[len(residual) :]):
+        return f"encoder_qkv_multiscales are {config.encoder_qkv_multiscales}; one scale of {SIDE} is needed"
     if any(width % 32 for width in config.encoder_block_out_channels) or config.attention_head_dim % 8:
         return f"encoder_block_out_channels are {config.encoder_block_out_channels}; multiples of 32 are needed"
     return None
@@ -52,7 +55,7 @@ class _Down:
         image = x.view(grid.batch, grid.height + around, grid.width + around, x.shape[1]).permute(0, 3, 1, 2)
         padding = (0 if bordered else 1) + (2 if next_bordered else 0)
         y = F.conv2d(image, self.weight, self.bias, stride=2, padding=padding)
-        flat = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        flat = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous()
         made: Tensor = ops(ZERO_BORDER, flat, halved) if next_bordered else flat
         return made, halved
 
@@ -108,7 +111,7 @@ class CudaEncoder:
         inner[..., :3] = pixels.float() / 127.5 - 1
         inner[..., 3] = 1
         y = F.conv2d(wide.permute(0, 3, 1, 2), self._conv_in)
-        made: Tensor = self._ops(ZERO_BORDER, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]), grid)
+        made: Tensor = self._ops(ZERO_BORDER, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous(), grid)
         return made
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.decoder import CudaDecoder, why_not
+from engines.backends.cuda.encoder import CudaEncoder, why_not_encode
 from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import laid_out
@@ -18,7 +19,7 @@ from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
-from engines.models.pixels import PixelDecoder
+from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
 from engines.sampler import angles_for, job_noise
@@ -33,7 +34,7 @@ class Native:
 
     def __init__(self, ops: Ops, autoencoder: AutoencoderConfig):
         self.ops, self.reasons = ops, dict[str, str]()
-        self._against_decoder = why_not(autoencoder)
+        self._against_decoder, self._against_encoder = why_not(autoencoder), why_not_encode(autoencoder)
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
@@ -53,6 +54,10 @@ class Native:
                 self._decoder = CudaDecoder(module, self.ops)
                 return self._decoder
             self.reasons["decoder"] = f"PyTorch's modules: {self._against_decoder}"
+        if isinstance(module, PixelEncoder):
+            if self._against_encoder is None:
+                return CudaEncoder(module, self.ops)
+            self.reasons["encoder"] = f"PyTorch's modules: {self._against_encoder}"
         return laid_out(module, spec)
 
     def text(self, stage: TextStage) -> TextStage:

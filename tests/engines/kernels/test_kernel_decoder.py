@@ -11,7 +11,7 @@ from engines.kernels.convolution import (
     CONVOLUTION_TAPS,
     tap_weight,
 )
-from engines.kernels.multiscale_projection import MULTISCALE_PROJECTION
+from engines.kernels.depthwise import DEPTHWISE
 from engines.kernels.op import Launcher, Op, sqnr_db
 from engines.kernels.padded import Grid, image_of, pad
 from engines.kernels.pixels import PIXELS
@@ -98,14 +98,12 @@ def test_norm(grid: Grid, layout: Layout, second: float | None) -> None:
         agree(RMS_NORM, False, dtype, *args)
 
 
-@pytest.mark.parametrize("group", [8, 32])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_multiscale_projection(grid: Grid, group: int) -> None:
-    drawn, channels = Drawn(), 3 * group
+@pytest.mark.parametrize("grid", [*GRIDS, Grid(2, 11, 9)], ids=str)
+def test_depthwise(grid: Grid) -> None:
+    drawn, channels = Drawn(), 80
     x, taps = drawn(grid.pixels, channels), drawn(25, channels, scale=0.2)
-    weight = drawn(channels // group, group, group, scale=group**-0.5)
     for dtype in (torch.float32, torch.bfloat16):
-        agree(MULTISCALE_PROJECTION, False, dtype, x.to(dtype), taps.to(dtype), weight.to(dtype), grid)
+        agree(DEPTHWISE, False, dtype, x.to(dtype), taps.to(dtype), grid)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

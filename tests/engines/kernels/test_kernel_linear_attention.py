@@ -35,19 +35,22 @@ def test_decoders_form_equals_its_reference(
     batch: int, tokens: int, groups: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     pair = [draw(batch * tokens, 3 * groups * head_dim, seed=seed).to(dtype) for seed in range(2)]
-    expected = MULTISCALE_ATTENTION.reference(*pair, batch, head_dim)
-    found = MULTISCALE_ATTENTION.run(LAUNCHER, *pair, batch, head_dim)
+    mix = (draw(3 * groups, head_dim, head_dim, seed=2) * head_dim**-0.5).to(dtype)
+    expected = MULTISCALE_ATTENTION.reference(*pair, mix, batch, head_dim)
+    found = MULTISCALE_ATTENTION.run(LAUNCHER, *pair, mix, batch, head_dim)
     assert found.shape == (batch * tokens, 2 * groups * head_dim)
-    assert sqnr_db(expected, found) > FLOORS[dtype]
+    assert sqnr_db(expected, found) > FLOORS[dtype] - 6  # it rounds once more, and the interpreter cuts
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (2, 3)])  # more and fewer tokens than a head is wide
 def test_decoders_reference_is_the_modules(height: int, width: int) -> None:
     module = MultiscaleLinearAttention(32, 16, (5,))
-    scales = draw(2, 192, height, width)
-    expected = module.attend(scales)
-    first, second = scales.permute(0, 2, 3, 1).reshape(-1, 192).chunk(2, 1)
-    found = MULTISCALE_ATTENTION.reference(first, second, 2, 16)
+    qkv, deep = draw(2, 96, height, width), draw(2, 96, height, width, seed=1)
+    mixing = module.to_qkv_multiscale[0].proj_out
+    with torch.no_grad():
+        expected = module.attend(torch.cat([qkv, mixing(deep)], 1))
+        flat = [part.permute(0, 2, 3, 1).reshape(-1, 96) for part in (qkv, deep)]
+        found = MULTISCALE_ATTENTION.reference(*flat, mixing.weight.view(6, 16, 16), 2, 16)
     assert sqnr_db(expected.permute(0, 2, 3, 1).reshape(-1, 64), found) > 100
 
 
