@@ -91,14 +91,16 @@ def load_engine(
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
-        unit, kept = checkpoint.autoencoder.compression, Path(cache or CACHE).expanduser()
+        unit = checkpoint.autoencoder.compression
         spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept, int8=precision == "int8")
         return execute(module, spec)
 
     text = load_text_stage(checkpoint, dtype, place)
     transformer = checkpoint.load_transformer(dtype, place)
     autoencoder = checkpoint.load_autoencoder(dtype, place)
-    kernels = _kernels(backend, dtype, place, checkpoint) if native is None else native
+    kept = Path(cache or CACHE).expanduser()
+    shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
+    kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
     if kernels is not None:
         execute, text = kernels, kernels.text(text)
     modules = Modules(
@@ -178,13 +180,15 @@ def _load_built(
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, books)
 
 
-def _kernels(backend: str, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> "Native | None":
+def _kernels(
+    backend: str, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint, cache: Path, shapes: str
+) -> "Native | None":
     """Our own kernels, where the backend is made of them; other precisions than bf16 run PyTorch's."""
     if (backend, dtype, device.type) != ("cuda-graph", torch.bfloat16, "cuda"):
         return None
     from engines.backends.cuda.native import Native
 
-    return Native.on(device, checkpoint.autoencoder)
+    return Native.on(device, checkpoint.autoencoder, cache, shapes)
 
 
 def _recorder(device: torch.device, asked: Recorder | None) -> Recorder | None:

@@ -83,7 +83,7 @@ class GraphBook:
         recorder: Recorder,
         device: torch.device,
     ):
-        self._make_chain, self._specs, self._recorder = make_chain, inputs, recorder
+        self._make_chain, self._specs, self._recorder, self._device = make_chain, inputs, recorder, device
         self._plain = make_chain()
         self._buckets = tuple(sorted(buckets))
         keys = {GraphKey(b, *side, s) for b in self._buckets for side in sides for s in steps}
@@ -122,7 +122,7 @@ class GraphBook:
         key = self.graph_for(*shape)
         if key is None:
             self.uncaptured[shape] += 1
-            return self._plain(inputs)
+            return self._plain({name: value.to(self._device) for name, value in inputs.items()})
         return self._replay(self._captured[key], inputs, shape.bucket)
 
     def _capture(self, key: GraphKey) -> _Captured:
@@ -176,8 +176,14 @@ class CudaRecorder:
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = launch()
+        torch.cuda.synchronize()
+        # As torch.cuda.graph does, without its garbage collection before each of some forty captures.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = launch()
+            finally:
+                graph.capture_end()
         return graph.replay, outputs
 
 

@@ -1,6 +1,7 @@
 """Modules of a checkpoint on an NVIDIA GPU by engines.kernels: what `--backend cuda-graph` captures."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.decoder import CudaDecoder, why_not
 from engines.backends.cuda.encoder import CudaEncoder, why_not_encode
+from engines.backends.cuda.proof import compare, proof_file
 from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import laid_out
@@ -32,15 +34,17 @@ class Native:
     reasons: what runs as PyTorch has it, and why.
     """
 
-    def __init__(self, ops: Ops, autoencoder: AutoencoderConfig):
-        self.ops, self.reasons = ops, dict[str, str]()
+    def __init__(self, ops: Ops, autoencoder: AutoencoderConfig, proof: Path | None = None):
+        """proof: the file that says which kernels equal their references here (engines.backends.cuda.proof)."""
+        self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
         self._against_decoder, self._against_encoder = why_not(autoencoder), why_not_encode(autoencoder)
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
     @classmethod
-    def on(cls, device: torch.device, autoencoder: AutoencoderConfig) -> "Native":
-        return cls(Ops(Launcher.of(device)), autoencoder)
+    def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "Native":
+        """For a GPU. cache: the folder of proofs; shapes: what kernels are run at, in words."""
+        return cls(Ops(Launcher.of(device)), autoencoder, proof_file(cache, device, f"{autoencoder} {shapes}"))
 
     def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
         if isinstance(module, SprintTransformer):
@@ -91,7 +95,6 @@ class Native:
 
     def compare(self, work: Callable[[], object]) -> None:
         """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""
-        self.ops.compare(work)
-        replaced = self.ops.replaced
+        replaced = compare(self.ops, work, self._proof)
         told = "; ".join(f"{name}: {why}" for name, why in sorted(replaced.items()))
         self.reasons["kernels"] = f"replaced by their references: {told}" if replaced else "all equal their references"

@@ -1,0 +1,41 @@
+"""That each kernel equals its reference on this card: found once, kept in a file, and found anew when anything changes.
+
+What counts is the card, the versions of torch and Triton, the kernels' own sources, and what shapes they are run at.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import triton
+
+from engines.kernels.op import Ops
+
+_SOURCES = (Path(__file__).parent, Path(__file__).parents[2] / "kernels")
+
+
+def proof_file(folder: Path, device: torch.device, shapes: str) -> Path:
+    """Where the proof for `device` lies in `folder`; shapes: architecture, sizes and precision in words."""
+    card = torch.cuda.get_device_properties(device)
+    digest = hashlib.sha256(f"{card.name} {card.major}.{card.minor} {torch.__version__} {triton.__version__}".encode())
+    digest.update(shapes.encode())
+    for path in sorted(path for place in _SOURCES for path in place.glob("*.py")):
+        digest.update(path.read_bytes())
+    return folder / f"kernels-{digest.hexdigest()[:24]}.json"
+
+
+def compare(ops: Ops, work: Callable[[], object], proof: Path | None) -> Mapping[str, str]:
+    """What is replaced by its reference, and why. Runs `work` and compares, unless `proof` says what came of it before;
+    it is written otherwise. None: no proof is kept."""
+    if proof is not None and proof.is_file():
+        ops.replaced.update(json.loads(proof.read_text()))
+        return ops.replaced
+    ops.compare(work)
+    if proof is not None:
+        proof.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = proof.with_suffix(".part")
+        unfinished.write_text(json.dumps(ops.replaced))
+        unfinished.replace(proof)
+    return ops.replaced

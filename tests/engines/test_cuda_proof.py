@@ -1,0 +1,42 @@
+"""A kernel that is wrong on a card is replaced, and the next start knows it without comparing again."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engines.backends.cuda.proof import compare
+from engines.kernels.op import Launcher, Op, Ops
+
+RIGHT = Op("right", lambda _, x: x + 1, lambda x: x + 1)
+WRONG = Op("wrong", lambda _, x: x + 2, lambda x: x + 1)
+
+
+def refuse(_: Launcher, x: Tensor) -> Tensor:
+    raise RuntimeError(f"no such instruction for {list(x.shape)}")
+
+
+IMPOSSIBLE = Op("impossible", refuse, lambda x: x * 2)
+X = torch.arange(4.0)
+
+
+def test_what_differs_or_cannot_run_is_replaced_by_its_reference(tmp_path: Path) -> None:
+    ops, proof, ran = Ops(Launcher(False, 1)), tmp_path / "deep" / "proof.json", []
+
+    def work() -> None:
+        ran.append([ops(op, X) for op in (RIGHT, WRONG, IMPOSSIBLE)])
+
+    replaced = compare(ops, work, proof)
+    assert set(replaced) == {"wrong", "impossible"}
+    assert "dB to its reference" in replaced["wrong"]
+    assert replaced["impossible"] == "RuntimeError: no such instruction for [4]"
+    assert [value.tolist() for value in ran[0]] == [(X + 1).tolist(), (X + 1).tolist(), (X * 2).tolist()]
+    again = Ops(Launcher(False, 1))
+    assert compare(again, work, proof) == replaced
+    assert len(ran) == 1
+    assert again(WRONG, X).tolist() == (X + 1).tolist()
+
+
+def test_without_a_file_everything_is_compared() -> None:
+    ops = Ops(Launcher(False, 1))
+    assert set(compare(ops, lambda: ops(WRONG, X), None)) == {"wrong"}
