@@ -6,7 +6,7 @@ looks across jobs. Knows no HTTP, no files and no choice of backend.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -111,8 +111,7 @@ class SprintEngine:
 
     def warmup(self) -> None:
         if self._kernels is not None:
-            width, height = self._limits.default_size
-            self._kernels.compare(lambda: self.generate([Job("a red circle", seed=0, width=width, height=height)]))
+            self._kernels.compare(self._use_every_kernel)
             self._info.reasons.update(self._kernels.reasons)
         with self._on_device():
             self._capture()
@@ -124,6 +123,17 @@ class SprintEngine:
                     for quality in (None, 90):
                         job = Job("", seed=0, width=width, height=height, control_image=drawing, jpeg_quality=quality)
                         self.generate([job] * count)
+        if self._kernels is not None:
+            self._use_every_kernel()
+
+    def _use_every_kernel(self) -> None:
+        """One image of a text, and one of an image or of a drawing, as this engine takes them."""
+        width, height = self._limits.default_size
+        job = Job("a red circle", seed=0, width=width, height=height)
+        blank = np.zeros((64, 64, 3), np.uint8)
+        for one in (job, replace(job, image=blank), replace(job, control_image=blank)):
+            if one.conditioning in self._limits.conditioning:
+                self.generate([one])
 
     @torch.inference_mode()
     def _capture(self) -> None:
