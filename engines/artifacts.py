@@ -1,5 +1,6 @@
 """Between a graph on disk and something that runs it: each backend's compiler and loader, by the manifest's words."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -7,9 +8,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from engines.backends import openvino, tensorrt
-from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for
+from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.spec import ModuleName
 from engines.backends.tensorrt import Scratch, TensorRtGraph
@@ -17,7 +19,7 @@ from engines.checkpoint import Checkpoint
 from engines.errors import ParityError
 from engines.machine import dotted, this_machine
 from engines.manifest import Artifact, Manifest, read_manifest
-from engines.parity import GATES, PICTURE_GATES
+from engines.parity import GATES, PICTURE_GATES, difference
 from engines.reference import MODULES, load_reference
 from engines.targets import Target, module_dtype
 
@@ -46,10 +48,15 @@ def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int
 def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact, scratch: Scratch) -> Graph:
     """scratch: what the engines of one GPU share. Raises ArtifactError, BackendError."""
     path = folder / artifact.files[0].name
+    cache = folder / CACHE / f"{path.stem}-{_digest(artifact)}"  # other files under the same names never meet
     if backend == "openvino":
-        return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, folder / CACHE)
-    jit_cache = folder / CACHE / f"{path.stem}.jit"
+        return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, cache)
+    jit_cache = cache.with_suffix(".jit")
     return TensorRtGraph(tensorrt.vendor(vendor), path, artifact.batches, jit_cache, scratch)
+
+
+def _digest(artifact: Artifact) -> str:
+    return hashlib.sha256(" ".join(file.sha256 for file in artifact.files).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class LoadedModules:
 
 
 def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -> LoadedModules:
-    """Everything in `folder`, checked: files, checkpoint, machine, and on first load what could not be checked before.
+    """Everything in `folder`, checked: files, checkpoint, machine, on first load what could not be checked before, and
+    on every load what was compiled by an earlier process.
 
     Raises ArtifactError, BackendError, ParityError.
     """
@@ -90,17 +98,21 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
     graphs: dict[ModuleName, dict[Side, Graph]] = {name: {} for name in MODULES}
     scratch = Scratch(device)
+    kept: list[tuple[Artifact, OpenVinoGraph | TensorRtGraph]] = []
     for artifact in manifest.artifacts:
         width, height = artifact.size
         unit = 1 if artifact.module == "encoder" else checkpoint.autoencoder.compression
-        graphs[artifact.module][height // unit, width // unit] = open_artifact(
-            manifest.backend, manifest.vendor, folder, artifact, scratch
-        )
+        graph = open_artifact(manifest.backend, manifest.vendor, folder, artifact, scratch)
+        graphs[artifact.module][height // unit, width // unit] = graph
+        if isinstance(graph, OpenVinoGraph | TensorRtGraph) and graph.from_cache:
+            kept.append((artifact, graph))
     dtype = module_dtype(manifest.precision)
     if manifest.backend == "openvino":
         dtype = torch.float32  # it rounds inside
     if not manifest.executed:
         _check_first_run(manifest, folder, graphs, dtype, device, checkpoint.autoencoder.compression)
+    for artifact, graph in kept:
+        _check_kept(manifest, folder, artifact, graph, dtype, device)
     return LoadedModules(manifest, dtype, graphs)
 
 
@@ -157,3 +169,28 @@ def _check_first_run(
             raise ParityError(
                 f"engine: first run on this machine: {error}; build it again: {manifest.command}"
             ) from error
+
+
+def _check_kept(
+    manifest: Manifest,
+    folder: Path,
+    artifact: Artifact,
+    graph: OpenVinoGraph | TensorRtGraph,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compares what came out of a cache, bucket by bucket, with the reference that lies beside it."""
+    size = f"{artifact.size[0]}x{artifact.size[1]}"
+    reference = load_reference(folder / manifest.references[size].name)
+    inputs, expected = reference.inputs(artifact.module, dtype, device), reference.output(artifact.module)
+    for bucket in graph.from_cache:
+        rows = {name: _rows(value, bucket) for name, value in inputs.items()}
+        try:
+            found = difference(_rows(expected, bucket), graph(rows)[0])
+            GATES[artifact.precision].check(f"{artifact.module} at {size} in batches of {bucket}", found)
+        except ParityError as error:
+            raise ParityError(f"engine: compiled earlier: {error}; remove {folder / CACHE}") from error
+
+
+def _rows(value: Tensor, count: int) -> Tensor:
+    return padded(value, count) if value.shape[0] < count else value[:count]

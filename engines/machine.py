@@ -36,10 +36,18 @@ def dotted(capability: Capability | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
+def cpu_flags() -> str:
+    """The CPU's instruction sets, which its name does not tell: one name may stand for many in a virtual machine."""
+    return _of_the_cpu("flags")
+
+
 def _cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    return _of_the_cpu("model name", info) or platform.machine()
+
+
+def _of_the_cpu(key: str, info: Path = Path("/proc/cpuinfo")) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -4,7 +4,7 @@ Distances are taken over all outputs together. SQNR is the reference's power ove
 one lets a transformer without its feed-forwards pass, SQNR does not. Pictures are compared in levels of uint8.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -63,6 +63,13 @@ GATES: Mapping[str, Gate] = {
 }
 # Of the decoder with its wide convolutions in 8 bits, against itself in bf16; by the same measure bf16 is at 49 dB.
 INT8_GATE = Gate(psnr_db=30)
+# Of a module that was compiled, here or in an earlier process, against the module itself in the same type. Both round,
+# each in its own order, so the bounds are wide; what a wrong entry of a cache gives is off by everything.
+COMPILED_GATES: Mapping[torch.dtype, Gate] = {
+    torch.float32: Gate(sqnr_db=40, psnr_db=40),
+    torch.float16: Gate(sqnr_db=40, psnr_db=40),
+    torch.bfloat16: Gate(sqnr_db=25, psnr_db=30),
+}
 # Of transformer and decoder in a row.
 PICTURE_GATES: Mapping[str, Gate] = {
     "fp32": Gate(levels=2),
@@ -91,6 +98,45 @@ def difference(reference: Tensor, found: Tensor) -> Difference:
         sqnr_db=_decibels(power, noise),
         psnr_db=_decibels(255.0**2, noise) if pixels else None,
     )
+
+
+def check_compiled(
+    name: str,
+    module: Callable[..., object],
+    run: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Holds `run`, compiled from `module` in `dtype`, to it, on noise in the shapes of `inputs` [B, ...].
+
+    The module runs row by row, so that it needs no more memory than one job. Raises ParityError.
+    """
+    probe = {key: _noise_like(value, seed) for seed, (key, value) in enumerate(sorted(inputs.items()))}
+    rows = [
+        _first(module(**{key: value[row : row + 1] for key, value in probe.items()})) for row in range(_rows(probe))
+    ]
+    COMPILED_GATES[dtype].check(name, difference(torch.cat(rows), run(probe)[0]))
+
+
+def _first(outputs: object) -> Tensor:
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _rows(inputs: Mapping[str, Tensor]) -> int:
+    return next(iter(inputs.values())).shape[0]
+
+
+def _noise_like(value: Tensor, seed: int) -> Tensor:
+    """Masks with everything kept, pixels of any level, times and scales between 0 and 1, the rest N(0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    if value.dtype == torch.bool:
+        return torch.ones_like(value)
+    if value.dtype == torch.uint8:
+        return torch.randint(0, 256, value.shape, dtype=torch.uint8, generator=generator).to(value.device)
+    draw = torch.rand if value.ndim == 1 else torch.randn
+    return draw(value.shape, generator=generator).to(value.device, value.dtype)
 
 
 def _decibels(power: float, noise: float) -> float:

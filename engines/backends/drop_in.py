@@ -30,7 +30,7 @@ class ModuleGraph:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         outputs = self._module(**inputs)
-        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
 GraphAt = Callable[[Side], Graph]

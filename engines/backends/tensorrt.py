@@ -135,10 +135,12 @@ class _JitCache:
         self._kept: set[int] = set()
         self._settings: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         self._cache: Any = None
+        self.loaded = False  # whether kernels came out of the file
         if self._settings is not None and hasattr(self._settings, "create_runtime_cache"):
             self._cache = self._settings.create_runtime_cache()
             if path.exists():
                 self._cache.deserialize(path.read_bytes())
+                self.loaded = True
             self._settings.set_runtime_cache(self._cache)
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             self._settings.dynamic_shapes_kernel_specialization_strategy = eager
@@ -222,6 +224,11 @@ class TensorRtGraph:
         self._jit = _JitCache(trt, self._engine, jit_cache)
         self._scratch.reserve(self._engine.device_memory_size_v2)
         self._contexts: dict[int, tuple[Any, Tensor]] = {}  # with the memory that each holds
+
+    @property
+    def from_cache(self) -> tuple[int, ...]:
+        """The buckets whose kernels may come out of a file that an earlier process wrote."""
+        return self._buckets if self._jit.loaded else ()
 
     def replica(self) -> "TensorRtGraph":
         """The same engine with contexts of its own."""

@@ -1,10 +1,10 @@
 """torch-tensorrt: TensorRT engines made in the process that serves, for GPU hosts that want no build step.
 
 One exported program per size and batch bucket, with fixed shapes, so that a CUDA graph has an execution context whose
-shapes never change. A program is compiled when it first runs, saved, and loaded by later starts; engines and timings
-that TensorRT makes on the way go to caches in the same folder. Types are those of the module: TensorRT 11 has strong
-typing only. Source: torch_tensorrt 2.14, dynamo.compile, save, load, and its page "Engine Caching", by which the engine
-cache works for refittable engines only (immutable_weights=False).
+shapes never change. A program is compiled when it first runs, saved, and loaded by later starts; each is held to its
+module when it is loaded. Engines and timings that TensorRT makes on the way go to caches in the same folder. Types are
+those of the module: TensorRT 11 has strong typing only. Source: torch_tensorrt 2.14, dynamo.compile, save, load, and
+its page "Engine Caching", by which the engine cache works for refittable engines only (immutable_weights=False).
 """
 
 import hashlib
@@ -28,9 +28,10 @@ from engines.backends.drop_in import (
 )
 from engines.backends.spec import ModuleSpec
 from engines.buckets import powers_of_two, smallest_fitting
-from engines.errors import BackendError
+from engines.errors import BackendError, ParityError
 from engines.export import quiet
 from engines.machine import dotted, this_machine
+from engines.parity import check_compiled
 
 CACHE_BYTES = 20 * 2**30  # of engines; the oldest go first
 
@@ -85,7 +86,7 @@ class Programs:
 
     def __init__(self, vendor: Any, module: nn.Module, folder: Path, name: str, spec: ModuleSpec):
         self._vendor, self._module, self._folder, self._name = vendor, module, folder, name
-        self._device, self._buckets = spec.device, powers_of_two(spec.max_batch)
+        self._device, self._dtype, self._buckets = spec.device, spec.dtype, powers_of_two(spec.max_batch)
         self._programs: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -94,11 +95,11 @@ class Programs:
         held = {name: padded(value, bucket) for name, value in inputs.items()}
         if bucket not in self._programs:
             self._programs[bucket] = self._program(bucket, held)
-        outputs = self._programs[bucket](**held)
-        return [output[:batch] for output in (outputs if isinstance(outputs, tuple | list) else [outputs])]
+        return [output[:batch] for output in ModuleGraph(self._programs[bucket])(held)]
 
     def _program(self, bucket: int, inputs: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """Raises BackendError where the program cannot be compiled, or one that was saved is damaged."""
+        """Raises BackendError where the program cannot be compiled, or one that was saved is damaged; ParityError where
+        it is not what the module computes."""
         path = self._folder / f"{self._name}-b{bucket}.ep"
         if not path.exists():
             self._compile(path, inputs)
@@ -107,6 +108,10 @@ class Programs:
                 module: Callable[..., Any] = self._vendor.load(str(path)).module()
         except (ValueError, RuntimeError) as error:
             raise BackendError(f"torch-tensorrt: {path} cannot be loaded ({_first_line(error)}); remove it") from error
+        try:
+            check_compiled(path.stem, self._module, ModuleGraph(module), inputs, self._dtype)
+        except ParityError as error:
+            raise ParityError(f"torch-tensorrt: {error}; remove {path}") from error
         return module
 
     def _compile(self, path: Path, inputs: Mapping[str, Tensor]) -> None:

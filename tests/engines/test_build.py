@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 import build_engine
 from engines import build as building
+from engines.artifacts import open_artifact
 from engines.backends.cuda_graph import HostRecorder
-from engines.backends.openvino import has_bf16
+from engines.backends.openvino import OpenVinoGraph, has_bf16
+from engines.backends.tensorrt import Scratch
 from engines.build import _Work, build, silent
 from engines.build_spec import BuildSpec
 from engines.checkpoint import open_checkpoint
@@ -261,6 +263,38 @@ def test_engines_that_never_ran_are_compared_when_they_are_first_loaded(copy: Pa
     edit(copy, "references", {"64x64": asdict(FileRecord.of(path))})
     with pytest.raises(ArtifactError, match=r"reference-64x64\.safetensors cannot be read"):
         load_engine(str(small_pictures), engine_dir=str(copy))
+
+
+def test_what_was_compiled_earlier_is_compared_whenever_it_is_loaded(copy: Path, small_pictures: Path) -> None:
+    def load() -> None:
+        load_engine(str(small_pictures), engine_dir=str(copy))
+
+    load()
+    path = copy / "reference-64x64.safetensors"
+    tensors = load_file(path)
+    tensors["velocity"][0, 0, 0, 0] += 1
+    save_file(tensors, path)
+    edit(copy, "references", {"64x64": asdict(FileRecord.of(path))})
+    with pytest.raises(
+        ParityError, match=r"compiled earlier: transformer at 64x64 in batches of 1: .*; remove .*cache$"
+    ):
+        load()
+    shutil.rmtree(copy / "cache")
+    load()
+
+
+def test_engines_built_in_place_never_meet_what_the_old_ones_were_compiled_to(copy: Path) -> None:
+    artifact = read_manifest(copy).artifacts[0]
+
+    def from_cache(artifact: Artifact) -> tuple[int, ...]:
+        graph = open_artifact("openvino", "openvino", copy, artifact, Scratch(torch.device("cpu")))
+        assert isinstance(graph, OpenVinoGraph)
+        return graph.from_cache
+
+    from_cache(artifact)
+    assert from_cache(artifact) == artifact.batches
+    other = replace(artifact, files=tuple(replace(file, sha256="0" * 64) for file in artifact.files))
+    assert from_cache(other) == ()
 
 
 def test_a_decoder_that_overflows_on_the_card_is_told(engines: Path) -> None:

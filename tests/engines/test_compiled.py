@@ -9,6 +9,7 @@ from hot_modules import SHAPE, TRANSFORMER, hot_module, hot_transformer
 from engines.backends import compiled as backend
 from engines.backends.compiled import compiled
 from engines.backends.spec import ModuleName, ModuleSpec
+from engines.errors import ParityError
 from engines.parity import GATES, difference
 from engines.probe import probe_inputs
 
@@ -52,4 +53,14 @@ def test_batches_run_in_buckets_and_other_sizes_run_plain(name: ModuleName, comp
         expected, found = module(**inputs), run(**inputs)
         pair = (expected[0], found[0]) if name == "decoder" else (expected, found)
         GATES["fp32"].check(name, difference(*pair))
-    assert [shape[0] for shape in compiles] == [4, 1]
+    assert [shape[0] for shape in compiles] == [4, 4, 1, 1], "each shape is held to the module once, then runs"
+
+
+def test_a_compiled_module_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(module: torch.nn.Module, **_: object) -> object:
+        return lambda **inputs: module(**inputs) * 1.02
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    run = compiled(hot_module("transformer"), spec("transformer"))
+    with pytest.raises(ParityError, match="transformer in batches of 2: too far from its reference"):
+        run(**probe_inputs("transformer", SHAPE, 2, torch.float32))

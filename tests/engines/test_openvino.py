@@ -101,11 +101,69 @@ def test_compiled_models_are_kept_and_a_damaged_one_costs_only_time(converted: C
     cache = converted.folder / "cache"
     inputs = probe_inputs("decoder", SHAPE, 1, torch.float32)
     expected = drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs)
-    kept = sorted(cache.glob("*.blob"))
+    kept = sorted(cache.rglob("*.blob"))
     assert kept
     for blob in kept:
         os.truncate(blob, blob.stat().st_size // 2)
     assert torch.equal(drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs), expected)
+
+
+def test_what_came_out_of_the_cache_is_told(converted: Converted, tmp_path: Path) -> None:
+    def opened(*buckets: int) -> OpenVinoGraph:
+        return OpenVinoGraph(converted.folder / "decoder.xml", "fp32", buckets, tmp_path)
+
+    assert opened(1, 2).from_cache == ()
+    assert opened(1, 2, 4).from_cache == (1, 2)
+
+
+class Recording:
+    """Compiles nothing; keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.capabilities = ["FP32", "BF16"]
+        self.caches: list[str] = []
+
+    def Core(self) -> "Recording":  # noqa: N802  # OpenVINO's name
+        return self
+
+    __version__ = "1"
+
+    def get_property(self, *_: str) -> list[str]:
+        return self.capabilities
+
+    def read_model(self, _: Path) -> SimpleNamespace:
+        return SimpleNamespace(inputs=(), reshape=lambda _: None)
+
+    def compile_model(self, _: object, device: str, settings: dict[str, object]) -> SimpleNamespace:
+        assert device == "CPU"
+        self.caches.append(str(settings["CACHE_DIR"]))
+        return SimpleNamespace(get_property=lambda _: False, create_infer_request=lambda: None)
+
+
+def test_each_thing_that_openvinos_key_leaves_out_has_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On every CPU; on one with bf16 the wrong model came out (docs/decisions/0011-compiled-models-on-disk.md)."""
+    vendor = Recording()
+    monkeypatch.setattr(backend, "_openvino", lambda: vendor)
+
+    def compile_for(precision: CpuPrecision) -> None:
+        OpenVinoGraph(tmp_path / "decoder.xml", precision, (1,), tmp_path)
+
+    compile_for("fp32")
+    compile_for("bf16")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    compile_for("fp32")
+    monkeypatch.setattr(backend, "cpu_flags", lambda: "amx_bf16")
+    compile_for("fp32")
+    vendor.capabilities = ["FP32", "BF16", "FP16"]
+    compile_for("fp32")
+    vendor.__version__ = "2"
+    compile_for("fp32")
+    assert len(set(vendor.caches)) == 6
+    compile_for("fp32")
+    assert len(set(vendor.caches)) == 6
+    assert {Path(cache).parent for cache in vendor.caches} == {tmp_path}
 
 
 def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ JIT = SimpleNamespace(
 
 def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
     run = graph(tmp_path, trt=JIT)
+    assert run.from_cache == ()
     kept = tmp_path / "cache" / "module.jit"
     assert not kept.exists(), "nothing has run"
     run(inputs(1))
@@ -173,6 +174,7 @@ def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
     again(inputs(1))
     settings = again._engine.contexts[0].settings
     assert settings.cache.content == b"earlier"
+    assert again.from_cache == again._buckets, "so that it is compared with the reference"
     assert settings.dynamic_shapes_kernel_specialization_strategy == "eager", "or a graph holds kernels for any shape"
 
 

@@ -11,7 +11,7 @@ from hot_modules import SHAPE, hot_module
 
 from engines.backends.spec import ModuleName, ModuleSpec
 from engines.backends.torch_tensorrt import drop_in, load_vendor, torch_tensorrt
-from engines.errors import BackendError
+from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
 from engines.probe import probe_inputs
 
@@ -67,6 +67,19 @@ def test_other_weights_get_a_program_of_their_own(tmp_path: Path) -> None:
     second = drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
     assert len(list(tmp_path.glob("*/*.ep"))) == 2
     assert not torch.equal(first, second)
+
+
+def test_a_program_of_something_else_is_refused(tmp_path: Path) -> None:
+    inputs = probe_inputs("encoder", SHAPE, 1, torch.float32)
+    module, other = hot_module("encoder"), hot_module("encoder")
+    next(other.encoder.parameters()).mul_(2)
+    drop_in(fake, other, spec("encoder", tmp_path))(**inputs)
+    [wrong] = tmp_path.glob("*/*.ep")
+    drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
+    [right] = set(tmp_path.glob("*/*.ep")) - {wrong}
+    wrong.rename(right)
+    with pytest.raises(ParityError, match=rf"torch-tensorrt: encoder-\S+: too far from .*; remove {right}"):
+        drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
 
 
 def test_other_sizes_run_as_they_are(tmp_path: Path) -> None:
