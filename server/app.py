@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
-from server import __version__, openai_api, openapi_doc, problems, routes
+from server import __version__, live_route, openai_api, openapi_doc, page, problems, routes, status
 from server.batcher import Batcher
 from server.codec import Codec
 from server.edge import Edge, EdgeLimits
@@ -95,12 +95,12 @@ def create_app(
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # server/metrics.py and tracing.py are ours
     )
-    live = Live(batcher, codec, metrics, settings)
-    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live, expose)
-    app.include_router(routes.router)
-    app.include_router(openai_api.router)
-    if routes.STATIC.is_dir():
-        app.mount("/static", StaticFiles(directory=routes.STATIC), name="static")
+    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), expose)
+    app.state.live = Live(batcher, codec, metrics, settings)
+    for routes_of in (routes, status, live_route, page, openai_api):
+        app.include_router(routes_of.router)
+    if page.STATIC.is_dir():
+        app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     openapi_doc.describe(app)
     app.add_exception_handler(HTTPException, _refused_by_routing)
     app.add_middleware(

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from server.live import Live
 from server.live_messages import MAX_DRAWING
 from server.problems import MEDIA_TYPE
 from server.service import Service
@@ -127,9 +128,10 @@ class DrainingServer(uvicorn.Server):
     stops it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, live: Live) -> None:
         super().__init__(config)
         self._service = service
+        self._live = live
         self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -154,7 +156,7 @@ class DrainingServer(uvicorn.Server):
         logger.info("draining: at most %g s", settings.drain_limit_s)
         await asyncio.sleep(settings.drain_delay_s)
         batcher = self._service.batcher
-        self._service.live.drain()
+        self._live.drain()
         await batcher.drain()
         # What is left is to send answers to slow readers.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(batcher.drain_left_s))
@@ -185,7 +187,7 @@ def say_ready(where: str) -> None:
 
 def serve(app: FastAPI, settings: Settings) -> None:
     """Listens until a signal, then drains. Blocks."""
-    DrainingServer(configuration(app, settings), app.state.service).run()
+    DrainingServer(configuration(app, settings), app.state.service, app.state.live).run()
 
 
 def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:

@@ -1,27 +1,19 @@
-"""Our own routes: POST /generate, health, metrics, /v1/info and the page."""
+"""POST /generate: a picture or several, as bytes or as JSON."""
 
-import platform
 import re
 import time
-from dataclasses import asdict
-from pathlib import Path
 
 from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.websockets import WebSocket
+from starlette.responses import Response
 
-from server import __version__, openapi_doc
-from server import metrics as exposition
+from server import openapi_doc
 from server.direct import DirectRoute
-from server.errors import HttpError
 from server.generation import Delivery, Timings
 from server.intake import read_json, until_gone
 from server.schemas import GenerateRequest
 from server.service import context_of, service_of
-
-STATIC = Path(__file__).parent / "static"
 
 router = APIRouter(route_class=DirectRoute)
 
@@ -49,66 +41,6 @@ async def generate(request: Request) -> Response:
     model = service.batcher.engine.info.checkpoint
     content = await service.codec.run(answer_json, delivery, context.request_id, model)
     return Response(content, headers=headers, media_type="application/json")
-
-
-@router.get("/health/live", **openapi_doc.LIVE)
-async def live(_: Request) -> Response:
-    """Answers while the process can answer at all."""
-    return JSONResponse({"status": "live"})
-
-
-@router.get("/health/ready", **openapi_doc.READY)
-async def ready(request: Request) -> Response:
-    """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer."""
-    service_of(request).batcher.check_ready()
-    return JSONResponse({"status": "ready"})
-
-
-@router.get("/metrics", **openapi_doc.METRICS)
-async def metrics(request: Request) -> Response:
-    """Prometheus text."""
-    service = service_of(request)
-    return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
-
-
-@router.get("/v1/info", **openapi_doc.INFO)
-async def info(request: Request) -> Response:
-    """What runs here, what it can run, and why it was chosen."""
-    service = service_of(request)
-    engine = service.batcher.engine
-    limits = engine.limits
-    return JSONResponse(
-        {
-            **asdict(engine.info),
-            "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
-            "default_size": limits.default_size,
-            "sizes": limits.sizes or None,
-            "size_multiple": limits.multiple,
-            "min_side": limits.min_side,
-            "max_side": limits.max_side,
-            "max_pixels": limits.max_pixels,
-            "steps": limits.steps,
-            "conditioning": sorted(limits.conditioning),
-            "max_batch": min(limits.max_batch, service.settings.max_batch),
-            "max_queue": service.settings.max_queue,
-            "timeout_ms": service.settings.timeout_ms,
-        }
-    )
-
-
-@router.websocket("/v1/live")
-async def live_drawing(socket: WebSocket) -> None:
-    """Pictures of drawings, while they are drawn: docs/live.md."""
-    await service_of(socket).live.serve(socket, context_of(socket))
-
-
-@router.get("/", include_in_schema=False)
-async def page(_: Request) -> Response:
-    """The web page."""
-    path = STATIC / "index.html"
-    if not path.is_file():
-        raise HttpError(404, "this installation has no web page; GET /docs lists the routes")
-    return FileResponse(path)
 
 
 def prefers_json(accept: str) -> bool:

@@ -9,7 +9,6 @@ from server.batcher import Batcher
 from server.codec import Codec
 from server.edge import RequestContext
 from server.generation import Generation
-from server.live import Live
 from server.metrics import Metrics
 from server.settings import Settings
 from server.uploads import Uploads
@@ -23,7 +22,6 @@ class Service:
     codec: Codec
     generation: Generation
     uploads: Uploads
-    live: Live
     expose: Callable[[Metrics], Awaitable[bytes]]  # what GET /metrics answers
 
 

@@ -21,6 +21,7 @@ from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.listener import DrainingServer, configuration
+from server.live import Live
 from server.loading import load
 from server.passing import Report, State, send_report, taken
 from server.service import Service
@@ -32,8 +33,8 @@ logger = logging.getLogger("server.worker")
 class WorkerServer(DrainingServer):
     """A draining server that is handed its connections."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, end: socket.socket, metrics: Path) -> None:
-        super().__init__(config, service)
+    def __init__(self, config: uvicorn.Config, service: Service, live: Live, end: socket.socket, metrics: Path) -> None:
+        super().__init__(config, service, live)
         self._end = end
         self._metrics = metrics
         self._received = 0
@@ -103,7 +104,7 @@ class WorkerServer(DrainingServer):
 
 def serve(app: FastAPI, service: Service, end: socket.socket, metrics: Path) -> None:
     """Takes connections from the channel until a signal, the word to drain, or the supervisor's end. Blocks."""
-    WorkerServer(configuration(app, service.settings), service, end, metrics).run()
+    WorkerServer(configuration(app, service.settings), service, app.state.live, end, metrics).run()
 
 
 def main() -> int:

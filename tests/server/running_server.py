@@ -21,6 +21,7 @@ from engines.fake import FakeEngine
 from engines.types import Engine, Job, Pixels, RawImage
 from server.app import create_app
 from server.listener import configuration
+from server.live import Live
 from server.service import Service
 from server.settings import Settings
 
@@ -63,6 +64,7 @@ class Running:
 
     url: str
     service: Service
+    live: Live
     server: uvicorn.Server
     left: list[int]  # exit codes that it would have left with
     client: httpx.Client
@@ -141,7 +143,7 @@ def start(stack: ExitStack, engine: Engine | Callable[[], Engine], *, ready: boo
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
     thread.start()
     client = httpx.Client(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=200))
-    running = Running(url, app.state.service, server, left, client)
+    running = Running(url, app.state.service, app.state.live, server, left, client)
 
     def stop() -> None:
         if isinstance(engine, GatedEngine):

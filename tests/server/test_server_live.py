@@ -252,7 +252,7 @@ def test_draining_ends_every_session(serve: Serve) -> None:
         loop.call_soon_threadsafe(running.service.batcher.begin_drain)
         drawing_one.set(prompt="a blue square")
         assert ended(drawing_one) == (1012, "draining")
-        loop.call_soon_threadsafe(running.service.live.drain)
+        loop.call_soon_threadsafe(running.live.drain)
         assert ended(quiet) == (1012, "draining")
 
 
@@ -359,7 +359,7 @@ def test_a_jpeg_drawing_is_read_too(plain: Running) -> None:
 
 def received(running: Running) -> int:
     """The number of the newest message that the one open session understood."""
-    (session,) = running.service.live._sessions
+    (session,) = running.live._sessions
     return session._understood
 
 

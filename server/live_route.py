@@ -1,0 +1,16 @@
+"""The route of WS /v1/live."""
+
+from fastapi import APIRouter
+from starlette.websockets import WebSocket
+
+from server.live import Live
+from server.service import context_of
+
+router = APIRouter()
+
+
+@router.websocket("/v1/live")
+async def live_drawing(socket: WebSocket) -> None:
+    """Pictures of drawings, while they are drawn: docs/live.md."""
+    sessions: Live = socket.app.state.live
+    await sessions.serve(socket, context_of(socket))

@@ -1,0 +1,23 @@
+"""GET /: the web page, whose files lie in server/static."""
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from server.direct import DirectRoute
+from server.errors import HttpError
+
+STATIC = Path(__file__).parent / "static"
+
+router = APIRouter(route_class=DirectRoute)
+
+
+@router.get("/", include_in_schema=False)
+async def page(_: Request) -> Response:
+    """The web page."""
+    path = STATIC / "index.html"
+    if not path.is_file():
+        raise HttpError(404, "this installation has no web page; GET /docs lists the routes")
+    return FileResponse(path)

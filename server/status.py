@@ -1,0 +1,60 @@
+"""Health, metrics and /v1/info."""
+
+import platform
+from dataclasses import asdict
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server import __version__, openapi_doc
+from server import metrics as exposition
+from server.direct import DirectRoute
+from server.service import service_of
+
+router = APIRouter(route_class=DirectRoute)
+
+
+@router.get("/health/live", **openapi_doc.LIVE)
+async def live(_: Request) -> Response:
+    """Answers while the process can answer at all."""
+    return JSONResponse({"status": "live"})
+
+
+@router.get("/health/ready", **openapi_doc.READY)
+async def ready(request: Request) -> Response:
+    """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer."""
+    service_of(request).batcher.check_ready()
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics", **openapi_doc.METRICS)
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    service = service_of(request)
+    return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
+
+
+@router.get("/v1/info", **openapi_doc.INFO)
+async def info(request: Request) -> Response:
+    """What runs here, what it can run, and why it was chosen."""
+    service = service_of(request)
+    engine = service.batcher.engine
+    limits = engine.limits
+    return JSONResponse(
+        {
+            **asdict(engine.info),
+            "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
+            "default_size": limits.default_size,
+            "sizes": limits.sizes or None,
+            "size_multiple": limits.multiple,
+            "min_side": limits.min_side,
+            "max_side": limits.max_side,
+            "max_pixels": limits.max_pixels,
+            "steps": limits.steps,
+            "conditioning": sorted(limits.conditioning),
+            "max_batch": min(limits.max_batch, service.settings.max_batch),
+            "max_queue": service.settings.max_queue,
+            "timeout_ms": service.settings.timeout_ms,
+        }
+    )
