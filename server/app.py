@@ -22,10 +22,10 @@ from server.edge import Edge, EdgeLimits
 from server.generation import Generation
 from server.keys import ApiKeys
 from server.live import Live
-from server.metrics import Metrics
 from server.service import Service, context_of
 from server.settings import Settings
-from server.tracing import Tracing
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 from server.uploads import Uploads
 
 LARGE_BODIES = 32  # read at the same time, each up to the body limit
@@ -93,7 +93,7 @@ def create_app(
         description="Pictures from text in one step: SANA-Sprint over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/metrics.py and tracing.py are ours
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/telemetry is ours
     )
     app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), expose)
     app.state.live = Live(batcher, codec, metrics, settings)

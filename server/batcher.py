@@ -28,7 +28,7 @@ from server.errors import (
 )
 from server.handover import Handover, Made
 from server.job_queue import Entry, JobQueue
-from server.metrics import Metrics
+from server.telemetry.metrics import Metrics
 
 State = Literal["loading", "ready", "draining", "hung", "failed"]
 

@@ -27,8 +27,8 @@ from server.errors import (
     UnauthorizedError,
 )
 from server.keys import ApiKeys
-from server.metrics import Metrics
-from server.tracing import Tracing
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")

@@ -7,7 +7,6 @@ import asyncio
 import secrets
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from engines.types import MAX_SEED, Job, Limits, Pixels
 from server.batcher import Batcher
 from server.codec import Codec, ImageFormat, encoder
 from server.errors import Fault, InvalidError
+from server.telemetry.timings import Timings
 
 WHITE, BLACK = 255, 0  # what shows through transparent parts of an image, and of strokes on black
 
@@ -49,17 +49,6 @@ class Picture:
 
     content: bytes
     seed: int
-
-
-class Timings(NamedTuple):
-    """Milliseconds. Of several pictures, the slowest in each stage; encode includes the wait for a codec thread."""
-
-    queue: float
-    text: float
-    denoise: float
-    decode: float
-    encode: float
-    total: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from server.errors import (
 )
 from server.live_messages import SUBPROTOCOL, message
 from server.live_session import LiveSession
-from server.metrics import Metrics
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 
 GOODBYE_S = 2.0  # for saying why a session ends, to a client that may not read
 

@@ -33,7 +33,7 @@ from server.errors import (
 from server.generation import BLACK, RANDOM_SEEDS, WHITE, Order, plan
 from server.handover import Made
 from server.live_messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
-from server.metrics import Metrics
+from server.telemetry.metrics import Metrics
 
 BUSY_S = 0.25  # after the queue was full, until the next attempt
 SEND_S = 30.0  # a client that does not take a picture for so long is too slow for live drawing

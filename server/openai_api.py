@@ -19,9 +19,9 @@ from server.direct import DirectRoute
 from server.errors import ClientGoneError, Fault, InvalidError
 from server.generation import Delivery
 from server.intake import check_media_type, read_json, until_gone
-from server.routes import server_timing
 from server.schemas import ImageGenerationRequest, Usage, parse_form
 from server.service import Service, context_of, service_of
+from server.telemetry.timings import server_timing
 
 NO_USAGE = Usage().model_dump()
 

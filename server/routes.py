@@ -10,10 +10,11 @@ from starlette.responses import Response
 
 from server import openapi_doc
 from server.direct import DirectRoute
-from server.generation import Delivery, Timings
+from server.generation import Delivery
 from server.intake import read_json, until_gone
 from server.schemas import GenerateRequest
 from server.service import context_of, service_of
+from server.telemetry.timings import server_timing
 
 router = APIRouter(route_class=DirectRoute)
 
@@ -58,11 +59,6 @@ def prefers_json(accept: str) -> bool:
         elif name.strip().startswith("image/"):
             image_weight = max(image_weight, weight)
     return json_weight > 0 and json_weight >= image_weight
-
-
-def server_timing(timings: Timings) -> str:
-    """The Server-Timing header: each stage and the total, in milliseconds."""
-    return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings._asdict().items())
 
 
 def answer_json(delivery: Delivery, request_id: str, model: str) -> bytes:

@@ -9,8 +9,8 @@ from server.batcher import Batcher
 from server.codec import Codec
 from server.edge import RequestContext
 from server.generation import Generation
-from server.metrics import Metrics
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 from server.uploads import Uploads
 
 

@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server import __version__, openapi_doc
-from server import metrics as exposition
 from server.direct import DirectRoute
 from server.service import service_of
+from server.telemetry import metrics as exposition
 
 router = APIRouter(route_class=DirectRoute)
 

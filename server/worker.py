@@ -16,7 +16,6 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from server import gathering, logs
 from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
@@ -26,6 +25,7 @@ from server.loading import load
 from server.passing import Report, State, send_report, taken
 from server.service import Service
 from server.settings import read
+from server.telemetry import aggregation, logs
 
 logger = logging.getLogger("server.worker")
 
@@ -44,7 +44,7 @@ class WorkerServer(DrainingServer):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
         await super().startup(sockets=[])
-        self._exposing = await gathering.expose(self._metrics, self._service.metrics.exposition)
+        self._exposing = await aggregation.expose(self._metrics, self._service.metrics.exposition)
         asyncio.get_running_loop().add_reader(self._end, self._read)
 
     async def on_tick(self, counter: int) -> bool:
@@ -115,7 +115,7 @@ def main() -> int:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         keep_memory(os.environ)
-        app = create_app(lambda: load(settings), settings, expose=lambda _: gathering.gather(folder))
+        app = create_app(lambda: load(settings), settings, expose=lambda _: aggregation.gather(folder))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETTINGS

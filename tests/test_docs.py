@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from server.cluster import __main__ as cluster
-from server.metrics import Metrics
 from server.settings import REQUEST_BUCKETS, STAGE_BUCKETS, parser
+from server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("server", "engines", "distill", "bench", "deploy", "tests", "docs", "models")

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from server import gathering, logs
 from server.allocator import keep_memory
 from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
@@ -15,6 +14,7 @@ from server.errors import UnavailableError
 from server.loading import load
 from server.service import Service
 from server.settings import Settings
+from server.telemetry import aggregation, logs
 
 GATHER_S = 8.0  # for all replicas to tell their metrics; Prometheus waits for 10 s
 
@@ -71,4 +71,4 @@ class Replica:
         found = dict(answer for answer in answers if not isinstance(answer, BaseException))
         if len(found) < len(answers):
             logger.warning("%d of %d replicas told no metrics", len(answers) - len(found), len(answers))
-        return await asyncio.to_thread(gathering.merged, found)
+        return await asyncio.to_thread(aggregation.merged, found)

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from deploy.grafana import dashboard
-from server import gathering
-from server.metrics import Metrics
 from server.settings import REQUEST_BUCKETS, STAGE_BUCKETS
+from server.telemetry import aggregation
+from server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -212,6 +212,6 @@ def test_promtool_accepts_the_metrics(server: str, replicas: int) -> None:
     with urllib.request.urlopen(f"http://{server}/metrics", timeout=5) as answer:
         text = answer.read()
     if replicas > 1:
-        text = gathering.merged({str(number): text for number in range(replicas)})
+        text = aggregation.merged({str(number): text for number in range(replicas)})
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,9 +10,9 @@ from running_server import Running, Serve, wait_until
 
 from engines.fake import FakeEngine
 from server import __version__
-from server.logs import JsonFormatter, TextFormatter
 from server.openapi_doc import REASONS
 from server.schemas import GenerateAnswer, ImagesResponse, Problem
+from server.telemetry.logs import JsonFormatter, TextFormatter
 
 ROOT = Path(__file__).parents[2]
 

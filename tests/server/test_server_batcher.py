@@ -16,7 +16,7 @@ from engines.types import Engine, Job, RawImage
 from server.batcher import Batcher
 from server.codec import Codec
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
-from server.metrics import Metrics
+from server.telemetry.metrics import Metrics
 
 
 def queue_up(running: Running, engine: GatedEngine, prompts: list[str], **body: Any) -> list[Later]:

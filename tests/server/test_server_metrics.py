@@ -10,7 +10,7 @@ from running_server import GatedEngine, Running, Serve
 
 from engines.fake import FakeEngine
 from engines.types import Job, RawImage
-from server.metrics import ASKED_SIZES, Metrics
+from server.telemetry.metrics import ASKED_SIZES, Metrics
 
 REQUEST = ".005 .01 .02 .03 .04 .05 .06 .075 .1 .125 .15 .2 .25 .3 .4 .5 .75 1 2 5 10"
 STAGE = ".0005 .001 .002 .004 .008 .016 .032 .064 .128 .256 .512 1 2 5 10"

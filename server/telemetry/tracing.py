@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from server import __version__
 from server.errors import SettingsError
-from server.generation import Timings
+from server.telemetry.timings import Timings
 
 POLLED = ("/health/live", "/health/ready", "/metrics")  # every few seconds, by orchestrators: no traces
 
