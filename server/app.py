@@ -16,10 +16,10 @@ from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
 from server import __version__, live_route, openai_api, openapi_doc, page, problems, routes, status
-from server.batcher import Batcher
-from server.codec import Codec
 from server.edge import Edge, EdgeLimits
-from server.generation import Generation
+from server.generation.generator import Generation
+from server.generation.image_codec import Codec
+from server.generation.scheduler import Batcher
 from server.keys import ApiKeys
 from server.live import Live
 from server.service import Service, context_of

@@ -12,8 +12,6 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from server import problems
-from server.batcher import Batcher
-from server.codec import Codec
 from server.edge import RequestContext
 from server.errors import (
     CLOSE_BUSY,
@@ -24,6 +22,8 @@ from server.errors import (
     SessionEndError,
     UnavailableError,
 )
+from server.generation.image_codec import Codec
+from server.generation.scheduler import Batcher
 from server.live_messages import SUBPROTOCOL, message
 from server.live_session import LiveSession
 from server.settings import Settings

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic_core import to_json
 
-from server.codec import MAX_IMAGE_BYTES, ImageFormat
 from server.errors import Fault, InvalidError, RequestError
+from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
 from server.schemas import MAX_PROMPT, Sampling, parse
 
 SUBPROTOCOL = "sana-sprint.live.v1"

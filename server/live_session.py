@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engines.types import Conditioning, Job, Pixels
-from server.batcher import Batcher
-from server.codec import Codec, encoder
 from server.errors import (
     CLOSE_BUSY,
     CLOSE_ENGINE,
@@ -30,8 +28,10 @@ from server.errors import (
     SessionEndError,
     UnavailableError,
 )
-from server.generation import BLACK, RANDOM_SEEDS, WHITE, Order, plan
-from server.handover import Made
+from server.generation.delivery import Made
+from server.generation.generator import BLACK, RANDOM_SEEDS, WHITE, Order, plan
+from server.generation.image_codec import Codec, encoder
+from server.generation.scheduler import Batcher
 from server.live_messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.telemetry.metrics import Metrics
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from server import openapi_doc
 from server.direct import DirectRoute
 from server.errors import ClientGoneError, Fault, InvalidError
-from server.generation import Delivery
+from server.generation.generator import Delivery
 from server.intake import check_media_type, read_json, until_gone
 from server.schemas import ImageGenerationRequest, Usage, parse_form
 from server.service import Service, context_of, service_of

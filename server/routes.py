@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from server import openapi_doc
 from server.direct import DirectRoute
-from server.generation import Delivery
+from server.generation.generator import Delivery
 from server.intake import read_json, until_gone
 from server.schemas import GenerateRequest
 from server.service import context_of, service_of

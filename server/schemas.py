@@ -9,9 +9,9 @@ from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails
 
 from engines.types import MAX_SEED
-from server.codec import MAX_IMAGE_BYTES, ImageFormat
 from server.errors import Fault, InvalidError
-from server.generation import Order
+from server.generation.generator import Order
+from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
 
 MAX_IMAGES = 8
 MAX_PROMPT = 4000

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 
-from server.batcher import Batcher
-from server.codec import Codec
 from server.edge import RequestContext
-from server.generation import Generation
+from server.generation.generator import Generation
+from server.generation.image_codec import Codec
+from server.generation.scheduler import Batcher
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.uploads import Uploads

@@ -11,8 +11,8 @@ from bench.bad_bytes import frame
 from bench.bad_images import KINDS
 from bench.fuzz import Campaign, faults, is_clean, main
 from bench.supervisor import Supervisor
-from server.codec import decode
 from server.errors import InvalidError
+from server.generation.image_codec import decode
 
 
 def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:

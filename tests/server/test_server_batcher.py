@@ -13,9 +13,9 @@ from running_server import GatedEngine, Later, Running, Serve, connect_and_ask, 
 from engines.errors import CheckpointError
 from engines.fake import FakeEngine, FaultPlan, expected_pixels
 from engines.types import Engine, Job, RawImage
-from server.batcher import Batcher
-from server.codec import Codec
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
+from server.generation.image_codec import Codec
+from server.generation.scheduler import Batcher
 from server.telemetry.metrics import Metrics
 
 

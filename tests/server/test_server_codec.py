@@ -14,8 +14,8 @@ from PIL import Image
 from running_server import image_file, read_image
 
 from engines.types import Pixels
-from server.codec import MAX_IMAGE_BYTES, ImageFormat, decode, encode, encode_base64
 from server.errors import InvalidError
+from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat, decode, encode, encode_base64
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:

@@ -7,11 +7,11 @@ import pytest
 from running_server import PATIENCE_S, GatedEngine, Serve, connect_and_ask, wait_until
 
 from engines.types import Pixels
-from server import codec
-from server.codec import ImageFormat
 from server.errors import EXIT_HANG
+from server.generation import image_codec
+from server.generation.image_codec import ImageFormat
 
-ENCODE = codec.encode
+ENCODE = image_codec.encode
 
 
 class SlowEncoder:
@@ -31,7 +31,7 @@ class SlowEncoder:
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowEncoder]:
     slow = SlowEncoder()
     slow.gate.set()  # for the codec's own warm-up
-    monkeypatch.setattr(codec, "encode", slow)
+    monkeypatch.setattr(image_codec, "encode", slow)
     yield slow
     slow.gate.set()
 
@@ -81,10 +81,10 @@ def test_an_encoder_that_fails_fails_its_request_alone(
     def broken(*_: object, **__: object) -> bytes:
         raise MemoryError("no room for a file")
 
-    monkeypatch.setattr(codec, "encode", broken)
+    monkeypatch.setattr(image_codec, "encode", broken)
     assert running.generate().status_code == 500
     assert "no room for a file" in caplog.text
-    monkeypatch.setattr(codec, "encode", ENCODE)
+    monkeypatch.setattr(image_codec, "encode", ENCODE)
     assert running.generate().status_code == 200
     assert running.service.batcher.inside == 0
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.types import Job, Pixels
-from server.job_queue import Entry, JobQueue
+from server.generation.job_queue import Entry, JobQueue
 
 FAR = time.monotonic() + 1e6
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from engines.errors import JobError, OutOfMemoryError, OutputError, SprintError
 from engines.types import BatchKey, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_START, EngineError, InvalidError, RequestError
-from server.job_queue import Entry, JobQueue
+from server.generation.job_queue import Entry, JobQueue
 from server.telemetry.metrics import Metrics
 
 FAILURES_IN_A_ROW = 3  # jobs failed alone, without a success between, before the engine must prove itself

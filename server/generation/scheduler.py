@@ -15,8 +15,6 @@ from types import TracebackType
 from typing import Literal, Self
 
 from engines.types import Engine, Job, Pixels
-from server.codec import Codec
-from server.engine_thread import EngineThread
 from server.errors import (
     EXIT_HANG,
     ClientGoneError,
@@ -26,8 +24,10 @@ from server.errors import (
     RequestError,
     UnavailableError,
 )
-from server.handover import Handover, Made
-from server.job_queue import Entry, JobQueue
+from server.generation.delivery import Handover, Made
+from server.generation.engine_thread import EngineThread
+from server.generation.image_codec import Codec
+from server.generation.job_queue import Entry, JobQueue
 from server.telemetry.metrics import Metrics
 
 State = Literal["loading", "ready", "draining", "hung", "failed"]

@@ -12,9 +12,9 @@ import numpy as np
 
 from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels
-from server.batcher import Batcher
-from server.codec import Codec, ImageFormat, encoder
 from server.errors import Fault, InvalidError
+from server.generation.image_codec import Codec, ImageFormat, encoder
+from server.generation.scheduler import Batcher
 from server.telemetry.timings import Timings
 
 WHITE, BLACK = 255, 0  # what shows through transparent parts of an image, and of strokes on black

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engines.types import Engine
-from server.codec import Codec
-from server.engine_thread import Finished, Outcome
 from server.errors import RequestError
-from server.job_queue import Entry
+from server.generation.engine_thread import Finished, Outcome
+from server.generation.image_codec import Codec
+from server.generation.job_queue import Entry
 
 logger = logging.getLogger("server.batcher")
 
