@@ -15,18 +15,20 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
-from server import __version__, live_route, openai_api, openapi_doc, page, problems, routes, status
-from server.edge import Edge, EdgeLimits
+from server import __version__, live_route
 from server.generation.generator import Generation
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
-from server.keys import ApiKeys
+from server.http import problem_details
+from server.http.api_keys import ApiKeys
+from server.http.middleware import Edge, EdgeLimits
+from server.http.routes import generate, openai, openapi, page, status
+from server.http.state import Service, context_of
+from server.http.upload_limit import Uploads
 from server.live import Live
-from server.service import Service, context_of
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
-from server.uploads import Uploads
 
 LARGE_BODIES = 32  # read at the same time, each up to the body limit
 
@@ -97,11 +99,11 @@ def create_app(
     )
     app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), expose)
     app.state.live = Live(batcher, codec, metrics, settings)
-    for routes_of in (routes, status, live_route, page, openai_api):
+    for routes_of in (generate, status, live_route, page, openai):
         app.include_router(routes_of.router)
     if page.STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
-    openapi_doc.describe(app)
+    openapi.describe(app)
     app.add_exception_handler(HTTPException, _refused_by_routing)
     app.add_middleware(
         Edge,
@@ -124,8 +126,8 @@ def create_app(
 async def _refused_by_routing(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    problem = problems.of_http_exception(error)
-    return problems.response(problem, path=request.url.path, request_id=context_of(request).request_id)
+    problem = problem_details.of_http_exception(error)
+    return problem_details.response(problem, path=request.url.path, request_id=context_of(request).request_id)
 
 
 def _introduce(engine: Engine, metrics: Metrics) -> None:

@@ -17,10 +17,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from server.http.problem_details import MEDIA_TYPE
+from server.http.state import Service
 from server.live import Live
 from server.live_messages import MAX_DRAWING
-from server.problems import MEDIA_TYPE
-from server.service import Service
 from server.settings import Settings
 
 HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings

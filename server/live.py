@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from server import problems
-from server.edge import RequestContext
 from server.errors import (
     CLOSE_BUSY,
     CLOSE_ENGINE,
@@ -24,6 +22,8 @@ from server.errors import (
 )
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
+from server.http import problem_details
+from server.http.middleware import RequestContext
 from server.live_messages import SUBPROTOCOL, message
 from server.live_session import LiveSession
 from server.settings import Settings
@@ -108,7 +108,7 @@ class Live:
 
 
 def _denial(error: RequestError, socket: WebSocket, context: RequestContext) -> JSONResponse:
-    return problems.response(error, path=socket.url.path, request_id=context.request_id)
+    return problem_details.response(error, path=socket.url.path, request_id=context.request_id)
 
 
 async def _close(socket: WebSocket, error: SessionEndError) -> None:

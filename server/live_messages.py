@@ -8,7 +8,7 @@ from pydantic_core import to_json
 
 from server.errors import Fault, InvalidError, RequestError
 from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
-from server.schemas import MAX_PROMPT, Sampling, parse
+from server.http.routes.schemas import MAX_PROMPT, Sampling, parse
 
 SUBPROTOCOL = "sana-sprint.live.v1"
 MAX_SETTINGS = 64 * 1024  # characters of a text message

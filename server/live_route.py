@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 from starlette.websockets import WebSocket
 
+from server.http.state import context_of
 from server.live import Live
-from server.service import context_of
 
 router = APIRouter()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from server import passing
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
-from server.keys import ApiKeys
+from server.http.api_keys import ApiKeys
 from server.listener import address, say_listening, say_ready
 from server.settings import Settings
 

@@ -19,11 +19,11 @@ from fastapi import FastAPI
 from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
+from server.http.state import Service
 from server.listener import DrainingServer, configuration
 from server.live import Live
 from server.loading import load
 from server.passing import Report, State, send_report, taken
-from server.service import Service
 from server.settings import read
 from server.telemetry import aggregation, logs
 

@@ -20,9 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from engines.fake import FakeEngine
 from engines.types import Engine, Job, Pixels, RawImage
 from server.app import create_app
+from server.http.state import Service
 from server.listener import configuration
 from server.live import Live
-from server.service import Service
 from server.settings import Settings
 
 PATIENCE_S = 30.0

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_server import Running
 
-from server.schemas import GenerateRequest, ImageGenerationRequest
+from server.http.routes.schemas import GenerateRequest, ImageGenerationRequest
 
 FIELDS = sorted({*GenerateRequest.model_fields, *ImageGenerationRequest.model_fields, "unknown"})
 

@@ -11,7 +11,7 @@ from running_server import Running, Serve, image_file, read_image
 
 from engines.fake import FakeEngine, expected_pixels
 from engines.types import MAX_SEED, Job, Pixels
-from server.routes import prefers_json
+from server.http.routes.generate import prefers_json
 
 JSON = {"accept": "application/json"}
 JOB = Job("a red circle", seed=7, width=64, height=64)

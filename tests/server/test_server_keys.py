@@ -8,10 +8,10 @@ import httpx
 import pytest
 from running_server import Running, Serve, wait_until
 
-import server.keys
-from server.edge import OPEN_PATHS
+import server.http.api_keys
 from server.errors import SettingsError, UnauthorizedError
-from server.keys import ApiKeys
+from server.http.api_keys import ApiKeys
+from server.http.middleware import OPEN_PATHS
 
 HASHED = hashlib.sha256(b"hashed-key").hexdigest()
 
@@ -62,7 +62,7 @@ def test_a_websocket_without_a_key_is_refused_before_it_opens(keyed: Running) ->
 def test_the_file_is_read_again_when_it_changes(
     keyed: Running, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server.keys, "CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr(server.http.api_keys, "CHECK_EVERY_S", 0.0)
     path.write_text("new-key\n")
     wait_until(lambda: ask(keyed, "new-key") == 422)
     assert ask(keyed, "plain-key") == 401
@@ -104,7 +104,7 @@ def test_every_known_key_is_compared(path: Path, monkeypatch: pytest.MonkeyPatch
         compared.append(known)
         return True
 
-    monkeypatch.setattr(server.keys.hmac, "compare_digest", compare)
+    monkeypatch.setattr(server.http.api_keys.hmac, "compare_digest", compare)
     keys.check("Bearer x")
     assert len(compared) == 2  # no early end, although the first one matched
     monkeypatch.undo()

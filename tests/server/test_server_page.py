@@ -19,7 +19,7 @@ from PIL import Image
 from running_server import PATIENCE_S, GatedEngine, Running, Serve, wait_until
 
 from engines.types import Pixels
-from server.page import STATIC
+from server.http.routes.page import STATIC
 
 ROOT = Path(__file__).resolve().parents[2]
 CIRCLE = [(0.5 + 0.3 * math.cos(turn / 8 * math.pi), 0.5 + 0.3 * math.sin(turn / 8 * math.pi)) for turn in range(17)]

@@ -14,13 +14,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from server import openapi_doc
-from server.direct import DirectRoute
 from server.errors import ClientGoneError, Fault, InvalidError
 from server.generation.generator import Delivery
-from server.intake import check_media_type, read_json, until_gone
-from server.schemas import ImageGenerationRequest, Usage, parse_form
-from server.service import Service, context_of, service_of
+from server.http.body import check_media_type, read_json, until_gone
+from server.http.plain_route import DirectRoute
+from server.http.routes import openapi
+from server.http.routes.schemas import ImageGenerationRequest, Usage, parse_form
+from server.http.state import Service, context_of, service_of
 from server.telemetry.timings import server_timing
 
 NO_USAGE = Usage().model_dump()
@@ -28,7 +28,7 @@ NO_USAGE = Usage().model_dump()
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=DirectRoute)
 
 
-@router.post("/images/generations", **openapi_doc.GENERATIONS)
+@router.post("/images/generations", **openapi.GENERATIONS)
 async def generations(request: Request) -> Response:
     """Text to image, as OpenAI has it."""
     service = service_of(request)
@@ -39,7 +39,7 @@ async def generations(request: Request) -> Response:
     return await _answer(request, service, making, response_format)
 
 
-@router.post("/images/edits", **openapi_doc.EDITS)
+@router.post("/images/edits", **openapi.EDITS)
 async def edits(request: Request) -> Response:
     """Image to image: a form with the file `image` (or `image[]`) and the fields of generations. No masks."""
     service = service_of(request)
@@ -58,7 +58,7 @@ async def edits(request: Request) -> Response:
     return await _answer(request, service, making, body.response_format)
 
 
-@router.get("/models", **openapi_doc.MODELS)
+@router.get("/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
     """The one model that runs here."""
     engine = service_of(request).batcher.engine

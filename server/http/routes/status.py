@@ -7,35 +7,36 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server import __version__, openapi_doc
-from server.direct import DirectRoute
-from server.service import service_of
+from server import __version__
+from server.http.plain_route import DirectRoute
+from server.http.routes import openapi
+from server.http.state import service_of
 from server.telemetry import metrics as exposition
 
 router = APIRouter(route_class=DirectRoute)
 
 
-@router.get("/health/live", **openapi_doc.LIVE)
+@router.get("/health/live", **openapi.LIVE)
 async def live(_: Request) -> Response:
     """Answers while the process can answer at all."""
     return JSONResponse({"status": "live"})
 
 
-@router.get("/health/ready", **openapi_doc.READY)
+@router.get("/health/ready", **openapi.READY)
 async def ready(request: Request) -> Response:
     """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer."""
     service_of(request).batcher.check_ready()
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics", **openapi_doc.METRICS)
+@router.get("/metrics", **openapi.METRICS)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     service = service_of(request)
     return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
 
 
-@router.get("/v1/info", **openapi_doc.INFO)
+@router.get("/v1/info", **openapi.INFO)
 async def info(request: Request) -> Response:
     """What runs here, what it can run, and why it was chosen."""
     service = service_of(request)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import problems
 from server.errors import (
     BodyTooLargeError,
     ClientGoneError,
@@ -26,7 +25,8 @@ from server.errors import (
     SlowBodyError,
     UnauthorizedError,
 )
-from server.keys import ApiKeys
+from server.http import problem_details
+from server.http.api_keys import ApiKeys
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -94,7 +94,7 @@ class Edge:
         try:
             self._authorize(scope["path"], headers, _offered_key(scope))
         except UnauthorizedError as error:
-            answer = problems.response(error, path=scope["path"], request_id=context.request_id)
+            answer = problem_details.response(error, path=scope["path"], request_id=context.request_id)
             await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -130,7 +130,7 @@ class Edge:
         if isinstance(error, ClientGoneError):
             exchange.status = error.status
             return
-        answer = problems.response(error, path=scope["path"], request_id=exchange.context.request_id)
+        answer = problem_details.response(error, path=scope["path"], request_id=exchange.context.request_id)
         await answer(scope, exchange.receive, exchange.send)
 
     def _record(self, scope: Scope, exchange: "_Exchange") -> None:

@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from server.schemas import (
+from server.http.routes.schemas import (
     GenerateAnswer,
     GenerateRequest,
     ImageGenerationRequest,

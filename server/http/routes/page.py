@@ -6,10 +6,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from server.direct import DirectRoute
 from server.errors import HttpError
+from server.http.plain_route import DirectRoute
 
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parents[2] / "static"
 
 router = APIRouter(route_class=DirectRoute)
 

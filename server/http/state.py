@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 
-from server.edge import RequestContext
 from server.generation.generator import Generation
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
+from server.http.middleware import RequestContext
+from server.http.upload_limit import Uploads
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
-from server.uploads import Uploads
 
 
 @dataclass(frozen=True, slots=True)

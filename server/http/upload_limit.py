@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from starlette.requests import Request
 
-from server.edge import SMALL_BODY, content_length
 from server.errors import QueueFullError
+from server.http.middleware import SMALL_BODY, content_length
 
 
 class Uploads:

@@ -8,18 +8,18 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server import openapi_doc
-from server.direct import DirectRoute
 from server.generation.generator import Delivery
-from server.intake import read_json, until_gone
-from server.schemas import GenerateRequest
-from server.service import context_of, service_of
+from server.http.body import read_json, until_gone
+from server.http.plain_route import DirectRoute
+from server.http.routes import openapi
+from server.http.routes.schemas import GenerateRequest
+from server.http.state import context_of, service_of
 from server.telemetry.timings import server_timing
 
 router = APIRouter(route_class=DirectRoute)
 
 
-@router.post("/generate", **openapi_doc.GENERATE)
+@router.post("/generate", **openapi.GENERATE)
 async def generate(request: Request) -> Response:
     """Makes one to eight pictures.
 

@@ -8,10 +8,10 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import Receive
 
-from server.edge import SMALL_BODY
 from server.errors import ClientGoneError, MediaTypeError
-from server.schemas import parse
-from server.service import Service
+from server.http.middleware import SMALL_BODY
+from server.http.routes.schemas import parse
+from server.http.state import Service
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
