@@ -23,7 +23,7 @@ from server.errors import (
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
 from server.http import problem_details
-from server.http.middleware import RequestContext
+from server.http.state import RequestContext
 from server.live_messages import SUBPROTOCOL, message
 from server.live_session import LiveSession
 from server.settings import Settings

@@ -8,7 +8,8 @@ from pydantic_core import to_json
 
 from server.errors import Fault, InvalidError, RequestError
 from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
-from server.http.routes.schemas import MAX_PROMPT, Sampling, parse
+from server.http.routes.schemas import MAX_PROMPT, Sampling
+from server.http.validation import parse
 
 SUBPROTOCOL = "sana-sprint.live.v1"
 MAX_SETTINGS = 64 * 1024  # characters of a text message

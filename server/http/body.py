@@ -1,19 +1,15 @@
-"""Taking a request in, cheapest checks first, and noticing when its client leaves."""
+"""Reading the body of a request, cheapest checks first."""
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.types import Receive
 
 from server.errors import ClientGoneError, MediaTypeError
-from server.http.middleware import SMALL_BODY
-from server.http.routes.schemas import parse
 from server.http.state import Service
+from server.http.upload_limit import SMALL_BODY
+from server.http.validation import parse
 
-T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -52,24 +48,3 @@ async def whole_body(request: Request) -> bytes:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of `work`, cancelled when the client leaves (ClientGoneError). The body must have been read."""
-    asking = asyncio.current_task()
-    assert asking is not None
-    leaving = asyncio.create_task(_cancel_when_gone(asking, receive))
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if leaving.done() and not asking.uncancel():  # by nobody else
-            raise ClientGoneError("the client left before its answer") from None
-        raise
-    finally:
-        leaving.cancel()
-
-
-async def _cancel_when_gone(asking: asyncio.Task[Any], receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    asking.cancel()

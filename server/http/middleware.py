@@ -27,6 +27,8 @@ from server.errors import (
 )
 from server.http import problem_details
 from server.http.api_keys import ApiKeys
+from server.http.state import RequestContext
+from server.http.upload_limit import SMALL_BODY, content_length
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -45,7 +47,6 @@ PAGE_POLICY = (
 
 KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a page's websocket can set no header
 
-SMALL_BODY = 64 * 1024  # an unread body of at most this is read before an early answer, so that the connection can stay
 LINGER_S = 2.0  # after an early answer to a larger one, how long and
 LINGER_BYTES = 4 * 2**20  # how much is still read, so that the client gets to see the answer
 
@@ -56,15 +57,6 @@ logger = logging.getLogger("server.access")
 class EdgeLimits:
     body_bytes: int
     body_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class RequestContext:
-    """What the routes know of the exchange, as `request.state.context`."""
-
-    request_id: str
-    trace_id: str | None
-    arrived: float  # time.monotonic()
 
 
 class Edge:
@@ -277,12 +269,6 @@ def _context(headers: Headers) -> RequestContext:
         trace_id=trace.group(1) if trace else None,
         arrived=time.monotonic(),
     )
-
-
-def content_length(headers: Headers) -> int | None:
-    """What the head announces; None where it does not. More than 18 digits are cut: too much is too much."""
-    value = headers.get("content-length", "")
-    return int(value[:18]) if value.isascii() and value.isdigit() else None
 
 
 def _offered_key(scope: Scope) -> str | None:

@@ -8,10 +8,18 @@ from starlette.requests import HTTPConnection
 from server.generation.generator import Generation
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
-from server.http.middleware import RequestContext
 from server.http.upload_limit import Uploads
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What the routes know of the exchange, as `request.state.context`."""
+
+    request_id: str
+    trace_id: str | None
+    arrived: float  # time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from server.errors import QueueFullError
-from server.http.middleware import SMALL_BODY, content_length
+
+SMALL_BODY = 64 * 1024  # an unread body of at most this is read before an early answer, so that the connection can stay
+
+
+def content_length(headers: Headers) -> int | None:
+    """What the head announces; None where it does not. More than 18 digits are cut: too much is too much."""
+    value = headers.get("content-length", "")
+    return int(value[:18]) if value.isascii() and value.isdigit() else None
 
 
 class Uploads:

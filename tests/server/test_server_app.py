@@ -10,8 +10,9 @@ from running_server import Running, Serve, wait_until
 
 from engines.fake import FakeEngine
 from server import __version__
+from server.http.routes.openai_schemas import ImagesResponse
 from server.http.routes.openapi import REASONS
-from server.http.routes.schemas import GenerateAnswer, ImagesResponse, Problem
+from server.http.routes.schemas import GenerateAnswer, Problem
 from server.telemetry.logs import JsonFormatter, TextFormatter
 
 ROOT = Path(__file__).parents[2]

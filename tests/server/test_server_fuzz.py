@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_server import Running
 
-from server.http.routes.schemas import GenerateRequest, ImageGenerationRequest
+from server.http.routes.openai_schemas import ImageGenerationRequest
+from server.http.routes.schemas import GenerateRequest
 
 FIELDS = sorted({*GenerateRequest.model_fields, *ImageGenerationRequest.model_fields, "unknown"})
 

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.generation.generator import Delivery
-from server.http.body import read_json, until_gone
+from server.http.body import read_json
+from server.http.disconnect import until_gone
 from server.http.plain_route import DirectRoute
 from server.http.routes import openapi
 from server.http.routes.schemas import GenerateRequest

@@ -16,11 +16,13 @@ from starlette.responses import JSONResponse, Response
 
 from server.errors import ClientGoneError, Fault, InvalidError
 from server.generation.generator import Delivery
-from server.http.body import check_media_type, read_json, until_gone
+from server.http.body import check_media_type, read_json
+from server.http.disconnect import until_gone
 from server.http.plain_route import DirectRoute
 from server.http.routes import openapi
-from server.http.routes.schemas import ImageGenerationRequest, Usage, parse_form
+from server.http.routes.openai_schemas import ImageGenerationRequest, Usage
 from server.http.state import Service, context_of, service_of
+from server.http.validation import parse_form
 from server.telemetry.timings import server_timing
 
 NO_USAGE = Usage().model_dump()

@@ -7,14 +7,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from server.http.routes.schemas import (
-    GenerateAnswer,
-    GenerateRequest,
-    ImageGenerationRequest,
-    ImagesResponse,
-    OpenAiError,
-    Problem,
-)
+from server.http.routes.openai_schemas import ImageGenerationRequest, ImagesResponse, OpenAiError
+from server.http.routes.schemas import GenerateAnswer, GenerateRequest, Problem
 
 REASONS = {
     401: "API keys are set, and the request carries none of them.",
