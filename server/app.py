@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
-from server import __version__, live_route
+from server import __version__
 from server.generation.generator import Generation
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
@@ -25,7 +25,8 @@ from server.http.middleware import Edge, EdgeLimits
 from server.http.routes import generate, openai, openapi, page, status
 from server.http.state import Service, context_of
 from server.http.upload_limit import Uploads
-from server.live import Live
+from server.live import route as live_route
+from server.live.sessions import Live
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing

@@ -19,8 +19,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from server.http.problem_details import MEDIA_TYPE
 from server.http.state import Service
-from server.live import Live
-from server.live_messages import MAX_DRAWING
+from server.live.messages import MAX_DRAWING
+from server.live.sessions import Live
 from server.settings import Settings
 
 HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings

@@ -21,7 +21,7 @@ from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import Service
 from server.listener import DrainingServer, configuration
-from server.live import Live
+from server.live.sessions import Live
 from server.loading import load
 from server.passing import Report, State, send_report, taken
 from server.settings import read

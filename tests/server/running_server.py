@@ -22,7 +22,7 @@ from engines.types import Engine, Job, Pixels, RawImage
 from server.app import create_app
 from server.http.state import Service
 from server.listener import configuration
-from server.live import Live
+from server.live.sessions import Live
 from server.settings import Settings
 
 PATIENCE_S = 30.0

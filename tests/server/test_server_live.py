@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from engines.fake import FakeEngine, FaultPlan, expected_pixels
 from engines.types import Job, Pixels
-from server.live_messages import SUBPROTOCOL
+from server.live.messages import SUBPROTOCOL
 
 LOOK = {"width": 64, "height": 64, "seed": 7, "output_format": "png"}
 

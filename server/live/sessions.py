@@ -24,8 +24,8 @@ from server.generation.image_codec import Codec
 from server.generation.scheduler import Batcher
 from server.http import problem_details
 from server.http.state import RequestContext
-from server.live_messages import SUBPROTOCOL, message
-from server.live_session import LiveSession
+from server.live.messages import SUBPROTOCOL, message
+from server.live.session import LiveSession
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 

@@ -32,7 +32,7 @@ from server.generation.delivery import Made
 from server.generation.generator import BLACK, RANDOM_SEEDS, WHITE, Order, plan
 from server.generation.image_codec import Codec, encoder
 from server.generation.scheduler import Batcher
-from server.live_messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
+from server.live.messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.telemetry.metrics import Metrics
 
 BUSY_S = 0.25  # after the queue was full, until the next attempt

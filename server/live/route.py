@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from starlette.websockets import WebSocket
 
 from server.http.state import context_of
-from server.live import Live
+from server.live.sessions import Live
 
 router = APIRouter()
 
