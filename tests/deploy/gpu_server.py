@@ -8,7 +8,7 @@ import fake_nvml
 from engines.fake import FakeEngine
 from engines.gpu_memory import open_card
 from server.app import create_app
-from server.listener import serve
+from server.processes.uvicorn_server import serve
 from server.settings import read
 
 sys.modules["pynvml"] = fake_nvml.FakeNvml()

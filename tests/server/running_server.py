@@ -21,8 +21,8 @@ from engines.fake import FakeEngine
 from engines.types import Engine, Job, Pixels, RawImage
 from server.app import create_app
 from server.http.state import Service
-from server.listener import configuration
 from server.live.sessions import Live
+from server.processes.uvicorn_server import configuration
 from server.settings import Settings
 
 PATIENCE_S = 30.0

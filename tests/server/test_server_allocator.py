@@ -7,7 +7,7 @@ from program import Program
 
 PROBE = """
 import os, ctypes, threading
-from server.allocator import keep_memory
+from server.processes.malloc import keep_memory
 print(keep_memory(os.environ))
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -6,10 +6,10 @@ import socket
 from urllib.parse import urlsplit
 
 import pytest
+import server.listener
 from running_server import Running, Serve, wait_until
 
-import server.listener
-from server.listener import HEAD_BYTES
+from server.processes.uvicorn_server import HEAD_BYTES
 
 
 def connect(running: Running) -> socket.socket:

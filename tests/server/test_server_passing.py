@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from server import passing
-from server.passing import Report
+from server.processes import channel
+from server.processes.channel import Report
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = passing.channel()
+    ours, theirs = channel.channel()
     with ours, theirs:
         yield ours, theirs
 
@@ -20,22 +20,22 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_a_connection_arrives_and_lives(ends: tuple[socket.socket, socket.socket]) -> None:
     client, accepted = socket.socketpair()
     with client:
-        assert passing.pass_on(ends[0], accepted)
+        assert channel.pass_on(ends[0], accepted)
         assert accepted.fileno() == -1
-        arrived = passing.taken(ends[1])
+        arrived = channel.taken(ends[1])
         assert isinstance(arrived, socket.socket)
         with arrived:
             client.send(b"hello")
             assert arrived.recv(5) == b"hello"
-    assert passing.taken(ends[1]) is None
+    assert channel.taken(ends[1]) is None
 
 
 def test_words_and_ends_are_told_apart(ends: tuple[socket.socket, socket.socket]) -> None:
-    passing.ask_to_drain(ends[0])
-    assert passing.taken(ends[1]) == "drain"
+    channel.ask_to_drain(ends[0])
+    assert channel.taken(ends[1]) == "drain"
     ends[0].close()
-    assert passing.taken(ends[1]) == "closed"
-    passing.send_report(ends[1], Report())  # to nobody
+    assert channel.taken(ends[1]) == "closed"
+    channel.send_report(ends[1], Report())  # to nobody
 
 
 def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
@@ -43,11 +43,11 @@ def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
 ) -> None:
     client, accepted = socket.socketpair()
     with client:
-        assert passing.pass_on(ends[0], accepted)
+        assert channel.pass_on(ends[0], accepted)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
-            assert passing.taken(ends[1]) == "lost"
+            assert channel.taken(ends[1]) == "lost"
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert client.recv(1) == b""
@@ -55,11 +55,11 @@ def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
 
 def test_the_newest_report_counts(ends: tuple[socket.socket, socket.socket]) -> None:
     for number in range(3):
-        passing.send_report(ends[1], Report("ready", received=number, open=1))
-    assert passing.reports(ends[0]) == (Report("ready", 2, 1), True)
-    assert passing.reports(ends[0]) == (None, True)
+        channel.send_report(ends[1], Report("ready", received=number, open=1))
+    assert channel.reports(ends[0]) == (Report("ready", 2, 1), True)
+    assert channel.reports(ends[0]) == (None, True)
     ends[1].close()
-    assert passing.reports(ends[0]) == (None, False)
+    assert channel.reports(ends[0]) == (None, False)
     with socket.socket() as connection:
-        assert not passing.pass_on(ends[0], connection)
+        assert not channel.pass_on(ends[0], connection)
         assert connection.fileno() != -1

@@ -17,8 +17,8 @@ from running_server import PATIENCE_S, wait_until
 from websockets.sync.client import connect
 
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
+from server.processes.supervisor import environments
 from server.settings import Settings
-from server.supervisor import environments
 
 WORKERS = 2
 BODY = {"prompt": "a red circle", "seed": 7, "width": 64, "height": 64}

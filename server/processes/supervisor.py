@@ -1,6 +1,6 @@
 """Several processes behind one port, one for each GPU: accepts connections, hands each to the worker with the fewest.
 
-A worker (server/worker.py) is a whole server with an engine of its own; nothing is shared that could fail together. One
+A worker (server/processes/worker.py) is a whole server with an engine of its own; nothing is shared that could fail together. One
 that ends is started again; it gets connections once it is ready. SIGTERM drains all. Reads no HTTP and holds no
 connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy: docs/decisions/0008.
 """
@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server import passing
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.http.api_keys import ApiKeys
-from server.listener import address, say_listening, say_ready
+from server.processes import channel
+from server.processes.uvicorn_server import address, say_listening, say_ready
 from server.settings import Settings
 
 BACKLOG = 2048  # as uvicorn
@@ -38,7 +38,7 @@ class Worker:
     process: asyncio.subprocess.Process
     end: socket.socket
     passed: int = 0
-    report: passing.Report = field(default_factory=passing.Report)
+    report: channel.Report = field(default_factory=channel.Report)
     was_ready: bool = False
 
     @property
@@ -89,7 +89,7 @@ class Supervisor:
         settings = self._settings
         logger.info("draining %d workers: at most %g s", len(self._workers), settings.drain_limit_s)
         for worker in self._workers:
-            passing.ask_to_drain(worker.end)
+            channel.ask_to_drain(worker.end)
         await asyncio.wait(places, timeout=settings.drain_delay_s + settings.drain_limit_s + KILL_S)
         for worker in self._workers:
             logger.error("worker %d did not end; killing it", worker.index)
@@ -123,10 +123,10 @@ class Supervisor:
                 return code
 
     async def _start(self, index: int, folder: Path) -> Worker:
-        ours, theirs = passing.channel()
+        ours, theirs = channel.channel()
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "server.worker", str(theirs.fileno()), str(index), str(folder)),
+                *(sys.executable, "-m", "server.processes.worker", str(theirs.fileno()), str(index), str(folder)),
                 *self._arguments,
                 env=self._environments[index],
                 pass_fds=[theirs.fileno()],
@@ -138,7 +138,7 @@ class Supervisor:
             self._workers.append(worker)
             self._present.notify_all()
         if self._draining.is_set():
-            passing.ask_to_drain(ours)
+            channel.ask_to_drain(ours)
         return worker
 
     async def _gone(self, worker: Worker) -> None:
@@ -148,7 +148,7 @@ class Supervisor:
             self._workers.remove(worker)
 
     def _hear(self, worker: Worker) -> None:
-        report, is_open = passing.reports(worker.end)
+        report, is_open = channel.reports(worker.end)
         if report is not None:
             worker.report = report
             if report.state == "ready" and not worker.was_ready:
@@ -174,7 +174,7 @@ class Supervisor:
     def _hand_over(self, connection: socket.socket) -> None:
         willing = [worker for worker in self._workers if worker.report.state != "leaving"]
         for worker in sorted(willing, key=lambda worker: worker.rank):
-            if passing.pass_on(worker.end, connection):
+            if channel.pass_on(worker.end, connection):
                 worker.passed += 1
                 return
         logger.warning("no worker takes the connection")

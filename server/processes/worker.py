@@ -1,6 +1,6 @@
-"""One of several processes behind one port: the whole server, but for the port. Started by server/supervisor.py.
+"""One of several processes behind one port: the whole server, but for the port. Started by server/processes/supervisor.py.
 
-    python -m server.worker FD INDEX FOLDER [flags of python -m server]
+    python -m server.processes.worker FD INDEX FOLDER [flags of python -m server]
 
 FD is its end of a channel to the supervisor, FOLDER where the workers find one another's metrics. Connections arrive
 through the channel, accepted already. A supervisor that is gone means the same as SIGTERM.
@@ -16,14 +16,14 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import Service
-from server.listener import DrainingServer, configuration
 from server.live.sessions import Live
 from server.loading import load
-from server.passing import Report, State, send_report, taken
+from server.processes.channel import Report, State, send_report, taken
+from server.processes.malloc import keep_memory
+from server.processes.uvicorn_server import DrainingServer, configuration
 from server.settings import read
 from server.telemetry import aggregation, logs
 
