@@ -7,8 +7,8 @@ import os
 import sys
 
 from server.app import create_app
+from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
-from server.loading import load
 from server.processes.malloc import keep_memory
 from server.processes.supervisor import supervise
 from server.processes.uvicorn_server import serve

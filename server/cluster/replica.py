@@ -9,9 +9,9 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
+from server.engine_loader import load
 from server.errors import UnavailableError
 from server.http.state import Service
-from server.loading import load
 from server.processes.malloc import keep_memory
 from server.settings import Settings
 from server.telemetry import aggregation, logs

@@ -1,8 +1,8 @@
 """Several processes behind one port, one for each GPU: accepts connections, hands each to the worker with the fewest.
 
-A worker (server/processes/worker.py) is a whole server with an engine of its own; nothing is shared that could fail together. One
-that ends is started again; it gets connections once it is ready. SIGTERM drains all. Reads no HTTP and holds no
-connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy: docs/decisions/0008.
+A worker (server/processes/worker.py) is a whole server with an engine of its own; nothing is shared that could fail
+together. One that ends is started again; it gets connections once it is ready. SIGTERM drains all. Reads no HTTP and
+holds no connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy: docs/decisions/0008.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from pathlib import Path
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.http.api_keys import ApiKeys
 from server.processes import channel
-from server.processes.uvicorn_server import address, say_listening, say_ready
+from server.processes.announce import address, say_listening, say_ready
 from server.settings import Settings
 
 BACKLOG = 2048  # as uvicorn

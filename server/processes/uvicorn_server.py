@@ -21,6 +21,7 @@ from server.http.problem_details import MEDIA_TYPE
 from server.http.state import Service
 from server.live.messages import MAX_DRAWING
 from server.live.sessions import Live
+from server.processes.announce import address, say_listening, say_ready
 from server.settings import Settings
 
 HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
@@ -166,23 +167,6 @@ class DrainingServer(uvicorn.Server):
         say_listening(where, self._service.settings.model)
         await self._service.batcher.ready.wait()
         say_ready(where)
-
-
-def address(host: str, port: int) -> str:
-    """The URL of a server, for someone on its machine."""
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def say_listening(where: str, what: str) -> None:
-    print(f"listening on {where}; loading {what}", flush=True)
-
-
-def say_ready(where: str) -> None:
-    """With a line to paste."""
-    body = '{"prompt": "a red circle on a white background", "seed": 7}'
-    print(f"ready (docs at {where}/docs). Try:")
-    print(f"curl -s {where}/generate -H 'content-type: application/json' -d '{body}' -o picture.png", flush=True)
 
 
 def serve(app: FastAPI, settings: Settings) -> None:

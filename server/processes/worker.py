@@ -1,4 +1,4 @@
-"""One of several processes behind one port: the whole server, but for the port. Started by server/processes/supervisor.py.
+"""One of several processes behind one port: the whole server, but for the port. Started by the supervisor.
 
     python -m server.processes.worker FD INDEX FOLDER [flags of python -m server]
 
@@ -17,10 +17,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
+from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import Service
 from server.live.sessions import Live
-from server.loading import load
 from server.processes.channel import Report, State, send_report, taken
 from server.processes.malloc import keep_memory
 from server.processes.uvicorn_server import DrainingServer, configuration

@@ -6,9 +6,9 @@ import socket
 from urllib.parse import urlsplit
 
 import pytest
-import server.listener
 from running_server import Running, Serve, wait_until
 
+import server.processes.uvicorn_server
 from server.processes.uvicorn_server import HEAD_BYTES
 
 
@@ -72,7 +72,7 @@ def test_nonsense_gets_400(plain: Running, nonsense: bytes) -> None:
 
 @pytest.mark.parametrize("begun", [b"", b"GET /health/live HTTP/1.1\r\nhost:"])
 def test_a_head_that_does_not_come_gets_408(serve: Serve, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.listener, "HEAD_S", 0.05)
+    monkeypatch.setattr(server.processes.uvicorn_server, "HEAD_S", 0.05)
     running = serve()
     with connect(running) as connection:
         connection.sendall(begun)
@@ -80,7 +80,9 @@ def test_a_head_that_does_not_come_gets_408(serve: Serve, begun: bytes, monkeypa
 
 
 def test_an_idle_connection_between_requests_is_not_late(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.listener, "HEAD_S", 2.0)  # a busy machine may take a while from connecting to sending
+    monkeypatch.setattr(
+        server.processes.uvicorn_server, "HEAD_S", 2.0
+    )  # a busy machine may take a while from connecting to sending
     running = serve()
     request = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
     with connect(running) as connection:
@@ -96,7 +98,7 @@ def test_an_idle_connection_between_requests_is_not_late(serve: Serve, monkeypat
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux drops readers that stopped reading")
 def test_a_client_that_stops_reading_is_dropped(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.listener, "UNREAD_MS", 300)
+    monkeypatch.setattr(server.processes.uvicorn_server, "UNREAD_MS", 300)
     running = serve()
     body = json.dumps({"prompt": "x", "width": 1024, "height": 1024, "num_images": 8}).encode()
     head = (
