@@ -27,7 +27,7 @@ from bench.plan import Plan, Step
 from bench.program import told
 from bench.roofline import PAPER
 from engines.checkpoint import open_checkpoint
-from engines.machine import dotted, this_machine
+from engines.device.hardware import dotted, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("tiny", "random:sprint-0.6b")

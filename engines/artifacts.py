@@ -16,8 +16,8 @@ from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.spec import ModuleName
 from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.checkpoint import Checkpoint
+from engines.device.hardware import dotted, this_machine
 from engines.errors import ParityError
-from engines.machine import dotted, this_machine
 from engines.manifest import Artifact, Manifest, read_manifest
 from engines.parity import GATES, PICTURE_GATES, difference
 from engines.reference import MODULES, load_reference

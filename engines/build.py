@@ -22,9 +22,9 @@ from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
 from engines.calibration import calibration_texts
 from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.device.hardware import Machine, dotted, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.export import export_onnx, onnx_files
-from engines.machine import Machine, dotted, this_machine
 from engines.manifest import Artifact, FileRecord, Manifest, read_manifest
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder

@@ -16,10 +16,10 @@ from engines.backends.cuda_graph import GraphBook
 from engines.buckets import smallest_fitting
 from engines.chain import Chain
 from engines.control import LatentCache
+from engines.device.memory import open_card
+from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.gpu_memory import open_card
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
-from engines.stopwatch import Stopwatch
 from engines.text_stage import TextStage, join
 from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
 

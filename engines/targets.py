@@ -9,8 +9,8 @@ import torch
 
 from engines.backends.openvino import CpuPrecision, check_cpu
 from engines.backends.spec import ModuleName
+from engines.device.hardware import Capability, Machine, dotted
 from engines.errors import BuildError
-from engines.machine import Capability, Machine, dotted
 
 GPUS: Mapping[str, Capability] = {"h100": (9, 0), "rtx4090": (8, 9)}
 _MEMORY: Mapping[str, float] = {"h100": 80e9, "rtx4090": 24e9}

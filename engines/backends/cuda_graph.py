@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engines.buckets import smallest_fitting
-from engines.stopwatch import CudaMark, HostMark, Mark
+from engines.device.timer import CudaMark, HostMark, Mark
 
 WARM_UPS = 3
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engines.backends.drop_in import padded
 from engines.buckets import smallest_fitting
+from engines.device.hardware import cpu_flags
 from engines.errors import ArtifactError, BackendError
-from engines.machine import cpu_flags
 
 CpuPrecision = Literal["fp32", "bf16"]
 _HINT = {"fp32": "f32", "bf16": "bf16"}

@@ -28,9 +28,9 @@ from engines.backends.drop_in import (
 )
 from engines.backends.spec import ModuleSpec
 from engines.buckets import powers_of_two, smallest_fitting
+from engines.device.hardware import dotted, this_machine
 from engines.errors import BackendError, ParityError
 from engines.export import quiet
-from engines.machine import dotted, this_machine
 from engines.parity import check_compiled
 
 CACHE_BYTES = 20 * 2**30  # of engines; the oldest go first

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import fake_nvml
 
+from engines.device.memory import open_card
 from engines.fake import FakeEngine
-from engines.gpu_memory import open_card
 from server.app import create_app
 from server.processes.uvicorn_server import serve
 from server.settings import read

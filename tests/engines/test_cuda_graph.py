@@ -17,8 +17,8 @@ from engines.backends.cuda_graph import (
     InputSpec,
     Replay,
 )
+from engines.device.timer import Mark
 from engines.sampler import sample
-from engines.stopwatch import Mark
 
 SIDES = ((4, 4), (2, 4))
 SPECS = {

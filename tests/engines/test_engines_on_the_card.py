@@ -8,8 +8,8 @@ import torch
 
 from engines.build import build
 from engines.build_spec import BuildSpec
+from engines.device.hardware import dotted, this_machine
 from engines.loader import load_engine
-from engines.machine import dotted, this_machine
 from engines.manifest import read_manifest
 from engines.parity import PICTURE_GATES, difference
 from engines.pipeline import SprintEngine

@@ -6,7 +6,7 @@ import sys
 import pytest
 from fake_nvml import TOTAL, UUID, FakeNvml, install
 
-from engines.gpu_memory import open_card
+from engines.device.memory import open_card
 
 
 def test_used_and_total_are_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from engines.backends import openvino as backend
 from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, TransformerDropIn, built_for
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert, has_bf16
 from engines.backends.spec import ModuleName
+from engines.device.hardware import Machine
 from engines.errors import ArtifactError, BackendError
 from engines.export import export_onnx
-from engines.machine import Machine
 from engines.parity import GATES, difference
 from engines.probe import probe_inputs
 from engines.targets import resolve

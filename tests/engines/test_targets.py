@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engines.backends.spec import ModuleName
+from engines.device.hardware import Machine, _cpu_name, _driver, dotted, this_machine
 from engines.errors import BuildError
-from engines.machine import Machine, _cpu_name, _driver, dotted, this_machine
 from engines.targets import Target, module_dtype, module_precision, resolve
 
 PLAIN = Machine("a CPU")
