@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +15,7 @@ from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.spec import ModuleName
 from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.checkpoint import Checkpoint
-from engines.device.hardware import dotted, this_machine
+from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
 from engines.manifest import Artifact, Manifest, read_manifest
 from engines.parity import GATES, PICTURE_GATES, difference
@@ -125,22 +124,6 @@ def check_fit(manifest: Manifest, device: torch.device) -> None:
     machine = this_machine()
     capability = dotted(machine.capability) if device.type == "cuda" and machine.capability else None
     manifest.check_machine(machine.words, capability, package_versions(manifest.vendor))
-
-
-def package_versions(*names: str) -> dict[str, str]:
-    """Versions of the installed ones among `names` (as imported)."""
-    distributions = {
-        "modelopt": "nvidia-modelopt",
-        "tensorrt_rtx": "tensorrt-rtx-cu13",
-        "torch_tensorrt": "torch-tensorrt",
-    }
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(distributions.get(name, name))
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _check_first_run(

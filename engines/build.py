@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from engines.arithmetic import fp8_share
-from engines.artifacts import compile_graph, open_artifact, package_versions
+from engines.artifacts import compile_graph, open_artifact
 from engines.backends.drop_in import Graph
 from engines.backends.spec import ModuleName
 from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
 from engines.calibration import calibration_texts
 from engines.checkpoint import Checkpoint, open_checkpoint
-from engines.device.hardware import Machine, dotted, this_machine
+from engines.device.hardware import Machine, dotted, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.export import export_onnx, onnx_files
 from engines.manifest import Artifact, FileRecord, Manifest, read_manifest

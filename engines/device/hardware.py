@@ -2,9 +2,27 @@
 
 import platform
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of the installed ones among `names` (as imported)."""
+    distributions = {
+        "modelopt": "nvidia-modelopt",
+        "tensorrt_rtx": "tensorrt-rtx-cu13",
+        "torch_tensorrt": "torch-tensorrt",
+    }
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(distributions.get(name, name))
+        except PackageNotFoundError:
+            continue
+    return found
+
 
 Capability = tuple[int, int]
 
