@@ -31,8 +31,9 @@ from bench.subjects import DTYPES, STAGES, Diffusers, Made, Ours, Rival, Subject
 from bench.traffic import Order, Traffic
 from distill.evaluate import evaluation_prompts
 from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.models.instruction import INSTRUCTION
 from engines.parity import difference
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.prompt import PromptTokenizer
 from engines.types import Pixels
 
 CAPTIONS = 400  # to choose prompts of the wanted length from

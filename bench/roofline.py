@@ -28,10 +28,11 @@ from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.dcae import Autoencoder
 from engines.models.folding import fold
 from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.instruction import INSTRUCTION
 from engines.models.pixels import PixelDecoder
 from engines.models.text_encoder import TextEncoder, Tokens
 from engines.models.transformer import SprintTransformer
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.prompt import PromptTokenizer
 
 META = torch.device("meta")
 STAGES = ("text", "denoise", "decode")

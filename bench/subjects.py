@@ -14,7 +14,7 @@ import torch
 from bench.errors import BenchError
 from engines.checkpoint import Checkpoint
 from engines.loader import load_engine
-from engines.prompt import INSTRUCTION
+from engines.models.instruction import INSTRUCTION
 from engines.types import Job, Pixels
 
 STAGES = ("text", "denoise", "decode")

@@ -24,9 +24,10 @@ from engines.checkpoint import find_folder
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.prompt import PromptTokenizer
 from engines.text_stage import EmbeddingCache, TextStage, join
 from engines.types import Pixels
 from engines.weights import FolderWeights, read_json

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from engines.checkpoint import Checkpoint
+from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.prompt import PromptTokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GemmaTokenizer
 
 from engines.checkpoint import RANDOM_SIZES, Checkpoint, open_checkpoint
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.models.instruction import INSTRUCTION
+from engines.prompt import PromptTokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,9 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 from engines.checkpoint import open_checkpoint
 from engines.errors import CheckpointError
 from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder, Tokens
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.prompt import PromptTokenizer
 
 UPSTREAM = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 

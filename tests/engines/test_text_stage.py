@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from engines.checkpoint import open_checkpoint
+from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
-from engines.prompt import INSTRUCTION, PromptTokenizer
+from engines.prompt import PromptTokenizer
 from engines.text_stage import EmbeddingCache, TextEmbedding, TextStage, join
 
 
