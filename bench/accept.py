@@ -26,7 +26,7 @@ from bench.figures import command, machine, parse_size, table
 from bench.plan import Plan, Step
 from bench.program import told
 from bench.roofline import PAPER
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.hardware import dotted, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from engines.backends.cuda_graph import CudaRecorder, HostRecorder
 from engines.build import build
 from engines.build_spec import BuildSpec
 from engines.calibration import calibration_texts
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError, SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder

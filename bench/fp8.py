@@ -21,7 +21,7 @@ from bench.figures import command, machine, table
 from bench.program import told
 from distill.evaluate import engine_generator, evaluate, evaluation_prompts
 from engines.calibration import Texts, calibration_texts
-from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
 from engines.models.transformer import SprintTransformer

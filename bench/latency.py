@@ -30,7 +30,7 @@ from bench.shared_weights import SharedWeights
 from bench.subjects import DTYPES, STAGES, Diffusers, Made, Ours, Rival, Subject, Task
 from bench.traffic import Order, Traffic
 from distill.evaluate import evaluation_prompts
-from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.parity import difference
 from engines.prompt import PromptTokenizer

@@ -24,7 +24,7 @@ from bench.counting import Call, count
 from bench.devices import DEVICES, Device
 from bench.figures import command, machine, parse_size, table
 from bench.program import told
-from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.dcae import Autoencoder
 from engines.models.folding import fold
 from engines.models.gemma import GemmaBody, GemmaConfig

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bench.errors import BenchError
-from engines.checkpoint import Checkpoint
+from engines.checkpoints.checkpoint import Checkpoint
 from engines.loader import load_engine
 from engines.models.instruction import INSTRUCTION
 from engines.types import Job, Pixels

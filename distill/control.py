@@ -29,7 +29,7 @@ from distill.muon import Muon, split_parameters
 from distill.outlines import draw
 from distill.recipe import RECIPES, ControlStage
 from distill.run import Average, Stage, learning_rate_factor, to_tensor
-from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.models.dcae import Autoencoder
 from engines.sampler import flow_time, input_scale, mix
@@ -234,7 +234,7 @@ def train(
 
 
 def write_controlnet(folder: Path, branch: ControlNet, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes the diffusers layout, which engines.control reads. Overwrites what is there."""
+    """Writes the diffusers layout, which engines.checkpoints.controlnet reads. Overwrites what is there."""
     write_json(folder / "config.json", branch.config.to_dict())
     write_weights(folder / "diffusion_pytorch_model.safetensors", branch.state_dict(), dtype)
 

@@ -20,7 +20,8 @@ from distill.export import write_json, write_weights
 from distill.latents import Latents
 from distill.run import to_tensor
 from distill.teacher import Teacher, silence_guidance
-from engines.checkpoint import find_folder
+from engines.checkpoints.checkpoint import find_folder
+from engines.checkpoints.weights import FolderWeights, read_json
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
@@ -30,7 +31,6 @@ from engines.models.transformer import SprintTransformer, TransformerConfig
 from engines.prompt import PromptTokenizer
 from engines.text_stage import EmbeddingCache, TextStage, join
 from engines.types import Pixels
-from engines.weights import FolderWeights, read_json
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_TOKENS = 300

@@ -14,7 +14,7 @@ from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, 
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.spec import ModuleName
 from engines.backends.tensorrt import Scratch, TensorRtGraph
-from engines.checkpoint import Checkpoint
+from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
 from engines.manifest import Artifact, Manifest, read_manifest

@@ -21,7 +21,7 @@ from engines.backends.spec import ModuleName
 from engines.backends.tensorrt import Scratch, TensorRtGraph
 from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
 from engines.calibration import calibration_texts
-from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.device.hardware import Machine, dotted, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.export import export_onnx, onnx_files

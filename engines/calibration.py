@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engines.checkpoint import Checkpoint
-from engines.random_weights import RandomWeights
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.random_weights import RandomWeights
 from engines.text_stage import join, load_text_stage
 
 # Short and long, plain and rich, and of the tiny world.

@@ -18,8 +18,8 @@ from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.torch_tensorrt import torch_tensorrt
 from engines.buckets import powers_of_two
 from engines.chain import Chain, input_specs
-from engines.checkpoint import Checkpoint, open_checkpoint
-from engines.control import load_controlnet
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.controlnet import load_controlnet
 from engines.errors import BackendError, CheckpointError
 from engines.manifest import read_manifest
 from engines.models.controlnet import ControlledTransformer
@@ -59,7 +59,7 @@ def load_engine(
     recorder: Recorder | None = None,
     cache: str | None = None,
 ) -> Engine:
-    """Loads `model` (see engines.checkpoint) and makes it ready to generate.
+    """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
 
     engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
     one of PRECISIONS, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another

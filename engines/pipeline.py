@@ -15,7 +15,7 @@ from torch import Tensor
 from engines.backends.cuda_graph import GraphBook
 from engines.buckets import smallest_fitting
 from engines.chain import Chain
-from engines.control import LatentCache
+from engines.checkpoints.controlnet import LatentCache
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError, OutputError

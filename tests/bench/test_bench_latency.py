@@ -12,7 +12,7 @@ from bench.latency import Prompts, main
 from bench.memory import rise
 from bench.shared_weights import SharedWeights
 from bench.subjects import Diffusers, Ours, Task, pipeline
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from bench.chart import Bar, stacked_bars
 from bench.counting import Call, count
 from bench.devices import H100, Device
 from bench.roofline import PEAK, Efficiency, eager_seconds, main, seconds, workloads
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 
 META = torch.device("meta")
 PLAIN = Device("plain", {"16bit": 1000.0, "fp8": 2000.0}, vector=100.0, bandwidth=10.0, source="")

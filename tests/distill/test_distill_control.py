@@ -22,7 +22,7 @@ from distill.follow import Score, cases, overlap, score
 from distill.outlines import RAYS, draw, outline
 from distill.recipe import ControlStage, smoke
 from distill.world import Scene, Thing
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
 from engines.types import Job
 

@@ -27,7 +27,7 @@ from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.tensorrt import Scratch
 from engines.build import _Work, build, silent
 from engines.build_spec import BuildSpec
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
 from engines.manifest import NAME, Artifact, FileRecord, read_manifest

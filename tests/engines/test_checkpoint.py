@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.checkpoint import SHORT_NAMES, Settings, find_folder, open_checkpoint
+from engines.checkpoints.checkpoint import SHORT_NAMES, Settings, find_folder, open_checkpoint
+from engines.checkpoints.weights import weight_files
 from engines.errors import CheckpointError
-from engines.weights import weight_files
 
 CPU = torch.device("cpu")
 

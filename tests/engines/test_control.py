@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoint import heat
 
-from engines.checkpoint import open_checkpoint
-from engines.control import LatentCache
+from engines.checkpoints.checkpoint import open_checkpoint
+from engines.checkpoints.controlnet import LatentCache
 from engines.errors import CheckpointError, JobError
 from engines.loader import load_engine
 from engines.models.controlnet import ControlConfig, ControlledTransformer, ControlNet, Injection

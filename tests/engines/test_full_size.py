@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import GemmaTokenizer
 
-from engines.checkpoint import RANDOM_SIZES, Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import RANDOM_SIZES, Checkpoint, open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.prompt import PromptTokenizer
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.backends.cuda_graph import GraphKey, HostRecorder
 from engines.chain import Chain, input_specs
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError
 from engines.loader import load_engine
 from engines.models.controlnet import ControlledTransformer, ControlNet

@@ -3,8 +3,8 @@
 import torch
 from hot_modules import RECIPE
 
+from engines.checkpoints.random_weights import RandomWeights
 from engines.models.transformer import SprintTransformer
-from engines.random_weights import RandomWeights
 
 
 def drawn(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

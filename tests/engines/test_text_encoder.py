@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, processors, trainers
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import CheckpointError
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.instruction import INSTRUCTION

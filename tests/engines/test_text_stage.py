@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.checkpoint import open_checkpoint
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
 from engines.prompt import PromptTokenizer

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from engines.checkpoints.weights import Part, assign
 from engines.models.instruction import INSTRUCTION
-from engines.weights import Part, assign
 
 _AT_ONCE = 2**22  # numbers: 16 MiB beside the weights themselves
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from engines.checkpoints.random_weights import RandomWeights
+from engines.checkpoints.weights import FolderWeights, Part, WeightSource, read_json, unfilled
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
-from engines.random_weights import RandomWeights
-from engines.weights import FolderWeights, Part, WeightSource, read_json, unfilled
 
 SHORT_NAMES = {
     "sprint-0.6b": "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers",

@@ -25,7 +25,7 @@ Part = Literal["transformer", "vae", "text_encoder", "controlnet"]
 
 
 class WeightSource(Protocol):
-    """Where weights come from: a folder, or a seed (engines.random_weights)."""
+    """Where weights come from: a folder, or a seed (engines.checkpoints.random_weights)."""
 
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Gives every parameter of `module` (built on the meta device) its value, as `dtype` on `device`."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engines.checkpoint import Checkpoint, find_folder
+from engines.checkpoints.checkpoint import Checkpoint, find_folder
+from engines.checkpoints.weights import FolderWeights, read_json, unfilled
 from engines.errors import CheckpointError
 from engines.models.controlnet import ControlConfig, ControlNet
 from engines.types import Pixels
-from engines.weights import FolderWeights, read_json, unfilled
 
 FOLDER = "controlnet"
 _SHARED = ("in_channels", "caption_channels", "num_attention_heads", "attention_head_dim")
