@@ -10,7 +10,8 @@ from engines.checkpoints.weights import Part, WeightSource, assign
 
 
 class SharedWeights:
-    """An engines.checkpoints.weights.WeightSource that reads each part once, in `dtype`, and hands the same tensors out again.
+    """An engines.checkpoints.weights.WeightSource that reads each part once, in `dtype`, and hands the same tensors out
+    again.
 
     Another dtype that is asked for is made from those, so all who are compared start from equally rounded weights.
     keep False: each part is read anew and nothing is held, for a single pipeline in another dtype.

@@ -40,7 +40,7 @@ def write_checkpoint(
     sprint: Mapping[str, object],
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Writes all parts; `sprint` goes into sprint.json (see engines/checkpoints/checkpoint.py). Overwrites what is there."""
+    """Writes all parts; `sprint` goes into sprint.json (engines.checkpoints.checkpoint). Overwrites what is there."""
     write_json(folder / "model_index.json", MODEL_INDEX)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "sprint.json", sprint)

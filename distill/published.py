@@ -20,7 +20,7 @@ from distill.export import write_json, write_weights
 from distill.latents import Latents
 from distill.run import to_tensor
 from distill.teacher import Teacher, silence_guidance
-from engines.checkpoints.checkpoint import find_folder
+from engines.checkpoints.hub import find_folder
 from engines.checkpoints.weights import FolderWeights, read_json
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from engines.checkpoints.hub import SHORT_NAMES, find_folder
 from engines.checkpoints.random_weights import RandomWeights
 from engines.checkpoints.weights import FolderWeights, Part, WeightSource, read_json, unfilled
 from engines.errors import CheckpointError
@@ -21,17 +22,10 @@ from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
 
-SHORT_NAMES = {
-    "sprint-0.6b": "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers",
-    "sprint-1.6b": "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
-}
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
 _PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
-_HERE = Path(__file__).resolve().parent
-# Where the shipped checkpoint lies: in the source tree, or beside this file in an installed package.
-_TINY = (_HERE.parent / "models" / "tiny", _HERE / "tiny")
 
 
 @dataclass(frozen=True)
@@ -156,37 +150,6 @@ def open_checkpoint(name: str | Checkpoint, decoder: str | None = None) -> Check
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     weights = FolderWeights({**checkpoint.weights.folders, "vae": folder})
     return replace(checkpoint, autoencoder=_autoencoder(folder), weights=weights)
-
-
-def find_folder(name: str) -> Path:
-    """The local folder of a checkpoint, downloaded with a progress bar where `name` is a hub id."""
-    if name == "tiny":
-        for folder in _TINY:
-            if folder.is_dir():
-                return folder
-        raise CheckpointError(f"tiny: the shipped checkpoint is in none of {', '.join(map(str, _TINY))}")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    hub_id, _, revision = SHORT_NAMES.get(name, name).partition("@")
-    if folder.exists() or hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = ", ".join(["tiny", *SHORT_NAMES])
-        raise CheckpointError(f"model: {name!r} is no folder; give a folder, a hub id org/name[@revision], or {known}")
-    return _download(hub_id, revision or None)
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        at = f" at revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"model: {hub_id}{at} is no local folder and cannot be had from the hub: {reason}"
-        ) from error
 
 
 def _random(name: str) -> Checkpoint:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engines.checkpoints.checkpoint import Checkpoint, find_folder
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.hub import find_folder
 from engines.checkpoints.weights import FolderWeights, read_json, unfilled
 from engines.errors import CheckpointError
 from engines.models.controlnet import ControlConfig, ControlNet

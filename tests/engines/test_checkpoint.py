@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.checkpoints.checkpoint import SHORT_NAMES, Settings, find_folder, open_checkpoint
+from engines.checkpoints.checkpoint import Settings, open_checkpoint
+from engines.checkpoints.hub import SHORT_NAMES, find_folder
 from engines.checkpoints.weights import weight_files
 from engines.errors import CheckpointError
 
