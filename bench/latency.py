@@ -33,7 +33,7 @@ from distill.evaluate import evaluation_prompts
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.parity import difference
-from engines.prompt import PromptTokenizer
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.types import Pixels
 
 CAPTIONS = 400  # to choose prompts of the wanted length from

@@ -32,7 +32,7 @@ from engines.models.instruction import INSTRUCTION
 from engines.models.pixels import PixelDecoder
 from engines.models.text_encoder import TextEncoder, Tokens
 from engines.models.transformer import SprintTransformer
-from engines.prompt import PromptTokenizer
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 META = torch.device("meta")
 STAGES = ("text", "denoise", "decode")

@@ -32,8 +32,8 @@ from distill.run import Average, Stage, learning_rate_factor, to_tensor
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.models.dcae import Autoencoder
+from engines.pipeline.text_stage import TextStage, join, load_text_stage
 from engines.sampler import flow_time, input_scale, mix
-from engines.text_stage import TextStage, join, load_text_stage
 from engines.types import Pixels
 
 REPORT_EVERY = 50

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.random_weights import RandomWeights
-from engines.text_stage import join, load_text_stage
+from engines.pipeline.text_stage import join, load_text_stage
 
 # Short and long, plain and rich, and of the tiny world.
 PROMPTS = (

@@ -17,16 +17,16 @@ from engines.backends.eager import eager
 from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.torch_tensorrt import torch_tensorrt
 from engines.buckets import powers_of_two
-from engines.chain import Chain, input_specs
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
 from engines.errors import BackendError, CheckpointError
 from engines.manifest import read_manifest
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline import Books, LatentSpace, Modules, SprintEngine
+from engines.pipeline.denoise_decode import Chain, input_specs
+from engines.pipeline.engine import Books, LatentSpace, Modules, SprintEngine
+from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.text_stage import load_text_stage
 from engines.types import Engine, EngineInfo, Limits
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.

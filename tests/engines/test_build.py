@@ -32,7 +32,7 @@ from engines.errors import ArtifactError, BackendError, BuildError, CheckpointEr
 from engines.loader import load_engine
 from engines.manifest import NAME, Artifact, FileRecord, read_manifest
 from engines.parity import Difference, difference
-from engines.pipeline import SprintEngine
+from engines.pipeline.engine import SprintEngine
 from engines.reference import load_reference
 from engines.targets import Target
 from engines.types import Job

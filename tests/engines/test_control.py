@@ -18,9 +18,9 @@ from engines.errors import CheckpointError, JobError
 from engines.loader import load_engine
 from engines.models.controlnet import ControlConfig, ControlledTransformer, ControlNet, Injection
 from engines.models.pixels import PixelEncoder
-from engines.pipeline import SprintEngine
+from engines.pipeline.engine import SprintEngine
+from engines.pipeline.text_stage import join, load_text_stage
 from engines.sampler import job_noise
-from engines.text_stage import join, load_text_stage
 from engines.types import Engine, Job, Pixels
 
 FP32, CPU = torch.float32, torch.device("cpu")

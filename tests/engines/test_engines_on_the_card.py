@@ -12,7 +12,7 @@ from engines.device.hardware import dotted, this_machine
 from engines.loader import load_engine
 from engines.manifest import read_manifest
 from engines.parity import PICTURE_GATES, difference
-from engines.pipeline import SprintEngine
+from engines.pipeline.engine import SprintEngine
 from engines.types import Engine, Job, RawImage
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ from transformers import GemmaTokenizer
 
 from engines.checkpoints.checkpoint import RANDOM_SIZES, Checkpoint, open_checkpoint
 from engines.models.instruction import INSTRUCTION
-from engines.prompt import PromptTokenizer
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 pytestmark = pytest.mark.slow
 

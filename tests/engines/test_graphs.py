@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.backends.cuda_graph import GraphKey, HostRecorder
-from engines.chain import Chain, input_specs
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError
 from engines.loader import load_engine
 from engines.models.controlnet import ControlledTransformer, ControlNet
-from engines.pipeline import SprintEngine
+from engines.pipeline.denoise_decode import Chain, input_specs
+from engines.pipeline.engine import SprintEngine
 from engines.types import Engine, Job, RawImage
 
 SETTINGS = '{"default_size": [64, 64], "sizes": [[64, 64], [64, 32]], "max_prompt_tokens": 40}'

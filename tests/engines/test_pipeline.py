@@ -13,7 +13,7 @@ from small_checkpoint import save_checkpoint
 
 from engines.errors import JobError, OutOfMemoryError, OutputError
 from engines.loader import load_engine
-from engines.pipeline import SprintEngine, resized
+from engines.pipeline.engine import SprintEngine, resized
 from engines.types import Engine, Job
 
 PROMPTS = ["a red circle", "A Cat, sleeping on a warm sunny windowsill", "", "三 green triangles 🌈", "a " * 400]

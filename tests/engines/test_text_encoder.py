@@ -16,7 +16,7 @@ from engines.errors import CheckpointError
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder, Tokens
-from engines.prompt import PromptTokenizer
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 UPSTREAM = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 

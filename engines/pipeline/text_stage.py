@@ -13,7 +13,7 @@ from torch import Tensor
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
-from engines.prompt import PromptTokenizer
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 
 @dataclass(frozen=True, slots=True)
