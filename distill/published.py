@@ -28,8 +28,9 @@ from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
+from engines.pipeline.embedding_cache import EmbeddingCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
-from engines.pipeline.text_stage import EmbeddingCache, TextStage, join
+from engines.pipeline.text_stage import TextStage, join
 from engines.types import Pixels
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

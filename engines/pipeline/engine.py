@@ -14,11 +14,11 @@ from torch import Tensor
 
 from engines.backends.cuda_graph import GraphBook
 from engines.buckets import smallest_fitting
-from engines.checkpoints.controlnet import LatentCache
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError, OutputError
 from engines.pipeline.denoise_decode import Chain
+from engines.pipeline.latent_cache import LatentCache
 from engines.pipeline.text_stage import TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds

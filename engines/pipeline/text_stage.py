@@ -3,9 +3,7 @@
 Only prompts that are not in the cache are tokenised and run, each once, in one batch.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,51 +11,8 @@ from torch import Tensor
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
+from engines.pipeline.embedding_cache import EmbeddingCache, TextEmbedding
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class TextEmbedding:
-    """What the transformer reads of one prompt."""
-
-    states: Tensor  # [T, D], without padding
-    truncated: bool
-    cached: bool
-
-
-class EmbeddingCache:
-    """Least recently used embeddings by prompt text, bounded in entries and in bytes; hits and misses are counted."""
-
-    def __init__(self, max_entries: int = 4096, max_bytes: int = 128 * 2**20):
-        self.max_entries, self.max_bytes = max_entries, max_bytes
-        self.hits = self.misses = self.bytes = 0
-        self._kept: OrderedDict[str, TextEmbedding] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, text: str) -> TextEmbedding | None:
-        found = self._kept.get(text)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(text)
-        return found
-
-    def put(self, text: str, embedding: TextEmbedding) -> None:
-        """Keeps a copy of `embedding` that shares no memory with the batch it came from."""
-        self._drop(text)
-        kept = TextEmbedding(embedding.states.clone(), embedding.truncated, cached=True)
-        self._kept[text] = kept
-        self.bytes += kept.states.nbytes
-        while len(self._kept) > self.max_entries or self.bytes > self.max_bytes:
-            self._drop(next(iter(self._kept)))
-
-    def _drop(self, text: str) -> None:
-        dropped = self._kept.pop(text, None)
-        if dropped is not None:
-            self.bytes -= dropped.states.nbytes
 
 
 class TextStage:

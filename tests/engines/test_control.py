@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import heat
 
 from engines.checkpoints.checkpoint import open_checkpoint
-from engines.checkpoints.controlnet import LatentCache
 from engines.errors import CheckpointError, JobError
 from engines.loader import load_engine
 from engines.models.controlnet import ControlConfig, ControlledTransformer, ControlNet, Injection
 from engines.models.pixels import PixelEncoder
 from engines.pipeline.engine import SprintEngine
+from engines.pipeline.latent_cache import LatentCache
 from engines.pipeline.text_stage import join, load_text_stage
 from engines.sampler import job_noise
 from engines.types import Engine, Job, Pixels

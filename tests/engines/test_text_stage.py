@@ -8,8 +8,9 @@ import torch
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
+from engines.pipeline.embedding_cache import EmbeddingCache, TextEmbedding
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
-from engines.pipeline.text_stage import EmbeddingCache, TextEmbedding, TextStage, join
+from engines.pipeline.text_stage import TextStage, join
 
 
 @pytest.fixture
