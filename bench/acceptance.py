@@ -19,7 +19,8 @@ from bench.figures import spread
 from bench.plan import Plan, SkippedError, Step
 from bench.subjects import STAGES, Diffusers, Ours, Subject, Task
 from distill.evaluate import evaluation_prompts
-from engines.backends.cuda_graph import CudaRecorder, HostRecorder
+from engines.backends.cuda.graphs import CudaRecorder, HostRecorder
+from engines.backends.parity import PICTURE_GATES, difference
 from engines.build import build
 from engines.build_spec import BuildSpec
 from engines.calibration import calibration_texts
@@ -27,7 +28,6 @@ from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError, SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
-from engines.parity import PICTURE_GATES, difference
 from engines.quantize import run_samples
 from engines.reference import peaks
 from engines.types import Engine, Job, RawImage

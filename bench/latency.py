@@ -30,9 +30,9 @@ from bench.shared_weights import SharedWeights
 from bench.subjects import DTYPES, STAGES, Diffusers, Made, Ours, Rival, Subject, Task
 from bench.traffic import Order, Traffic
 from distill.evaluate import evaluation_prompts
+from engines.backends.parity import difference
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.instruction import INSTRUCTION
-from engines.parity import difference
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.types import Pixels
 

@@ -22,9 +22,9 @@ from bench.figures import command, machine, table
 from bench.program import told
 from bench.subjects import DTYPES, Diffusers, Task
 from distill.evaluate import Generate, engine_generator, evaluate, evaluation_prompts
+from engines.backends.parity import Difference, difference
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
-from engines.parity import Difference, difference
 from engines.sampler import Schedule
 from engines.types import Pixels
 

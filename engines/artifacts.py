@@ -9,16 +9,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from engines.backends import openvino, tensorrt
-from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
+from engines.backends import openvino
+from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
+from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
-from engines.backends.spec import ModuleName
-from engines.backends.tensorrt import Scratch, TensorRtGraph
+from engines.backends.parity import GATES, PICTURE_GATES, difference
+from engines.backends.tensorrt import runtime as tensorrt
+from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
 from engines.manifest import Artifact, Manifest, read_manifest
-from engines.parity import GATES, PICTURE_GATES, difference
 from engines.reference import MODULES, load_reference
 from engines.targets import Target, module_dtype
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from engines.arithmetic import fp8_share
 from engines.artifacts import compile_graph, open_artifact
-from engines.backends.drop_in import Graph
-from engines.backends.spec import ModuleName
-from engines.backends.tensorrt import Scratch, TensorRtGraph
+from engines.backends.adapters import Graph
+from engines.backends.base import ModuleName
+from engines.backends.parity import GATES, PICTURE_GATES
+from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
 from engines.calibration import calibration_texts
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +30,6 @@ from engines.manifest import Artifact, FileRecord, Manifest, read_manifest
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.onnx_graph import OnnxGraph
-from engines.parity import GATES, PICTURE_GATES
 from engines.probe import GraphShape, probe_inputs
 from engines.quantize import exporting, narrowed, quantize
 from engines.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point

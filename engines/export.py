@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from engines.backends.spec import ModuleName
+from engines.backends.base import ModuleName
 from engines.errors import BuildError
 
 OPSET = 20  # QuantizeLinear of float8 with fp16 scales needs 19

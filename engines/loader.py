@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from engines.artifacts import load_artifacts
+from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
-from engines.backends.cuda_graph import CudaRecorder, GraphBook, Recorder
+from engines.backends.cuda.graphs import CudaRecorder, GraphBook, Recorder
 from engines.backends.eager import eager
-from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
-from engines.backends.torch_tensorrt import torch_tensorrt
+from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
 from engines.buckets import powers_of_two
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
@@ -65,7 +65,7 @@ def load_engine(
     one of PRECISIONS, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another
     autoencoder with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name
     where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
-    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE.
+    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engines.backends.spec import ModuleName
+from engines.backends.base import ModuleName
 from engines.errors import ArtifactError
 
 FORMAT = 1
@@ -34,7 +34,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One module at one size. `parity`: engines.parity.Difference, the gate that was kept, and of what it was taken."""
+    """One module at one size. `parity`: engines.backends.parity.Difference, the gate that was kept, and of what it was taken."""
 
     module: ModuleName
     size: tuple[int, int]  # (width, height) in pixels

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engines.backends.spec import ModuleName
+from engines.backends.base import ModuleName
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.backends.parity import difference
 from engines.calibration import Texts
 from engines.errors import BuildError
 from engines.export import quiet
-from engines.parity import difference
 from engines.sampler import angles_for, job_noise, sample
 
 LARGEST = 448.0  # of E4M3

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engines.backends.drop_in import Graph
-from engines.backends.spec import ModuleName
+from engines.backends.adapters import Graph
+from engines.backends.base import ModuleName
+from engines.backends.parity import Difference, difference
 from engines.errors import ArtifactError, ParityError
-from engines.parity import Difference, difference
 from engines.sampler import flow_time, input_scale
 
 MODULES: tuple[ModuleName, ...] = ("transformer", "decoder", "encoder")

@@ -7,8 +7,8 @@ from typing import cast
 
 import torch
 
+from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, check_cpu
-from engines.backends.spec import ModuleName
 from engines.device.hardware import Capability, Machine, dotted
 from engines.errors import BuildError
 

@@ -2,7 +2,7 @@
 
 Flags: fullgraph (a graph break would be a silent loss), dynamic=False (kernels for each bucket and size, compiled while
 the engine warms up), and on a GPU mode="max-autotune-no-cudagraphs" (kernels are timed; graphs are
-engines.backends.cuda_graph's business). torch keeps what it compiled on disk, under keys of its own, so each is held to
+engines.backends.cuda.graphs's business). torch keeps what it compiled on disk, under keys of its own, so each is held to
 the module when it first runs.
 """
 
@@ -12,19 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.drop_in import (
-    DecoderDropIn,
-    EncoderDropIn,
-    Graph,
-    ModuleGraph,
-    Side,
-    TransformerDropIn,
-    padded,
-)
+from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, ModuleGraph, Side, TransformerDropIn, padded
+from engines.backends.base import ModuleSpec
 from engines.backends.eager import laid_out
-from engines.backends.spec import ModuleSpec
+from engines.backends.parity import check_compiled
 from engines.buckets import powers_of_two, smallest_fitting
-from engines.parity import check_compiled
 
 _SHAPES = 64  # compiled per module at most; torch's own limit of 8 counts all modules of a class together
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engines.backends.drop_in import padded
+from engines.backends.adapters import padded
 from engines.buckets import smallest_fitting
 from engines.device.hardware import cpu_flags
 from engines.errors import ArtifactError, BackendError
@@ -45,7 +45,7 @@ def check_cpu(precision: CpuPrecision) -> None:
 
 
 class OpenVinoGraph:
-    """engines.backends.drop_in.Graph over one .xml of `convert`.
+    """engines.backends.adapters.Graph over one .xml of `convert`.
 
     buckets: ascending batch sizes; a batch runs in the smallest that holds it, padded by its last row. cache: folder
     for compiled models, in one folder for each set of what OpenVINO's key leaves out; one that cannot be written, or

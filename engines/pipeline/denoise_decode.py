@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.backends.cuda_graph import InputSpec
+from engines.backends.cuda.graphs import InputSpec
 from engines.sampler import sample
 
 Inputs = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cuda_graph import GraphBook
+from engines.backends.cuda.graphs import GraphBook
 from engines.buckets import smallest_fitting
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch

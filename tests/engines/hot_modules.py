@@ -9,7 +9,7 @@ from small_checkpoint import heat
 from torch import nn
 
 from distill.recipe import tiny
-from engines.backends.spec import ModuleName
+from engines.backends.base import ModuleName
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
 from engines.models.dcae import Autoencoder
 from engines.models.pixels import PixelDecoder, PixelEncoder

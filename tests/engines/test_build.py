@@ -22,16 +22,16 @@ from torch import Tensor, nn
 import build_engine
 from engines import build as building
 from engines.artifacts import open_artifact
-from engines.backends.cuda_graph import HostRecorder
+from engines.backends.cuda.graphs import HostRecorder
 from engines.backends.openvino import OpenVinoGraph, has_bf16
-from engines.backends.tensorrt import Scratch
+from engines.backends.parity import Difference, difference
+from engines.backends.tensorrt.runtime import Scratch
 from engines.build import _Work, build, silent
 from engines.build_spec import BuildSpec
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
 from engines.manifest import NAME, Artifact, FileRecord, read_manifest
-from engines.parity import Difference, difference
 from engines.pipeline.engine import SprintEngine
 from engines.reference import load_reference
 from engines.targets import Target
@@ -123,7 +123,7 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
     work = _Work(spec(small_pictures, tmp_path, "fp16"), open_checkpoint(str(small_pictures)), target, tmp_path, silent)
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
-    monkeypatch.setattr("engines.backends.tensorrt.vendor", lambda _: fake_tensorrt)
+    monkeypatch.setattr("engines.backends.tensorrt.runtime.vendor", lambda _: fake_tensorrt)
     record = FileRecord.of(tmp_path / "module.engine")
     work.open(Artifact("decoder", (64, 64), "fp16", (1, 2), 1.0, (record,), {}, {}))
     assert work.layers == {("decoder", (64, 64)): {"layers_by_precision": {"FP16": 4, "FP8": 3, "FP32": 1}}}

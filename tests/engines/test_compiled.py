@@ -7,10 +7,10 @@ import torch
 from hot_modules import SHAPE, TRANSFORMER, hot_module, hot_transformer
 
 from engines.backends import compiled as backend
+from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
-from engines.backends.spec import ModuleName, ModuleSpec
+from engines.backends.parity import GATES, difference
 from engines.errors import ParityError
-from engines.parity import GATES, difference
 from engines.probe import probe_inputs
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends.cpu_decoder import IN_8_BITS, CpuDecoder
-from engines.backends.cpu_int8 import Int8Conv, has_int8, quantised
+from engines.backends.cpu.decoder import IN_8_BITS, CpuDecoder
+from engines.backends.cpu.int8 import Int8Conv, has_int8, quantised
+from engines.backends.parity import difference
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
 from engines.models.dcae import AutoencoderConfig, Decoder
-from engines.parity import difference
 from engines.types import Job
 
 pytestmark = pytest.mark.skipif(not has_int8(), reason="this CPU has no 8-bit products (AVX512-VNNI)")
@@ -95,7 +95,7 @@ def test_strips_join_into_the_picture(kernel: int) -> None:
 @pytest.mark.parametrize("numbers", [2**23, 2**13])
 @pytest.mark.parametrize("upsampling", ["interpolate", "pixel_shuffle"])
 def test_a_decoder_keeps_its_shortcuts_exact(upsampling: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.backends.cpu_conv.STRIP", numbers)
+    monkeypatch.setattr("engines.backends.cpu.convolution.STRIP", numbers)
     config = AutoencoderConfig.from_dict({**WIDE.to_dict(), "upsample_block_type": upsampling})
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends.cpu_winograd import WinogradConv
-from engines.parity import difference
+from engines.backends.cpu.winograd import WinogradConv
+from engines.backends.parity import difference
 
 
 def seeded_conv(bias: bool = True) -> nn.Conv2d:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.backends.cuda_graph import (
+from engines.backends.cuda.graphs import (
     WARM_UPS,
     Chain,
     CudaRecorder,

@@ -7,13 +7,13 @@ import torch
 from hot_modules import AUTOENCODER
 from small_checkpoint import heat
 
-from engines.backends.cpu_decoder import CpuDecoder
+from engines.backends.base import ModuleSpec
+from engines.backends.cpu.decoder import CpuDecoder
 from engines.backends.eager import eager
-from engines.backends.spec import ModuleSpec
+from engines.backends.parity import difference
 from engines.models.dcae import Autoencoder, AutoencoderConfig, Upsample
 from engines.models.folding import FoldedUpsample, fold
 from engines.models.pixels import PixelDecoder
-from engines.parity import difference
 
 SPEC = ModuleSpec("decoder", torch.float32, torch.device("cpu"), max_batch=4)
 
@@ -77,7 +77,7 @@ def test_strips_change_nothing(
     """As few rows at a time as may be, and a few more, so that the last strip is shorter, down to one row."""
     x = latents(config, 2, *cells)
     expected = autoencoder(config).decoder(x)
-    monkeypatch.setattr("engines.backends.cpu_conv.STRIP", numbers)
+    monkeypatch.setattr("engines.backends.cpu.convolution.STRIP", numbers)
     found = CpuDecoder(autoencoder(config).decoder)(x)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 

@@ -10,12 +10,12 @@ import torch
 from hot_modules import SHAPE, hot_controlled, hot_module, hot_transformer
 from torch import Tensor, nn
 
-from engines.backends.spec import ModuleName
+from engines.backends.base import ModuleName
+from engines.backends.parity import GATES, difference
 from engines.errors import BuildError
 from engines.export import OUTPUTS, export_onnx, onnx_files
 from engines.models.controlnet import Injection
 from engines.models.transformer import SPRINT_0_6B
-from engines.parity import GATES, difference
 from engines.probe import probe_inputs
 
 onnx = pytest.importorskip("onnx", reason="the extra 'build' is not installed")

@@ -15,7 +15,7 @@ from small_checkpoint import heat, save_checkpoint, with_settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.backends.cuda_graph import GraphKey, HostRecorder
+from engines.backends.cuda.graphs import GraphKey, HostRecorder
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError
 from engines.loader import load_engine

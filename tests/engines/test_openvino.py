@@ -13,13 +13,13 @@ from hot_modules import SHAPE, hot_module
 from torch import Tensor
 
 from engines.backends import openvino as backend
-from engines.backends.drop_in import DecoderDropIn, EncoderDropIn, TransformerDropIn, built_for
+from engines.backends.adapters import DecoderDropIn, EncoderDropIn, TransformerDropIn, built_for
+from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert, has_bf16
-from engines.backends.spec import ModuleName
+from engines.backends.parity import GATES, difference
 from engines.device.hardware import Machine
 from engines.errors import ArtifactError, BackendError
 from engines.export import export_onnx
-from engines.parity import GATES, difference
 from engines.probe import probe_inputs
 from engines.targets import resolve
 

@@ -5,8 +5,8 @@ import torch
 from hot_modules import SHAPE, hot_transformer
 from torch import Tensor, nn
 
+from engines.backends.parity import GATES, Gate, difference
 from engines.errors import ParityError
-from engines.parity import GATES, Gate, difference
 from engines.probe import probe_inputs
 
 # Module of a block -> what is left in its place.

@@ -8,13 +8,13 @@ from hot_modules import SHAPE, hot_transformer
 from torch import Tensor, nn
 
 from engines.arithmetic import fp8_share
-from engines.backends.tensorrt import build_engine
+from engines.backends.parity import GATES, difference
+from engines.backends.tensorrt.runtime import build_engine
 from engines.calibration import Texts
 from engines.errors import BuildError
 from engines.export import export_onnx
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer
 from engines.onnx_graph import OnnxGraph
-from engines.parity import GATES, difference
 from engines.probe import probe_inputs
 from engines.quantize import TABLE, decide, exporting, narrowed, quantised_layers, quantize, run_samples, sensitivity
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.backends.spec import ModuleName
+from engines.backends.base import ModuleName
 from engines.device.hardware import Machine, _cpu_name, _driver, dotted, this_machine
 from engines.errors import BuildError
 from engines.targets import Target, module_dtype, module_precision, resolve

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hot_modules import SHAPE, hot_module
 
-from engines.backends.spec import ModuleName
-from engines.backends.tensorrt import Scratch, TensorRtGraph, build_engine, vendor
-from engines.backends.tensorrt_log import Log, tidy
+from engines.backends.base import ModuleName
+from engines.backends.tensorrt.log import Log, tidy
+from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph, build_engine, vendor
 from engines.errors import ArtifactError, BackendError, BuildError
 from engines.export import export_onnx
 from engines.probe import probe_inputs

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engines.artifacts import LoadedModules
-from engines.backends.tensorrt import Scratch, TensorRtGraph, build_engine
-from engines.backends.tensorrt_log import Log
+from engines.backends.tensorrt.log import Log
+from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph, build_engine
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 from engines.reference import MODULES
 

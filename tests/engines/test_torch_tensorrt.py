@@ -9,8 +9,8 @@ import pytest
 import torch
 from hot_modules import SHAPE, hot_module
 
-from engines.backends.spec import ModuleName, ModuleSpec
-from engines.backends.torch_tensorrt import drop_in, load_vendor, torch_tensorrt
+from engines.backends.base import ModuleName, ModuleSpec
+from engines.backends.tensorrt.torch_tensorrt import drop_in, load_vendor, torch_tensorrt
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
 from engines.probe import probe_inputs
@@ -111,7 +111,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, small_pictu
     def absent(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr("engines.backends.torch_tensorrt.import_module", absent)
+    monkeypatch.setattr("engines.backends.tensorrt.torch_tensorrt.import_module", absent)
     with pytest.raises(
         BackendError, match=r"^torch-tensorrt: the package is missing; pip install '\.\[torch-tensorrt\]'$"
     ):
@@ -130,7 +130,7 @@ def test_a_package_that_cannot_be_used_says_why(error: Exception, monkeypatch: p
     def unusable(_: str) -> Any:
         raise error
 
-    monkeypatch.setattr("engines.backends.torch_tensorrt.import_module", unusable)
+    monkeypatch.setattr("engines.backends.tensorrt.torch_tensorrt.import_module", unusable)
     with pytest.raises(BackendError, match=f"cannot be used here: {str(error).splitlines()[0]}$"):
         load_vendor()
 

@@ -17,21 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.drop_in import (
-    DecoderDropIn,
-    EncoderDropIn,
-    Graph,
-    ModuleGraph,
-    Side,
-    TransformerDropIn,
-    padded,
-)
-from engines.backends.spec import ModuleSpec
+from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, ModuleGraph, Side, TransformerDropIn, padded
+from engines.backends.base import ModuleSpec
+from engines.backends.parity import check_compiled
 from engines.buckets import powers_of_two, smallest_fitting
 from engines.device.hardware import dotted, this_machine
 from engines.errors import BackendError, ParityError
 from engines.export import quiet
-from engines.parity import check_compiled
 
 CACHE_BYTES = 20 * 2**30  # of engines; the oldest go first
 
@@ -82,7 +74,7 @@ def load_vendor() -> Any:
 
 
 class Programs:
-    """engines.backends.drop_in.Graph of one module at one size: a compiled program per batch bucket."""
+    """engines.backends.adapters.Graph of one module at one size: a compiled program per batch bucket."""
 
     def __init__(self, vendor: Any, module: nn.Module, folder: Path, name: str, spec: ModuleSpec):
         self._vendor, self._module, self._folder, self._name = vendor, module, folder, name

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu_conv import Edges, packed
+from engines.backends.cpu.convolution import Edges, packed
 
 _AT_ONCE = 4  # rows of the result
 _A, _B = 3 / 2, 2 / 3
@@ -26,7 +26,7 @@ _ALONG = (_PADDING, [1, 1], [1, 1], 1)  # and its stride, dilation and groups
 
 
 class WinogradConv:
-    """A 3x3 convolution of stride 1, padded by one, as `engines.backends.cpu_conv.PackedConv`."""
+    """A 3x3 convolution of stride 1, padded by one, as `engines.backends.cpu.convolution.PackedConv`."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         weight = conv.weight.detach()

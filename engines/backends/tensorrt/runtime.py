@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.backends.drop_in import padded
-from engines.backends.tensorrt_log import Log, tidy, uncollected
+from engines.backends.adapters import padded
+from engines.backends.tensorrt.log import Log, tidy, uncollected
 from engines.buckets import smallest_fitting
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 
@@ -190,7 +190,7 @@ def _kind(text: str) -> str:
 
 
 class TensorRtGraph:
-    """engines.backends.drop_in.Graph over a built engine: device pointers in, device pointers out, torch's stream.
+    """engines.backends.adapters.Graph over a built engine: device pointers in, device pointers out, torch's stream.
 
     Each bucket has an execution context of its own, made when it is first used, and `replica` gives another set,
     because a CUDA graph keeps the addresses of the context that it was captured from. Batches beyond the largest bucket

@@ -1,8 +1,8 @@
 """The decoder on a CPU: its convolutions as oneDNN wants them, and few passes over memory between them.
 
 Weights are packed once instead of at every call, SiLU is computed inside the convolution before it, upsampling is
-folded (engines.models.folding), 3x3 convolutions take half of their products (engines.backends.cpu_winograd), a block
-is computed strip by strip (engines.backends.cpu_conv) and added to its picture in place, and norm and attention run
+folded (engines.models.folding), 3x3 convolutions take half of their products (engines.backends.cpu.winograd), a block
+is computed strip by strip (engines.backends.cpu.convolution) and added to its picture in place, and norm and attention run
 slice by slice, so that their fp32 intermediates stay in the cache. All tensors are channels-last, in which a norm over
 channels needs no transposition.
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu_conv import PackedConv, Strip, WideConv, change, conv_of, rows_of, slices_of, strips_of
-from engines.backends.cpu_int8 import Int8Conv
-from engines.backends.cpu_winograd import WinogradConv
+from engines.backends.cpu.convolution import PackedConv, Strip, WideConv, change, conv_of, rows_of, slices_of, strips_of
+from engines.backends.cpu.int8 import Int8Conv
+from engines.backends.cpu.winograd import WinogradConv
 from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv, RMSNorm

@@ -11,7 +11,7 @@ Shapes: [B, C, H, W], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu_conv import TYPICAL, Edges, rows_of, slices_of
+from engines.backends.cpu.convolution import TYPICAL, Edges, rows_of, slices_of
 
 _LEVELS = 254  # of 256: the zero is rounded, which may shift the range by half a level
 _ROUNDER = 1.5 * 2**23  # added to a small number in fp32, leaves it rounded in the lowest bits: fp32 has 24 of them
@@ -23,7 +23,7 @@ def has_int8() -> bool:
 
 
 class Int8Conv:
-    """A convolution of stride 1 as `engines.backends.cpu_conv.PackedConv`, computed in 8 bits."""
+    """A convolution of stride 1 as `engines.backends.cpu.convolution.PackedConv`, computed in 8 bits."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         assert not isinstance(conv.padding, str)

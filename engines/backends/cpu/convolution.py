@@ -115,7 +115,7 @@ class Strip:
 def strips_of(picture: Tensor, widest: int) -> list[Strip]:
     """All rows of a picture, as many at once as hold some millions of numbers at so many channels, the most on the way.
 
-    Fours of them, as engines.backends.cpu_winograd makes them.
+    Fours of them, as engines.backends.cpu.winograd makes them.
     """
     height, width = picture.shape[2:]
     step = max(1, STRIP // (widest * width) // 4) * 4
