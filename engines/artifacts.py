@@ -14,7 +14,8 @@ from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side,
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.parity import GATES, PICTURE_GATES, difference
-from engines.backends.tensorrt import runtime as tensorrt
+from engines.backends.tensorrt import builder as tensorrt
+from engines.backends.tensorrt import vendor
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
@@ -40,7 +41,7 @@ def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int
         return Compiled(openvino.convert(graph, stem))
     assert target.capability is not None
     plan = stem.with_suffix(".engine")
-    vendor = tensorrt.vendor(target.vendor)
+    vendor = vendor.vendor(target.vendor)
     details = tensorrt.build_engine(vendor, graph, plan, batches, target.capability, timing_cache)
     return Compiled([plan], details)
 
@@ -52,7 +53,7 @@ def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact, s
     if backend == "openvino":
         return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, cache)
     jit_cache = cache.with_suffix(".jit")
-    return TensorRtGraph(tensorrt.vendor(vendor), path, artifact.batches, jit_cache, scratch)
+    return TensorRtGraph(vendor.vendor(vendor), path, artifact.batches, jit_cache, scratch)
 
 
 def _digest(artifact: Artifact) -> str:

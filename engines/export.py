@@ -6,10 +6,7 @@ the module computes in fp32 (norm statistics, linear attention, time embedding) 
 image-to-image its time. Source of the route: torch.onnx, dynamo exporter.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from engines.backends.base import ModuleName
+from engines.backends.quiet import quiet
 from engines.errors import BuildError
 
 OPSET = 20  # QuantizeLinear of float8 with fp16 scales needs 19
@@ -95,19 +93,6 @@ def _fold(model: Any) -> None:
         optimizer.inline(model)
         optimizer.fold_constants(model)
         optimizer.remove_unused_nodes(model)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what torch's exporter says of its own internals (deprecations, absent torchvision); errors pass."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _open_batch(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.parity import difference
+from engines.backends.quiet import quiet
 from engines.calibration import Texts
 from engines.errors import BuildError
-from engines.export import quiet
 from engines.sampler import angles_for, job_noise, sample
 
 LARGEST = 448.0  # of E4M3

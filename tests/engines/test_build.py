@@ -123,7 +123,7 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
     work = _Work(spec(small_pictures, tmp_path, "fp16"), open_checkpoint(str(small_pictures)), target, tmp_path, silent)
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
-    monkeypatch.setattr("engines.backends.tensorrt.runtime.vendor", lambda _: fake_tensorrt)
+    monkeypatch.setattr("engines.backends.tensorrt.vendor.vendor", lambda _: fake_tensorrt)
     record = FileRecord.of(tmp_path / "module.engine")
     work.open(Artifact("decoder", (64, 64), "fp16", (1, 2), 1.0, (record,), {}, {}))
     assert work.layers == {("decoder", (64, 64)): {"layers_by_precision": {"FP16": 4, "FP8": 3, "FP32": 1}}}

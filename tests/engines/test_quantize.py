@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engines.arithmetic import fp8_share
 from engines.backends.parity import GATES, difference
-from engines.backends.tensorrt.runtime import build_engine
+from engines.backends.tensorrt.builder import build_engine
 from engines.calibration import Texts
 from engines.errors import BuildError
 from engines.export import export_onnx

@@ -14,8 +14,10 @@ import torch
 from hot_modules import SHAPE, hot_module
 
 from engines.backends.base import ModuleName
+from engines.backends.tensorrt.builder import build_engine
 from engines.backends.tensorrt.log import Log, tidy
-from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph, build_engine, vendor
+from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
+from engines.backends.tensorrt.vendor import vendor
 from engines.errors import ArtifactError, BackendError, BuildError
 from engines.export import export_onnx
 from engines.probe import probe_inputs

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from engines.artifacts import LoadedModules
+from engines.backends.tensorrt.builder import build_engine
 from engines.backends.tensorrt.log import Log
-from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph, build_engine
+from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
 from engines.reference import MODULES
 
