@@ -34,7 +34,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One module at one size. `parity`: engines.backends.parity.Difference, the gate that was kept, and of what it was taken."""
+    """One module at one size. `parity`: engines.backends.parity.Difference, the gate that was kept, and of what it was
+    taken."""
 
     module: ModuleName
     size: tuple[int, int]  # (width, height) in pixels

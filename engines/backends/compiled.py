@@ -2,7 +2,7 @@
 
 Flags: fullgraph (a graph break would be a silent loss), dynamic=False (kernels for each bucket and size, compiled while
 the engine warms up), and on a GPU mode="max-autotune-no-cudagraphs" (kernels are timed; graphs are
-engines.backends.cuda.graphs's business). torch keeps what it compiled on disk, under keys of its own, so each is held to
+engines.backends.cuda.graphs' business). torch keeps what it compiled on disk, under keys of its own, so each is held to
 the module when it first runs.
 """
 

@@ -2,9 +2,9 @@
 
 Weights are packed once instead of at every call, SiLU is computed inside the convolution before it, upsampling is
 folded (engines.models.folding), 3x3 convolutions take half of their products (engines.backends.cpu.winograd), a block
-is computed strip by strip (engines.backends.cpu.convolution) and added to its picture in place, and norm and attention run
-slice by slice, so that their fp32 intermediates stay in the cache. All tensors are channels-last, in which a norm over
-channels needs no transposition.
+is computed strip by strip (engines.backends.cpu.convolution) and added to its picture in place, and norm and attention
+run slice by slice, so that their fp32 intermediates stay in the cache. All tensors are channels-last, in which a norm
+over channels needs no transposition.
 
 Shapes: [B, C, H, W], channels-last in memory; a picture has B = 1.
 """

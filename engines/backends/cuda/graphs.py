@@ -45,7 +45,7 @@ Replay = Callable[[], None]
 
 
 class Chain(Protocol):
-    """Denoise and decode (engines.pipeline.denoise_decode); outputs have the batch first, `lap` is called between the two."""
+    """Denoise and decode (engines.pipeline.denoise_decode); outputs have the batch first; `lap` is called between."""
 
     def __call__(self, inputs: Inputs, lap: Callable[[], object]) -> tuple[Tensor, ...]: ...
 

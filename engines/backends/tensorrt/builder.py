@@ -1,11 +1,17 @@
-"""Strongly typed ONNX to a TensorRT engine."""
+"""Strongly typed ONNX to a TensorRT engine.
+
+One builder serves both vendors, given as a module: `tensorrt` (10 and 11, on the card) and `tensorrt_rtx` (ahead of
+time, for a compute capability that need not be here). Precision lives in the graph alone; no flag of TensorRT 10's weak
+typing is used, because 11 has none. One optimisation profile per batch bucket, min = best = max: kernels are chosen for
+the very shapes that run, and a CUDA graph's context never changes shape.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.backends.tensorrt.log import Log, tidy, uncollected
-from engines.backends.tensorrt.runtime import Capability
+from engines.device.hardware import Capability
 from engines.errors import BuildError
 
 

@@ -1,10 +1,4 @@
-"""TensorRT: strongly typed ONNX to an engine, and the engine as a torch callable.
-
-One builder serves both vendors, given as a module: `tensorrt` (10 and 11, on the card) and `tensorrt_rtx` (ahead of
-time, for a compute capability that need not be here). Precision lives in the graph alone; no flag of TensorRT 10's weak
-typing is used, because 11 has none. One optimisation profile per batch bucket, min = best = max: kernels are chosen for
-the very shapes that run, and a CUDA graph's context never changes shape.
-"""
+"""A TensorRT engine as a torch callable, with a profile and a context for each batch bucket."""
 
 import json
 import re
@@ -21,7 +15,6 @@ from engines.backends.tensorrt.log import Log, uncollected
 from engines.buckets import smallest_fitting
 from engines.errors import ArtifactError, BackendError, OutOfMemoryError
 
-Capability = tuple[int, int]
 _DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
