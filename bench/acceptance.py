@@ -19,6 +19,7 @@ from bench.figures import spread
 from bench.plan import Plan, SkippedError, Step
 from bench.subjects import STAGES, Diffusers, Ours, Subject, Task
 from distill.evaluate import evaluation_prompts
+from engines.artifacts.reference import peaks
 from engines.backends.cuda.graphs import CudaRecorder, HostRecorder
 from engines.backends.parity import PICTURE_GATES, difference
 from engines.build import build
@@ -29,7 +30,6 @@ from engines.errors import BackendError, OutOfMemoryError, SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
 from engines.quantize import run_samples
-from engines.reference import peaks
 from engines.types import Engine, Job, RawImage
 
 T = TypeVar("T")

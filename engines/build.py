@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from engines.arithmetic import fp8_share
-from engines.artifacts import compile_graph, open_artifact
+from engines.artifacts.loading import compile_graph, open_artifact
+from engines.artifacts.manifest import Artifact, FileRecord, Manifest, read_manifest
+from engines.artifacts.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, PICTURE_GATES
@@ -26,13 +28,11 @@ from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.device.hardware import Machine, dotted, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.export import export_onnx, onnx_files
-from engines.manifest import Artifact, FileRecord, Manifest, read_manifest
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.onnx_graph import OnnxGraph
 from engines.probe import GraphShape, probe_inputs
 from engines.quantize import exporting, narrowed, quantize
-from engines.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.staging import staging
 from engines.targets import Target, module_dtype, module_precision, resolve
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engines.artifacts import load_artifacts
+from engines.artifacts.loading import load_artifacts
+from engines.artifacts.manifest import read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
 from engines.backends.cuda.graphs import CudaRecorder, GraphBook, Recorder
@@ -20,7 +21,6 @@ from engines.buckets import powers_of_two
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
 from engines.errors import BackendError, CheckpointError
-from engines.manifest import read_manifest
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline.denoise_decode import Chain, input_specs

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
+from engines.artifacts.manifest import NAME
 from engines.errors import BuildError
-from engines.manifest import NAME
 
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file size limit reached"}
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import build_engine
 from engines import build as building
-from engines.artifacts import open_artifact
+from engines.artifacts.loading import open_artifact
+from engines.artifacts.manifest import NAME, Artifact, FileRecord, read_manifest
+from engines.artifacts.reference import load_reference
 from engines.backends.cuda.graphs import HostRecorder
 from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.parity import Difference, difference
@@ -31,9 +33,7 @@ from engines.build_spec import BuildSpec
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
-from engines.manifest import NAME, Artifact, FileRecord, read_manifest
 from engines.pipeline.engine import SprintEngine
-from engines.reference import load_reference
 from engines.targets import Target
 from engines.types import Job
 

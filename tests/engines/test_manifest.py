@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.artifacts.manifest import Artifact, FileRecord, Manifest, read_manifest
 from engines.errors import ArtifactError
-from engines.manifest import Artifact, FileRecord, Manifest, read_manifest
 
 ADA = Manifest(
     checkpoint="models/tiny",

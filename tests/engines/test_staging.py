@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.artifacts.manifest import NAME
 from engines.errors import BuildError
-from engines.manifest import NAME
 from engines.staging import staging
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.artifacts import LoadedModules
+from engines.artifacts.loading import LoadedModules
+from engines.artifacts.reference import MODULES
 from engines.backends.tensorrt.builder import build_engine
 from engines.backends.tensorrt.log import Log
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.errors import ArtifactError, BackendError, BuildError, OutOfMemoryError
-from engines.reference import MODULES
 
 STREAM = 7
 CPU = torch.device("cpu")

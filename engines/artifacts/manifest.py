@@ -71,7 +71,7 @@ class Manifest:
     fingerprint: str  # of everything above, and of the code that builds
     seconds: float
     pictures: Mapping[str, Mapping[str, object]]  # "WxH" -> parity of the decoded image, end to end
-    references: Mapping[str, FileRecord]  # "WxH" -> the fp32 inputs and outputs (engines.reference)
+    references: Mapping[str, FileRecord]  # "WxH" -> the fp32 inputs and outputs (engines.artifacts.reference)
     artifacts: tuple[Artifact, ...]
     format: int = FORMAT
 

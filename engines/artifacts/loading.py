@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from engines.artifacts.manifest import Artifact, Manifest, read_manifest
+from engines.artifacts.reference import MODULES, load_reference
 from engines.backends import openvino
 from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
 from engines.backends.base import ModuleName
@@ -20,8 +22,6 @@ from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
-from engines.manifest import Artifact, Manifest, read_manifest
-from engines.reference import MODULES, load_reference
 from engines.targets import Target, module_dtype
 
 CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
