@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engines.arithmetic import fp8_share
 from engines.artifacts.loading import compile_graph, open_artifact
 from engines.artifacts.manifest import Artifact, FileRecord, Manifest, read_manifest
+from engines.artifacts.precision import module_dtype, module_precision
 from engines.artifacts.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
@@ -34,7 +35,7 @@ from engines.onnx_graph import OnnxGraph
 from engines.probe import GraphShape, probe_inputs
 from engines.quantize import exporting, narrowed, quantize
 from engines.staging import staging
-from engines.targets import Target, module_dtype, module_precision, resolve
+from engines.targets import Target, resolve
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
 

@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast
 
-import torch
-
-from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, check_cpu
 from engines.device.hardware import Capability, Machine, dotted
 from engines.errors import BuildError
 
 GPUS: Mapping[str, Capability] = {"h100": (9, 0), "rtx4090": (8, 9)}
 _MEMORY: Mapping[str, float] = {"h100": 80e9, "rtx4090": 24e9}
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CPU_PRECISIONS = ("fp32", "bf16")
 GPU_PRECISIONS = ("fp16", "bf16", "fp8", "fp32")
 # The first compute capability with the arithmetic.
@@ -31,16 +27,6 @@ class Target:
     capability: Capability | None  # None: the CPU
     executable: bool  # here, where it is built
     memory: float | None = None  # bytes of the card
-
-
-def module_precision(precision: str, name: ModuleName) -> str:
-    """Of one module: with fp8 only the transformer's matrix products take it, the autoencoder runs in fp16."""
-    return "fp16" if precision == "fp8" and name != "transformer" else precision
-
-
-def module_dtype(precision: str) -> torch.dtype:
-    """Of a module's weights and half-precision inputs; fp8 graphs are fp16 graphs with quantised products."""
-    return DTYPES["fp16" if precision == "fp8" else precision]
 
 
 def resolve(

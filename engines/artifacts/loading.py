@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.artifacts.manifest import Artifact, Manifest, read_manifest
+from engines.artifacts.precision import module_dtype
 from engines.artifacts.reference import MODULES, load_reference
 from engines.backends import openvino
 from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
@@ -22,7 +23,7 @@ from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
-from engines.targets import Target, module_dtype
+from engines.targets import Target
 
 CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
 
