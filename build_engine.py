@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engines.build import Built, build
-from engines.build_spec import BuildSpec
+from engines.build.builder import Built, build
+from engines.build.spec import BuildSpec
+from engines.build.targets import GPU_PRECISIONS, GPUS
 from engines.errors import SprintError
-from engines.targets import GPU_PRECISIONS, GPUS
 
 
 def parse(arguments: list[str]) -> BuildSpec:

@@ -22,14 +22,14 @@ from distill.evaluate import evaluation_prompts
 from engines.artifacts.reference import peaks
 from engines.backends.cuda.graphs import CudaRecorder, HostRecorder
 from engines.backends.parity import PICTURE_GATES, difference
-from engines.build import build
-from engines.build_spec import BuildSpec
-from engines.calibration import calibration_texts
+from engines.build.builder import build
+from engines.build.calibration import calibration_texts
+from engines.build.quantization import run_samples
+from engines.build.spec import BuildSpec
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError, SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
-from engines.quantize import run_samples
 from engines.types import Engine, Job, RawImage
 
 T = TypeVar("T")

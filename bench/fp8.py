@@ -3,7 +3,7 @@
     python -m bench.fp8 --model tiny --prompts 500 --seeds 3
     python -m bench.fp8 --model sprint-0.6b --no-score --pictures 4
 
-fp8 is that of engines.quantize (E4M3, scales from real prompts), computed by rounding in PyTorch; everything else stays
+fp8 is that of engines.build.quantization (E4M3, scales from real prompts), computed by rounding in PyTorch; everything else stays
 in fp32, on any device. The score is of the tiny world (distill.evaluate). Sensitivity: SQNR of the decoded picture when
 one layer alone is quantised, against fp32. Prints tables, then one JSON document as the last line. Exit code 1: the
 score is further than --allowed from fp32's.
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from bench.figures import command, machine, table
 from bench.program import told
 from distill.evaluate import engine_generator, evaluate, evaluation_prompts
-from engines.calibration import Texts, calibration_texts
+from engines.build.calibration import Texts, calibration_texts
+from engines.build.quantization import decide, quantised_layers, quantize, run_samples, sensitivity
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
 from engines.models.transformer import SprintTransformer
-from engines.quantize import decide, quantised_layers, quantize, run_samples, sensitivity
 
 CPU = torch.device("cpu")
 

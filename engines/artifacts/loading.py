@@ -20,10 +20,10 @@ from engines.backends.parity import GATES, PICTURE_GATES, difference
 from engines.backends.tensorrt import builder as tensorrt
 from engines.backends.tensorrt import vendor
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
+from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
-from engines.targets import Target
 
 CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
 

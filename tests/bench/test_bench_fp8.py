@@ -8,8 +8,8 @@ import torch
 
 from bench import fp8, report
 from bench.fp8 import CPU, Quantised, main
+from engines.build.quantization import quantised_layers
 from engines.checkpoints.checkpoint import open_checkpoint
-from engines.quantize import quantised_layers
 
 pytest.importorskip("modelopt", reason="the extra 'build' is not installed")
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from distill.recipe import tiny
 from engines.backends.base import ModuleName
+from engines.build.example_inputs import GraphShape
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
 from engines.models.dcae import Autoencoder
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
-from engines.probe import GraphShape
 
 T = TypeVar("T")
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import build_engine
-from engines import build as building
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import NAME, Artifact, FileRecord, read_manifest
 from engines.artifacts.reference import load_reference
@@ -28,13 +27,14 @@ from engines.backends.cuda.graphs import HostRecorder
 from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.parity import Difference, difference
 from engines.backends.tensorrt.runtime import Scratch
-from engines.build import _Work, build, silent
-from engines.build_spec import BuildSpec
+from engines.build import builder as building
+from engines.build.builder import _Work, build, silent
+from engines.build.spec import BuildSpec
+from engines.build.targets import Target
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
 from engines.pipeline.engine import SprintEngine
-from engines.targets import Target
 from engines.types import Job
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")

@@ -7,7 +7,7 @@ import torch
 from hot_modules import RECIPE, hot_transformer
 
 from engines.artifacts.reference import clean_latent, peaks, starting_point
-from engines.calibration import PROMPTS, calibration_texts
+from engines.build.calibration import PROMPTS, calibration_texts
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.checkpoints.random_weights import RandomWeights
 from engines.sampler import sample

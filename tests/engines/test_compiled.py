@@ -10,8 +10,8 @@ from engines.backends import compiled as backend
 from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
 from engines.backends.parity import GATES, difference
+from engines.build.example_inputs import probe_inputs
 from engines.errors import ParityError
-from engines.probe import probe_inputs
 
 CPU = torch.device("cpu")
 SIZE = (SHAPE.pixels[1], SHAPE.pixels[0])

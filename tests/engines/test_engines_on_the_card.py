@@ -8,8 +8,8 @@ import torch
 
 from engines.artifacts.manifest import read_manifest
 from engines.backends.parity import PICTURE_GATES, difference
-from engines.build import build
-from engines.build_spec import BuildSpec
+from engines.build.builder import build
+from engines.build.spec import BuildSpec
 from engines.device.hardware import dotted, this_machine
 from engines.loader import load_engine
 from engines.pipeline.engine import SprintEngine

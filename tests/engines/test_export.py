@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, difference
+from engines.build.example_inputs import probe_inputs
+from engines.build.onnx_export import OUTPUTS, export_onnx, onnx_files
 from engines.errors import BuildError
-from engines.export import OUTPUTS, export_onnx, onnx_files
 from engines.models.controlnet import Injection
 from engines.models.transformer import SPRINT_0_6B
-from engines.probe import probe_inputs
 
 onnx = pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 pytest.importorskip("onnxruntime", reason="the extra 'build' is not installed")
@@ -30,7 +30,7 @@ def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
-    from engines.onnx_graph import OnnxGraph
+    from engines.build.onnx_runner import OnnxGraph
 
     return OnnxGraph(path)(inputs)
 

@@ -17,11 +17,11 @@ from engines.backends.adapters import DecoderDropIn, EncoderDropIn, TransformerD
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert, has_bf16
 from engines.backends.parity import GATES, difference
+from engines.build.example_inputs import probe_inputs
+from engines.build.onnx_export import export_onnx
+from engines.build.targets import resolve
 from engines.device.hardware import Machine
 from engines.errors import ArtifactError, BackendError
-from engines.export import export_onnx
-from engines.probe import probe_inputs
-from engines.targets import resolve
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")

@@ -6,8 +6,8 @@ from hot_modules import SHAPE, hot_transformer
 from torch import Tensor, nn
 
 from engines.backends.parity import GATES, Gate, difference
+from engines.build.example_inputs import probe_inputs
 from engines.errors import ParityError
-from engines.probe import probe_inputs
 
 # Module of a block -> what is left in its place.
 NOTHING = ("attn1", "attn2", "ff")

@@ -7,16 +7,25 @@ import torch
 from hot_modules import SHAPE, hot_transformer
 from torch import Tensor, nn
 
-from engines.arithmetic import fp8_share
 from engines.backends.parity import GATES, difference
 from engines.backends.tensorrt.builder import build_engine
-from engines.calibration import Texts
+from engines.build.calibration import Texts
+from engines.build.example_inputs import probe_inputs
+from engines.build.fp8_coverage import fp8_share
+from engines.build.onnx_export import export_onnx
+from engines.build.onnx_runner import OnnxGraph
+from engines.build.quantization import (
+    TABLE,
+    decide,
+    exporting,
+    narrowed,
+    quantised_layers,
+    quantize,
+    run_samples,
+    sensitivity,
+)
 from engines.errors import BuildError
-from engines.export import export_onnx
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer
-from engines.onnx_graph import OnnxGraph
-from engines.probe import probe_inputs
-from engines.quantize import TABLE, decide, exporting, narrowed, quantised_layers, quantize, run_samples, sensitivity
 
 onnx = pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 pytest.importorskip("modelopt", reason="the extra 'build' is not installed")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engines.artifacts.manifest import NAME
+from engines.build.atomic_directory import staging
 from engines.errors import BuildError
-from engines.staging import staging
 
 
 def engines(folder: Path, content: str) -> Path:

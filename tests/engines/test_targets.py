@@ -7,9 +7,9 @@ import torch
 
 from engines.artifacts.precision import module_dtype, module_precision
 from engines.backends.base import ModuleName
+from engines.build.targets import Target, resolve
 from engines.device.hardware import Machine, _cpu_name, _driver, dotted, this_machine
 from engines.errors import BuildError
-from engines.targets import Target, resolve
 
 PLAIN = Machine("a CPU")
 ADA = Machine("a CPU", "NVIDIA GeForce RTX 4090", (8, 9), "580.1", 1e9)

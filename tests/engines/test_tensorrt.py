@@ -18,9 +18,9 @@ from engines.backends.tensorrt.builder import build_engine
 from engines.backends.tensorrt.log import Log, tidy
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.backends.tensorrt.vendor import vendor
+from engines.build.example_inputs import probe_inputs
+from engines.build.onnx_export import export_onnx
 from engines.errors import ArtifactError, BackendError, BuildError
-from engines.export import export_onnx
-from engines.probe import probe_inputs
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra 'tensorrt-rtx' is not installed: nothing is compiled here")
 onnx = pytest.importorskip("onnx", reason="the extra 'build' is not installed")

@@ -11,9 +11,9 @@ from hot_modules import SHAPE, hot_module
 
 from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.tensorrt.torch_tensorrt import drop_in, load_vendor, torch_tensorrt
+from engines.build.example_inputs import probe_inputs
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
-from engines.probe import probe_inputs
 
 SIZE = (SHAPE.width * SHAPE.compression, SHAPE.height * SHAPE.compression)
 

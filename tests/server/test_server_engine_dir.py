@@ -18,10 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines import build as building
 from engines.backends.openvino import has_bf16
-from engines.build import build
-from engines.build_spec import BuildSpec
+from engines.build import builder as building
+from engines.build.builder import build
+from engines.build.spec import BuildSpec
 from engines.loader import load_engine
 from engines.types import Engine, Job
 from server.errors import EXIT_START

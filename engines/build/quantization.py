@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engines.backends.parity import difference
 from engines.backends.quiet import quiet
-from engines.calibration import Texts
+from engines.build.calibration import Texts
 from engines.errors import BuildError
 from engines.sampler import angles_for, job_noise, sample
 
@@ -61,7 +61,7 @@ def decide(name: str) -> Row:
     for row in TABLE:
         if fnmatch.fnmatchcase(name, row.pattern):
             return row
-    raise BuildError(f"quantize: no row of engines.quantize.TABLE decides about {name!r}")
+    raise BuildError(f"quantize: no row of engines.build.quantization.TABLE decides about {name!r}")
 
 
 def quantised_layers(module: nn.Module) -> list[str]:

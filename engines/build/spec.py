@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import BuildError
-from engines.targets import Target
 
 Size = tuple[int, int]  # width, height in pixels
 

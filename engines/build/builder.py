@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.arithmetic import fp8_share
 from engines.artifacts.loading import compile_graph, open_artifact
 from engines.artifacts.manifest import Artifact, FileRecord, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype, module_precision
@@ -23,19 +22,20 @@ from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, PICTURE_GATES
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
-from engines.build_spec import BuildSpec, Size, completed, fingerprint_of, words
-from engines.calibration import calibration_texts
+from engines.build.atomic_directory import staging
+from engines.build.calibration import calibration_texts
+from engines.build.example_inputs import GraphShape, probe_inputs
+from engines.build.fp8_coverage import fp8_share
+from engines.build.onnx_export import export_onnx, onnx_files
+from engines.build.onnx_runner import OnnxGraph
+from engines.build.quantization import exporting, narrowed, quantize
+from engines.build.spec import BuildSpec, Size, completed, fingerprint_of, words
+from engines.build.targets import Target, resolve
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.device.hardware import Machine, dotted, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
-from engines.export import export_onnx, onnx_files
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.onnx_graph import OnnxGraph
-from engines.probe import GraphShape, probe_inputs
-from engines.quantize import exporting, narrowed, quantize
-from engines.staging import staging
-from engines.targets import Target, resolve
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
 
