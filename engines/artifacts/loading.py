@@ -1,8 +1,8 @@
 """Between a graph on disk and something that runs it: each backend's compiler and loader, by the manifest's words."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -12,39 +12,16 @@ from torch import Tensor
 from engines.artifacts.manifest import Artifact, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype
 from engines.artifacts.reference import MODULES, load_reference
-from engines.backends import openvino
 from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.parity import GATES, PICTURE_GATES, difference
-from engines.backends.tensorrt import builder as tensorrt
-from engines.backends.tensorrt import vendor
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
-from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
 from engines.errors import ParityError
 
 CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What a backend made of one graph, beside it."""
-
-    files: Sequence[Path]
-    details: Mapping[str, object] = field(default_factory=dict)
-
-
-def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int], timing_cache: Path) -> Compiled:
-    """Compiles an exported graph for `target` into files named `stem`.<suffix>. Raises BuildError, BackendError."""
-    if target.backend == "openvino":
-        return Compiled(openvino.convert(graph, stem))
-    assert target.capability is not None
-    plan = stem.with_suffix(".engine")
-    vendor = vendor.vendor(target.vendor)
-    details = tensorrt.build_engine(vendor, graph, plan, batches, target.capability, timing_cache)
-    return Compiled([plan], details)
 
 
 def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact, scratch: Scratch) -> Graph:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.artifacts.loading import compile_graph, open_artifact
+from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import Artifact, FileRecord, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype, module_precision
 from engines.artifacts.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
@@ -24,6 +24,7 @@ from engines.backends.parity import GATES, PICTURE_GATES
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.build.atomic_directory import staging
 from engines.build.calibration import calibration_texts
+from engines.build.compilation import compile_graph
 from engines.build.example_inputs import GraphShape, probe_inputs
 from engines.build.fp8_coverage import fp8_share
 from engines.build.onnx_export import export_onnx, onnx_files
