@@ -17,7 +17,6 @@ from engines.backends.compiled import compiled
 from engines.backends.cuda.graphs import CudaRecorder, GraphBook, Recorder
 from engines.backends.eager import eager
 from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
-from engines.buckets import powers_of_two
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
 from engines.errors import BackendError, CheckpointError
@@ -27,7 +26,7 @@ from engines.pipeline.denoise_decode import Chain, input_specs
 from engines.pipeline.engine import Books, LatentSpace, Modules, SprintEngine
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.types import Engine, EngineInfo, Limits
+from engines.types import Engine, EngineInfo, Limits, powers_of_two
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {

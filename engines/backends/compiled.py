@@ -16,7 +16,7 @@ from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Modul
 from engines.backends.base import ModuleSpec
 from engines.backends.eager import laid_out
 from engines.backends.parity import check_compiled
-from engines.buckets import powers_of_two, smallest_fitting
+from engines.types import powers_of_two, smallest_fitting
 
 _SHAPES = 64  # compiled per module at most; torch's own limit of 8 counts all modules of a class together
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from engines.backends.adapters import padded
-from engines.buckets import smallest_fitting
 from engines.device.hardware import cpu_flags
 from engines.errors import ArtifactError, BackendError
+from engines.types import smallest_fitting
 
 CpuPrecision = Literal["fp32", "bf16"]
 _HINT = {"fp32": "f32", "bf16": "bf16"}

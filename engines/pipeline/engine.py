@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.backends.cuda.graphs import GraphBook
-from engines.buckets import smallest_fitting
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError, OutputError
@@ -21,7 +20,7 @@ from engines.pipeline.denoise_decode import Chain
 from engines.pipeline.latent_cache import LatentCache
 from engines.pipeline.text_stage import TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
-from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.types import BatchKey, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds, smallest_fitting
 
 MAX_CONTROL_SCALE = 2
 

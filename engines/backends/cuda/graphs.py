@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engines.buckets import smallest_fitting
 from engines.device.timer import CudaMark, HostMark, Mark
+from engines.types import smallest_fitting
 
 WARM_UPS = 3
 

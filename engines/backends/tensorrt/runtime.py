@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engines.backends.adapters import padded
 from engines.backends.tensorrt.log import Log, uncollected
-from engines.buckets import smallest_fitting
 from engines.errors import ArtifactError, BackendError, OutOfMemoryError
+from engines.types import smallest_fitting
 
 _DTYPES = {
     "FLOAT": torch.float32,

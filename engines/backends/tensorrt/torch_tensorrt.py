@@ -21,9 +21,9 @@ from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Modul
 from engines.backends.base import ModuleSpec
 from engines.backends.parity import check_compiled
 from engines.backends.quiet import quiet
-from engines.buckets import powers_of_two, smallest_fitting
 from engines.device.hardware import dotted, this_machine
 from engines.errors import BackendError, ParityError
+from engines.types import powers_of_two, smallest_fitting
 
 CACHE_BYTES = 20 * 2**30  # of engines; the oldest go first
 
