@@ -16,6 +16,7 @@ from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side,
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.parity import GATES, PICTURE_GATES, difference
+from engines.backends.tensorrt import vendor as vendors
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import dotted, package_versions, this_machine
@@ -31,7 +32,7 @@ def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact, s
     if backend == "openvino":
         return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, cache)
     jit_cache = cache.with_suffix(".jit")
-    return TensorRtGraph(vendor.vendor(vendor), path, artifact.batches, jit_cache, scratch)
+    return TensorRtGraph(vendors.vendor(vendor), path, artifact.batches, jit_cache, scratch)
 
 
 def _digest(artifact: Artifact) -> str:

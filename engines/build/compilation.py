@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.backends import openvino
-from engines.backends.tensorrt import builder as tensorrt
 from engines.backends.tensorrt import vendor
+from engines.backends.tensorrt.builder import build_engine
 from engines.build.targets import Target
 
 
@@ -24,6 +24,6 @@ def compile_graph(target: Target, graph: Path, stem: Path, batches: Sequence[int
         return Compiled(openvino.convert(graph, stem))
     assert target.capability is not None
     plan = stem.with_suffix(".engine")
-    vendor = vendor.vendor(target.vendor)
-    details = tensorrt.build_engine(vendor, graph, plan, batches, target.capability, timing_cache)
+    package = vendor.vendor(target.vendor)
+    details = build_engine(package, graph, plan, batches, target.capability, timing_cache)
     return Compiled([plan], details)

@@ -43,8 +43,8 @@ def export_onnx(
 ) -> None:
     """Writes `module` to `path` (and `path`.data beside it where it is over 2 GB), named inputs and outputs.
 
-    translations: how custom torch operators become ONNX (engines.build.quantization). Raises BuildError where the package is
-    missing or an operator has no translation; OSError where the disk is full.
+    translations: how custom torch operators become ONNX (engines.build.quantization). Raises BuildError where the
+    package is missing or an operator has no translation; OSError where the disk is full.
     """
     try:
         import onnx  # noqa: F401  # torch imports it late, with a message of its own

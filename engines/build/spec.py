@@ -12,6 +12,8 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import BuildError
 
 Size = tuple[int, int]  # width, height in pixels
+ENGINES = Path(__file__).resolve().parents[1]
+_SOURCES = (".py", ".cu", ".cuh", ".cpp", ".c", ".h")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ def fingerprint_of(spec: BuildSpec, target: Target, checkpoint_sha256: str, vers
     digest = hashlib.sha256(
         repr((replace(spec, out=Path()), target, checkpoint_sha256, sorted(versions.items()))).encode()
     )
-    here = Path(__file__).resolve().parent
-    for path in sorted(here.rglob("*.py")):
-        digest.update(f"{path.relative_to(here)}\n".encode() + path.read_bytes())
+    for path in sources(ENGINES):
+        digest.update(f"{path.relative_to(ENGINES)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def sources(engines: Path) -> list[Path]:
+    """Every source below the folder of the engines, so that a changed model, backend or kernel builds anew."""
+    return sorted(path for path in engines.rglob("*") if path.suffix in _SOURCES and path.is_file())

@@ -28,10 +28,12 @@ from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.parity import Difference, difference
 from engines.backends.tensorrt.runtime import Scratch
 from engines.build import builder as building
+from engines.build import spec as building_spec
 from engines.build.builder import _Work, build, silent
-from engines.build.spec import BuildSpec
-from engines.build.targets import Target
+from engines.build.spec import BuildSpec, fingerprint_of
+from engines.build.targets import Target, resolve
 from engines.checkpoints.checkpoint import open_checkpoint
+from engines.device.hardware import Machine
 from engines.errors import ArtifactError, BackendError, BuildError, CheckpointError, ParityError, SprintError
 from engines.loader import load_engine
 from engines.pipeline.engine import SprintEngine
@@ -191,6 +193,32 @@ def test_any_change_builds_again(change: dict[str, object], copy: Path, small_pi
     with pytest.raises(StartedError):
         build(replace(spec(small_pictures, copy), **change), stop)
     assert read_manifest(copy).precision == "fp32", "a build that fails leaves the old engines"
+
+
+def test_a_change_in_any_room_is_another_fingerprint(
+    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = shutil.copytree(ROOT / "engines", tmp_path / "engines", ignore=shutil.ignore_patterns("__pycache__"))
+    assert building_spec.ENGINES == ROOT / "engines"
+    monkeypatch.setattr(building_spec, "ENGINES", engines)
+    asked, target = spec(small_pictures, tmp_path / "out"), resolve("cpu", "fp32", Machine("a CPU"))
+
+    def fingerprint() -> str:
+        return fingerprint_of(asked, target, "weights", {})
+
+    rooms = sorted({path.parent for path in engines.rglob("*.py")})
+    assert engines / "models" in rooms
+    assert engines / "backends" / "cpu" in rooms
+    before = fingerprint()
+    for room in rooms:
+        file = next(path for path in sorted(room.glob("*.py")))
+        kept = file.read_bytes()
+        file.write_bytes(kept + b"# changed\n")
+        assert fingerprint() != before, room
+        file.write_bytes(kept)
+    assert fingerprint() == before
+    (engines / "models" / "new.cu").touch()
+    assert fingerprint() != before
 
 
 def test_a_damaged_folder_is_built_again(copy: Path, small_pictures: Path) -> None:
