@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from bench.acceptance import accept
-from bench.errors import BenchError
-from bench.figures import command, machine, parse_size, table
+from bench.harness.cli import told
+from bench.harness.errors import BenchError
+from bench.harness.host import command, machine, parse_size, table
 from bench.plan import Plan, Step
-from bench.program import told
 from bench.roofline import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.hardware import dotted, this_machine

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.apart import apart
-from bench.errors import BenchError
-from bench.figures import spread
+from bench.harness.errors import BenchError
+from bench.harness.host import spread
+from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
+from bench.harness.subprocess_call import apart
 from bench.plan import Plan, SkippedError, Step
-from bench.subjects import STAGES, Diffusers, Ours, Subject, Task
 from distill.evaluate import evaluation_prompts
 from engines.artifacts.reference import peaks
 from engines.backends.cuda.graphs import CudaRecorder, HostRecorder

@@ -22,9 +22,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench import client_faults, engine_faults, process_faults
-from bench.errors import BenchError
 from bench.fault import Fault, Row, row
-from bench.figures import command, machine, table
+from bench.harness.errors import BenchError
+from bench.harness.host import command, machine, table
 from bench.process_faults import Clock
 from bench.stage import Stage
 from bench.supervisor import Supervisor

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from bench.errors import BenchError
-from bench.served import serving
-from bench.traffic import Order, Record, Traffic
+from bench.harness.errors import BenchError
+from bench.harness.load_generator import Order, Record, Traffic
+from bench.harness.server_process import serving
 from distill.captions import requirement_of
 from distill.judge import judge
 from engines.fake import expected_pixels

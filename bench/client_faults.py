@@ -8,9 +8,9 @@ import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from bench.errors import BenchError
 from bench.fault import Fault, Seen
-from bench.http_client import Answer, Connection
+from bench.harness.errors import BenchError
+from bench.harness.http_client import Answer, Connection
 from bench.stage import PATIENCE_S, RIGHT, Stage, fields_of, label_of
 from engines.types import Job
 

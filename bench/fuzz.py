@@ -24,10 +24,10 @@ from pathlib import Path
 
 from bench.bad_bytes import bad_frame, bad_request, handshake
 from bench.bad_images import bad_image
-from bench.errors import BenchError
-from bench.figures import command, machine, table
+from bench.harness.errors import BenchError
+from bench.harness.host import command, machine, table
+from bench.harness.load_generator import FORMATS
 from bench.supervisor import Supervisor
-from bench.traffic import FORMATS
 
 TOGETHER = 8
 PATIENCE_S = 60.0

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, get_args
 
 from bench.checks import Check, Outcome, run_check
-from bench.errors import BenchError
-from bench.figures import command, machine, parse_size, spread, table
-from bench.program import told
-from bench.served import Served, samples, serving
-from bench.traffic import FORMATS, Order, Record, Traffic
+from bench.harness.cli import told
+from bench.harness.errors import BenchError
+from bench.harness.host import command, machine, parse_size, spread, table
+from bench.harness.load_generator import FORMATS, Order, Record, Traffic
+from bench.harness.server_process import Served, samples, serving
 from distill.evaluate import evaluation_prompts
 
 WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed

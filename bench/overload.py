@@ -17,9 +17,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from bench.figures import Spread, command, machine, spread, table
-from bench.served import serving
-from bench.traffic import Order, Record, Traffic
+from bench.harness.host import Spread, command, machine, spread, table
+from bench.harness.load_generator import Order, Record, Traffic
+from bench.harness.server_process import serving
 
 BATCH = 8
 UNLOADED, OVER = 0.1, 4.0  # of the capacity

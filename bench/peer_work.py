@@ -21,7 +21,7 @@ ENGINE_VARIABLE = "BENCH_PEER_ENGINE"
 
 
 class Asked(BaseModel):
-    """The body of a request, checked as one would write it: what bench.traffic sends."""
+    """The body of a request, checked as one would write it: what bench.harness.load_generator sends."""
 
     prompt: str = Field(min_length=1, max_length=4000)
     seed: int = Field(ge=0)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.errors import BenchError
-from bench.figures import command, machine, spread, table
-from bench.program import told
-from bench.traffic import Order, Record, Traffic
+from bench.harness.cli import told
+from bench.harness.errors import BenchError
+from bench.harness.host import command, machine, spread, table
+from bench.harness.load_generator import Order, Record, Traffic
 from distill.evaluate import evaluation_prompts
 
 ROOT = Path(__file__).resolve().parents[1]

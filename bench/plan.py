@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
 
 Outcome = Literal["passed", "failed", "skipped"]
 

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench.errors import BenchError
 from bench.fault import Fault, Seen
-from bench.served import ROOT
+from bench.harness.errors import BenchError
+from bench.harness.server_process import ROOT
 from bench.stage import AGAIN_S, PATIENCE_S, RIGHT, Stage
 from bench.supervisor import Supervisor, free_port, ready_label
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import accept, fp8, peers, roofline
-from bench.chart import Bar, stacked_bars
-from bench.errors import BenchError
-from bench.figures import table
+from bench.harness.errors import BenchError
+from bench.harness.host import table
+from bench.harness.svg_chart import Bar, stacked_bars
 from engines.errors import SprintError
 
 ROOT = Path(__file__).resolve().parents[1]

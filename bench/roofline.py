@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.chart import Bar, stacked_bars
 from bench.counting import Call, count
 from bench.devices import DEVICES, Device
-from bench.figures import command, machine, parse_size, table
-from bench.program import told
+from bench.harness.cli import told
+from bench.harness.host import command, machine, parse_size, table
+from bench.harness.svg_chart import Bar, stacked_bars
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.dcae import Autoencoder
 from engines.models.folding import fold

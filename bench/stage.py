@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from bench.errors import BenchError
-from bench.http_client import Answer
+from bench.harness.errors import BenchError
+from bench.harness.http_client import Answer
 from bench.supervisor import Supervisor
 from engines.fake import expected_pixels
 from engines.types import Job

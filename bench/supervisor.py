@@ -14,9 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.errors import BenchError
-from bench.http_client import Answer, Connection
-from bench.served import ROOT, START_S, samples
+from bench.harness.errors import BenchError
+from bench.harness.http_client import Answer, Connection
+from bench.harness.server_process import ROOT, START_S, samples
 
 POLL_S = 0.01
 STOP_S = 60.0

@@ -12,7 +12,7 @@ import torch
 from bench import report
 from bench.accept import main, parsed, show
 from bench.acceptance import _largest_fitting, accept, run_apart
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
 from bench.plan import Plan, Step
 from engines.errors import OutOfMemoryError
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from bench.apart import apart
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
+from bench.harness.subprocess_call import apart
 
 
 def test_the_answer_comes_back() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
+from bench.harness.memory import rise
+from bench.harness.pipelines import Diffusers, Ours, Task, pipeline
 from bench.latency import Prompts, main
-from bench.memory import rise
 from bench.shared_weights import SharedWeights
-from bench.subjects import Diffusers, Ours, Task, pipeline
 from engines.checkpoints.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from bench.checks import run_check
+from bench.harness.load_generator import Order, Record, Traffic
+from bench.harness.server_process import samples
 from bench.load import main
-from bench.served import samples
-from bench.traffic import Order, Record, Traffic
 from engines.fake import expected_pixels
 from engines.types import Job
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench.errors import BenchError
-from bench.program import told
+from bench.harness.cli import told
+from bench.harness.errors import BenchError
 
 
 @pytest.mark.parametrize(("figure", "code"), [(1, 0), (7, 1)])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
 
 ROOT = Path(__file__).resolve().parents[1]
 READY = re.compile(r"^curl -s (http://\S+)/generate ", re.MULTILINE)

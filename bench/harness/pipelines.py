@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.loader import load_engine
 from engines.models.instruction import INSTRUCTION

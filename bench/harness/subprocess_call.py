@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar
 
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from bench.errors import BenchError
-from bench.http_client import Answer, Pool
+from bench.harness.errors import BenchError
+from bench.harness.http_client import Answer, Pool
 
 FORMATS = ("png", "jpeg", "webp")  # of pictures, as the API names them
 

@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from bench.errors import BenchError
+from bench.harness.errors import BenchError
 
 HEAD_BYTES = 64 * 1024
 
