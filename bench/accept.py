@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from bench.acceptance import accept
-from bench.harness.cli import told
+from bench.harness.cli import command, parse_size, told
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, parse_size, table
+from bench.harness.host import machine
+from bench.harness.summary import table
 from bench.plan import Plan, Step
 from bench.roofline import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint

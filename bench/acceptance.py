@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from bench.harness.errors import BenchError
-from bench.harness.host import spread
 from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
 from bench.harness.subprocess_call import apart
+from bench.harness.summary import spread
 from bench.plan import Plan, SkippedError, Step
 from distill.evaluate import evaluation_prompts
 from engines.artifacts.reference import peaks

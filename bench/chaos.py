@@ -23,8 +23,10 @@ from pathlib import Path
 
 from bench import client_faults, engine_faults, process_faults
 from bench.fault import Fault, Row, row
+from bench.harness.cli import command
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, table
+from bench.harness.host import machine
+from bench.harness.summary import table
 from bench.process_faults import Clock
 from bench.stage import Stage
 from bench.supervisor import Supervisor

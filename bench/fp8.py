@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness.cli import told
-from bench.harness.host import command, machine, table
+from bench.harness.cli import command, told
+from bench.harness.host import machine
+from bench.harness.summary import table
 from distill.evaluate import engine_generator, evaluate, evaluation_prompts
 from engines.build.calibration import Texts, calibration_texts
 from engines.build.quantization import decide, quantised_layers, quantize, run_samples, sensitivity

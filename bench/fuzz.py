@@ -24,9 +24,11 @@ from pathlib import Path
 
 from bench.bad_bytes import bad_frame, bad_request, handshake
 from bench.bad_images import bad_image
+from bench.harness.cli import command
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, table
+from bench.harness.host import machine
 from bench.harness.load_generator import FORMATS
+from bench.harness.summary import table
 from bench.supervisor import Supervisor
 
 TOGETHER = 8

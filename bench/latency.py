@@ -20,14 +20,15 @@ from typing import Any, get_args
 
 import torch
 
-from bench.harness.cli import told
+from bench.harness.cli import command, parse_size, told
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, parse_size, spread, table
+from bench.harness.host import machine
 from bench.harness.load_generator import Order, Traffic
 from bench.harness.memory import peak_bytes, rise
 from bench.harness.pipelines import DTYPES, STAGES, Diffusers, Made, Ours, Rival, Subject, Task
 from bench.harness.server_process import serving
 from bench.harness.subprocess_call import apart
+from bench.harness.summary import spread, table
 from bench.shared_weights import SharedWeights
 from distill.evaluate import evaluation_prompts
 from engines.backends.parity import difference

@@ -21,11 +21,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, get_args
 
 from bench.checks import Check, Outcome, run_check
-from bench.harness.cli import told
+from bench.harness.cli import command, parse_size, told
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, parse_size, spread, table
+from bench.harness.host import machine
 from bench.harness.load_generator import FORMATS, Order, Record, Traffic
-from bench.harness.server_process import Served, samples, serving
+from bench.harness.prometheus_text import samples
+from bench.harness.server_process import Served, serving
+from bench.harness.summary import spread, table
 from distill.evaluate import evaluation_prompts
 
 WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed

@@ -17,9 +17,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from bench.harness.host import Spread, command, machine, spread, table
+from bench.harness.cli import command
+from bench.harness.host import machine
 from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.server_process import serving
+from bench.harness.summary import Spread, spread, table
 
 BATCH = 8
 UNLOADED, OVER = 0.1, 4.0  # of the capacity

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import told
+from bench.harness.cli import command, told
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, spread, table
+from bench.harness.host import machine
 from bench.harness.load_generator import Order, Record, Traffic
+from bench.harness.summary import spread, table
 from distill.evaluate import evaluation_prompts
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,10 +17,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from bench.harness.cli import told
+from bench.harness.cli import command, told
 from bench.harness.errors import BenchError
-from bench.harness.host import command, machine, table
+from bench.harness.host import machine
 from bench.harness.pipelines import DTYPES, Diffusers, Task
+from bench.harness.summary import table
 from distill.evaluate import Generate, engine_generator, evaluate, evaluation_prompts
 from engines.backends.parity import Difference, difference
 from engines.checkpoints.checkpoint import open_checkpoint

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import accept, fp8, peers, roofline
 from bench.harness.errors import BenchError
-from bench.harness.host import table
+from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
 from engines.errors import SprintError
 

@@ -21,8 +21,9 @@ from torch import nn
 
 from bench.counting import Call, count
 from bench.devices import DEVICES, Device
-from bench.harness.cli import told
-from bench.harness.host import command, machine, parse_size, table
+from bench.harness.cli import command, parse_size, told
+from bench.harness.host import machine
+from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.dcae import Autoencoder

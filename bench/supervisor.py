@@ -16,7 +16,8 @@ from pathlib import Path
 
 from bench.harness.errors import BenchError
 from bench.harness.http_client import Answer, Connection
-from bench.harness.server_process import ROOT, START_S, samples
+from bench.harness.prometheus_text import samples
+from bench.harness.server_process import ROOT, START_S
 
 POLL_S = 0.01
 STOP_S = 60.0

@@ -1,11 +1,28 @@
-"""How a program that measures ends: a table for people, one JSON document as the last line, and an exit code."""
+"""How a program that measures is called and ends: a table for people, one JSON document as the last line, an exit code."""
 
+import argparse
 import json
+import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from engines.errors import SprintError
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height from N or WxH, for argparse."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needed is N or WxH, such as 512 or 640x384")
+    return int(found.group(1)), int(found.group(2) or found.group(1))
+
+
+def command(program: str, argv: Sequence[str]) -> str:
+    """The line to type for the same measurement."""
+    return f"python -m {program} {shlex.join(argv)}".strip()
+
 
 F = TypeVar("F", bound=Mapping[str, Any])
 

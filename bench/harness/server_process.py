@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.harness.errors import BenchError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 READY = re.compile(r"^curl -s (http://\S+)/generate ", re.MULTILINE)
 START_S = 600.0  # a large checkpoint is read, an engine compiled
 STOP_S = 60.0
@@ -77,13 +77,3 @@ def _text(log: int) -> str:
 
 def _last_words(log: int, lines: int = 15) -> str:
     return "\n".join(_text(log).splitlines()[-lines:])
-
-
-def samples(exposition: str) -> dict[str, float]:
-    """Samples of a Prometheus exposition, by name and labels as they are written."""
-    found = {}
-    for line in exposition.splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            found[name] = float(value)
-    return found

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench.checks import run_check
 from bench.harness.load_generator import Order, Record, Traffic
-from bench.harness.server_process import samples
+from bench.harness.prometheus_text import samples
 from bench.load import main
 from engines.fake import expected_pixels
 from engines.types import Job
