@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.counting import Call, count
-from bench.devices import H100, Device
 from bench.harness.svg_chart import Bar, stacked_bars
-from bench.roofline import PEAK, Efficiency, eager_seconds, main, seconds, workloads
+from bench.roofline.gpu_specs import H100, Device
+from bench.roofline.op_counter import Call, count
+from bench.roofline.projection import PEAK, Efficiency, eager_seconds, main, seconds, workloads
 from engines.checkpoints.checkpoint import open_checkpoint
 
 META = torch.device("meta")

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.counting import Call, count
-from bench.devices import DEVICES, Device
 from bench.harness.cli import command, parse_size, told
 from bench.harness.host import machine
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
+from bench.roofline.gpu_specs import DEVICES, Device
+from bench.roofline.op_counter import Call, count
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.dcae import Autoencoder
 from engines.models.folding import fold
