@@ -26,7 +26,7 @@ from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.summary import table
 from bench.plan import Plan, Step
-from bench.roofline.projection import PAPER
+from bench.roofline.published import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.hardware import dotted, this_machine
 

@@ -10,21 +10,19 @@ picture files, the host, and traffic that a cache on the device saves.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.harness.cli import command, parse_size, told
 from bench.harness.host import machine
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
 from bench.roofline.gpu_specs import DEVICES, Device
 from bench.roofline.op_counter import Call, count
+from bench.roofline.published import PAPER
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.dcae import Autoencoder
 from engines.models.folding import fold
@@ -37,17 +35,6 @@ from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 META = torch.device("meta")
 STAGES = ("text", "denoise", "decode")
-
-# What the paper (arXiv 2503.09641) measured at 1024x1024, one picture, bf16, in milliseconds: figure 1a (stages, 1.6B),
-# table 2 (whole, 0.6B and 1.6B), section 1. (device, stage) -> by steps.
-PAPER: Mapping[tuple[str, str], Mapping[int, str]] = {
-    ("A100 SXM 80GB", "text upstream"): {1: "< 50", 2: "< 50", 4: "< 50"},
-    ("A100 SXM 80GB", "denoise"): {1: "30", 4: "140"},
-    ("A100 SXM 80GB", "decode upstream"): {1: "120", 2: "120", 4: "120"},
-    ("A100 SXM 80GB", "total"): {1: "210, 210", 2: "250, 240", 4: "320, 310"},
-    ("H100 SXM", "total"): {1: "100 to 180"},
-    ("RTX 4090", "total"): {1: "310 (laptop)"},
-}
 
 
 @dataclass(frozen=True)
@@ -236,33 +223,3 @@ def plot(found: dict[str, Any]) -> str:
                 bars.append(Bar(f"projection: {device}, {precision}, {kind}", stages))
     width, height = found["size"]
     return stacked_bars(f"Projection, not measured: {found['model']} at {width}x{height}", "ms", bars)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="random:sprint-0.6b", help="folder, hub id or random:<name>")
-    parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
-    parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: the checkpoint's)")
-    parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default 1)")
-    parser.add_argument("--tokens", type=int, default=20, help="of a prompt (default 20)")
-    parser.add_argument("--arithmetic", type=float, default=Efficiency.arithmetic, help="share of the peak (0.6)")
-    parser.add_argument("--memory", type=float, default=Efficiency.memory, help="share of the peak (0.8)")
-    parser.add_argument("--plot", type=Path, help="an SVG file to write")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.roofline", given))
-    options = parser.parse_args(given)
-
-    def measured() -> dict[str, Any]:
-        found = measure(options)
-        if options.plot:
-            options.plot.write_text(plot(found), encoding="utf-8")
-        return found
-
-    return told(measured, show)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness.svg_chart import Bar, stacked_bars
+from bench.roofline.__main__ import main
 from bench.roofline.gpu_specs import H100, Device
 from bench.roofline.op_counter import Call, count
-from bench.roofline.projection import PEAK, Efficiency, eager_seconds, main, seconds, workloads
+from bench.roofline.projection import PEAK, Efficiency, eager_seconds, seconds, workloads
 from engines.checkpoints.checkpoint import open_checkpoint
 
 META = torch.device("meta")
