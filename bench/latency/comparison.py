@@ -29,7 +29,7 @@ from bench.harness.pipelines import DTYPES, STAGES, Diffusers, Made, Ours, Rival
 from bench.harness.server_process import serving
 from bench.harness.subprocess_call import apart
 from bench.harness.summary import spread, table
-from bench.shared_weights import SharedWeights
+from bench.latency.shared_weights import SharedWeights
 from distill.evaluate import evaluation_prompts
 from engines.backends.parity import difference
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
