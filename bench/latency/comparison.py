@@ -11,21 +11,19 @@ median over ours, end to end. Prints tables, then one JSON document as the last 
 import argparse
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from bench.harness.cli import command, parse_size, told
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.load_generator import Order, Traffic
 from bench.harness.memory import peak_bytes, rise
-from bench.harness.pipelines import DTYPES, STAGES, Diffusers, Made, Ours, Rival, Subject, Task
+from bench.harness.pipelines import DTYPES, STAGES, Diffusers, Made, Ours, Subject, Task
 from bench.harness.server_process import serving
 from bench.harness.subprocess_call import apart
 from bench.harness.summary import spread, table
@@ -272,44 +270,3 @@ def show(found: dict[str, Any]) -> str:
         total, over = found["http_seconds"]["total"], found["http_seconds"]["overhead"]
         parts += ["", f"over HTTP: p50 {total['p50']:.4f} s, beyond the engine's stages p50 {over['p50']:.4f} s"]
     return "\n".join(parts)
-
-
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder, hub id, or random:<name> for random weights")
-    parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
-    parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: the checkpoint's)")
-    parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default 1)")
-    parser.add_argument("--max-batch", type=int, help="what our engine is loaded for (default: --batch)")
-    parser.add_argument("--runs", type=int, default=5, help="of each (default 5), after one warm-up")
-    parser.add_argument("--tokens", type=int, default=20, help="length of the prompts (default 20)")
-    parser.add_argument("--backend", default="auto", help="of our engine")
-    parser.add_argument("--engine", help="built engines for ours (python build_engine.py)")
-    parser.add_argument("--precision", default="bf16", help="of our engine (default bf16)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--vs", choices=get_args(Rival), help="what ours is measured against")
-    parser.add_argument("--vs-precision", choices=tuple(DTYPES), help="of that (default: --precision, or else bf16)")
-    parser.add_argument(
-        "--no-reference", dest="reference", action="store_false", help="no fp32 pictures to compare with"
-    )
-    parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
-    parser.add_argument("--http", action="store_true", help="ours through python -m server too")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.latency", given))
-    options = parser.parse_args(given)
-    if min(options.batch, options.runs, options.tokens) < 1:
-        parser.error("--batch, --runs and --tokens: needed is 1 at least")
-    options.vs_precision = options.vs_precision or (options.precision if options.precision in DTYPES else "bf16")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parsed(argv)
-    return told(lambda: measure(options), show)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,8 @@ import torch
 from bench.harness.errors import BenchError
 from bench.harness.memory import rise
 from bench.harness.pipelines import Diffusers, Ours, Task, pipeline
-from bench.latency.comparison import Prompts, main
+from bench.latency.__main__ import main
+from bench.latency.comparison import Prompts
 from bench.latency.shared_weights import SharedWeights
 from engines.checkpoints.checkpoint import open_checkpoint
 
