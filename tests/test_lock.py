@@ -25,7 +25,7 @@ ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"])
 PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Imported by another name than the distribution's, and not installed by `make test`, so that nothing here can tell.
 NAMED = {"helm_python": "helm-python-sdk"}
-# Runs bench/locustfile.py where it is installed; nothing of ours installs it.
+# Runs bench/load/locustfile.py where it is installed; nothing of ours installs it.
 FOREIGN = ["locust"]
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.checks import run_check
 from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.prometheus_text import samples
-from bench.load import main
+from bench.load.image_checks import run_check
+from bench.load.run import main
 from engines.fake import expected_pixels
 from engines.types import Job
 

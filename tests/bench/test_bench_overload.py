@@ -1,11 +1,11 @@
-"""bench.overload: what it measures adds up, and every bound that is broken is named."""
+"""bench.load.overload: what it measures adds up, and every bound that is broken is named."""
 
 import json
 from typing import Any
 
 import pytest
 
-from bench.overload import broken, main
+from bench.load.overload import broken, main
 
 
 def load(p99: float, refused: float | None = None, goodput: float = 80.0, other: int = 0) -> dict[str, Any]:

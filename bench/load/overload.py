@@ -1,7 +1,7 @@
 """What overload does to those who are let in: open-loop load at a tenth of the capacity, at all of it, at four times.
 
-    python -m bench.overload
-    python -m bench.overload --batch-ms 50 --seconds 20 --cores 0 1
+    python -m bench.load.overload
+    python -m bench.load.overload --batch-ms 50 --seconds 20 --cores 0 1
 
 The server runs the fake engine with a fixed time per batch, so its capacity is known: --max-batch over that time. The
 queue holds one batch. Prints a table, then one JSON document as the last line; exit code 1 where a bound is broken:
@@ -83,7 +83,7 @@ def _p99(value: object) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="python -m bench.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.load.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch-ms", type=float, default=100.0, help="time of a batch of 8 (default 100)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
@@ -107,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = broken(unloaded, full, over, options.batch_ms)
     print(show([unloaded, full, over]))
     print("\n".join(wrong) if wrong else "every bound holds")
-    document = {"program": "bench.overload", "command": command("bench.overload", arguments), "machine": machine()}
+    document = {
+        "program": "bench.load.overload",
+        "command": command("bench.load.overload", arguments),
+        "machine": machine(),
+    }
     print(json.dumps({**document, "batch_ms": options.batch_ms, "loads": [unloaded, full, over], "broken": wrong}))
     return int(bool(wrong))
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, get_args
 
-from bench.checks import Check, Outcome, run_check
 from bench.harness.cli import command, parse_size, told
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
@@ -28,6 +27,7 @@ from bench.harness.load_generator import FORMATS, Order, Record, Traffic
 from bench.harness.prometheus_text import samples
 from bench.harness.server_process import Served, serving
 from bench.harness.summary import spread, table
+from bench.load.image_checks import Check, Outcome, run_check
 from distill.evaluate import evaluation_prompts
 
 WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed

@@ -1,7 +1,7 @@
 """Load by Locust, for those who have it: POST /generate as people do, a seed of its own for each picture.
 
-    locust --locustfile bench/locustfile.py --host http://127.0.0.1:8000            # then its page, port 8089
-    locust --locustfile bench/locustfile.py --host http://127.0.0.1:8000 --headless --users 8 --run-time 30s
+    locust --locustfile bench/load/locustfile.py --host http://127.0.0.1:8000            # then its page, port 8089
+    locust --locustfile bench/load/locustfile.py --host http://127.0.0.1:8000 --headless --users 8 --run-time 30s
 
 Failures are counted by status: 429 and 504 are what a loaded server answers. `python -m bench.load` looks at the
 pictures as well, and needs nothing installed.
