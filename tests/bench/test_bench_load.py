@@ -14,8 +14,8 @@ from PIL import Image
 
 from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.prometheus_text import samples
+from bench.load.__main__ import main
 from bench.load.image_checks import run_check
-from bench.load.run import main
 from engines.fake import expected_pixels
 from engines.types import Job
 
