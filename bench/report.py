@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import accept, fp8, peers
+from bench import accept, fp8
 from bench.harness.errors import BenchError
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
+from bench.peers import comparison as peers
 from bench.roofline import projection as roofline
 from engines.errors import SprintError
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.peers import PEERS, command_of, main, orders, python_of
+from bench.peers.comparison import PEERS, command_of, main, orders, python_of
 from bench.report import render
 
 
@@ -28,7 +28,7 @@ def test_ours_beside_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_peer_that_is_not_installed_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    monkeypatch.setattr("bench.peers.ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr("bench.peers.comparison.ENVIRONMENTS", tmp_path)
     assert main(["--peers", "ray,bentoml", "--engine", "fake:1"]) == 0
     out = capsys.readouterr().out
     assert "not installed (make peers): ray, bentoml" in out

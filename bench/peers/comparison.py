@@ -61,7 +61,7 @@ def command_of(peer: str, engine: str, port: int) -> list[str]:
         flags = ["--backend", "fake", "--fake-delay-ms", engine[5:]] if fake else ["--model", engine]
         words = ["server", *flags, "--max-batch", "8", "--max-queue", "512", "--port", str(port)]
     elif peer == "bentoml":
-        words = ["bentoml", "serve", "bench.peer_bentoml:Generate", "--host", "127.0.0.1", "--port", str(port)]
+        words = ["bentoml", "serve", "bench.peers.bentoml_app:Generate", "--host", "127.0.0.1", "--port", str(port)]
     else:
         words = [f"bench.peer_{peer}", str(port)]
     return [str(python_of(peer)), "-m", *words]

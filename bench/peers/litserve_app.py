@@ -7,7 +7,7 @@ from typing import Any
 import litserve  # type: ignore[import-not-found]  # in the peer's own environment only
 from fastapi import Response
 
-from bench.peer_work import MAX_BATCH, PATH, WAIT_S, Asked, Work
+from bench.peers.shared_engine import MAX_BATCH, PATH, WAIT_S, Asked, Work
 from engines.types import Job
 
 

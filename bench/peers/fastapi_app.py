@@ -5,7 +5,7 @@ import sys
 import uvicorn
 from fastapi import FastAPI, Response
 
-from bench.peer_work import PATH, Asked, Work
+from bench.peers.shared_engine import PATH, Asked, Work
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bench.peer_work import ENGINE_VARIABLE, MAX_BATCH, PATH, WAIT_S, Asked, Work
+from bench.peers.shared_engine import ENGINE_VARIABLE, MAX_BATCH, PATH, WAIT_S, Asked, Work
 from engines.types import Job
 
 

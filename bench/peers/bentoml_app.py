@@ -7,7 +7,7 @@ from base64 import b64encode
 
 import bentoml  # type: ignore[import-not-found]  # in the peer's own environment only
 
-from bench.peer_work import MAX_BATCH, PATH, Asked, Work
+from bench.peers.shared_engine import MAX_BATCH, PATH, Asked, Work
 
 
 @bentoml.service(workers=1, traffic={"timeout": 120, "max_concurrency": 512}, metrics={"enabled": False})
