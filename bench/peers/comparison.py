@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import command, told
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.load_generator import Order, Record, Traffic
@@ -204,35 +203,3 @@ def show(found: dict[str, Any]) -> str:
                 lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"]])
     absent = f"\n\nnot installed (make peers): {', '.join(found['absent'])}" if found["absent"] else ""
     return table(head, lines) + absent
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", nargs="+", default=["fake:5", "models/tiny"], help="fake:<ms>, or a checkpoint")
-    parser.add_argument("--peers", type=_words, default=PEERS, help=f"of {','.join(PEERS)}")
-    parser.add_argument("--concurrency", type=_numbers, default=(1, 8, 64), help="closed loops (default 1,8,64)")
-    parser.add_argument("--rates", type=_numbers, default=(50, 100, 200), help="open loops, requests a second")
-    parser.add_argument("--seconds", type=float, default=3.0, help="about as long each load lasts (default 3)")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.peers", given))
-    options = parser.parse_args(given)
-    return told(
-        lambda: run(options), show, lambda found: any(row["lost"] for row in found["rows"] if row["peer"] == "ours")
-    )
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(",") if word)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    words = tuple(text.split(","))
-    if not set(words) <= set(PEERS):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(PEERS)}")
-    return words
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bench.peers.comparison import PEERS, command_of, main, orders, python_of
+from bench.peers.__main__ import main
+from bench.peers.comparison import PEERS, command_of, orders, python_of
 from bench.report import render
 
 
