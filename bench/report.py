@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import accept, fp8
+from bench import accept
 from bench.harness.errors import BenchError
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
 from bench.peers import comparison as peers
+from bench.quality import fp8
 from bench.roofline import projection as roofline
 from engines.errors import SprintError
 
@@ -196,7 +197,7 @@ SECTIONS: Mapping[str, tuple[str, Section]] = {
     "bench.load": ("Under load", _load),
     "bench.peers": ("Beside other servers", _peers),
     "bench.quality": ("Quality", _quality),
-    "bench.fp8": ("What fp8 costs, rounded in PyTorch", _fp8),
+    "bench.quality.fp8": ("What fp8 costs, rounded in PyTorch", _fp8),
     "bench.roofline": ("Projections for GPUs", _roofline),
 }
 

@@ -1,4 +1,4 @@
-"""bench.fp8: each layer alone does less harm than all; the score is of fp8 pictures; the shipped checkpoint: slow."""
+"""bench.quality.fp8: each layer alone does less harm than all; the score is of fp8 pictures; the shipped checkpoint: slow."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fp8, report
-from bench.fp8 import CPU, Quantised, main
+from bench import report
+from bench.quality import fp8
+from bench.quality.fp8 import CPU, Quantised, main
 from engines.build.quantization import quantised_layers
 from engines.checkpoints.checkpoint import open_checkpoint
 

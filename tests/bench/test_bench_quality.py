@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.quality import main
+from bench.quality.scores import main
 
 
 def test_variants_and_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """What fp8 costs a checkpoint's pictures: the judge's score beside fp32's, and the error that each layer causes alone.
 
-    python -m bench.fp8 --model tiny --prompts 500 --seeds 3
-    python -m bench.fp8 --model sprint-0.6b --no-score --pictures 4
+    python -m bench.quality.fp8 --model tiny --prompts 500 --seeds 3
+    python -m bench.quality.fp8 --model sprint-0.6b --no-score --pictures 4
 
 fp8 is that of engines.build.quantization (E4M3, scales from real prompts), computed by rounding in PyTorch; everything
 else stays in fp32, on any device. The score is of the tiny world (distill.evaluate). Sensitivity: SQNR of the decoded
@@ -49,7 +49,7 @@ class Quantised(Checkpoint):
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(options.model)
     found: dict[str, Any] = {
-        "program": "bench.fp8",
+        "program": "bench.quality.fp8",
         "command": options.command,
         "model": options.model,
         "weights": checkpoint.weights.sha256()[:12],
@@ -147,7 +147,7 @@ def show(found: dict[str, Any]) -> str:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.fp8", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.quality.fp8", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny", help="folder, hub id, or random:<name> (default tiny)")
     parser.add_argument("--prompts", type=int, default=500, help="held-out captions to judge (default 500)")
@@ -157,7 +157,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-score", dest="score", action="store_false", help="sensitivity alone")
     parser.add_argument("--pictures", type=int, default=4, help="that sensitivity is measured on (default 4)")
     given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.fp8", given))
+    parser.set_defaults(command=command("bench.quality.fp8", given))
     options = parser.parse_args(given)
     if min(options.prompts, options.seeds, options.pictures) < 1:
         parser.error("--prompts, --seeds and --pictures: needed is 1 at least")
