@@ -9,15 +9,13 @@ far the pictures are from the first variant's. Prints a table, then one JSON doc
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.harness.cli import command, told
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.pipelines import DTYPES, Diffusers, Task
@@ -26,7 +24,6 @@ from distill.evaluate import Generate, engine_generator, evaluate, evaluation_pr
 from engines.backends.parity import Difference, difference
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
-from engines.sampler import Schedule
 from engines.types import Pixels
 
 
@@ -144,41 +141,3 @@ def show(found: dict[str, Any]) -> str:
     rows = [[*map(row.get, first), *row["categories"].values(), *map(row.get, last)] for row in found["rows"]]
     far = f"PSNR to {found['compared_with']}, dB"
     return table(["variant", "steps", "mean", "std over seeds", *names, far, "max abs"], rows)
-
-
-def _variants(text: str) -> list[Variant]:
-    try:
-        return [Variant.parse(part) for part in text.split(",")]
-    except ValueError as error:
-        message = f"got {error}, needed is <backend>:<precision>, engine:<folder> or diffusers:<precision>"
-        raise argparse.ArgumentTypeError(message) from error
-
-
-def _steps(text: str) -> list[int]:
-    steps = [int(part) for part in text.split(",")]
-    if not set(steps) <= {1, 2, 3, 4}:
-        raise argparse.ArgumentTypeError(f"got {text}, allowed are 1, 2, 3, 4")
-    return steps
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id; it must draw the tiny world")
-    parser.add_argument("--variants", type=_variants, default="eager:fp32,eager:bf16", help="separated by commas")
-    parser.add_argument("--steps", type=_steps, default="1,2,4", help="separated by commas (default 1,2,4)")
-    parser.add_argument("--prompts", type=int, default=120, help="held-out captions (default 120)")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures for each caption (default 1)")
-    parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
-    parser.add_argument("--schedule", default="paper", choices=get_args(Schedule), help="of ours (default paper)")
-    parser.add_argument("--max-batch", type=int, default=8)
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.quality", given))
-    options = parser.parse_args(given)
-    return told(lambda: measure(options), show)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.quality.scores import main
+from bench.quality.__main__ import main
 
 
 def test_variants_and_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
