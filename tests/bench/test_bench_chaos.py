@@ -1,4 +1,4 @@
-"""bench.chaos: a short campaign loses nothing, and one that loses something says so."""
+"""bench.robustness.chaos: a short campaign loses nothing, and one that loses something says so."""
 
 import asyncio
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.chaos import main
-from bench.fault import Fault, row
-from bench.stage import Stage
-from bench.supervisor import Supervisor
+from bench.robustness.chaos import main
+from bench.robustness.fault import Fault, row
+from bench.robustness.restarting_server import Supervisor
+from bench.robustness.scenario import Stage
 
 SHORT = (
     *("engine exception that passes", "poisonous job", "out of memory in a batch", "NaN", "all-black output"),

@@ -1,4 +1,4 @@
-"""bench.fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
+"""bench.robustness.fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
 
 import asyncio
 import json
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.bad_bytes import frame
-from bench.bad_images import KINDS
-from bench.fuzz import Campaign, faults, is_clean, main
-from bench.supervisor import Supervisor
+from bench.robustness.fuzz import Campaign, faults, is_clean, main
+from bench.robustness.malformed_images import KINDS
+from bench.robustness.malformed_requests import frame
+from bench.robustness.restarting_server import Supervisor
 from server.errors import InvalidError
 from server.generation.image_codec import decode
 

@@ -5,7 +5,7 @@ from live_client import live
 from running_server import PATIENCE_S, Running, wait_until
 from websockets.exceptions import ConnectionClosedError
 
-from bench.bad_bytes import frame
+from bench.robustness.malformed_requests import frame
 
 MASK = b"\x01\x02\x03\x04"
 REFUSED = frame(1, b"[]", MASK)  # settings that are none: they get an answer, if there is someone to hear it

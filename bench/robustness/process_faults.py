@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench.fault import Fault, Seen
 from bench.harness.errors import BenchError
 from bench.harness.server_process import ROOT
-from bench.stage import AGAIN_S, PATIENCE_S, RIGHT, Stage
-from bench.supervisor import Supervisor, free_port, ready_label
+from bench.robustness.fault import Fault, Seen
+from bench.robustness.restarting_server import Supervisor, free_port, ready_label
+from bench.robustness.scenario import AGAIN_S, PATIENCE_S, RIGHT, Stage
 
 LONG = 2  # batches of half a second that the engine has to make first
 INSIDE = 48  # jobs that wait behind them when the signal comes

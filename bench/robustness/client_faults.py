@@ -8,10 +8,10 @@ import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from bench.fault import Fault, Seen
 from bench.harness.errors import BenchError
 from bench.harness.http_client import Answer, Connection
-from bench.stage import PATIENCE_S, RIGHT, Stage, fields_of, label_of
+from bench.robustness.fault import Fault, Seen
+from bench.robustness.scenario import PATIENCE_S, RIGHT, Stage, fields_of, label_of
 from engines.types import Job
 
 Client = Callable[[Stage], Awaitable[str]]

@@ -1,7 +1,7 @@
 """A seeded campaign of faults against real servers: what clients saw, what was lost, how long recovery took.
 
-    python -m bench.chaos
-    python -m bench.chaos --scale 0.02 --only "poisonous job" --only "SIGTERM under load"
+    python -m bench.robustness.chaos
+    python -m bench.robustness.chaos --scale 0.02 --only "poisonous job" --only "SIGTERM under load"
 
 Starts `python -m server --backend fake` under a supervisor that starts it again when it ends. While a fault plays, a
 small crowd asks for pictures and checks every one. Prints a table, then one JSON document as the last line. Exit code 1
@@ -21,15 +21,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench import client_faults, engine_faults, process_faults
-from bench.fault import Fault, Row, row
 from bench.harness.cli import command
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.summary import table
-from bench.process_faults import Clock
-from bench.stage import Stage
-from bench.supervisor import Supervisor
+from bench.robustness import client_faults, engine_faults, process_faults
+from bench.robustness.fault import Fault, Row, row
+from bench.robustness.process_faults import Clock
+from bench.robustness.restarting_server import Supervisor
+from bench.robustness.scenario import Stage
 
 # A batch takes 5 ms; a hang shows in two seconds, a body must come within 1.5. The queue holds every accepted job.
 FLAGS = (
@@ -95,7 +95,9 @@ def _counted(labels: Mapping[str, int]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="python -m bench.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.robustness.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each fault happens (default 1)")
@@ -112,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 3
     found = {
-        "program": "bench.chaos",
-        "command": command("bench.chaos", arguments),
+        "program": "bench.robustness.chaos",
+        "command": command("bench.robustness.chaos", arguments),
         "seed": options.seed,
         "machine": machine(),
         "seconds": round(time.monotonic() - began, 1),

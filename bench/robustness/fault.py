@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from bench.stage import RIGHT, Stage
+from bench.robustness.scenario import RIGHT, Stage
 
 Seen = Counter[str]
 

@@ -5,7 +5,7 @@ import json
 import random
 import struct
 
-from bench.bad_images import bad_image
+from bench.robustness.malformed_images import bad_image
 
 PATHS = ("/generate", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health/live", "/v1/live", "/", "/x")
 METHODS = ("GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH", "TRACE", "CONNECT", "G\0T", "post", "")

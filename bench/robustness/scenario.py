@@ -18,7 +18,7 @@ from PIL import Image
 
 from bench.harness.errors import BenchError
 from bench.harness.http_client import Answer
-from bench.supervisor import Supervisor
+from bench.robustness.restarting_server import Supervisor
 from engines.fake import expected_pixels
 from engines.types import Job
 

@@ -43,7 +43,7 @@ async def exchange_with(
 
 
 async def ready_label(port: int) -> str:
-    """What GET /health/ready says, as a label of bench.stage."""
+    """What GET /health/ready says, as a label of bench.robustness.scenario."""
     try:
         answer = await exchange_with(port, "GET", "/health/ready")
     except ConnectionRefusedError:

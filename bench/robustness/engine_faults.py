@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from bench.fault import Fault, Seen
-from bench.stage import RIGHT, Stage
+from bench.robustness.fault import Fault, Seen
+from bench.robustness.scenario import RIGHT, Stage
 
 TOGETHER = 4
 FAILED = frozenset({"500 engine_failed"})

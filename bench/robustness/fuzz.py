@@ -1,7 +1,7 @@
 """Seeded nonsense for a real server: image files, requests and websocket frames; and schemathesis, where it is given.
 
-    python -m bench.fuzz --images 5000 --requests 3000 --sessions 1000
-    python -m bench.fuzz --schemathesis .venvs/fuzz/bin/schemathesis --examples 1000
+    python -m bench.robustness.fuzz --images 5000 --requests 3000 --sessions 1000
+    python -m bench.robustness.fuzz --schemathesis .venvs/fuzz/bin/schemathesis --examples 1000
 
 No answer may be 5xx, no picture refused that is one, nothing fail inside, and nothing grow: memory, files, threads.
 Prints a table, then one JSON document as the last line. Exit code 1 where any of that is not so.
@@ -22,14 +22,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.bad_bytes import bad_frame, bad_request, handshake
-from bench.bad_images import bad_image
 from bench.harness.cli import command
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.load_generator import FORMATS
 from bench.harness.summary import table
-from bench.supervisor import Supervisor
+from bench.robustness.malformed_images import bad_image
+from bench.robustness.malformed_requests import bad_frame, bad_request, handshake
+from bench.robustness.restarting_server import Supervisor
 
 TOGETHER = 8
 PATIENCE_S = 60.0
@@ -260,7 +260,9 @@ def is_clean(one: Campaign) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="python -m bench.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.robustness.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", type=int, default=0, help="odd image files")
     parser.add_argument("--requests", type=int, default=0, help="odd heads and bodies")
@@ -282,7 +284,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         grown = (f"{one.growth['memory']:.2%}", one.growth["files"], one.growth["threads"])
         rows.append([one.name, one.cases, _counted(one.seen), *grown, _counted(one.wrong) or "none"])
     print(table(head, rows))
-    document = {"program": "bench.fuzz", "command": command("bench.fuzz", arguments), "machine": machine()}
+    document = {
+        "program": "bench.robustness.fuzz",
+        "command": command("bench.robustness.fuzz", arguments),
+        "machine": machine(),
+    }
     print(json.dumps({**document, "campaigns": [asdict(one) for one in found]}))
     return int(not all(map(is_clean, found)))
 
