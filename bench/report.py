@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import accept
+from bench.acceptance import report as accept
 from bench.harness.errors import BenchError
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
@@ -192,7 +192,7 @@ def _fp8(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 
 Section = Callable[[Mapping[str, Result]], tuple[str, dict[str, str]]]
 SECTIONS: Mapping[str, tuple[str, Section]] = {
-    "bench.accept": ("Acceptance on a device", _acceptance),
+    "bench.acceptance.report": ("Acceptance on a device", _acceptance),
     "bench.latency": ("Latency against diffusers", _latency),
     "bench.load": ("Under load", _load),
     "bench.peers": ("Beside other servers", _peers),

@@ -1,4 +1,4 @@
-"""bench.accept on the CPU: every step but the card's own runs here, so that the one command of a GPU host works."""
+"""bench.acceptance.report on the CPU: every step but the card's own runs here, so that the one command of a GPU host works."""
 
 import json
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bench import report
-from bench.accept import main, parsed, show
-from bench.acceptance import _largest_fitting, accept, run_apart
+from bench.acceptance.plan import Plan, Step
+from bench.acceptance.report import main, parsed, show
+from bench.acceptance.steps import _largest_fitting, accept, run_apart
 from bench.harness.errors import BenchError
-from bench.plan import Plan, Step
 from engines.errors import OutOfMemoryError
 
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
@@ -113,8 +113,8 @@ def test_a_step_that_fails_is_told_and_stops_no_other(
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
         raise RuntimeError("the card fell off the bus\nand more")
 
-    monkeypatch.setattr("bench.acceptance.Diffusers", exhausted)
-    monkeypatch.setattr("bench.acceptance.run_samples", exhausted)
+    monkeypatch.setattr("bench.acceptance.steps.Diffusers", exhausted)
+    monkeypatch.setattr("bench.acceptance.steps.run_samples", exhausted)
     line = command(folder, tmp_path, "--precisions", "int4", "--batches", "1", "--steps", "1")
     assert main(line) == 1
     found, page = written(tmp_path)
@@ -142,8 +142,8 @@ def test_a_step_has_a_process_of_its_own_which_may_die(
     def dies(*_: object) -> None:
         raise BenchError("its process died: SIGSEGV")
 
-    monkeypatch.setattr("bench.acceptance.apart", dies)
-    monkeypatch.setattr("bench.acceptance._free", lambda _: None)
+    monkeypatch.setattr("bench.acceptance.steps.apart", dies)
+    monkeypatch.setattr("bench.acceptance.steps._free", lambda _: None)
     told: list[Step] = []
     accept(replace(plan, device=torch.device("cuda")), told.append)
     assert len(told) == 5
@@ -158,7 +158,7 @@ def test_what_was_found_is_kept_after_every_step(folder: Path, tmp_path: Path, m
             tell(Step(plan.model, name, "failed", "a reason"))
             seen.append(len(written(tmp_path)[0]["steps"]))
 
-    monkeypatch.setattr("bench.accept.accept", two_steps)
+    monkeypatch.setattr("bench.acceptance.report.accept", two_steps)
     assert main(command(folder, tmp_path)) == 1
     assert seen == [1, 2]
     assert written(tmp_path)[0]["failed"] == 2

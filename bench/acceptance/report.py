@@ -2,7 +2,7 @@
 
     make accept-gpu                       # the tiny checkpoint, and random weights at the published size
     make accept-gpu MODEL=sprint-0.6b     # the tiny checkpoint, and a published one: a hub id or a folder
-    python -m bench.accept --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
+    python -m bench.acceptance.report --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
 
 For each checkpoint: ranges of activations, engines in each precision with their parity gates, pictures again and
 against eager fp32, graphs, then seconds by stage for every number of steps and batch, beside diffusers on the same
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from bench.acceptance import accept
+from bench.acceptance.plan import Plan, Step
+from bench.acceptance.steps import accept
 from bench.harness.cli import command, parse_size, told
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.summary import table
-from bench.plan import Plan, Step
 from bench.roofline.published import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.hardware import dotted, this_machine
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     here = this_machine()
     return {
-        "program": "bench.accept",
+        "program": "bench.acceptance.report",
         "command": options.command,
         "device": str(device),
         "card": here.gpu if device.type == "cuda" else here.cpu,
@@ -178,7 +178,9 @@ def words(text: str) -> tuple[str, ...]:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.accept", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.acceptance.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", type=words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -191,7 +193,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", type=Path, default=ROOT / "build" / "accept", help="folder for built engines")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.accept", given))
+    parser.set_defaults(command=command("bench.acceptance.report", given))
     options = parser.parse_args(given)
     if options.runs < 1:
         parser.error("--runs: needed is 1 at least")

@@ -1,4 +1,4 @@
-"""The steps of bench.accept: each proves or measures one thing of one checkpoint on the device, and says how it went.
+"""The steps of bench.acceptance.report: each proves or measures one thing of one checkpoint on the device, and says how it went.
 
 A step that fails is written down with its reason and does not stop the others; nothing is estimated in its place. On a
 GPU each has a process of its own, because an error of a kernel spoils CUDA for the rest of its process.
@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench.acceptance.plan import Plan, SkippedError, Step
 from bench.harness.errors import BenchError
 from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
 from bench.harness.subprocess_call import apart
 from bench.harness.summary import spread
-from bench.plan import Plan, SkippedError, Step
 from distill.evaluate import evaluation_prompts
 from engines.artifacts.reference import peaks
 from engines.backends.cuda.graphs import CudaRecorder, HostRecorder
