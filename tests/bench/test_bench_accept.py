@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench import report
+from bench.acceptance.__main__ import main, parsed
 from bench.acceptance.plan import Plan, Step
-from bench.acceptance.report import main, parsed, show
+from bench.acceptance.report import show
 from bench.acceptance.steps import _largest_fitting, accept, run_apart
 from bench.harness.errors import BenchError
 from engines.errors import OutOfMemoryError
