@@ -61,7 +61,7 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, a
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
-	$(BIN)/python -m bench.acceptance.report $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
+	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
 
 fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
 	$(BIN)/python -m venv .venvs/fuzz

@@ -192,7 +192,7 @@ def _fp8(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 
 Section = Callable[[Mapping[str, Result]], tuple[str, dict[str, str]]]
 SECTIONS: Mapping[str, tuple[str, Section]] = {
-    "bench.acceptance.report": ("Acceptance on a device", _acceptance),
+    "bench.acceptance": ("Acceptance on a device", _acceptance),
     "bench.latency": ("Latency against diffusers", _latency),
     "bench.load": ("Under load", _load),
     "bench.peers": ("Beside other servers", _peers),

@@ -2,7 +2,7 @@
 
     make accept-gpu                       # the tiny checkpoint, and random weights at the published size
     make accept-gpu MODEL=sprint-0.6b     # the tiny checkpoint, and a published one: a hub id or a folder
-    python -m bench.acceptance.report --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
+    python -m bench.acceptance --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
 
 For each checkpoint: ranges of activations, engines in each precision with their parity gates, pictures again and
 against eager fp32, graphs, then seconds by stage for every number of steps and batch, beside diffusers on the same
@@ -30,7 +30,7 @@ from bench.roofline.published import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.hardware import dotted, this_machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 MODELS = ("tiny", "random:sprint-0.6b")
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     here = this_machine()
     return {
-        "program": "bench.acceptance.report",
+        "program": "bench.acceptance",
         "command": options.command,
         "device": str(device),
         "card": here.gpu if device.type == "cuda" else here.cpu,
@@ -110,7 +110,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.acceptance.report",
+        prog="python -m bench.acceptance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -125,7 +125,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", type=Path, default=ROOT / "build" / "accept", help="folder for built engines")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.acceptance.report", given))
+    parser.set_defaults(command=command("bench.acceptance", given))
     options = parser.parse_args(given)
     if options.runs < 1:
         parser.error("--runs: needed is 1 at least")

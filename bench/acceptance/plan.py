@@ -1,4 +1,4 @@
-"""What bench.acceptance.report is to do with one checkpoint, and how each step of it went. Knows no engine."""
+"""What bench.acceptance is to do with one checkpoint, and how each step of it went. Knows no engine."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

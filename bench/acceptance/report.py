@@ -1,14 +1,4 @@
-"""What a GPU host runs once, without an edit, to prove and measure what a machine without a GPU cannot.
-
-    make accept-gpu                       # the tiny checkpoint, and random weights at the published size
-    make accept-gpu MODEL=sprint-0.6b     # the tiny checkpoint, and a published one: a hub id or a folder
-    python -m bench.acceptance.report --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
-
-For each checkpoint: ranges of activations, engines in each precision with their parity gates, pictures again and
-against eager fp32, graphs, then seconds by stage for every number of steps and batch, beside diffusers on the same
-device. Writes <out>/<date>_<device>.json and .md after every step; what was not measured is not in them. Exit code 1: a
-step failed.
-"""
+"""The page of an acceptance run, for people."""
 
 from typing import Any
 

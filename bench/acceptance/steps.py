@@ -1,4 +1,4 @@
-"""The steps of bench.acceptance.report: each proves or measures one thing of one checkpoint on the device, and says how it went.
+"""The steps of an acceptance run: each proves or measures one thing of one checkpoint on the device, and says how.
 
 A step that fails is written down with its reason and does not stop the others; nothing is estimated in its place. On a
 GPU each has a process of its own, because an error of a kernel spoils CUDA for the rest of its process.

@@ -1,4 +1,4 @@
-"""How a program that measures is called and ends: a table for people, one JSON document as the last line, an exit code."""
+"""How a program that measures is called, and how it ends: a table, one line of JSON, an exit code."""
 
 import argparse
 import json

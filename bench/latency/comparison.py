@@ -1,12 +1,4 @@
-"""Seconds from prompts to pixels, by stage, of our engine and of diffusers on the same weights, in turn in one run.
-
-    python -m bench.latency --model random:sprint-0.6b --size 512 --steps 1 --batch 1 --vs diffusers --runs 5
-    python -m bench.latency --model models/tiny --backend compiled --precision fp32 --vs diffusers-compiled --http
-
-Every run has prompts of its own, about --tokens long, so that no cache of embeddings helps. Beside every time stand its
-distance from an fp32 reference on equally rounded weights, and how far the two are from each other. `ratio` is their
-median over ours, end to end. Prints tables, then one JSON document as the last line.
-"""
+"""Pictures by our engine and by a rival, in turn: seconds by stage, peaks of memory, distances."""
 
 import argparse
 import asyncio

@@ -1,12 +1,4 @@
-"""Load on a server over real HTTP, closed or open loop: latency, throughput, goodput, batches, memory, right pictures.
-
-    python -m bench.load --concurrency 64 --requests 20000 --size 64x64 --check fake -- --backend fake
-    python -m bench.load --rate 200 --seconds 30 --deadline-ms 100 -- --backend fake --fake-delay-ms 5
-    python -m bench.load --url http://127.0.0.1:8000 --concurrency 8 --requests 200 --check judge
-
-Starts its own server with the flags behind `--`, unless --url names one that nobody else uses meanwhile. Prints a
-table, then one JSON document as the last line. Exit code 1 where an answer was lost or a picture is another's.
-"""
+"""One load on one server: what was sent, what came back, and what the server told before and after."""
 
 import argparse
 import asyncio

@@ -1,13 +1,4 @@
-"""The same engine behind our server and behind what one would otherwise write, under the same load, in one run.
-
-    make peers
-    python -m bench.peers --engine fake:5 --rates 50,100,200 --concurrency 1,8,64 --seconds 3
-
-Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (bench/peer_*.py),
-each in an environment of its own that `make peers` makes. One server runs at a time; one load generator, on the same
-machine, measures all. Every peer has our engine, our PNG encoder, batches of 8 and, where it waits for a batch to fill,
-5 ms to do so. A request without an answer of status 200 counts as lost.
-"""
+"""Peers, started one at a time in their environments, under the same loads."""
 
 import argparse
 import asyncio
@@ -30,7 +21,7 @@ from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.summary import spread, table
 from distill.evaluate import evaluation_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"
 PEERS = ("ours", "fastapi", "litserve", "ray", "bentoml")
 CAPTIONS = 400
@@ -62,7 +53,7 @@ def command_of(peer: str, engine: str, port: int) -> list[str]:
     elif peer == "bentoml":
         words = ["bentoml", "serve", "bench.peers.bentoml_app:Generate", "--host", "127.0.0.1", "--port", str(port)]
     else:
-        words = [f"bench.peer_{peer}", str(port)]
+        words = [f"bench.peers.{peer}_app", str(port)]
     return [str(python_of(peer)), "-m", *words]
 
 

@@ -1,12 +1,4 @@
-"""What speed costs in pictures: scores on held-out captions for each way to run a checkpoint and each step count.
-
-    python -m bench.quality --model models/tiny --variants eager:fp32,eager:bf16,compiled:bf16 --steps 1,2,4
-    python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
-
-A variant is <backend>:<precision>, engine:<folder of build_engine.py>, or diffusers:<precision>. All get the same
-captions and seeds. Scores are distill.evaluate's (GenEval's six categories, judged by pixels); beside them stands how
-far the pictures are from the first variant's. Prints a table, then one JSON document as the last line.
-"""
+"""Scores and distances of each variant of a checkpoint."""
 
 import argparse
 from collections.abc import Iterator, Sequence

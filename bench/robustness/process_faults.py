@@ -79,7 +79,7 @@ class Clock:
         if compiler is None:
             raise BenchError("a wall clock that jumps needs a C compiler: cc or gcc; name other faults with --only")
         shim = folder / "clock_shim.so"
-        command = [compiler, "-shared", "-fPIC", "-o", str(shim), str(ROOT / "bench" / "clock_shim.c"), "-ldl"]
+        command = [compiler, "-shared", "-fPIC", "-o", str(shim), str(Path(__file__).with_name("clock_shim.c")), "-ldl"]
         process = await asyncio.create_subprocess_exec(*command)
         if await process.wait():
             raise BenchError(f"{shlex.join(command)}: ended with code {process.returncode}")

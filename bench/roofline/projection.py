@@ -1,13 +1,4 @@
-"""PROJECTION, nothing measured: how fast SANA-Sprint can be on GPUs, from operations and bytes counted in its modules.
-
-    python -m bench.roofline --model random:sprint-0.6b --size 1024 --steps 1 --batch 1 --plot roofline.svg
-
-For every stage: the floor is the time of its products and convolutions one after the other at the device's peak rates,
-each bound by arithmetic or by memory, with everything between them fused away. The projected time lowers the peaks by
-a stated efficiency. The eager time runs every call as a kernel of its own; where the paper measured the same, their
-ratio says how hopeful that is. fp8 is for transformer and decoder: the text encoder must stay in bf16. Not counted:
-picture files, the host, and traffic that a cache on the device saves.
-"""
+"""From counted calls to projected times, by stage and device."""
 
 import argparse
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""bench.acceptance.report on the CPU: every step but the card's own runs here, so that the one command of a GPU host works."""
+"""bench.acceptance on the CPU: every step but the card's own runs here, so that the one command of a GPU host works."""
 
 import json
 from collections.abc import Callable
@@ -159,7 +159,7 @@ def test_what_was_found_is_kept_after_every_step(folder: Path, tmp_path: Path, m
             tell(Step(plan.model, name, "failed", "a reason"))
             seen.append(len(written(tmp_path)[0]["steps"]))
 
-    monkeypatch.setattr("bench.acceptance.report.accept", two_steps)
+    monkeypatch.setattr("bench.acceptance.__main__.accept", two_steps)
     assert main(command(folder, tmp_path)) == 1
     assert seen == [1, 2]
     assert written(tmp_path)[0]["failed"] == 2

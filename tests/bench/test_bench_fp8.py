@@ -1,4 +1,4 @@
-"""bench.quality.fp8: each layer alone does less harm than all; the score is of fp8 pictures; the shipped checkpoint: slow."""
+"""fp8: each layer alone does less harm than all; the score is of fp8 pictures; the shipped checkpoint: slow."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""bench.robustness.fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
+"""fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
 
 import asyncio
 import json

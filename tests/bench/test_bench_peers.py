@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.peers.__main__ import main
-from bench.peers.comparison import PEERS, command_of, orders, python_of
+from bench.peers.comparison import PEERS, ROOT, command_of, orders, python_of
 from bench.report import render
 
 
@@ -54,3 +54,7 @@ def test_every_peer_has_a_command() -> None:
     assert all("81" in words and words[0] == str(python_of(peer)) for peer, words in commands.items())
     assert commands["ours"][3:5] == ["--model", "models/tiny"]
     assert len({words[0] for words in commands.values()}) == 4
+    for peer in set(PEERS) - {"ours"}:
+        module = f"bench.peers.{peer}_app"
+        assert any(word.partition(":")[0] == module for word in commands[peer])
+        assert ROOT.joinpath(*module.split(".")).with_suffix(".py").is_file()
