@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.data import World, batches
 from distill.recipe import AutoencoderStage, Recipe
 from distill.run import Average, Stage, learning_rate_factor, to_tensor
+from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder
 
 REPORT_EVERY = 100

@@ -22,13 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from distill import losses
-from distill.data import Scene, World, caption, render, sample_scene
 from distill.export import write_json, write_weights
 from distill.latents import CHUNK
 from distill.muon import Muon, split_parameters
-from distill.outlines import draw
 from distill.recipe import RECIPES, ControlStage
 from distill.run import Average, Stage, learning_rate_factor, to_tensor
+from distill.world.rendering import Scene, World, caption, render, sample_scene
+from distill.world.sketches import draw
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.models.dcae import Autoencoder

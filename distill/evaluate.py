@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
-from distill.captions import caption_of
-from distill.judge import judge
-from distill.world import CATEGORIES, Requirement, World, WorldError, sample_request
+from distill.world.captions import caption_of
+from distill.world.judge import judge
+from distill.world.scenes import CATEGORIES, Requirement, World, WorldError, sample_request
 from engines.types import Engine, Job, Pixels
 
 Generate = Callable[[list[str], list[int]], Iterable[Pixels]]  # captions and noise seeds, one picture for each

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from distill.blobs import Mask
-from distill.captions import caption_of
 from distill.control import control_world
-from distill.data import Scene, World, coverage, sample_scene
-from distill.judge import COLOUR_REACH, judge
-from distill.outlines import draw
+from distill.world.captions import caption_of
+from distill.world.judge import COLOUR_REACH, judge
+from distill.world.rendering import Scene, World, coverage, sample_scene
+from distill.world.shape_matching import Mask
+from distill.world.sketches import draw
 from engines.types import Engine, Job, Pixels
 
 OVERLAP = 0.7

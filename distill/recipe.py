@@ -7,7 +7,7 @@ paper's values (section 3 and appendix F; the released configs/sana_sprint_confi
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from distill.data import World
+from distill.world.rendering import World
 from engines.models.controlnet import Injection
 from engines.models.dcae import AutoencoderConfig, BlockKind
 from engines.models.transformer import TransformerConfig

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.autoencoder import reconstruction_loss
-from distill.data import World, batches
 from distill.recipe import AutoencoderStage, Recipe
 from distill.run import Average, Stage, learning_rate_factor, to_tensor
 from distill.teacher import Teacher
+from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 from engines.sampler import input_scale, mix

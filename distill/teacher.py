@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.gemma2 import Gemma2Model
 
-from distill.data import vocabulary
 from distill.latents import Latents, layout_channels
 from distill.muon import Muon, split_parameters
 from distill.recipe import Recipe, TeacherStage
 from distill.run import Average, Stage, learning_rate_factor
 from distill.text import Captioner, SmallCaptioner, make_encoder, make_tokenizer
+from distill.world.rendering import vocabulary
 from engines.models.embeddings import TimeGuidanceEmbed
 from engines.models.transformer import SprintTransformer
 

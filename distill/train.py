@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 
 from distill import autoencoder, pictures, sharpen, student, teacher
-from distill.captions import vocabulary
 from distill.evaluate import Report, evaluate, evaluation_prompts
 from distill.export import write_checkpoint
 from distill.latents import Latents, encode_scenes
@@ -27,7 +26,8 @@ from distill.recipe import RECIPES, Recipe, TeacherStage
 from distill.run import Stage
 from distill.teacher import Lesson, Teacher
 from distill.text import SmallCaptioner
-from distill.world import World
+from distill.world.captions import vocabulary
+from distill.world.scenes import World
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 

@@ -20,8 +20,8 @@ from PIL import Image
 from bench.harness.errors import BenchError
 from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.server_process import serving
-from distill.captions import requirement_of
-from distill.judge import judge
+from distill.world.captions import requirement_of
+from distill.world.judge import judge
 from engines.fake import expected_pixels
 from engines.types import Job, Pixels
 

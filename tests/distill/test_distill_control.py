@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from distill import teacher
 from distill.autoencoder import build as build_autoencoder
 from distill.control import Control, control_world, encode, scene_of, train
-from distill.data import World, coverage, render
 from distill.export import write_checkpoint
 from distill.follow import Score, cases, overlap, score
-from distill.outlines import RAYS, draw, outline
 from distill.recipe import ControlStage, smoke
-from distill.world import Scene, Thing
+from distill.world.rendering import World, coverage, render
+from distill.world.scenes import Scene, Thing
+from distill.world.sketches import RAYS, draw, outline
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
 from engines.types import Job

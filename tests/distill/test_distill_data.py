@@ -6,9 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from distill.captions import requirement_of
-from distill.data import CATEGORIES, Scene, Thing, World, batches, caption, render, sample_scene, vocabulary
-from distill.world import OPPOSITE, Kind, Requirement, WorldError, combinations
+from distill.world.captions import requirement_of
+from distill.world.rendering import CATEGORIES, Scene, Thing, World, batches, caption, render, sample_scene, vocabulary
+from distill.world.scenes import OPPOSITE, Kind, Requirement, WorldError, combinations
 
 WORLD = World()
 

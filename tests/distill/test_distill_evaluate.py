@@ -7,10 +7,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from distill.captions import requirement_of
-from distill.data import CATEGORIES, World, render
 from distill.evaluate import Prompt, engine_generator, evaluate, evaluation_prompts
-from distill.world import WorldError, combinations, scene_for
+from distill.world.captions import requirement_of
+from distill.world.rendering import CATEGORIES, World, render
+from distill.world.scenes import WorldError, combinations, scene_for
 from engines.fake import FakeEngine
 from engines.types import Pixels
 

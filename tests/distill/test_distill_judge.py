@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from distill.captions import caption_of, requirement_of
-from distill.data import CATEGORIES, Scene, Thing, World, render, sample_scene
-from distill.judge import judge, look
-from distill.world import Kind, Relation, Requirement, WorldError, scene_for
+from distill.world.captions import caption_of, requirement_of
+from distill.world.judge import judge, look
+from distill.world.rendering import CATEGORIES, Scene, Thing, World, render, sample_scene
+from distill.world.scenes import Kind, Relation, Requirement, WorldError, scene_for
 from engines.types import Pixels
 
 WORLD = World()

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill import autoencoder, losses, sharpen, student, teacher
-from distill.captions import requirement_of
 from distill.discriminator import Discriminator
 from distill.latents import encode_scenes, layout_of
 from distill.muon import Muon, orthogonalise
@@ -25,7 +24,8 @@ from distill.recipe import RECIPES, Recipe, smoke, sprint_0_6b
 from distill.run import Average, Stage, learning_rate_factor
 from distill.text import SmallCaptioner
 from distill.train import Run
-from distill.world import World, scene_for
+from distill.world.captions import requirement_of
+from distill.world.scenes import World, scene_for
 from engines.models.transformer import SprintTransformer
 
 

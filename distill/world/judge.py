@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.blobs import Mask, core, hardened, match, regions
-from distill.world import Kind, Range, Relation, Requirement, World, WorldError
+from distill.world.scenes import Kind, Range, Relation, Requirement, World, WorldError
+from distill.world.shape_matching import Mask, core, hardened, match, regions
 from engines.types import Pixels
 
 WORKING_SIDE = 128  # pixels: larger pictures are averaged down to about this side

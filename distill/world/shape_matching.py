@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data import coverage
+from distill.world.rendering import coverage
 
 Mask = NDArray[np.bool_]  # [H,W]
 Cover = NDArray[np.float32]  # [H,W], share of each pixel that is covered, 0 to 1

@@ -2,7 +2,7 @@
 
     for pixels, captions in batches(World(), size=256, batch=32, seed=0): ...      # uint8 [32,256,256,3], 32 strings
 
-Knows no torch. Other worlds are other `World(...)` objects (distill/world.py); words are in distill/captions.py.
+Knows no torch. Other worlds are other `World(...)` objects (distill/world/scenes.py); words are in distill/world/captions.py.
 """
 
 import math
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.captions import caption_of, vocabulary
-from distill.world import CATEGORIES, Scene, Thing, World, sample_scene
+from distill.world.captions import caption_of, vocabulary
+from distill.world.scenes import CATEGORIES, Scene, Thing, World, sample_scene
 from engines.types import Pixels
 
 __all__ = ["CATEGORIES", "Scene", "Thing", "World", "batches", "caption", "render", "sample_scene", "vocabulary"]

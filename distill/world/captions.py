@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from distill.world import Kind, Relation, Requirement, World, WorldError
+from distill.world.scenes import Kind, Relation, Requirement, World, WorldError
 
 OPENINGS = ("a picture of", "a drawing of", "an image of")
 COUNT_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}

@@ -1,6 +1,6 @@
 """Drawings of scenes as a hand makes them: white strokes on black along the outlines, shaky, open, of any width.
 
-The outline of a shape is where its signed distance (distill/data.py) is zero, so a new shape has one by itself.
+The outline of a shape is where its signed distance (distill/world/rendering.py) is zero, so a new shape has one by itself.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from distill.data import DISTANCES, REACH, Scene, Thing
+from distill.world.rendering import DISTANCES, REACH, Scene, Thing
 from engines.types import Pixels
 
 Points = NDArray[np.float64]  # [N,2], x and y
