@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from distill import losses
 from distill.export import write_json, write_weights
 from distill.latents import CHUNK
 from distill.muon import Muon, split_parameters
+from distill.objectives import losses
 from distill.recipe import RECIPES, ControlStage
 from distill.run import Average, Stage, learning_rate_factor, to_tensor
 from distill.world.rendering import Scene, World, caption, render, sample_scene

@@ -1,4 +1,4 @@
-"""sCM and LADD losses against worked cases and finite differences (distill.losses, distill.trigflow)."""
+"""sCM and LADD losses against worked cases and finite differences (distill.objectives.losses, distill.objectives.trigflow)."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill import losses
-from distill.trigflow import as_flow, as_trigflow, guided, sample_flow, sample_trigflow
+from distill.objectives import losses
+from distill.objectives.trigflow import as_flow, as_trigflow, guided, sample_flow, sample_trigflow
 from engines.models.transformer import SPRINT_0_6B, SprintTransformer, TransformerConfig
 
 

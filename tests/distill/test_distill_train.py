@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill import autoencoder, losses, sharpen, student, teacher
-from distill.discriminator import Discriminator
+from distill import autoencoder, sharpen, student, teacher
 from distill.latents import encode_scenes, layout_of
 from distill.muon import Muon, orthogonalise
+from distill.objectives import losses
+from distill.objectives.discriminator import Discriminator
 from distill.published import open_published, read_pictures, with_guidance
 from distill.recipe import RECIPES, Recipe, smoke, sprint_0_6b
 from distill.run import Average, Stage, learning_rate_factor
