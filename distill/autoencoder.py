@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.recipe import AutoencoderStage, Recipe
-from distill.run import Average, Stage, learning_rate_factor, to_tensor
+from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor
 from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder
 

@@ -16,8 +16,8 @@ from PIL import Image
 from distill import pictures
 from distill.evaluate import Report, engine_generator, evaluate, evaluation_prompts
 from distill.recipe import RECIPES, Recipe
-from distill.run import contact_sheet
 from distill.train import GUIDANCE, Run
+from distill.training.stage import contact_sheet
 from distill.world.scenes import CATEGORIES
 from engines.loader import load_engine
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from distill.export import write_json, write_weights
-from distill.latents import CHUNK
-from distill.muon import Muon, split_parameters
 from distill.objectives import losses
 from distill.recipe import RECIPES, ControlStage
-from distill.run import Average, Stage, learning_rate_factor, to_tensor
+from distill.training.checkpoint_writer import write_json, write_weights
+from distill.training.latents import CHUNK
+from distill.training.muon import Muon, split_parameters
+from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor
 from distill.world.rendering import Scene, World, caption, render, sample_scene
 from distill.world.sketches import draw
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill.evaluate import Generate
 from distill.objectives.trigflow import as_flow, guided, sample_flow
 from distill.recipe import Recipe
-from distill.run import to_uint8
 from distill.teacher import Teacher
+from distill.training.stage import to_uint8
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 from engines.sampler import angles_for, job_noise, sample

@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.export import write_json, write_weights
-from distill.latents import Latents
-from distill.run import to_tensor
 from distill.teacher import Teacher, silence_guidance
+from distill.training.checkpoint_writer import write_json, write_weights
+from distill.training.latents import Latents
+from distill.training.stage import to_tensor
 from engines.checkpoints.hub import find_folder
 from engines.checkpoints.weights import FolderWeights, read_json
 from engines.errors import CheckpointError

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.autoencoder import reconstruction_loss
 from distill.recipe import AutoencoderStage, Recipe
-from distill.run import Average, Stage, learning_rate_factor, to_tensor
 from distill.teacher import Teacher
+from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor
 from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.latents import Latents
-from distill.muon import Muon, split_parameters
 from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
 from distill.objectives.trigflow import Velocity, as_trigflow, guided
 from distill.recipe import DistilStage, Recipe
-from distill.run import Average, Stage, learning_rate_factor
 from distill.teacher import Teacher
+from distill.training.latents import Latents
+from distill.training.muon import Muon, split_parameters
+from distill.training.stage import Average, Stage, learning_rate_factor
 from engines.models.transformer import SprintTransformer
 from engines.sampler import mix
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.gemma2 import Gemma2Model
 
-from distill.latents import Latents, layout_channels
-from distill.muon import Muon, split_parameters
 from distill.recipe import Recipe, TeacherStage
-from distill.run import Average, Stage, learning_rate_factor
-from distill.text import Captioner, SmallCaptioner, make_encoder, make_tokenizer
+from distill.training.latents import Latents, layout_channels
+from distill.training.muon import Muon, split_parameters
+from distill.training.stage import Average, Stage, learning_rate_factor
+from distill.training.text_encoder import Captioner, SmallCaptioner, make_encoder, make_tokenizer
 from distill.world.rendering import vocabulary
 from engines.models.embeddings import TimeGuidanceEmbed
 from engines.models.transformer import SprintTransformer
@@ -172,7 +172,7 @@ def _fit(
         batch = next(stream)
         if batch.layouts is None:
             raise ValueError(
-                "the teacher stage needs latents with layouts, as distill.latents.encode_scenes makes them"
+                "the teacher stage needs latents with layouts, as distill.training.latents.encode_scenes makes them"
             )
         keep = torch.rand(numbers.batch) >= numbers.caption_dropout
         words = captioner.words([text if kept else "" for text, kept in zip(batch.captions, keep, strict=True)])

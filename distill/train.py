@@ -19,13 +19,13 @@ from accelerate import Accelerator
 
 from distill import autoencoder, pictures, sharpen, student, teacher
 from distill.evaluate import Report, evaluate, evaluation_prompts
-from distill.export import write_checkpoint
-from distill.latents import Latents, encode_scenes
 from distill.published import Published, encode_pictures, open_published, write_distilled
 from distill.recipe import RECIPES, Recipe, TeacherStage
-from distill.run import Stage
 from distill.teacher import Lesson, Teacher
-from distill.text import SmallCaptioner
+from distill.training.checkpoint_writer import write_checkpoint
+from distill.training.latents import Latents, encode_scenes
+from distill.training.stage import Stage
+from distill.training.text_encoder import SmallCaptioner
 from distill.world.captions import vocabulary
 from distill.world.scenes import World
 from engines.models.dcae import Autoencoder

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from distill import teacher
 from distill.autoencoder import build as build_autoencoder
 from distill.control import Control, control_world, encode, scene_of, train
-from distill.export import write_checkpoint
 from distill.follow import Score, cases, overlap, score
 from distill.recipe import ControlStage, smoke
+from distill.training.checkpoint_writer import write_checkpoint
 from distill.world.rendering import World, coverage, render
 from distill.world.scenes import Scene, Thing
 from distill.world.sketches import RAYS, draw, outline

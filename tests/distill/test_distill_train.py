@@ -16,15 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill import autoencoder, sharpen, student, teacher
-from distill.latents import encode_scenes, layout_of
-from distill.muon import Muon, orthogonalise
 from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
 from distill.published import open_published, read_pictures, with_guidance
 from distill.recipe import RECIPES, Recipe, smoke, sprint_0_6b
-from distill.run import Average, Stage, learning_rate_factor
-from distill.text import SmallCaptioner
 from distill.train import Run
+from distill.training.latents import encode_scenes, layout_of
+from distill.training.muon import Muon, orthogonalise
+from distill.training.stage import Average, Stage, learning_rate_factor
+from distill.training.text_encoder import SmallCaptioner
 from distill.world.captions import requirement_of
 from distill.world.scenes import World, scene_for
 from engines.models.transformer import SprintTransformer

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.run import to_tensor
+from distill.training.stage import to_tensor
 from distill.world.rendering import Scene, World, caption, coverage, render, sample_scene
 from engines.models.dcae import Autoencoder
 
