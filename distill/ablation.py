@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from distill import pictures, student
+from distill import pictures
 from distill.evaluate import evaluate, evaluation_prompts
 from distill.recipe import RECIPES, DistilStage
+from distill.stages import student
 from distill.train import GUIDANCE, Run
 
 ENDLESS = 1_000_000

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from distill.control import control_world
+from distill.stages.controlnet import control_world
 from distill.world.captions import caption_of
 from distill.world.judge import COLOUR_REACH, judge
 from distill.world.rendering import Scene, World, coverage, sample_scene

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill.evaluate import Generate
 from distill.objectives.trigflow import as_flow, guided, sample_flow
 from distill.recipe import Recipe
-from distill.teacher import Teacher
+from distill.stages.teacher import Teacher
 from distill.training.stage import to_uint8
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from distill import autoencoder, pictures, sharpen, student, teacher
+from distill import pictures
 from distill.evaluate import Report, evaluate, evaluation_prompts
-from distill.published import Published, encode_pictures, open_published, write_distilled
 from distill.recipe import RECIPES, Recipe, TeacherStage
-from distill.teacher import Lesson, Teacher
+from distill.stages import autoencoder, decoder_finetuning, student, teacher
+from distill.stages.published_teacher import Published, encode_pictures, open_published, write_distilled
+from distill.stages.teacher import Lesson, Teacher
 from distill.training.checkpoint_writer import write_checkpoint
 from distill.training.latents import Latents, encode_scenes
 from distill.training.stage import Stage
@@ -115,7 +116,7 @@ class Run:
     def sharpened(self) -> Autoencoder:
         """The autoencoder that ships: its decoder has seen what the student predicts."""
         decoder, trained = deepcopy(self.decoder), self.student
-        return sharpen.train(self.recipe, decoder, self.teacher, trained, self.folder, self.accelerator)
+        return decoder_finetuning.train(self.recipe, decoder, self.teacher, trained, self.folder, self.accelerator)
 
     @cached_property
     def checkpoint(self) -> Path:

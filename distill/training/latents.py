@@ -1,7 +1,7 @@
 """Pictures encoded once: the teacher and the student train on latents, as the paper's runs do (load_vae_feat).
 
 Beside each latent lies its layout: how much of every latent cell each colour and each shape covers. The teacher
-predicts it as extra output channels (see distill/teacher.py); nothing of it is left in the checkpoint.
+predicts it as extra output channels (see distill/stages/teacher.py); nothing of it is left in the checkpoint.
 """
 
 from collections.abc import Callable, Iterator

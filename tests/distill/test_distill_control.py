@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from distill import teacher
-from distill.autoencoder import build as build_autoencoder
-from distill.control import Control, control_world, encode, scene_of, train
 from distill.follow import Score, cases, overlap, score
 from distill.recipe import ControlStage, smoke
+from distill.stages import teacher
+from distill.stages.autoencoder import build as build_autoencoder
+from distill.stages.controlnet import Control, control_world, encode, scene_of, train
 from distill.training.checkpoint_writer import write_checkpoint
 from distill.world.rendering import World, coverage, render
 from distill.world.scenes import Scene, Thing
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a smoke run, by the command of the README."""
     out = tmp_path_factory.mktemp("control")
-    command = [sys.executable, "-m", "distill.control", "--model", str(checkpoint), "--recipe", "smoke"]
+    command = [sys.executable, "-m", "distill.stages.controlnet", "--model", str(checkpoint), "--recipe", "smoke"]
     command += ["--out", str(out), "--threads", "1"]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"TQDM_DISABLE": "1"}, timeout=300)
     return out

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill import autoencoder, sharpen, student, teacher
 from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
-from distill.published import open_published, read_pictures, with_guidance
 from distill.recipe import RECIPES, Recipe, smoke, sprint_0_6b
+from distill.stages import autoencoder, decoder_finetuning, student, teacher
+from distill.stages.published_teacher import open_published, read_pictures, with_guidance
 from distill.train import Run
 from distill.training.latents import encode_scenes, layout_of
 from distill.training.muon import Muon, orthogonalise
@@ -120,7 +120,7 @@ def test_a_perfect_student_predicts_the_latents_themselves() -> None:
             return (x - clean) / time[:, None, None, None]
 
     student_of = cast(SprintTransformer, Perfect())
-    found = sharpen.predicted(clean, ["a red circle"] * 2, taught, student_of, 4.5, (0.1, 0.6))
+    found = decoder_finetuning.predicted(clean, ["a red circle"] * 2, taught, student_of, 4.5, (0.1, 0.6))
     assert torch.allclose(found, clean, atol=1e-5)
 
 

@@ -20,7 +20,7 @@ from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
 from distill.objectives.trigflow import Velocity, as_trigflow, guided
 from distill.recipe import DistilStage, Recipe
-from distill.teacher import Teacher
+from distill.stages.teacher import Teacher
 from distill.training.latents import Latents
 from distill.training.muon import Muon, split_parameters
 from distill.training.stage import Average, Stage, learning_rate_factor

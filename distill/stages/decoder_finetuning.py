@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.autoencoder import reconstruction_loss
 from distill.recipe import AutoencoderStage, Recipe
-from distill.teacher import Teacher
+from distill.stages.autoencoder import reconstruction_loss
+from distill.stages.teacher import Teacher
 from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor
 from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder

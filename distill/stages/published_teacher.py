@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.teacher import Teacher, silence_guidance
+from distill.stages.teacher import Teacher, silence_guidance
 from distill.training.checkpoint_writer import write_json, write_weights
 from distill.training.latents import Latents
 from distill.training.stage import to_tensor
