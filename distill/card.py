@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from distill import pictures
-from distill.evaluate import Report, engine_generator, evaluate, evaluation_prompts
+from distill.evaluation import samplers
+from distill.evaluation.scores import Report, engine_generator, evaluate, evaluation_prompts
 from distill.recipe import RECIPES, Recipe
 from distill.train import GUIDANCE, Run
 from distill.training.stage import contact_sheet
@@ -75,7 +75,7 @@ def main() -> None:
     folder = run.checkpoint
     prompts = evaluation_prompts(arguments.prompts, seed=23, world=recipe.world)
     seeds = range(arguments.seeds)
-    taught = pictures.generator(recipe, pictures.teacher_sampler(recipe, run.teacher), run.sharpened)
+    taught = samplers.generator(recipe, samplers.teacher_sampler(recipe, run.teacher), run.sharpened)
     reports = {f"teacher, {recipe.teacher_sampling_steps} steps": evaluate(taught, prompts, seeds, recipe.world)}
     engine = load_engine(str(folder))
     for steps in STEPS:
@@ -85,8 +85,8 @@ def main() -> None:
         if steps == 1:
             made = list(generate([prompt.text for prompt in prompts[:SHEET]], list(range(SHEET))))
             Image.fromarray(contact_sheet(np.stack(made), 8)[::2, ::2]).save(folder / "samples.png")
-    start = pictures.student_sampler(run.teacher, run.teacher.transformer, GUIDANCE, 1)
-    generate = pictures.generator(recipe, start, run.sharpened)
+    start = samplers.student_sampler(run.teacher, run.teacher.transformer, GUIDANCE, 1)
+    generate = samplers.generator(recipe, start, run.sharpened)
     untrained = evaluate(generate, prompts[:120], (0,), recipe.world).mean
     (folder / "README.md").write_text(card(recipe, arguments.run, folder, reports, untrained))
     print(table(reports))

@@ -18,7 +18,7 @@ from bench.harness.errors import BenchError
 from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
 from bench.harness.subprocess_call import apart
 from bench.harness.summary import spread
-from distill.evaluate import evaluation_prompts
+from distill.evaluation.scores import evaluation_prompts
 from engines.artifacts.reference import peaks
 from engines.backends.cuda.graphs import CudaRecorder, HostRecorder
 from engines.backends.parity import PICTURE_GATES, difference

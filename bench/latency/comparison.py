@@ -20,7 +20,7 @@ from bench.harness.server_process import serving
 from bench.harness.subprocess_call import apart
 from bench.harness.summary import spread, table
 from bench.latency.shared_weights import SharedWeights
-from distill.evaluate import evaluation_prompts
+from distill.evaluation.scores import evaluation_prompts
 from engines.backends.parity import difference
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.models.instruction import INSTRUCTION

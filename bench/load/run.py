@@ -18,7 +18,7 @@ from bench.harness.prometheus_text import samples
 from bench.harness.server_process import Served, serving
 from bench.harness.summary import spread, table
 from bench.load.image_checks import Outcome, run_check
-from distill.evaluate import evaluation_prompts
+from distill.evaluation.scores import evaluation_prompts
 
 WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed
 SETTLE_S = 5.0  # for the server to notice that our connections are closed

@@ -19,7 +19,7 @@ from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.summary import spread, table
-from distill.evaluate import evaluation_prompts
+from distill.evaluation.scores import evaluation_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"

@@ -4,7 +4,7 @@
     python -m bench.quality.fp8 --model sprint-0.6b --no-score --pictures 4
 
 fp8 is that of engines.build.quantization (E4M3, scales from real prompts), computed by rounding in PyTorch; everything
-else stays in fp32, on any device. The score is of the tiny world (distill.evaluate). Sensitivity: SQNR of the decoded
+else stays in fp32, on any device. The score is of the tiny world (distill.evaluation.scores). Sensitivity: SQNR of the decoded
 picture when one layer alone is quantised, against fp32. Prints tables, then one JSON document as the last line. Exit
 code 1: the score is further than --allowed from fp32's.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.harness.cli import command, told
 from bench.harness.host import machine
 from bench.harness.summary import table
-from distill.evaluate import engine_generator, evaluate, evaluation_prompts
+from distill.evaluation.scores import engine_generator, evaluate, evaluation_prompts
 from engines.build.calibration import Texts, calibration_texts
 from engines.build.quantization import decide, quantised_layers, quantize, run_samples, sensitivity
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint

@@ -12,7 +12,7 @@ from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.pipelines import DTYPES, Diffusers, Task
 from bench.harness.summary import table
-from distill.evaluate import Generate, engine_generator, evaluate, evaluation_prompts
+from distill.evaluation.scores import Generate, engine_generator, evaluate, evaluation_prompts
 from engines.backends.parity import Difference, difference
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine

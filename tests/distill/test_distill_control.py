@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from distill.follow import Score, cases, overlap, score
+from distill.evaluation.control_adherence import Score, cases, overlap, score
 from distill.recipe import ControlStage, smoke
 from distill.stages import teacher
 from distill.stages.autoencoder import build as build_autoencoder

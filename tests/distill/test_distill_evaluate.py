@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from distill.evaluate import Prompt, engine_generator, evaluate, evaluation_prompts
+from distill.evaluation.scores import Prompt, engine_generator, evaluate, evaluation_prompts
 from distill.world.captions import requirement_of
 from distill.world.rendering import CATEGORIES, World, render
 from distill.world.scenes import WorldError, combinations, scene_for

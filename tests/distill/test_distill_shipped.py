@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from distill.evaluate import engine_generator, evaluate, evaluation_prompts
-from distill.follow import cases, score
+from distill.evaluation.control_adherence import cases, score
+from distill.evaluation.scores import engine_generator, evaluate, evaluation_prompts
 from engines.loader import load_engine
 
 MODELS = Path(__file__).resolve().parents[2] / "models"

@@ -1,6 +1,6 @@
 """Does the picture follow the drawing? Places of things, with the drawing and without it.
 
-    python -m distill.follow --model models/tiny --cases 200        # last line: one JSON document
+    python -m distill.evaluation.control_adherence --model models/tiny --cases 200        # last line: one JSON document
 
 Each case is a held-out caption of one thing, a place and a size drawn at random, and a drawing of its outline by an
 unsteady hand. The picture follows where what has the caption's colour overlaps the thing's true mask by at least 0.7

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.evaluate import Generate
+from distill.evaluation.scores import Generate
 from distill.objectives.trigflow import as_flow, guided, sample_flow
 from distill.recipe import Recipe
 from distill.stages.teacher import Teacher
@@ -57,7 +57,7 @@ def student_sampler(
 
 
 def generator(recipe: Recipe, sampler: Sampler, autoencoder: Autoencoder) -> Generate:
-    """Captions and seeds to pictures, for distill.evaluate."""
+    """Captions and seeds to pictures, for distill.evaluation.scores."""
     config = autoencoder.config
     cells = recipe.image_size // config.compression
     device = next(autoencoder.parameters()).device

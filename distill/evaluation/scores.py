@@ -1,6 +1,6 @@
 """Scores a generator of pictures on held-out captions of the tiny world: GenEval's six categories, judged by pixels.
 
-    python -m distill.evaluate --model models/tiny --steps 1 --prompts 500 --seeds 3
+    python -m distill.evaluation.scores --model models/tiny --steps 1 --prompts 500 --seeds 3
 
 prints a table and, as its last line, one JSON document. It knows the generator as a function only.
 """
@@ -131,7 +131,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m distill.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m distill.evaluation.scores", description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
     parser.add_argument("--prompts", type=int, default=500, help="held-out captions (default 500)")
