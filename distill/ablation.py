@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from distill.evaluation import samplers
 from distill.evaluation.scores import evaluate, evaluation_prompts
-from distill.recipe import RECIPES, DistilStage
+from distill.recipes import RECIPES, DistilStage
 from distill.stages import student
 from distill.train import GUIDANCE, Run
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from distill.evaluation import samplers
 from distill.evaluation.scores import Report, evaluate, evaluation_prompts
-from distill.recipe import RECIPES, Recipe, TeacherStage
+from distill.recipes import RECIPES, Recipe, TeacherStage
 from distill.stages import autoencoder, decoder_finetuning, student, teacher
 from distill.stages.published_teacher import Published, encode_pictures, open_published, write_distilled
 from distill.stages.teacher import Lesson, Teacher

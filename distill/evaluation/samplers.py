@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.evaluation.scores import Generate
 from distill.objectives.trigflow import as_flow, guided, sample_flow
-from distill.recipe import Recipe
+from distill.recipes import Recipe
 from distill.stages.teacher import Teacher
 from distill.training.stage import to_uint8
 from engines.models.dcae import Autoencoder

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.recipe import AutoencoderStage, Recipe
+from distill.recipes import AutoencoderStage, Recipe
 from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor
 from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder

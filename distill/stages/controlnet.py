@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from distill.objectives import losses
-from distill.recipe import RECIPES, ControlStage
+from distill.recipes import RECIPES, ControlStage
 from distill.training.checkpoint_writer import write_json, write_weights
 from distill.training.latents import CHUNK
 from distill.training.muon import Muon, split_parameters

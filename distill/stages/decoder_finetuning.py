@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.recipe import AutoencoderStage, Recipe
+from distill.recipes import AutoencoderStage, Recipe
 from distill.stages.autoencoder import reconstruction_loss
 from distill.stages.teacher import Teacher
 from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
 from distill.objectives.trigflow import Velocity, as_trigflow, guided
-from distill.recipe import DistilStage, Recipe
+from distill.recipes import DistilStage, Recipe
 from distill.stages.teacher import Teacher
 from distill.training.latents import Latents
 from distill.training.muon import Muon, split_parameters

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.gemma2 import Gemma2Model
 
-from distill.recipe import Recipe, TeacherStage
+from distill.recipes import Recipe, TeacherStage
 from distill.training.latents import Latents, layout_channels
 from distill.training.muon import Muon, split_parameters
 from distill.training.stage import Average, Stage, learning_rate_factor

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 
-from distill.recipe import TextStage
+from distill.recipes import TextStage
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from distill.evaluation.control_adherence import Score, cases, overlap, score
-from distill.recipe import ControlStage, smoke
+from distill.recipes import ControlStage, smoke
 from distill.stages import teacher
 from distill.stages.autoencoder import build as build_autoencoder
 from distill.stages.controlnet import Control, control_world, encode, scene_of, train
@@ -148,7 +148,7 @@ def test_a_stopped_stage_goes_on(finished: Path, checkpoint: Path) -> None:
 
 
 def test_the_tiny_controlnet_is_small() -> None:
-    from distill.recipe import tiny
+    from distill.recipes import tiny
     from engines.models.controlnet import ControlConfig, ControlNet
 
     recipe = tiny()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
-from distill.recipe import RECIPES, Recipe, smoke, sprint_0_6b
+from distill.recipes import RECIPES, Recipe, smoke, sprint_0_6b
 from distill.stages import autoencoder, decoder_finetuning, student, teacher
 from distill.stages.published_teacher import open_published, read_pictures, with_guidance
 from distill.train import Run

@@ -8,7 +8,7 @@ import torch
 from small_checkpoint import heat
 from torch import nn
 
-from distill.recipe import tiny
+from distill.recipes import tiny
 from engines.backends.base import ModuleName
 from engines.build.example_inputs import GraphShape
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection

@@ -1,6 +1,6 @@
 """Scores a finished run and writes its model card: per category, teacher and student, with the spread over seeds.
 
-python -m distill.card --recipe tiny --run runs/tiny            # minutes; writes runs/tiny/checkpoint/README.md
+python -m distill.model_card --recipe tiny --run runs/tiny            # minutes; writes runs/tiny/checkpoint/README.md
 """
 
 import argparse
@@ -15,7 +15,7 @@ from PIL import Image
 
 from distill.evaluation import samplers
 from distill.evaluation.scores import Report, engine_generator, evaluate, evaluation_prompts
-from distill.recipe import RECIPES, Recipe
+from distill.recipes import RECIPES, Recipe
 from distill.train import GUIDANCE, Run
 from distill.training.stage import contact_sheet
 from distill.world.scenes import CATEGORIES
