@@ -39,8 +39,8 @@ big; two things, in relation (left of, right of, above, below) or side by side; 
 this are ignored. Guidance {low:g} to {high:g} is trained; w stands for 1 + {gain:g} (w - 1) of the teacher.
 
 ## Scores
-{prompts} held-out captions (combinations that training never shows), {seeds} seeds each, judged by `distill/world/judge.py`:
-the share of pictures in which number, shapes, colours, relation and background are all right.
+{prompts} held-out captions (combinations that training never shows), {seeds} seeds each, judged by
+`distill/world/judge.py`: the share of pictures in which number, shapes, colours, relation and background are all right.
 
 {table}
 
@@ -48,9 +48,9 @@ The teacher runs {teacher_steps} Euler steps with guidance {teacher_guidance:g}.
 is the teacher in one step, scores {untrained:.3f}.
 
 ## Training
-`python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/world/rendering.py`). The teacher
-learns in a wider world first (`wide_world` of the recipe), then in this one (narrow); at the end the decoder is trained
-once more, on what the student predicts (sharpen). What was tried on the way, also in vain: `distill/LOG.md`.
+`python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/world/rendering.py`). The
+teacher learns in a wider world first (`wide_world` of the recipe), then in this one (narrow); at the end the decoder is
+trained once more, on what the student predicts (sharpen). What was tried on the way, also in vain: `distill/LOG.md`.
 
 | stage | steps | batch | hours |
 |---|---|---|---|

@@ -3,8 +3,8 @@
     make peers
     python -m bench.peers --engine fake:5 --rates 50,100,200 --concurrency 1,8,64 --seconds 3
 
-Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (files *_app.py), each
-in an environment of its own that `make peers` makes. One server runs at a time; one load generator, on the same
+Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (files *_app.py),
+each in an environment of its own that `make peers` makes. One server runs at a time; one load generator, on the same
 machine, measures all. Every peer has our engine, our PNG encoder, batches of 8 and, where it waits for a batch to fill,
 5 ms to do so. A request without an answer of status 200 counts as lost.
 """

@@ -4,8 +4,8 @@
     python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
 
 A variant is <backend>:<precision>, engine:<folder of build_engine.py>, or diffusers:<precision>. All get the same
-captions and seeds. Scores are distill.evaluation.scores's (GenEval's six categories, judged by pixels); beside them stands how
-far the pictures are from the first variant's. Prints a table, then one JSON document as the last line.
+captions and seeds. Scores are distill.evaluation.scores's (GenEval's six categories, judged by pixels); beside them
+stands how far the pictures are from the first variant's. Prints a table, then one JSON document as the last line.
 """
 
 import argparse

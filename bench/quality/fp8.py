@@ -4,9 +4,9 @@
     python -m bench.quality.fp8 --model sprint-0.6b --no-score --pictures 4
 
 fp8 is that of engines.build.quantization (E4M3, scales from real prompts), computed by rounding in PyTorch; everything
-else stays in fp32, on any device. The score is of the tiny world (distill.evaluation.scores). Sensitivity: SQNR of the decoded
-picture when one layer alone is quantised, against fp32. Prints tables, then one JSON document as the last line. Exit
-code 1: the score is further than --allowed from fp32's.
+else stays in fp32, on any device. The score is of the tiny world (distill.evaluation.scores). Sensitivity: SQNR of the
+decoded picture when one layer alone is quantised, against fp32. Prints tables, then one JSON document as the last line.
+Exit code 1: the score is further than --allowed from fp32's.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The ControlNet stage: drawings of the tiny world steer a finished one-step student, which stays as it is.
 
-    python -m distill.stages.controlnet --model models/tiny --recipe tiny --out runs/control     # writes runs/control/controlnet
+    python -m distill.stages.controlnet --model models/tiny --recipe tiny --out runs/control  # writes .../controlnet
 
 The branch begins as a copy of the student's first blocks with projections of zero. One step from noise has to land on
 the picture whose outlines were drawn: at the student's own angles, half of them pure noise (max-time weighting, paper

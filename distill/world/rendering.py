@@ -2,7 +2,8 @@
 
     for pixels, captions in batches(World(), size=256, batch=32, seed=0): ...      # uint8 [32,256,256,3], 32 strings
 
-Knows no torch. Other worlds are other `World(...)` objects (distill/world/scenes.py); words are in distill/world/captions.py.
+Knows no torch. Other worlds are other `World(...)` objects (distill/world/scenes.py); words are in
+distill/world/captions.py.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Drawings of scenes as a hand makes them: white strokes on black along the outlines, shaky, open, of any width.
 
-The outline of a shape is where its signed distance (distill/world/rendering.py) is zero, so a new shape has one by itself.
+The outline of a shape is where its signed distance (distill/world/rendering.py) is zero, so a new shape has one by
+itself.
 """
 
 import math

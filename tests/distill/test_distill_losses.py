@@ -1,4 +1,4 @@
-"""sCM and LADD losses against worked cases and finite differences (distill.objectives.losses, distill.objectives.trigflow)."""
+"""sCM and LADD losses against worked cases and finite differences."""
 
 import math
 from collections.abc import Callable
