@@ -48,9 +48,10 @@ The teacher runs {teacher_steps} Euler steps with guidance {teacher_guidance:g}.
 is the teacher in one step, scores {untrained:.3f}.
 
 ## Training
-`python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/world/rendering.py`). The
-teacher learns in a wider world first (`wide_world` of the recipe), then in this one (narrow); at the end the decoder is
-trained once more, on what the student predicts (sharpen). What was tried on the way, also in vain: `distill/LOG.md`.
+`python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/world/rendering.py`).
+The teacher learns in a wider world first (`wide_world` of the recipe), then in this one (narrow); at the end the
+decoder is trained once more, on what the student predicts (sharpen). What was tried on the way, also in vain:
+`distill/LOG.md`.
 
 | stage | steps | batch | hours |
 |---|---|---|---|

@@ -36,7 +36,7 @@ CPU = {"gpu": 0, "image": {"tag": "cpu"}, "model": "tiny"}
 @cache
 def helm(asked: str) -> Any:
     """What Helm answers (see helm.py). Raises CalledProcessError where it refuses."""
-    command = [sys.executable, str(Path(__file__).with_name("helm.py"))]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "helm.py")]
     ran = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
     return json.loads(ran.stdout)
 

@@ -133,8 +133,8 @@ def post(url: str, body: dict[str, object]) -> int:
 def server() -> Iterator[str]:
     """A server with the fake engine, on what it takes for a GPU."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "tests/deploy/gpu_server.py"), str(port)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/engines")])
+    command = [sys.executable, str(ROOT / "tests/helpers/gpu_server.py"), str(port)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
     try:
         until("server", lambda: answers(f"http://127.0.0.1:{port}/health/ready"))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from small_checkpoint import save_checkpoint
 
 from engines.backends.openvino import has_bf16
 from engines.build import builder as building
@@ -28,9 +29,6 @@ from server.errors import EXIT_START
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
-sys.path.append(str(Path(__file__).parents[1] / "engines"))
-
-from small_checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.slow  # builds engines and starts servers; tests/engines/test_build.py does without the latter
 
