@@ -72,7 +72,7 @@ fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in
 clients: $(DEV) ## runs the openai client and LiteLLM, in an environment of their own, against the server
 	$(BIN)/python -m venv .venvs/clients
 	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2
-	$(BIN)/python -m pytest -m slow tests/server/test_server_openai_clients.py
+	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 

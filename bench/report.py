@@ -138,8 +138,8 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
         "Over HTTP, `in time` within the deadline; overhead is what an answer takes beyond the engine's own stages, so "
         "at more than one client it holds the wait for others. Engine is the sum of its stages, for the whole batch; "
         "encode is what a file takes from its pixels, the wait for a codec thread included, while the engine's thread "
-        "is at its next batch (`tests/server/test_server_handover.py` stops all encoders and sees batch after batch "
-        "run).\n\n" + table(head, rows)
+        "is at its next batch (`tests/server/generation/test_delivery.py` stops all encoders and sees batch after "
+        "batch run).\n\n" + table(head, rows)
     ), {}
 
 

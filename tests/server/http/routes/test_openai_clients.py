@@ -18,7 +18,7 @@ from running_server import Running, Serve, image_file, read_image
 from engines.fake import expected_pixels
 from engines.types import Job, Pixels
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 PYTHON = ROOT / ".venvs" / "clients" / "bin" / "python"
 IMAGE: Pixels = (np.arange(40 * 30 * 3).reshape(40, 30, 3) % 253).astype(np.uint8)
 needs_clients = pytest.mark.skipif(not PYTHON.exists(), reason="needs the clients: make clients")

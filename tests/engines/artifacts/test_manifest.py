@@ -1,4 +1,4 @@
-"""What a manifest refuses, apart from the files (tests/engines/test_build.py)."""
+"""What a manifest refuses, apart from the files (tests/engines/build/test_builder.py)."""
 
 import json
 from dataclasses import replace

@@ -21,7 +21,7 @@ from running_server import PATIENCE_S, GatedEngine, Running, Serve, wait_until
 from engines.types import Pixels
 from server.http.routes.page import STATIC
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 CIRCLE = [(0.5 + 0.3 * math.cos(turn / 8 * math.pi), 0.5 + 0.3 * math.sin(turn / 8 * math.pi)) for turn in range(17)]
 needs_browser = pytest.mark.skipif(
     executable() is None, reason="Chromium is not installed (Debian: apt-get install chromium); the page is not driven"

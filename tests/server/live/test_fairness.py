@@ -93,7 +93,7 @@ def test_every_turn_comes_within_three_batches_and_shows_the_newest(serve: Serve
     assert running.waiting == 0
 
 
-# --- the same with clocks: python -m pytest -m slow tests/server/test_server_live_fair.py -s -------------------------
+# --- the same with clocks: python -m pytest -m slow tests/server/live/test_fairness.py -s -------------------------
 
 ENGINE_MS = 20
 SECONDS = 120

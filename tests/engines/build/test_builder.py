@@ -42,7 +42,7 @@ from engines.types import Job
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
 
 

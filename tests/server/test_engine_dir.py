@@ -30,7 +30,7 @@ from server.errors import EXIT_START
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 
-pytestmark = pytest.mark.slow  # builds engines and starts servers; tests/engines/test_build.py does without the latter
+pytestmark = pytest.mark.slow  # builds engines and starts servers; tests/engines/build does without the latter
 
 ROOT = Path(__file__).parents[2]
 JOBS = [Job("a red circle", 3, 64, 64), Job("three green triangles", 4, 64, 64, 2, 4.1), Job("a cat", 5, 64, 64, 4)]

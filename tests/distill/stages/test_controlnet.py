@@ -26,7 +26,7 @@ from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
 from engines.types import Job
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def numbers() -> ControlStage:

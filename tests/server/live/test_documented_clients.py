@@ -12,7 +12,7 @@ from running_server import PATIENCE_S, Running, image_file, read_image
 from engines.fake import expected_pixels
 from engines.types import Job
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 def run(folder: Path, *command: str) -> str:

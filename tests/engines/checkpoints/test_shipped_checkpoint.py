@@ -10,7 +10,7 @@ from diffusers import SanaSprintPipeline
 from engines.loader import load_engine
 from engines.types import Engine, Job
 
-TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
+TINY = Path(__file__).resolve().parents[3] / "models" / "tiny"
 PROMPT = "a red circle to the left of a blue square"
 
 

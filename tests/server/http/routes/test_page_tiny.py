@@ -1,6 +1,6 @@
 """The page over the shipped checkpoint, in a real Chromium: what a person sees, and how long after the pen.
 
-python -m pytest -m slow tests/server/test_server_page_tiny.py -s --basetemp FOLDER     # screenshots stay in FOLDER
+python -m pytest -m slow tests/server/http/routes/test_page_tiny.py -s --basetemp FOLDER  # screenshots stay in FOLDER
 """
 
 import json
