@@ -14,7 +14,7 @@ from engines.artifacts.loading import load_artifacts
 from engines.artifacts.manifest import read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
-from engines.backends.cuda.graphs import CudaRecorder, GraphBook, Recorder
+from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture, GraphRunner
 from engines.backends.eager import eager
 from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -22,8 +22,8 @@ from engines.checkpoints.controlnet import load_controlnet
 from engines.errors import BackendError, CheckpointError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.denoise_decode import Chain, input_specs
-from engines.pipeline.engine import Books, LatentSpace, Modules, SprintEngine
+from engines.pipeline.denoise_decode import DenoiseDecode, input_specs
+from engines.pipeline.engine import GraphRunners, LatentSpace, Modules, SprintEngine
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
 from engines.types import Engine, EngineInfo, Limits, powers_of_two
@@ -55,7 +55,7 @@ def load_engine(
     decoder: str | None = None,
     controlnet: str | None = None,
     schedule: Schedule = "paper",
-    recorder: Recorder | None = None,
+    recorder: GraphCapture | None = None,
     cache: str | None = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
@@ -100,9 +100,9 @@ def load_engine(
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     space = _space(checkpoint, dtype, place)
     recorder = None if backend == "eager" else _recorder(place, recorder)
-    books = _books(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
+    runners = _runners(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
     info = _info(checkpoint, backend, precision, place, reasons)
-    return SprintEngine(modules, space, info, limits, schedule, buckets, books)
+    return SprintEngine(modules, space, info, limits, schedule, buckets, runners)
 
 
 def _load_built(
@@ -115,7 +115,7 @@ def _load_built(
     decoder: str | None,
     controlnet: str | None,
     schedule: Schedule,
-    recorder: Recorder | None,
+    recorder: GraphCapture | None,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -155,49 +155,49 @@ def _load_built(
     space = _space(checkpoint, loaded.dtype, place)
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
     recorder = _recorder(place, recorder)
-    books = _books(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
+    runners = _runners(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
     info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
-    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, books)
+    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners)
 
 
-def _recorder(device: torch.device, asked: Recorder | None) -> Recorder | None:
-    return CudaRecorder() if asked is None and device.type == "cuda" else asked
+def _recorder(device: torch.device, asked: GraphCapture | None) -> GraphCapture | None:
+    return CudaGraphCapture() if asked is None and device.type == "cuda" else asked
 
 
-def _books(
+def _runners(
     modules: Callable[[], Modules],
     checkpoint: Checkpoint,
     space: LatentSpace,
     limits: Limits,
     buckets: Sequence[int],
     steps: Iterable[int],
-    recorder: Recorder | None,
+    recorder: GraphCapture | None,
     reasons: dict[str, str],
-) -> Books | None:
+) -> GraphRunners | None:
     """Graphs to capture for `buckets` at every size of the checkpoint, or its own one; None without a recorder."""
     if recorder is None:
         return None
     unit, steps = space.compression, tuple(steps)
     sides = [(height // unit, width // unit) for width, height in limits.sizes or (limits.default_size,)]
 
-    def book(*, drawing: bool) -> GraphBook:
-        def chain() -> Chain:
+    def runner(*, drawing: bool) -> GraphRunner:
+        def chain() -> DenoiseDecode:
             made = modules()
             transformer = made.controlled if drawing else made.transformer
             assert transformer is not None
-            return Chain(transformer, made.decoder, space.dtype)
+            return DenoiseDecode(transformer, made.decoder, space.dtype)
 
         tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
         specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
-        return GraphBook(chain, specs, buckets, sides, steps, recorder, space.device)
+        return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
 
-    books = Books(book(drawing=False), book(drawing=True) if "control" in limits.conditioning else None)
+    runners = GraphRunners(runner(drawing=False), runner(drawing=True) if "control" in limits.conditioning else None)
     reasons["graphs"] = (
-        f"{len(books.plain.order)} are captured before the first request: batches {_listed(buckets)}, "
+        f"{len(runners.plain.capture_order)} are captured before the first request: batches {_listed(buckets)}, "
         f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"
     )
-    return books
+    return runners
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -224,7 +224,7 @@ def _space(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> 
     return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
 
 
-def _backend(asked: str, device: torch.device, recorder: Recorder | None, reasons: dict[str, str]) -> str:
+def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, reasons: dict[str, str]) -> str:
     if asked == "auto":
         if device.type == "cuda":
             reasons["backend"] = "cuda-graph: a GPU is present, and no built engine was given"

@@ -16,11 +16,11 @@ import torch
 from bench.acceptance.plan import Plan, SkippedError, Step
 from bench.harness.errors import BenchError
 from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
-from bench.harness.subprocess_call import apart
+from bench.harness.subprocess_call import run_in_subprocess
 from bench.harness.summary import spread
 from distill.evaluation.scores import evaluation_prompts
 from engines.artifacts.reference import peaks
-from engines.backends.cuda.graphs import CudaRecorder, HostRecorder
+from engines.backends.cuda.graphs import CudaGraphCapture, EagerReplay
 from engines.backends.parity import PICTURE_GATES, difference
 from engines.build.builder import build
 from engines.build.calibration import calibration_texts
@@ -67,7 +67,7 @@ def run_apart(plan: Plan, name: str) -> Step:
     """`run_step` in a process of its own; if that dies, it is the step's outcome."""
     began = time.perf_counter()
     try:
-        return apart(STEP_LIMIT_S, run_step, plan, name)
+        return run_in_subprocess(STEP_LIMIT_S, run_step, plan, name)
     except BenchError as error:
         return Step(plan.model, name, "failed", str(error), round(time.perf_counter() - began, 1))
 
@@ -164,7 +164,7 @@ def _graphs(plan: Plan, step: Step) -> None:
     precision = "bf16" if plan.on_gpu else "fp32"
 
     def load(largest: int) -> Engine:
-        recorder = CudaRecorder() if plan.on_gpu else HostRecorder()
+        recorder = CudaGraphCapture() if plan.on_gpu else EagerReplay()
         options: dict[str, Any] = {"precision": precision, "device": str(plan.device), "max_batch": largest}
         engine = load_engine(plan.model, backend="cuda-graph", recorder=recorder, **options)
         began = time.perf_counter()

@@ -13,7 +13,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def apart(limit_s: float | None, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+def run_in_subprocess(limit_s: float | None, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
     """What `call` answers in a fresh process; it, its arguments and its answer must be picklable.
 
     Raises what `call` raises, and BenchError where the process ends without an answer, or has none after `limit_s`

@@ -17,7 +17,7 @@ from bench.harness.load_generator import Order, Traffic
 from bench.harness.memory import peak_bytes, rise
 from bench.harness.pipelines import DTYPES, STAGES, Diffusers, Made, Ours, Subject, Task
 from bench.harness.server_process import serving
-from bench.harness.subprocess_call import apart
+from bench.harness.subprocess_call import run_in_subprocess
 from bench.harness.summary import spread, table
 from bench.latency.shared_weights import SharedWeights
 from distill.evaluation.scores import evaluation_prompts
@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     first, *rest = (task(seed) for seed in range(options.runs))
     warmup = task(options.runs)
     base = DTYPES[options.vs_precision]
-    reference = apart(None, _reference, options, first) if options.reference else None
+    reference = run_in_subprocess(None, _reference, options, first) if options.reference else None
     shared = replace(checkpoint, weights=SharedWeights(checkpoint.weights, base))
     subjects: dict[str, Subject] = {}
     series: dict[str, Series] = {}
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     found = _summary(options, place, checkpoint, (width, height), prompts, series, reference)
     del subjects, shared
     if options.memory:
-        found["peak_bytes"] = {name: apart(None, _peak, name, options, warmup) for name in series}
+        found["peak_bytes"] = {name: run_in_subprocess(None, _peak, name, options, warmup) for name in series}
     if options.http:
         found["http_seconds"] = asyncio.run(_over_http(options, [warmup, first, *rest]))
     return found

@@ -12,7 +12,15 @@ from torch import Tensor
 from engines.artifacts.manifest import Artifact, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype
 from engines.artifacts.reference import MODULES, load_reference
-from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, Side, TransformerDropIn, built_for, padded
+from engines.backends.adapters import (
+    DecoderAdapter,
+    EncoderAdapter,
+    Graph,
+    Side,
+    TransformerAdapter,
+    only_built_sizes,
+    padded,
+)
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
 from engines.backends.parity import GATES, PICTURE_GATES, difference
@@ -43,9 +51,9 @@ def _digest(artifact: Artifact) -> str:
 class DropIns:
     """In place of the modules, at every size of the manifest."""
 
-    transformer: TransformerDropIn
-    decoder: DecoderDropIn
-    encoder: EncoderDropIn
+    transformer: TransformerAdapter
+    decoder: DecoderAdapter
+    encoder: EncoderAdapter
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,9 @@ class LoadedModules:
         """Drop-ins with execution contexts of their own, as each CUDA graph needs them, on the same weights."""
         own = {name: {side: _replica(graph) for side, graph in at.items()} for name, at in self.graphs.items()}
         return DropIns(
-            TransformerDropIn(built_for(own["transformer"]), self.manifest.tokens),
-            DecoderDropIn(built_for(own["decoder"])),
-            EncoderDropIn(built_for(own["encoder"])),
+            TransformerAdapter(only_built_sizes(own["transformer"]), self.manifest.tokens),
+            DecoderAdapter(only_built_sizes(own["decoder"])),
+            EncoderAdapter(only_built_sizes(own["encoder"])),
         )
 
 

@@ -33,10 +33,10 @@ class ModuleGraph:
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
-GraphAt = Callable[[Side], Graph]
+GraphLookup = Callable[[Side], Graph]
 
 
-def built_for(graphs: Mapping[Side, Graph]) -> GraphAt:
+def only_built_sizes(graphs: Mapping[Side, Graph]) -> GraphLookup:
     """Those `graphs` alone; for another size a BackendError that names them."""
 
     def at(side: Side) -> Graph:
@@ -48,13 +48,13 @@ def built_for(graphs: Mapping[Side, Graph]) -> GraphAt:
     return at
 
 
-class TransformerDropIn:
+class TransformerAdapter:
     """Called like SprintTransformer.forward, or ControlledTransformer's where a drawing comes along.
 
     Graphs by (h, w) of the latent, all with text of `tokens` positions.
     """
 
-    def __init__(self, graph_at: GraphAt, tokens: int):
+    def __init__(self, graph_at: GraphLookup, tokens: int):
         self._graph_at, self._tokens = graph_at, tokens
 
     def __call__(
@@ -86,10 +86,10 @@ class TransformerDropIn:
         return velocity
 
 
-class DecoderDropIn:
+class DecoderAdapter:
     """Called like PixelDecoder.forward; graphs by (h, w) of the latent."""
 
-    def __init__(self, graph_at: GraphAt):
+    def __init__(self, graph_at: GraphLookup):
         self._graph_at = graph_at
 
     def __call__(self, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +97,10 @@ class DecoderDropIn:
         return pixels, finite
 
 
-class EncoderDropIn:
+class EncoderAdapter:
     """Called like PixelEncoder.forward; graphs by (height, width) of the picture."""
 
-    def __init__(self, graph_at: GraphAt):
+    def __init__(self, graph_at: GraphLookup):
         self._graph_at = graph_at
 
     def __call__(self, pixels: Tensor) -> Tensor:

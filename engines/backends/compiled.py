@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, ModuleGraph, Side, TransformerDropIn, padded
+from engines.backends.adapters import (
+    DecoderAdapter,
+    EncoderAdapter,
+    Graph,
+    ModuleGraph,
+    Side,
+    TransformerAdapter,
+    padded,
+)
 from engines.backends.base import ModuleSpec
 from engines.backends.eager import laid_out
 from engines.backends.parity import check_compiled
@@ -31,8 +39,8 @@ def compiled(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
         return fast if side in sides else plain
 
     if spec.name in ("transformer", "controlled"):
-        return TransformerDropIn(at, spec.tokens)
-    return DecoderDropIn(at) if spec.name == "decoder" else EncoderDropIn(at)
+        return TransformerAdapter(at, spec.tokens)
+    return DecoderAdapter(at) if spec.name == "decoder" else EncoderAdapter(at)
 
 
 class _Compiled(ModuleGraph):

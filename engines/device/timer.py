@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in time, with the methods of torch.cuda.Event."""
 
     def record(self) -> None: ...
@@ -17,7 +17,7 @@ class Mark(Protocol):
         """Milliseconds until `later`, a mark of the same kind."""
 
 
-class HostMark:
+class CpuEvent:
     """A Mark of the CPU's clock."""
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class HostMark:
     def synchronize(self) -> None:
         """The CPU has done what came before."""
 
-    def elapsed_time(self, later: "HostMark") -> float:
+    def elapsed_time(self, later: "CpuEvent") -> float:
         return (later.seconds - self.seconds) * 1000
 
 
-class CudaMark:
+class CudaEvent:
     """A Mark on the current stream; captured, it is recorded anew by each replay (external: torch.cuda.Event)."""
 
     def __init__(self, *, captured: bool = False) -> None:
@@ -46,7 +46,7 @@ class CudaMark:
     def synchronize(self) -> None:
         self.event.synchronize()
 
-    def elapsed_time(self, later: "CudaMark") -> float:
+    def elapsed_time(self, later: "CudaEvent") -> float:
         return float(self.event.elapsed_time(later.event))
 
 
@@ -55,13 +55,13 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._marks: list[Mark] = []
-        self.lap()
+        self._marks: list[Event] = []
+        self.record()
 
-    def lap(self, mark: Mark | None = None) -> None:
+    def record(self, mark: Event | None = None) -> None:
         """Ends a lap here and now, or at a `mark` that was recorded elsewhere."""
         if mark is None:
-            mark = CudaMark() if self._cuda else HostMark()
+            mark = CudaEvent() if self._cuda else CpuEvent()
             mark.record()
         self._marks.append(mark)
 

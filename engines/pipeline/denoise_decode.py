@@ -22,7 +22,7 @@ from engines.sampler import sample
 Inputs = Mapping[str, Tensor]
 
 
-class Chain:
+class DenoiseDecode:
     """Through `transformer` and `decoder`, each executed by its backend; gives pixels and finite (PixelDecoder)."""
 
     def __init__(self, transformer: Callable[..., Tensor], decoder: Callable[..., Any], dtype: torch.dtype):

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cuda.graphs import GraphBook
+from engines.backends.cuda.graphs import GraphRunner
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.pipeline.denoise_decode import Chain
+from engines.pipeline.denoise_decode import DenoiseDecode
 from engines.pipeline.latent_cache import LatentCache
 from engines.pipeline.text_stage import TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
@@ -48,11 +48,11 @@ class LatentSpace:
 
 
 @dataclass(frozen=True)
-class Books:
+class GraphRunners:
     """Captured graphs in place of the plain chain, and of the one with a drawing."""
 
-    plain: GraphBook
-    controlled: GraphBook | None = None
+    plain: GraphRunner
+    controlled: GraphRunner | None = None
 
 
 class SprintEngine:
@@ -66,12 +66,12 @@ class SprintEngine:
         limits: Limits,
         schedule: Schedule = "paper",
         buckets: tuple[int, ...] = (),
-        books: Books | None = None,
+        runners: GraphRunners | None = None,
     ):
         """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is.
         books: graphs that `warmup` captures; they pad texts to the longest that the engine takes."""
         self._modules, self._space, self._schedule = modules, space, schedule
-        self._info, self._limits, self._buckets, self._books = info, limits, buckets, books
+        self._info, self._limits, self._buckets, self._runners = info, limits, buckets, runners
         self._card = None
         if space.device.type == "cuda":
             self._card = open_card(str(torch.cuda.get_device_properties(space.device).uuid))
@@ -97,10 +97,10 @@ class SprintEngine:
     @torch.inference_mode()
     def _capture(self) -> None:
         """Captures every graph. Raises OutOfMemoryError."""
-        books = () if self._books is None else (self._books.plain, self._books.controlled)
+        runners = () if self._runners is None else (self._runners.plain, self._runners.controlled)
         try:
-            for book in filter(None, books):
-                book.capture()
+            for runner in filter(None, runners):
+                runner.capture()
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
 
@@ -117,7 +117,7 @@ class SprintEngine:
         return {"reserved": torch.cuda.memory_reserved(device), **used}
 
     def close(self) -> None:
-        del self._modules, self._images, self._books
+        del self._modules, self._images, self._runners
         if self._space.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -139,7 +139,7 @@ class SprintEngine:
         watch = Stopwatch(device)
         embeddings = self._modules.text.encode([job.prompt for job in jobs])
         inputs = self._read(*join(embeddings))
-        watch.lap()
+        watch.record()
 
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32, device=device)
         noise, angles = self._start(jobs)
@@ -147,10 +147,10 @@ class SprintEngine:
         inputs |= self._drawn(jobs)
         run = self._run(drawn="control" in inputs)
         captured = None
-        if isinstance(run, GraphBook):
+        if isinstance(run, GraphRunner):
             captured = run.graph_for(len(jobs), noise.shape[-2], noise.shape[-1], jobs[0].steps)
-        pixels, finite = run(inputs, watch.lap)
-        watch.lap()
+        pixels, finite = run(inputs, watch.record)
+        watch.record()
         pictures, sound = pixels.cpu().numpy(), finite.tolist()
         if not all(sound):
             bad = [f"seed {job.seed}" for job, fine in zip(jobs, sound, strict=True) if not fine]
@@ -159,7 +159,7 @@ class SprintEngine:
         bucket = smallest_fitting(len(jobs), self._buckets) if self._buckets else len(jobs)
         if captured is not None:
             bucket = captured.bucket
-        uncaptured = isinstance(run, GraphBook) and captured is None
+        uncaptured = isinstance(run, GraphRunner) and captured is None
         return [
             RawImage(picture, stages, bucket, embedding.truncated, embedding.cached, uncaptured)
             for picture, embedding in zip(pictures, embeddings, strict=True)
@@ -168,22 +168,22 @@ class SprintEngine:
     def _read(self, text: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """The chain's inputs of the texts [B, T, D]; graphs have one length, that of the longest prompt."""
         text = text.to(self._space.dtype)
-        if self._books is None:
+        if self._runners is None:
             return {"text": text} if mask is None else {"text": text, "text_mask": mask}
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         missing = self._info.max_prompt_tokens - text.shape[1]
         return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
 
-    def _run(self, *, drawn: bool) -> Chain | GraphBook:
+    def _run(self, *, drawn: bool) -> DenoiseDecode | GraphRunner:
         """What denoises and decodes: a book of graphs where there is one."""
         modules = self._modules
-        book = None if self._books is None else (self._books.controlled if drawn else self._books.plain)
-        if book is not None:
-            return book
+        runner = None if self._runners is None else (self._runners.controlled if drawn else self._runners.plain)
+        if runner is not None:
+            return runner
         transformer = modules.controlled if drawn else modules.transformer
         assert transformer is not None  # else the limits refuse drawings
-        return Chain(transformer, modules.decoder, self._space.dtype)
+        return DenoiseDecode(transformer, modules.decoder, self._space.dtype)
 
     def _start(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
         """Samples at the first angle, then the noise of each further step [steps, B, C, h, w]; angles [steps, B]."""

@@ -21,7 +21,7 @@ logger = logging.getLogger("server.batcher")
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class EncodedResult:
     """A job's file, and the seconds from its pixels to there, the wait for a codec thread included.
 
     `content` is empty where nobody waited for it any more.
@@ -32,35 +32,35 @@ class Made:
     encode_s: float
 
 
-class Inbox(Protocol):
+class ResultSink(Protocol):
     """Who hears of it, always on the event loop."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None: ...
 
-    def became_ready(self, engine: Engine) -> None: ...
+    def on_ready(self, engine: Engine) -> None: ...
 
-    def outcomes(self, outcomes: Sequence[tuple[Entry, Made | Exception]]) -> None: ...
+    def on_results(self, outcomes: Sequence[tuple[Entry, EncodedResult | Exception]]) -> None: ...
 
-    def expired(self, entries: Sequence[Entry]) -> None: ...
+    def on_expired(self, entries: Sequence[Entry]) -> None: ...
 
     def failed(self, exit_code: int, reason: str) -> None: ...
 
 
-class Handover:
+class ResultDelivery:
     """The Listener of an EngineThread."""
 
-    def __init__(self, inbox: Inbox, codec: Codec) -> None:
-        self._inbox = inbox
+    def __init__(self, sink: ResultSink, codec: Codec) -> None:
+        self._sink = sink
         self._codec = codec
 
     def on_ready(self, engine: Engine) -> None:
-        self._post(self._inbox.became_ready, engine)
+        self._post(self._sink.on_ready, engine)
 
     def on_outcomes(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
         refused = [(entry, outcome) for entry, outcome in outcomes if isinstance(outcome, RequestError)]
         if refused:
-            self._post(self._inbox.outcomes, refused)
+            self._post(self._sink.on_results, refused)
         for entry, outcome in outcomes:
             if isinstance(outcome, Finished):
                 entry.made = True
@@ -70,23 +70,23 @@ class Handover:
                     logger.error("the codec ended before the engine's thread; a picture is lost")
 
     def on_expired(self, entries: Sequence[Entry]) -> None:
-        self._post(self._inbox.expired, entries)
+        self._post(self._sink.on_expired, entries)
 
-    def on_fatal(self, exit_code: int, reason: str) -> None:
-        self._post(self._inbox.failed, exit_code, reason)
+    def on_engine_lost(self, exit_code: int, reason: str) -> None:
+        self._post(self._sink.failed, exit_code, reason)
 
     def _encode(self, entry: Entry, finished: Finished, handed: float) -> None:
         """On a codec thread."""
-        outcome: Made | Exception
+        outcome: EncodedResult | Exception
         try:
             content = b"" if entry.future.done() else entry.encode(finished.image.pixels)
-            outcome = Made(finished, content, time.monotonic() - handed)
+            outcome = EncodedResult(finished, content, time.monotonic() - handed)
         except Exception as error:  # told to the request
             outcome = error
-        self._post(self._inbox.outcomes, [(entry, outcome)])
+        self._post(self._sink.on_results, [(entry, outcome)])
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        loop = self._inbox.loop
+        loop = self._sink.loop
         if loop is None or loop.is_closed():
             logger.error("the event loop ended before the engine's thread; %s is lost", call.__name__)
         else:

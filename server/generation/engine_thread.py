@@ -44,7 +44,7 @@ class Listener(Protocol):
 
     def on_expired(self, entries: Sequence[Entry]) -> None: ...
 
-    def on_fatal(self, exit_code: int, reason: str) -> None: ...
+    def on_engine_lost(self, exit_code: int, reason: str) -> None: ...
 
 
 class EngineThread:
@@ -91,7 +91,7 @@ class EngineThread:
             remedy = "; a smaller --max-batch may fit" if isinstance(error, OutOfMemoryError) else ""
             expected = isinstance(error, SprintError)  # says in one line what to do
             logger.critical("cannot start: %s%s", error, remedy, exc_info=None if expected else error)
-            self._listener.on_fatal(EXIT_START, "the engine could not be loaded and warmed up")
+            self._listener.on_engine_lost(EXIT_START, "the engine could not be loaded and warmed up")
             return
         self._max_batch = min(self._max_batch, engine.limits.max_batch)
         self._listener.on_ready(engine)
@@ -103,7 +103,7 @@ class EngineThread:
                 self._run(engine, batch)
         except BaseException as error:  # told to the listener, who ends the process
             logger.critical("the engine's thread died", exc_info=error)
-            self._listener.on_fatal(EXIT_ENGINE, f"the engine's thread died: {error!r}")
+            self._listener.on_engine_lost(EXIT_ENGINE, f"the engine's thread died: {error!r}")
             return
         engine.close()
 

@@ -14,7 +14,7 @@ from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels
 from server.errors import Fault, InvalidError
 from server.generation.image_codec import Codec, ImageFormat, encoder
-from server.generation.scheduler import Batcher
+from server.generation.scheduler import Scheduler
 from server.telemetry.timings import Timings
 
 WHITE, BLACK = 255, 0  # what shows through transparent parts of an image, and of strokes on black
@@ -23,7 +23,7 @@ RANDOM_SEEDS = 2**32  # a random seed survives the double precision of a JavaScr
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class GenerationRequest:
     """What one request asks for. Images are files: bytes, or text in base64. None: the engine's or server's default."""
 
     prompt: str
@@ -44,7 +44,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class EncodedImage:
     """One encoded image: a file, or its base64 where the order asked for that."""
 
     content: bytes
@@ -52,8 +52,8 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    pictures: list[Picture]
+class GenerationResult:
+    pictures: list[EncodedImage]
     width: int
     height: int
     output_format: ImageFormat
@@ -61,22 +61,22 @@ class Delivery:
     prompt_truncated: bool
 
 
-class Generation:
+class Generator:
     """Makes what orders ask for."""
 
-    def __init__(self, batcher: Batcher, codec: Codec, *, timeout_ms: int) -> None:
-        self._batcher = batcher
+    def __init__(self, scheduler: Scheduler, codec: Codec, *, timeout_ms: int) -> None:
+        self._scheduler = scheduler
         self._codec = codec
         self._timeout_ms = timeout_ms
 
-    async def make(self, order: Order, arrived: float) -> Delivery:
+    async def generate(self, order: GenerationRequest, arrived: float) -> GenerationResult:
         """All pictures of an order, or a RequestError. `arrived` (time.monotonic()) starts its deadline.
 
         Cancelling drops what has not begun.
         """
-        template = plan(order, self._batcher.engine.limits)
+        template = first_job(order, self._scheduler.engine.limits)
         timeout_ms = self._timeout_ms if order.timeout_ms is None else order.timeout_ms
-        with self._batcher.reserve(order.count, arrived + timeout_ms / 1000) as slots:
+        with self._scheduler.reserve(order.count, arrived + timeout_ms / 1000) as slots:
             if order.image is not None:
                 image = await self._codec.decode("image", order.image, WHITE)
                 template = replace(template, image=image)
@@ -89,8 +89,8 @@ class Generation:
             made = await asyncio.gather(*slots.submit(jobs, encode))
         finished = [one.finished for one in made]
         stages = [one.image.stages for one in finished]
-        return Delivery(
-            pictures=[Picture(one.content, job.seed) for job, one in zip(jobs, made, strict=True)],
+        return GenerationResult(
+            pictures=[EncodedImage(one.content, job.seed) for job, one in zip(jobs, made, strict=True)],
             width=template.width,
             height=template.height,
             output_format=order.output_format,
@@ -106,7 +106,7 @@ class Generation:
         )
 
 
-def plan(order: Order, limits: Limits) -> Job:
+def first_job(order: GenerationRequest, limits: Limits) -> Job:
     """The first job of the order, checked against the engine's limits, still without images. Raises InvalidError."""
     seed = secrets.randbelow(RANDOM_SEEDS) if order.seed is None else order.seed
     last = MAX_SEED - order.count + 1

@@ -32,15 +32,15 @@ class Entry:
 class JobQueue:
     """Holds at most `max_waiting` jobs that wait (or are about to), and `max_inside` that are not yet answered."""
 
-    def __init__(self, *, max_waiting: int, max_inside: int) -> None:
+    def __init__(self, *, max_waiting: int, max_in_flight: int) -> None:
         self.max_waiting = max_waiting
-        self.max_inside = max_inside
+        self.max_in_flight = max_in_flight
         self._filled = threading.Condition()
         self._waiting: dict[BatchKey, OrderedDict[int, Entry]] = {}
         self._places = count()
         self._reserved = 0
         self._queued = 0
-        self._inside = 0
+        self._in_flight = 0
         self._closed = False
 
     @property
@@ -49,12 +49,12 @@ class JobQueue:
         return self._queued + self._reserved
 
     @property
-    def inside(self) -> int:
+    def in_flight(self) -> int:
         """Jobs that were accepted and whose request is not answered yet."""
-        return self._inside
+        return self._in_flight
 
     def has_room(self, jobs: int) -> bool:
-        return self.waiting + jobs <= self.max_waiting and self._inside + jobs <= self.max_inside
+        return self.waiting + jobs <= self.max_waiting and self._in_flight + jobs <= self.max_in_flight
 
     def reserve(self, jobs: int) -> bool:
         """Takes `jobs` slots, all or none; says whether it did."""
@@ -62,7 +62,7 @@ class JobQueue:
             if not self.has_room(jobs):
                 return False
             self._reserved += jobs
-            self._inside += jobs
+            self._in_flight += jobs
             return True
 
     def put(self, entries: Iterable[Entry]) -> None:
@@ -104,7 +104,7 @@ class JobQueue:
         """Gives back `jobs` slots, `unused` of which never queued a job."""
         with self._filled:
             self._reserved -= unused
-            self._inside -= jobs
+            self._in_flight -= jobs
 
     def take(self, largest: Callable[[BatchKey], int]) -> tuple[list[Entry], list[Entry]] | None:
         """Blocks until jobs wait; then the oldest job's key decides, and its jobs go, oldest first, up to largest(key).

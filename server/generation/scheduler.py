@@ -24,7 +24,7 @@ from server.errors import (
     RequestError,
     UnavailableError,
 )
-from server.generation.delivery import Handover, Made
+from server.generation.delivery import EncodedResult, ResultDelivery
 from server.generation.engine_thread import EngineThread
 from server.generation.image_codec import Codec
 from server.generation.job_queue import Entry, JobQueue
@@ -38,7 +38,7 @@ EXIT_GRACE_S = 1.0  # between saying that the engine is lost, to everyone who wa
 logger = logging.getLogger("server.batcher")
 
 
-class Batcher:
+class Scheduler:
     """Takes jobs in, hands pictures out.
 
     `when_ready` hears of the engine once it is warm; `leave` is called with an exit code when the engine is lost.
@@ -64,8 +64,8 @@ class Batcher:
         self._leave = leave
         self._when_ready = when_ready
         # Beyond those that wait: one batch that runs and one whose pictures are being encoded.
-        self._queue = JobQueue(max_waiting=max_queue, max_inside=max_queue + 2 * max_batch)
-        self._thread = EngineThread(load, self._queue, Handover(self, codec), metrics, max_batch=max_batch)
+        self._queue = JobQueue(max_waiting=max_queue, max_in_flight=max_queue + 2 * max_batch)
+        self._thread = EngineThread(load, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
         self._engine: Engine | None = None
         self._unanswered: set[Entry] = set()
         self._idle = asyncio.Event()
@@ -135,14 +135,14 @@ class Batcher:
         return self._queue.waiting
 
     @property
-    def inside(self) -> int:
+    def in_flight(self) -> int:
         """Jobs accepted and not answered yet."""
-        return self._queue.inside
+        return self._queue.in_flight
 
     @property
     def retry_after_s(self) -> int:
         """Whole seconds in which what is inside now will have run, by the measured time per job; at least 1."""
-        return max(1, math.ceil(self._thread.seconds_per_job * self._queue.inside))
+        return max(1, math.ceil(self._thread.seconds_per_job * self._queue.in_flight))
 
     def check_ready(self) -> None:
         """Raises UnavailableError (503) unless jobs are taken."""
@@ -185,40 +185,40 @@ class Batcher:
 
     # --- what reservations and the engine's thread tell -------------------------------------------------------------
 
-    def track(self, entry: Entry) -> None:
+    def register(self, entry: Entry) -> None:
         self._unanswered.add(entry)
         entry.future.add_done_callback(lambda _: self._unanswered.discard(entry))
 
-    def settled(self) -> None:
+    def on_release(self) -> None:
         """A request gave its slots back."""
-        if not self._queue.inside:
+        if not self._queue.in_flight:
             self._idle.set()
 
-    def became_ready(self, engine: Engine) -> None:
+    def on_ready(self, engine: Engine) -> None:
         self._engine = engine
         self._when_ready(engine)
         self.ready.set()
         if self.state == "loading":
             self.state = "ready"
 
-    def outcomes(self, outcomes: Sequence[tuple[Entry, Made | Exception]]) -> None:
+    def on_results(self, outcomes: Sequence[tuple[Entry, EncodedResult | Exception]]) -> None:
         for entry, outcome in outcomes:
             if not entry.future.done():
-                if isinstance(outcome, Made):
+                if isinstance(outcome, EncodedResult):
                     entry.future.set_result(outcome)
                 else:
                     entry.future.set_exception(outcome)
-            if isinstance(outcome, Made):
+            if isinstance(outcome, EncodedResult):
                 self._count(entry.job, outcome)
 
-    def expired(self, entries: Sequence[Entry]) -> None:
+    def on_expired(self, entries: Sequence[Entry]) -> None:
         self._metrics.dropped.labels("deadline").inc(len(entries))
         _fail(entries, deadline_passed)
 
     def failed(self, exit_code: int, reason: str) -> None:
-        self.lost("failed", exit_code, reason)
+        self.on_engine_lost("failed", exit_code, reason)
 
-    def lost(self, state: Literal["hung", "failed"], exit_code: int, reason: str) -> None:
+    def on_engine_lost(self, state: Literal["hung", "failed"], exit_code: int, reason: str) -> None:
         """The engine is gone for good: answers everyone, then leaves."""
         logger.critical("leaving with exit code %d: %s", exit_code, reason)
         self.state = state
@@ -228,7 +228,7 @@ class Batcher:
         grace_s = EXIT_GRACE_S if self._engine is not None else 0.0  # nothing was accepted before it was ready
         asyncio.get_running_loop().call_later(grace_s, self._leave, exit_code)
 
-    def _count(self, job: Job, made: Made) -> None:
+    def _count(self, job: Job, made: EncodedResult) -> None:
         metrics, image, stages = self._metrics, made.finished.image, made.finished.image.stages
         metrics.count_image(job.width, job.height, job.steps)
         (metrics.cache_hits if image.prompt_cached else metrics.cache_misses).inc()
@@ -246,15 +246,15 @@ class Batcher:
             since = self._thread.running_since
             if since is not None and time.monotonic() - since > self._hang_limit_s:
                 self._metrics.engine_failures.labels("hang").inc()
-                self.lost("hung", EXIT_HANG, f"a batch ran longer than {self._hang_limit_s:g} s")
+                self.on_engine_lost("hung", EXIT_HANG, f"a batch ran longer than {self._hang_limit_s:g} s")
                 return
 
 
 class Reservation:
     """Slots in the queue, given back when the `with` block ends; jobs that have not begun by then are dropped."""
 
-    def __init__(self, batcher: Batcher, queue: JobQueue, metrics: Metrics, jobs: int, deadline: float) -> None:
-        self._batcher = batcher
+    def __init__(self, scheduler: Scheduler, queue: JobQueue, metrics: Metrics, jobs: int, deadline: float) -> None:
+        self._scheduler = scheduler
         self._queue = queue
         self._metrics = metrics
         self._jobs = jobs
@@ -263,12 +263,12 @@ class Reservation:
         self._entries: list[Entry] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, jobs: Sequence[Job], encode: Callable[[Pixels], bytes]) -> list[asyncio.Future[Made]]:
+    def submit(self, jobs: Sequence[Job], encode: Callable[[Pixels], bytes]) -> list[asyncio.Future[EncodedResult]]:
         """Queues as many jobs as were reserved. Each future ends with the encoded picture or with a RequestError."""
         loop = asyncio.get_running_loop()
         self._entries = [Entry(job, encode, loop.create_future(), self._deadline) for job in jobs]
         for entry in self._entries:
-            self._batcher.track(entry)
+            self._scheduler.register(entry)
         self._queue.put(self._entries)
         self._unused -= len(self._entries)
         self._timer = loop.call_later(self._deadline - time.monotonic(), self._expire)
@@ -295,10 +295,10 @@ class Reservation:
         elif isinstance(error, DeadlineError):
             self._metrics.dropped.labels("deadline").inc(withdrawn + self._unused)
         self._queue.release(unused=self._unused, jobs=self._jobs)
-        self._batcher.settled()
+        self._scheduler.on_release()
 
     def _expire(self) -> None:
-        self._batcher.expired([entry for entry in self._entries if self._queue.withdraw(entry)])
+        self._scheduler.on_expired([entry for entry in self._entries if self._queue.withdraw(entry)])
 
 
 def deadline_passed() -> DeadlineError:

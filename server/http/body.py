@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.errors import ClientGoneError, MediaTypeError
-from server.http.state import Service
+from server.http.state import AppState
 from server.http.upload_limit import SMALL_BODY
 from server.http.validation import parse
 
@@ -23,21 +23,21 @@ def check_media_type(request: Request, wanted: str) -> None:
         raise MediaTypeError(f"Content-Encoding: got {encoding}, allowed: none")
 
 
-async def read_json(request: Request, model: type[Body], service: Service) -> Body:
+async def read_json(request: Request, model: type[Body], service: AppState) -> Body:
     """The body as `model`. A request that the queue has no room for is refused before its body is read.
 
     Raises MediaTypeError (415), QueueFullError (429), UnavailableError (503), InvalidError (422).
     """
     check_media_type(request, "application/json")
-    service.batcher.check_open()
+    service.scheduler.check_open()
     with service.uploads.one(request):
-        body = await whole_body(request)
+        body = await read_body(request)
         if len(body) <= SMALL_BODY:
             return parse(model, body)
         return await service.codec.run(parse, model, body)
 
 
-async def whole_body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
     """Raises ClientGoneError where the client leaves before the end."""
     parts = []
     more = True

@@ -11,7 +11,7 @@ from server.errors import ClientGoneError
 T = TypeVar("T")
 
 
-async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """The result of `work`, cancelled when the client leaves (ClientGoneError). The body must have been read."""
     asking = asyncio.current_task()
     assert asking is not None

@@ -54,16 +54,16 @@ logger = logging.getLogger("server.access")
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeLimits:
+class BodyLimits:
     body_bytes: int
     body_s: float
 
 
-class Edge:
+class RequestMiddleware:
     """ASGI middleware around everything else."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: EdgeLimits, tracing: Tracing | None
+        self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: BodyLimits, tracing: Tracing | None
     ) -> None:
         self._app = app
         self._tracing = tracing
@@ -163,7 +163,7 @@ class _Exchange:
         receive: Receive,
         send: Send,
         context: RequestContext,
-        limits: EdgeLimits,
+        limits: BodyLimits,
         *,
         page: bool,
     ) -> None:
@@ -206,14 +206,14 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             if self._unread:
-                await self._dispose_of_body()
+                await self._drain_body()
             self.started = True
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), *self._headers()]
             await self._send(message)
         elif self._lingers and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
-            await self._linger()
+            await self._lingering_close()
             await self._send({"type": "http.response.body"})
         else:
             await self._send(message)
@@ -233,13 +233,13 @@ class _Exchange:
             ]
         return headers
 
-    async def _dispose_of_body(self) -> None:
+    async def _drain_body(self) -> None:
         """Before an answer to a request whose body was not read: reads a small one, gives up on any other."""
         if self._length is not None and self._length <= min(SMALL_BODY, self._limits.body_bytes):
             await _within(LINGER_S, self._read_up_to(SMALL_BODY))
         self._lingers = self._unread
 
-    async def _linger(self) -> None:
+    async def _lingering_close(self) -> None:
         """Closing at once would make the client's system throw the answer away together with its unsent body."""
         await _within(LINGER_S, self._read_up_to(LINGER_BYTES))
 

@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 
-class DirectRoute(APIRoute):
+class PlainRoute(APIRoute):
     """An endpoint `(request) -> Response`, called as it is.
 
     Without FastAPI's dependencies, exit stacks and body handling, which no endpoint here uses (cost: bench/LOG.md).

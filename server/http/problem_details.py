@@ -17,11 +17,11 @@ EXPLANATIONS = {
 }
 
 
-def is_openai(path: str) -> bool:
+def uses_openai_envelope(path: str) -> bool:
     return path.startswith("/v1/") and path not in OWN_V1_PATHS
 
 
-def of_http_exception(error: HTTPException) -> RequestError:
+def from_http_exception(error: HTTPException) -> RequestError:
     """What routing raises, in our tree."""
     phrase = HTTPStatus(error.status_code).phrase
     detail = EXPLANATIONS.get(error.status_code, "") if error.detail == phrase else str(error.detail)
@@ -31,7 +31,7 @@ def of_http_exception(error: HTTPException) -> RequestError:
 def response(error: RequestError, *, path: str, request_id: str) -> JSONResponse:
     """The answer to a request that failed."""
     faults = error.faults if isinstance(error, InvalidError) else ()
-    if is_openai(path):
+    if uses_openai_envelope(path):
         kind = "server_error" if error.status >= 500 else "invalid_request_error"
         if error.status == 429:
             kind = "rate_limit_error"

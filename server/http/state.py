@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 
-from server.generation.generator import Generation
+from server.generation.generator import Generator
 from server.generation.image_codec import Codec
-from server.generation.scheduler import Batcher
+from server.generation.scheduler import Scheduler
 from server.http.upload_limit import Uploads
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
@@ -23,23 +23,23 @@ class RequestContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class AppState:
     settings: Settings
     metrics: Metrics
-    batcher: Batcher
+    scheduler: Scheduler
     codec: Codec
-    generation: Generation
+    generator: Generator
     uploads: Uploads
     expose: Callable[[Metrics], Awaitable[bytes]]  # what GET /metrics answers
 
 
-def service_of(connection: HTTPConnection) -> Service:
+def app_state(connection: HTTPConnection) -> AppState:
     """The service of the app that a request or a websocket came to."""
-    service: Service = connection.app.state.service
+    service: AppState = connection.app.state.service
     return service
 
 
-def context_of(connection: HTTPConnection) -> RequestContext:
+def request_context(connection: HTTPConnection) -> RequestContext:
     """Request id, trace id and time of arrival, as the edge noted them."""
     context: RequestContext = connection.state.context
     return context

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 from starlette.websockets import WebSocket
 
-from server.http.state import context_of
+from server.http.state import request_context
 from server.live.sessions import Live
 
 router = APIRouter()
@@ -13,4 +13,4 @@ router = APIRouter()
 async def live_drawing(socket: WebSocket) -> None:
     """Pictures of drawings, while they are drawn: docs/live.md."""
     sessions: Live = socket.app.state.live
-    await sessions.serve(socket, context_of(socket))
+    await sessions.serve(socket, request_context(socket))

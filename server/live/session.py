@@ -28,10 +28,10 @@ from server.errors import (
     SessionEndError,
     UnavailableError,
 )
-from server.generation.delivery import Made
-from server.generation.generator import BLACK, RANDOM_SEEDS, WHITE, Order, plan
+from server.generation.delivery import EncodedResult
+from server.generation.generator import BLACK, RANDOM_SEEDS, WHITE, GenerationRequest, first_job
 from server.generation.image_codec import Codec, encoder
-from server.generation.scheduler import Batcher
+from server.generation.scheduler import Scheduler
 from server.live.messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.telemetry.metrics import Metrics
 
@@ -54,10 +54,10 @@ class LiveSession:
     """`drawn` counts the pictures that were sent."""
 
     def __init__(
-        self, socket: WebSocket, batcher: Batcher, codec: Codec, metrics: Metrics, *, timeout_ms: int, idle_s: float
+        self, socket: WebSocket, scheduler: Scheduler, codec: Codec, metrics: Metrics, *, timeout_ms: int, idle_s: float
     ) -> None:
         self._socket = socket
-        self._batcher = batcher
+        self._scheduler = scheduler
         self._codec = codec
         self._metrics = metrics
         self._timeout_s = timeout_ms / 1000
@@ -101,7 +101,7 @@ class LiveSession:
             raise errors[0]
 
     def _greeting(self) -> str:
-        limits = self._batcher.engine.limits
+        limits = self._scheduler.engine.limits
         width, height = limits.default_size
         return message(
             "ready",
@@ -179,7 +179,7 @@ class LiveSession:
             return None
         try:
             kind = self._conditioning(settings, drawing)
-            job = plan(_order(settings, drawing, kind, self._seed), self._batcher.engine.limits)
+            job = first_job(_order(settings, drawing, kind, self._seed), self._scheduler.engine.limits)
             if kind == "image":
                 job = replace(job, image=await self._pixels(drawing, WHITE))
             elif kind == "control":
@@ -195,7 +195,7 @@ class LiveSession:
         if not drawing:
             return "text"
         if settings.mode == "auto":
-            return "control" if "control" in self._batcher.engine.limits.conditioning else "image"
+            return "control" if "control" in self._scheduler.engine.limits.conditioning else "image"
         return settings.mode
 
     async def _pixels(self, drawing: bytes, background: int) -> Pixels:
@@ -206,7 +206,7 @@ class LiveSession:
 
     async def _picture(self, wanted: Wanted) -> None:
         """Makes and sends one picture, of `wanted` or of what is newer when its batch begins."""
-        with self._batcher.reserve(1, time.monotonic() + self._timeout_s) as slots:
+        with self._scheduler.reserve(1, time.monotonic() + self._timeout_s) as slots:
             (future,) = slots.submit([wanted.job], _encoder(wanted))
             while not future.done():
                 if not self._news.is_set():
@@ -220,7 +220,7 @@ class LiveSession:
             made = await future
         await self._show(wanted, made)
 
-    async def _show(self, wanted: Wanted, made: Made) -> None:
+    async def _show(self, wanted: Wanted, made: EncodedResult) -> None:
         total_s = time.monotonic() - wanted.received
         dropped = max(wanted.drawings - self._shown_drawings - 1, 0)
         finished, stages = made.finished, made.finished.image.stages
@@ -263,8 +263,8 @@ class LiveSession:
             raise WebSocketDisconnect(CLOSE_GONE) from error
 
 
-def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int) -> Order:
-    return Order(
+def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int) -> GenerationRequest:
+    return GenerationRequest(
         prompt=settings.prompt,
         steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -287,7 +287,7 @@ def _unavailable(error: UnavailableError) -> SessionEndError:
     return SessionEndError(error.code, error.detail, close_codes.get(error.code, CLOSE_ENGINE))
 
 
-async def _either(future: asyncio.Future[Made], other: Awaitable[object]) -> None:
+async def _either(future: asyncio.Future[EncodedResult], other: Awaitable[object]) -> None:
     """Returns when one of the two is done; the second is given up then."""
     waiting = asyncio.ensure_future(other)
     try:

@@ -21,7 +21,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.generation.image_codec import Codec
-from server.generation.scheduler import Batcher
+from server.generation.scheduler import Scheduler
 from server.http import problem_details
 from server.http.state import RequestContext
 from server.live.messages import SUBPROTOCOL, message
@@ -37,8 +37,8 @@ logger = logging.getLogger("server.live")
 class Live:
     """All sessions of this server."""
 
-    def __init__(self, batcher: Batcher, codec: Codec, metrics: Metrics, settings: Settings) -> None:
-        self._batcher = batcher
+    def __init__(self, scheduler: Scheduler, codec: Codec, metrics: Metrics, settings: Settings) -> None:
+        self._scheduler = scheduler
         self._codec = codec
         self._metrics = metrics
         self._settings = settings
@@ -83,7 +83,7 @@ class Live:
     def _admit(self, socket: WebSocket) -> LiveSession:
         """Raises SessionEndError where there is no place, or no engine."""
         try:
-            self._batcher.check_ready()
+            self._scheduler.check_ready()
         except UnavailableError as error:
             raise SessionEndError(error.code, error.detail, CLOSE_BUSY) from error
         most = self._settings.live_sessions
@@ -91,7 +91,7 @@ class Live:
             raise SessionEndError("too_many_sessions", f"{most} people are drawing; try again soon", CLOSE_BUSY)
         return LiveSession(
             socket,
-            self._batcher,
+            self._scheduler,
             self._codec,
             self._metrics,
             timeout_ms=self._settings.timeout_ms,

@@ -18,7 +18,7 @@ FORM = struct.Struct("!BQQ")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class WorkerStatus:
     """How a worker is: `received` connections since it began, of which `open` are open. A report may be lost."""
 
     state: State = "unready"
@@ -29,7 +29,7 @@ class Report:
         return FORM.pack(STATES.index(self.state), self.received, self.open)
 
     @classmethod
-    def unpacked(cls, data: bytes) -> Self:
+    def unpack(cls, data: bytes) -> Self:
         state, received, open_ = FORM.unpack(data)
         return cls(STATES[state], received, open_)
 
@@ -42,7 +42,7 @@ def channel() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def pass_on(end: socket.socket, connection: socket.socket) -> bool:
+def send_connection(end: socket.socket, connection: socket.socket) -> bool:
     """Hands a connection to the worker and closes it here; False where the worker takes none, and it stays open."""
     try:
         socket.send_fds(end, [CONNECTION], [connection.fileno()])
@@ -52,12 +52,12 @@ def pass_on(end: socket.socket, connection: socket.socket) -> bool:
     return True
 
 
-def ask_to_drain(end: socket.socket) -> None:
+def send_drain(end: socket.socket) -> None:
     with contextlib.suppress(OSError):  # gone already
         end.send(DRAIN)
 
 
-def taken(end: socket.socket) -> socket.socket | Literal["drain", "lost", "closed"] | None:
+def receive(end: socket.socket) -> socket.socket | Literal["drain", "lost", "closed"] | None:
     """The next thing that the supervisor sent: a connection, or the word to drain; lost where this process may open no
     further file for a connection; closed where the supervisor is gone; None where nothing waits."""
     try:
@@ -73,12 +73,12 @@ def taken(end: socket.socket) -> socket.socket | Literal["drain", "lost", "close
     return "drain" if data == DRAIN else "closed"
 
 
-def send_report(end: socket.socket, report: Report) -> None:
+def send_report(end: socket.socket, report: WorkerStatus) -> None:
     with contextlib.suppress(OSError):  # the next one says it all again; a supervisor that is gone needs none
         end.send(report.packed())
 
 
-def reports(end: socket.socket) -> tuple[Report | None, bool]:
+def reports(end: socket.socket) -> tuple[WorkerStatus | None, bool]:
     """The newest report that waits, and whether the worker's end is still open."""
     newest = None
     while True:
@@ -90,4 +90,4 @@ def reports(end: socket.socket) -> tuple[Report | None, bool]:
             return newest, False
         if not data:
             return newest, False
-        newest = Report.unpacked(data)
+        newest = WorkerStatus.unpack(data)

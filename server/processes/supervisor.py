@@ -38,7 +38,7 @@ class Worker:
     process: asyncio.subprocess.Process
     end: socket.socket
     passed: int = 0
-    report: channel.Report = field(default_factory=channel.Report)
+    report: channel.WorkerStatus = field(default_factory=channel.WorkerStatus)
     was_ready: bool = False
 
     @property
@@ -89,7 +89,7 @@ class Supervisor:
         settings = self._settings
         logger.info("draining %d workers: at most %g s", len(self._workers), settings.drain_limit_s)
         for worker in self._workers:
-            channel.ask_to_drain(worker.end)
+            channel.send_drain(worker.end)
         await asyncio.wait(places, timeout=settings.drain_delay_s + settings.drain_limit_s + KILL_S)
         for worker in self._workers:
             logger.error("worker %d did not end; killing it", worker.index)
@@ -138,7 +138,7 @@ class Supervisor:
             self._workers.append(worker)
             self._present.notify_all()
         if self._draining.is_set():
-            channel.ask_to_drain(ours)
+            channel.send_drain(ours)
         return worker
 
     async def _gone(self, worker: Worker) -> None:
@@ -174,7 +174,7 @@ class Supervisor:
     def _hand_over(self, connection: socket.socket) -> None:
         willing = [worker for worker in self._workers if worker.report.state != "leaving"]
         for worker in sorted(willing, key=lambda worker: worker.rank):
-            if channel.pass_on(worker.end, connection):
+            if channel.send_connection(worker.end, connection):
                 worker.passed += 1
                 return
         logger.warning("no worker takes the connection")

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from server.http.problem_details import MEDIA_TYPE
-from server.http.state import Service
+from server.http.state import AppState
 from server.live.messages import MAX_DRAWING
 from server.live.sessions import Live
 from server.processes.announce import address, say_listening, say_ready
@@ -129,7 +129,7 @@ class DrainingServer(uvicorn.Server):
     stops it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, live: Live) -> None:
+    def __init__(self, config: uvicorn.Config, service: AppState, live: Live) -> None:
         super().__init__(config)
         self._service = service
         self._live = live
@@ -142,12 +142,12 @@ class DrainingServer(uvicorn.Server):
             self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        batcher = self._service.batcher
-        if batcher.loop is None or batcher.state == "draining":
+        scheduler = self._service.scheduler
+        if scheduler.loop is None or scheduler.state == "draining":
             super().handle_exit(sig, frame)
         else:
-            batcher.begin_drain()
-            batcher.loop.call_soon_threadsafe(self._begin_drain)
+            scheduler.begin_drain()
+            scheduler.loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
         self._tasks.append(asyncio.create_task(self._drain(), name="drain"))
@@ -156,16 +156,16 @@ class DrainingServer(uvicorn.Server):
         settings = self._service.settings
         logger.info("draining: at most %g s", settings.drain_limit_s)
         await asyncio.sleep(settings.drain_delay_s)
-        batcher = self._service.batcher
+        scheduler = self._service.scheduler
         self._live.drain()
-        await batcher.drain()
+        await scheduler.drain()
         # What is left is to send answers to slow readers.
-        self.config.timeout_graceful_shutdown = max(1, math.ceil(batcher.drain_left_s))
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(scheduler.drain_left_s))
         self.should_exit = True
 
     async def _announce(self, where: str) -> None:
         say_listening(where, self._service.settings.model)
-        await self._service.batcher.ready.wait()
+        await self._service.scheduler.ready.wait()
         say_ready(where)
 
 

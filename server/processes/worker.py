@@ -19,9 +19,9 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
-from server.http.state import Service
+from server.http.state import AppState
 from server.live.sessions import Live
-from server.processes.channel import Report, State, send_report, taken
+from server.processes.channel import State, WorkerStatus, receive, send_report
 from server.processes.malloc import keep_memory
 from server.processes.uvicorn_server import DrainingServer, configuration
 from server.settings import read
@@ -33,22 +33,24 @@ logger = logging.getLogger("server.worker")
 class WorkerServer(DrainingServer):
     """A draining server that is handed its connections."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, live: Live, end: socket.socket, metrics: Path) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: AppState, live: Live, end: socket.socket, metrics: Path
+    ) -> None:
         super().__init__(config, service, live)
         self._end = end
         self._metrics = metrics
         self._received = 0
-        self._report = Report()
+        self._report = WorkerStatus()
         self._exposing: asyncio.Server | None = None
         self._connecting: set[asyncio.Task[object]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
         await super().startup(sockets=[])
-        self._exposing = await aggregation.expose(self._metrics, self._service.metrics.exposition)
+        self._exposing = await aggregation.serve_exposition(self._metrics, self._service.metrics.exposition)
         asyncio.get_running_loop().add_reader(self._end, self._read)
 
     async def on_tick(self, counter: int) -> bool:
-        self._tell("ready" if self._service.batcher.state == "ready" else "unready")
+        self._tell("ready" if self._service.scheduler.state == "ready" else "unready")
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -61,7 +63,7 @@ class WorkerServer(DrainingServer):
 
     def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        while (item := taken(self._end)) is not None:
+        while (item := receive(self._end)) is not None:
             if item == "lost":
                 self._received += 1
                 logger.warning("a connection was lost: too many open files")
@@ -74,8 +76,8 @@ class WorkerServer(DrainingServer):
                 continue
             if item == "closed":
                 loop.remove_reader(self._end)
-            if self._service.batcher.state != "draining":
-                self._service.batcher.begin_drain()
+            if self._service.scheduler.state != "draining":
+                self._service.scheduler.begin_drain()
                 self._begin_drain()
                 self._tell("unready")
             if item == "closed":
@@ -96,13 +98,13 @@ class WorkerServer(DrainingServer):
             connection.close()
 
     def _tell(self, state: State) -> None:
-        report = Report(state, self._received, len(self.server_state.connections))
+        report = WorkerStatus(state, self._received, len(self.server_state.connections))
         if report != self._report:
             self._report = report
             send_report(self._end, report)
 
 
-def serve(app: FastAPI, service: Service, end: socket.socket, metrics: Path) -> None:
+def serve(app: FastAPI, service: AppState, end: socket.socket, metrics: Path) -> None:
     """Takes connections from the channel until a signal, the word to drain, or the supervisor's end. Blocks."""
     WorkerServer(configuration(app, service.settings), service, app.state.live, end, metrics).run()
 
@@ -115,7 +117,7 @@ def main() -> int:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         keep_memory(os.environ)
-        app = create_app(lambda: load(settings), settings, expose=lambda _: aggregation.gather(folder))
+        app = create_app(lambda: load(settings), settings, expose=lambda _: aggregation.scrape_workers(folder))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETTINGS

@@ -13,7 +13,7 @@ from pathlib import Path
 LIMIT_S = 2.0  # for one replica to answer
 
 
-async def expose(path: Path, read: Callable[[], bytes]) -> asyncio.Server:
+async def serve_exposition(path: Path, read: Callable[[], bytes]) -> asyncio.Server:
     """Serves `read()` to whoever connects to the socket at `path`, which is replaced."""
     path.unlink(missing_ok=True)
 
@@ -26,14 +26,14 @@ async def expose(path: Path, read: Callable[[], bytes]) -> asyncio.Server:
     return await asyncio.start_unix_server(answer, path)
 
 
-async def gather(folder: Path) -> bytes:
+async def scrape_workers(folder: Path) -> bytes:
     """What the sockets in `folder` say, merged; those that do not answer are left out."""
     paths = sorted(folder.iterdir())
-    texts = await asyncio.gather(*(_ask(path) for path in paths))
-    return merged({path.name: text for path, text in zip(paths, texts, strict=True) if text})
+    texts = await asyncio.gather(*(_scrape(path) for path in paths))
+    return merge_expositions({path.name: text for path, text in zip(paths, texts, strict=True) if text})
 
 
-async def _ask(path: Path) -> bytes:
+async def _scrape(path: Path) -> bytes:
     try:
         async with asyncio.timeout(LIMIT_S):
             reader, writer = await asyncio.open_unix_connection(path)
@@ -45,7 +45,7 @@ async def _ask(path: Path) -> bytes:
         return b""
 
 
-def merged(texts: Mapping[str, bytes]) -> bytes:
+def merge_expositions(texts: Mapping[str, bytes]) -> bytes:
     """Texts in Prometheus' format, by replica, as one text in which every family stands together."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}

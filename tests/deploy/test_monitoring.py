@@ -212,6 +212,6 @@ def test_promtool_accepts_the_metrics(server: str, replicas: int) -> None:
     with urllib.request.urlopen(f"http://{server}/metrics", timeout=5) as answer:
         text = answer.read()
     if replicas > 1:
-        text = aggregation.merged({str(number): text for number in range(replicas)})
+        text = aggregation.merge_expositions({str(number): text for number in range(replicas)})
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

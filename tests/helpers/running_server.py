@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engines.fake import FakeEngine
 from engines.types import Engine, Job, Pixels, RawImage
 from server.app import create_app
-from server.http.state import Service
+from server.http.state import AppState
 from server.live.sessions import Live
 from server.processes.uvicorn_server import configuration
 from server.settings import Settings
@@ -63,7 +63,7 @@ class Running:
     """A server that answers at `url`."""
 
     url: str
-    service: Service
+    service: AppState
     live: Live
     server: uvicorn.Server
     left: list[int]  # exit codes that it would have left with
@@ -86,7 +86,7 @@ class Running:
 
     @property
     def waiting(self) -> int:
-        return self.service.batcher._queue.waiting
+        return self.service.scheduler._queue.waiting
 
     def wait_for_waiting(self, jobs: int) -> None:
         wait_until(lambda: self.waiting == jobs, f"a queue of {jobs}")

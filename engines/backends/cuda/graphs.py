@@ -1,10 +1,10 @@
 """One CUDA graph per (bucket, height, width, steps): all steps, the decode and the conversion to uint8 as one launch.
 
-The bookkeeping (GraphBook: which bucket, padding, order, buffers, what was not captured) knows nothing of CUDA; the
-calls (CudaRecorder) decide nothing. Rules, from PyTorch's notes on CUDA graphs and NVIDIA's guide: largest shape first
-and one shared memory pool, so that smaller graphs fit into its blocks; static inputs; warm-ups on a side stream before
-each capture; graphs of a pool never run at once; results are copied before the next replay. Everything is captured
-before the engine is ready: a shape that was not runs as it is and is counted, never captured inside a request.
+The bookkeeping (GraphRunner: which bucket, padding, order, buffers, what was not captured) knows nothing of CUDA; the
+calls (CudaGraphCapture) decide nothing. Rules, from PyTorch's notes on CUDA graphs and NVIDIA's guide: largest shape
+first and one shared memory pool, so that smaller graphs fit into its blocks; static inputs; warm-ups on a side stream
+before each capture; graphs of a pool never run at once; results are copied before the next replay. Everything is
+captured before the engine is ready: a shape that was not runs as it is and is counted, never captured inside a request.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engines.device.timer import CudaMark, HostMark, Mark
+from engines.device.timer import CpuEvent, CudaEvent, Event
 from engines.types import smallest_fitting
 
 WARM_UPS = 3
@@ -44,19 +44,19 @@ Inputs = Mapping[str, Tensor]
 Replay = Callable[[], None]
 
 
-class Chain(Protocol):
+class Capturable(Protocol):
     """Denoise and decode (engines.pipeline.denoise_decode); outputs have the batch first; `lap` is called between."""
 
     def __call__(self, inputs: Inputs, lap: Callable[[], object]) -> tuple[Tensor, ...]: ...
 
 
-class Recorder(Protocol):
+class GraphCapture(Protocol):
     """What a device does. `record` runs `launch` once more and gives what runs it again on the same memory; a `mark`
     that is recorded within is recorded anew each time."""
 
     def warm(self, launch: Callable[[], object]) -> None: ...
 
-    def mark(self) -> Mark: ...
+    def mark(self) -> Event: ...
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]: ...
 
@@ -66,10 +66,10 @@ class _Captured:
     inputs: Inputs  # views of the shared buffers
     outputs: tuple[Tensor, ...]
     replay: Replay
-    mark: Mark  # between denoise and decode
+    mark: Event  # between denoise and decode
 
 
-class GraphBook:
+class GraphRunner:
     """Callable like the chain it captures.
 
     make_chain: called once per graph and once for what is not captured, so that each may hold an execution context of
@@ -78,19 +78,21 @@ class GraphBook:
 
     def __init__(
         self,
-        make_chain: Callable[[], Chain],
+        make_chain: Callable[[], Capturable],
         inputs: Mapping[str, InputSpec],
         buckets: Sequence[int],
         sides: Iterable[tuple[int, int]],
         steps: Iterable[int],
-        recorder: Recorder,
+        recorder: GraphCapture,
         device: torch.device,
     ):
         self._make_chain, self._specs, self._recorder = make_chain, inputs, recorder
         self._plain = make_chain()
         self._buckets = tuple(sorted(buckets))
         keys = {GraphKey(b, *side, s) for b in self._buckets for side in sides for s in steps}
-        self.order = tuple(sorted(keys, key=lambda key: (key.bucket * key.height * key.width, key.steps), reverse=True))
+        self.capture_order = tuple(
+            sorted(keys, key=lambda key: (key.bucket * key.height * key.width, key.steps), reverse=True)
+        )
         self._buffers = {
             name: torch.zeros(max((prod(spec.shape(key)) for key in keys), default=0), dtype=spec.dtype, device=device)
             for name, spec in inputs.items()
@@ -100,7 +102,7 @@ class GraphBook:
 
     @property
     def ready(self) -> bool:
-        return len(self._captured) == len(self.order)
+        return len(self._captured) == len(self.capture_order)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -108,7 +110,7 @@ class GraphBook:
 
     def capture(self) -> None:
         """Captures every graph, largest first; again does nothing."""
-        for key in self.order:
+        for key in self.capture_order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key)
 
@@ -119,7 +121,7 @@ class GraphBook:
         key = GraphKey(smallest_fitting(batch, self._buckets), height, width, steps)
         return key if key in self._captured else None
 
-    def __call__(self, inputs: Inputs, lap: Callable[[Mark | None], object]) -> tuple[Tensor, ...]:
+    def __call__(self, inputs: Inputs, lap: Callable[[Event | None], object]) -> tuple[Tensor, ...]:
         """The chain's outputs, which are the caller's own. `lap` is told of the end of denoise: by a mark, or now."""
         steps, batch, _, height, width = inputs["noise"].shape
         key = self.graph_for(batch, height, width, steps)
@@ -155,7 +157,7 @@ class GraphBook:
         return tuple(output[:batch].clone() for output in captured.outputs)
 
 
-class CudaRecorder:
+class CudaGraphCapture:
     """The CUDA calls: one memory pool, one side stream, errors of other threads' CUDA use kept out of a capture."""
 
     def __init__(self) -> None:
@@ -169,8 +171,8 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
 
-    def mark(self) -> Mark:
-        return CudaMark(captured=True)
+    def mark(self) -> Event:
+        return CudaEvent(captured=True)
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
@@ -179,15 +181,15 @@ class CudaRecorder:
         return graph.replay, outputs
 
 
-class HostRecorder:
+class EagerReplay:
     """A recorder without a device: a graph is the launch, run again into the same memory. It saves nothing; it lets
     everything but the CUDA calls run, and be checked, on any machine."""
 
     def warm(self, launch: Callable[[], object]) -> None:
         launch()
 
-    def mark(self) -> Mark:
-        return HostMark()
+    def mark(self) -> Event:
+        return CpuEvent()
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         outputs = launch()

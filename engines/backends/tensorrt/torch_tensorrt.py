@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.adapters import DecoderDropIn, EncoderDropIn, Graph, ModuleGraph, Side, TransformerDropIn, padded
+from engines.backends.adapters import (
+    DecoderAdapter,
+    EncoderAdapter,
+    Graph,
+    ModuleGraph,
+    Side,
+    TransformerAdapter,
+    padded,
+)
 from engines.backends.base import ModuleSpec
 from engines.backends.parity import check_compiled
 from engines.backends.quiet import quiet
@@ -54,8 +62,8 @@ def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., A
         return fast.get(side, plain)
 
     if spec.name in ("transformer", "controlled"):
-        return TransformerDropIn(at, spec.tokens)
-    return DecoderDropIn(at) if spec.name == "decoder" else EncoderDropIn(at)
+        return TransformerAdapter(at, spec.tokens)
+    return DecoderAdapter(at) if spec.name == "decoder" else EncoderAdapter(at)
 
 
 def load_vendor() -> Any:

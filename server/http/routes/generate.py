@@ -8,16 +8,16 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.generation.generator import Delivery
+from server.generation.generator import GenerationResult
 from server.http.body import read_json
-from server.http.disconnect import until_gone
-from server.http.plain_route import DirectRoute
+from server.http.disconnect import cancel_on_disconnect
+from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
 from server.http.routes.schemas import GenerateRequest
-from server.http.state import context_of, service_of
+from server.http.state import app_state, request_context
 from server.telemetry.timings import server_timing
 
-router = APIRouter(route_class=DirectRoute)
+router = APIRouter(route_class=PlainRoute)
 
 
 @router.post("/generate", **openapi.GENERATE)
@@ -26,12 +26,12 @@ async def generate(request: Request) -> Response:
 
     One picture comes as image bytes, unless the Accept header asks for application/json; several come as JSON.
     """
-    service, context = service_of(request), context_of(request)
+    service, context = app_state(request), request_context(request)
     body = await read_json(request, GenerateRequest, service)
     as_json = body.num_images > 1 or prefers_json(request.headers.get("accept", ""))
-    making = service.generation.make(body.order(base64=as_json), context.arrived)
+    making = service.generator.generate(body.order(base64=as_json), context.arrived)
     del body  # it may hold large images, which are not needed once they are decoded
-    delivery = await until_gone(making, request.receive)
+    delivery = await cancel_on_disconnect(making, request.receive)
     request.state.timings = delivery.timings_ms  # for the trace
     headers = {"server-timing": server_timing(delivery.timings_ms)}
     if delivery.prompt_truncated:
@@ -40,7 +40,7 @@ async def generate(request: Request) -> Response:
         picture = delivery.pictures[0]
         headers["x-seed"] = str(picture.seed)
         return Response(picture.content, headers=headers, media_type=f"image/{delivery.output_format}")
-    model = service.batcher.engine.info.checkpoint
+    model = service.scheduler.engine.info.checkpoint
     content = await service.codec.run(answer_json, delivery, context.request_id, model)
     return Response(content, headers=headers, media_type="application/json")
 
@@ -62,7 +62,7 @@ def prefers_json(accept: str) -> bool:
     return json_weight > 0 and json_weight >= image_weight
 
 
-def answer_json(delivery: Delivery, request_id: str, model: str) -> bytes:
+def answer_json(delivery: GenerationResult, request_id: str, model: str) -> bytes:
     """The JSON answer of POST /generate (schemas.GenerateAnswer)."""
     return to_json(
         {

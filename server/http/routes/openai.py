@@ -15,27 +15,27 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import ClientGoneError, Fault, InvalidError
-from server.generation.generator import Delivery
+from server.generation.generator import GenerationResult
 from server.http.body import check_media_type, read_json
-from server.http.disconnect import until_gone
-from server.http.plain_route import DirectRoute
+from server.http.disconnect import cancel_on_disconnect
+from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
 from server.http.routes.openai_schemas import ImageGenerationRequest, Usage
-from server.http.state import Service, context_of, service_of
+from server.http.state import AppState, app_state, request_context
 from server.http.validation import parse_form
 from server.telemetry.timings import server_timing
 
 NO_USAGE = Usage().model_dump()
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=DirectRoute)
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=PlainRoute)
 
 
 @router.post("/images/generations", **openapi.GENERATIONS)
 async def generations(request: Request) -> Response:
     """Text to image, as OpenAI has it."""
-    service = service_of(request)
+    service = app_state(request)
     body = await read_json(request, ImageGenerationRequest, service)
-    making = service.generation.make(body.order(), context_of(request).arrived)
+    making = service.generator.generate(body.order(), request_context(request).arrived)
     response_format = body.response_format
     del body  # it may hold large images, which are not needed once they are decoded
     return await _answer(request, service, making, response_format)
@@ -44,9 +44,9 @@ async def generations(request: Request) -> Response:
 @router.post("/images/edits", **openapi.EDITS)
 async def edits(request: Request) -> Response:
     """Image to image: a form with the file `image` (or `image[]`) and the fields of generations. No masks."""
-    service = service_of(request)
+    service = app_state(request)
     check_media_type(request, "multipart/form-data")
-    service.batcher.check_open()
+    service.scheduler.check_open()
     with service.uploads.one(request):
         form = await _form(request, service.settings.body_limit)
         try:
@@ -55,7 +55,7 @@ async def edits(request: Request) -> Response:
             image = await _one_image(form)
         finally:
             await form.close()
-    making = service.generation.make(body.order(image), context_of(request).arrived)
+    making = service.generator.generate(body.order(image), request_context(request).arrived)
     del form, image
     return await _answer(request, service, making, body.response_format)
 
@@ -63,15 +63,15 @@ async def edits(request: Request) -> Response:
 @router.get("/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
     """The one model that runs here."""
-    engine = service_of(request).batcher.engine
+    engine = app_state(request).scheduler.engine
     model = {"id": engine.info.checkpoint, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
     return JSONResponse({"object": "list", "data": [model]})
 
 
 async def _answer(
-    request: Request, service: Service, making: Coroutine[Any, Any, Delivery], response_format: str
+    request: Request, service: AppState, making: Coroutine[Any, Any, GenerationResult], response_format: str
 ) -> Response:
-    delivery = await until_gone(making, request.receive)
+    delivery = await cancel_on_disconnect(making, request.receive)
     request.state.timings = delivery.timings_ms  # for the trace
     headers = {"server-timing": server_timing(delivery.timings_ms)}
     if delivery.prompt_truncated:
@@ -101,7 +101,7 @@ async def _one_image(form: FormData) -> bytes:
     return await files[0].read()
 
 
-def images_json(delivery: Delivery, response_format: str) -> bytes:
+def images_json(delivery: GenerationResult, response_format: str) -> bytes:
     """The JSON answer of the OpenAI routes (schemas.ImagesResponse)."""
     data: list[dict[str, object]] = []
     for picture in delivery.pictures:

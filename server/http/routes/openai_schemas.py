@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.config import JsonDict
 
 from server.errors import Fault, InvalidError
-from server.generation.generator import Order
+from server.generation.generator import GenerationRequest
 from server.generation.image_codec import ImageFormat
 from server.http.routes.schemas import MAX_IMAGES, MAX_PROMPT, Options, StageTimings, Whole, _integral
 
@@ -46,7 +46,7 @@ class ImageGenerationRequest(Options):
     def _without_nulls(cls, body: Any) -> Any:
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
-    def order(self, image: bytes | None = None) -> Order:
+    def order(self, image: bytes | None = None) -> GenerationRequest:
         """`image` (the file of an edit) wins over the field. Raises InvalidError (422) for a stream."""
         if self.stream:
             raise InvalidError([Fault("stream", "stream: got true, allowed: false; one step has no partial images")])
@@ -54,7 +54,7 @@ class ImageGenerationRequest(Options):
         if self.size != "auto":
             width, height = map(int, self.size.split("x"))
         quality = self.output_quality if self.output_compression is None else max(self.output_compression, 1)
-        return Order(
+        return GenerationRequest(
             prompt=self.prompt,
             count=self.n,
             steps=self.num_inference_steps,

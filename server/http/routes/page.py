@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from server.errors import HttpError
-from server.http.plain_route import DirectRoute
+from server.http.plain_route import PlainRoute
 
 STATIC = Path(__file__).parents[2] / "static"
 
-router = APIRouter(route_class=DirectRoute)
+router = APIRouter(route_class=PlainRoute)
 
 
 @router.get("/", include_in_schema=False)

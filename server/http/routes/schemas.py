@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from engines.types import MAX_SEED
-from server.generation.generator import Order
+from server.generation.generator import GenerationRequest
 from server.generation.image_codec import ImageFormat
 from server.http.validation import MAX_BASE64
 
@@ -74,8 +74,8 @@ class GenerateRequest(Options):
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
     num_images: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Image i uses seed + i.")
 
-    def order(self, *, base64: bool) -> Order:
-        return Order(
+    def order(self, *, base64: bool) -> GenerationRequest:
+        return GenerationRequest(
             prompt=self.prompt,
             count=self.num_images,
             steps=self.num_inference_steps,

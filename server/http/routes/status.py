@@ -8,12 +8,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server import __version__
-from server.http.plain_route import DirectRoute
+from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
-from server.http.state import service_of
+from server.http.state import app_state
 from server.telemetry import metrics as exposition
 
-router = APIRouter(route_class=DirectRoute)
+router = APIRouter(route_class=PlainRoute)
 
 
 @router.get("/health/live", **openapi.LIVE)
@@ -25,22 +25,22 @@ async def live(_: Request) -> Response:
 @router.get("/health/ready", **openapi.READY)
 async def ready(request: Request) -> Response:
     """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer."""
-    service_of(request).batcher.check_ready()
+    app_state(request).scheduler.check_ready()
     return JSONResponse({"status": "ready"})
 
 
 @router.get("/metrics", **openapi.METRICS)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    service = service_of(request)
+    service = app_state(request)
     return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
 
 
 @router.get("/v1/info", **openapi.INFO)
 async def info(request: Request) -> Response:
     """What runs here, what it can run, and why it was chosen."""
-    service = service_of(request)
-    engine = service.batcher.engine
+    service = app_state(request)
+    engine = service.scheduler.engine
     limits = engine.limits
     return JSONResponse(
         {

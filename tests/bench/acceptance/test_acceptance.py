@@ -143,7 +143,7 @@ def test_a_step_has_a_process_of_its_own_which_may_die(
     def dies(*_: object) -> None:
         raise BenchError("its process died: SIGSEGV")
 
-    monkeypatch.setattr("bench.acceptance.steps.apart", dies)
+    monkeypatch.setattr("bench.acceptance.steps.run_in_subprocess", dies)
     monkeypatch.setattr("bench.acceptance.steps._free", lambda _: None)
     told: list[Step] = []
     accept(replace(plan, device=torch.device("cuda")), told.append)

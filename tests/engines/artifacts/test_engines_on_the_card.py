@@ -57,8 +57,8 @@ def test_the_manifest_names_the_card_and_what_its_layers_compute_in(engines: Pat
 @pytest.mark.parametrize("count", [1, 2])
 def test_pictures_keep_the_gate_out_of_captured_graphs(count: int, steps: int, served: Engine) -> None:
     assert isinstance(served, SprintEngine)
-    assert served._books is not None
-    assert served._books.plain.ready
+    assert served._runners is not None
+    assert served._runners.plain.ready
     found = served.generate(jobs(count, steps))
     assert not found[0].uncaptured
     assert min(found[0].stages.denoise, found[0].stages.decode) > 0

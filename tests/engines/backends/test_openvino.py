@@ -13,7 +13,7 @@ from hot_modules import SHAPE, hot_module
 from torch import Tensor
 
 from engines.backends import openvino as backend
-from engines.backends.adapters import DecoderDropIn, EncoderDropIn, TransformerDropIn, built_for
+from engines.backends.adapters import DecoderAdapter, EncoderAdapter, TransformerAdapter, only_built_sizes
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert, has_bf16
 from engines.backends.parity import GATES, difference
@@ -53,9 +53,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
 def drop_in(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
     made: dict[ModuleName, Callable[..., Tensor]] = {
-        "transformer": TransformerDropIn(built_for({LATENT: graph}), SHAPE.tokens),
-        "decoder": lambda latent: DecoderDropIn(built_for({LATENT: graph}))(latent)[0],
-        "encoder": EncoderDropIn(built_for({PICTURE: graph})),
+        "transformer": TransformerAdapter(only_built_sizes({LATENT: graph}), SHAPE.tokens),
+        "decoder": lambda latent: DecoderAdapter(only_built_sizes({LATENT: graph}))(latent)[0],
+        "encoder": EncoderAdapter(only_built_sizes({PICTURE: graph})),
     }
     return made[name]
 

@@ -23,7 +23,7 @@ import build_engine
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import NAME, Artifact, FileRecord, read_manifest
 from engines.artifacts.reference import load_reference
-from engines.backends.cuda.graphs import HostRecorder
+from engines.backends.cuda.graphs import EagerReplay
 from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.parity import Difference, difference
 from engines.backends.tensorrt.runtime import Scratch
@@ -104,7 +104,7 @@ def test_pictures_of_built_engines_equal_eager(engines: Path, small_pictures: Pa
 
 def test_built_engines_run_in_captured_graphs(engines: Path, small_pictures: Path) -> None:
     """On a recorder without a device; the graphs are those that were asked for when they were built."""
-    built = load_engine(str(small_pictures), engine_dir=str(engines), recorder=HostRecorder())
+    built = load_engine(str(small_pictures), engine_dir=str(engines), recorder=EagerReplay())
     assert isinstance(built, SprintEngine)
     built.warmup()
     plain = load_engine(str(small_pictures), engine_dir=str(engines))

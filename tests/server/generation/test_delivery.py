@@ -86,7 +86,7 @@ def test_an_encoder_that_fails_fails_its_request_alone(
     assert "no room for a file" in caplog.text
     monkeypatch.setattr(image_codec, "encode", ENCODE)
     assert running.generate().status_code == 200
-    assert running.service.batcher.inside == 0
+    assert running.service.scheduler.in_flight == 0
 
 
 def test_nothing_is_encoded_for_a_client_that_left(serve: Serve, encoder: SlowEncoder) -> None:
@@ -102,4 +102,4 @@ def test_nothing_is_encoded_for_a_client_that_left(serve: Serve, encoder: SlowEn
     assert first.result().status_code == 200
     wait_until(lambda: running.metric("sana_sprint_stage_duration_seconds_count", stage="decode") == 2)
     assert encoder.waiting == 1
-    assert running.service.batcher.inside == 0
+    assert running.service.scheduler.in_flight == 0

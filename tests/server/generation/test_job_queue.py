@@ -32,15 +32,15 @@ LOOP = _NoLoop()
 
 
 def test_slots_are_taken_all_or_none_and_come_back() -> None:
-    queue = JobQueue(max_waiting=4, max_inside=6)
+    queue = JobQueue(max_waiting=4, max_in_flight=6)
     assert queue.reserve(3)
     assert not queue.reserve(2)
     assert queue.reserve(1)
     entries = [entry() for _ in range(3)]
     queue.put(entries)
-    assert (queue.waiting, queue.inside) == (4, 4)
+    assert (queue.waiting, queue.in_flight) == (4, 4)
     assert queue.take(lambda _: 8) == (entries, [])
-    assert (queue.waiting, queue.inside) == (1, 4)
+    assert (queue.waiting, queue.in_flight) == (1, 4)
     assert queue.reserve(2)
     assert not queue.reserve(1)  # three are not answered yet, and all in all six may be inside
     queue.release(unused=0, jobs=3)
@@ -48,7 +48,7 @@ def test_slots_are_taken_all_or_none_and_come_back() -> None:
 
 
 def test_expired_jobs_are_told_apart_and_do_not_take_room() -> None:
-    queue = JobQueue(max_waiting=9, max_inside=9)
+    queue = JobQueue(max_waiting=9, max_in_flight=9)
     assert queue.reserve(4)
     late, first, second = entry(deadline=time.monotonic() - 1), entry(), entry()
     queue.put([late, first, second])
@@ -56,7 +56,7 @@ def test_expired_jobs_are_told_apart_and_do_not_take_room() -> None:
 
 
 def test_take_waits_for_a_job_and_ends_with_the_queue() -> None:
-    queue = JobQueue(max_waiting=9, max_inside=9)
+    queue = JobQueue(max_waiting=9, max_in_flight=9)
     taken: list[Any] = []
 
     def work() -> None:
@@ -86,7 +86,7 @@ events = st.lists(
 
 @given(events)
 def test_oldest_first_whatever_happens(sequence: list[tuple[str, int]]) -> None:
-    queue = JobQueue(max_waiting=1000, max_inside=1000)
+    queue = JobQueue(max_waiting=1000, max_in_flight=1000)
     model: list[Entry] = []  # what waits, oldest first
     everything: list[Entry] = []
     for event, value in sequence:

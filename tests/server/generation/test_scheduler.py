@@ -15,7 +15,7 @@ from engines.fake import FakeEngine, FaultPlan, expected_pixels
 from engines.types import Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
 from server.generation.image_codec import Codec
-from server.generation.scheduler import Batcher
+from server.generation.scheduler import Scheduler
 from server.telemetry.metrics import Metrics
 
 
@@ -241,14 +241,14 @@ def test_a_deadline_covers_the_decoding_of_images(serve: Serve) -> None:
     body = {"prompt": "x", "size": "64x64", "timeout_ms": "20"}
     answer = running.client.post("/v1/images/edits", files={"image": image}, data=body)
     assert answer.status_code == 504
-    assert running.service.batcher._queue.inside == 0
+    assert running.service.scheduler._queue.in_flight == 0
 
 
 def test_the_drain_limit_ends_what_has_not_begun(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
     running = serve(engine, max_batch=1, drain_limit_s=0.05)
     running_job, waiting_job = queue_up(running, engine, ["waits"])
-    drain = asyncio.run_coroutine_threadsafe(running.service.batcher.drain(), loop_of(running))
+    drain = asyncio.run_coroutine_threadsafe(running.service.scheduler.drain(), loop_of(running))
     drain.result(30)
     assert waiting_job.result().json()["code"] == "draining"
     engine.gate.set()
@@ -297,7 +297,7 @@ async def count_tasks() -> int:
 
 
 def loop_of(running: Running) -> asyncio.AbstractEventLoop:
-    loop = running.service.batcher.loop
+    loop = running.service.scheduler.loop
     assert loop is not None
     return loop
 
@@ -313,17 +313,17 @@ def test_the_engine_is_closed_on_the_thread_that_ran_it() -> None:
             self.threads.append(threading.current_thread().name)
 
     async def live() -> None:
-        batcher = make_batcher(Recorded)
-        await batcher.start()
-        await batcher.ready.wait()
-        await batcher.close()
+        scheduler = make_batcher(Recorded)
+        await scheduler.start()
+        await scheduler.ready.wait()
+        await scheduler.close()
 
     asyncio.run(live())
     assert Recorded.threads == ["engine", "engine"]
 
 
-def make_batcher(load: Callable[[], Engine]) -> Batcher:
-    return Batcher(
+def make_batcher(load: Callable[[], Engine]) -> Scheduler:
+    return Scheduler(
         load,
         Codec(1),
         max_batch=8,

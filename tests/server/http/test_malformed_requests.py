@@ -90,5 +90,5 @@ def test_any_form(plain: Running, parts: list[tuple[str, str, bytes]]) -> None:
 def test_the_server_is_as_before(plain: Running) -> None:
     """Runs last: nothing above has left a job, a slot or a failure behind."""
     assert plain.generate().status_code == 200
-    assert plain.service.batcher._queue.inside == 0
+    assert plain.service.scheduler._queue.in_flight == 0
     assert plain.metric("sana_sprint_engine_failures_total", kind="error") == 0

@@ -235,7 +235,7 @@ def test_503_while_draining_and_what_was_accepted_is_answered(serve: Serve, gate
     gated.wait_for_batch()
     accepted += [running.later() for _ in range(3)]
     running.wait_for_waiting(3)
-    running.service.batcher.begin_drain()
+    running.service.scheduler.begin_drain()
     is_problem(running.generate(), 503, "draining")
     is_problem(running.client.get("/health/ready"), 503, "draining", "/health/ready")
     assert running.client.get("/health/live").status_code == 200

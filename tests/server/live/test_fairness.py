@@ -56,7 +56,7 @@ def marks(jobs: Sequence[Job]) -> list[tuple[int, int]]:
 
 
 def waiting(running: Running) -> list[tuple[int, int]]:
-    queue = running.service.batcher._queue
+    queue = running.service.scheduler._queue
     with queue._filled:
         return marks([entry.job for group in queue._waiting.values() for entry in group.values()])
 

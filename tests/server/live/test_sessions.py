@@ -247,9 +247,9 @@ def test_draining_ends_every_session(serve: Serve) -> None:
     running = serve()
     with live(running) as quiet, live(running) as drawing_one:
         drawing_one.picture_of(drawing_one.set(prompt="a red circle"))
-        loop = running.service.batcher.loop
+        loop = running.service.scheduler.loop
         assert loop is not None
-        loop.call_soon_threadsafe(running.service.batcher.begin_drain)
+        loop.call_soon_threadsafe(running.service.scheduler.begin_drain)
         drawing_one.set(prompt="a blue square")
         assert ended(drawing_one) == (1012, "draining")
         loop.call_soon_threadsafe(running.live.drain)
@@ -365,7 +365,7 @@ def received(running: Running) -> int:
 
 def waiting_job(running: Running) -> Job:
     """The job that is first in the line."""
-    queue = running.service.batcher._queue
+    queue = running.service.scheduler._queue
     with queue._filled:
         entries = [entry for group in queue._waiting.values() for entry in group.values()]
         return min(entries, key=lambda entry: entry.place).job

@@ -18,7 +18,7 @@ def text(pictures: int) -> bytes:
 
 
 def test_every_sample_gets_its_replica_and_families_stand_together() -> None:
-    whole = aggregation.merged({"0": text(1), "1": text(2)}).decode()
+    whole = aggregation.merge_expositions({"0": text(1), "1": text(2)}).decode()
     assert whole.count("# TYPE pictures_total counter") == 1
     families = {family.name: family.samples for family in text_string_to_metric_families(whole)}
     assert {s.labels["replica"]: s.value for s in families["waiting"]} == {"0": 1, "1": 2}
@@ -33,10 +33,10 @@ def test_who_does_not_answer_is_left_out(tmp_path: Path) -> None:
     alive = text(3)
 
     async def gathered() -> bytes:
-        async with await aggregation.expose(tmp_path / "0", lambda: alive):
-            dead = await aggregation.expose(tmp_path / "1", lambda: b"waiting 4\n")
+        async with await aggregation.serve_exposition(tmp_path / "0", lambda: alive):
+            dead = await aggregation.serve_exposition(tmp_path / "1", lambda: b"waiting 4\n")
             dead.close()
             await dead.wait_closed()
-            return await aggregation.gather(tmp_path)
+            return await aggregation.scrape_workers(tmp_path)
 
-    assert asyncio.run(gathered()) == aggregation.merged({"0": alive})
+    assert asyncio.run(gathered()) == aggregation.merge_expositions({"0": alive})

@@ -102,7 +102,7 @@ def test_whatever_sizes_clients_ask_for_series_stay_few(serve: Serve) -> None:
     asked = [(32 * (2 + i % 8), 32 * (2 + i // 8)) for i in range(ASKED_SIZES + 3)]
     for width, height in [*asked, asked[0]]:
         assert running.generate(width=width, height=height).status_code == 200
-    width, height = running.service.batcher.engine.limits.default_size
+    width, height = running.service.scheduler.engine.limits.default_size
     assert running.generate(width=width, height=height).status_code == 200
     text = running.client.get("/metrics").text
     assert len(re.findall(r"^sana_sprint_images_total{", text, re.MULTILINE)) == ASKED_SIZES + 2

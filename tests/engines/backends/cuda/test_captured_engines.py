@@ -15,12 +15,12 @@ from small_checkpoint import heat, save_checkpoint, with_settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.backends.cuda.graphs import GraphKey, HostRecorder
+from engines.backends.cuda.graphs import EagerReplay, GraphKey
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError
 from engines.loader import load_engine
 from engines.models.controlnet import ControlledTransformer, ControlNet
-from engines.pipeline.denoise_decode import Chain, input_specs
+from engines.pipeline.denoise_decode import DenoiseDecode, input_specs
 from engines.pipeline.engine import SprintEngine
 from engines.types import Engine, Job, RawImage
 
@@ -34,7 +34,7 @@ def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def captured(model: str) -> Iterator[SprintEngine]:
-    engine = load_engine(model, backend="cuda-graph", max_batch=2, recorder=HostRecorder(), device="cpu")
+    engine = load_engine(model, backend="cuda-graph", max_batch=2, recorder=EagerReplay(), device="cpu")
     assert isinstance(engine, SprintEngine)
     engine.warmup()
     yield engine
@@ -77,11 +77,11 @@ def test_image_to_image_runs_in_the_same_graphs(captured: SprintEngine, eager: E
 
 
 def test_everything_is_captured_before_the_first_request_and_nothing_later(captured: SprintEngine) -> None:
-    assert captured._books is not None
-    book = captured._books.plain
-    assert book.ready
-    assert len(book.order) == 2 * 2 * 4
-    assert book.order[0] == GraphKey(2, 8, 8, 4)
+    assert captured._runners is not None
+    runner = captured._runners.plain
+    assert runner.ready
+    assert len(runner.capture_order) == 2 * 2 * 4
+    assert runner.capture_order[0] == GraphKey(2, 8, 8, 4)
     assert captured.info.backend == "cuda-graph"
     assert captured.info.reasons["graphs"] == (
         "16 are captured before the first request: batches 1, 2, 2 sizes, steps 1, 2, 3, 4"
@@ -89,13 +89,13 @@ def test_everything_is_captured_before_the_first_request_and_nothing_later(captu
 
 
 def test_an_unseen_shape_runs_as_it_is_and_says_so(folder: Path) -> None:
-    engine = load_engine(str(folder), backend="cuda-graph", max_batch=1, recorder=HostRecorder(), device="cpu")
+    engine = load_engine(str(folder), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
     assert isinstance(engine, SprintEngine)
-    assert engine._books is not None
-    book = engine._books.plain
+    assert engine._runners is not None
+    runner = engine._runners.plain
     [image] = engine.generate([job(0)])  # graphs are of 1024x1024, and nothing was captured
     assert image.uncaptured
-    assert book.uncaptured == {GraphKey(1, 8, 8, 1): 1}
+    assert runner.uncaptured == {GraphKey(1, 8, 8, 1): 1}
     assert_equal([image], load_engine(str(folder)).generate([job(0)]))
 
 
@@ -106,7 +106,7 @@ def test_drawings_have_graphs_of_their_own(tmp_path: Path) -> None:
     drawing = np.zeros((64, 64, 3), np.uint8)
     drawing[20:40, 20:40] = 255
     jobs = [job(0, control_image=drawing, control_scale=0.5, steps=2)]
-    graphs = load_engine(str(model), backend="cuda-graph", max_batch=1, recorder=HostRecorder(), device="cpu")
+    graphs = load_engine(str(model), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
     assert isinstance(graphs, SprintEngine)
     graphs.warmup()
     found = graphs.generate(jobs)
@@ -129,7 +129,7 @@ def test_without_a_gpu_graphs_are_refused_by_name(model: str) -> None:
         load_engine(model, backend="cuda-graph", device="cpu")
 
 
-class NoRoom(HostRecorder):
+class NoRoom(EagerReplay):
     def warm(self, _: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -161,7 +161,7 @@ def test_a_chain_never_touches_the_host(drawing: bool, steps: int) -> None:
     dtype, key = torch.bfloat16, GraphKey(2, SHAPE.height, SHAPE.width, steps)
     transformer = hot_transformer(dtype=dtype)
     module = ControlledTransformer(transformer, ControlNet.of(transformer, 1).to(dtype)) if drawing else transformer
-    chain = Chain(module.to("meta"), hot_module("decoder", dtype).to("meta"), dtype)
+    chain = DenoiseDecode(module.to("meta"), hot_module("decoder", dtype).to("meta"), dtype)
     specs = input_specs(32, SHAPE.tokens, 128, dtype, drawing=drawing)
     inputs = {name: torch.empty(spec.shape(key), dtype=spec.dtype, device="meta") for name, spec in specs.items()}
     with torch.no_grad(), NoHost():  # inference mode would hide what is inside of composite operators
@@ -184,7 +184,7 @@ def test_a_careless_chain_is_seen(careless: Any) -> None:
     specs = input_specs(32, 4, 8, torch.float32, drawing=False)
     inputs = {name: torch.empty(spec.shape(key), dtype=spec.dtype, device="meta") for name, spec in specs.items()}
     with NoHost(), pytest.raises((AssertionError, RuntimeError)):
-        Chain(careless, lambda latent: (latent, latent), torch.float32)(inputs, lambda: None)
+        DenoiseDecode(careless, lambda latent: (latent, latent), torch.float32)(inputs, lambda: None)
 
 
 @pytest.mark.gpu

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from engines.backends.cuda.graphs import (
     WARM_UPS,
-    Chain,
-    CudaRecorder,
-    GraphBook,
+    Capturable,
+    CudaGraphCapture,
+    EagerReplay,
     GraphKey,
-    HostRecorder,
+    GraphRunner,
     Inputs,
     InputSpec,
     Replay,
 )
-from engines.device.timer import Mark
+from engines.device.timer import Event
 from engines.sampler import sample
 
 SIDES = ((4, 4), (2, 4))
@@ -28,7 +28,7 @@ SPECS = {
 }
 
 
-class CpuRecorder(HostRecorder):
+class CpuRecorder(EagerReplay):
     """Remembers what was asked of it."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Chains:
     def __init__(self) -> None:
         self.calls: list[list[dict[str, int]]] = []
 
-    def make(self) -> Chain:
+    def make(self) -> Capturable:
         seen: list[dict[str, int]] = []
         self.calls.append(seen)
 
@@ -70,7 +70,7 @@ def inputs(batch: int, side: tuple[int, int] = (4, 4), steps: int = 1) -> dict[s
     return {"noise": noise, "angles": angles, "guidance": torch.rand(batch, generator=generator)}
 
 
-def nowhere(_: Mark | None) -> None:
+def nowhere(_: Event | None) -> None:
     """A lap that nobody reads."""
 
 
@@ -85,8 +85,8 @@ def recorder() -> CpuRecorder:
 
 
 @pytest.fixture
-def book(chains: Chains, recorder: CpuRecorder) -> GraphBook:
-    made = GraphBook(chains.make, SPECS, (1, 2, 4), SIDES, (1, 2), recorder, torch.device("cpu"))
+def runner(chains: Chains, recorder: CpuRecorder) -> GraphRunner:
+    made = GraphRunner(chains.make, SPECS, (1, 2, 4), SIDES, (1, 2), recorder, torch.device("cpu"))
     made.capture()
     return made
 
@@ -98,24 +98,24 @@ def expected(given: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-def test_a_replay_equals_the_chain(batch: int, side: tuple[int, int], steps: int, book: GraphBook) -> None:
+def test_a_replay_equals_the_chain(batch: int, side: tuple[int, int], steps: int, runner: GraphRunner) -> None:
     given = inputs(batch, side, steps)
-    clean, finite = book(given, nowhere)
+    clean, finite = runner(given, nowhere)
     torch.testing.assert_close(clean, expected(given), rtol=0, atol=0)
     assert finite.tolist() == [True] * batch
-    assert not book.uncaptured
+    assert not runner.uncaptured
 
 
-def test_largest_first_and_every_combination_once(book: GraphBook, recorder: CpuRecorder) -> None:
-    assert len(book.order) == 3 * 2 * 2 == len(set(book.order))
-    assert book.order[0] == GraphKey(4, 4, 4, 2)
-    areas = [key.bucket * key.height * key.width for key in book.order]
+def test_largest_first_and_every_combination_once(runner: GraphRunner, recorder: CpuRecorder) -> None:
+    assert len(runner.capture_order) == 3 * 2 * 2 == len(set(runner.capture_order))
+    assert runner.capture_order[0] == GraphKey(4, 4, 4, 2)
+    areas = [key.bucket * key.height * key.width for key in runner.capture_order]
     assert areas == sorted(areas, reverse=True)
     assert recorder.events == (["warm"] * WARM_UPS + ["record"]) * 12
 
 
 def test_ready_only_when_all_are_captured_and_nothing_is_captured_twice(chains: Chains, recorder: CpuRecorder) -> None:
-    made = GraphBook(chains.make, SPECS, (1,), SIDES, (1,), recorder, torch.device("cpu"))
+    made = GraphRunner(chains.make, SPECS, (1,), SIDES, (1,), recorder, torch.device("cpu"))
     assert not made.ready
     made.capture()
     assert made.ready
@@ -124,19 +124,19 @@ def test_ready_only_when_all_are_captured_and_nothing_is_captured_twice(chains: 
     assert recorder.events == before
 
 
-def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(book: GraphBook, chains: Chains) -> None:
+def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(runner: GraphRunner, chains: Chains) -> None:
     plain, *captured = chains.calls
     assert not plain
     assert len(captured) == 12
     addresses = {tuple(call.values()) for calls in captured for call in calls}
     assert len(addresses) == 1
     for count in (1, 4):
-        book(inputs(count), nowhere)
+        runner(inputs(count), nowhere)
     assert {tuple(call.values()) for calls in captured for call in calls} == addresses
 
 
-def test_buffers_are_as_large_as_the_largest_graph_needs(book: GraphBook) -> None:
-    assert {name: buffer.numel() for name, buffer in book._buffers.items()} == {
+def test_buffers_are_as_large_as_the_largest_graph_needs(runner: GraphRunner) -> None:
+    assert {name: buffer.numel() for name, buffer in runner._buffers.items()} == {
         "noise": 2 * 4 * 3 * 16,
         "angles": 8,
         "guidance": 4,
@@ -153,42 +153,42 @@ def test_buffers_are_as_large_as_the_largest_graph_needs(book: GraphBook) -> Non
     ids=["batch", "size", "steps"],
 )
 def test_an_unseen_shape_runs_as_it_is_and_is_counted(
-    given: dict[str, Tensor], key: GraphKey, book: GraphBook, recorder: CpuRecorder
+    given: dict[str, Tensor], key: GraphKey, runner: GraphRunner, recorder: CpuRecorder
 ) -> None:
     before = list(recorder.events)
     for count in (1, 2):
-        assert torch.equal(book(given, nowhere)[0], expected(given))
-        assert book.uncaptured == {key: count}
+        assert torch.equal(runner(given, nowhere)[0], expected(given))
+        assert runner.uncaptured == {key: count}
     assert recorder.events == before, "captured inside a request"
 
 
 def test_before_the_capture_everything_runs_as_it_is(chains: Chains, recorder: CpuRecorder) -> None:
-    made = GraphBook(chains.make, SPECS, (1, 2), SIDES, (1,), recorder, torch.device("cpu"))
+    made = GraphRunner(chains.make, SPECS, (1, 2), SIDES, (1,), recorder, torch.device("cpu"))
     given = inputs(1)
     assert torch.equal(made(given, nowhere)[0], expected(given))
     assert made.uncaptured == {GraphKey(1, 4, 4, 1): 1}
     assert recorder.events == []
 
 
-def test_results_are_the_callers_own(book: GraphBook) -> None:
-    first = book(inputs(2), nowhere)[0]
+def test_results_are_the_callers_own(runner: GraphRunner) -> None:
+    first = runner(inputs(2), nowhere)[0]
     before = first.clone()
-    book({name: value + 1 for name, value in inputs(2).items()}, nowhere)
+    runner({name: value + 1 for name, value in inputs(2).items()}, nowhere)
     assert torch.equal(first, before)
 
 
-def test_the_rest_of_a_bucket_is_filled_with_numbers(book: GraphBook) -> None:
+def test_the_rest_of_a_bucket_is_filled_with_numbers(runner: GraphRunner) -> None:
     given = inputs(4)
     given["noise"][:, 3] = float("nan")
-    assert book(given, nowhere)[1].tolist() == [True, True, True, False]
-    assert book(inputs(3), nowhere)[1].tolist() == [True] * 3
-    assert book._buffers["noise"].isfinite().all()
+    assert runner(given, nowhere)[1].tolist() == [True, True, True, False]
+    assert runner(inputs(3), nowhere)[1].tolist() == [True] * 3
+    assert runner._buffers["noise"].isfinite().all()
 
 
 @pytest.mark.gpu
 def test_cuda_graphs_equal_the_chain_on_the_card() -> None:
     device = torch.device("cuda")
-    made = GraphBook(Chains().make, SPECS, (1, 2, 4), SIDES, (1, 2), CudaRecorder(), device)
+    made = GraphRunner(Chains().make, SPECS, (1, 2, 4), SIDES, (1, 2), CudaGraphCapture(), device)
     with torch.inference_mode():
         made.capture()
         assert made.ready
