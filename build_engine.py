@@ -1,4 +1,5 @@
-"""Builds engines from a checkpoint, and prints their manifest. See docs/gpu-proof.md for what was proved of them.
+"""Builds engines from a checkpoint, and prints their manifest. See docs/understand/gpu-proof.md for what was proved of
+them.
 
 python build_engine.py --model models/tiny --gpu cpu --precision fp32 --out artifacts/tiny-cpu
 python build_engine.py --model sprint-0.6b --gpu native --precision fp8 --out artifacts/sprint --sizes 1024x1024

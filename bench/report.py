@@ -1,4 +1,4 @@
-"""docs/bench.md from the JSON documents in bench/results: caveats first, tables and plots, reproduction last.
+"""docs/figures/bench.md from the JSON documents in bench/results: caveats first, tables and plots, reproduction last.
 
     python -m bench.latency --model models/tiny --vs diffusers | tail -1 > bench/results/latency-tiny.json
     python -m bench.report
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of results")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder to write to (default docs)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="a folder (default docs/figures)")
     options = parser.parse_args(argv)
     try:
         results = read_results(options.results)

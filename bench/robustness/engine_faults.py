@@ -9,7 +9,7 @@ from bench.robustness.scenario import RIGHT, Stage
 TOGETHER = 4
 FAILED = frozenset({"500 engine_failed"})
 DYING = frozenset({RIGHT, "500 engine_failed", "503 engine_hung", "503 engine_lost", "503 not_ready", "refused", "cut"})
-EXIT_HANG, EXIT_ENGINE = 70, 71  # docs/operations.md
+EXIT_HANG, EXIT_ENGINE = 70, 71  # docs/operate/operations.md
 
 
 def prompts(marker: str, size: int = 64) -> Callable[[Stage], Awaitable[Seen]]:

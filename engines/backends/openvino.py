@@ -4,8 +4,8 @@ f32 computes as the graph says; bf16 lets OpenVINO round what it multiplies to b
 a fixed batch runs up to twice as fast here as one with an open batch, hence one per bucket.
 
 OpenVINO keeps compiled models under a key of the model (its weights and batch too) and of the CPU's name, but not of
-the precision, the threads or the instructions of the CPU: docs/decisions/0011-compiled-models-on-disk.md. So each of
-those has a folder of its own here.
+the precision, the threads or the instructions of the CPU: docs/understand/decisions/0011-compiled-models-on-disk.md. So
+each of those has a folder of its own here.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What is said on WS /v1/live, as docs/live.md tells it to clients. Knows no socket and no engine."""
+"""What is said on WS /v1/live, as docs/use/live.md tells it to clients. Knows no socket and no engine."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

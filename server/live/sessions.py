@@ -1,4 +1,4 @@
-"""WS /v1/live: who may draw, how many at once, and how a session ends. docs/live.md tells the protocol.
+"""WS /v1/live: who may draw, how many at once, and how a session ends. docs/use/live.md tells the protocol.
 
 There is no scheduler: each session has at most one job in the server's one queue, oldest first, so twenty sessions take
 turns, and share batches with each other and with plain requests.

@@ -3,7 +3,7 @@
 A batch on a CPU takes and frees arrays of up to 32 MiB. As glibc comes, each thread has a chain of heaps of 64 MiB,
 which such arrays fill badly, and what is free at a heap's end is given back and taken again batch after batch: the
 process grows and shrinks by tens of MB for hours, and pays a page fault for each page that it gets back. With one arena
-that keeps its end, it holds what its largest batch needed, and stays there (docs/robustness.md, Load).
+that keeps its end, it holds what its largest batch needed, and stays there (docs/operate/robustness.md, Load).
 """
 
 import ctypes

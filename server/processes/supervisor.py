@@ -2,7 +2,8 @@
 
 A worker (server/processes/worker.py) is a whole server with an engine of its own; nothing is shared that could fail
 together. One that ends is started again; it gets connections once it is ready. SIGTERM drains all. Reads no HTTP and
-holds no connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy: docs/decisions/0008.
+holds no connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy:
+docs/understand/decisions/0008.
 """
 
 import asyncio

@@ -101,4 +101,4 @@ def test_files_that_are_no_results_are_refused(text: str, tmp_path: Path, capsys
 
 def test_the_page_in_docs_is_current() -> None:
     for name, text in render(read_results(ROOT / "bench" / "results")).items():
-        assert (ROOT / "docs" / name).read_text() == text, "run python -m bench.report"
+        assert (ROOT / "docs" / "figures" / name).read_text() == text, "run python -m bench.report"

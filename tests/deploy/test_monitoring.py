@@ -79,7 +79,7 @@ def test_every_alert_has_a_unit_test_and_a_remedy() -> None:
         if case.get("exp_alerts")
     }
     assert tested == alerts
-    operations = (ROOT / "docs/operations.md").read_text()
+    operations = (ROOT / "docs/operate/operations.md").read_text()
     assert [alert for alert in sorted(alerts) if f"### {alert}" not in operations] == []
 
 

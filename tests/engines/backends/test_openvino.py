@@ -143,7 +143,8 @@ class Recording:
 def test_each_thing_that_openvinos_key_leaves_out_has_its_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On every CPU; on one with bf16 the wrong model came out (docs/decisions/0011-compiled-models-on-disk.md)."""
+    """On every CPU; on one with bf16 the wrong model came out
+    (docs/understand/decisions/0011-compiled-models-on-disk.md)."""
     vendor = Recording()
     monkeypatch.setattr(backend, "_openvino", lambda: vendor)
 

@@ -12,7 +12,7 @@ from running_server import PATIENCE_S, Running, image_file, read_image
 from engines.fake import expected_pixels
 from engines.types import Job
 
-DOCS = Path(__file__).resolve().parents[3] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "use"
 
 
 def run(folder: Path, *command: str) -> str:
@@ -35,7 +35,7 @@ def test_the_python_client(plain: Running, tmp_path: Path) -> None:
 def test_the_javascript_client(plain: Running, tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
-        pytest.skip("node is not installed; it runs docs/live_client.mjs")
+        pytest.skip("node is not installed; it runs docs/use/live_client.mjs")
     major = int(run(tmp_path, node, "--version").lstrip("v").partition(".")[0])
     if major < 20:
         pytest.skip(f"node {major} has no WebSocket; 22 has, 20 behind a flag")

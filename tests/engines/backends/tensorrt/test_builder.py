@@ -1,7 +1,7 @@
 """TensorRT for RTX compiles our graphs for a card that is not here, and refuses what it must, in our words.
 
 What is proved by this is that the graphs parse, that types and shapes are legal, and that the compiler accepts them for
-compute capability 8.9; not that they run, nor how fast (docs/gpu-proof.md).
+compute capability 8.9; not that they run, nor how fast (docs/understand/gpu-proof.md).
 """
 
 import gc

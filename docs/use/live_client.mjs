@@ -1,4 +1,4 @@
-// Sends a drawing, and saves the pictures: node docs/live_client.mjs ws://127.0.0.1:8000/v1/live drawing.png (Node 22)
+// Sends a drawing, and saves the pictures: node docs/use/live_client.mjs ws://127.0.0.1:8000/v1/live drawing.png (Node 22)
 // In a page the same code works as it is, but for reading and writing files.
 import { readFileSync, writeFileSync } from "node:fs";
 

@@ -1,4 +1,4 @@
-"""Draws a line that grows, and saves each picture: python docs/live_client.py ws://127.0.0.1:8000/v1/live"""
+"""Draws a line that grows, and saves each picture: python docs/use/live_client.py ws://127.0.0.1:8000/v1/live"""
 
 import io
 import json
