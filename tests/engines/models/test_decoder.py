@@ -15,6 +15,11 @@ from engines.models.dcae import Autoencoder, AutoencoderConfig, Upsample
 from engines.models.folding import FoldedUpsample, fold
 from engines.models.pixels import PixelDecoder
 
+needs_bf16 = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="this CPU has no packed convolutions in bf16 (AVX512 or AVX-NE-CONVERT)",
+)
+
 SPEC = ModuleSpec("decoder", torch.float32, torch.device("cpu"), max_batch=4)
 
 # Six stages as published and narrow, five without the finest as DC-AE-Lite and the tiny one have it, by shuffling too.
@@ -82,6 +87,7 @@ def test_strips_change_nothing(
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@needs_bf16
 @pytest.mark.parametrize("config", [ARCHITECTURES["published"], AUTOENCODER], ids=["published", "tiny"])
 @torch.inference_mode()
 def test_in_bf16_as_near_as_the_decoder_itself(config: AutoencoderConfig) -> None:

@@ -7,6 +7,11 @@ from torch import nn
 from engines.backends.cpu.winograd import WinogradConv
 from engines.backends.parity import difference
 
+needs_bf16 = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="this CPU has no packed convolutions in bf16 (AVX512 or AVX-NE-CONVERT)",
+)
+
 
 def seeded_conv(bias: bool = True) -> nn.Conv2d:
     torch.manual_seed(0)
@@ -39,6 +44,7 @@ def test_a_strip_with_its_neighbours_gives_its_own_rows(edges: tuple[int, int], 
     )
 
 
+@needs_bf16
 def test_in_bf16_a_convolution_keeps_38_db() -> None:
     """Of plain bf16's 52: small beside the rounding of the pictures that it is added to (test_decoder.py)."""
     conv, x = seeded_conv().bfloat16(), pictures(16).bfloat16()
