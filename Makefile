@@ -21,6 +21,10 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
+# For `make system-tools`.
+SYSTEM_TOOLS := chromium prometheus
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
+
 # For `make peers`. Each environment finds our engine behind its own packages, by a .pth file.
 PEERS := litserve ray bentoml
 PEER_litserve := litserve==0.2.19
@@ -28,7 +32,7 @@ PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proof accept-gpu chaos fuzz clients deploy-tools image image-check lock clean peers
+.PHONY: help run test lint check proof accept-gpu chaos fuzz clients deploy-tools system-tools image image-check lock clean peers
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,10 +44,12 @@ test: $(DEV) ## runs every test that this machine can run
 	@$(BIN)/python -m pytest --ignore tests/server
 	@$(BIN)/python -m pytest tests/server
 
-check: $(DEV) ## format, lint, types and tests: what CI runs
+lint: $(DEV) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint ## format, lint, types and tests, with made-up examples that are the same in each run
 	@# Examples that Hypothesis makes up are the same in each run here; `make test` looks for new ones.
 	$(BIN)/python -m pytest --hypothesis-profile ci --ignore tests/server
 	$(BIN)/python -m pytest --hypothesis-profile ci tests/server
@@ -52,7 +58,7 @@ proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(DEV) ## plays a campaign of faults against real servers and prints what clients saw: minutes
-	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.robustness.chaos
 
 accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, and writes bench/results (MODEL=NAME adds a checkpoint)
 	$(BIN)/python -m pip install --quiet 'tensorrt>=10.13'
@@ -61,20 +67,25 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, a
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
-	$(BIN)/python -m bench.accept $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
+	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
 
 fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
 	$(BIN)/python -m venv .venvs/fuzz
 	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
-	$(BIN)/python -m bench.fuzz --images 5000 --requests 5000 --sessions 1000 \
+	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sessions 1000 \
 	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
 
 clients: $(DEV) ## runs the openai client and LiteLLM, in an environment of their own, against the server
 	$(BIN)/python -m venv .venvs/clients
 	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2
-	$(BIN)/python -m pytest -m slow tests/server/test_server_openai_clients.py
+	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
+
+system-tools: ## installs what tests want from Debian: Chromium, which drives the page, and Prometheus; root or sudo
+	@$(SUDO) true || { echo "make system-tools needs root or sudo without a password; the tests skip without it"; exit 1; }
+	$(SUDO) apt-get update -qq
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_TOOLS)
 
 image: ## builds the container image (CONTAINER=podman, FLAVOUR=gpu, BUILD_FLAGS="--build-arg ...")
 	$(CONTAINER) build $(BUILD_FLAGS) --build-arg FLAVOUR=$(FLAVOUR) --tag sana-sprint-server:$(FLAVOUR) .

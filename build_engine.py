@@ -1,4 +1,5 @@
-"""Builds engines from a checkpoint, and prints their manifest. See docs/gpu-proof.md for what was proved of them.
+"""Builds engines from a checkpoint, and prints their manifest. See docs/understand/gpu-proof.md for what was proved of
+them.
 
 python build_engine.py --model models/tiny --gpu cpu --precision fp32 --out artifacts/tiny-cpu
 python build_engine.py --model sprint-0.6b --gpu native --precision fp8 --out artifacts/sprint --sizes 1024x1024
@@ -11,10 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engines.build import Built, build
-from engines.build_spec import BuildSpec
+from engines.build.builder import Built, build
+from engines.build.spec import BuildSpec
+from engines.build.targets import GPU_PRECISIONS, GPUS
 from engines.errors import SprintError
-from engines.targets import GPU_PRECISIONS, GPUS
 
 
 def parse(arguments: list[str]) -> BuildSpec:

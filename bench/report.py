@@ -1,4 +1,4 @@
-"""docs/bench.md from the JSON documents in bench/results: caveats first, tables and plots, reproduction last.
+"""docs/figures/bench.md from the JSON documents in bench/results: caveats first, tables and plots, reproduction last.
 
     python -m bench.latency --model models/tiny --vs diffusers | tail -1 > bench/results/latency-tiny.json
     python -m bench.report
@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import accept, fp8, peers, roofline
-from bench.chart import Bar, stacked_bars
-from bench.errors import BenchError
-from bench.figures import table
+from bench.acceptance import report as accept
+from bench.harness.errors import BenchError
+from bench.harness.summary import table
+from bench.harness.svg_chart import Bar, stacked_bars
+from bench.peers import comparison as peers
+from bench.quality import fp8
+from bench.roofline import projection as roofline
 from engines.errors import SprintError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,8 +138,8 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
         "Over HTTP, `in time` within the deadline; overhead is what an answer takes beyond the engine's own stages, so "
         "at more than one client it holds the wait for others. Engine is the sum of its stages, for the whole batch; "
         "encode is what a file takes from its pixels, the wait for a codec thread included, while the engine's thread "
-        "is at its next batch (`tests/server/test_server_handover.py` stops all encoders and sees batch after batch "
-        "run).\n\n" + table(head, rows)
+        "is at its next batch (`tests/server/generation/test_delivery.py` stops all encoders and sees batch after "
+        "batch run).\n\n" + table(head, rows)
     ), {}
 
 
@@ -189,12 +192,12 @@ def _fp8(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 
 Section = Callable[[Mapping[str, Result]], tuple[str, dict[str, str]]]
 SECTIONS: Mapping[str, tuple[str, Section]] = {
-    "bench.accept": ("Acceptance on a device", _acceptance),
+    "bench.acceptance": ("Acceptance on a device", _acceptance),
     "bench.latency": ("Latency against diffusers", _latency),
     "bench.load": ("Under load", _load),
     "bench.peers": ("Beside other servers", _peers),
     "bench.quality": ("Quality", _quality),
-    "bench.fp8": ("What fp8 costs, rounded in PyTorch", _fp8),
+    "bench.quality.fp8": ("What fp8 costs, rounded in PyTorch", _fp8),
     "bench.roofline": ("Projections for GPUs", _roofline),
 }
 
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of results")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder to write to (default docs)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="a folder (default docs/figures)")
     options = parser.parse_args(argv)
     try:
         results = read_results(options.results)

@@ -1,9 +1,9 @@
 """Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -deploy to test deploy/ too,
 -cpu and -gpu for the images of those flavours, -ray for the image of a Ray cluster.
 
-pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so
-a new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen.
-Run as `make lock`. Knows nothing of the packages' contents. Why there are no hashes: docs/decisions/0002-lock.md.
+pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so a
+new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen. Run as
+`make lock`. Knows nothing of the packages' contents. Why there are no hashes: docs/understand/decisions/0002-lock.md.
 """
 
 import json

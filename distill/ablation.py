@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from distill import pictures, student
-from distill.evaluate import evaluate, evaluation_prompts
-from distill.recipe import RECIPES, DistilStage
+from distill.evaluation import samplers
+from distill.evaluation.scores import evaluate, evaluation_prompts
+from distill.recipes import RECIPES, DistilStage
+from distill.stages import student
 from distill.train import GUIDANCE, Run
 
 ENDLESS = 1_000_000
@@ -51,8 +52,8 @@ def main() -> None:
         transformer = student.train(recipe, run.teacher, run.latents, folder, run.accelerator, lambda *_: None)
         rows[name] = {"steps": torch.load(folder / "student.pt", weights_only=True)["step"]}
         for count in (1, 2):
-            sampler = pictures.student_sampler(run.teacher, transformer, GUIDANCE, count, numbers.flow_to_trigflow)
-            generate = pictures.generator(run.recipe, sampler, run.sharpened)
+            sampler = samplers.student_sampler(run.teacher, transformer, GUIDANCE, count, numbers.flow_to_trigflow)
+            generate = samplers.generator(run.recipe, sampler, run.sharpened)
             rows[name][f"score_{count}"] = evaluate(generate, prompts, world=run.recipe.world).mean
     print("| | training steps | score, 1 step | score, 2 steps |\n|---|---|---|---|")
     for name, row in rows.items():

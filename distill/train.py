@@ -17,17 +17,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from distill import autoencoder, pictures, sharpen, student, teacher
-from distill.captions import vocabulary
-from distill.evaluate import Report, evaluate, evaluation_prompts
-from distill.export import write_checkpoint
-from distill.latents import Latents, encode_scenes
-from distill.published import Published, encode_pictures, open_published, write_distilled
-from distill.recipe import RECIPES, Recipe, TeacherStage
-from distill.run import Stage
-from distill.teacher import Lesson, Teacher
-from distill.text import SmallCaptioner
-from distill.world import World
+from distill.evaluation import samplers
+from distill.evaluation.scores import Report, evaluate, evaluation_prompts
+from distill.recipes import RECIPES, Recipe, TeacherStage
+from distill.stages import autoencoder, decoder_finetuning, student, teacher
+from distill.stages.published_teacher import Published, encode_pictures, open_published, write_distilled
+from distill.stages.teacher import Lesson, Teacher
+from distill.training.checkpoint_writer import write_checkpoint
+from distill.training.latents import Latents, encode_scenes
+from distill.training.stage import Stage
+from distill.training.text_encoder import SmallCaptioner
+from distill.world.captions import vocabulary
+from distill.world.scenes import World
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 
@@ -115,7 +116,7 @@ class Run:
     def sharpened(self) -> Autoencoder:
         """The autoencoder that ships: its decoder has seen what the student predicts."""
         decoder, trained = deepcopy(self.decoder), self.student
-        return sharpen.train(self.recipe, decoder, self.teacher, trained, self.folder, self.accelerator)
+        return decoder_finetuning.train(self.recipe, decoder, self.teacher, trained, self.folder, self.accelerator)
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -135,28 +136,28 @@ class Run:
         write_checkpoint(folder, self.student, self.sharpened, captioner.encoder, captioner.tokenizer, sprint)
         return folder
 
-    def _judge(self, sampler: pictures.Sampler, stage: Stage, draw: bool) -> Report:
-        generate = pictures.generator(self.recipe, sampler, self.decoder)
+    def _judge(self, sampler: samplers.Sampler, stage: Stage, draw: bool) -> Report:
+        generate = samplers.generator(self.recipe, sampler, self.decoder)
         made = list(generate([prompt.text for prompt in self.prompts], list(range(len(self.prompts)))))
         if draw:
-            stage.sheet(pictures.as_tensor(made[:SHEET]))
+            stage.sheet(samplers.as_tensor(made[:SHEET]))
         return evaluate(lambda *_: made, self.prompts, world=self.recipe.world)
 
     def _examine_teacher(self, taught: Teacher, stage: Stage) -> None:
-        report = self._judge(pictures.teacher_sampler(self.recipe, taught), stage, draw=True)
+        report = self._judge(samplers.teacher_sampler(self.recipe, taught), stage, draw=True)
         stage.report(score=report.mean, **report.categories)
 
     def _examine_student(self, transformer: SprintTransformer, stage: Stage) -> None:
         scores = {}
         if self.pictures_folder:  # the judge knows the tiny world only
-            generate = pictures.generator(
-                self.recipe, pictures.student_sampler(self.teacher, transformer, GUIDANCE, 1), self.decoder
+            generate = samplers.generator(
+                self.recipe, samplers.student_sampler(self.teacher, transformer, GUIDANCE, 1), self.decoder
             )
             captions = next(self.latents.batches(SHEET, self.recipe.seed, 0)).captions
-            stage.sheet(pictures.as_tensor(list(generate(captions, list(range(SHEET))))))
+            stage.sheet(samplers.as_tensor(list(generate(captions, list(range(SHEET))))))
             return
         for steps in (1, 2):
-            sampler = pictures.student_sampler(self.teacher, transformer, GUIDANCE, steps)
+            sampler = samplers.student_sampler(self.teacher, transformer, GUIDANCE, steps)
             scores[f"score_{steps}"] = self._judge(sampler, stage, draw=steps == 1).mean
         stage.report(**scores)
 

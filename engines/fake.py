@@ -15,9 +15,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.buckets import powers_of_two, smallest_fitting
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.types import Conditioning, Deliver, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.types import (
+    Conditioning,
+    Deliver,
+    EngineInfo,
+    Job,
+    Limits,
+    Pixels,
+    RawImage,
+    StageSeconds,
+    powers_of_two,
+    smallest_fitting,
+)
 
 ALL_CONDITIONING: frozenset[Conditioning] = frozenset({"text", "image", "control", "image+control"})
 

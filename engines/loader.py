@@ -10,29 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from engines.artifacts import load_artifacts
+from engines.artifacts.loading import load_artifacts
+from engines.artifacts.manifest import read_manifest
+from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
-from engines.backends.cuda_graph import CudaRecorder, GraphBook, Recorder
+from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture, GraphRunner
 from engines.backends.eager import eager
-from engines.backends.spec import CACHE, Backend, ModuleName, ModuleSpec
-from engines.backends.torch_tensorrt import torch_tensorrt
-from engines.buckets import powers_of_two
-from engines.calibration import calibration_texts
-from engines.chain import Decode, Denoise, input_specs, latent_spec
-from engines.checkpoint import Checkpoint, open_checkpoint
-from engines.control import load_controlnet
+from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.controlnet import load_controlnet
+from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError, CheckpointError
-from engines.machine import why_no_gpu
-from engines.manifest import read_manifest
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline import Books, LatentSpace, Modules, SprintEngine
+from engines.pipeline.calibration import calibration_texts
+from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
+from engines.pipeline.engine import GraphRunners, LatentSpace, Modules, SprintEngine
+from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.text_stage import load_text_stage
-from engines.types import Engine, EngineInfo, Limits
+from engines.types import Engine, EngineInfo, Limits, powers_of_two
 
 if TYPE_CHECKING:
-    from engines.backends.cuda.native import Native  # needs Triton, which a CPU's environment has not
+    from engines.pipeline.native import Native  # needs Triton, which a CPU's environment has not
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -61,17 +60,17 @@ def load_engine(
     decoder: str | None = None,
     controlnet: str | None = None,
     schedule: Schedule = "paper",
-    recorder: Recorder | None = None,
+    recorder: GraphCapture | None = None,
     cache: str | None = None,
     native: "Native | None" = None,
 ) -> Engine:
-    """Loads `model` (see engines.checkpoint) and makes it ready to generate.
+    """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
 
     engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
     one of PRECISIONS, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another
     autoencoder with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name
     where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
-    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE; native: the
+    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE; native: the
     kernels of the cuda-graph backend, None takes those of the GPU at hand.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
@@ -119,9 +118,9 @@ def load_engine(
         reasons |= kernels.reasons
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(place, recorder)
-    books = _books(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
+    runners = _runners(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
     info = _info(checkpoint, backend, precision, place, reasons)
-    return SprintEngine(modules, space, info, limits, schedule, buckets, books, kernels)
+    return SprintEngine(modules, space, info, limits, schedule, buckets, runners, kernels)
 
 
 def _load_built(
@@ -134,7 +133,7 @@ def _load_built(
     decoder: str | None,
     controlnet: str | None,
     schedule: Schedule,
-    recorder: Recorder | None,
+    recorder: GraphCapture | None,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -174,10 +173,10 @@ def _load_built(
     space = _space(checkpoint, loaded.dtype, place)
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
     recorder = _recorder(place, recorder)
-    books = _books(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
+    runners = _runners(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
     info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
-    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, books)
+    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners)
 
 
 def _kernels(
@@ -186,32 +185,32 @@ def _kernels(
     """Our own kernels, where the backend is made of them; other precisions than bf16 run PyTorch's."""
     if (backend, dtype, device.type) != ("cuda-graph", torch.bfloat16, "cuda"):
         return None
-    from engines.backends.cuda.native import Native
+    from engines.pipeline.native import Native
 
     return Native.on(device, checkpoint.autoencoder, cache, shapes)
 
 
-def _recorder(device: torch.device, asked: Recorder | None) -> Recorder | None:
-    return CudaRecorder() if asked is None and device.type == "cuda" else asked
+def _recorder(device: torch.device, asked: GraphCapture | None) -> GraphCapture | None:
+    return CudaGraphCapture() if asked is None and device.type == "cuda" else asked
 
 
-def _books(
+def _runners(
     modules: Callable[[], Modules],
     checkpoint: Checkpoint,
     space: LatentSpace,
     limits: Limits,
     buckets: Sequence[int],
     steps: Iterable[int],
-    recorder: Recorder | None,
+    recorder: GraphCapture | None,
     reasons: dict[str, str],
-) -> Books | None:
+) -> GraphRunners | None:
     """Graphs to capture for `buckets` at every size of the checkpoint, or its own one; None without a recorder."""
     if recorder is None:
         return None
     unit, steps = space.compression, tuple(steps)
     sides = [(height // unit, width // unit) for width, height in limits.sizes or (limits.default_size,)]
 
-    def denoise(*, drawing: bool) -> GraphBook:
+    def denoise(*, drawing: bool) -> GraphRunner:
         def chain() -> Denoise:
             made = modules()
             transformer = made.controlled if drawing else made.transformer
@@ -220,19 +219,19 @@ def _books(
 
         tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
         specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
-        return GraphBook(chain, specs, buckets, sides, steps, recorder, space.device)
+        return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
 
     # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.
-    decode = GraphBook(
+    decode = GraphRunner(
         lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
     )
     controlled = denoise(drawing=True) if "control" in limits.conditioning else None
-    books = Books(denoise(drawing=False), decode, controlled, recorder)
+    runners = GraphRunners(denoise(drawing=False), decode, controlled, recorder)
     reasons["graphs"] = (
-        f"{len(books.plain.order)} are captured before the first request: batches {_listed(buckets)}, "
+        f"{len(runners.plain.capture_order)} are captured before the first request: batches {_listed(buckets)}, "
         f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"
     )
-    return books
+    return runners
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -259,7 +258,7 @@ def _space(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> 
     return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
 
 
-def _backend(asked: str, device: torch.device, recorder: Recorder | None, reasons: dict[str, str]) -> str:
+def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, reasons: dict[str, str]) -> str:
     if asked == "auto":
         if device.type == "cuda":
             reasons["backend"] = "cuda-graph: a GPU is present, and no built engine was given"

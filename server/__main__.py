@@ -6,14 +6,14 @@ Exit codes: 0 after a drain, 2 bad settings, 3 cannot start, 70 a batch hung, 71
 import os
 import sys
 
-from server import logs
-from server.allocator import keep_memory
 from server.app import create_app
+from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
-from server.listener import serve
-from server.loading import load
+from server.processes.malloc import keep_memory
+from server.processes.supervisor import supervise
+from server.processes.uvicorn_server import serve
 from server.settings import read
-from server.supervisor import supervise
+from server.telemetry import logs
 
 
 def main() -> int:

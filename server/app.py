@@ -15,18 +15,21 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
-from server import __version__, openai_api, openapi_doc, problems, routes
-from server.batcher import Batcher
-from server.codec import Codec
-from server.edge import Edge, EdgeLimits
-from server.generation import Generation
-from server.keys import ApiKeys
-from server.live import Live
-from server.metrics import Metrics
-from server.service import Service, context_of
+from server import __version__
+from server.generation.generator import Generator
+from server.generation.image_codec import Codec
+from server.generation.scheduler import Scheduler
+from server.http import problem_details
+from server.http.api_keys import ApiKeys
+from server.http.middleware import BodyLimits, RequestMiddleware
+from server.http.routes import generate, openai, openapi, page, status
+from server.http.state import AppState, request_context
+from server.http.upload_limit import Uploads
+from server.live import route as live_route
+from server.live.sessions import Live
 from server.settings import Settings
-from server.tracing import Tracing
-from server.uploads import Uploads
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 LARGE_BODIES = 32  # read at the same time, each up to the body limit
 
@@ -61,7 +64,7 @@ def create_app(
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
     metrics = Metrics(request_buckets=settings.request_buckets, stage_buckets=settings.stage_buckets)
     codec = Codec(settings.codec_threads)
-    batcher = Batcher(
+    scheduler = Scheduler(
         load,
         codec,
         max_batch=settings.max_batch,
@@ -73,16 +76,16 @@ def create_app(
         when_ready=lambda ready: _introduce(ready, metrics),
     )
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
-    generation = Generation(batcher, codec, timeout_ms=settings.timeout_ms)
+    generator = Generator(scheduler, codec, timeout_ms=settings.timeout_ms)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await codec.warm()
-        await batcher.start()
+        await scheduler.start()
         try:
             yield
         finally:
-            await batcher.close()
+            await scheduler.close()
             codec.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -93,21 +96,21 @@ def create_app(
         description="Pictures from text in one step: SANA-Sprint over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/metrics.py and tracing.py are ours
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/telemetry is ours
     )
-    live = Live(batcher, codec, metrics, settings)
-    app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live, expose)
-    app.include_router(routes.router)
-    app.include_router(openai_api.router)
-    if routes.STATIC.is_dir():
-        app.mount("/static", StaticFiles(directory=routes.STATIC), name="static")
-    openapi_doc.describe(app)
+    app.state.service = AppState(settings, metrics, scheduler, codec, generator, Uploads(LARGE_BODIES), expose)
+    app.state.live = Live(scheduler, codec, metrics, settings)
+    for routes_of in (generate, status, live_route, page, openai):
+        app.include_router(routes_of.router)
+    if page.STATIC.is_dir():
+        app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
+    openapi.describe(app)
     app.add_exception_handler(HTTPException, _refused_by_routing)
     app.add_middleware(
-        Edge,
+        RequestMiddleware,
         metrics=metrics,
         keys=keys,
-        limits=EdgeLimits(body_bytes=settings.body_limit, body_s=settings.body_timeout_s),
+        limits=BodyLimits(body_bytes=settings.body_limit, body_s=settings.body_timeout_s),
         tracing=tracing,
     )
     if settings.cors_origins:
@@ -124,8 +127,8 @@ def create_app(
 async def _refused_by_routing(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    problem = problems.of_http_exception(error)
-    return problems.response(problem, path=request.url.path, request_id=context_of(request).request_id)
+    problem = problem_details.from_http_exception(error)
+    return problem_details.response(problem, path=request.url.path, request_id=request_context(request).request_id)
 
 
 def _introduce(engine: Engine, metrics: Metrics) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from server.cluster import __main__ as cluster
-from server.metrics import Metrics
 from server.settings import REQUEST_BUCKETS, STAGE_BUCKETS, parser
+from server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("server", "engines", "distill", "bench", "deploy", "tests", "docs", "models")
@@ -67,7 +67,7 @@ def test_flags_of_the_server_exist(document: str) -> None:
     flags = {option for action in actions for option in action.option_strings}
     lines = re.findall(r"python3? -m server\b[^`\n]*", text_of(document))
     named = {flag for line in lines for flag in re.findall(r"--[a-z][\w-]*", line)}
-    if document == "docs/operations.md":
+    if document == "docs/operate/operations.md":
         named |= set(re.findall(r"`(--[a-z][\w-]*)", text_of(document)))
     assert named - flags == set()
 
@@ -77,13 +77,13 @@ def test_documented_metrics_are_the_published_ones() -> None:
     metrics.watch_memory(dict)
     families = re.findall(r"^# TYPE (sana_sprint_\w+) (\w+)", metrics.exposition().decode(), re.MULTILINE)
     published = {name for name, kind in families if not name.endswith("_created")} | {"sana_sprint_engine_info"}
-    rows = [line for line in text_of("docs/operations.md").splitlines() if line.startswith("| `sana_sprint_")]
+    rows = [line for line in text_of("docs/operate/operations.md").splitlines() if line.startswith("| `sana_sprint_")]
     documented = {name for row in rows for name in re.findall(r"`(sana_sprint_\w+)`", row.split("|")[1])}
     assert documented == published
 
 
 def test_every_decision_is_numbered_once() -> None:
-    numbers = [name.rsplit("/", 1)[1][:4] for name in NAMES if name.startswith("docs/decisions/0")]
+    numbers = [name.rsplit("/", 1)[1][:4] for name in NAMES if name.startswith("docs/understand/decisions/0")]
     assert len(numbers) == len(set(numbers))
 
 

@@ -1,4 +1,5 @@
-"""docs/gpu-proof.md lists every file with lines that only a GPU runs, and a test for the card that reaches them."""
+"""docs/understand/gpu-proof.md lists every file with lines that only a GPU runs, and a test for the card that reaches
+them."""
 
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ ONLY_THERE = re.compile(r"\btorch\.cuda\.(?!OutOfMemoryError)|== \"cuda\"|!= \"c
 
 def listed() -> dict[str, list[str]]:
     """File -> tests, from the page's table of lines that only a GPU runs."""
-    page = (ROOT / "docs" / "gpu-proof.md").read_text()
+    page = (ROOT / "docs" / "understand" / "gpu-proof.md").read_text()
     section = page.split("## Lines that only a GPU runs", 1)[1].split("\n## ", 1)[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
     return {

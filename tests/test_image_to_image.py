@@ -6,9 +6,9 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from distill.captions import caption_of
-from distill.data import render, sample_scene
-from distill.world import World
+from distill.world.captions import caption_of
+from distill.world.rendering import render, sample_scene
+from distill.world.scenes import World
 from engines.loader import load_engine
 from engines.types import Engine, Job, Pixels
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.captions import requirement_of
-from distill.judge import judge
+from distill.world.captions import requirement_of
+from distill.world.judge import judge
 from engines.types import Pixels
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,20 +1,20 @@
 """PyTorch as it is: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu_decoder), in 8 bits where that is asked
+On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu.decoder), in 8 bits where that is asked
 for, and in bf16 the transformer takes jobs one by one, so that a picture is the same in any batch.
 """
 
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu_decoder import IN_8_BITS, CpuDecoder
-from engines.backends.cpu_int8 import has_int8
-from engines.backends.spec import ModuleSpec
+from engines.backends.base import ModuleSpec
+from engines.backends.cpu.decoder import IN_8_BITS, CpuDecoder
+from engines.backends.cpu.int8 import has_int8
+from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
 from engines.models.dcae import Decoder
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder
-from engines.parity import INT8_GATE, difference
 
 _WIDE = 256  # channels; a narrower decoder is bound by its calls, and a packed one costs 0.2 ms more
 _PROBE = (8, 8)  # cells of the latent that 8 bits are held to the gate on; noise, which uses all of a decoder

@@ -2,8 +2,13 @@
 
 f32 computes as the graph says; bf16 lets OpenVINO round what it multiplies to bf16, on CPUs that have it. A model with
 a fixed batch runs up to twice as fast here as one with an open batch, hence one per bucket.
+
+OpenVINO keeps compiled models under a key of the model (its weights and batch too) and of the CPU's name, but not of
+the precision, the threads or the instructions of the CPU: docs/understand/decisions/0011-compiled-models-on-disk.md. So
+each of those has a folder of its own here.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engines.backends.drop_in import padded
-from engines.buckets import smallest_fitting
+from engines.backends.adapters import padded
+from engines.device.hardware import cpu_flags
 from engines.errors import ArtifactError, BackendError
+from engines.types import smallest_fitting
 
 CpuPrecision = Literal["fp32", "bf16"]
 _HINT = {"fp32": "f32", "bf16": "bf16"}
@@ -39,10 +45,11 @@ def check_cpu(precision: CpuPrecision) -> None:
 
 
 class OpenVinoGraph:
-    """engines.backends.drop_in.Graph over one .xml of `convert`.
+    """engines.backends.adapters.Graph over one .xml of `convert`.
 
     buckets: ascending batch sizes; a batch runs in the smallest that holds it, padded by its last row. cache: folder
-    for compiled models; one that cannot be written, or holds damaged files, costs time only.
+    for compiled models, in one folder for each set of what OpenVINO's key leaves out; one that cannot be written, or
+    holds damaged files, costs time only. `from_cache`: the buckets whose model was not compiled here but found there.
     Raises BackendError without openvino or on a CPU without `precision`, ArtifactError where the file cannot be read.
     """
 
@@ -55,15 +62,17 @@ class OpenVinoGraph:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "ENABLE_CPU_PINNING": False,  # the process may be bound to some cores by its owner
-            "CACHE_DIR": str(cache),
         }
         core = vendor.Core()
+        settings["CACHE_DIR"] = str(cache / _cache_key(vendor, core, settings))
         try:
-            self._requests = {size: self._compile(core, xml, size, settings) for size in self._buckets}
+            models = {size: self._compile(core, xml, size, settings) for size in self._buckets}
         except RuntimeError as error:
             raise ArtifactError(
                 f"{xml.name}: OpenVINO cannot load it ({_first_line(error)}); build it again"
             ) from error
+        self.from_cache = tuple(size for size, model in models.items() if model.get_property("LOADED_FROM_CACHE"))
+        self._requests = {size: model.create_infer_request() for size, model in models.items()}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
@@ -80,7 +89,14 @@ class OpenVinoGraph:
         for shape in shapes.values():
             shape[0] = batch
         model.reshape(shapes)
-        return core.compile_model(model, "CPU", settings).create_infer_request()
+        return core.compile_model(model, "CPU", settings)
+
+
+def _cache_key(vendor: Any, core: Any, settings: Mapping[str, Any]) -> str:
+    """A folder's name, of everything beside the model and the CPU's name that decides what is compiled."""
+    capabilities = sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    told = repr((vendor.__version__, capabilities, cpu_flags(), sorted(settings.items())))
+    return f"{settings['INFERENCE_PRECISION_HINT']}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from server.cluster.application import NAME, Scale, build, in_scale
 from server.cluster.retry import CALLBACK
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
-from server.listener import address, say_listening, say_ready
+from server.processes.announce import address, say_listening, say_ready
 from server.settings import Settings, flag_of, read
 
 HELP = {

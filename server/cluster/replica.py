@@ -7,14 +7,14 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from server import gathering, logs
-from server.allocator import keep_memory
 from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
+from server.engine_loader import load
 from server.errors import UnavailableError
-from server.loading import load
-from server.service import Service
+from server.http.state import AppState
+from server.processes.malloc import keep_memory
 from server.settings import Settings
+from server.telemetry import aggregation, logs
 
 GATHER_S = 8.0  # for all replicas to tell their metrics; Prometheus waits for 10 s
 
@@ -34,7 +34,7 @@ class Replica:
         self._all = serve.get_deployment_handle(context.deployment, context.app_name)
         logs.configure(settings.log_format, settings.log_level, {"replica": self._name})
         keep_memory(os.environ)
-        self._service: Service | None = None
+        self._service: AppState | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(lambda: load(self._settings), self._settings, expose=lambda _: self._all_metrics())
@@ -42,20 +42,20 @@ class Replica:
         return app
 
     @property
-    def _running(self) -> Service:
+    def _running(self) -> AppState:
         assert self._service is not None, "Serve builds the app before it asks anything else"
         return self._service
 
     async def check_health(self) -> None:
         """Raises UnavailableError where the engine is lost, upon which Serve replaces this replica."""
-        batcher = self._running.batcher
-        await batcher.ready.wait()
-        _ = batcher.engine
+        scheduler = self._running.scheduler
+        await scheduler.ready.wait()
+        _ = scheduler.engine
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What server.cluster.scaling decides by."""
-        batcher = self._running.batcher
-        return {WAITING: batcher.waiting, INSIDE: batcher.inside}
+        scheduler = self._running.scheduler
+        return {WAITING: scheduler.waiting, INSIDE: scheduler.in_flight}
 
     async def metrics(self) -> tuple[str, bytes]:
         """This replica's name and numbers."""
@@ -71,4 +71,4 @@ class Replica:
         found = dict(answer for answer in answers if not isinstance(answer, BaseException))
         if len(found) < len(answers):
             logger.warning("%d of %d replicas told no metrics", len(answers) - len(found), len(answers))
-        return await asyncio.to_thread(gathering.merged, found)
+        return await asyncio.to_thread(aggregation.merge_expositions, found)

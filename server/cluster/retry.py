@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "server.cluster.retry:middlewares"
 PAUSES_S = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # before each further attempt: Serve notices a death within a second
 KEPT_BYTES = 32 * 2**20  # of a body; a longer one is sent on as it comes, and asked for once
-OURS = "x-content-type-options"  # server.edge puts it on every answer
+OURS = "x-content-type-options"  # server.http.middleware puts it on every answer
 
 logger = logging.getLogger("ray.serve")
 

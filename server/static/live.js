@@ -1,4 +1,4 @@
-// A connection to WS /v1/live that comes back by itself. The protocol: docs/live.md.
+// A connection to WS /v1/live that comes back by itself. The protocol: docs/use/live.md.
 
 const RETRY_MS = [300, 600, 1200, 2500, 5000];
 

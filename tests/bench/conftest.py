@@ -1,12 +1,8 @@
 """The engine tests' small checkpoint, for measurements that need one."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "engines"))
-
 from small_checkpoint import save_checkpoint, with_settings
 
 

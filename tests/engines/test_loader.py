@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_checkpoint import with_settings
 
+from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError, CheckpointError
 from engines.loader import load_engine
-from engines.machine import why_no_gpu
 from engines.types import Engine, Job, ReportsMemory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +126,7 @@ def test_without_a_usable_gpu_driver_and_wheel_are_named(
     cuda: str | None, driver: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr("engines.machine._driver", lambda: None)
+    monkeypatch.setattr("engines.device.hardware._driver", lambda: None)
     assert told in why_no_gpu(driver)
 
 

@@ -1,1 +1,1 @@
-"""The model on an NVIDIA GPU: products by cuBLAS, the rest by engines.kernels."""
+"""The model on NVIDIA GPUs without a vendor's compiler: cuBLAS for products, engines.kernels for the rest, graphs."""

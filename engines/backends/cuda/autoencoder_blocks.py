@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.kernels.convolution import (
+from engines.kernels.autoencoder.convolution import (
     CONVOLUTION,
     CONVOLUTION_NORM,
     CONVOLUTION_SILU,
 )
-from engines.kernels.depthwise import DEPTHWISE
+from engines.kernels.autoencoder.depthwise import DEPTHWISE
+from engines.kernels.autoencoder.padded import Grid
+from engines.kernels.autoencoder.rms_norm import RMS_NORM, Layout
+from engines.kernels.autoencoder.tiles import FP8, FP8_MAX
 from engines.kernels.gated_depthwise import GATED_DEPTHWISE
 from engines.kernels.linear_attention import MULTISCALE_ATTENTION
 from engines.kernels.op import Ops
-from engines.kernels.padded import Grid
-from engines.kernels.rms_norm import RMS_NORM, Layout
 from engines.kernels.silu_product import SILU_PRODUCT
-from engines.kernels.tiles import FP8, FP8_MAX
 from engines.models.dcae import EfficientViTBlock, ResBlock
 from engines.models.layers import RMSNorm
 

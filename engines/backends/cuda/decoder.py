@@ -1,10 +1,10 @@
 """DC-AE's decoder from engines.kernels: latents in, uint8 pixels out, in NHWC throughout.
 
 The stages of EfficientViT blocks keep plain [B*H*W, C] matrices; from the first stage of ResBlocks on, matrices have
-zero borders (engines.kernels.padded), in which convolutions are products. Equal to engines.models.pixels.PixelDecoder,
-but for rounding: sums and norms are fp32, and each kernel rounds once. In fp8 the convolutions of the ResBlocks
-multiply e4m3 numbers, one scale for a tensor of activations and one for each output channel of weights; the residual
-stream stays bf16.
+zero borders (engines.kernels.autoencoder.padded), in which convolutions are products. Equal to
+engines.models.pixels.PixelDecoder, but for rounding: sums and norms are fp32, and each kernel rounds once. In fp8 the
+convolutions of the ResBlocks multiply e4m3 numbers, one scale for a tensor of activations and one for each output
+channel of weights; the residual stream stays bf16.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cuda.autoencoder_blocks import WHOLE, Norm, ResidualBlock, Stream, VitBlock
-from engines.kernels.convolution import (
+from engines.kernels.autoencoder.convolution import (
     CONVOLUTION_TAPS,
     tap_weight,
 )
-from engines.kernels.depthwise import SIDE
+from engines.kernels.autoencoder.depthwise import SIDE
+from engines.kernels.autoencoder.padded import Grid
+from engines.kernels.autoencoder.pixels import PIXELS
+from engines.kernels.autoencoder.upsampling import UPSAMPLING
 from engines.kernels.op import Ops
-from engines.kernels.padded import Grid
-from engines.kernels.pixels import PIXELS
-from engines.kernels.upsampling import UPSAMPLING
 from engines.models.dcae import AutoencoderConfig, Decoder, EfficientViTBlock, ResBlock, Upsample
 from engines.models.folding import folded_kernel
 from engines.models.pixels import PixelDecoder

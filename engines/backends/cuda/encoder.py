@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cuda.autoencoder_blocks import ResidualBlock, Stream, VitBlock
-from engines.kernels.border import ZERO_BORDER
-from engines.kernels.depthwise import SIDE
+from engines.kernels.autoencoder.border import ZERO_BORDER
+from engines.kernels.autoencoder.depthwise import SIDE
+from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.op import Ops
-from engines.kernels.padded import Grid
 from engines.models.dcae import AutoencoderConfig, Downsample, EfficientViTBlock, Encoder, ResBlock
 from engines.models.pixels import PixelEncoder
 

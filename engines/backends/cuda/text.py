@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cuda_graph import WARM_UPS, Recorder, Replay
-from engines.buckets import smallest_fitting
-from engines.kernels.capped_attention import CAPPED_ATTENTION, MAX_CAP
-from engines.kernels.gelu_gate import GELU_GATE
-from engines.kernels.gemma_norm import GEMMA_NORM, SANDWICH_NORM
+from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay
 from engines.kernels.op import Ops
-from engines.kernels.skinny_product import GATED_PRODUCT, MAX_ROWS, SKINNY_PRODUCT
+from engines.kernels.text.capped_attention import CAPPED_ATTENTION, MAX_CAP
+from engines.kernels.text.gelu_gate import GELU_GATE
+from engines.kernels.text.gemma_norm import GEMMA_NORM, SANDWICH_NORM
+from engines.kernels.text.skinny_product import GATED_PRODUCT, MAX_ROWS, SKINNY_PRODUCT
 from engines.models.gemma import GemmaBody, Layer, Norm, Past
 from engines.models.text_encoder import TextEncoder, Tokens
+from engines.types import smallest_fitting
 
 BATCHES = (1, 2, 4, 8)
 LENGTHS = (16, 32, 64, 128, 304)
@@ -169,7 +169,7 @@ class CudaTextEncoder:
         self._batches, self._lengths = tuple(sorted(batches)), tuple(sorted(lengths))
         self._body = CudaTextBody(encoder.body, encoder._past, ops, self._lengths[-1])
         keys = [TextKey(batch, length) for batch in self._batches for length in self._lengths]
-        self.order = tuple(sorted(keys, key=lambda key: (key.prompts * key.tokens, key.tokens), reverse=True))
+        self.capture_order = tuple(sorted(keys, key=lambda key: (key.prompts * key.tokens, key.tokens), reverse=True))
         # One copy brings a batch: first how much of the prefix each row shares [B], then the ids [B, L].
         self._device = encoder.body.embed_tokens.weight.device
         self._packed = torch.zeros(max(_size(key) for key in keys), dtype=torch.long, device=self._device)
@@ -178,18 +178,18 @@ class CudaTextEncoder:
 
     @property
     def ready(self) -> bool:
-        return len(self._captured) == len(self.order)
+        return len(self._captured) == len(self.capture_order)
 
     @torch.inference_mode()
     def warm(self) -> None:
         """Runs every bucket once, largest first: compiles what is compiled at first use."""
-        for key in self.order:
+        for key in self.capture_order:
             self._run(key)
 
     @torch.inference_mode()
-    def capture(self, recorder: Recorder) -> None:
+    def capture(self, recorder: GraphCapture) -> None:
         """Captures every bucket, largest first; again does nothing."""
-        for key in self.order:
+        for key in self.capture_order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key, recorder)
 
@@ -251,7 +251,7 @@ class CudaTextEncoder:
         packed = self._packed[: _size(key)]
         return self._body(packed[key.prompts :].view(key), packed[: key.prompts])
 
-    def _capture(self, key: TextKey, recorder: Recorder) -> _Captured:
+    def _capture(self, key: TextKey, recorder: GraphCapture) -> _Captured:
         for _ in range(WARM_UPS):
             recorder.warm(lambda: self._run(key))
         replay, (hidden,) = recorder.record(lambda: (self._run(key),))

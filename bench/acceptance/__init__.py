@@ -1,0 +1,1 @@
+"""What a GPU host runs once."""

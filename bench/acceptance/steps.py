@@ -1,0 +1,311 @@
+"""The steps of an acceptance run: each proves or measures one thing of one checkpoint on the device, and says how.
+
+A step that fails is written down with its reason and does not stop the others; nothing is estimated in its place. On a
+GPU each has a process of its own, because an error of a kernel spoils CUDA for the rest of its process.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bench.acceptance.plan import Plan, SkippedError, Step
+from bench.harness.errors import BenchError
+from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
+from bench.harness.subprocess_call import run_in_subprocess
+from bench.harness.summary import spread
+from distill.evaluation.scores import evaluation_prompts
+from engines.artifacts.reference import peaks
+from engines.backends.cuda.graphs import CudaGraphCapture, EagerReplay
+from engines.backends.parity import PICTURE_GATES, difference
+from engines.build.builder import build
+from engines.build.quantization import run_samples
+from engines.build.spec import BuildSpec
+from engines.checkpoints.checkpoint import open_checkpoint
+from engines.errors import BackendError, OutOfMemoryError, SprintError
+from engines.loader import load_engine
+from engines.models.pixels import PixelDecoder
+from engines.pipeline.calibration import calibration_texts
+from engines.types import Engine, Job, RawImage
+
+T = TypeVar("T")
+
+FP16_LARGEST = 65504
+STEP_LIMIT_S = 2 * 3600  # the longest compile every kernel of five batch sizes
+
+
+def accept(plan: Plan, tell: Callable[[Step], object]) -> list[Step]:
+    """Every step of `plan`, in order; `tell` hears of each as it ends."""
+    done = []
+    for name, _ in _steps(plan):
+        step = run_apart(plan, name) if plan.on_gpu else run_step(plan, name)
+        tell(step)
+        done.append(step)
+    return done
+
+
+def run_step(plan: Plan, name: str) -> Step:
+    """One step of `plan`; whatever it raises is its outcome."""
+    step = Step(plan.model, name)
+    began = time.perf_counter()
+    try:
+        dict(_steps(plan))[name](step)
+    except SkippedError as error:
+        step.outcome, step.reason = "skipped", str(error)
+    except Exception as error:  # see above
+        step.outcome, step.reason = "failed", _line(error)
+    step.seconds = round(time.perf_counter() - began, 1)
+    _free(plan)
+    return step
+
+
+def run_apart(plan: Plan, name: str) -> Step:
+    """`run_step` in a process of its own; if that dies, it is the step's outcome."""
+    began = time.perf_counter()
+    try:
+        return run_in_subprocess(STEP_LIMIT_S, run_step, plan, name)
+    except BenchError as error:
+        return Step(plan.model, name, "failed", str(error), round(time.perf_counter() - began, 1))
+
+
+def _steps(plan: Plan) -> Iterator[tuple[str, Callable[[Step], None]]]:
+    yield "activation ranges", lambda step: _ranges(plan, step)
+    for precision in plan.precisions:
+        yield f"build {precision}", lambda step, p=precision: _build(plan, p, step)  # type: ignore[misc]  # default
+        yield f"pictures {precision}", lambda step, p=precision: _pictures(plan, p, step)  # type: ignore[misc]
+    yield "graphs", lambda step: _graphs(plan, step)
+    for precision in plan.precisions:
+        yield f"latency engine {precision}", lambda step, p=precision: _latency(plan, step, _built(plan, p))  # type: ignore[misc]
+    for backend in plan.backends:
+        yield f"latency {backend}", lambda step, b=backend: _latency(plan, step, _unbuilt(plan, b))  # type: ignore[misc]
+    for peer in plan.peers:
+        yield f"latency {peer}", lambda step, p=peer: _latency(plan, step, _peer(plan, p))  # type: ignore[misc]
+
+
+def _ranges(plan: Plan, step: Step) -> None:
+    """The largest value that goes through each module on real prompts, in fp32; the decoder first."""
+    checkpoint = open_checkpoint(plan.model)
+    unit = checkpoint.autoencoder.compression
+    side = (plan.size[1] // unit, plan.size[0] // unit)
+    with torch.inference_mode():
+        transformer = checkpoint.load_transformer(torch.float32, plan.device)
+        texts, channels = calibration_texts(checkpoint), checkpoint.transformer.in_channels
+        with peaks(transformer) as seen_transformer:
+            latents = run_samples(transformer, texts, [side], plan.steps, channels)
+        del transformer
+        decoder = PixelDecoder(checkpoint.load_autoencoder(torch.float32, plan.device))
+        with peaks(decoder) as seen_decoder:
+            for latent in latents:
+                decoder(latent)
+    for name, seen in (("decoder", seen_decoder), ("transformer", seen_transformer)):
+        part, peak = max(seen.items(), key=lambda pair: pair[1])
+        step.figures[name] = {"part": part, "peak": peak, "of_fp16": peak / FP16_LARGEST}
+
+
+def _build(plan: Plan, precision: str, step: Step) -> None:
+    """Raises BenchError where an fp8 engine has no layer in fp8."""
+    gpu = "native" if plan.on_gpu else "cpu"
+    out = plan.folder(precision)
+    spec = BuildSpec(plan.model, gpu, precision, out, (plan.size,), plan.batches, plan.steps)
+    built = build(spec)
+    manifest = built.manifest
+    step.figures = {
+        "built": built.changed,
+        "seconds": manifest.seconds,
+        "vendor": f"{manifest.vendor} {manifest.versions.get(manifest.vendor, '')}".strip(),
+        "pictures": manifest.pictures,
+        "modules": {
+            artifact.module: {
+                "precision": artifact.precision,
+                "bytes": sum(file.bytes for file in artifact.files),
+                "seconds": artifact.seconds,
+                "parity": artifact.parity,
+                **artifact.details,
+            }
+            for artifact in manifest.artifacts
+        },
+    }
+    layers = step.figures["modules"]["transformer"].get("layers_by_precision")
+    if precision == "fp8" and not (layers or {}).get("FP8"):
+        raise BenchError(f"no layer of the transformer runs in fp8; the inspector tells {layers}")
+
+
+def _pictures(plan: Plan, precision: str, step: Step) -> None:
+    """Built engines against eager fp32 on the same device; again, and alone. Raises BenchError, ParityError."""
+    jobs = _jobs(plan, max(plan.batches), plan.steps[0])
+    folder = str(_folder(plan, precision))
+    engine = load_engine(plan.model, engine_dir=folder, device=str(plan.device), max_batch=len(jobs))
+    engine.warmup()
+    first, again = engine.generate(jobs), engine.generate(jobs)
+    alone = [engine.generate([job])[0] for job in jobs]
+    engine.close()
+    _free(plan)
+    eager = load_engine(plan.model, backend="eager", precision="fp32", device=str(plan.device))
+    expected = [eager.generate([job])[0] for job in jobs]
+    found = difference(_stack(expected), _stack(first))
+    step.figures = {
+        "batch": len(jobs),
+        "psnr_db": found.psnr_db,
+        "max_abs": found.max_abs,
+        "same_twice": bool((_stack(first) == _stack(again)).all()),
+        "alone_max_abs": difference(_stack(alone), _stack(first)).max_abs,
+    }
+    step.figures["gate"] = PICTURE_GATES[precision].check("picture", found)
+    if not step.figures["same_twice"]:
+        raise BenchError("the same jobs twice gave different bytes")
+
+
+def _graphs(plan: Plan, step: Step) -> None:
+    """Captures every graph of PyTorch's modules; replays equal plain runs. Without a GPU: the book alone."""
+    precision = "bf16" if plan.on_gpu else "fp32"
+
+    def load(largest: int) -> Engine:
+        recorder = CudaGraphCapture() if plan.on_gpu else EagerReplay()
+        options: dict[str, Any] = {"precision": precision, "device": str(plan.device), "max_batch": largest}
+        engine = load_engine(plan.model, backend="cuda-graph", recorder=recorder, **options)
+        began = time.perf_counter()
+        engine.warmup()
+        step.figures = {"told": engine.info.reasons["graphs"], "capture_seconds": round(time.perf_counter() - began, 1)}
+        return engine
+
+    engine = _largest_fitting(plan, load)
+    batches = [batch for batch in plan.batches if batch <= engine.limits.max_batch]
+    worst = 0.0
+    found = {(steps, batch): engine.generate(_jobs(plan, batch, steps)) for steps in plan.steps for batch in batches}
+    step.figures["uncaptured"] = sum(images[0].uncaptured for images in found.values())
+    engine.close()
+    _free(plan)
+    plain = load_engine(
+        plan.model, backend="eager", precision=precision, device=str(plan.device), max_batch=max(batches)
+    )
+    for (steps, batch), images in found.items():
+        expected = plain.generate(_jobs(plan, batch, steps))
+        worst = max(worst, difference(_stack(expected), _stack(images)).max_abs)
+    step.figures["max_abs_to_eager"] = worst
+    step.figures["device"] = "CUDA graphs" if plan.on_gpu else "no graphs: a stand-in ran the launches again"
+    if worst > 1 and precision == "fp32":
+        raise BenchError(f"replays differ from plain runs by {worst:.0f} of 255, allowed is 1")
+
+
+def _largest_fitting(plan: Plan, load: Callable[[int], T]) -> T:
+    """What `load` gives for the largest batch that the device has memory for, and kernels with indices wide enough.
+
+    Raises what the smallest batch raises.
+    """
+    for largest in sorted(plan.batches, reverse=True)[:-1]:
+        try:
+            return load(largest)
+        except (OutOfMemoryError, RuntimeError) as error:
+            print(f"{plan.model}: batches of {largest} cannot be loaded: {_line(error)}", file=sys.stderr)
+        _free(plan)  # out here, where no traceback holds what was loaded
+    return load(min(plan.batches))
+
+
+Made = Callable[[], tuple[Subject, Mapping[str, object]]]
+
+
+def _built(plan: Plan, precision: str) -> Made:
+    def make() -> tuple[Subject, Mapping[str, object]]:
+        options: dict[str, Any] = {"device": str(plan.device), "max_batch": max(plan.batches)}
+        engine = Ours(open_checkpoint(plan.model), engine_dir=str(_folder(plan, precision)), **options)
+        return engine, {"who": "ours", "how": f"engine {precision}"}
+
+    return make
+
+
+def _unbuilt(plan: Plan, backend: str) -> Made:
+    def make() -> tuple[Subject, Mapping[str, object]]:
+        precision = "bf16" if plan.on_gpu else "fp32"
+        options: dict[str, Any] = {"precision": precision, "device": str(plan.device)}
+        checkpoint = open_checkpoint(plan.model)
+
+        def load(largest: int) -> Ours:
+            return Ours(checkpoint, backend=backend, max_batch=largest, **options)
+
+        try:
+            return _largest_fitting(plan, load), {"who": "ours", "how": f"{backend} {precision}"}
+        except BackendError as error:
+            raise SkippedError(str(error)) from error
+
+    return make
+
+
+def _peer(plan: Plan, name: str) -> Made:
+    def make() -> tuple[Subject, Mapping[str, object]]:
+        precision = "bf16" if plan.on_gpu else "fp32"
+        try:
+            rival = Diffusers(
+                open_checkpoint(plan.model), precision, plan.device, compiled=name == "diffusers-compiled"
+            )
+        except ImportError as error:
+            raise SkippedError(f"{error.name} is not installed") from error
+        return rival, {"who": name, "how": precision}
+
+    return make
+
+
+def _latency(plan: Plan, step: Step, make: Made) -> None:
+    """Seconds by stage for every number of steps and batch, after one unmeasured run of each."""
+    subject, told = make()
+    step.figures = dict(subject.facts)
+    texts = _texts()
+    for steps in plan.steps:
+        for batch in plan.batches:
+            row: dict[str, Any] = {**told, "size": list(plan.size), "steps": steps, "batch": batch}
+            step.rows.append(row)
+            try:
+                made = [subject.run(_task(plan, texts, steps, batch)) for _ in range(plan.runs + 1)][1:]
+            except (SprintError, RuntimeError) as error:  # memory, and tensors of 2³¹ elements
+                row["refused"] = _line(error)
+                continue
+            seconds = {stage: spread([one.seconds[stage] for one in made]) for stage in (*STAGES, "total")}
+            total = seconds["total"]
+            assert total is not None
+            row |= {"seconds": seconds, "pictures_per_second": round(batch / total["p50"], 3)}
+    if not any("seconds" in row for row in step.rows):
+        raise BenchError(f"nothing could be measured: {step.rows[0].get('refused')}")
+
+
+def _texts() -> Iterator[str]:
+    """Captions that no cache has seen, without end."""
+    captions = [prompt.text for prompt in evaluation_prompts(100)]
+    number = 0
+    while True:
+        yield f"{captions[number % len(captions)]}, {number}"
+        number += 1
+
+
+def _task(plan: Plan, texts: Iterator[str], steps: int, batch: int) -> Task:
+    return Task([next(texts) for _ in range(batch)], list(range(batch)), *plan.size, steps)
+
+
+def _jobs(plan: Plan, count: int, steps: int) -> list[Job]:
+    prompts = evaluation_prompts(count)
+    return [Job(prompt.text, seed, *plan.size, steps) for seed, prompt in enumerate(prompts)]
+
+
+def _folder(plan: Plan, precision: str) -> Path:
+    folder = plan.folder(precision)
+    if not folder.is_dir():
+        raise SkippedError(f"no engines in {precision} were built")
+    return folder
+
+
+def _stack(images: Sequence[RawImage]) -> torch.Tensor:
+    return torch.stack([torch.tensor(image.pixels) for image in images])
+
+
+def _free(plan: Plan) -> None:
+    gc.collect()
+    if plan.on_gpu:
+        torch.cuda.empty_cache()
+
+
+def _line(error: BaseException) -> str:
+    """In one line, with the kind where it is none of ours."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return text if isinstance(error, SprintError) else f"{type(error).__name__}: {text}"[:400]

@@ -1,0 +1,109 @@
+"""A lean HTTP/1.1 client on asyncio: what it costs is not mistaken for what the server costs.
+
+Keep-alive connections, answers with a Content-Length only, no redirects, no TLS, no retries: an answer that does not
+come is an error, never a second request. Knows no pictures.
+"""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from bench.harness.errors import BenchError
+
+HEAD_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Connection:
+    """One connection, for one exchange at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> None:
+        self._reader, self._writer, self._host = reader, writer, host
+        self._closes = False
+
+    @property
+    def usable(self) -> bool:
+        return not (self._closes or self._reader.at_eof() or self._writer.is_closing())
+
+    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
+        """Sends a request and reads its answer whole.
+
+        Raises OSError or EOFError where the connection ends before that, BenchError for what is no HTTP/1.1 answer.
+        """
+        head = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-length: {len(body)}\r\n"
+        kind = f"content-type: {media_type}\r\n" if body else ""
+        self._closes = True  # until the answer is read whole, nothing else may be sent here
+        self._writer.write(f"{head}{kind}\r\n".encode() + body)
+        return await self.answer()
+
+    async def answer(self) -> Answer:
+        """Reads the answer to what was sent. Raises as `exchange` does."""
+        status, headers = _parsed(await self._reader.readuntil(b"\r\n\r\n"))
+        content = await self._reader.readexactly(int(headers["content-length"]))
+        self._closes = headers.get("connection", "").lower() == "close"
+        return Answer(status, headers, content)
+
+    async def close(self) -> None:
+        """At once: what has not been sent or read stays so."""
+        self._writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+class Pool:
+    """Connections to one server; the one used last is used first, and more are opened as they are needed."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+            raise BenchError(f"url: got {url!r}, needed is http://host:port")
+        self._address = (parts.hostname, parts.port or 80)
+        self._host = parts.netloc
+        self._idle: list[Connection] = []
+
+    async def exchange(self, method: str, path: str, body: bytes = b"") -> Answer:
+        """As Connection.exchange, on a connection of its own."""
+        connection = await self._connection()
+        try:
+            answer = await connection.exchange(method, path, body)
+        except BaseException:
+            await connection.close()
+            raise
+        if connection.usable:
+            self._idle.append(connection)
+        else:
+            await connection.close()
+        return answer
+
+    async def close(self) -> None:
+        while self._idle:
+            await self._idle.pop().close()
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+            await connection.close()
+        reader, writer = await asyncio.open_connection(*self._address, limit=HEAD_BYTES)
+        return Connection(reader, writer, self._host)
+
+
+def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
+    first, *lines = head.decode("latin-1").split("\r\n")
+    words = first.split(" ", 2)
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdecimal():
+        raise BenchError(f"answer: got {first!r}, needed is an HTTP/1.1 status line")
+    if not headers.get("content-length", "").isdecimal():
+        raise BenchError(f"answer: {first!r} without a Content-Length, which this client needs")
+    return int(words[1]), headers

@@ -1,0 +1,55 @@
+"""A call in a process of its own, whose memory is then its alone; what crashes, hangs or leaves a card in a state that
+only a new process leaves costs itself alone. Knows nothing of what is called."""
+
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import ParamSpec, TypeVar
+
+from bench.harness.errors import BenchError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def run_in_subprocess(limit_s: float | None, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+    """What `call` answers in a fresh process; it, its arguments and its answer must be picklable.
+
+    Raises what `call` raises, and BenchError where the process ends without an answer, or has none after `limit_s`
+    seconds (None: however long it takes).
+    """
+    context = get_context("spawn")  # a fork would share the parent's CUDA
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, call, arguments, options))
+    process.start()
+    sender.close()
+    with receiver:
+        try:
+            if not receiver.poll(limit_s):
+                process.kill()
+                raise BenchError(f"not done after {limit_s:g} s; its process was ended")
+            answer, raised = receiver.recv()
+        except EOFError:
+            process.join()
+            raise BenchError(f"its process died: {_ending(process.exitcode)}") from None
+        finally:
+            process.join()
+    if raised is not None:
+        raise raised
+    made: R = answer
+    return made
+
+
+def _answer(
+    sender: Connection, call: Callable[..., object], arguments: tuple[object, ...], options: dict[str, object]
+) -> None:
+    try:
+        found: tuple[object, Exception | None] = call(*arguments, **options), None
+    except Exception as error:  # raised again where the answer is awaited
+        found = None, error
+    sender.send(found)
+
+
+def _ending(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit {code}"

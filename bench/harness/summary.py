@@ -1,0 +1,42 @@
+"""Percentiles and tables."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+
+
+class Spread(TypedDict):
+    """Of one quantity, in its own unit."""
+
+    p50: float
+    p95: float
+    p99: float
+    mean: float
+    max: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None without values; no quantity is made up."""
+    if not values:
+        return None
+    p50, p95, p99 = (round(float(value), 6) for value in np.percentile(values, [50, 95, 99]))
+    mean, largest = round(float(np.mean(values)), 6), round(float(max(values)), 6)
+    return Spread(p50=p50, p95=p95, p99=p99, mean=mean, max=largest, count=len(values))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown, columns aligned; floats with four significant digits."""
+    cells = [[_cell(value) for value in row] for row in [head, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else str(value)

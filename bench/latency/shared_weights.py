@@ -1,0 +1,42 @@
+"""One set of weights for two pipelines: both hold the very same tensors, so that a 2B text encoder fits twice."""
+
+from collections.abc import Mapping
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from engines.checkpoints.weights import Part, WeightSource, assign
+
+
+class SharedWeights:
+    """An engines.checkpoints.weights.WeightSource that reads each part once, in `dtype`, and hands the same tensors out
+    again.
+
+    Another dtype that is asked for is made from those, so all who are compared start from equally rounded weights.
+    keep False: each part is read anew and nothing is held, for a single pipeline in another dtype.
+    """
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype, *, keep: bool = True) -> None:
+        self._source, self._dtype, self._keep = source, dtype, keep
+        self._kept: dict[Part, Mapping[str, Tensor]] = {}
+
+    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises CheckpointError where the keys or shapes of `module` are not the checkpoint's."""
+        if part not in self._kept:
+            self._source.fill(part, module, self._dtype, device)
+            if self._keep:
+                self._kept[part] = module.state_dict()
+            else:
+                for parameter in module.parameters():  # one by one: no second copy of the whole
+                    parameter.data = parameter.data.to(dtype)
+                return
+        tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in self._kept[part].items()}
+        assign(module, tensors, f"shared {part}")
+        module.to(device)  # buffers that no checkpoint holds
+
+    def tokenizer(self) -> Tokenizer:
+        return self._source.tokenizer()
+
+    def sha256(self) -> str:
+        return self._source.sha256()

@@ -1,0 +1,204 @@
+"""One load on one server: what was sent, what came back, and what the server told before and after."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+from bench.harness.errors import BenchError
+from bench.harness.host import machine
+from bench.harness.load_generator import Order, Record, Traffic
+from bench.harness.prometheus_text import samples
+from bench.harness.server_process import Served, serving
+from bench.harness.summary import spread, table
+from bench.load.image_checks import Outcome, run_check
+from distill.evaluation.scores import evaluation_prompts
+
+WARMUP_SEED = 2**40  # apart from the seeds of the run, which count from --seed
+SETTLE_S = 5.0  # for the server to notice that our connections are closed
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a server tells of itself at one moment."""
+
+    samples: dict[str, float]
+    threads: int | None  # of a server of our own
+
+    @property
+    def files(self) -> int:
+        return int(self.samples["process_open_fds"])
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.samples["process_resident_memory_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    records: list[Record]
+    seconds: float
+    before: State
+    after: State
+    info: dict[str, Any]  # GET /v1/info
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a picture whose order names none."""
+        width, height = self.info["default_size"]
+        return width, height
+
+
+def orders(options: argparse.Namespace, count: int, first_seed: int) -> list[Order]:
+    """Captions of the tiny world in turn, every order with a seed of its own."""
+    prompts = [prompt.text for prompt in evaluation_prompts(options.prompts, seed=options.seed)]
+    width, height = options.size or (None, None)
+    return [
+        Order(
+            prompts[i % len(prompts)],
+            first_seed + i,
+            options.steps,
+            options.format,
+            width,
+            height,
+            options.timeout_ms,
+        )
+        for i in range(count)
+    ]
+
+
+async def run(options: argparse.Namespace, url: str, served: Served | None, spool: BinaryIO) -> Run:
+    """Warm-up, state, load, state."""
+    traffic = Traffic(url, spool, patience_s=options.patience_s)
+    count = options.requests or round(options.rate * options.seconds)
+    warmup = await traffic.closed_loop(orders(options, options.warmup, WARMUP_SEED), options.concurrency or 8)
+    failed = [record for record in warmup if record.status != 200]
+    if failed:
+        raise BenchError(f"warm-up: got {failed[0].status} {failed[0].error}, needed is 200: {failed[0].order}")
+    info = json.loads((await traffic.get("/v1/info")).body)
+    before = await _settled(traffic, served, 0)
+    began = time.perf_counter()
+    if options.rate:
+        records = await traffic.open_loop(orders(options, count, options.seed), options.rate, options.seed)
+    else:
+        records = await traffic.closed_loop(orders(options, count, options.seed), options.concurrency)
+    seconds = time.perf_counter() - began
+    after = await _settled(traffic, served, before.files)
+    spool.flush()
+    await traffic.close()
+    return Run(records, seconds, before, after, info)
+
+
+async def _settled(traffic: Traffic, served: Served | None, files: int) -> State:
+    """The state once our connections are gone: when no more than `files` are open, or after SETTLE_S."""
+    await traffic.close()
+    end = time.perf_counter() + SETTLE_S
+    while True:
+        seen = samples((await traffic.get("/metrics")).body.decode())
+        state = State(seen, served.status("Threads") if served else None)
+        if state.files <= files or time.perf_counter() > end or not files:
+            return state
+        await asyncio.sleep(0.05)
+
+
+def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    """The whole of it, on a server of our own unless --url names one: see `summary`. Raises BenchError."""
+    with tempfile.TemporaryFile() as spool:
+        with contextlib.nullcontext() if options.url else serving(flags) as served:
+            ran = asyncio.run(run(options, served.url if served else options.url, served, spool))
+        outcome = run_check(options.check, ran.records, spool.fileno(), ran.size, flags, options.check_sample)
+    return summary(options, flags, ran, outcome)
+
+
+def is_wrong(found: Mapping[str, Any]) -> bool:
+    """Whether an answer was lost, or a picture is another's; `judge` only says how many look right."""
+    check = found["check"]
+    return bool(found["lost"]) or (check["kind"] in ("fake", "alone") and check["wrong"] > 0)
+
+
+def summary(options: argparse.Namespace, flags: Sequence[str], ran: Run, outcome: Outcome) -> dict[str, Any]:
+    """The JSON document. Milliseconds, requests a second, bytes."""
+    records, before, after = ran.records, ran.before, ran.after
+    good = [record for record in records if record.status == 200]
+    statuses = Counter(record.status for record in records)
+    in_time = sum(record.seconds * 1000 <= options.deadline_ms for record in good)
+    lost = [record for record in records if record.status == 0]
+    counted = {name: value - before.samples.get(name, 0.0) for name, value in after.samples.items()}
+    batches = counted["sana_sprint_batch_size_count"]
+    hits, misses = (counted[f"sana_sprint_prompt_cache_{name}_total"] for name in ("hits", "misses"))
+    return {
+        "program": "bench.load",
+        "command": options.command,
+        "loop": "open" if options.rate else "closed",
+        "concurrency": options.concurrency,
+        "rate": options.rate,
+        "deadline_ms": options.deadline_ms,
+        "size": options.size or ran.size,
+        "steps": options.steps,
+        "format": options.format,
+        "server": list(flags),
+        "engine": {name: ran.info[name] for name in ("checkpoint", "backend", "precision", "device", "max_batch")},
+        "machine": machine(),
+        "requests": len(records),
+        "seconds": round(ran.seconds, 3),
+        "throughput": round(len(good) / ran.seconds, 3),
+        "goodput": round(in_time / ran.seconds, 3),
+        "in_time_share": round(in_time / len(records), 5),
+        "statuses": {str(status): count for status, count in sorted(statuses.items()) if status},
+        "lost": len(lost),
+        "lost_reasons": dict(Counter(record.error for record in lost).most_common(5)),
+        "check": {"kind": options.check, **asdict(outcome)},
+        "latency_ms": spread([1000 * record.seconds for record in good]),
+        "refusal_ms": spread([1000 * record.seconds for record in records if record.status not in (0, 200)]),
+        "overhead_ms": spread([1000 * record.seconds - _engine_ms(record) for record in good]),
+        "stages_ms": {
+            name: spread([record.stages_ms[name] for record in good if name in record.stages_ms])
+            for name in ("queue", "text", "denoise", "decode", "encode", "total")
+        },
+        "generator_late_ms": spread([1000 * record.late for record in records]),
+        "batch": {
+            "count": int(batches),
+            "mean_size": round(counted["sana_sprint_batch_size_sum"] / batches, 3) if batches else None,
+            "padded_slots": int(counted["sana_sprint_batch_padding_total"]),
+        },
+        "prompt_cache_hit_share": round(hits / (hits + misses), 4) if hits + misses else None,
+        "memory_bytes": {
+            "before": int(before.memory_bytes),
+            "after": int(after.memory_bytes),
+            "growth": round(after.memory_bytes / before.memory_bytes - 1, 5),
+        },
+        "open_files": {"before": before.files, "after": after.files},
+        "threads": {"before": before.threads, "after": after.threads},
+        "server_cpu_seconds": round(counted["process_cpu_seconds_total"], 3),
+    }
+
+
+def _engine_ms(record: Record) -> float:
+    """What the engine says that it took; the rest of an answer's time is the server's and the queue's."""
+    return sum(record.stages_ms.get(stage, 0.0) for stage in ("text", "denoise", "decode"))
+
+
+def show(found: Mapping[str, Any]) -> str:
+    """The tables for people."""
+    names = ("latency_ms", "overhead_ms", "refusal_ms", "generator_late_ms")
+    times = {name.replace("_", " ").replace(" ms", ", ms"): found[name] for name in names}
+    stages = found["stages_ms"]
+    times |= {f"stage {name}, ms": value for name, value in stages.items()}
+    columns = ("p50", "p95", "p99", "mean", "max", "count")
+    rows = [[name, *(value[key] for key in columns)] for name, value in times.items() if isinstance(value, dict)]
+    shown = [
+        *("loop", "requests", "seconds", "throughput", "goodput", "in_time_share", "statuses", "lost", "lost_reasons"),
+        *("batch", "prompt_cache_hit_share", "memory_bytes", "open_files", "threads"),
+    ]
+    facts = [[name, found[name]] for name in shown]
+    check = found["check"]
+    verdict = f"check {check['kind']}: {check['checked']} looked at, {check['wrong']} wrong"
+    return "\n".join(
+        [table(("time", *columns), rows), "", table(("fact", "value"), facts), "", verdict, *check["reasons"]]
+    )

@@ -1,0 +1,1 @@
+"""The same engine behind FastAPI, LitServe, Ray Serve, BentoML."""

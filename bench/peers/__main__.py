@@ -1,0 +1,49 @@
+"""The same engine behind our server and behind what one would otherwise write, under the same load, in one run.
+
+    make peers
+    python -m bench.peers --engine fake:5 --rates 50,100,200 --concurrency 1,8,64 --seconds 3
+
+Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (files *_app.py),
+each in an environment of its own that `make peers` makes. One server runs at a time; one load generator, on the same
+machine, measures all. Every peer has our engine, our PNG encoder, batches of 8 and, where it waits for a batch to fill,
+5 ms to do so. A request without an answer of status 200 counts as lost.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bench.harness.cli import command, told
+from bench.peers.comparison import PEERS, run, show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engine", nargs="+", default=["fake:5", "models/tiny"], help="fake:<ms>, or a checkpoint")
+    parser.add_argument("--peers", type=_words, default=PEERS, help=f"of {','.join(PEERS)}")
+    parser.add_argument("--concurrency", type=_numbers, default=(1, 8, 64), help="closed loops (default 1,8,64)")
+    parser.add_argument("--rates", type=_numbers, default=(50, 100, 200), help="open loops, requests a second")
+    parser.add_argument("--seconds", type=float, default=3.0, help="about as long each load lasts (default 3)")
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.peers", given))
+    options = parser.parse_args(given)
+    return told(
+        lambda: run(options), show, lambda found: any(row["lost"] for row in found["rows"] if row["peer"] == "ours")
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(",") if word)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(text.split(","))
+    if not set(words) <= set(PEERS):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(PEERS)}")
+    return words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What every peer serves: the engine, orders as jobs, pictures as PNG files; all of it the same as behind our server.
+
+Runs in the peer's own environment. BENCH_PEER_ENGINE says which engine: fake:<milliseconds>, or a checkpoint.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Literal
+
+import fpng
+from pydantic import BaseModel, Field
+
+from engines.fake import FakeEngine
+from engines.types import Engine, Job
+
+MAX_BATCH = 8
+WAIT_S = 0.005  # that a batch waits to be filled, where a peer asks for such a time
+PATH = "/generate"
+ENGINE_VARIABLE = "BENCH_PEER_ENGINE"
+
+
+class Asked(BaseModel):
+    """The body of a request, checked as one would write it: what bench.harness.load_generator sends."""
+
+    prompt: str = Field(min_length=1, max_length=4000)
+    seed: int = Field(ge=0)
+    num_inference_steps: int = Field(1, ge=1, le=4)
+    output_format: Literal["png"] = "png"
+
+
+class Work:
+    """One engine, called by one thread at a time."""
+
+    def __init__(self) -> None:
+        name = os.environ[ENGINE_VARIABLE]
+        self._engine: Engine
+        if name.startswith("fake:"):
+            self._engine = FakeEngine(max_batch=MAX_BATCH, delay_s=float(name.removeprefix("fake:")) / 1000)
+        else:
+            from engines.loader import load_engine
+
+            self._engine = load_engine(name, max_batch=MAX_BATCH)
+        self._engine.warmup()
+        self._lock = threading.Lock()
+
+    def job(self, asked: Asked) -> Job:
+        width, height = self._engine.limits.default_size
+        return Job(asked.prompt, asked.seed, width, height, asked.num_inference_steps)
+
+    def pictures(self, jobs: Sequence[Job]) -> list[bytes]:
+        """PNG files."""
+        with self._lock:
+            images = self._engine.generate(jobs)
+        files = []
+        for image in images:
+            height, width, _ = image.pixels.shape
+            file: bytes = fpng.from_bytes(image.pixels.tobytes(), width, height, 3)
+            files.append(file)
+        return files

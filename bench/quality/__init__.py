@@ -1,0 +1,1 @@
+"""Scores per backend and precision; the cost of fp8."""

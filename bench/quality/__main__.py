@@ -1,0 +1,56 @@
+"""What speed costs in pictures: scores on held-out captions for each way to run a checkpoint and each step count.
+
+    python -m bench.quality --model models/tiny --variants eager:fp32,eager:bf16,compiled:bf16 --steps 1,2,4
+    python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
+
+A variant is <backend>:<precision>, engine:<folder of build_engine.py>, or diffusers:<precision>. All get the same
+captions and seeds. Scores are distill.evaluation.scores's (GenEval's six categories, judged by pixels); beside them
+stands how far the pictures are from the first variant's. Prints a table, then one JSON document as the last line.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from bench.harness.cli import command, told
+from bench.quality.scores import Variant, measure, show
+from engines.sampler import Schedule
+
+
+def _variants(text: str) -> list[Variant]:
+    try:
+        return [Variant.parse(part) for part in text.split(",")]
+    except ValueError as error:
+        message = f"got {error}, needed is <backend>:<precision>, engine:<folder> or diffusers:<precision>"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def _steps(text: str) -> list[int]:
+    steps = [int(part) for part in text.split(",")]
+    if not set(steps) <= {1, 2, 3, 4}:
+        raise argparse.ArgumentTypeError(f"got {text}, allowed are 1, 2, 3, 4")
+    return steps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id; it must draw the tiny world")
+    parser.add_argument("--variants", type=_variants, default="eager:fp32,eager:bf16", help="separated by commas")
+    parser.add_argument("--steps", type=_steps, default="1,2,4", help="separated by commas (default 1,2,4)")
+    parser.add_argument("--prompts", type=int, default=120, help="held-out captions (default 120)")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures for each caption (default 1)")
+    parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
+    parser.add_argument("--schedule", default="paper", choices=get_args(Schedule), help="of ours (default paper)")
+    parser.add_argument("--max-batch", type=int, default=8)
+    given = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=command("bench.quality", given))
+    options = parser.parse_args(given)
+    return told(lambda: measure(options), show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

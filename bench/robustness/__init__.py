@@ -1,0 +1,1 @@
+"""Fault injection (chaos) and malformed input (fuzz)."""

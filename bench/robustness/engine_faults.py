@@ -1,0 +1,58 @@
+"""Faults of the engine, asked for by prompts that the fake engine understands (engines.fake.FaultPlan)."""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from bench.robustness.fault import Fault, Seen
+from bench.robustness.scenario import RIGHT, Stage
+
+TOGETHER = 4
+FAILED = frozenset({"500 engine_failed"})
+DYING = frozenset({RIGHT, "500 engine_failed", "503 engine_hung", "503 engine_lost", "503 not_ready", "refused", "cut"})
+EXIT_HANG, EXIT_ENGINE = 70, 71  # docs/operate/operations.md
+
+
+def prompts(marker: str, size: int = 64) -> Callable[[Stage], Awaitable[Seen]]:
+    """Orders with `marker`, a few at a time among those of bystanders."""
+
+    async def play(stage: Stage) -> Seen:
+        seen: Seen = Counter()
+        for first in range(0, stage.count, TOGETHER):
+            jobs = [stage.order(marker, size) for _ in range(min(TOGETHER, stage.count - first))]
+            stage.strike()
+            seen += await stage.together(jobs)
+            await stage.recover()
+        return seen
+
+    return play
+
+
+def loses_engine(marker: str, exit_code: int, orders: int) -> Callable[[Stage], Awaitable[Seen]]:
+    """Orders with `marker` until the process leaves; its exit code counts as seen."""
+
+    async def play(stage: Stage) -> Seen:
+        seen: Seen = Counter()
+        for _ in range(stage.count):
+            exits = len(stage.supervisor.codes)
+            stage.strike()
+            for _ in range(orders):
+                seen[await stage.ask(stage.order(marker))] += 1
+            code = await stage.supervisor.wait_exit(exits + 1)
+            if code != exit_code:
+                seen[f"exit code {code}, not {exit_code}"] += 1
+            await stage.recover()
+        return seen
+
+    return play
+
+
+FAULTS = (
+    Fault("engine exception that passes", 200, prompts("[[once]]")),
+    Fault("poisonous job", 200, prompts("[[raise]]"), hit=FAILED),
+    Fault("out of memory in a batch", 200, prompts("[[memory]]", 96)),
+    Fault("NaN", 200, prompts("[[nan]]"), hit=FAILED),
+    Fault("all-black output", 200, prompts("[[black]]"), hit=FAILED),
+    Fault("hang (exit code 70)", 5, loses_engine("[[hang]]", EXIT_HANG, 1), hit=FAILED, bystanders=DYING),
+    # Three jobs that fail alone make the engine prove itself; a fourth may come before or after it could not.
+    Fault("engine lost (exit code 71)", 5, loses_engine("[[break]]", EXIT_ENGINE, 3), hit=DYING, bystanders=DYING),
+)

@@ -1,0 +1,113 @@
+"""Requests and websocket frames as no client should send them: seeded bytes for a raw socket."""
+
+import base64
+import json
+import random
+import struct
+
+from bench.robustness.malformed_images import bad_image
+
+PATHS = ("/generate", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health/live", "/v1/live", "/", "/x")
+METHODS = ("GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH", "TRACE", "CONNECT", "G\0T", "post", "")
+NAMES = (
+    *("accept", "content-type", "content-length", "content-encoding", "transfer-encoding", "expect", "connection"),
+    *("x-request-id", "traceparent", "tracestate", "authorization", "range", "host", "upgrade", "cookie", "te"),
+    *("sec-websocket-key", "sec-websocket-version", "sec-websocket-protocol", "origin", "forwarded", "x-forwarded-for"),
+)
+VALUES = (
+    *("", "*/*", "application/json", "image/png;q=0.1, application/json", "multipart/form-data; boundary=", "gzip"),
+    *("0", "1", "-1", "00017", "99999999999999999999", "1e3", "0x10", "chunked", "chunked, identity", "100-continue"),
+    *("close", "keep-alive, upgrade", "h2c", "websocket", "bytes=0-", "Bearer ", "Basic Og==", "null", "../../etc"),
+    *("00-" + "0" * 32 + "-" + "0" * 16 + "-00", "00-" + "a" * 32 + "-" + "b" * 16 + "-01", "dGhlIHNhbXBsZSBub25jZQ=="),
+    *("sana-sprint.live.v1", "bearer.AAAA", "%s%n", "\u00e9", "\x7f", "\x00", "a\tb", "x" * 9000),
+)
+FRAMING = ("content-length", "transfer-encoding", "host")
+SETTINGS = ("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "other")
+SCALARS: tuple[object, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    64,
+    96,
+    2**70,
+    1.5,
+    1e308,
+    "",
+    "x",
+    "png",
+    "image",
+    "\u0000",
+    "x" * 5000,
+    [],
+    {},
+)
+
+
+def bad_request(rng: random.Random) -> bytes:
+    """A head of odd lines and a body that may not be what it announces; half of them at least HTTP/1.1."""
+    polite = rng.random() < 0.5
+    method = "POST" if rng.random() < 0.6 else rng.choice(METHODS[:9] if polite else METHODS)
+    target = rng.choice(PATHS) if polite or rng.random() < 0.8 else "/" + rng.randbytes(9).decode("latin-1")
+    version = "1.1" if polite else rng.choice(("1.1", "1.1", "1.0", "0.9", "2.0", "9"))
+    lines = [f"{rng.choice(NAMES)}: {rng.choice(VALUES)}" for _ in range(rng.randrange(0, 9))]
+    if polite:
+        lines = [line for line in lines if line.isprintable() and not line.startswith(FRAMING)]
+    elif rng.random() < 0.2:
+        lines.append(rng.choice((" folded", "no colon", ": no name", "a b: c", "x:" + "y" * 70_000)))
+    body = rng.choice(
+        (b"", b"{}", b'{"prompt": "x", "width": 64, "height": 64}', b"5\r\nhello\r\n0\r\n\r\n", b"zz\r\n")
+    )
+    if polite or rng.random() < 0.6:
+        lines.append(f"content-length: {len(body)}")
+    if rng.random() < 0.6:
+        lines.append("content-type: application/json")
+    ending = "\r\n" if polite else rng.choice(("\r\n", "\n"))
+    head = ending.join([f"{method} {target} HTTP/{version}", "host: fuzz", *lines]) + ending * 2
+    sent = head.encode("latin-1", "replace") + body
+    return sent if polite or rng.random() < 0.8 else sent[: rng.randrange(len(sent) + 1)]
+
+
+def handshake(rng: random.Random, port: int) -> bytes:
+    key = base64.b64encode(rng.randbytes(16)).decode()
+    return (
+        f"GET /v1/live HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        f"sec-websocket-key: {key}\r\nsec-websocket-version: 13\r\n\r\n"
+    ).encode()
+
+
+def frame(opcode: int, content: bytes, mask: bytes | None, *, last: bool = True, announced: int | None = None) -> bytes:
+    """One frame of RFC 6455. `mask` None: unmasked, which a client must not send."""
+    length = len(content) if announced is None else announced
+    bit = 0 if mask is None else 0x80
+    if length < 126:
+        size = bytes([bit | length])
+    elif length < 2**16:
+        size = bytes([bit | 126]) + struct.pack(">H", length)
+    else:
+        size = bytes([bit | 127]) + struct.pack(">Q", length)
+    masked = content if mask is None else bytes(byte ^ mask[i % 4] for i, byte in enumerate(content))
+    return bytes([(0x80 if last else 0) | opcode]) + size + (mask or b"") + masked
+
+
+def bad_frame(rng: random.Random) -> bytes:
+    """Settings with odd values, drawings that are none, broken text, or a frame that the protocol forbids."""
+    mask, choice = rng.randbytes(4), rng.random()
+    if choice < 0.45:
+        told = {rng.choice(SETTINGS): rng.choice(SCALARS) for _ in range(rng.randrange(1, 4))}
+        return frame(1, json.dumps({"prompt": "x", "width": 64, "height": 64} | told).encode(), mask)
+    if choice < 0.75:
+        return frame(2, bad_image(rng)[1][: 2**18], mask)
+    if choice < 0.85:
+        return frame(1, rng.choice((b"", b"[]", b"{", b"nul", b'{"prompt": 1e999}', b"[" * 5000)), mask)
+    forbidden = (
+        frame(rng.randrange(16), rng.randbytes(rng.randrange(200)), mask, last=rng.random() < 0.7),
+        frame(1, b"\xff\xfe\xc0", mask),
+        frame(2, b"unmasked", None),
+        frame(2, b"", mask, announced=rng.choice((2**31, 2**62, 2**63))),
+        frame(8, rng.choice((b"", b"\x03", b"\x03\xe8bye", b"\xff\xff", b"\x03\xe8\xff")), mask),
+        frame(9, rng.randbytes(rng.choice((0, 125, 126))), mask),
+        bytes([0xF1]) + rng.randbytes(9),
+    )
+    return rng.choice(forbidden)

@@ -1,0 +1,142 @@
+"""`python -m server` on one port, started again whenever it ends, as an orchestrator does.
+
+Knows processes, exit codes and limits of the kernel; nothing of faults and pictures.
+"""
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.harness.errors import BenchError
+from bench.harness.http_client import Answer, Connection
+from bench.harness.prometheus_text import samples
+from bench.harness.server_process import ROOT, START_S
+
+POLL_S = 0.01
+STOP_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+async def exchange_with(
+    port: int, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+) -> Answer:
+    """On a connection of its own. Raises as Connection.exchange does."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    connection = Connection(reader, writer, f"127.0.0.1:{port}")
+    try:
+        return await connection.exchange(method, path, body, media_type)
+    finally:
+        await connection.close()
+
+
+async def ready_label(port: int) -> str:
+    """What GET /health/ready says, as a label of bench.robustness.scenario."""
+    try:
+        answer = await exchange_with(port, "GET", "/health/ready")
+    except ConnectionRefusedError:
+        return "refused"
+    except (OSError, EOFError):
+        return "cut"
+    return "200" if answer.status == 200 else f"{answer.status} {json.loads(answer.body)['code']}"
+
+
+class Supervisor:
+    """`codes` are the exit codes so far (negative: a signal). Everything the servers print is appended to `log`."""
+
+    def __init__(self, flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.log = log
+        self.codes: list[int] = []
+        self._command = [sys.executable, "-m", "server", "--port", str(self.port), *flags]
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise BenchError("the server was not started")
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Returns when the server is ready for the first time."""
+        await self._spawn()
+        self._watching = asyncio.create_task(self._watch(), name="supervisor")
+        await self.wait_ready()
+
+    async def stop(self) -> int:
+        """SIGTERM, and no further start; the exit code."""
+        self._stopping = True
+        self.send(signal.SIGTERM)
+        assert self._watching is not None
+        try:
+            await asyncio.wait_for(asyncio.shield(self._watching), STOP_S)
+        except TimeoutError as error:
+            self.send(signal.SIGKILL)
+            await self._watching
+            raise BenchError(f"the server did not leave within {STOP_S:g} s of SIGTERM") from error
+        return self.codes[-1]
+
+    def send(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+    def limit_files(self, most_bytes: int) -> None:
+        """Lets no file of the server grow beyond `most_bytes`: what a full disk does (EFBIG for ENOSPC)."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+
+    def lift_limit(self) -> None:
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    async def wait_ready(self) -> None:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            if await ready_label(self.port) == "200":
+                return
+            await asyncio.sleep(POLL_S)
+        raise BenchError(f"the server was not ready within {START_S:g} s; its log: {self.log}")
+
+    async def wait_exit(self, exits: int) -> int:
+        """The exit code of the exit of that number, counted from 1."""
+        end = time.monotonic() + STOP_S
+        while len(self.codes) < exits:
+            if time.monotonic() > end:
+                raise BenchError(f"the server did not end within {STOP_S:g} s; its log: {self.log}")
+            await asyncio.sleep(POLL_S)
+        return self.codes[exits - 1]
+
+    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
+        return await exchange_with(self.port, method, path, body, media_type)
+
+    async def samples(self) -> dict[str, float]:
+        """What /metrics says."""
+        return samples((await self.exchange("GET", "/metrics")).body.decode())
+
+    async def _spawn(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log
+            )
+
+    async def _watch(self) -> None:
+        while True:
+            assert self._process is not None
+            code = await self._process.wait()
+            self.codes.append(code)
+            if self._stopping:
+                return
+            await self._spawn()

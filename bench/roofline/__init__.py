@@ -1,0 +1,1 @@
+"""Projected times from counted operations and bytes."""

@@ -1,0 +1,1 @@
+"""TrigFlow wrap, sCM and LADD losses, discriminator: the paper as pure functions."""

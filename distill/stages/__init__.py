@@ -1,0 +1,1 @@
+"""Autoencoder, teacher, student, decoder fine-tuning, ControlNet."""

@@ -1,0 +1,1 @@
+"""The tiny world: scenes, captions, renderings, sketches, the judge."""

@@ -1,0 +1,1 @@
+"""Built engines on disk: manifest, reference, loading."""

@@ -1,0 +1,171 @@
+"""manifest.json of a folder of built engines: what they were built from, for what, and how far they are off.
+
+It is written last, so a folder with a manifest is whole. Everything that does not fit is an ArtifactError of one line:
+what differs, and the command that builds it again.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from engines.backends.base import ModuleName
+from engines.errors import ArtifactError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file beside the manifest."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        return cls(path.name, path.stat().st_size, sha256_of(path))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One module at one size. `parity`: engines.backends.parity.Difference, the gate that was kept, and of what it was
+    taken."""
+
+    module: ModuleName
+    size: tuple[int, int]  # (width, height) in pixels
+    precision: str
+    batches: tuple[int, ...]  # its own buckets; a larger batch runs in pieces
+    seconds: float
+    files: tuple[FileRecord, ...]
+    parity: Mapping[str, object]
+    details: Mapping[str, object]  # what the backend has to tell: layers per precision, activation memory
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that decides whether the artifacts may run here. Sizes are (width, height) in pixels."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    decoder: str | None
+    gpu: str
+    device: str  # name of the GPU, of the CPU, or of the target where it was built ahead of time
+    compute_capability: str | None
+    driver: str | None
+    backend: str
+    vendor: str
+    precision: str
+    sizes: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
+    steps: tuple[int, ...]
+    tokens: int
+    versions: Mapping[str, str]
+    executed: bool  # ran where it was built; otherwise it is compared with the references when it is first loaded
+    command: str
+    fingerprint: str  # of everything above, and of the code that builds
+    seconds: float
+    pictures: Mapping[str, Mapping[str, object]]  # "WxH" -> parity of the decoded image, end to end
+    references: Mapping[str, FileRecord]  # "WxH" -> the fp32 inputs and outputs (engines.artifacts.reference)
+    artifacts: tuple[Artifact, ...]
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @property
+    def files(self) -> list[FileRecord]:
+        return [*self.references.values(), *(file for artifact in self.artifacts for file in artifact.files)]
+
+    def write(self, folder: Path) -> None:
+        (folder / NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def check_files(self, folder: Path) -> None:
+        """Raises ArtifactError where a file is absent, cut short or changed."""
+        for file in self.files:
+            path = folder / file.name
+            if not path.is_file():
+                raise self._refuse(f"{path} is missing")
+            if path.stat().st_size != file.bytes:
+                raise self._refuse(f"{path} has {path.stat().st_size} bytes, {file.bytes} were built")
+            if sha256_of(path) != file.sha256:
+                raise self._refuse(f"{path} was changed since it was built")
+
+    def check_checkpoint(self, name: str, sha256: str) -> None:
+        """Raises ArtifactError where the weights are not those it was built from, whatever they are called."""
+        if sha256 != self.checkpoint_sha256:
+            raise self._refuse(
+                f"built from {self.checkpoint} with weights {self.checkpoint_sha256[:12]}, and {name} has {sha256[:12]}"
+            )
+
+    def check_machine(self, machine: str, capability: str | None, versions: Mapping[str, str]) -> None:
+        """Raises ArtifactError where it was built for another GPU, or by another version of its vendor's package."""
+        if self.compute_capability != capability:
+            instead = "--gpu native" if capability else "--gpu cpu --precision fp32"
+            command = re.sub(
+                r"--gpu \S+( --precision \S+)?", lambda m: instead + (m[1] or "" if capability else ""), self.command
+            )
+            raise ArtifactError(
+                f"engine: built for {self.device} (compute capability {self.compute_capability or 'none'}), "
+                f"this machine has {machine}; for this one: {command}"
+            )
+        built, here = self.versions.get(self.vendor), versions.get(self.vendor)
+        if built != here and self.backend == "tensorrt":
+            raise self._refuse(f"built by {self.vendor} {built}, here is {here or 'none'}")
+
+    def _refuse(self, what: str) -> ArtifactError:
+        return ArtifactError(f"engine: {what}; build it again: {self.command}")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ArtifactError where there is none, or one that this version did not write."""
+    path = folder / NAME
+    if not path.is_file():
+        raise ArtifactError(f"engine: {folder} has no {NAME}; a folder made by build_engine.py is needed")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"engine: {path} is damaged ({error}); build it again with build_engine.py") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(f"engine: {path} has format {found}, this version reads {FORMAT}; build it again")
+    try:
+        return _manifest(values)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"engine: {path} is damaged ({error!r}); build it again with build_engine.py") from error
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(values: Mapping[str, Any]) -> Manifest:
+    missing = {field.name for field in fields(Manifest)} - values.keys()
+    if missing:
+        raise KeyError(*sorted(missing))
+    given = dict(values)
+    given["artifacts"] = tuple(_artifact(value) for value in values["artifacts"])
+    given["references"] = {size: FileRecord(**value) for size, value in values["references"].items()}
+    given["sizes"] = tuple(_pair(size) for size in values["sizes"])
+    for key in ("batches", "steps"):
+        given[key] = tuple(int(value) for value in values[key])
+    return Manifest(**given)
+
+
+def _artifact(values: Mapping[str, Any]) -> Artifact:
+    if values["module"] not in get_args(ModuleName):
+        raise ValueError(f"module {values['module']!r}")
+    files = tuple(FileRecord(**file) for file in values["files"])
+    batches = tuple(int(batch) for batch in values["batches"])
+    return Artifact(**{**values, "files": files, "size": _pair(values["size"]), "batches": batches})
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)

@@ -1,0 +1,128 @@
+"""The fp32 reference of one size: what the modules make of real prompts, kept beside the engines that must equal it.
+
+One chain: noise and text through the transformer to a velocity, the clean latent through the decoder to pixels, the
+pixels through the encoder. Every engine is compared on the inputs that the reference gave, and the two in a row on the
+picture.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engines.backends.adapters import Graph
+from engines.backends.base import ModuleName
+from engines.backends.parity import Difference, difference
+from engines.errors import ArtifactError, ParityError
+from engines.sampler import flow_time, input_scale
+
+MODULES: tuple[ModuleName, ...] = ("transformer", "decoder", "encoder")
+_INPUTS: Mapping[ModuleName, tuple[str, ...]] = {
+    "transformer": ("latent", "text", "timestep", "guidance", "text_mask"),
+    "decoder": ("clean",),
+    "encoder": ("pixels",),
+}
+_OUTPUT: Mapping[ModuleName, str] = {"transformer": "velocity", "decoder": "pixels", "encoder": "encoded"}
+_ARGUMENT = {"clean": "latent"}
+_HALVES = ("latent", "text")  # inputs in the transformer's type; the others have one type in every precision
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs and outputs by name, fp32 (pixels uint8, text_mask bool), on the CPU."""
+
+    tensors: Mapping[str, Tensor]
+
+    def inputs(self, name: ModuleName, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Arguments of `name`'s forward; dtype: of the transformer."""
+        found = {}
+        for key in _INPUTS[name]:
+            value = self.tensors[key]
+            value = value.to(dtype) if name == "transformer" and key in _HALVES else value
+            found[_ARGUMENT.get(key, key)] = value.to(device)
+        return found
+
+    def output(self, name: ModuleName) -> Tensor:
+        return self.tensors[_OUTPUT[name]]
+
+    def compare(
+        self, open_graph: Callable[[ModuleName], Graph], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[dict[ModuleName, Difference], Difference]:
+        """How far each module is, and the picture of transformer and decoder together.
+
+        open_graph is asked for one module at a time, so that no two need to be in memory. Raises ParityError where the
+        decoder calls a picture not finite.
+        """
+        graph = open_graph("transformer")
+        velocity = graph(self.inputs("transformer", dtype, device))[0].cpu()
+        found: dict[ModuleName, Difference] = {"transformer": difference(self.output("transformer"), velocity)}
+        del graph
+        graph = open_graph("decoder")
+        pixels, finite = graph(self.inputs("decoder", dtype, device))
+        if not bool(finite.all()):
+            raise ParityError(
+                "decoder: NaN or infinity where the fp32 reference is finite; build with --precision bf16"
+            )
+        found["decoder"] = difference(self.output("decoder"), pixels)
+        picture = graph({"latent": self._clean(velocity).to(device)})[0]
+        del graph
+        graph = open_graph("encoder")
+        encoded = graph(self.inputs("encoder", dtype, device))[0]
+        found["encoder"] = difference(self.output("encoder"), encoded)
+        return found, difference(self.output("decoder"), picture)
+
+    def _clean(self, velocity: Tensor) -> Tensor:
+        return clean_latent(self.tensors["latent"], velocity, self.tensors["timestep"])
+
+    def save(self, path: Path) -> None:
+        save_file({key: value.contiguous() for key, value in self.tensors.items()}, path)
+        path.chmod(0o644)  # safetensors leaves it to its owner alone; who serves may be another
+
+
+def load_reference(path: Path) -> Reference:
+    """Raises ArtifactError where the file cannot be read."""
+    try:
+        return Reference(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"engine: {path} cannot be read ({error}); build it again") from error
+
+
+def clean_latent(x_flow: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
+    """engines.sampler's last line: [B, C, h, w] in fp32."""
+    return x_flow - time[:, None, None, None] * velocity.float()
+
+
+def starting_point(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_FM of `noise` [B, C, h, w], t_FM [B] and guidance [B]: the first row starts from pure noise, the next ones at
+    the later angles of a longer schedule, each under another guidance, so that no input is a constant."""
+    rows = noise.shape[0]
+    angle = torch.linspace(torch.pi / 2, 1.3, rows) if rows > 1 else torch.tensor([torch.pi / 2])
+    time = flow_time(angle)
+    return input_scale(time)[:, None, None, None] * noise, time, torch.linspace(0.45, 0.5, rows)
+
+
+@contextmanager
+def peaks(module: nn.Module) -> Iterator[dict[str, float]]:
+    """The largest absolute value that goes into or comes out of each part of `module` while the block runs, by its
+    name. What is computed inside a part and in fp32 in every precision does not show."""
+    seen: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            for value in (*inputs, output):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    seen[name] = max(seen.get(name, 0.0), float(value.abs().max()))
+
+        return hook
+
+    handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

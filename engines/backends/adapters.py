@@ -1,0 +1,115 @@
+"""Callables in place of the modules, over graphs whose height, width and text length are fixed.
+
+A graph is whatever runs one module at one size: it takes named tensors and gives the outputs in order. What a
+TensorRT engine, an OpenVINO model and a compiled module have in common ends here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.errors import BackendError
+
+Side = tuple[int, int]  # height, width: of the latent in cells, or of the picture in pixels
+
+
+class Graph(Protocol):
+    """One module at one size."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]: ...
+
+
+class ModuleGraph:
+    """A Graph over a module, called by the names of its arguments."""
+
+    def __init__(self, module: Callable[..., Any]):
+        self._module = module
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        outputs = self._module(**inputs)
+        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+GraphLookup = Callable[[Side], Graph]
+
+
+def only_built_sizes(graphs: Mapping[Side, Graph]) -> GraphLookup:
+    """Those `graphs` alone; for another size a BackendError that names them."""
+
+    def at(side: Side) -> Graph:
+        if side not in graphs:
+            built = ", ".join(f"{height}x{width}" for height, width in sorted(graphs))
+            raise BackendError(f"size: got {side[0]}x{side[1]} (height x width), this engine was built for {built}")
+        return graphs[side]
+
+    return at
+
+
+class TransformerAdapter:
+    """Called like SprintTransformer.forward, or ControlledTransformer's where a drawing comes along.
+
+    Graphs by (h, w) of the latent, all with text of `tokens` positions.
+    """
+
+    def __init__(self, graph_at: GraphLookup, tokens: int):
+        self._graph_at, self._tokens = graph_at, tokens
+
+    def __call__(
+        self,
+        latent: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        text_mask: Tensor | None = None,
+        control: Tensor | None = None,
+        control_scale: Tensor | None = None,
+    ) -> Tensor:
+        missing = self._tokens - text.shape[1]
+        if missing < 0:
+            raise BackendError(f"text: got {text.shape[1]} tokens, this engine was built for up to {self._tokens}")
+        if text_mask is None:
+            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        assert guidance is not None
+        inputs = {
+            "latent": latent,
+            "text": F.pad(text, (0, 0, 0, missing)),
+            "timestep": timestep,
+            "guidance": guidance,
+            "text_mask": F.pad(text_mask, (0, missing)),
+        }
+        if control is not None and control_scale is not None:
+            inputs |= {"control": control, "control_scale": control_scale}
+        [velocity] = self._graph_at((latent.shape[-2], latent.shape[-1]))(inputs)
+        return velocity
+
+
+class DecoderAdapter:
+    """Called like PixelDecoder.forward; graphs by (h, w) of the latent."""
+
+    def __init__(self, graph_at: GraphLookup):
+        self._graph_at = graph_at
+
+    def __call__(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, finite = self._graph_at((latent.shape[-2], latent.shape[-1]))({"latent": latent})
+        return pixels, finite
+
+
+class EncoderAdapter:
+    """Called like PixelEncoder.forward; graphs by (height, width) of the picture."""
+
+    def __init__(self, graph_at: GraphLookup):
+        self._graph_at = graph_at
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        [latent] = self._graph_at((pixels.shape[1], pixels.shape[2]))({"pixels": pixels})
+        return latent
+
+
+def padded(value: Tensor, batch: int) -> Tensor:
+    """`value` [B, ...] filled up to `batch` rows by its last one, contiguous."""
+    missing = batch - value.shape[0]
+    filled = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) if missing else value
+    return filled.contiguous()

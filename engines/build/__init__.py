@@ -1,0 +1,1 @@
+"""build_engine.py: export, quantise, compile, check parity, publish."""

@@ -1,0 +1,79 @@
+"""A folder that appears whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from engines.artifacts.manifest import NAME
+from engines.errors import BuildError
+
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file size limit reached"}
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which becomes `out` when the block ends and is removed when it fails.
+
+    What killed builds left beside `out` is removed first. Raises BuildError where `out` is something else than a folder
+    of engines, or the disk is full.
+    """
+    out = out.absolute()
+    if out.exists() and not (out / NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(f"out: {out} exists and is no folder of engines; name another, or remove it")
+    folder = out.with_name(f".{out.name}.building-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        folder.mkdir()
+        yield folder
+        _publish(folder, out)
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(out.parent).free / 1e9
+            raise BuildError(
+                f"out: {_FULL[error.errno]} while writing {out} ({free:.1f} GB free there); nothing was left behind"
+            ) from error
+        raise BuildError(f"out: cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Puts `folder` in the place of `out`. Between the two renames there is no `out`, never half a one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    out.rename(old)
+    folder.rename(out)
+    shutil.rmtree(old)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Removes the folders of builds whose process is gone; of a replaced one, puts the engines back if `out` is not."""
+    for path in sorted(out.parent.glob(f".{escape(out.name)}.*-*")):
+        kind, _, process = path.name.removeprefix(f".{out.name}.").partition("-")
+        if kind not in ("building", "replaced") or not process.isdecimal() or _alive(int(process)):
+            continue
+        if kind == "replaced" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

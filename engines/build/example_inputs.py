@@ -1,0 +1,53 @@
+"""Seeded inputs for one module: what a graph is traced with, and what an engine is compared on.
+
+Every input matters in them: rows differ in time, guidance and length of text, so that no constant can stand in for one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.backends.base import ModuleName
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """What is fixed in a module's inputs; only the batch stays open. Height and width are the latent's, in cells."""
+
+    height: int
+    width: int
+    channels: int
+    compression: int  # pixels per cell
+    tokens: int
+    caption_channels: int
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the picture."""
+        return self.height * self.compression, self.width * self.compression
+
+
+def probe_inputs(
+    name: ModuleName, shape: GraphShape, batch: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
+    """Keyword arguments for `name`'s forward, on the CPU; `dtype` is the transformer's."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "encoder":
+        size = (batch, *shape.pixels, 3)
+        return {"pixels": torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)}
+    latent = torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator)
+    if name == "decoder":
+        return {"latent": latent}
+    kept = shape.tokens - torch.arange(batch) % max(1, shape.tokens // 2)
+    inputs = {
+        "latent": latent.to(dtype),
+        "text": torch.randn(batch, shape.tokens, shape.caption_channels, generator=generator).to(dtype),
+        "timestep": torch.linspace(1, 0.4, batch),
+        "guidance": torch.linspace(0.45, 0.4, batch),
+        "text_mask": torch.arange(shape.tokens) < kept[:, None],
+    }
+    if name == "controlled":
+        inputs["control"] = torch.randn(latent.shape, generator=generator).to(dtype)
+        inputs["control_scale"] = torch.linspace(1, 0.3, batch)
+    return inputs

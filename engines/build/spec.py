@@ -1,0 +1,71 @@
+"""What a build is asked for: completed from the checkpoint, as a command line, and as a fingerprint."""
+
+import hashlib
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engines.build.targets import Target
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.errors import BuildError
+
+Size = tuple[int, int]  # width, height in pixels
+ENGINES = Path(__file__).resolve().parents[1]
+_SOURCES = (".py", ".cu", ".cuh", ".cpp", ".c", ".h")
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What build_engine.py is asked for. sizes empty: the checkpoint's own."""
+
+    model: str
+    gpu: str
+    precision: str
+    out: Path
+    sizes: tuple[Size, ...] = ()
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    steps: tuple[int, ...] = (1, 2, 4)
+    decoder: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The line that builds this again."""
+        words = ["python", "build_engine.py", "--model", self.model, "--gpu", self.gpu, "--precision", self.precision]
+        words += ["--out", str(self.out), "--sizes", ",".join(f"{width}x{height}" for width, height in self.sizes)]
+        words += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
+        return shlex.join(words + (["--decoder", self.decoder] if self.decoder else []))
+
+
+def words(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def completed(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSpec:
+    """`spec` with the checkpoint's sizes where it has none, and everything ascending. Raises BuildError."""
+    sizes = spec.sizes or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
+    unit = math.lcm(32, checkpoint.autoencoder.compression)
+    for size in sizes:
+        if any(side <= 0 or side % unit for side in size):
+            raise BuildError(f"sizes: got {words(size)}, both sides must be multiples of {unit}")
+    for name, values, largest in (("batches", spec.batches, 64), ("steps", spec.steps, 4)):
+        if not values or not all(1 <= value <= largest for value in values):
+            raise BuildError(f"{name}: got {','.join(map(str, values)) or 'none'}, allowed 1 to {largest}")
+    batches, steps = tuple(sorted(set(spec.batches))), tuple(sorted(set(spec.steps)))
+    return replace(spec, sizes=tuple(sorted(set(sizes))), batches=batches, steps=steps)
+
+
+def fingerprint_of(spec: BuildSpec, target: Target, checkpoint_sha256: str, versions: Mapping[str, str]) -> str:
+    """Of everything that decides what is built: the request, the weights, the packages and this code."""
+    digest = hashlib.sha256(
+        repr((replace(spec, out=Path()), target, checkpoint_sha256, sorted(versions.items()))).encode()
+    )
+    for path in sources(ENGINES):
+        digest.update(f"{path.relative_to(ENGINES)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def sources(engines: Path) -> list[Path]:
+    """Every source below the folder of the engines, so that a changed model, backend or kernel builds anew."""
+    return sorted(path for path in engines.rglob("*") if path.suffix in _SOURCES and path.is_file())

@@ -1,0 +1,1 @@
+"""Checkpoint folders, hub ids, weights, ControlNet folders, random weights."""

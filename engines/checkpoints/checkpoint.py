@@ -1,0 +1,193 @@
+"""A SANA-Sprint checkpoint: found, read, checked, and turned into modules.
+
+A checkpoint is named by a folder in the diffusers layout, a hub id (`org/name` or `org/name@revision`), a short name of
+SHORT_NAMES, or `random:<size>[:<seed>]` for seeded random weights at full size. Everything that does not fit is a
+CheckpointError of one line: what was found, what is needed. An optional `sprint.json` in the folder holds what the
+published layout has no place for; see Settings.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from engines.checkpoints.hub import SHORT_NAMES, find_folder
+from engines.checkpoints.random_weights import RandomWeights
+from engines.checkpoints.weights import FolderWeights, Part, WeightSource, read_json, unfilled
+from engines.errors import CheckpointError
+from engines.models.dcae import Autoencoder, AutoencoderConfig
+from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
+
+RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
+PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
+
+_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `sprint.json` may say; published checkpoints have none, and the defaults hold. Sizes are width, height."""
+
+    instruction: bool = True
+    max_prompt_tokens: int = 300
+    default_size: tuple[int, int] = (1024, 1024)
+    guidance_trained: tuple[float, float] = (4.0, 5.0)
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """Raises ValueError naming the key that is unknown or of the wrong form."""
+        checks: dict[str, Callable[[Any], bool]] = {
+            "instruction": lambda v: isinstance(v, bool),
+            "max_prompt_tokens": lambda v: type(v) is int and v >= 2,
+            "default_size": _is_size,
+            "guidance_trained": lambda v: _is_pair(v, (int, float)),
+            "sizes": lambda v: isinstance(v, list) and all(map(_is_size, v)),
+        }
+        for key, value in values.items():
+            if key not in checks:
+                raise ValueError(f"unknown key {key!r}; known are {', '.join(checks)}")
+            if not checks[key](value):
+                raise ValueError(f"{key}: got {value!r}, like {getattr(cls(), key)!r} is needed")
+        return cls(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _is_pair(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, kinds) for v in value)
+
+
+def _is_size(value: object) -> bool:
+    return _is_pair(value, (int,)) and all(side > 0 for side in value)  # type: ignore[attr-defined]  # a pair
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose configs are read and agree with one another; weights are read by the load_ methods."""
+
+    name: str
+    settings: Settings
+    transformer: TransformerConfig
+    autoencoder: AutoencoderConfig
+    text: Mapping[str, object] = field(repr=False)  # text_encoder/config.json
+    weights: WeightSource
+
+    def __post_init__(self) -> None:
+        """Raises CheckpointError where two parts do not fit together."""
+        latents, wanted = self.autoencoder.latent_channels, self.transformer.in_channels
+        if not wanted == self.transformer.out_channels == latents:
+            raise CheckpointError(
+                f"{self.name}: the transformer has {wanted} channels in, {self.transformer.out_channels} out, and the "
+                f"autoencoder {latents}; all must agree"
+            )
+        if self.text.get("hidden_size") != self.transformer.caption_channels:
+            raise CheckpointError(
+                f"{self.name}: the text encoder's hidden_size is {self.text.get('hidden_size')}, the transformer's "
+                f"caption_channels {self.transformer.caption_channels}; they must agree"
+            )
+        if not self.transformer.guidance_embeds:
+            raise CheckpointError(
+                f"{self.name}: a base Sana transformer (guidance_embeds is false); a SANA-Sprint checkpoint is needed, "
+                f"such as {', '.join(SHORT_NAMES)}"
+            )
+
+    def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
+        with unfilled():
+            module = SprintTransformer(self.transformer)
+        self.weights.fill("transformer", module, dtype, device)
+        return module.eval()
+
+    def load_autoencoder(self, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+        with unfilled():
+            module = Autoencoder(self.autoencoder)
+        self.weights.fill("vae", module, dtype, device)
+        return module.eval()
+
+    def load_text_body(self, dtype: torch.dtype, device: torch.device) -> GemmaBody:
+        """The Gemma-2 body, to be wrapped in models.text_encoder.TextEncoder."""
+        try:
+            config = GemmaConfig.from_dict(self.text)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: text_encoder/config.json: {error}") from error
+        with unfilled():
+            module = GemmaBody(config)
+        self.weights.fill("text_encoder", module, dtype, device)
+        return module.eval()
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError also where it has more tokens than the text encoder knows."""
+        tokenizer = self.weights.tokenizer()
+        size, known = tokenizer.get_vocab_size(), self.text.get("vocab_size", 256000)
+        if not isinstance(known, int) or size > known:
+            raise CheckpointError(
+                f"{self.name}: the tokenizer has {size} tokens, the text encoder's vocab_size is {known}"
+            )
+        return tokenizer
+
+
+def open_checkpoint(name: str | Checkpoint, decoder: str | None = None) -> Checkpoint:
+    """Finds the checkpoint `name` (downloading it if it is on the hub) and reads its configs; one that is open already
+    is taken as it is.
+
+    decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. Raises CheckpointError.
+    """
+    if isinstance(name, Checkpoint):
+        checkpoint = name
+    else:
+        checkpoint = _random(name) if name.startswith("random:") else _from_folder(name, find_folder(name))
+    if decoder is None:
+        return checkpoint
+    if not isinstance(checkpoint.weights, FolderWeights):
+        raise CheckpointError(f"decoder: got {decoder!r}; random weights are drawn for their own decoder only")
+    folder = find_folder(decoder)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    weights = FolderWeights({**checkpoint.weights.folders, "vae": folder})
+    return replace(checkpoint, autoencoder=_autoencoder(folder), weights=weights)
+
+
+def _random(name: str) -> Checkpoint:
+    size, _, seed = name.removeprefix("random:").partition(":")
+    if size not in RANDOM_SIZES or not (seed or "0").isdecimal():
+        allowed = ", ".join(f"random:{known}" for known in RANDOM_SIZES)
+        raise CheckpointError(f"model: got {name!r}, allowed {allowed}, each with an optional :<seed>")
+    config = RANDOM_SIZES[size]
+    text = {"model_type": "gemma2", "hidden_size": config.caption_channels}  # the rest: Gemma-2 2B, as the defaults are
+    return Checkpoint(name, Settings(), config, AutoencoderConfig(), text, RandomWeights(int(seed or "0")))
+
+
+def _from_folder(name: str, folder: Path) -> Checkpoint:
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind not in PIPELINES:
+        raise CheckpointError(f"{folder}: holds a {kind}; a {PIPELINES[0]} checkpoint is needed")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("_class_name") != "SCMScheduler" or scheduler.get("prediction_type", "trigflow") != "trigflow":
+        found = f"{scheduler.get('_class_name')} ({scheduler.get('prediction_type')})"
+        raise CheckpointError(
+            f"{folder}: its scheduler is {found}; SCMScheduler (trigflow) is what Sprint is trained for"
+        )
+    try:
+        transformer = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: transformer/config.json: {error}") from error
+    try:
+        extra = folder / "sprint.json"
+        settings = Settings.from_dict(read_json(extra)) if extra.exists() else Settings()
+    except ValueError as error:
+        raise CheckpointError(f"{extra}: {error}") from error
+    text = read_json(folder / "text_encoder" / "config.json")
+    weights = FolderWeights({part: folder / part for part in (*_PARTS, "tokenizer")})
+    return Checkpoint(name, settings, transformer, _autoencoder(folder / "vae"), text, weights)
+
+
+def _autoencoder(folder: Path) -> AutoencoderConfig:
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "AutoencoderDC":
+        raise CheckpointError(f"{folder}: holds a {config.get('_class_name')}; an AutoencoderDC is needed")
+    return AutoencoderConfig.from_dict(config)

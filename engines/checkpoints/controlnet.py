@@ -1,0 +1,56 @@
+"""Drawings as the engine uses them: the ControlNet of a checkpoint, and the latents of drawings, kept while they stand.
+
+A ControlNet lies in the folder `controlnet/` of a checkpoint, or anywhere else by name. Encoding a drawing costs nearly
+as much as decoding a picture, and a drawing often stands still while prompt, seed and steps change.
+"""
+
+import torch
+
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.hub import find_folder
+from engines.checkpoints.weights import FolderWeights, read_json, unfilled
+from engines.errors import CheckpointError
+from engines.models.controlnet import ControlConfig, ControlNet
+
+FOLDER = "controlnet"
+_SHARED = ("in_channels", "caption_channels", "num_attention_heads", "attention_head_dim")
+
+
+def load_controlnet(
+    checkpoint: Checkpoint, name: str | None, dtype: torch.dtype, device: torch.device
+) -> ControlNet | None:
+    """The ControlNet `name` (a folder or hub id), or else the one in the checkpoint's own folder; None without either.
+
+    Raises CheckpointError where it cannot be found, is damaged, or belongs to another transformer.
+    """
+    if name is not None:
+        folder = find_folder(name)
+        folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    elif isinstance(checkpoint.weights, FolderWeights):
+        folder = checkpoint.weights.folders["transformer"].parent / FOLDER
+        if not folder.is_dir():
+            return None
+    else:
+        return None
+    given = read_json(folder / "config.json")
+    if given.get("_class_name") != "SanaControlNetModel":
+        raise CheckpointError(f"{folder}: holds a {given.get('_class_name')}; a SanaControlNetModel is needed")
+    try:
+        config = ControlConfig.from_dict(given)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: config.json: {error}") from error
+    mine, theirs = config.copies, checkpoint.transformer
+    for key in _SHARED:
+        if getattr(mine, key) != getattr(theirs, key):
+            raise CheckpointError(
+                f"{folder}: {key} is {getattr(mine, key)}, the transformer's {getattr(theirs, key)}; it was made for "
+                "another checkpoint"
+            )
+    if mine.num_layers >= theirs.num_layers:
+        raise CheckpointError(
+            f"{folder}: num_layers is {mine.num_layers}; fewer than the transformer's {theirs.num_layers} are needed"
+        )
+    with unfilled():
+        module = ControlNet(config)
+    FolderWeights({"controlnet": folder}).fill("controlnet", module, dtype, device)
+    return module.eval()

@@ -1,0 +1,72 @@
+"""Seeded random weights at full size, for benchmarks and proofs where the published ones are not at hand.
+
+Every part matters in them (scale_shift_table ~ N(0, 1), so no gate is near zero) and activations keep their size
+through all layers; the pictures are noise.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+from engines.checkpoints.weights import Part, assign
+from engines.models.instruction import INSTRUCTION
+
+_AT_ONCE = 2**22  # numbers: 16 MiB beside the weights themselves
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Weights that a seed decides: the same on every machine with the same torch."""
+
+    seed: int = 0
+
+    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Draws in fp32 on the CPU, key by key in order: a seed is the same weights, rounded to any dtype."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.empty(_AT_ONCE)
+        tensors = {}
+        for key, like in module.state_dict().items():
+            offset, scale = _distribution(part, key, like)
+            tensors[key] = torch.empty(like.shape, dtype=dtype, device=device)
+            for some in torch.split(tensors[key].view(-1), _AT_ONCE):
+                some.copy_(drawn[: len(some)].normal_(offset, scale, generator=generator))
+        assign(module, tensors, f"random {part}")
+        module.to(device)
+
+    def tokenizer(self) -> Tokenizer:
+        """Byte-level BPE learned from the instruction itself, so that this is cut about as Gemma's cuts it."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=1000,
+            show_progress=False,
+            special_tokens=["<pad>", "<eos>", "<bos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        tokenizer.train_from_iterator(_lines(), trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+        return tokenizer
+
+    def sha256(self) -> str:
+        return hashlib.sha256(f"random weights, seed {self.seed}, torch {torch.__version__}".encode()).hexdigest()
+
+
+def _lines() -> Iterator[str]:
+    yield from INSTRUCTION.lower().split("\n")
+    yield from INSTRUCTION.split("\n")
+
+
+def _distribution(part: Part, key: str, like: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation for one parameter."""
+    if key.endswith("scale_shift_table"):
+        return 0.0, 1.0
+    if key.endswith("bias"):
+        return 0.0, 0.02
+    if like.ndim == 1:  # norms; Gemma's add 1 to their weight
+        return (0.0 if part == "text_encoder" else 1.0), 0.1
+    return 0.0, (like.shape[0] / like.numel()) ** 0.5  # 1 / sqrt(fan in)

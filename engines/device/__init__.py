@@ -1,0 +1,1 @@
+"""What the hardware is, how much memory is used, how long a stage took."""

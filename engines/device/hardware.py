@@ -1,0 +1,91 @@
+"""What this machine is, as far as a built engine depends on it."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of the installed ones among `names` (as imported)."""
+    distributions = {
+        "modelopt": "nvidia-modelopt",
+        "tensorrt_rtx": "tensorrt-rtx-cu13",
+        "torch_tensorrt": "torch-tensorrt",
+    }
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(distributions.get(name, name))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The CPU, and the first NVIDIA GPU where torch sees one."""
+
+    cpu: str
+    gpu: str | None = None
+    capability: Capability | None = None  # compute capability: 8.9 is (8, 9)
+    driver: str | None = None
+    memory: float | None = None  # bytes of the GPU
+
+    @property
+    def words(self) -> str:
+        """The GPU, or that there is none."""
+        return f"{self.gpu} ({dotted(self.capability)})" if self.capability else "no NVIDIA GPU"
+
+
+def this_machine() -> Machine:
+    if not torch.cuda.is_available():
+        return Machine(_cpu_name())
+    card = torch.cuda.get_device_properties(0)
+    return Machine(_cpu_name(), card.name, (card.major, card.minor), _driver(), float(card.total_memory))
+
+
+def why_no_gpu(driver: str | None = None) -> str:
+    """Why torch sees no GPU, and what to do; driver: the kernel module's version, None looks for it."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a wheel without CUDA; install the one for CUDA (pip install torch=="
+            f"{torch.__version__.partition('+')[0]} from PyPI, as requirements-gpu.lock has it), or use --device cpu"
+        )
+    found = driver or _driver()
+    told = "no NVIDIA driver is loaded" if found is None else f"the NVIDIA driver {found} cannot be used"
+    return (
+        f"torch {torch.__version__} is a wheel for CUDA {torch.version.cuda} and {told}; install a driver for that "
+        "CUDA, start the container with --gpus all, or use --device cpu"
+    )
+
+
+def dotted(capability: Capability | None) -> str:
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
+
+
+def cpu_flags() -> str:
+    """The CPU's instruction sets, which its name does not tell: one name may stand for many in a virtual machine."""
+    return _of_the_cpu("flags")
+
+
+def _cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    return _of_the_cpu("model name", info) or platform.machine()
+
+
+def _of_the_cpu(key: str, info: Path = Path("/proc/cpuinfo")) -> str:
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The kernel module's version; None where the file is absent, as in some containers."""
+    if not version.exists():
+        return None
+    words = version.read_text().partition("Module")[2].split()
+    return words[0] if words else None

@@ -1,0 +1,1 @@
+"""What the text encoder alone needs."""

@@ -1,0 +1,1 @@
+"""A batch through text, denoise and decode: the engine that serves."""

@@ -1,0 +1,100 @@
+"""Modules of a checkpoint on an NVIDIA GPU by engines.kernels: what `--backend cuda-graph` captures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engines.backends.base import ModuleSpec
+from engines.backends.cuda.controlled import CudaControlled
+from engines.backends.cuda.decoder import CudaDecoder, why_not
+from engines.backends.cuda.encoder import CudaEncoder, why_not_encode
+from engines.backends.cuda.proof import compare, proof_file
+from engines.backends.cuda.text import CudaTextEncoder
+from engines.backends.cuda.transformer import CudaTransformer
+from engines.backends.eager import laid_out
+from engines.errors import BackendError
+from engines.kernels.op import Launcher, Ops
+from engines.models.controlnet import ControlledTransformer
+from engines.models.dcae import AutoencoderConfig
+from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.text_encoder import TextEncoder
+from engines.models.transformer import SprintTransformer
+from engines.pipeline.calibration import Texts
+from engines.pipeline.denoise_decode import Denoise
+from engines.pipeline.text_stage import TextStage
+from engines.sampler import angles_for, job_noise
+
+
+class Native:
+    """A backend (engines.backends.base) whose modules share one set of operations.
+
+    reasons: what runs as PyTorch has it, and why.
+    """
+
+    def __init__(self, ops: Ops, autoencoder: AutoencoderConfig, proof: Path | None = None):
+        """proof: the file that says which kernels equal their references here (engines.backends.cuda.proof)."""
+        self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
+        self._against_decoder, self._against_encoder = why_not(autoencoder), why_not_encode(autoencoder)
+        self._transformer: CudaTransformer | None = None
+        self._decoder: CudaDecoder | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "Native":
+        """For a GPU. cache: the folder of proofs; shapes: what kernels are run at, in words."""
+        return cls(Ops(Launcher.of(device)), autoencoder, proof_file(cache, device, f"{autoencoder} {shapes}"))
+
+    def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
+        if isinstance(module, SprintTransformer):
+            self._transformer = CudaTransformer(module, self.ops)
+            return self._transformer
+        if isinstance(module, ControlledTransformer):
+            assert self._transformer is not None
+            return CudaControlled(module, self.ops, self._transformer)
+        if isinstance(module, PixelDecoder):
+            if self._against_decoder is None:
+                self._decoder = CudaDecoder(module, self.ops)
+                return self._decoder
+            self.reasons["decoder"] = f"PyTorch's modules: {self._against_decoder}"
+        if isinstance(module, PixelEncoder):
+            if self._against_encoder is None:
+                return CudaEncoder(module, self.ops)
+            self.reasons["encoder"] = f"PyTorch's modules: {self._against_encoder}"
+        return laid_out(module, spec)
+
+    def text(self, stage: TextStage) -> TextStage:
+        """The same with an encoder of kernels."""
+        assert isinstance(stage.encoder, TextEncoder)
+        try:
+            encoder = CudaTextEncoder(stage.encoder, self.ops)
+        except ValueError as error:
+            self.reasons["text"] = f"PyTorch's modules: {error}"
+            return stage
+        return TextStage(stage.tokenizer, encoder, stage.cache)
+
+    @torch.inference_mode()
+    def to_fp8(self, texts: Texts, guidance: float, shape: tuple[int, int, int], device: torch.device) -> None:
+        """Turns the decoder to 8 bits, with scales for the latents [C, h, w] that one step makes of `texts`."""
+        if self._decoder is None or self._transformer is None:
+            raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
+        denoise = Denoise(self._transformer, self._transformer.dtype)
+        for index in range(texts.states.shape[0]):
+            one = slice(index, index + 1)
+            inputs = {
+                "noise": job_noise(index, shape, 1)[:, None],
+                "angles": torch.tensor([angles_for(1)]),
+                "guidance": torch.tensor([guidance]),
+                "text": texts.states[one].to(self._transformer.dtype),
+                "text_mask": texts.mask[one],
+            }
+            [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
+            self._decoder.calibrate(latent)
+        self._decoder.to_fp8()
+
+    def compare(self, work: Callable[[], object]) -> None:
+        """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""
+        replaced = compare(self.ops, work, self._proof)
+        told = "; ".join(f"{name}: {why}" for name, why in sorted(replaced.items()))
+        self.reasons["kernels"] = f"replaced by their references: {told}" if replaced else "all equal their references"

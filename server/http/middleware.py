@@ -1,0 +1,295 @@
+"""The outermost layer: every request passes here once on its way in and once on its way out.
+
+In: a request id and the W3C trace context, the API key, the limits on the body. Out: headers, the error as the contract
+has it, one metric and one log line. Plain ASGI; the answer's body is passed on untouched.
+"""
+
+import asyncio
+import base64
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import (
+    BodyTooLargeError,
+    ClientGoneError,
+    EngineError,
+    RequestError,
+    SlowBodyError,
+    UnauthorizedError,
+)
+from server.http import problem_details
+from server.http.api_keys import ApiKeys
+from server.http.state import RequestContext
+from server.http.upload_limit import SMALL_BODY, content_length
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+# Without a key: what orchestrators and Prometheus poll, and the page, which holds no data (a browser cannot send a
+# header with the address it is pointed at; the page asks its user for a key).
+OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/")
+OPEN_FOLDER = "/static/"
+SCHEMA_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # FastAPI's own, not in scope["route"]
+
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a page's websocket can set no header
+
+LINGER_S = 2.0  # after an early answer to a larger one, how long and
+LINGER_BYTES = 4 * 2**20  # how much is still read, so that the client gets to see the answer
+
+logger = logging.getLogger("server.access")
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    body_bytes: int
+    body_s: float
+
+
+class RequestMiddleware:
+    """ASGI middleware around everything else."""
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: BodyLimits, tracing: Tracing | None
+    ) -> None:
+        self._app = app
+        self._tracing = tracing
+        self._metrics = metrics
+        self._keys = keys
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        else:
+            await self._http(scope, receive, send)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        context = _context(headers)
+        scope.setdefault("state", {})["context"] = context
+        try:
+            self._authorize(scope["path"], headers, _offered_key(scope))
+        except UnauthorizedError as error:
+            answer = problem_details.response(error, path=scope["path"], request_id=context.request_id)
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        context = _context(headers)
+        scope.setdefault("state", {})["context"] = context
+        exchange = _Exchange(headers, receive, send, context, self._limits, page=_is_page(scope["path"]))
+        try:
+            self._authorize(scope["path"], headers)
+            exchange.check_length()
+            await self._app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            exchange.status = exchange.status or ClientGoneError.status
+            raise
+        except RequestError as error:
+            await self._answer(error, scope, exchange)
+        except Exception as error:
+            logger.error("%s %s failed", scope["method"], _route(scope), exc_info=error)
+            detail = "the server failed on this request; the log says more under its request id"
+            await self._answer(EngineError(detail), scope, exchange)
+        finally:
+            self._record(scope, exchange)
+
+    def _authorize(self, path: str, headers: Headers, offered: str | None = None) -> None:
+        if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+            self._keys.check(headers.get("authorization", offered))
+
+    async def _answer(self, error: RequestError, scope: Scope, exchange: "_Exchange") -> None:
+        if exchange.started:
+            raise error  # too late for another answer: the server cuts the connection
+        if isinstance(error, ClientGoneError):
+            exchange.status = error.status
+            return
+        answer = problem_details.response(error, path=scope["path"], request_id=exchange.context.request_id)
+        await answer(scope, exchange.receive, exchange.send)
+
+    def _record(self, scope: Scope, exchange: "_Exchange") -> None:
+        route = _route(scope)
+        seconds = time.monotonic() - exchange.context.arrived
+        self._metrics.requests.labels(route, exchange.status).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        trace_id = exchange.context.trace_id
+        if self._tracing is not None:
+            trace_id = self._tracing.record(
+                method=scope["method"],
+                route=route,
+                status=exchange.status,
+                request_id=exchange.context.request_id,
+                seconds=seconds,
+                headers=Headers(scope=scope),
+                timings=scope["state"].get("timings"),
+            )
+        if logger.isEnabledFor(logging.INFO):
+            fields: dict[str, object] = {
+                "method": scope["method"],
+                "route": route,
+                "status": exchange.status,
+                "ms": round(seconds * 1000, 2),
+                "request_id": exchange.context.request_id,
+            }
+            if trace_id is not None:
+                fields["trace_id"] = trace_id
+            logger.info("request", extra={"fields": fields})
+
+
+class _Exchange:
+    """One request and its answer on their way through the edge."""
+
+    def __init__(
+        self,
+        headers: Headers,
+        receive: Receive,
+        send: Send,
+        context: RequestContext,
+        limits: BodyLimits,
+        *,
+        page: bool,
+    ) -> None:
+        self.context = context
+        self.status = 0
+        self.started = False
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._page = page
+        self._length = content_length(headers)
+        self._unread = self._length != 0 and (self._length is not None or "transfer-encoding" in headers)
+        self._read = 0
+        self._lingers = False
+
+    def check_length(self) -> None:
+        """Refuses a body by what its head announces. Raises BodyTooLargeError (413)."""
+        if self._length is not None and self._length > self._limits.body_bytes:
+            raise self._too_large(f"{self._length} bytes")
+
+    async def receive(self) -> Message:
+        if not self._unread:
+            return await self._receive()
+        remaining_s = self.context.arrived + self._limits.body_s - time.monotonic()
+        try:
+            async with asyncio.timeout(remaining_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            self._length = None  # what did not come in all this time is not waited for again
+            raise SlowBodyError(
+                f"the body did not arrive within {self._limits.body_s:g} s; got {self._read} bytes"
+            ) from error
+        if message["type"] == "http.request":
+            self._read += len(message.get("body", b""))
+            self._unread = message.get("more_body", False)
+            if self._read > self._limits.body_bytes:
+                raise self._too_large(f"more than {self._limits.body_bytes} bytes")
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if self._unread:
+                await self._drain_body()
+            self.started = True
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), *self._headers()]
+            await self._send(message)
+        elif self._lingers and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._lingering_close()
+            await self._send({"type": "http.response.body"})
+        else:
+            await self._send(message)
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [
+            (b"x-request-id", self.context.request_id.encode()),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        if self._lingers:
+            headers.append((b"connection", b"close"))
+        if self._page:
+            headers += [
+                (b"content-security-policy", PAGE_POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
+                (b"x-frame-options", b"DENY"),
+            ]
+        return headers
+
+    async def _drain_body(self) -> None:
+        """Before an answer to a request whose body was not read: reads a small one, gives up on any other."""
+        if self._length is not None and self._length <= min(SMALL_BODY, self._limits.body_bytes):
+            await _within(LINGER_S, self._read_up_to(SMALL_BODY))
+        self._lingers = self._unread
+
+    async def _lingering_close(self) -> None:
+        """Closing at once would make the client's system throw the answer away together with its unsent body."""
+        await _within(LINGER_S, self._read_up_to(LINGER_BYTES))
+
+    async def _read_up_to(self, most: int) -> None:
+        read = 0
+        while self._unread and read <= most:
+            message = await self._receive()
+            read += len(message.get("body", b""))
+            self._unread = message["type"] == "http.request" and message.get("more_body", False)
+
+    def _too_large(self, got: str) -> BodyTooLargeError:
+        return BodyTooLargeError(f"body: got {got}, allowed: at most {self._limits.body_bytes} bytes")
+
+
+async def _within(seconds: float, work: Awaitable[None]) -> None:
+    """Gives `work` so long; what it has not done by then stays undone."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await work
+
+
+def _context(headers: Headers) -> RequestContext:
+    given = headers.get("x-request-id", "")
+    trace = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    return RequestContext(
+        request_id=given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16),
+        trace_id=trace.group(1) if trace else None,
+        arrived=time.monotonic(),
+    )
+
+
+def _offered_key(scope: Scope) -> str | None:
+    """An Authorization header made of the subprotocol in which a page offers its key: it cannot set the header."""
+    for name in scope["subprotocols"]:
+        if name.startswith(KEY_SUBPROTOCOL):
+            encoded = name.removeprefix(KEY_SUBPROTOCOL)
+            with contextlib.suppress(ValueError):
+                return "Bearer " + base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+    return None
+
+
+def _is_page(path: str) -> bool:
+    return path == "/" or path.startswith(OPEN_FOLDER)
+
+
+def _route(scope: Scope) -> str:
+    """The template of the route that answered: a label of few values, whatever clients ask for."""
+    path: str = scope["path"]
+    if path in SCHEMA_PATHS:
+        return path
+    if path.startswith(OPEN_FOLDER):
+        return "/static"
+    return getattr(scope.get("route"), "path", None) or "unmatched"

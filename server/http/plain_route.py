@@ -1,0 +1,20 @@
+"""Routes that are functions of the request and nothing more: FastAPI describes them, and is not asked to call them."""
+
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+
+class PlainRoute(APIRoute):
+    """An endpoint `(request) -> Response`, called as it is.
+
+    Without FastAPI's dependencies, exit stacks and body handling, which no endpoint here uses (cost: bench/LOG.md).
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)  # answers 405
+            return
+        response: Response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)

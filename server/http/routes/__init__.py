@@ -1,0 +1,1 @@
+"""One file per API: /generate, OpenAI, status and metrics, page; their schemas and OpenAPI text."""

@@ -1,0 +1,123 @@
+"""OpenAI's image routes, so that the openai client, LiteLLM and Open WebUI work unmodified.
+
+Any `model` name is taken, since clients insist on their own; unknown fields are ignored.
+"""
+
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic_core import to_json
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from server.errors import ClientGoneError, Fault, InvalidError
+from server.generation.generator import GenerationResult
+from server.http.body import check_media_type, read_json
+from server.http.disconnect import cancel_on_disconnect
+from server.http.plain_route import PlainRoute
+from server.http.routes import openapi
+from server.http.routes.openai_schemas import ImageGenerationRequest, Usage
+from server.http.state import AppState, app_state, request_context
+from server.http.validation import parse_form
+from server.telemetry.timings import server_timing
+
+NO_USAGE = Usage().model_dump()
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=PlainRoute)
+
+
+@router.post("/images/generations", **openapi.GENERATIONS)
+async def generations(request: Request) -> Response:
+    """Text to image, as OpenAI has it."""
+    service = app_state(request)
+    body = await read_json(request, ImageGenerationRequest, service)
+    making = service.generator.generate(body.order(), request_context(request).arrived)
+    response_format = body.response_format
+    del body  # it may hold large images, which are not needed once they are decoded
+    return await _answer(request, service, making, response_format)
+
+
+@router.post("/images/edits", **openapi.EDITS)
+async def edits(request: Request) -> Response:
+    """Image to image: a form with the file `image` (or `image[]`) and the fields of generations. No masks."""
+    service = app_state(request)
+    check_media_type(request, "multipart/form-data")
+    service.scheduler.check_open()
+    with service.uploads.one(request):
+        form = await _form(request, service.settings.body_limit)
+        try:
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            body = parse_form(ImageGenerationRequest, fields)
+            image = await _one_image(form)
+        finally:
+            await form.close()
+    making = service.generator.generate(body.order(image), request_context(request).arrived)
+    del form, image
+    return await _answer(request, service, making, body.response_format)
+
+
+@router.get("/models", **openapi.MODELS)
+async def models(request: Request) -> Response:
+    """The one model that runs here."""
+    engine = app_state(request).scheduler.engine
+    model = {"id": engine.info.checkpoint, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
+    return JSONResponse({"object": "list", "data": [model]})
+
+
+async def _answer(
+    request: Request, service: AppState, making: Coroutine[Any, Any, GenerationResult], response_format: str
+) -> Response:
+    delivery = await cancel_on_disconnect(making, request.receive)
+    request.state.timings = delivery.timings_ms  # for the trace
+    headers = {"server-timing": server_timing(delivery.timings_ms)}
+    if delivery.prompt_truncated:
+        headers["x-prompt-truncated"] = "true"
+    content = await service.codec.run(images_json, delivery, response_format)
+    return Response(content, headers=headers, media_type="application/json")
+
+
+async def _form(request: Request, most_bytes: int) -> FormData:
+    """The form, kept in memory: nothing that a client sends touches the disk."""
+    parser = MultiPartParser(request.headers, request.stream(), max_files=4, max_fields=64)
+    parser.spool_max_size = most_bytes + 1
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise InvalidError([Fault("body", f"body: {error.message}; allowed: multipart/form-data")]) from error
+    except ClientDisconnect as error:
+        raise ClientGoneError("the client left before its body was complete") from error
+
+
+async def _one_image(form: FormData) -> bytes:
+    if form.get("mask"):
+        raise InvalidError([Fault("mask", "mask: got a mask, allowed: none; this model repaints the whole image")])
+    files = [value for name in ("image", "image[]") for value in form.getlist(name) if isinstance(value, UploadFile)]
+    if len(files) != 1:
+        raise InvalidError([Fault("image", f"image: got {len(files)} files, allowed: one png, jpeg or webp file")])
+    return await files[0].read()
+
+
+def images_json(delivery: GenerationResult, response_format: str) -> bytes:
+    """The JSON answer of the OpenAI routes (schemas.ImagesResponse)."""
+    data: list[dict[str, object]] = []
+    for picture in delivery.pictures:
+        text = picture.content.decode("ascii")
+        shown = {"b64_json": text}
+        if response_format == "url":
+            shown = {"url": f"data:image/{delivery.output_format};base64,{text}"}
+        data.append({**shown, "seed": picture.seed})
+    return to_json(
+        {
+            "created": int(time.time()),
+            "data": data,
+            "background": "opaque",
+            "output_format": delivery.output_format,
+            "size": f"{delivery.width}x{delivery.height}",
+            "usage": NO_USAGE,
+            "timings_ms": {stage: round(ms, 3) for stage, ms in delivery.timings_ms._asdict().items()},
+        }
+    )

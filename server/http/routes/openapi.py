@@ -1,0 +1,159 @@
+"""What /openapi.json says beyond what FastAPI can see: bodies that are read by hand, byte answers, every error."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from server.http.routes.openai_schemas import ImageGenerationRequest, ImagesResponse, OpenAiError
+from server.http.routes.schemas import GenerateAnswer, GenerateRequest, Problem
+
+REASONS = {
+    401: "API keys are set, and the request carries none of them.",
+    408: "The body did not arrive in time.",
+    413: "The body is over the limit; it was not read whole.",
+    415: "The body is of another media type than the route reads.",
+    422: "A value is not allowed; `errors` name the field, the value and what is allowed.",
+    429: "The queue is full; refused at once.",
+    500: "The engine failed on this request; others go on.",
+    503: "Not ready yet, draining, or the engine does not answer.",
+    504: "The deadline passed before the job began; it was not run.",
+}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+EVERY_HEADER = {"X-Request-Id": {"schema": {"type": "string"}}}
+
+COMPONENTS: tuple[type[BaseModel], ...] = (
+    GenerateRequest,
+    GenerateAnswer,
+    Problem,
+    ImageGenerationRequest,
+    ImagesResponse,
+    OpenAiError,
+)
+
+
+def reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def errors(*statuses: int, envelope: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+    """Responses of a route: the statuses, each with its reason, schema and headers."""
+    media_type = "application/problem+json" if envelope is Problem else "application/json"
+    return {
+        status: {
+            "description": REASONS[status],
+            "content": {media_type: {"schema": reference(envelope)}},
+            "headers": EVERY_HEADER | (RETRY_AFTER if status in (429, 503) else {}),
+        }
+        for status in statuses
+    }
+
+
+def json_body(model: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": reference(model), "examples": examples}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def describe(app: FastAPI) -> None:
+    """Gives the app a schema that holds our components too."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            for model in COMPONENTS:
+                made = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(made.pop("$defs", {}))
+                schemas[model.__name__] = made
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{}, {"key": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI documents this as the way to extend the schema
+
+
+TIMING_HEADERS = EVERY_HEADER | {
+    "Server-Timing": {
+        "description": "queue, text, denoise, decode, encode, total in ms.",
+        "schema": {"type": "string"},
+    },
+    "X-Prompt-Truncated": {"description": "`true` where the prompt was cut.", "schema": {"type": "string"}},
+}
+SEED_HEADER = {"X-Seed": {"description": "With image bytes: the seed.", "schema": {"type": "integer"}}}
+IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
+PICTURES = {
+    "application/json": {"schema": reference(GenerateAnswer)},
+    "image/png": IMAGE_BYTES,
+    "image/jpeg": IMAGE_BYTES,
+    "image/webp": IMAGE_BYTES,
+}
+GENERATE: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"description": "The pictures.", "content": PICTURES, "headers": TIMING_HEADERS | SEED_HEADER},
+        **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
+    },
+    "openapi_extra": json_body(
+        GenerateRequest,
+        {
+            "one": {"summary": "One picture", "value": {"prompt": "a red circle on a white background", "seed": 7}},
+            "four": {
+                "summary": "Four variants, as JSON",
+                "value": {"prompt": "three green triangles", "num_images": 4},
+            },
+        },
+    ),
+}
+
+
+def answers(description: str, media_type: str, schema: dict[str, Any], *statuses: int) -> dict[str, Any]:
+    """A route that answers 200 with `media_type`, or one of the statuses."""
+    content = {media_type: {"schema": schema}}
+    ok = {"description": description, "content": content, "headers": EVERY_HEADER}
+    return {"response_class": Response, "responses": {200: ok, **errors(*statuses)}}
+
+
+STATUS = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+LIVE = answers("The process answers.", "application/json", STATUS)
+READY = answers("The engine is loaded and warm.", "application/json", STATUS, 503)
+METRICS = answers("Prometheus text format.", "text/plain", {"type": "string"})
+INFO = answers("What runs here.", "application/json", {"type": "object"}, 401, 503)
+MODELS: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"description": "The one model.", "content": {"application/json": {"schema": {"type": "object"}}}},
+        **errors(401, 503, envelope=OpenAiError),
+    },
+}
+OPENAI_IMAGES: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {
+            "description": "The pictures.",
+            "content": {"application/json": {"schema": reference(ImagesResponse)}},
+            "headers": TIMING_HEADERS,
+        },
+        **errors(401, 408, 413, 415, 422, 429, 500, 503, 504, envelope=OpenAiError),
+    },
+}
+GENERATIONS: dict[str, Any] = OPENAI_IMAGES | {
+    "openapi_extra": json_body(
+        ImageGenerationRequest,
+        {"openai": {"summary": "As the openai client sends it", "value": {"prompt": "a blue square", "size": "auto"}}},
+    )
+}
+EDIT_FORM = {
+    "type": "object",
+    "properties": {
+        "image": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "prompt": {"type": "string", "minLength": 1},
+    },
+    "required": ["image", "prompt"],
+    "description": "Every field of /v1/images/generations may be sent as well.",
+}
+EDITS: dict[str, Any] = OPENAI_IMAGES | {
+    "openapi_extra": {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
+}

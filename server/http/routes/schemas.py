@@ -1,0 +1,142 @@
+"""The bodies of requests and answers, with the contract's bounds, and the sentences for values outside them."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
+
+from engines.types import MAX_SEED
+from server.generation.generator import GenerationRequest
+from server.generation.image_codec import ImageFormat
+from server.http.validation import MAX_BASE64
+
+MAX_IMAGES = 8
+MAX_PROMPT = 4000
+
+
+def _integral(value: Any) -> Any:
+    """JSON knows one kind of number: 2.0 is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_integral)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integral)]
+Milliseconds = Annotated[int, Field(ge=1, le=3_600_000), BeforeValidator(_integral)]
+
+SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
+IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
+
+
+class Sampling(BaseModel):
+    """What every way to ask for a picture understands."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    num_inference_steps: Whole = Field(1, ge=1, le=4)
+    guidance_scale: float = Field(4.5, ge=1, le=10, description="The published checkpoints are trained on 4 to 5.")
+    seed: Seed | None = Field(None, description="Null: random, and returned.")
+    width: Whole | None = Field(None, description="Null: the checkpoint's.", json_schema_extra=SIZE_SCHEMA)
+    height: Whole | None = Field(None, description="Null: the checkpoint's.", json_schema_extra=SIZE_SCHEMA)
+    output_format: ImageFormat = "png"
+    output_quality: Whole = Field(90, ge=1, le=100, description="For jpeg and webp.")
+
+
+class Options(Sampling):
+    """What both POST /generate and the OpenAI routes understand."""
+
+    image: str | None = Field(
+        None,
+        max_length=MAX_BASE64,
+        json_schema_extra=IMAGE_SCHEMA,
+        description="Image-to-image: base64 of a png, jpeg or webp of at most 2048x2048 and 8 MiB.",
+    )
+    strength: float = Field(0.5, ge=0, le=1, description="How far to go from `image`: 1 keeps a trace of it.")
+    control_image: str | None = Field(
+        None,
+        max_length=MAX_BASE64,
+        json_schema_extra=IMAGE_SCHEMA,
+        description="White strokes on black; base64, bounds as for `image`. Needs a ControlNet.",
+    )
+    control_scale: float = Field(1.0, ge=0, le=2, description="Weight of `control_image`.")
+    timeout_ms: Milliseconds | None = Field(
+        None, description="A request that cannot start by then gets 504. Null: the server's."
+    )
+
+
+class GenerateRequest(Options):
+    """Body of POST /generate. An unknown field is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"prompt": "a red circle on a white background", "seed": 7}]},
+    )
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
+    num_images: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Image i uses seed + i.")
+
+    def order(self, *, base64: bool) -> GenerationRequest:
+        return GenerationRequest(
+            prompt=self.prompt,
+            count=self.num_images,
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+            width=self.width,
+            height=self.height,
+            output_format=self.output_format,
+            output_quality=self.output_quality,
+            image=self.image,
+            strength=self.strength,
+            control_image=self.control_image,
+            control_scale=self.control_scale,
+            timeout_ms=self.timeout_ms,
+            base64=base64,
+        )
+
+
+class GeneratedImage(BaseModel):
+    b64: str
+    seed: int
+    width: int
+    height: int
+    format: ImageFormat
+
+
+class StageTimings(BaseModel):
+    """Milliseconds; of several images, the slowest in each stage."""
+
+    queue: float
+    text: float
+    denoise: float
+    decode: float
+    encode: float
+    total: float
+
+
+class GenerateAnswer(BaseModel):
+    """The answer with `Accept: application/json`, or for several images."""
+
+    id: str
+    created: int
+    model: str
+    images: list[GeneratedImage]
+    timings_ms: StageTimings
+    prompt_truncated: bool
+
+
+class ProblemFault(BaseModel):
+    field: str
+    pointer: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """Every error (RFC 9457, application/problem+json). `code` is for programs, `errors` comes with 422."""
+
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    errors: list[ProblemFault] | None = None

@@ -1,0 +1,61 @@
+"""Health, metrics and /v1/info."""
+
+import platform
+from dataclasses import asdict
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server import __version__
+from server.http.plain_route import PlainRoute
+from server.http.routes import openapi
+from server.http.state import app_state
+from server.telemetry import metrics as exposition
+
+router = APIRouter(route_class=PlainRoute)
+
+
+@router.get("/health/live", **openapi.LIVE)
+async def live(_: Request) -> Response:
+    """Answers while the process can answer at all."""
+    return JSONResponse({"status": "live"})
+
+
+@router.get("/health/ready", **openapi.READY)
+async def ready(request: Request) -> Response:
+    """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer."""
+    app_state(request).scheduler.check_ready()
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics", **openapi.METRICS)
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    service = app_state(request)
+    return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
+
+
+@router.get("/v1/info", **openapi.INFO)
+async def info(request: Request) -> Response:
+    """What runs here, what it can run, and why it was chosen."""
+    service = app_state(request)
+    engine = service.scheduler.engine
+    limits = engine.limits
+    return JSONResponse(
+        {
+            **asdict(engine.info),
+            "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
+            "default_size": limits.default_size,
+            "sizes": limits.sizes or None,
+            "size_multiple": limits.multiple,
+            "min_side": limits.min_side,
+            "max_side": limits.max_side,
+            "max_pixels": limits.max_pixels,
+            "steps": limits.steps,
+            "conditioning": sorted(limits.conditioning),
+            "max_batch": min(limits.max_batch, service.settings.max_batch),
+            "max_queue": service.settings.max_queue,
+            "timeout_ms": service.settings.timeout_ms,
+        }
+    )

@@ -1,0 +1,1 @@
+"""WS /v1/live: sessions that draw, and their messages."""

@@ -1,0 +1,57 @@
+"""What is said on WS /v1/live, as docs/use/live.md tells it to clients. Knows no socket and no engine."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic_core import to_json
+
+from server.errors import Fault, InvalidError, RequestError
+from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
+from server.http.routes.schemas import MAX_PROMPT, Sampling
+from server.http.validation import parse
+
+SUBPROTOCOL = "sana-sprint.live.v1"
+MAX_SETTINGS = 64 * 1024  # characters of a text message
+MAX_DRAWING = MAX_IMAGE_BYTES
+
+Mode = Literal["auto", "text", "image", "control"]
+
+
+class LiveSettings(Sampling):
+    """The text messages of a client: each holds what changes. Nothing is made before there is a prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field("", min_length=1, max_length=MAX_PROMPT)
+    output_format: ImageFormat = "jpeg"
+    mode: Mode = Field("auto", description="What a drawing is: auto takes control where there is a ControlNet.")
+    strength: float = Field(0.5, ge=0, le=1, description="In mode image: how far to go from the drawing.")
+    control_scale: float = Field(1.0, ge=0, le=2, description="In mode control: weight of the drawing.")
+
+    def updated(self, message: str) -> "LiveSettings":
+        """These settings with what the message changes. Raises InvalidError (422)."""
+        if len(message) > MAX_SETTINGS:
+            raise InvalidError(
+                [Fault("body", f"body: got {len(message)} characters of settings, allowed: at most {MAX_SETTINGS}")]
+            )
+        given = parse(LiveSettings, message.encode())
+        return self.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+
+
+def message(kind: Literal["ready", "picture", "error", "end"], fields: Mapping[str, Any]) -> str:
+    """A text message to a client."""
+    return to_json({"type": kind, **fields}).decode()
+
+
+def error_message(error: RequestError, sequence: int) -> str:
+    """What was wrong with the client's message of that number, or with the picture it asked for."""
+    fields: dict[str, Any] = {
+        "sequence": sequence,
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+    }
+    if isinstance(error, InvalidError):
+        fields["errors"] = [{"field": fault.field, "detail": fault.detail} for fault in error.faults]
+    return message("error", fields)

@@ -1,0 +1,16 @@
+"""The route of WS /v1/live."""
+
+from fastapi import APIRouter
+from starlette.websockets import WebSocket
+
+from server.http.state import request_context
+from server.live.sessions import Live
+
+router = APIRouter()
+
+
+@router.websocket("/v1/live")
+async def live_drawing(socket: WebSocket) -> None:
+    """Pictures of drawings, while they are drawn: docs/use/live.md."""
+    sessions: Live = socket.app.state.live
+    await sessions.serve(socket, request_context(socket))

@@ -1,0 +1,123 @@
+"""WS /v1/live: who may draw, how many at once, and how a session ends. docs/use/live.md tells the protocol.
+
+There is no scheduler: each session has at most one job in the server's one queue, oldest first, so twenty sessions take
+turns, and share batches with each other and with plain requests.
+"""
+
+import asyncio
+import logging
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from server.errors import (
+    CLOSE_BUSY,
+    CLOSE_ENGINE,
+    CLOSE_RESTART,
+    HttpError,
+    RequestError,
+    SessionEndError,
+    UnavailableError,
+)
+from server.generation.image_codec import Codec
+from server.generation.scheduler import Scheduler
+from server.http import problem_details
+from server.http.state import RequestContext
+from server.live.messages import SUBPROTOCOL, message
+from server.live.session import LiveSession
+from server.settings import Settings
+from server.telemetry.metrics import Metrics
+
+GOODBYE_S = 2.0  # for saying why a session ends, to a client that may not read
+
+logger = logging.getLogger("server.live")
+
+
+class Live:
+    """All sessions of this server."""
+
+    def __init__(self, scheduler: Scheduler, codec: Codec, metrics: Metrics, settings: Settings) -> None:
+        self._scheduler = scheduler
+        self._codec = codec
+        self._metrics = metrics
+        self._settings = settings
+        self._sessions: set[LiveSession] = set()
+        metrics.live_sessions.set_function(lambda: len(self._sessions))
+
+    async def serve(self, socket: WebSocket, context: RequestContext) -> None:
+        """One connection, from its handshake to its end."""
+        try:
+            self._check_origin(socket)
+        except RequestError as error:
+            await socket.send_denial_response(_denial(error, socket, context))
+            return
+        await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
+        drawn, reason = 0, "client"
+        try:
+            session = self._admit(socket)
+            self._sessions.add(session)
+            try:
+                await session.run()
+            finally:
+                self._sessions.discard(session)
+                drawn = session.drawn
+        except WebSocketDisconnect:
+            pass  # it left while something was sent to it
+        except SessionEndError as error:
+            reason = error.code
+            await _close(socket, error)
+        except Exception as error:
+            reason = "failed"
+            logger.error("a live session failed", exc_info=error)
+            await _close(socket, SessionEndError(reason, "the server failed; its log says more", CLOSE_ENGINE))
+        self._metrics.live_ended.labels(reason).inc()
+        fields = {"reason": reason, "pictures": drawn, "request_id": context.request_id}
+        logger.info("live session ended", extra={"fields": fields})
+
+    def drain(self) -> None:
+        """Tells every session that the server shuts down."""
+        for session in self._sessions:
+            session.end(SessionEndError("draining", "the server is shutting down; connect again", CLOSE_RESTART))
+
+    def _admit(self, socket: WebSocket) -> LiveSession:
+        """Raises SessionEndError where there is no place, or no engine."""
+        try:
+            self._scheduler.check_ready()
+        except UnavailableError as error:
+            raise SessionEndError(error.code, error.detail, CLOSE_BUSY) from error
+        most = self._settings.live_sessions
+        if len(self._sessions) >= most:
+            raise SessionEndError("too_many_sessions", f"{most} people are drawing; try again soon", CLOSE_BUSY)
+        return LiveSession(
+            socket,
+            self._scheduler,
+            self._codec,
+            self._metrics,
+            timeout_ms=self._settings.timeout_ms,
+            idle_s=self._settings.live_idle_s,
+        )
+
+    def _check_origin(self, socket: WebSocket) -> None:
+        """Raises HttpError (403) for a page of another site, which CORS would not keep from a websocket."""
+        origin, allowed = socket.headers.get("origin"), self._settings.cors_origins
+        if origin is None or origin in allowed or "*" in allowed:
+            return
+        if urlsplit(origin).netloc != socket.headers.get("host"):
+            raise HttpError(403, f"Origin: got {origin}, allowed: this server's own page, and --cors-origins")
+
+
+def _denial(error: RequestError, socket: WebSocket, context: RequestContext) -> JSONResponse:
+    return problem_details.response(error, path=socket.url.path, request_id=context.request_id)
+
+
+async def _close(socket: WebSocket, error: SessionEndError) -> None:
+    """Says why, and closes, where the client still listens."""
+    if socket.application_state != WebSocketState.CONNECTED or socket.client_state != WebSocketState.CONNECTED:
+        return
+    try:
+        async with asyncio.timeout(GOODBYE_S):
+            await socket.send_text(message("end", {"code": error.code, "detail": error.detail}))
+            await socket.close(error.close_code, error.detail)
+    except (WebSocketDisconnect, TimeoutError, RuntimeError):  # the last is uvicorn's for a connection closed meanwhile
+        logger.debug("the client did not hear why its session ended: %s", error.code)

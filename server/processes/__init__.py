@@ -1,0 +1,1 @@
+"""The serving process: uvicorn with drain and limits, supervisor and workers, malloc."""

@@ -1,0 +1,242 @@
+"""Several processes behind one port, one for each GPU: accepts connections, hands each to the worker with the fewest.
+
+A worker (server/processes/worker.py) is a whole server with an engine of its own; nothing is shared that could fail
+together. One that ends is started again; it gets connections once it is ready. SIGTERM drains all. Reads no HTTP and
+holds no connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy:
+docs/understand/decisions/0008.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
+from server.http.api_keys import ApiKeys
+from server.processes import channel
+from server.processes.announce import address, say_listening, say_ready
+from server.settings import Settings
+
+BACKLOG = 2048  # as uvicorn
+PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before another start in a place where the last ones never became ready
+KILL_S = 10.0  # after the drain limit
+
+logger = logging.getLogger("server.supervisor")
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process, as seen from here."""
+
+    index: int
+    process: asyncio.subprocess.Process
+    end: socket.socket
+    passed: int = 0
+    report: channel.WorkerStatus = field(default_factory=channel.WorkerStatus)
+    was_ready: bool = False
+
+    @property
+    def connections(self) -> int:
+        """Open ones, and those that it has not said it received."""
+        return self.report.open + self.passed - self.report.received
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Who gets the next connection: the lowest."""
+        return self.report.state != "ready", self.connections, self.passed
+
+
+class Supervisor:
+    """`environments` of the workers, one each; `arguments` of python -m server, which all of them get."""
+
+    def __init__(self, settings: Settings, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+        self._settings = settings
+        self._arguments = arguments
+        self._environments = environments
+        self._workers: list[Worker] = []
+        self._present = asyncio.Condition()
+        self._draining = asyncio.Event()
+        self._ready = asyncio.Event()
+
+    async def run(self) -> int:
+        """Until a signal, or until a worker cannot start at all; the worst exit code of the last workers."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        listeners = _listeners(self._settings.host, self._settings.port)
+        where = address(self._settings.host, listeners[0].getsockname()[1])
+        say_listening(where, f"{self._settings.model} in {len(self._environments)} processes")
+        others = [loop.create_task(self._accept(listener)) for listener in listeners]
+        others.append(loop.create_task(self._announce(where)))
+        with tempfile.TemporaryDirectory(prefix="sprint-") as folder:
+            places = [loop.create_task(self._keep(index, Path(folder))) for index in range(len(self._environments))]
+            codes = await self._until_drained(places)
+        for task in others:
+            task.cancel()
+        for listener in listeners:
+            listener.close()
+        worst = max(codes, key=abs)
+        return worst if worst >= 0 else 128 - worst
+
+    async def _until_drained(self, places: Sequence[asyncio.Task[int]]) -> Sequence[int]:
+        await self._draining.wait()
+        settings = self._settings
+        logger.info("draining %d workers: at most %g s", len(self._workers), settings.drain_limit_s)
+        for worker in self._workers:
+            channel.send_drain(worker.end)
+        await asyncio.wait(places, timeout=settings.drain_delay_s + settings.drain_limit_s + KILL_S)
+        for worker in self._workers:
+            logger.error("worker %d did not end; killing it", worker.index)
+            worker.process.kill()
+        return await asyncio.gather(*places)
+
+    def _on_signal(self) -> None:
+        if self._draining.is_set():
+            for worker in self._workers:
+                with contextlib.suppress(ProcessLookupError):
+                    worker.process.terminate()
+        self._draining.set()
+
+    async def _keep(self, index: int, folder: Path) -> int:
+        """One worker after the other in this place; the exit code of the last."""
+        failed = 0
+        while True:
+            worker = await self._start(index, folder)
+            code = await worker.process.wait()
+            await self._gone(worker)
+            if self._draining.is_set():
+                return code
+            if code == EXIT_SETTINGS or (code == EXIT_START and not self._ready.is_set()):
+                self._draining.set()  # another start would end alike
+                return code
+            failed = 0 if worker.was_ready else failed + 1
+            pause_s = PAUSES_S[min(failed, len(PAUSES_S) - 1)]
+            logger.error("worker %d ended with code %d; another one starts in %g s", index, code, pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), pause_s)
+                return code
+
+    async def _start(self, index: int, folder: Path) -> Worker:
+        ours, theirs = channel.channel()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "server.processes.worker", str(theirs.fileno()), str(index), str(folder)),
+                *self._arguments,
+                env=self._environments[index],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then drains the others
+            )
+        worker = Worker(index, process, ours)
+        asyncio.get_running_loop().add_reader(ours, self._hear, worker)
+        async with self._present:
+            self._workers.append(worker)
+            self._present.notify_all()
+        if self._draining.is_set():
+            channel.send_drain(ours)
+        return worker
+
+    async def _gone(self, worker: Worker) -> None:
+        asyncio.get_running_loop().remove_reader(worker.end)
+        worker.end.close()
+        async with self._present:
+            self._workers.remove(worker)
+
+    def _hear(self, worker: Worker) -> None:
+        report, is_open = channel.reports(worker.end)
+        if report is not None:
+            worker.report = report
+            if report.state == "ready" and not worker.was_ready:
+                worker.was_ready = True
+                self._ready.set()
+                logger.info("worker %d is ready (pid %d)", worker.index, worker.process.pid)
+        if not is_open:
+            asyncio.get_running_loop().remove_reader(worker.end)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # the client left, or too many files are open
+                logger.warning("cannot accept: %s", error)
+                await asyncio.sleep(0.05)
+                continue
+            async with self._present:
+                await self._present.wait_for(lambda: self._workers)
+                self._hand_over(connection)
+
+    def _hand_over(self, connection: socket.socket) -> None:
+        willing = [worker for worker in self._workers if worker.report.state != "leaving"]
+        for worker in sorted(willing, key=lambda worker: worker.rank):
+            if channel.send_connection(worker.end, connection):
+                worker.passed += 1
+                return
+        logger.warning("no worker takes the connection")
+        connection.close()
+
+    async def _announce(self, where: str) -> None:
+        await self._ready.wait()
+        say_ready(where)
+
+
+def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Serves with `settings.workers` processes until a signal. Blocks; returns the exit code. Raises SettingsError."""
+    if settings.api_key_file is not None:
+        ApiKeys(Path(settings.api_key_file))  # refuses a bad file before anything starts
+    return asyncio.run(_run(settings, arguments, environments(settings, environment)))
+
+
+async def _run(settings: Settings, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    try:
+        return await Supervisor(settings, arguments, environments).run()
+    except OSError as error:  # of the port
+        logger.critical("cannot listen on %s:%d: %s", settings.host, settings.port, error)
+        return EXIT_START
+
+
+def environments(
+    settings: Settings, environment: Mapping[str, str], devices: Path = Path("/dev")
+) -> list[dict[str, str]]:
+    """The environment of each worker: a GPU of its own or, where there is none, its share of the cores.
+
+    The GPUs are those of CUDA_VISIBLE_DEVICES or, where it is not set, those whose nodes are in `devices`.
+    Raises SettingsError for more workers than GPUs.
+    """
+    count = settings.workers
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = [str(number) for number in range(len(list(devices.glob("nvidia[0-9]*"))))]
+    else:
+        gpus = [name.strip() for name in visible.split(",") if name.strip()]
+    if not gpus or settings.device == "cpu" or settings.backend == "fake":
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        return [{"OMP_NUM_THREADS": str(threads), **environment} for _ in range(count)]
+    if count > len(gpus):
+        raise SettingsError(
+            f"--workers: got {count}, allowed: at most {len(gpus)}, one for each GPU ({', '.join(gpus)})"
+        )
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment}
+    return [{**order, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
+
+
+def _listeners(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of `host`, all on one port. Raises OSError."""
+    found: list[socket.socket] = []
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, where in dict.fromkeys(addresses):
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((where[0], found[0].getsockname()[1]) if found else where)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        found.append(listener)
+    return found

@@ -1,0 +1,191 @@
+"""uvicorn, told to drain on SIGTERM and to trust no connection: bounded heads, and no reader or writer too slow.
+
+Knows sockets and signals, nothing of pictures.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import socket
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from server.http.problem_details import MEDIA_TYPE
+from server.http.state import AppState
+from server.live.messages import MAX_DRAWING
+from server.live.sessions import Live
+from server.processes.announce import address, say_listening, say_ready
+from server.settings import Settings
+
+HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
+HEAD_S = 30.0  # from the connection, or from the first byte of a head, to its end
+UNREAD_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
+LIVE_SEND_BYTES = 128 * 1024  # of the kernel, for each websocket
+KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
+
+logger = logging.getLogger("server")
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with limits that it leaves to a proxy in front; there may be none."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._head_open = True
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        listening = transport.get_extra_info("socket")
+        if listening is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_open:
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(431, f"the head of a request may hold {HEAD_BYTES} bytes")
+                return
+            self._head_bytes += len(data)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self._head_open:
+            self._begin_head()
+
+    def handle_websocket_upgrade(self) -> None:
+        # What waits in the kernel for a slow reader is old by the time it is read: little may.
+        listening = self.transport.get_extra_info("socket")
+        if listening is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LIVE_SEND_BYTES)
+        super().handle_websocket_upgrade()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, f"{msg} This is not HTTP/1.1.")
+
+    def _begin_head(self) -> None:
+        self._head_open = True
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self._head_late)
+
+    def _end_head(self) -> None:
+        self._head_open = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answers what never became a request, and closes."""
+        self._end_head()
+        if self.transport.is_closing():
+            return
+        phrase = HTTPStatus(status).phrase
+        body = json.dumps({"title": phrase, "status": status, "detail": detail}).encode()
+        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+
+class SturdyWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's websockets, where text that is not UTF-8 ends the connection (1007) without a traceback of ours."""
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                if self.conn.state.name == "OPEN":  # else it is closing already, and nobody waits for what it says
+                    self.conn.send_close(1007, "text must be UTF-8")
+                    self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server whose first SIGTERM or SIGINT drains.
+
+    It goes on listening, answers 503 to what is new, and stops once everything accepted is answered. A second signal
+    stops it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: AppState, live: Live) -> None:
+        super().__init__(config)
+        self._service = service
+        self._live = live
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.servers:
+            where = address(self.config.host, self.servers[0].sockets[0].getsockname()[1])
+            self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        scheduler = self._service.scheduler
+        if scheduler.loop is None or scheduler.state == "draining":
+            super().handle_exit(sig, frame)
+        else:
+            scheduler.begin_drain()
+            scheduler.loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._tasks.append(asyncio.create_task(self._drain(), name="drain"))
+
+    async def _drain(self) -> None:
+        settings = self._service.settings
+        logger.info("draining: at most %g s", settings.drain_limit_s)
+        await asyncio.sleep(settings.drain_delay_s)
+        scheduler = self._service.scheduler
+        self._live.drain()
+        await scheduler.drain()
+        # What is left is to send answers to slow readers.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(scheduler.drain_left_s))
+        self.should_exit = True
+
+    async def _announce(self, where: str) -> None:
+        say_listening(where, self._service.settings.model)
+        await self._service.scheduler.ready.wait()
+        say_ready(where)
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Listens until a signal, then drains. Blocks."""
+    DrainingServer(configuration(app, settings), app.state.service, app.state.live).run()
+
+
+def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws=SturdyWebSocket,
+        ws_max_size=MAX_DRAWING,
+        ws_per_message_deflate=False,  # pictures and drawings are compressed already
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_limit_s)),
+    )

@@ -1,0 +1,1 @@
+"""Prometheus metrics, their aggregation over processes, logs, traces, stage timings."""

@@ -1,0 +1,84 @@
+"""Traces of requests for OpenTelemetry: a span for each request, and in it one for each stage. Off unless asked for.
+
+The SDK is loaded only where --otlp-endpoint is set. Spans are made once a request is answered, from times that are
+measured anyway, so tracing adds nothing to what a client waits for. The stages are laid end to end before the answer:
+queue, text, denoise, decode, encode. A caller's trace (W3C traceparent, tracestate) is joined, and its decision whether
+to sample is kept. Never a prompt, a seed or a key in an attribute.
+"""
+
+import time
+from collections.abc import Mapping
+
+from server import __version__
+from server.errors import SettingsError
+from server.telemetry.timings import Timings
+
+POLLED = ("/health/live", "/health/ready", "/metrics")  # every few seconds, by orchestrators: no traces
+
+
+class Tracing:
+    """Sends spans to a collector, in batches, from a thread of the SDK. `endpoint` is its base URL, without /v1/traces.
+
+    Raises SettingsError where the extra `otel` is not installed.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise SettingsError(
+                "--otlp-endpoint: needs the extra otel: pip install sana-sprint-server[otel]"
+            ) from error
+        resource = Resource.create({"service.name": "sana-sprint-server", "service.version": __version__})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        exporter = OTLPSpanExporter(endpoint.rstrip("/") + "/v1/traces")
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+
+    def record(
+        self,
+        *,
+        method: str,
+        route: str,
+        status: int,
+        request_id: str,
+        seconds: float,
+        headers: Mapping[str, str],
+        timings: Timings | None,
+    ) -> str | None:
+        """The trace id (32 hex digits) of a request that took `seconds` until now; None for what is only polled."""
+        from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        if route in POLLED:
+            return None
+        end = time.time_ns()
+        tracer = self._provider.get_tracer("sana-sprint-server", __version__)
+        span = tracer.start_span(
+            f"{method} {route}",
+            context=TraceContextTextMapPropagator().extract(headers),
+            kind=SpanKind.SERVER,
+            start_time=end - int(seconds * 1e9),
+            attributes={
+                "http.request.method": method,
+                "http.route": route,
+                "http.response.status_code": status,
+                "sana_sprint.request_id": request_id,
+            },
+        )
+        if status >= 500:
+            span.set_status(StatusCode.ERROR)
+        inside, until = set_span_in_context(span), end
+        for stage, ms in reversed(timings._asdict().items() if timings else ()):
+            if stage != "total":
+                begun = until - int(ms * 1e6)
+                tracer.start_span(stage, context=inside, start_time=begun).end(until)
+                until = begun
+        span.end(end)
+        return f"{span.get_span_context().trace_id:032x}"
+
+    def close(self) -> None:
+        """Sends what is left. Blocks, a few seconds at most."""
+        self._provider.shutdown()

@@ -1,0 +1,40 @@
+"""bench.load.overload: what it measures adds up, and every bound that is broken is named."""
+
+import json
+from typing import Any
+
+import pytest
+
+from bench.load.overload import broken, main
+
+
+def load(p99: float, refused: float | None = None, goodput: float = 80.0, other: int = 0) -> dict[str, Any]:
+    return {
+        "accepted_ms": {"p99": p99},
+        "refused_ms": None if refused is None else {"p99": refused},
+        "goodput": goodput,
+        "other": other,
+    }
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        (load(299, 19), None),
+        (load(301, 19), "accepted p99 301.0 ms, must be under 300.0 ms"),
+        (load(299, 21), "refused p99 21.0 ms, must be under 20 ms"),
+        (load(299, 19, goodput=75.0), "goodput 75.0/s, at capacity it was 80.0/s"),
+        (load(299, 19, other=1), "1 requests got neither a picture nor 429"),
+    ],
+)
+def test_a_broken_bound_is_named(over: dict[str, Any], words: str | None) -> None:
+    assert broken(load(100), load(150), over, batch_ms=100) == ([] if words is None else [words])
+
+
+def test_every_request_is_a_picture_or_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--batch-ms", "20", "--seconds", "0.3"])  # too short for its bounds
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [one["of_capacity"] for one in found["loads"]] == [0.1, 1.0, 4.0]
+    for one in found["loads"]:
+        counted = sum(one[kind]["count"] for kind in ("accepted_ms", "refused_ms") if one[kind])
+        assert (counted, one["other"]) == (one["requests"], 0)

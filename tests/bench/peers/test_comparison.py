@@ -1,0 +1,60 @@
+"""bench.peers: every peer gets the same orders and its own environment; nothing that does not answer is a figure."""
+
+import json
+
+import pytest
+
+from bench.peers.__main__ import main
+from bench.peers.comparison import PEERS, ROOT, command_of, orders, python_of
+from bench.report import render
+
+
+def test_ours_beside_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--engine", "fake:1", "--peers", "ours,fastapi", "--concurrency", "2", "--rates", "40"]
+    assert main([*options, "--seconds", "0.3"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+    assert [(row["peer"], row["load"]) for row in found["rows"]] == [
+        (peer, load) for peer in ("ours", "fastapi") for load in ("2 clients", "40/s")
+    ]
+    for row in found["rows"]:
+        assert row["lost"] == 0
+        assert row["throughput"] > 0
+        assert 1 <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+    assert "fake:1 fastapi 40/s" in err
+    page = render({"peers": found})["bench.md"]
+    assert "| fake:1 | 40/s      | fastapi |" in page
+
+
+def test_a_peer_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setattr("bench.peers.comparison.ENVIRONMENTS", tmp_path)
+    assert main(["--peers", "ray,bentoml", "--engine", "fake:1"]) == 0
+    out = capsys.readouterr().out
+    assert "not installed (make peers): ray, bentoml" in out
+    assert json.loads(out.splitlines()[-1])["rows"] == []
+
+
+def test_a_peer_that_ends_shows_its_last_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--peers", "fastapi", "--engine", "no-such-checkpoint"]) == 3
+    error = capsys.readouterr().err
+    assert "fastapi: not ready" in error
+    assert "'no-such-checkpoint' is no folder" in error
+
+
+def test_all_are_asked_for_the_same_pictures() -> None:
+    plain, listed = orders("ours", 3, 7), orders("bentoml", 3, 7)
+    assert [json.loads(order.body()) for order in plain] == [json.loads(order.body())["orders"][0] for order in listed]
+    assert len({order.seed for order in plain}) == 3
+
+
+def test_every_peer_has_a_command() -> None:
+    commands = {peer: command_of(peer, "models/tiny", 81) for peer in PEERS}
+    assert all("81" in words and words[0] == str(python_of(peer)) for peer, words in commands.items())
+    assert commands["ours"][3:5] == ["--model", "models/tiny"]
+    assert len({words[0] for words in commands.values()}) == 4
+    for peer in set(PEERS) - {"ours"}:
+        module = f"bench.peers.{peer}_app"
+        assert any(word.partition(":")[0] == module for word in commands[peer])
+        assert ROOT.joinpath(*module.split(".")).with_suffix(".py").is_file()

@@ -1,0 +1,77 @@
+"""fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from bench.robustness.fuzz import Campaign, faults, is_clean, main
+from bench.robustness.malformed_images import KINDS
+from bench.robustness.malformed_requests import frame
+from bench.robustness.restarting_server import Supervisor
+from server.errors import InvalidError
+from server.generation.image_codec import decode
+
+
+def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--images", "40", "--requests", "60", "--sessions", "16"])  # too short to tell growth: the rest is looked at
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["campaigns"]
+    assert [(one["name"], one["wrong"]) for one in found] == [("images", {}), ("requests", {}), ("sessions", {})]
+    assert {"200", "422"} <= set(found[0]["seen"])
+    assert {"400", "405"} <= set(found[1]["seen"])
+
+
+@pytest.mark.slow
+def test_the_whole_campaign_finds_nothing() -> None:
+    assert main(["--images", "5000", "--requests", "5000", "--sessions", "1000"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so and goes on
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_meet_their_fate(kind: str) -> None:
+    make, fate = KINDS[kind]
+    for seed in range(3):
+        content = make(random.Random(seed))
+        assert content == make(random.Random(seed))
+        try:
+            decode("image", content, 0)
+        except InvalidError:
+            assert fate != "read"
+        else:
+            assert fate != "refused"
+
+
+def test_failures_inside_are_found(tmp_path: Path) -> None:
+    async def run() -> dict[str, int]:
+        server = Supervisor(["--backend", "fake"], tmp_path / "log")
+        await server.start()
+        try:
+            await server.exchange("POST", "/generate", b'{"prompt": "[[raise]]", "width": 64, "height": 64}')
+            return await faults(server)
+        finally:
+            await server.stop()
+
+    found = asyncio.run(run())
+    assert found['sana_sprint_requests_total{route="/generate",status="500"}'] == 1
+    assert found["tracebacks in the log"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("growth", "wrong", "clean"),
+    [
+        ({"memory": 0.01, "files": 0, "threads": 0}, {}, True),
+        ({"memory": 0.11, "files": 0, "threads": 0}, {}, False),
+        ({"memory": 0.0, "files": 1, "threads": 0}, {}, False),
+        ({"memory": 0.0, "files": 0, "threads": 1}, {}, False),
+        ({"memory": 0.0, "files": 0, "threads": 0}, {"wrong: 500": 1}, False),
+    ],
+)
+def test_growth_and_failures_decide(growth: dict[str, float], wrong: dict[str, int], clean: bool) -> None:
+    assert is_clean(Campaign("x", 1, {}, growth, wrong)) == clean
+
+
+def test_frames_are_masked_and_sized() -> None:
+    assert frame(1, b"Hello", b"\x37\xfa\x21\x3d") == bytes.fromhex("818537fa213d7f9f4d5158")  # RFC 6455, 5.7
+    assert frame(2, b"x" * 300, None)[:4] == b"\x82\x7e\x01\x2c"

@@ -1,0 +1,104 @@
+"""bench.report: what the results say stands on the page, and the page in docs/ is the one of the results beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.report import main, read_results, render
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {
+    "date": "2026-01-02",
+    "cpu": "a processor",
+    "cores": 2,
+    "load_average": 1.5,
+    "memory_gib": 8,
+    "python": "3.11",
+    "torch": "2.13",
+    "revision": "abc",
+}
+SPREAD = {"p50": 1.5, "p95": 2.0, "p99": 2.5, "mean": 1.6, "max": 3.0, "count": 5}
+
+
+def latency(**changes: Any) -> dict[str, Any]:
+    one = {
+        "backend": "eager",
+        "precision": "bf16",
+        "parity_to_fp32": {"psnr_db": 41.5, "max_abs": 9.0},
+        "seconds": dict.fromkeys(("text", "denoise", "decode", "total"), SPREAD),
+    }
+    return {
+        "program": "bench.latency",
+        "command": "python -m bench.latency --model m",
+        "machine": MACHINE,
+        "model": "m",
+        "size": [64, 32],
+        "steps": 1,
+        "batch": 2,
+        "vs": "diffusers",
+        "device": "cpu",
+        "ours": one,
+        "theirs": one,
+        "ratio": 3.21,
+        "ratios": {"text": 9.1, "denoise": 1.1, "decode": 2.2},
+        "parity_to_each_other": {"psnr_db": 51.0},
+        "prompt_tokens": {"mean": 20.0},
+    } | changes
+
+
+def load() -> dict[str, Any]:
+    return {
+        "program": "bench.load",
+        "command": "python -m bench.load --rate 9 --seconds 1",
+        "machine": MACHINE | {"load_average": 7.0},
+        "engine": {"checkpoint": "fake", "backend": "fake", "device": "none"},
+        "loop": "open",
+        "rate": 9.0,
+        "concurrency": None,
+        "throughput": 8.5,
+        "goodput": 8.0,
+        "deadline_ms": 100.0,
+        "statuses": {"200": 7, "429": 2},
+        "lost": 0,
+        "latency_ms": SPREAD,
+        "overhead_ms": SPREAD,
+        "size": [64, 64],
+        "format": "png",
+        "stages_ms": dict.fromkeys(("text", "denoise", "decode", "encode"), SPREAD),
+        "batch": {"mean_size": 1.25},
+        "check": {"kind": "fake", "checked": 7, "wrong": 0},
+        "memory_bytes": {"growth": 0.0123},
+    }
+
+
+def test_a_page_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(latency()))
+    (tmp_path / "two.json").write_text(json.dumps(load()))
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "bench.md").read_text()
+    headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["Caveats", "Latency against diffusers", "Under load", "Reproduction"]
+    for words in ("64x32", "3.21", "41.5", "9/s", "1.23%", "| 2 ", "0 of 7 (fake)"):
+        assert words in page
+    assert "Nothing here was measured on a GPU" in page
+    assert "other work during two:" in page
+    assert "python -m bench.latency --model m | tail -1 > bench/results/one.json" in page
+    assert "bench-latency.svg" in capsys.readouterr().out
+
+
+def test_a_measurement_on_a_gpu_is_not_denied() -> None:
+    assert "Nothing here was measured on a GPU" not in render({"one": latency(device="cuda:0")})["bench.md"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"program": "bench.other"}'])
+def test_files_that_are_no_results_are_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(text)
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 3
+    assert "needed is" in capsys.readouterr().err
+
+
+def test_the_page_in_docs_is_current() -> None:
+    for name, text in render(read_results(ROOT / "bench" / "results")).items():
+        assert (ROOT / "docs" / "figures" / name).read_text() == text, "run python -m bench.report"

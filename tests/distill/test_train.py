@@ -1,0 +1,312 @@
+"""The stages of the recipe, run small: they resume, and they ship what the server and diffusers load."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from distill.objectives import losses
+from distill.objectives.discriminator import Discriminator
+from distill.recipes import RECIPES, Recipe, smoke, sprint_0_6b
+from distill.stages import autoencoder, decoder_finetuning, student, teacher
+from distill.stages.published_teacher import open_published, read_pictures, with_guidance
+from distill.train import Run
+from distill.training.latents import encode_scenes, layout_of
+from distill.training.muon import Muon, orthogonalise
+from distill.training.stage import Average, Stage, learning_rate_factor
+from distill.training.text_encoder import SmallCaptioner
+from distill.world.captions import requirement_of
+from distill.world.scenes import World, scene_for
+from engines.models.transformer import SprintTransformer
+
+
+def untrained() -> teacher.Teacher:
+    model, captioner = teacher.build(smoke())
+    return teacher.Teacher(teacher.without_layout(model.transformer, 32), captioner)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole smoke run, by the command of the README."""
+    folder = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, "-m", "distill.train", "--recipe", "smoke", "--out", str(folder), "--threads", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"TQDM_DISABLE": "1"}, timeout=600)
+    return folder
+
+
+def test_smoke_run_goes_through_all_stages_and_logs_them(finished: Path) -> None:
+    for stage in ("autoencoder", "decoder", "teacher", "narrow", "student", "sharpen"):
+        state = torch.load(finished / f"{stage}.pt", weights_only=True)
+        assert state["step"] > 0
+    scored = [json.loads(line) for line in (finished / "student.jsonl").read_text().splitlines()]
+    assert {"score_1", "score_2"} <= scored[-1].keys()
+    assert list(finished.glob("teacher_*.png"))
+
+
+def test_smoke_checkpoint_loads_in_diffusers_and_in_our_engine(finished: Path) -> None:
+    from diffusers import SanaSprintPipeline
+
+    from engines.loader import load_engine
+    from engines.types import Job
+
+    folder = finished / "checkpoint"
+    assert load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")["proj_out.bias"].shape == (32,)
+    pipeline = SanaSprintPipeline.from_pretrained(folder)
+    assert pipeline.transformer.config.guidance_embeds
+    engine = load_engine(str(folder))
+    try:
+        assert engine.limits.default_size == (128, 128)
+        (image,) = engine.generate([Job("a red circle", 1, 128, 128)])
+    finally:
+        engine.close()
+    assert image.pixels.shape == (128, 128, 3)
+
+
+def test_a_finished_run_trains_nothing_again(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*.pt")}
+    run = Run(smoke(), finished, Accelerator())
+    assert run.sharpened is not None
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*.pt")} == before
+
+
+def test_the_narrow_lesson_begins_where_the_wide_one_ended(finished: Path) -> None:
+    wide, narrow = (torch.load(finished / f"{name}.pt", weights_only=True) for name in ("teacher", "narrow"))
+    name = "transformer.patch_embed.proj.weight"
+    before, after = wide["average"][name], narrow["model"][name]
+    fresh = teacher.build(smoke())[0].state_dict()[name]
+    assert 0 < (after - before).norm() < 0.5 * (fresh - before).norm()
+
+
+def test_a_wide_world_of_other_words_is_refused(tmp_path: Path) -> None:
+    recipe = replace(smoke(), wide_world=World(shapes=("circle",)))
+    with pytest.raises(ValueError, match="need the same words"):
+        _ = Run(recipe, tmp_path, Accelerator()).wide_latents
+
+
+def test_a_wide_world_without_steps_in_the_narrow_one_is_refused() -> None:
+    whole = smoke()
+    assert whole.teacher is not None
+    with pytest.raises(ValueError, match="wide_world needs narrow_steps"):
+        replace(whole, teacher=replace(whole.teacher, narrow_steps=0))
+
+
+def test_sharpening_moves_the_decoder_and_nothing_else(finished: Path) -> None:
+    shipped = load_file(finished / "checkpoint" / "vae" / "diffusion_pytorch_model.safetensors")
+    before = Run(smoke(), finished, Accelerator()).decoder.state_dict()
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value.bfloat16(), shipped[name])}
+    assert moved == {"decoder"}
+
+
+def test_a_perfect_student_predicts_the_latents_themselves() -> None:
+    taught, clean = untrained(), torch.randn(2, 32, 4, 4)
+
+    class Perfect(torch.nn.Module):
+        config = taught.transformer.config
+
+        def forward(self, x: torch.Tensor, _text: object, time: torch.Tensor, *_: object) -> torch.Tensor:
+            return (x - clean) / time[:, None, None, None]
+
+    student_of = cast(SprintTransformer, Perfect())
+    found = decoder_finetuning.predicted(clean, ["a red circle"] * 2, taught, student_of, 4.5, (0.1, 0.6))
+    assert torch.allclose(found, clean, atol=1e-5)
+
+
+def test_a_stopped_stage_goes_on_where_it_stood(tmp_path: Path) -> None:
+    whole = smoke()
+    assert whole.autoencoder is not None
+    short = replace(whole, autoencoder=replace(whole.autoencoder, steps=2))
+    longer = replace(whole, autoencoder=replace(whole.autoencoder, steps=3))
+    autoencoder.train(short, tmp_path, Accelerator())
+    autoencoder.train(longer, tmp_path, Accelerator())
+    assert torch.load(tmp_path / "autoencoder.pt", weights_only=True)["step"] == 3
+
+
+def test_a_kill_while_saving_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(2, 2)
+    stage = Stage(tmp_path, "part", 5, {"module": module})
+    stage.save()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.save()
+    monkeypatch.undo()
+    assert not Stage(tmp_path, "part", 5, {"module": module}).resume()
+
+
+def test_student_starts_as_an_exact_copy_of_the_teacher() -> None:
+    work = student.Distillation(smoke().distil, untrained(), 32 * 16)
+    for parameter in work.frozen.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    teacher.silence_guidance(work.frozen)
+    work.student.transformer.load_state_dict(work.frozen.state_dict())
+    sample = work.draw(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
+    x, t = torch.randn(2, 32, 4, 4), torch.tensor([0.4, 1.3])
+    with torch.no_grad():
+        mine = work.student_prediction(sample)(x, t)
+        theirs = work.teacher_prediction(replace(sample, guidance=torch.ones(2)))(x, t)
+    assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_every_angle_weighs_alike_from_the_start() -> None:
+    """The head that weighs angles starts where training would bring it: one step is decided near pi/2."""
+    angle = torch.linspace(0.3, 1.4, 12)
+    with torch.no_grad():
+        found = student.Student(untrained().transformer, 512).weighting(
+            angle.sin() / (angle.sin() + angle.cos()), torch.full_like(angle, 0.45)
+        )
+    assert (found - losses.converged_logvar(512, angle)).abs().max() < 0.5
+
+
+def test_guidance_embedding_can_learn() -> None:
+    work = student.Distillation(smoke().distil, untrained(), 32 * 16)
+    torch.nn.init.normal_(work.student.transformer.proj_out.weight)
+    sample = work.draw(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
+    work.student_prediction(sample)(torch.randn(2, 32, 4, 4), torch.tensor([0.4, 1.3])).square().sum().backward()
+    gradients = {n: p.grad for n, p in work.student.transformer.named_parameters() if "guidance_embedder" in n}
+    assert gradients["time_embed.guidance_embedder.linear_2.weight"].abs().max() > 0  # type: ignore[union-attr]
+
+
+def test_discriminator_trains_its_heads_only_and_names_blocks_that_are_not_there() -> None:
+    taught = untrained().transformer.requires_grad_(False)
+    discriminator = Discriminator(taught, (0, 1))
+    names = {name.split(".")[0] for name, _ in discriminator.named_parameters()}
+    assert names == {"heads"}
+    with pytest.raises(ValueError, match=r"got \[5\], the teacher has blocks 0 to 1"):
+        Discriminator(taught, (5,))
+
+
+def test_layout_says_which_colour_and_shape_covers_a_cell() -> None:
+    world = World()
+    scene = scene_for(world, np.random.default_rng(0), requirement_of("a red circle"), "single_object")
+    layout = layout_of(world, scene, 8)
+    names = [name for name, _ in world.colours] + list(world.shapes)
+    thing = scene.things[0]
+    column, row = int(thing.x * 8), int(thing.y * 8)
+    covered = {name for name, share in zip(names, layout[:, row, column], strict=True) if share > 200}
+    assert covered == {"red", "circle"}
+    assert layout[:, 0, 0].max() == 0
+
+
+def test_latents_stream_depends_on_seed_and_place_alone(tmp_path: Path) -> None:
+    model = autoencoder.build(smoke())
+    latents = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt", progress=False)
+    again = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt", progress=False)
+    stream, later = latents.batches(4, 1, 0), again.batches(4, 1, 2)
+    next(stream), next(stream)
+    one, two = next(stream), next(later)
+    assert one.captions == two.captions
+    assert torch.equal(one.latents, two.latents)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((2, 64, 16), (2, 16, 64)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert values.min() > 0.4
+        assert values.max() < 1.4
+
+
+def test_muon_moves_matrices_and_pointwise_convolutions_downhill() -> None:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 6)), torch.nn.Parameter(torch.randn(4, 8, 1, 1))]
+    optimizer = Muon(weights, lr=0.05)
+    before = sum(w.square().sum() for w in weights)
+    for _ in range(30):
+        optimizer.zero_grad()
+        sum(w.square().sum() for w in weights).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    assert sum(w.square().sum() for w in weights) < 0.8 * before
+
+
+def test_average_gives_the_weights_back() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = Average(module, 0.5)
+    torch.nn.init.constant_(module.weight, 3.0)
+    with average.applied_to(module):
+        assert module.weight.item() != 3.0
+    assert module.weight.item() == 3.0
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    factors = [learning_rate_factor(step, 100, warmup=10, decay_fraction=0.5) for step in (0, 9, 40, 75, 99)]
+    assert factors == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.02])
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_say_what_they_miss(name: str) -> None:
+    recipe: Recipe = RECIPES[name]()
+    assert recipe.name == name
+    if recipe.autoencoder is None:
+        with pytest.raises(ValueError, match="trains no autoencoder"):
+            autoencoder.build(recipe)
+
+
+def test_paper_recipe_has_the_released_values() -> None:
+    numbers = sprint_0_6b().distil
+    assert (numbers.learning_rate, numbers.gradient_clip, numbers.tangent_warmup) == (2e-6, 0.1, 4000)
+    assert (numbers.student_mean, numbers.student_std) == (0.2, 1.6)
+    assert (numbers.discriminator_mean, numbers.discriminator_std) == (-0.6, 1.0)
+    assert (numbers.scm_weight, numbers.adversarial_weight, numbers.max_time_probability) == (1.0, 0.5, 0.5)
+    assert numbers.guidance == (4.0, 4.5, 5.0)
+
+
+def test_tokenizer_reads_past_case_and_punctuation() -> None:
+    captioner = untrained().caption
+    assert isinstance(captioner, SmallCaptioner)
+    plain = captioner.words(["a red circle on a white background"])
+    assert torch.equal(captioner.words(["A red circle, on a WHITE background."]).ids, plain.ids)
+    assert 3 not in plain.ids
+
+
+def test_a_published_teacher_gets_a_guidance_embedding_that_adds_nothing() -> None:
+    taught = untrained().transformer
+    torch.nn.init.normal_(taught.proj_out.weight)
+    base = SprintTransformer(replace(taught.config, guidance_embeds=False))
+    weights = {k: v for k, v in taught.state_dict().items() if "guidance_embedder" not in k}
+    base.load_state_dict({k.replace("time_embed.timestep", "time_embed.emb.timestep"): v for k, v in weights.items()})
+    x, text, t = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 64), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        assert torch.equal(with_guidance(base)(x, text, t, 0.45 * torch.ones(2)), base(x, text, t))
+
+
+def test_pictures_without_captions_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds none of"):
+        read_pictures(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"one\.png has no caption; write it into one\.txt"):
+        read_pictures(tmp_path)
+    (tmp_path / "one.txt").write_text("a white square\n")
+    assert [caption for _, caption in read_pictures(tmp_path)] == ["a white square"]
+
+
+@pytest.mark.slow
+def test_a_published_teacher_and_a_folder_of_pictures_are_distilled(finished: Path, tmp_path: Path) -> None:
+    """The path of users with GPUs, on the smoke checkpoint in the teacher's place."""
+    shots = tmp_path / "pictures"
+    shots.mkdir()
+    for index in range(4):
+        Image.new("RGB", (200, 150), (40 * index, 90, 200)).save(shots / f"{index}.png")
+        (shots / f"{index}.txt").write_text(f"picture {index}")
+    recipe = replace(smoke(), autoencoder=None, teacher=None)
+    published = open_published(str(finished / "checkpoint"), torch.device("cpu"), torch.float32)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(recipe, folder, Accelerator(), published, shots)
+    assert (run.checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (run.checkpoint / "text_encoder" / "config.json").is_file()

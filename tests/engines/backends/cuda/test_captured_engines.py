@@ -1,0 +1,205 @@
+"""The whole engine through captured graphs, on a recorder without a device; and that a chain can be captured at all."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hot_modules import SHAPE, hot_module, hot_transformer
+from safetensors.torch import save_file
+from small_checkpoint import heat, save_checkpoint, with_settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engines.backends.cuda.graphs import EagerReplay, GraphKey
+from engines.checkpoints.checkpoint import open_checkpoint
+from engines.errors import BackendError, OutOfMemoryError
+from engines.loader import load_engine
+from engines.models.controlnet import ControlledTransformer, ControlNet
+from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
+from engines.pipeline.engine import SprintEngine
+from engines.types import Engine, Job, RawImage
+
+SETTINGS = '{"default_size": [64, 64], "sizes": [[64, 64], [64, 32]], "max_prompt_tokens": 40}'
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(with_settings(folder, tmp_path_factory.mktemp("graphs") / "sprint", SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def captured(model: str) -> Iterator[SprintEngine]:
+    engine = load_engine(model, backend="cuda-graph", max_batch=2, recorder=EagerReplay(), device="cpu")
+    assert isinstance(engine, SprintEngine)
+    engine.warmup()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def eager(model: str) -> Engine:
+    return load_engine(model, max_batch=2, device="cpu")
+
+
+def job(seed: int, **changes: Any) -> Job:
+    words = ("a red circle", "three green triangles on a white background")
+    return replace(Job(words[seed % 2], seed=seed, width=64, height=64, guidance_scale=4 + seed), **changes)
+
+
+def assert_equal(found: list[RawImage], expected: list[RawImage]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max() <= 1
+        assert one.pixels.std() > 10
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_of_graphs_equal_eager(count: int, steps: int, captured: SprintEngine, eager: Engine) -> None:
+    jobs = [job(seed, steps=steps) for seed in range(count)]
+    found = captured.generate(jobs)
+    assert_equal(found, eager.generate(jobs))
+    assert {image.bucket for image in found} == {count}
+    assert not any(image.uncaptured for image in found)
+    assert min(found[0].stages.denoise, found[0].stages.decode) > 0, "each stage has its own time"
+
+
+def test_image_to_image_runs_in_the_same_graphs(captured: SprintEngine, eager: Engine) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    jobs = [job(seed, image=photo, strength=0.4, steps=2) for seed in range(2)]
+    found = captured.generate(jobs)
+    assert_equal(found, eager.generate(jobs))
+    assert not found[0].uncaptured
+
+
+def test_everything_is_captured_before_the_first_request_and_nothing_later(captured: SprintEngine) -> None:
+    assert captured._runners is not None
+    runner = captured._runners.plain
+    assert runner.ready
+    assert len(runner.capture_order) == 2 * 2 * 4
+    assert runner.capture_order[0] == GraphKey(2, 8, 8, 4)
+    assert captured._runners.decode.capture_order == (GraphKey(1, 8, 8, 1), GraphKey(1, 4, 8, 1))
+    assert captured.info.backend == "cuda-graph"
+    assert captured.info.reasons["graphs"] == (
+        "16 are captured before the first request: batches 1, 2, 2 sizes, steps 1, 2, 3, 4"
+    )
+
+
+def test_an_unseen_shape_runs_as_it_is_and_says_so(folder: Path) -> None:
+    engine = load_engine(str(folder), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
+    assert isinstance(engine, SprintEngine)
+    assert engine._runners is not None
+    runner = engine._runners.plain
+    [image] = engine.generate([job(0)])  # graphs are of 1024x1024, and nothing was captured
+    assert image.uncaptured
+    assert runner.uncaptured == {GraphKey(1, 8, 8, 1): 1}
+    assert_equal([image], load_engine(str(folder)).generate([job(0)]))
+
+
+def test_drawings_have_graphs_of_their_own(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "sprint")
+    (model / "sprint.json").write_text('{"default_size": [64, 64], "max_prompt_tokens": 40}')
+    add_controlnet(model)
+    drawing = np.zeros((64, 64, 3), np.uint8)
+    drawing[20:40, 20:40] = 255
+    jobs = [job(0, control_image=drawing, control_scale=0.5, steps=2)]
+    graphs = load_engine(str(model), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
+    assert isinstance(graphs, SprintEngine)
+    graphs.warmup()
+    found = graphs.generate(jobs)
+    assert not found[0].uncaptured
+    assert_equal(found, load_engine(str(model)).generate(jobs))
+    assert np.abs(found[0].pixels.astype(int) - graphs.generate([job(0, steps=2)])[0].pixels).max() > 1
+
+
+def add_controlnet(model: Path) -> None:
+    transformer = open_checkpoint(str(model)).load_transformer(torch.float32, torch.device("cpu"))
+    branch = heat(ControlNet.of(transformer, 1))
+    assert isinstance(branch, ControlNet)
+    (model / "controlnet").mkdir()
+    (model / "controlnet" / "config.json").write_text(json.dumps(branch.config.to_dict()))
+    save_file(branch.state_dict(), model / "controlnet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_without_a_gpu_graphs_are_refused_by_name(model: str) -> None:
+    with pytest.raises(BackendError, match="cuda-graph needs an NVIDIA GPU, and the device is cpu; use eager"):
+        load_engine(model, backend="cuda-graph", device="cpu")
+
+
+class NoRoom(EagerReplay):
+    def warm(self, _: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_no_room_for_the_graphs_is_told(model: str) -> None:
+    engine = load_engine(model, backend="cuda-graph", recorder=NoRoom(), device="cpu")
+    with pytest.raises(OutOfMemoryError, match="no memory to capture the CUDA graphs"):
+        engine.warmup()
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values that travel between host and device, and shapes made of values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "item"}, name
+        out = func(*args, **(kwargs or {}))
+        tensors = [value for value in (*args, *(kwargs or {}).values(), out) if isinstance(value, Tensor)]
+        # A CPU number of no dimension is an argument of a kernel; anything else would be a copy.
+        places = {value.device.type for value in tensors if value.ndim}
+        assert len(places) <= 1, f"{name} moves values between {places}"
+        return out
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("drawing", [False, True])
+def test_a_chain_never_touches_the_host(drawing: bool, steps: int) -> None:
+    """The meta device stands for the card: what would wait for it, or copy to it, fails there or is seen."""
+    dtype, key = torch.bfloat16, GraphKey(2, SHAPE.height, SHAPE.width, steps)
+    transformer = hot_transformer(dtype=dtype)
+    module = ControlledTransformer(transformer, ControlNet.of(transformer, 1).to(dtype)) if drawing else transformer
+    denoise, decode = Denoise(module.to("meta"), dtype), Decode(hot_module("decoder", dtype).to("meta"))
+    specs = {**input_specs(32, SHAPE.tokens, 128, dtype, drawing=drawing), **latent_spec(32)}
+    inputs = {name: torch.empty(spec.shape(key), dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    with torch.no_grad(), NoHost():  # inference mode would hide what is inside of composite operators
+        [latent] = denoise(inputs)
+        pixels, finite = decode({"latent": latent})
+    assert (pixels.shape, pixels.dtype, pixels.device.type) == ((2, 128, 256, 3), torch.uint8, "meta")
+    assert finite.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "careless",
+    [
+        lambda x, *_: x * torch.tensor([2.0]).to(x.device),
+        lambda x, *_: x * float(x.sum()),
+        lambda x, *_: x[x > 0],
+    ],
+    ids=["made on the host", "read by the host", "shape of a value"],
+)
+def test_a_careless_chain_is_seen(careless: Any) -> None:
+    key = GraphKey(1, 4, 4, 1)
+    specs = input_specs(32, 4, 8, torch.float32, drawing=False)
+    inputs = {name: torch.empty(spec.shape(key), dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    with NoHost(), pytest.raises((AssertionError, RuntimeError)):
+        Denoise(careless, torch.float32)(inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda-graph", "compiled"])
+def test_graphs_on_the_card_equal_eager_there(backend: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # or eager itself is not fp32
+    graphs = load_engine(model, backend=backend, max_batch=2, precision="fp32")
+    assert isinstance(graphs, SprintEngine)
+    graphs.warmup()
+    eager = load_engine(model, backend="eager", max_batch=2, precision="fp32")
+    for steps in (1, 2, 4):
+        jobs = [job(seed, steps=steps) for seed in range(2)]
+        found = graphs.generate(jobs)
+        assert not found[0].uncaptured
+        assert_equal(found, eager.generate(jobs))
+        assert min(found[0].stages.denoise, found[0].stages.decode) > 0

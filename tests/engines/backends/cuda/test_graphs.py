@@ -1,0 +1,225 @@
+"""The runner of CUDA graphs on a recorder that works on the CPU: a graph there is a launch on fixed memory."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.backends.cuda.graphs import (
+    WARM_UPS,
+    Capturable,
+    CudaGraphCapture,
+    EagerReplay,
+    GraphKey,
+    GraphRunner,
+    Inputs,
+    InputSpec,
+    Replay,
+)
+from engines.sampler import sample
+
+SIDES = ((4, 4), (2, 4))
+SPECS = {
+    "noise": InputSpec(torch.float32, lambda key: (key.steps, key.bucket, 3, key.height, key.width), batch_dim=1),
+    "angles": InputSpec(torch.float32, lambda key: (key.steps, key.bucket), batch_dim=1),
+    "guidance": InputSpec(torch.float32, lambda key: (key.bucket,)),
+}
+
+
+class CpuRecorder(EagerReplay):
+    """Remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def warm(self, launch: Callable[[], object]) -> None:
+        self.events.append("warm")
+        super().warm(launch)
+
+    def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        self.events.append("record")
+        return super().record(launch)
+
+
+class Chains:
+    """Makes chains and remembers which was called with what memory."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[dict[str, int]]] = []
+
+    def make(self) -> Capturable:
+        seen: list[dict[str, int]] = []
+        self.calls.append(seen)
+
+        def chain(inputs: Inputs) -> tuple[Tensor, ...]:
+            seen.append({name: value.data_ptr() for name, value in inputs.items()})
+            guidance = inputs["guidance"][:, None, None, None]
+            clean = sample(lambda x, _: guidance * x.cos(), inputs["noise"][0], inputs["angles"], inputs["noise"][1:])
+            return clean, clean.isfinite().all((1, 2, 3))
+
+        return chain
+
+
+def inputs(batch: int, side: tuple[int, int] = (4, 4), steps: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    angles = torch.linspace(1.5, 0.6, steps)[:, None].expand(-1, batch)
+    noise = torch.randn(steps, batch, 3, *side, generator=generator)
+    return {"noise": noise, "angles": angles, "guidance": torch.rand(batch, generator=generator)}
+
+
+def shape(given: dict[str, Tensor]) -> GraphKey:
+    steps, batch, _, height, width = given["noise"].shape
+    return GraphKey(batch, height, width, steps)
+
+
+def run(runner: GraphRunner, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return runner(given, shape(given))
+
+
+@pytest.fixture
+def chains() -> Chains:
+    return Chains()
+
+
+@pytest.fixture
+def recorder() -> CpuRecorder:
+    return CpuRecorder()
+
+
+@pytest.fixture
+def runner(chains: Chains, recorder: CpuRecorder) -> GraphRunner:
+    made = GraphRunner(chains.make, SPECS, (1, 2, 4), SIDES, (1, 2), recorder, torch.device("cpu"))
+    made.capture()
+    return made
+
+
+def expected(given: dict[str, Tensor]) -> Tensor:
+    return Chains().make()(given)[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_a_replay_equals_the_chain(batch: int, side: tuple[int, int], steps: int, runner: GraphRunner) -> None:
+    given = inputs(batch, side, steps)
+    clean, finite = run(runner, given)
+    torch.testing.assert_close(clean, expected(given), rtol=0, atol=0)
+    assert finite.tolist() == [True] * batch
+    assert not runner.uncaptured
+
+
+def test_largest_first_and_every_combination_once(runner: GraphRunner, recorder: CpuRecorder) -> None:
+    assert len(runner.capture_order) == 3 * 2 * 2 == len(set(runner.capture_order))
+    assert runner.capture_order[0] == GraphKey(4, 4, 4, 2)
+    areas = [key.bucket * key.height * key.width for key in runner.capture_order]
+    assert areas == sorted(areas, reverse=True)
+    assert recorder.events == (["warm"] * WARM_UPS + ["record"]) * 12
+
+
+def test_ready_only_when_all_are_captured_and_nothing_is_captured_twice(chains: Chains, recorder: CpuRecorder) -> None:
+    made = GraphRunner(chains.make, SPECS, (1,), SIDES, (1,), recorder, torch.device("cpu"))
+    assert not made.ready
+    made.capture()
+    assert made.ready
+    before = list(recorder.events)
+    made.capture()
+    assert recorder.events == before
+
+
+def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(runner: GraphRunner, chains: Chains) -> None:
+    plain, *captured = chains.calls
+    assert not plain
+    assert len(captured) == 12
+    addresses = {tuple(call.values()) for calls in captured for call in calls}
+    assert len(addresses) == 1
+    for count in (1, 4):
+        run(runner, inputs(count))
+    assert {tuple(call.values()) for calls in captured for call in calls} == addresses
+
+
+def test_a_graph_keeps_what_it_runs_through() -> None:
+    """CUDA's recorder keeps no reference to the launch, and a context that nobody holds is destroyed."""
+    references: list[weakref.ref[Capturable]] = []
+
+    def make() -> Capturable:
+        chain = Chains().make()
+        references.append(weakref.ref(chain))
+        return chain
+
+    class Forgetful(CpuRecorder):
+        def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+            return lambda: None, launch()
+
+    made = GraphRunner(make, SPECS, (1,), SIDES, (1,), Forgetful(), torch.device("cpu"))
+    made.capture()
+    gc.collect()
+    assert len(references) == 3
+    assert all(reference() is not None for reference in references)
+
+
+def test_buffers_are_as_large_as_the_largest_graph_needs(runner: GraphRunner) -> None:
+    assert {name: buffer.numel() for name, buffer in runner._buffers.items()} == {
+        "noise": 2 * 4 * 3 * 16,
+        "angles": 8,
+        "guidance": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (inputs(5), GraphKey(5, 4, 4, 1)),
+        (inputs(1, (8, 8)), GraphKey(1, 8, 8, 1)),
+        (inputs(2, (4, 4), 3), GraphKey(2, 4, 4, 3)),
+    ],
+    ids=["batch", "size", "steps"],
+)
+def test_an_unseen_shape_runs_as_it_is_and_is_counted(
+    given: dict[str, Tensor], key: GraphKey, runner: GraphRunner, recorder: CpuRecorder
+) -> None:
+    before = list(recorder.events)
+    for count in (1, 2):
+        assert torch.equal(run(runner, given)[0], expected(given))
+        assert runner.uncaptured == {key: count}
+    assert recorder.events == before, "captured inside a request"
+
+
+def test_before_the_capture_everything_runs_as_it_is(chains: Chains, recorder: CpuRecorder) -> None:
+    made = GraphRunner(chains.make, SPECS, (1, 2), SIDES, (1,), recorder, torch.device("cpu"))
+    given = inputs(1)
+    assert torch.equal(run(made, given)[0], expected(given))
+    assert made.uncaptured == {GraphKey(1, 4, 4, 1): 1}
+    assert recorder.events == []
+
+
+def test_results_are_the_callers_own(runner: GraphRunner) -> None:
+    first = run(runner, inputs(2))[0]
+    before = first.clone()
+    run(runner, {name: value + 1 for name, value in inputs(2).items()})
+    assert torch.equal(first, before)
+
+
+def test_the_rest_of_a_bucket_is_filled_with_numbers(runner: GraphRunner) -> None:
+    given = inputs(4)
+    given["noise"][:, 3] = float("nan")
+    assert run(runner, given)[1].tolist() == [True, True, True, False]
+    assert run(runner, inputs(3))[1].tolist() == [True] * 3
+    assert runner._buffers["noise"].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_equal_the_chain_on_the_card() -> None:
+    device = torch.device("cuda")
+    made = GraphRunner(Chains().make, SPECS, (1, 2, 4), SIDES, (1, 2), CudaGraphCapture(), device)
+    with torch.inference_mode():
+        made.capture()
+        assert made.ready
+        for batch in (1, 2, 3, 4):
+            for side in SIDES:
+                for steps in (1, 2):
+                    given = {name: value.to(device) for name, value in inputs(batch, side, steps).items()}
+                    torch.testing.assert_close(run(made, given)[0], expected(given), rtol=0, atol=0)
+    assert not made.uncaptured

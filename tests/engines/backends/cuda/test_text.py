@@ -1,0 +1,248 @@
+"""Gemma-2 as the GPU runs it, against the module that it is made of: by references, and by kernels interpreted."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small_checkpoint import heat
+from torch import Tensor
+
+from engines.backends.cuda.graphs import EagerReplay
+from engines.backends.cuda.text import CudaTextBody, CudaTextEncoder, TextKey
+from engines.kernels.op import Launcher, Ops, sqnr_db
+from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.text_encoder import TextEncoder, Tokens
+
+CONFIG = GemmaConfig(
+    vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=16, sliding_window=7, rms_norm_eps=1e-4,
+)  # fmt: skip
+PREFIX = (2, *(5 * at % 61 + 3 for at in range(19)))
+
+
+def made_body(dtype: torch.dtype = torch.float32, config: GemmaConfig = CONFIG) -> GemmaBody:
+    body = heat(GemmaBody(config))
+    with torch.no_grad():
+        for layer in body.layers:  # so that the cap on the logits bends them
+            layer.self_attn.q_proj.weight.mul_(6)
+    return body.to(dtype).requires_grad_(False)
+
+
+def some_ids(batch: int, length: int) -> Tensor:
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def behind(body: GemmaBody, ids: Tensor, shared: Sequence[int]) -> Tensor:
+    """What the module itself gives, row by row."""
+    with torch.inference_mode():
+        _, past = body(torch.tensor([PREFIX]))
+        rows = [
+            body(row[None], [(key[:, :, :count], value[:, :, :count]) for key, value in past])[0]
+            for row, count in zip(ids, shared, strict=True)
+        ]
+    return torch.cat(rows)
+
+
+def made(body: GemmaBody, ops: Ops) -> CudaTextBody:
+    with torch.inference_mode():
+        return CudaTextBody(body, body(torch.tensor([PREFIX]))[1], ops, longest=100)
+
+
+@pytest.mark.parametrize("window", [7, 4096])
+@pytest.mark.parametrize("shared", [[19], [20, 3, 11]])
+@pytest.mark.parametrize("length", [1, 16, 90])
+def test_body_equals_the_module(length: int, shared: list[int], window: int) -> None:
+    """With up to 64 rows the products are skinny, with more they are PyTorch's."""
+    body = made_body(config=GemmaConfig(**{**vars(CONFIG), "sliding_window": window}))
+    ids = some_ids(len(shared), length)
+    expected = behind(body, ids, shared)
+    found = made(body, Ops(None))(ids, torch.tensor(shared, dtype=torch.int32))
+    assert sqnr_db(expected, found) > 90
+    # The module computes as before, from the same memory.
+    assert torch.equal(behind(body, ids, shared), expected)
+    attention = body.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 16), (2, 40)])
+def test_kernels_equal_the_module(batch: int, length: int) -> None:
+    body, shared = made_body(), [19, 4][:batch]
+    ids = some_ids(batch, length)
+    expected = behind(body, ids, shared)
+    assert sqnr_db(expected, made(body, Ops(Launcher(tma=False, processors=3)))(ids, torch.tensor(shared))) > 90
+
+
+def test_as_near_to_fp32_in_bf16_as_the_module_is() -> None:
+    ids, shared = some_ids(2, 24), [19, 4]
+    expected = behind(made_body(), ids, shared)
+    body = made_body(torch.bfloat16)
+    theirs = (behind(body, ids, shared) - expected).abs().mean()
+    ours = made(body, Ops(None))(ids, torch.tensor(shared))
+    assert ours.dtype == torch.bfloat16
+    assert (ours - expected).abs().mean() <= 1.2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("changed", "dtype", "message"),
+    [
+        ({"attn_logit_softcapping": None}, torch.float32, "attn_logit_softcapping: got None"),
+        ({"attn_logit_softcapping": 80.0}, torch.float32, "attn_logit_softcapping: got 80"),
+        ({}, torch.float16, "float16, needed is bfloat16"),
+    ],
+)
+def test_what_the_kernels_do_not_compute_is_refused(
+    changed: dict[str, object], dtype: torch.dtype, message: str
+) -> None:
+    body = made_body(dtype, GemmaConfig(**{**vars(CONFIG), **changed}))
+    with pytest.raises(ValueError, match=message):
+        made(body, Ops(None))
+
+
+START = 19  # of the 20 tokens that prompts share, one is kept
+PROMPTS = {
+    "short": Tokens((*PREFIX, 9, 8, 7), START),
+    "longer": Tokens((*PREFIX, *range(3, 30)), START),
+    "nothing of its own": Tokens(PREFIX, START),
+    "cut before anything is kept": Tokens(PREFIX[:11], START),
+    "joins with the prefix": Tokens((*PREFIX[:17], 60, 61, 62, 63), START),
+    "another from the third token": Tokens((*PREFIX[:2], *range(40, 60)), START),
+    "short again": Tokens((*PREFIX, 30), START),
+    "keeps all but the prefix's start": Tokens((*PREFIX, 11, 12), 3),
+    "longer than any bucket": Tokens((*PREFIX, *(range(3, 63))), START),
+}
+BATCHES, LENGTHS = (1, 2, 4), (8, 16, 32)
+
+
+@pytest.fixture
+def reference() -> TextEncoder:
+    return TextEncoder(made_body(), PREFIX)
+
+
+@pytest.fixture
+def encoder(reference: TextEncoder) -> CudaTextEncoder:
+    return CudaTextEncoder(reference, Ops(None), BATCHES, LENGTHS)
+
+
+def assert_equal(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    for want, got in zip(expected, found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_encodes_as_the_text_encoder(encoder: CudaTextEncoder, reference: TextEncoder, captured: bool) -> None:
+    assert encoder.prefix == PREFIX
+    if captured:
+        encoder.warm()
+        encoder.capture(EagerReplay())
+    assert encoder.ready is captured
+    prompts = list(PROMPTS.values())
+    expected = reference.encode(prompts)
+    assert_equal(expected, encoder.encode(prompts))
+    assert_equal(expected[::-1], encoder.encode(prompts[::-1]))
+    for want, prompt in zip(expected, prompts, strict=True):
+        assert_equal([want], encoder.encode([prompt]))
+    assert encoder.encode([]) == []
+    too_long = TextKey(0, len(prompts[-1].ids) - START)
+    assert (set(encoder.plain) == {too_long}) is captured
+    assert encoder.plain[too_long] == 3
+
+
+def test_results_are_the_callers_own(encoder: CudaTextEncoder) -> None:
+    encoder.capture(EagerReplay())
+    [first] = encoder.encode([PROMPTS["short"]])
+    kept = first.clone()
+    encoder.encode([PROMPTS["longer"]])
+    encoder.encode([Tokens((*PREFIX, 40, 41, 42), START)])
+    assert torch.equal(first, kept)
+
+
+def run_keys(encoder: CudaTextEncoder, runs: Sequence[int]) -> list[TextKey]:
+    """The buckets that prompts of so many tokens behind the shared ones run in."""
+    encoder.plain.clear()
+    encoder.encode([Tokens((*PREFIX[:START], *[60] * run), START) for run in runs])
+    return sorted(encoder.plain.elements())
+
+
+@pytest.mark.parametrize(
+    ("runs", "keys"),
+    [
+        ([1], [(1, 8)]),
+        ([8], [(1, 8)]),
+        ([9], [(1, 16)]),
+        ([32], [(1, 32)]),
+        ([5, 9], [(2, 16)]),
+        ([5, 5, 5], [(4, 8)]),
+        ([5] * 9, [(1, 8), (4, 8), (4, 8)]),
+    ],
+)
+def test_buckets(runs: list[int], keys: list[tuple[int, int]], encoder: CudaTextEncoder) -> None:
+    assert run_keys(encoder, runs) == keys
+
+
+def test_a_long_prompt_makes_no_padding_for_short_ones(reference: TextEncoder) -> None:
+    encoder = CudaTextEncoder(reference, Ops(None), (1, 2, 4), (8, 64, 300))
+    assert run_keys(encoder, [300, 4, 3]) == [(1, 300), (2, 8)]
+    assert run_keys(encoder, [60, 60, 4, 3, 2]) == [(1, 8), (4, 64)]
+    assert run_keys(encoder, [299, 4, 300]) == [(1, 8), (2, 300)]
+
+
+def test_captures_largest_first_and_once(encoder: CudaTextEncoder) -> None:
+    sizes: list[int] = []
+
+    class Counting(EagerReplay):
+        def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+            replay, outputs = super().record(launch)
+            sizes.append(outputs[0].numel() // CONFIG.hidden_size)
+            return replay, outputs
+
+    encoder.capture(Counting())
+    encoder.capture(Counting())
+    assert sizes == sorted(sizes, reverse=True)
+    assert Counter(sizes) == Counter(batch * length for batch in BATCHES for length in LENGTHS)
+
+
+# At Gemma-2 2B's sizes, 32 tokens: what the compiler refuses and the interpreter does not; with 99 KB of shared memory
+# for a program on compute capability 8.9, and three programs of a product at once on 9.0.
+COMPILING = """
+from compiling import compiled
+from engines.kernels.text import capped_attention, gemma_norm, skinny_product
+
+def made(kernel, signature, constants, warps, stages):
+    found = compiled(kernel, signature, constants, target, warps, stages)
+    print(kernel.__name__, target, found)
+    assert not found.spills, found
+    return found.shared
+
+b, f, i = "*bf16", "*fp32", "i32"
+for target in (90, 89):
+    step = int(target == 90)
+    norm = dict(y=f, x=b, post=f, pre=f, x_new=b, h=b, ahead=b, lines=i, M=i, D=i, eps="fp32")
+    made(gemma_norm._gemma_norm, norm, dict(PARTS=8, BD=4096, STEP=step, FETCHERS=96), 8, 3)
+    product = dict(x=b, w=b, ahead=b, lines=i, M=i, N=i, K=i, span=i)
+    tiles = dict(EVEN=True, BM=32, BN=64, BK=128)
+    parts, gated = dict(GATED=False, STEP=0), dict(GATED=True, STEP=step)
+    for out, constants in ((f, parts), (b, gated)):
+        assert made(skinny_product._skinny_product, product | dict(out=out), tiles | constants, 4, 3) <= 75 * 1024
+    types = dict(
+        qkv=b, past_key=b, past_value=b, shared="*i64", cosine=f, sine=f, out=b, ahead=b, lines=i, L=i, P=i,
+        positions=i, scale="fp32", cap="fp32", B=i,
+    )
+    sizes = dict(H=8, G=2, DIM=256, WINDOW=0, BM=16, HALF=128, BV=128, STEP=step)
+    tiles = dict(BN=64, BL=32) if target == 90 else dict(BN=32, BL=16)
+    assert made(capped_attention._capped_attention, types, sizes | tiles, 4, 3) <= (227 if target == 90 else 99) * 1024
+"""
+
+
+def test_kernels_compile_without_spills() -> None:
+    root = Path(__file__).parents[4]
+    paths = os.pathsep.join((str(root / "tests" / "helpers"), str(root)))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, "-c", COMPILING], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stdout + said.stderr[-2000:]

@@ -1,0 +1,66 @@
+"""torch.compile's drop-in: equal to the module, in buckets, and plain at sizes it was not prepared for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hot_modules import SHAPE, TRANSFORMER, hot_module, hot_transformer
+
+from engines.backends import compiled as backend
+from engines.backends.base import ModuleName, ModuleSpec
+from engines.backends.compiled import compiled
+from engines.backends.parity import GATES, difference
+from engines.build.example_inputs import probe_inputs
+from engines.errors import ParityError
+
+CPU = torch.device("cpu")
+SIZE = (SHAPE.pixels[1], SHAPE.pixels[0])
+
+
+def spec(name: ModuleName) -> ModuleSpec:
+    return ModuleSpec(name, torch.float32, CPU, 2, SHAPE.tokens, (SIZE,), SHAPE.compression)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+def test_compiled_transformer_equals_the_module() -> None:
+    config = replace(TRANSFORMER, num_layers=1)
+    run = compiled(hot_transformer(config), spec("transformer"))
+    inputs = probe_inputs("transformer", SHAPE, 2, torch.float32)
+    with torch.inference_mode():
+        expected = hot_transformer(config)(**inputs)
+        GATES["fp32"].check("transformer", difference(expected, run(**inputs)))
+    assert torch._dynamo.config.recompile_limit != backend._SHAPES
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the first input that reach what torch.compile made, which stays the module itself."""
+    seen: list[tuple[int, ...]] = []
+
+    def traced(module: torch.nn.Module, **flags: object) -> object:
+        assert flags == {"fullgraph": True, "dynamic": False, "mode": None}
+        return lambda **inputs: seen.append(tuple(next(iter(inputs.values())).shape)) or module(**inputs)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
+def test_batches_run_in_buckets_and_other_sizes_run_plain(name: ModuleName, compiles: list[tuple[int, ...]]) -> None:
+    run, module = compiled(hot_module(name), replace(spec(name), max_batch=4)), hot_module(name)
+    for batch, shape in ((3, SHAPE), (1, SHAPE), (1, replace(SHAPE, width=4))):
+        inputs = probe_inputs(name, shape, batch, torch.float32)
+        expected, found = module(**inputs), run(**inputs)
+        pair = (expected[0], found[0]) if name == "decoder" else (expected, found)
+        GATES["fp32"].check(name, difference(*pair))
+    assert [shape[0] for shape in compiles] == [4, 4, 1, 1], "each shape is held to the module once, then runs"
+
+
+def test_a_compiled_module_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(module: torch.nn.Module, **_: object) -> object:
+        return lambda **inputs: module(**inputs) * 1.02
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    run = compiled(hot_module("transformer"), spec("transformer"))
+    with pytest.raises(ParityError, match="transformer in batches of 2: too far from its reference"):
+        run(**probe_inputs("transformer", SHAPE, 2, torch.float32))

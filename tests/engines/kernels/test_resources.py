@@ -1,0 +1,77 @@
+"""What the transformer's kernels take of an H100 and of an Ada card at the published sizes: nothing spills, and each
+fits its shared memory. Compiled without a card, in a process that has no interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {90: 232448, 89: 101376}  # bytes that one program may have
+ROOT = Path(__file__).parents[3]
+
+
+def cases(target: int) -> list[tuple[str, dict[str, str], dict[str, object], int, int]]:
+    """Module and kernel, types of those arguments that are no bf16 pointer, constexprs, warps, stages."""
+    ints = dict.fromkeys(("N", "T", "D", "H", "W", "M", "K", "ROW", "OFFSET", "SPLIT", "STEP", "PART", "PARTS"), "i32")
+    ints |= dict.fromkeys(("CHUNK", "GATE_ROW", "SCALE_ROW", "KV_ROW", "AT", "BLOCKS"), "i32")
+    floats = {"eps": "fp32", "rms": "*fp32", "ctx": "*fp32", "lengths": "*i32"}
+    types = ints | floats
+    attention = {"HD": 32, "HP": 32, "BN": 128, "FAST": True, "PRECISION": "tf32"}
+    found: list[tuple[str, dict[str, str], dict[str, object], int, int]] = [
+        ("linear_attention._row_rms", types | {"out": "*fp32"}, {"BC": 2048}, 2, 3),
+        ("linear_attention._context", types, attention | {"NORMED": True}, 4, 3),
+        ("linear_attention._context", types, attention | {"NORMED": False}, 4, 3),
+        ("linear_attention._apply", types, attention | {"BS": 8}, 4, 3),
+        ("gated_depthwise._gated_depthwise", types, {"C": 2880, "R": 8, "BW": 8, "BC": 64}, 4, 3),
+        ("cross_attention._key_norm", types | {"weight": "*fp32"}, {"NORMED": True, "BC": 2048}, 4, 3),
+    ]
+    norm = dict.fromkeys(("ADDED", "GATED", "EXTRA", "NORMED"), True)
+    found.append(("modulated_norm._modulated_norm", types, norm | {"BC": 4096}, 8, 3))
+    cross = {"HP": 128, "BM": 64, "BT": 32, "NORMED": True, "PRECISION": "tf32"}
+    found += [("cross_attention._cross_attention", types, cross | {"HD": dim}, 4, 2) for dim in (72, 112)]
+    tiles = (
+        ((128, 256, 64, 8, 3, True), (128, 128, 64, 4, 3, False)) if target == 90 else ((128, 128, 32, 8, 4, False),)
+    )
+    for rows, cols, depth, warps, stages, persistent in tiles:
+        blocks = {"x": (rows, depth), "weight": (cols, depth), "out": (rows, cols)} if target == 90 else {}
+        tma = {name: f"tensordesc<bf16[{block[0]},{block[1]}]>" for name, block in blocks.items()}
+        shape = {"BM": rows, "BN": cols, "BK": depth, "GROUP": 8, "PERSISTENT": persistent, "PRECISION": "tf32"}
+        found.append(
+            ("silu_product._silu_product", types | {"N": "i32"} | tma, shape | {"TMA": target == 90}, warps, stages)
+        )
+    return found
+
+
+def compile_all(target: int) -> list[tuple[str, int, int, int]]:
+    from importlib import import_module
+
+    from compiling import compiled
+
+    rows = []
+    for name, types, constants, warps, stages in cases(target):
+        module, kernel_name = name.split(".")
+        kernel = getattr(import_module(f"engines.kernels.{module}"), kernel_name)
+        signature = {arg: types.get(arg, "*bf16") for arg in kernel.arg_names}
+        rows.append((name, *compiled(kernel, signature, constants, target, warps, stages)))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_nothing_spills_and_all_fits(target: int) -> None:
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    given["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "helpers"), str(ROOT)])
+    command = [sys.executable, str(Path(__file__)), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    assert done.returncode == 0, done.stderr
+    for name, registers, spills, shared in json.loads(done.stdout):
+        print(target, name, registers, spills, shared)
+        assert spills == 0, name
+        assert shared <= SHARED[target], name
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))

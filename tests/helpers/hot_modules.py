@@ -1,0 +1,62 @@
+"""The tiny world's modules with seeded weights that make every part matter, in any precision."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from small_checkpoint import heat
+from torch import nn
+
+from distill.recipes import tiny
+from engines.backends.base import ModuleName
+from engines.build.example_inputs import GraphShape
+from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
+from engines.models.dcae import Autoencoder
+from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.transformer import SprintTransformer, TransformerConfig
+
+T = TypeVar("T")
+
+RECIPE = tiny()
+assert RECIPE.teacher is not None
+assert RECIPE.autoencoder is not None
+TRANSFORMER = replace(RECIPE.teacher.architecture, num_layers=2)
+AUTOENCODER = RECIPE.autoencoder.architecture
+SHAPE = GraphShape(height=4, width=8, channels=32, compression=32, tokens=12, caption_channels=128)
+
+
+def hot_transformer(config: TransformerConfig = TRANSFORMER, dtype: torch.dtype = torch.float32) -> SprintTransformer:
+    """Norm weights ~ N(0, 1) too: linear attention divides a query's length out, so a norm's only trace is these."""
+    module = _seeded(lambda: SprintTransformer(config))
+    heat(module)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in module.named_parameters():
+        if "norm_" in name:
+            parameter.data.normal_(generator=generator)
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def hot_controlled(dtype: torch.dtype = torch.float32, injection: Injection = "diffusers") -> ControlledTransformer:
+    """A branch of one block whose every weight matters, on the transformer of `hot_transformer`."""
+    transformer = hot_transformer()
+    branch = heat(ControlNet.of(transformer, 1, injection), 4)
+    assert isinstance(branch, ControlNet)
+    return ControlledTransformer(transformer, branch).to(dtype).eval().requires_grad_(False)
+
+
+def hot_module(name: ModuleName, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`name` as the engine runs it, made for SHAPE."""
+    if name == "transformer":
+        return hot_transformer(dtype=dtype)
+    if name == "controlled":
+        return hot_controlled(dtype)
+    autoencoder = heat(_seeded(lambda: Autoencoder(AUTOENCODER))).to(dtype).requires_grad_(False)
+    assert isinstance(autoencoder, Autoencoder)
+    return (PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)).eval()
+
+
+def _seeded(make: Callable[[], T]) -> T:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
