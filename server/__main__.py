@@ -1,15 +1,17 @@
 """python -m server: settings, engine, app, listener.
 
-Exit codes: 0 after a drain, 2 bad settings, 3 cannot start, 70 a batch hung, 71 the engine is lost.
+Exit codes: 0 after a drain, 2 bad settings, 3 cannot start, 4 cannot listen, 70 a batch hung, 71 the engine is lost.
 """
 
+import logging
 import os
 import sys
 
 from server import logs
+from server.accepting import raise_open_files_limit
 from server.allocator import keep_memory
 from server.app import create_app
-from server.errors import EXIT_SETTINGS, SettingsError
+from server.errors import EXIT_LISTEN, EXIT_SETTINGS, ListenError, SettingsError
 from server.listener import serve
 from server.loading import load
 from server.settings import read
@@ -20,14 +22,17 @@ def main() -> int:
     try:
         settings = read(sys.argv[1:], os.environ)
         logs.configure(settings.log_format, settings.log_level)
+        raise_open_files_limit()
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
         keep_memory(os.environ)
-        app = create_app(lambda: load(settings), settings)
+        serve(create_app(lambda: load(settings), settings), settings)
+    except ListenError as error:
+        logging.getLogger("server").critical("%s", error)
+        return EXIT_LISTEN
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    serve(app, settings)
     return 0
 
 

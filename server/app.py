@@ -72,6 +72,8 @@ def create_app(
         leave=leave,
         when_ready=lambda ready: _introduce(ready, metrics),
     )
+    metrics.workers_wanted.set(settings.workers)
+    metrics.worker_ready.set_function(lambda: batcher.state == "ready")
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
     generation = Generation(batcher, codec, timeout_ms=settings.timeout_ms)
 

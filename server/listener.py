@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -19,8 +19,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from server.accepting import Acceptor, is_any, listen
 from server.live_messages import MAX_DRAWING
 from server.problems import MEDIA_TYPE
+from server.saying import say
 from server.service import Service
 from server.settings import Settings
 from server.upgrades import announces_body, offers_websocket, without_offer
@@ -230,16 +232,43 @@ class DrainingServer(uvicorn.Server):
     stops it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, listeners: Sequence[socket.socket] = ()) -> None:
         super().__init__(config)
         self._service = service
+        self._listeners = listeners
+        self._acceptor = Acceptor(listeners, self._take)
         self._tasks: list[asyncio.Task[None]] = []
+        self._connecting: set[asyncio.Task[None]] = set()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.servers:
-            where = address(self.config.host, self.servers[0].sockets[0].getsockname()[1])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
+        await super().startup(sockets=[])
+        self._acceptor.resume()
+        if self._listeners:
+            where = address(self.config.host, self._listeners[0].getsockname()[1])
             self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
+        await super().shutdown(sockets)
+
+    def _take(self, connection: socket.socket) -> None:
+        task = asyncio.create_task(self._connect(connection))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            )
+            return made
+
+        try:
+            await loop.connect_accepted_socket(protocol, connection)
+        except OSError:  # the client left on the way here
+            connection.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         batcher = self._service.batcher
@@ -271,24 +300,25 @@ class DrainingServer(uvicorn.Server):
 
 def address(host: str, port: int) -> str:
     """The URL of a server, for someone on its machine."""
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    host = "127.0.0.1" if is_any(host) else host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def say_listening(where: str, what: str) -> None:
-    print(f"listening on {where}; loading {what}", flush=True)
+    say(f"listening on {where}; loading {what}")
 
 
 def say_ready(where: str) -> None:
     """With a line to paste."""
     body = '{"prompt": "a red circle on a white background", "seed": 7}'
-    print(f"ready (docs at {where}/docs). Try:")
-    print(f"curl -s {where}/generate -H 'content-type: application/json' -d '{body}' -o picture.png", flush=True)
+    say(f"ready (docs at {where}/docs). Try:")
+    say(f"curl -s {where}/generate -H 'content-type: application/json' -d '{body}' -o picture.png")
 
 
 def serve(app: FastAPI, settings: Settings) -> None:
-    """Listens until a signal, then drains. Blocks."""
-    DrainingServer(configuration(app, settings), app.state.service).run()
+    """Listens until a signal, then drains. Blocks. Raises ListenError before anything is loaded."""
+    listeners = listen(settings.host, settings.port)
+    DrainingServer(configuration(app, settings), app.state.service, listeners).run()
 
 
 def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:

@@ -74,6 +74,14 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self.workers_wanted = Gauge(
+            "sana_sprint_workers_wanted", "Processes that shall serve here (--workers).", registry=self.registry
+        )
+        self.worker_ready = Gauge(
+            "sana_sprint_worker_ready",
+            "1 where this process is ready; a process that is gone has none.",
+            registry=self.registry,
+        )
         self.live_sessions = Gauge("sana_sprint_live_sessions", "Open live sessions.", registry=self.registry)
         self.live_ended = Counter(
             "sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",), registry=self.registry

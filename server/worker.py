@@ -17,11 +17,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from server import gathering, logs
+from server.accepting import leaves_room, open_files_limit
 from server.allocator import keep_memory
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.listener import DrainingServer, configuration
 from server.loading import load
+from server.logs import Seldom
 from server.passing import Report, State, send_report, taken
 from server.service import Service
 from server.settings import read
@@ -39,10 +41,10 @@ class WorkerServer(DrainingServer):
         self._received = 0
         self._report = Report()
         self._exposing: asyncio.Server | None = None
-        self._connecting: set[asyncio.Task[object]] = set()
+        self._lost = Seldom(logger)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
-        await super().startup(sockets=[])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         self._exposing = await gathering.expose(self._metrics, self._service.metrics.exposition)
         asyncio.get_running_loop().add_reader(self._end, self._read)
 
@@ -61,15 +63,15 @@ class WorkerServer(DrainingServer):
     def _read(self) -> None:
         loop = asyncio.get_running_loop()
         while (item := taken(self._end)) is not None:
-            if item == "lost":
+            if item == "lost" or (isinstance(item, socket.socket) and not leaves_room(item)):
                 self._received += 1
-                logger.warning("a connection was lost: too many open files")
+                if isinstance(item, socket.socket):
+                    item.close()
+                self._lost.warning("a connection was lost: too many open files (limit: %d)", open_files_limit())
                 continue
             if isinstance(item, socket.socket):
                 self._received += 1
-                task = asyncio.create_task(self._connect(item))
-                self._connecting.add(task)
-                task.add_done_callback(self._connecting.discard)
+                self._take(item)
                 continue
             if item == "closed":
                 loop.remove_reader(self._end)
@@ -79,20 +81,6 @@ class WorkerServer(DrainingServer):
                 self._tell("unready")
             if item == "closed":
                 return
-
-    async def _connect(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-
-        def protocol() -> asyncio.Protocol:
-            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
-            )
-            return made
-
-        try:
-            await loop.connect_accepted_socket(protocol, connection)
-        except OSError:  # the client left on the way here
-            connection.close()
 
     def _tell(self, state: State) -> None:
         report = Report(state, self._received, len(self.server_state.connections))
