@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -18,11 +17,13 @@ from engines.types import Engine, ReportsMemory
 from server import __version__, openai_api, openapi_doc, problems, routes
 from server.batcher import Batcher
 from server.codec import Codec
+from server.cors import Cors
 from server.edge import Edge, EdgeLimits
 from server.generation import Generation
 from server.keys import ApiKeys
 from server.live import Live
 from server.metrics import Metrics
+from server.origins import Origins
 from server.service import Service, context_of
 from server.settings import Settings
 from server.tracing import Tracing
@@ -97,6 +98,7 @@ def create_app(
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # server/metrics.py and tracing.py are ours
     )
+    origins = Origins(settings.cors_origins)
     live = Live(batcher, codec, metrics, settings)
     app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live, expose)
     app.include_router(routes.router)
@@ -109,17 +111,12 @@ def create_app(
         Edge,
         metrics=metrics,
         keys=keys,
+        origins=origins,
         limits=EdgeLimits(body_bytes=settings.body_limit, body_s=settings.body_timeout_s),
         tracing=tracing,
     )
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
-            expose_headers=["x-seed", "x-request-id", "x-prompt-truncated", "server-timing", "retry-after"],
-        )
+        app.add_middleware(Cors, origins=origins)
     return app
 
 

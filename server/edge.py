@@ -1,7 +1,7 @@
 """The outermost layer: every request passes here once on its way in and once on its way out.
 
-In: a request id and the W3C trace context, the API key, the limits on the body. Out: headers, the error as the contract
-has it, one metric and one log line. Plain ASGI; the answer's body is passed on untouched.
+In: a request id, the W3C trace context, the page it came from, the API key, the limits on the body. Out: headers, the
+error as the contract has it, one metric and one log line. Plain ASGI; the answer's body is passed on untouched.
 """
 
 import asyncio
@@ -22,12 +22,13 @@ from server.errors import (
     BodyTooLargeError,
     ClientGoneError,
     EngineError,
+    HttpError,
     RequestError,
     SlowBodyError,
-    UnauthorizedError,
 )
 from server.keys import ApiKeys
 from server.metrics import Metrics
+from server.origins import Origins
 from server.tracing import Tracing
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -42,6 +43,8 @@ SCHEMA_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # 
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+
+SAFE = ("GET", "HEAD", "OPTIONS")  # they make nothing, and CORS keeps their answers
 
 KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a page's websocket can set no header
 
@@ -71,9 +74,17 @@ class Edge:
     """ASGI middleware around everything else."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: EdgeLimits, tracing: Tracing | None
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        keys: ApiKeys | None,
+        origins: Origins,
+        limits: EdgeLimits,
+        tracing: Tracing | None,
     ) -> None:
         self._app = app
+        self._origins = origins
         self._tracing = tracing
         self._metrics = metrics
         self._keys = keys
@@ -92,10 +103,13 @@ class Edge:
         context = _context(headers)
         scope.setdefault("state", {})["context"] = context
         try:
+            self._check_origin("websocket", headers)
             self._authorize(scope["path"], headers, _offered_key(scope))
-        except UnauthorizedError as error:
+        except RequestError as error:
             answer = problems.response(error, path=scope["path"], request_id=context.request_id)
             await answer(scope, receive, send)
+            fields = {"path": scope["path"], "status": error.status, "request_id": context.request_id}
+            logger.info("websocket refused: %s", error.detail, extra={"fields": fields})
             return
         await self._app(scope, receive, send)
 
@@ -105,6 +119,8 @@ class Edge:
         scope.setdefault("state", {})["context"] = context
         exchange = _Exchange(headers, receive, send, context, self._limits, page=_is_page(scope["path"]))
         try:
+            if scope["method"] not in SAFE:
+                self._check_origin("request", headers)
             self._authorize(scope["path"], headers)
             exchange.check_length()
             await self._app(scope, exchange.receive, exchange.send)
@@ -119,6 +135,15 @@ class Edge:
             await self._answer(EngineError(detail), scope, exchange)
         finally:
             self._record(scope, exchange)
+
+    def _check_origin(self, kind: str, headers: Headers) -> None:
+        """Raises HttpError (403) for a page of another site, which CORS would keep from the answer alone."""
+        origin, host = headers.get("origin"), headers.get("host")
+        if self._origins.admits(origin, host):
+            return
+        self._metrics.origins_refused.labels(kind).inc()
+        logger.warning("refused by its Origin: got %r, sent to Host %r; --cors-origins allows others", origin, host)
+        raise HttpError(403, f"Origin: got {origin}, allowed: this server's own page, and --cors-origins")
 
     def _authorize(self, path: str, headers: Headers, offered: str | None = None) -> None:
         if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):

@@ -74,6 +74,9 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self.origins_refused = Counter(
+            "sana_sprint_origins_refused", "Refused for a page of another site.", ("kind",), registry=self.registry
+        )
         self.workers_wanted = Gauge(
             "sana_sprint_workers_wanted", "Processes that shall serve here (--workers).", registry=self.registry
         )
@@ -99,6 +102,8 @@ class Metrics:
         )
         for reason in ("client", "idle", "slow", "draining", "too_many_sessions"):
             self.live_ended.labels(reason)
+        for kind in ("request", "websocket"):
+            self.origins_refused.labels(kind)
         for reason in ("client_gone", "deadline", "draining", "queue_full"):
             self.dropped.labels(reason)
         for kind in ("error", "out_of_memory", "output", "hang"):

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 from server.errors import SettingsError
+from server.origins import setting as origin
 
 T = TypeVar("T")
 
@@ -78,12 +79,9 @@ def text(allowed: str) -> Kind[str]:
 
 def origins() -> Kind[tuple[str, ...]]:
     def parse(value: str) -> tuple[str, ...]:
-        names = tuple(name.strip() for name in value.split(",") if name.strip())
-        if not all(name == "*" or name.startswith(("http://", "https://")) for name in names):
-            raise ValueError(value)
-        return names
+        return tuple(origin(name.strip()) for name in value.split(",") if name.strip())
 
-    return Kind(parse, "origins such as https://example.org separated by commas, or *")
+    return Kind(parse, "origins such as https://example.org or tauri://localhost (no path) separated by commas, or *")
 
 
 def buckets() -> Kind[tuple[float, ...]]:
