@@ -11,6 +11,7 @@ from server import logs
 from server.accepting import raise_open_files_limit
 from server.allocator import keep_memory
 from server.app import create_app
+from server.cores import settle
 from server.errors import EXIT_LISTEN, EXIT_SETTINGS, ListenError, SettingsError
 from server.listener import serve
 from server.loading import load
@@ -26,7 +27,7 @@ def main() -> int:
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
         keep_memory(os.environ)
-        serve(create_app(lambda: load(settings), settings), settings)
+        serve(create_app(lambda: load(settings), settings, cores=settle(os.environ)), settings)
     except ListenError as error:
         logging.getLogger("server").critical("%s", error)
         return EXIT_LISTEN

@@ -17,6 +17,7 @@ from engines.types import Engine, ReportsMemory
 from server import __version__, openai_api, openapi_doc, problems, routes
 from server.batcher import Batcher
 from server.codec import Codec
+from server.cores import Cores
 from server.cors import Cors
 from server.edge import Edge, EdgeLimits
 from server.generation import Generation
@@ -50,12 +51,14 @@ def create_app(
     *,
     leave: Callable[[int], None] = leave,
     expose: Callable[[Metrics], Awaitable[bytes]] = own_metrics,
+    cores: Cores | None = None,
 ) -> FastAPI:
     """The whole server as an ASGI app.
 
     `engine` is an engine or loads one; it is loaded, warmed up, called and closed on one thread of its own, beginning
     with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors). `expose` is
-    what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all.
+    what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all. `cores` are
+    told by GET /v1/info.
     Raises SettingsError for an API key file that cannot be used, and for traces without the extra `otel`.
     """
     load = engine if callable(engine) else lambda: engine
@@ -101,6 +104,7 @@ def create_app(
     origins = Origins(settings.cors_origins)
     live = Live(batcher, codec, metrics, settings)
     app.state.service = Service(settings, metrics, batcher, codec, generation, Uploads(LARGE_BODIES), live, expose)
+    app.state.cores = cores
     app.include_router(routes.router)
     app.include_router(openai_api.router)
     if routes.STATIC.is_dir():

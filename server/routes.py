@@ -77,9 +77,13 @@ async def info(request: Request) -> Response:
     service = service_of(request)
     engine = service.batcher.engine
     limits = engine.limits
+    told = asdict(engine.info)
+    cores = request.app.state.cores
+    if cores is not None:
+        told |= {"threads": cores.count, "reasons": {**told["reasons"], "threads": cores.reason}}
     return JSONResponse(
         {
-            **asdict(engine.info),
+            **told,
             "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
             "default_size": limits.default_size,
             "sizes": limits.sizes or None,

@@ -8,7 +8,6 @@ connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from server import passing
 from server.accepting import Acceptor, listen
+from server.cores import THREADS, shares
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.keys import ApiKeys
 from server.listener import address, say_listening, say_ready
@@ -232,8 +232,7 @@ def environments(
     else:
         gpus = [name.strip() for name in visible.split(",") if name.strip()]
     if not gpus or settings.device == "cpu" or settings.backend == "fake":
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
-        return [{"OMP_NUM_THREADS": str(threads), **environment} for _ in range(count)]
+        return [{**environment, THREADS: shares(environment, count)} for _ in range(count)]
     if count > len(gpus):
         raise SettingsError(
             f"--workers: got {count}, allowed: at most {len(gpus)}, one for each GPU ({', '.join(gpus)})"

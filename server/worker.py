@@ -20,6 +20,7 @@ from server import gathering, logs
 from server.accepting import leaves_room, open_files_limit
 from server.allocator import keep_memory
 from server.app import create_app
+from server.cores import settle
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.listener import DrainingServer, configuration
 from server.loading import load
@@ -102,7 +103,9 @@ def main() -> int:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         keep_memory(os.environ)
-        app = create_app(lambda: load(settings), settings, expose=lambda _: gathering.gather(folder))
+        app = create_app(
+            lambda: load(settings), settings, expose=lambda _: gathering.gather(folder), cores=settle(os.environ)
+        )
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETTINGS

@@ -11,6 +11,7 @@ from server import gathering, logs
 from server.allocator import keep_memory
 from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
+from server.cores import settle
 from server.errors import UnavailableError
 from server.loading import load
 from server.service import Service
@@ -37,7 +38,12 @@ class Replica:
         self._service: Service | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(lambda: load(self._settings), self._settings, expose=lambda _: self._all_metrics())
+        app = create_app(
+            lambda: load(self._settings),
+            self._settings,
+            expose=lambda _: self._all_metrics(),
+            cores=settle(os.environ),
+        )
         self._service = app.state.service
         return app
 
