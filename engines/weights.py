@@ -102,7 +102,7 @@ class FolderWeights:
         if not path.is_file():
             raise CheckpointError(f"{path.parent}: no tokenizer.json; a slow tokenizer (tokenizer.model) is not enough")
         try:
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
         except Exception as error:  # the Rust side raises Exception itself
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
 
@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a SANA-Sprint checkpoint in the diffusers layout has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # bytes: a byte order mark says how they are encoded
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -91,6 +91,8 @@ class Edge:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope["path"] = plain_path(scope["path"])
         if scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
         elif scope["type"] != "http":
@@ -318,6 +320,12 @@ def _offered_key(scope: Scope) -> str | None:
             with contextlib.suppress(ValueError):
                 return "Bearer " + base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
     return None
+
+
+def plain_path(path: str) -> str:
+    """Without slashes that do not count in OpenAI's routes: clients put one behind a path, or before it."""
+    plain = re.sub("//+", "/", path)
+    return plain.rstrip("/") if plain.startswith("/v1/") else path
 
 
 def _is_page(path: str) -> bool:

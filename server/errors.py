@@ -89,10 +89,12 @@ class UnauthorizedError(RequestError):
 class HttpError(RequestError):
     """What routing refuses: 404, 405 and whatever else plain HTTP says."""
 
-    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, *, headers: dict[str, str] | None = None, code: str | None = None
+    ) -> None:
         super().__init__(detail, headers=headers)
         self.status = status
-        self.code = HTTPStatus(status).name.lower()
+        self.code = code or HTTPStatus(status).name.lower()
 
 
 class SlowBodyError(RequestError):

@@ -114,7 +114,7 @@ def test_the_schema_has_every_route_and_its_errors(plain: Running) -> None:
     schema = plain.client.get("/openapi.json").json()
     assert set(schema["paths"]) == {
         *("/generate", "/health/live", "/health/ready", "/metrics", "/v1/info"),
-        *("/v1/images/generations", "/v1/images/edits", "/v1/models"),
+        *("/v1/images/generations", "/v1/images/edits", "/v1/models", "/v1/models/{name}"),
     }
     for path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
         responses = schema["paths"][path]["post"]["responses"]
