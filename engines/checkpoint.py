@@ -15,10 +15,12 @@ import torch
 from tokenizers import Tokenizer
 
 from engines.errors import CheckpointError
+from engines.home import expanded
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
 from engines.random_weights import RandomWeights
+from engines.variants import needed
 from engines.weights import FolderWeights, Part, WeightSource, read_json, unfilled
 
 SHORT_NAMES = {
@@ -28,6 +30,7 @@ SHORT_NAMES = {
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
+LIST_S = 10.0  # for the hub to say what a repository holds
 _PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
 _HERE = Path(__file__).resolve().parent
 # Where the shipped checkpoint lies: in the source tree, or beside this file in an installed package.
@@ -138,55 +141,85 @@ class Checkpoint:
         return tokenizer
 
 
-def open_checkpoint(name: str | Checkpoint, decoder: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str | Checkpoint, decoder: str | None = None, variant: str | None = None) -> Checkpoint:
     """Finds the checkpoint `name` (downloading it if it is on the hub) and reads its configs; one that is open already
     is taken as it is.
 
-    decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. Raises CheckpointError.
+    decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. variant: of the weights,
+    where a part has several (engines.variants). Raises CheckpointError.
     """
     if isinstance(name, Checkpoint):
         checkpoint = name
     else:
-        checkpoint = _random(name) if name.startswith("random:") else _from_folder(name, find_folder(name))
+        whole = not name.startswith("random:")
+        checkpoint = _from_folder(name, find_folder(name, None, variant), variant) if whole else _random(name)
     if decoder is None:
         return checkpoint
     if not isinstance(checkpoint.weights, FolderWeights):
         raise CheckpointError(f"decoder: got {decoder!r}; random weights are drawn for their own decoder only")
-    folder = find_folder(decoder)
+    folder = find_folder(decoder, "vae", variant)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    weights = FolderWeights({**checkpoint.weights.folders, "vae": folder})
+    weights = FolderWeights({**checkpoint.weights.folders, "vae": folder}, variant)
     return replace(checkpoint, autoencoder=_autoencoder(folder), weights=weights)
 
 
-def find_folder(name: str) -> Path:
-    """The local folder of a checkpoint, downloaded with a progress bar where `name` is a hub id."""
+def find_folder(name: str, part: str | None = None, variant: str | None = None) -> Path:
+    """The local folder of a checkpoint, downloaded with a progress bar where `name` is a hub id; of such, no more than
+    is read: with `part` (vae, controlnet) that one alone, and one variant of the weights."""
     if name == "tiny":
         for folder in _TINY:
             if folder.is_dir():
                 return folder
         raise CheckpointError(f"tiny: the shipped checkpoint is in none of {', '.join(map(str, _TINY))}")
-    folder = Path(name).expanduser()
+    folder = expanded(Path(name), CheckpointError, "give the folder's whole path, or set HOME")
     if folder.is_dir():
         return folder
     hub_id, _, revision = SHORT_NAMES.get(name, name).partition("@")
     if folder.exists() or hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(["tiny", *SHORT_NAMES])
         raise CheckpointError(f"model: {name!r} is no folder; give a folder, a hub id org/name[@revision], or {known}")
-    return _download(hub_id, revision or None)
+    return _download(hub_id, revision or None, part, variant)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(hub_id: str, revision: str | None, part: str | None, variant: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.safetensors"]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        at = f" at revision {revision}" if revision else ""
+        found = HfApi().model_info(hub_id, revision=revision, timeout=LIST_S)
+    except Exception:  # of whatever client it uses: what was kept serves, or else the next call says what is wrong
+        found = None
+    if found is not None:
+        patterns = needed([file.rfilename for file in found.siblings or ()], part, variant, hub_id)
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except RuntimeError as error:  # pathlib's, of a user without a home
         raise CheckpointError(
-            f"model: {hub_id}{at} is no local folder and cannot be had from the hub: {reason}"
+            f"model: {hub_id} has no place to be kept: this user has no home directory; set HF_HOME (or HOME) to a "
+            "folder that can be written"
         ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        kept = _kept(hub_id, revision) if found is None else None
+        if kept is not None:
+            return kept
+        reason = str(error).strip().splitlines()[0]
+        shown = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"model: {hub_id}{shown} is no local folder and cannot be had from the hub: {reason}"
+        ) from error
+
+
+def _kept(hub_id: str, revision: str | None) -> Path | None:
+    """What was downloaded before, be it a part of the repository: the reader says whether that is enough."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    least = ["model_index.json", "config.json"]
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=least, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
 
 
 def _random(name: str) -> Checkpoint:
@@ -199,7 +232,7 @@ def _random(name: str) -> Checkpoint:
     return Checkpoint(name, Settings(), config, AutoencoderConfig(), text, RandomWeights(int(seed or "0")))
 
 
-def _from_folder(name: str, folder: Path) -> Checkpoint:
+def _from_folder(name: str, folder: Path, variant: str | None = None) -> Checkpoint:
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in PIPELINES:
         raise CheckpointError(f"{folder}: holds a {kind}; a {PIPELINES[0]} checkpoint is needed")
@@ -219,7 +252,9 @@ def _from_folder(name: str, folder: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{extra}: {error}") from error
     text = read_json(folder / "text_encoder" / "config.json")
-    weights = FolderWeights({part: folder / part for part in (*_PARTS, "tokenizer")})
+    weights = FolderWeights({part: folder / part for part in (*_PARTS, "tokenizer")}, variant)
+    if variant is not None and variant not in weights.variants():
+        raise CheckpointError(f"{folder}: --variant: got {variant}, and no part has files of that name; leave it out")
     return Checkpoint(name, settings, transformer, _autoencoder(folder / "vae"), text, weights)
 
 

@@ -28,6 +28,7 @@ from engines.pipeline import Books, LatentSpace, Modules, SprintEngine
 from engines.sampler import Schedule
 from engines.text_stage import load_text_stage
 from engines.types import Engine, EngineInfo, Limits
+from engines.weights import FolderWeights
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -58,6 +59,7 @@ def load_engine(
     schedule: Schedule = "paper",
     recorder: Recorder | None = None,
     cache: str | None = None,
+    variant: str | None = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoint) and makes it ready to generate.
 
@@ -66,25 +68,36 @@ def load_engine(
     autoencoder with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name
     where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
     a GPU; cache: folder for what backends compile when they load, None takes engines.backends.spec.CACHE.
+    variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
     if engine_dir is not None:
         return _load_built(
-            Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder
+            Path(engine_dir),
+            model,
+            backend,
+            max_batch,
+            precision,
+            device,
+            decoder,
+            controlnet,
+            schedule,
+            recorder,
+            variant,
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    checkpoint = open_checkpoint(model, decoder)
-    branch = load_controlnet(checkpoint, controlnet, dtype, place)
+    checkpoint = _opened(model, decoder, variant, reasons)
+    branch = load_controlnet(checkpoint, controlnet, dtype, place, variant)
     limits = _limits(checkpoint, max_batch, branch is not None)
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
-        unit, kept = checkpoint.autoencoder.compression, Path(cache or CACHE).expanduser()
+        unit, kept = checkpoint.autoencoder.compression, Path(cache or CACHE)
         spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept, int8=precision == "int8")
         return execute(module, spec)
 
@@ -117,6 +130,7 @@ def _load_built(
     controlnet: str | None,
     schedule: Schedule,
     recorder: Recorder | None,
+    variant: str | None,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -128,10 +142,10 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    checkpoint = open_checkpoint(model, decoder)
+    checkpoint = _opened(model, decoder, variant, reasons)
     loaded = load_artifacts(folder, checkpoint, place)
     text_dtype = torch.float32 if place.type == "cpu" else torch.bfloat16  # fp16 overflows in Gemma
-    branch = load_controlnet(checkpoint, controlnet, text_dtype, place)
+    branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
     controlled = None
     if branch is not None:
         reasons["control"] = (
@@ -160,6 +174,17 @@ def _load_built(
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
     info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, books)
+
+
+def _opened(model: str | Checkpoint, decoder: str | None, variant: str | None, reasons: dict[str, str]) -> Checkpoint:
+    """Names the variants of the weights, where they are not the plain ones."""
+    checkpoint = open_checkpoint(model, decoder, variant)
+    if isinstance(checkpoint.weights, FolderWeights):
+        why = "asked for" if variant else "the only weights there"
+        told = [f"{name}: {why}, of {', '.join(parts)}" for name, parts in checkpoint.weights.variants().items()]
+        if told:
+            reasons["variant"] = "; ".join(told)
+    return checkpoint
 
 
 def _recorder(device: torch.device, asked: Recorder | None) -> Recorder | None:

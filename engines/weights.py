@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from engines.errors import CheckpointError
+from engines.variants import chosen, index_file, single_file
 
 Part = Literal["transformer", "vae", "text_encoder", "controlnet"]
 
@@ -77,15 +78,26 @@ def _some(keys: list[str]) -> str:
 
 @dataclass(frozen=True)
 class FolderWeights:
-    """The folder of each part, so that a part (another decoder) may lie elsewhere."""
+    """The folder of each part, so that a part (another decoder) may lie elsewhere. `variant`: see engines.variants."""
 
     folders: Mapping[str, Path]
+    variant: str | None = None
+
+    def variants(self) -> dict[str, list[str]]:
+        """The variants that are read beside the plain one, with their parts."""
+        found: dict[str, list[str]] = {}
+        for part in sorted(self.folders.keys() - {"tokenizer"}):
+            names = [path.name for path in self.folders[part].glob("*")]
+            taken = chosen(names, self.variant, str(self.folders[part]))
+            if taken:
+                found.setdefault(taken, []).append(part)
+        return found
 
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Raises CheckpointError where a file is absent, damaged, quantised, or does not fit the config."""
         folder = self.folders[part]
         tensors: dict[str, Tensor] = {}
-        for path in weight_files(folder):
+        for path in weight_files(folder, self.variant):
             try:
                 tensors |= load_file(path, device="cpu")
             except (SafetensorError, OSError) as error:
@@ -109,19 +121,25 @@ class FolderWeights:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for part in sorted(self.folders.keys() - {"tokenizer"}):
-            for path in weight_files(self.folders[part]):
+            for path in weight_files(self.folders[part], self.variant):
                 with path.open("rb") as file:
                     digest.update(f"{part} {path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of one part: the single file, or all that its index names. Raises CheckpointError."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors of one part: the single file, or all that its index names; which ones of several, says
+    engines.variants.chosen. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a SANA-Sprint checkpoint in the diffusers layout has one")
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    taken = chosen(names, variant, str(folder))
+    if taken is not None:
+        single, named = single_file(names, taken), index_file(names, taken)
+        if single is not None:
+            return [folder / single]
+        if named is not None:
+            index = folder / named
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index}: names no files; an index with a weight_map is needed")
@@ -130,7 +148,7 @@ def weight_files(folder: Path) -> list[Path]:
             if absent:
                 raise CheckpointError(f"{index}: files it names are absent: {_some(absent)}; download them")
             return paths
-    present = _some(sorted(path.name for path in folder.iterdir() if path.name != "config.json"))
+    present = _some(sorted(name for name in names if name != "config.json"))
     raise CheckpointError(f"{folder}: weights must be model.safetensors or an index of such; found: {present}")
 
 

@@ -124,6 +124,9 @@ class Settings:
     )
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "where the modules run; auto decides and says why")
     decoder: str | None = setting(None, text("a folder or a hub id"), "another autoencoder with the same latents")
+    variant: str | None = setting(
+        None, text("a name such as fp16"), "weights to take where the checkpoint has several; default: the plain ones"
+    )
     controlnet: str | None = setting(
         None, text("a folder or a hub id"), "what drawings steer it with; default: controlnet/ in the checkpoint"
     )

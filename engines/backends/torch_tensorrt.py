@@ -30,6 +30,7 @@ from engines.backends.spec import ModuleSpec
 from engines.buckets import powers_of_two, smallest_fitting
 from engines.errors import BackendError
 from engines.export import quiet
+from engines.home import expanded
 from engines.machine import dotted, this_machine
 
 CACHE_BYTES = 20 * 2**30  # of engines; the oldest go first
@@ -50,7 +51,11 @@ def torch_tensorrt(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
 def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     """`torch_tensorrt` with the package as an argument, on any device that it works on."""
     plain = ModuleGraph(module)
-    folder = spec.cache / f"torch-tensorrt-{vendor.__version__}-{dotted(this_machine().capability)}"
+    remedy = "give --cache DIR, or set HOME or XDG_CACHE_HOME to a folder that can be written"
+    folder = (
+        expanded(spec.cache, BackendError, remedy)
+        / f"torch-tensorrt-{vendor.__version__}-{dotted(this_machine().capability)}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{spec.name}-{_digest(module)}"
     fast: Mapping[Side, Graph] = {

@@ -16,6 +16,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "precision": ("bf16", "bf16"),
     "device": ("cpu", "cpu"),
     "decoder": ("lite", "lite"),
+    "variant": ("fp16", "fp16"),
     "controlnet": ("drawn", "drawn"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
