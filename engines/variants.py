@@ -1,6 +1,6 @@
 """Which files of a checkpoint are its weights, where it holds them more than once: plain, fp16, ...
 
-A *variant* is a word in the names of files, as diffusers and transformers write them by save_pretrained(variant="fp16"):
+A *variant* is a word in the names of files, as save_pretrained(variant="fp16") of diffusers and transformers writes it:
 model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or model-00001-of-00002.fp16.safetensors with
 model.safetensors.index.fp16.json. "" is the plain one. Knows names, opens no file.
 """

@@ -99,6 +99,8 @@ def create_app(
         description="Pictures from text in one step: SANA-Sprint over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # server/static/docs.html, whose scripts come from here and not from elsewhere
+        redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # server/metrics.py and tracing.py are ours
     )
     origins = Origins(settings.cors_origins)

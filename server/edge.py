@@ -34,11 +34,11 @@ from server.tracing import Tracing
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
-# Without a key: what orchestrators and Prometheus poll, and the page, which holds no data (a browser cannot send a
+# Without a key: what orchestrators and Prometheus poll, and the pages, which hold no data (a browser cannot send a
 # header with the address it is pointed at; the page asks its user for a key).
-OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/")
+OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")
 OPEN_FOLDER = "/static/"
-SCHEMA_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # FastAPI's own, not in scope["route"]
+SCHEMA_PATH = "/openapi.json"  # FastAPI's own, not in scope["route"]
 
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -329,13 +329,13 @@ def plain_path(path: str) -> str:
 
 
 def _is_page(path: str) -> bool:
-    return path == "/" or path.startswith(OPEN_FOLDER)
+    return path in ("/", "/docs") or path.startswith(OPEN_FOLDER)
 
 
 def _route(scope: Scope) -> str:
     """The template of the route that answered: a label of few values, whatever clients ask for."""
     path: str = scope["path"]
-    if path in SCHEMA_PATHS:
+    if path == SCHEMA_PATH:
         return path
     if path.startswith(OPEN_FOLDER):
         return "/static"
