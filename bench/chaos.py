@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench import client_faults, engine_faults, process_faults
+from bench import client_faults, descriptor_faults, engine_faults, process_faults
 from bench.errors import BenchError
 from bench.fault import Fault, Row, row
 from bench.figures import command, machine, table
@@ -37,7 +37,7 @@ FLAGS = (
 
 
 def all_faults(clock: Clock) -> tuple[Fault, ...]:
-    return (*engine_faults.FAULTS, *client_faults.FAULTS, *process_faults.faults(clock))
+    return (*engine_faults.FAULTS, *client_faults.FAULTS, *process_faults.faults(clock), *descriptor_faults.FAULTS)
 
 
 async def play(fault: Fault, supervisor: Supervisor, seed: int) -> Row:
@@ -64,7 +64,8 @@ async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path)
         for fault in faults:
             if fault.stage not in servers:
                 environment = await clock.environment(folder) if fault.stage == "clock" else {}
-                servers[fault.stage] = Supervisor(FLAGS, folder / f"{fault.stage}.log", environment)
+                flags = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
+                servers[fault.stage] = Supervisor(flags, folder / f"{fault.stage}.log", environment)
                 await servers[fault.stage].start()
             scaled = replace(fault, count=max(1, math.ceil(fault.count * scale)))
             rows.append(await play(scaled, servers[fault.stage], seed))
