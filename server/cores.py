@@ -44,7 +44,7 @@ def usable(root: Path = Path("/")) -> Cores:
     if quota is None or quota >= allowed:
         return Cores(allowed, f"{allowed}: the cores that this process may run on")
     count = max(1, int(quota))
-    return Cores(count, f"{count}: the cgroup's quota is {quota:g} cores, of {allowed} that this process may run on")
+    return Cores(count, f"{count}: the cgroup's quota is {quota:g}, of {allowed} cores that this process may run on")
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -129,6 +129,6 @@ def test_a_quota_of_one_core_is_one_thread() -> None:
             check=True,
         )
         assert "count=1" in done.stdout
-        assert "quota is 1 cores" in done.stdout
+        assert "quota is 1, of" in done.stdout
     finally:
         group.rmdir()
