@@ -1,7 +1,7 @@
 """From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +14,19 @@ from engines.artifacts.loading import load_artifacts
 from engines.artifacts.manifest import read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
-from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture, GraphRunner
+from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
 from engines.backends.eager import eager
 from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
+from engines.checkpoints.weights import FolderWeights
 from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError, CheckpointError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline.calibration import calibration_texts
-from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
-from engines.pipeline.engine import GraphRunners, LatentSpace, Modules, SprintEngine
+from engines.pipeline.engine import LatentSpace, Modules, SprintEngine
+from engines.pipeline.runners import runners_of
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
 from engines.types import Engine, EngineInfo, Limits, powers_of_two
@@ -63,6 +64,7 @@ def load_engine(
     recorder: GraphCapture | None = None,
     cache: str | None = None,
     native: "Native | None" = None,
+    variant: str | None = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
 
@@ -72,20 +74,22 @@ def load_engine(
     where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
     a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE; native: the
     kernels of the cuda-graph backend, None takes those of the GPU at hand.
+    variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
     if engine_dir is not None:
         return _load_built(
-            Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder
+            *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
+            variant,
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    checkpoint = open_checkpoint(model, decoder)
-    branch = load_controlnet(checkpoint, controlnet, dtype, place)
+    checkpoint = _opened(model, decoder, variant, reasons)
+    branch = load_controlnet(checkpoint, controlnet, dtype, place, variant)
     limits = _limits(checkpoint, max_batch, branch is not None)
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
@@ -97,7 +101,7 @@ def load_engine(
     text = load_text_stage(checkpoint, dtype, place)
     transformer = checkpoint.load_transformer(dtype, place)
     autoencoder = checkpoint.load_autoencoder(dtype, place)
-    kept = Path(cache or CACHE).expanduser()
+    kept = Path(cache or CACHE)
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
     kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
     if kernels is not None:
@@ -118,7 +122,7 @@ def load_engine(
         reasons |= kernels.reasons
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(place, recorder)
-    runners = _runners(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
+    runners = runners_of(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
     info = _info(checkpoint, backend, precision, place, reasons)
     return SprintEngine(modules, space, info, limits, schedule, buckets, runners, kernels)
 
@@ -134,6 +138,7 @@ def _load_built(
     controlnet: str | None,
     schedule: Schedule,
     recorder: GraphCapture | None,
+    variant: str | None,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -145,10 +150,10 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    checkpoint = open_checkpoint(model, decoder)
+    checkpoint = _opened(model, decoder, variant, reasons)
     loaded = load_artifacts(folder, checkpoint, place)
     text_dtype = torch.float32 if place.type == "cpu" else torch.bfloat16  # fp16 overflows in Gemma
-    branch = load_controlnet(checkpoint, controlnet, text_dtype, place)
+    branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
     controlled = None
     if branch is not None:
         reasons["control"] = (
@@ -173,7 +178,7 @@ def _load_built(
     space = _space(checkpoint, loaded.dtype, place)
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
     recorder = _recorder(place, recorder)
-    runners = _runners(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
+    runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
     info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners)
@@ -190,52 +195,19 @@ def _kernels(
     return Native.on(device, checkpoint.autoencoder, cache, shapes)
 
 
+def _opened(model: str | Checkpoint, decoder: str | None, variant: str | None, reasons: dict[str, str]) -> Checkpoint:
+    """Names the variants of the weights, where they are not the plain ones."""
+    checkpoint = open_checkpoint(model, decoder, variant)
+    if isinstance(checkpoint.weights, FolderWeights):
+        why = "asked for" if variant else "the only weights there"
+        told = [f"{name}: {why}, of {', '.join(parts)}" for name, parts in checkpoint.weights.variants().items()]
+        if told:
+            reasons["variant"] = "; ".join(told)
+    return checkpoint
+
+
 def _recorder(device: torch.device, asked: GraphCapture | None) -> GraphCapture | None:
     return CudaGraphCapture() if asked is None and device.type == "cuda" else asked
-
-
-def _runners(
-    modules: Callable[[], Modules],
-    checkpoint: Checkpoint,
-    space: LatentSpace,
-    limits: Limits,
-    buckets: Sequence[int],
-    steps: Iterable[int],
-    recorder: GraphCapture | None,
-    reasons: dict[str, str],
-) -> GraphRunners | None:
-    """Graphs to capture for `buckets` at every size of the checkpoint, or its own one; None without a recorder."""
-    if recorder is None:
-        return None
-    unit, steps = space.compression, tuple(steps)
-    sides = [(height // unit, width // unit) for width, height in limits.sizes or (limits.default_size,)]
-
-    def denoise(*, drawing: bool) -> GraphRunner:
-        def chain() -> Denoise:
-            made = modules()
-            transformer = made.controlled if drawing else made.transformer
-            assert transformer is not None
-            return Denoise(transformer, space.dtype)
-
-        tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
-        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
-        return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
-
-    # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.
-    decode = GraphRunner(
-        lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
-    )
-    controlled = denoise(drawing=True) if "control" in limits.conditioning else None
-    runners = GraphRunners(denoise(drawing=False), decode, controlled, recorder)
-    reasons["graphs"] = (
-        f"{len(runners.plain.capture_order)} are captured before the first request: batches {_listed(buckets)}, "
-        f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"
-    )
-    return runners
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _info(

@@ -5,6 +5,7 @@ static batch size a batch runs at; the *stages* are text, denoise and decode. Im
 be built, run and tested without torch.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,6 +121,22 @@ class Limits:
             candidates.add(self.default_size)
         distance = {size: abs(size[0] - width) + abs(size[1] - height) for size in candidates}
         return sorted(candidates, key=lambda size: (distance[size], size))[:count]
+
+    def size_of_shape(self, width: int, height: int) -> tuple[int, int]:
+        """The allowed size that is nearest to the shape of width x height, about as large as the default size."""
+        shape, area = width / height, self.default_size[0] * self.default_size[1]
+        near = (round(math.sqrt(area * shape)), round(math.sqrt(area / shape)))
+        candidates = set(self.sizes) or {
+            (w, h) for w in self._sides_near(near[0]) for h in self._sides_near(near[1]) if self.allows_size(w, h)
+        }
+        candidates.add(self.default_size)
+
+        def distance(size: tuple[int, int]) -> tuple[float, tuple[int, int]]:
+            """A shape that is wrong is worse than an area that is."""
+            wrong_area = abs(math.log(size[0] * size[1] / area))
+            return abs(math.log(size[0] / size[1] / shape)) + wrong_area / 4, size
+
+        return min(candidates, key=distance)
 
     def _sides_near(self, side: int) -> set[int]:
         low = side // self.multiple * self.multiple

@@ -1,14 +1,17 @@
 """python -m server: settings, engine, app, listener.
 
-Exit codes: 0 after a drain, 2 bad settings, 3 cannot start, 70 a batch hung, 71 the engine is lost.
+Exit codes: 0 after a drain, 2 bad settings, 3 cannot start, 4 cannot listen, 70 a batch hung, 71 the engine is lost.
 """
 
+import logging
 import os
 import sys
 
 from server.app import create_app
 from server.engine_loader import load
-from server.errors import EXIT_SETTINGS, SettingsError
+from server.errors import EXIT_LISTEN, EXIT_SETTINGS, ListenError, SettingsError
+from server.processes.accepting import raise_open_files_limit
+from server.processes.cores import settle
 from server.processes.malloc import keep_memory
 from server.processes.supervisor import supervise
 from server.processes.uvicorn_server import serve
@@ -20,14 +23,17 @@ def main() -> int:
     try:
         settings = read(sys.argv[1:], os.environ)
         logs.configure(settings.log_format, settings.log_level)
+        raise_open_files_limit()
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
         keep_memory(os.environ)
-        app = create_app(lambda: load(settings), settings)
+        serve(create_app(lambda: load(settings), settings, cores=settle(os.environ)), settings)
+    except ListenError as error:
+        logging.getLogger("server").critical("%s", error)
+        return EXIT_LISTEN
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    serve(app, settings)
     return 0
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -21,12 +20,14 @@ from server.generation.image_codec import Codec
 from server.generation.scheduler import Scheduler
 from server.http import problem_details
 from server.http.api_keys import ApiKeys
+from server.http.cors import Cors
 from server.http.middleware import BodyLimits, RequestMiddleware
 from server.http.routes import generate, openai, openapi, page, status
 from server.http.state import AppState, request_context
 from server.http.upload_limit import Uploads
 from server.live import route as live_route
 from server.live.sessions import Live
+from server.origins import Origins
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
@@ -52,12 +53,14 @@ def create_app(
     *,
     leave: Callable[[int], None] = leave,
     expose: Callable[[Metrics], Awaitable[bytes]] = own_metrics,
+    cores: tuple[int, str] | None = None,
 ) -> FastAPI:
     """The whole server as an ASGI app.
 
     `engine` is an engine or loads one; it is loaded, warmed up, called and closed on one thread of its own, beginning
     with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors). `expose` is
-    what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all.
+    what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all. `cores` are
+    told by GET /v1/info.
     Raises SettingsError for an API key file that cannot be used, and for traces without the extra `otel`.
     """
     load = engine if callable(engine) else lambda: engine
@@ -75,6 +78,8 @@ def create_app(
         leave=leave,
         when_ready=lambda ready: _introduce(ready, metrics),
     )
+    metrics.workers_wanted.set(settings.workers)
+    metrics.worker_ready.set_function(lambda: scheduler.state == "ready")
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
     generator = Generator(scheduler, codec, timeout_ms=settings.timeout_ms)
 
@@ -96,10 +101,14 @@ def create_app(
         description="Pictures from text in one step: SANA-Sprint over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # server/static/docs.html, whose scripts come from here and not from elsewhere
+        redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # server/telemetry is ours
     )
+    origins = Origins(settings.cors_origins)
     app.state.service = AppState(settings, metrics, scheduler, codec, generator, Uploads(LARGE_BODIES), expose)
     app.state.live = Live(scheduler, codec, metrics, settings)
+    app.state.cores = cores
     for routes_of in (generate, status, live_route, page, openai):
         app.include_router(routes_of.router)
     if page.STATIC.is_dir():
@@ -110,17 +119,12 @@ def create_app(
         RequestMiddleware,
         metrics=metrics,
         keys=keys,
+        origins=origins,
         limits=BodyLimits(body_bytes=settings.body_limit, body_s=settings.body_timeout_s),
         tracing=tracing,
     )
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
-            expose_headers=["x-seed", "x-request-id", "x-prompt-truncated", "server-timing", "retry-after"],
-        )
+        app.add_middleware(Cors, origins=origins)
     return app
 
 

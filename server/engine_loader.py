@@ -24,6 +24,7 @@ def load(settings: Settings) -> Engine:
         device=None if settings.device == "auto" else settings.device,
         decoder=settings.decoder,
         controlnet=settings.controlnet,
+        variant=settings.variant,
         cache=settings.cache or user_cache(os.environ),
     )
 

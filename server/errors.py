@@ -2,6 +2,7 @@
 
     SprintError
     ├── SettingsError            a flag or an environment variable is unknown or has a bad value; the start stops
+    ├── ListenError              the address or the port cannot be had; the start stops
     ├── RequestError             a request is answered with `status`, a `code` for programs and a sentence for people
     │   ├── UnauthorizedError        401  API keys are set and the request carries none of them
     │   ├── HttpError                404, 405 and the rest of plain HTTP: routing raises these
@@ -28,6 +29,7 @@ from engines.errors import JobError, SprintError
 
 EXIT_SETTINGS = 2  # as argparse does
 EXIT_START = 3  # the checkpoint or the engine could not be loaded or warmed up
+EXIT_LISTEN = 4  # the address or the port cannot be had
 EXIT_HANG = 70  # a batch ran longer than --hang-limit-s
 EXIT_ENGINE = 71  # the engine fails on its own warm-up job, or its thread died
 
@@ -46,6 +48,10 @@ SIZE_FIELDS = ("width", "height", "width x height", "size")
 
 class SettingsError(SprintError):
     """A setting is unknown or has a bad value. One line: name, value and what is allowed."""
+
+
+class ListenError(SprintError):
+    """The address or the port cannot be had. One line: both, and what the system said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +89,12 @@ class UnauthorizedError(RequestError):
 class HttpError(RequestError):
     """What routing refuses: 404, 405 and whatever else plain HTTP says."""
 
-    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, *, headers: dict[str, str] | None = None, code: str | None = None
+    ) -> None:
         super().__init__(detail, headers=headers)
         self.status = status
-        self.code = HTTPStatus(status).name.lower()
+        self.code = code or HTTPStatus(status).name.lower()
 
 
 class SlowBodyError(RequestError):

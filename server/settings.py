@@ -1,18 +1,20 @@
 """All settings in one frozen object; a flag and a SPRINT_<FLAG> environment variable for each field.
 
-A flag wins over the environment, the environment over the default. A bad value, an unknown flag or an unknown SPRINT_
-name stops the start with the name, the value and what is allowed.
+A flag wins over the environment, the environment over the default; an empty variable is one that is not set. A bad
+value, an unknown flag or an unknown SPRINT_ name stops the start with the name, the value and what is allowed.
 """
 
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 from server.errors import SettingsError
+from server.origins import setting as origin
 
 T = TypeVar("T")
 
@@ -27,6 +29,13 @@ REQUEST_BUCKETS = (
 STAGE_BUCKETS = (
     *(0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512),
     *(1.0, 2.0, 5.0, 10.0),
+)
+
+
+# Name of the Service, then what of it, then its value. SPRINT_PORT is a setting too: the value tells them apart.
+LINK = re.compile(
+    r"(SPRINT(?:_[A-Z0-9_]+?)?)_(?:SERVICE_HOST=.*|SERVICE_PORT(?:_[A-Z0-9_]+)?=.*|PORT=(?:tcp|udp|sctp)://.*"
+    r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?=.*)"
 )
 
 
@@ -78,12 +87,9 @@ def text(allowed: str) -> Kind[str]:
 
 def origins() -> Kind[tuple[str, ...]]:
     def parse(value: str) -> tuple[str, ...]:
-        names = tuple(name.strip() for name in value.split(",") if name.strip())
-        if not all(name == "*" or name.startswith(("http://", "https://")) for name in names):
-            raise ValueError(value)
-        return names
+        return tuple(origin(name.strip()) for name in value.split(",") if name.strip())
 
-    return Kind(parse, "origins such as https://example.org separated by commas, or *")
+    return Kind(parse, "origins such as https://example.org or tauri://localhost (no path) separated by commas, or *")
 
 
 def buckets() -> Kind[tuple[float, ...]]:
@@ -118,6 +124,9 @@ class Settings:
     )
     device: str = setting("auto", one_of("auto", "cpu", "cuda"), "where the modules run; auto decides and says why")
     decoder: str | None = setting(None, text("a folder or a hub id"), "another autoencoder with the same latents")
+    variant: str | None = setting(
+        None, text("a name such as fp16"), "weights to take where the checkpoint has several; default: the plain ones"
+    )
     controlnet: str | None = setting(
         None, text("a folder or a hub id"), "what drawings steer it with; default: controlnet/ in the checkpoint"
     )
@@ -194,7 +203,14 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     given = vars(parser().parse_args(arguments))
     known = {variable_of(item.name): item.name for item in fields(Settings)}
     for variable, value in environment.items():
-        if variable.startswith(PREFIX) and variable not in known:
+        link = LINK.fullmatch(f"{variable}={value}")
+        if link is not None:
+            name = link[1].lower().replace("_", "-")
+            raise SettingsError(
+                f"{variable}={value!r}: no setting, but a link to the Service {name!r}, which Kubernetes sets in every "
+                "pod beside it; turn links off (enableServiceLinks: false in the pod's spec) or rename the Service"
+            )
+        if variable.startswith(PREFIX) and value and variable not in known:
             close = difflib.get_close_matches(variable, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise SettingsError(f"{variable}={value!r}: unknown setting; {hint}allowed: {', '.join(sorted(known))}")
@@ -202,7 +218,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     for item in fields(Settings):
         source, raw = flag_of(item.name), given[item.name]
         if raw is None:
-            source, raw = variable_of(item.name), environment.get(variable_of(item.name))
+            source, raw = variable_of(item.name), environment.get(variable_of(item.name)) or None
         if raw is None:
             continue
         kind: Kind[Any] = item.metadata["kind"]

@@ -25,7 +25,7 @@ from bench.harness.cli import command
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.summary import table
-from bench.robustness import client_faults, engine_faults, process_faults
+from bench.robustness import client_faults, descriptor_faults, engine_faults, process_faults
 from bench.robustness.fault import Fault, Row, row
 from bench.robustness.process_faults import Clock
 from bench.robustness.restarting_server import Supervisor
@@ -39,7 +39,7 @@ FLAGS = (
 
 
 def all_faults(clock: Clock) -> tuple[Fault, ...]:
-    return (*engine_faults.FAULTS, *client_faults.FAULTS, *process_faults.faults(clock))
+    return (*engine_faults.FAULTS, *client_faults.FAULTS, *process_faults.faults(clock), *descriptor_faults.FAULTS)
 
 
 async def play(fault: Fault, supervisor: Supervisor, seed: int) -> Row:
@@ -66,7 +66,8 @@ async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path)
         for fault in faults:
             if fault.stage not in servers:
                 environment = await clock.environment(folder) if fault.stage == "clock" else {}
-                servers[fault.stage] = Supervisor(FLAGS, folder / f"{fault.stage}.log", environment)
+                flags = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
+                servers[fault.stage] = Supervisor(flags, folder / f"{fault.stage}.log", environment)
                 await servers[fault.stage].start()
             scaled = replace(fault, count=max(1, math.ceil(fault.count * scale)))
             rows.append(await play(scaled, servers[fault.stage], seed))

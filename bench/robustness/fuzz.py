@@ -1,6 +1,6 @@
 """Seeded nonsense for a real server: image files, requests and websocket frames; and schemathesis, where it is given.
 
-    python -m bench.robustness.fuzz --images 5000 --requests 3000 --sessions 1000
+    python -m bench.robustness.fuzz --images 5000 --requests 3000 --sessions 1000 --offers 1000
     python -m bench.robustness.fuzz --schemathesis .venvs/fuzz/bin/schemathesis --examples 1000
 
 No answer may be 5xx, no picture refused that is one, nothing fail inside, and nothing grow: memory, files, threads.
@@ -29,6 +29,7 @@ from bench.harness.load_generator import FORMATS
 from bench.harness.summary import table
 from bench.robustness.malformed_images import bad_image
 from bench.robustness.malformed_requests import bad_frame, bad_request, handshake
+from bench.robustness.offers import offer_case
 from bench.robustness.restarting_server import Supervisor
 
 TOGETHER = 8
@@ -226,7 +227,12 @@ async def faults(server: Supervisor) -> dict[str, int]:
     return failed
 
 
-CASES: dict[str, Case] = {"images": image_case, "requests": request_case, "sessions": session_case}
+CASES: dict[str, Case] = {
+    "images": image_case,
+    "requests": request_case,
+    "sessions": session_case,
+    "offers": offer_case,
+}
 
 
 async def campaigns(options: argparse.Namespace, folder: Path) -> list[Campaign]:
@@ -267,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=0, help="odd image files")
     parser.add_argument("--requests", type=int, default=0, help="odd heads and bodies")
     parser.add_argument("--sessions", type=int, default=0, help="live sessions of odd frames")
+    parser.add_argument("--offers", type=int, default=0, help="requests that offer another protocol")
     parser.add_argument("--schemathesis", help="the program, for cases from /openapi.json")
     parser.add_argument("--examples", type=int, default=1000, help="of schemathesis, for each operation")
     parser.add_argument("--seed", type=int, default=0)

@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactError(f"engine: {folder} has no {NAME}; a folder made by build_engine.py is needed")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ArtifactError(f"engine: {path} is damaged ({error}); build it again with build_engine.py") from error
     found = values.get("format") if isinstance(values, dict) else None

@@ -25,6 +25,7 @@ from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransform
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
+LIST_S = 10.0  # for the hub to say what a repository holds
 _PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
 
 
@@ -132,23 +133,25 @@ class Checkpoint:
         return tokenizer
 
 
-def open_checkpoint(name: str | Checkpoint, decoder: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str | Checkpoint, decoder: str | None = None, variant: str | None = None) -> Checkpoint:
     """Finds the checkpoint `name` (downloading it if it is on the hub) and reads its configs; one that is open already
     is taken as it is.
 
-    decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. Raises CheckpointError.
+    decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. variant: of the weights,
+    where a part has several (engines.checkpoints.variants). Raises CheckpointError.
     """
     if isinstance(name, Checkpoint):
         checkpoint = name
     else:
-        checkpoint = _random(name) if name.startswith("random:") else _from_folder(name, find_folder(name))
+        whole = not name.startswith("random:")
+        checkpoint = _from_folder(name, find_folder(name, None, variant), variant) if whole else _random(name)
     if decoder is None:
         return checkpoint
     if not isinstance(checkpoint.weights, FolderWeights):
         raise CheckpointError(f"decoder: got {decoder!r}; random weights are drawn for their own decoder only")
-    folder = find_folder(decoder)
+    folder = find_folder(decoder, "vae", variant)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    weights = FolderWeights({**checkpoint.weights.folders, "vae": folder})
+    weights = FolderWeights({**checkpoint.weights.folders, "vae": folder}, variant)
     return replace(checkpoint, autoencoder=_autoencoder(folder), weights=weights)
 
 
@@ -162,7 +165,7 @@ def _random(name: str) -> Checkpoint:
     return Checkpoint(name, Settings(), config, AutoencoderConfig(), text, RandomWeights(int(seed or "0")))
 
 
-def _from_folder(name: str, folder: Path) -> Checkpoint:
+def _from_folder(name: str, folder: Path, variant: str | None = None) -> Checkpoint:
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in PIPELINES:
         raise CheckpointError(f"{folder}: holds a {kind}; a {PIPELINES[0]} checkpoint is needed")
@@ -182,7 +185,9 @@ def _from_folder(name: str, folder: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{extra}: {error}") from error
     text = read_json(folder / "text_encoder" / "config.json")
-    weights = FolderWeights({part: folder / part for part in (*_PARTS, "tokenizer")})
+    weights = FolderWeights({part: folder / part for part in (*_PARTS, "tokenizer")}, variant)
+    if variant is not None and variant not in weights.variants():
+        raise CheckpointError(f"{folder}: --variant: got {variant}, and no part has files of that name; leave it out")
     return Checkpoint(name, settings, transformer, _autoencoder(folder / "vae"), text, weights)
 
 

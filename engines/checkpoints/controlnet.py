@@ -17,14 +17,18 @@ _SHARED = ("in_channels", "caption_channels", "num_attention_heads", "attention_
 
 
 def load_controlnet(
-    checkpoint: Checkpoint, name: str | None, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    name: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None = None,
 ) -> ControlNet | None:
     """The ControlNet `name` (a folder or hub id), or else the one in the checkpoint's own folder; None without either.
 
     Raises CheckpointError where it cannot be found, is damaged, or belongs to another transformer.
     """
     if name is not None:
-        folder = find_folder(name)
+        folder = find_folder(name, FOLDER, variant)
         folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     elif isinstance(checkpoint.weights, FolderWeights):
         folder = checkpoint.weights.folders["transformer"].parent / FOLDER
@@ -52,5 +56,5 @@ def load_controlnet(
         )
     with unfilled():
         module = ControlNet(config)
-    FolderWeights({"controlnet": folder}).fill("controlnet", module, dtype, device)
+    FolderWeights({"controlnet": folder}, variant).fill("controlnet", module, dtype, device)
     return module.eval()

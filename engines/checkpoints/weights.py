@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from engines.checkpoints.variants import chosen, index_file, single_file
 from engines.errors import CheckpointError
 
 Part = Literal["transformer", "vae", "text_encoder", "controlnet"]
@@ -77,15 +78,26 @@ def _some(keys: list[str]) -> str:
 
 @dataclass(frozen=True)
 class FolderWeights:
-    """The folder of each part, so that a part (another decoder) may lie elsewhere."""
+    """The folder of each part, so that a part (another decoder) may lie elsewhere. `variant`: see variants.py."""
 
     folders: Mapping[str, Path]
+    variant: str | None = None
+
+    def variants(self) -> dict[str, list[str]]:
+        """The variants that are read beside the plain one, with their parts."""
+        found: dict[str, list[str]] = {}
+        for part in sorted(self.folders.keys() - {"tokenizer"}):
+            names = [path.name for path in self.folders[part].glob("*")]
+            taken = chosen(names, self.variant, str(self.folders[part]))
+            if taken:
+                found.setdefault(taken, []).append(part)
+        return found
 
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Raises CheckpointError where a file is absent, damaged, quantised, or does not fit the config."""
         folder = self.folders[part]
         tensors: dict[str, Tensor] = {}
-        for path in weight_files(folder):
+        for path in weight_files(folder, self.variant):
             try:
                 tensors |= load_file(path, device="cpu")
             except (SafetensorError, OSError) as error:
@@ -102,26 +114,32 @@ class FolderWeights:
         if not path.is_file():
             raise CheckpointError(f"{path.parent}: no tokenizer.json; a slow tokenizer (tokenizer.model) is not enough")
         try:
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
         except Exception as error:  # the Rust side raises Exception itself
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for part in sorted(self.folders.keys() - {"tokenizer"}):
-            for path in weight_files(self.folders[part]):
+            for path in weight_files(self.folders[part], self.variant):
                 with path.open("rb") as file:
                     digest.update(f"{part} {path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of one part: the single file, or all that its index names. Raises CheckpointError."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors of one part: the single file, or all that its index names; which ones of several, says
+    engines.checkpoints.variants.chosen. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a SANA-Sprint checkpoint in the diffusers layout has one")
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    taken = chosen(names, variant, str(folder))
+    if taken is not None:
+        single, named = single_file(names, taken), index_file(names, taken)
+        if single is not None:
+            return [folder / single]
+        if named is not None:
+            index = folder / named
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index}: names no files; an index with a weight_map is needed")
@@ -130,7 +148,7 @@ def weight_files(folder: Path) -> list[Path]:
             if absent:
                 raise CheckpointError(f"{index}: files it names are absent: {_some(absent)}; download them")
             return paths
-    present = _some(sorted(path.name for path in folder.iterdir() if path.name != "config.json"))
+    present = _some(sorted(name for name in names if name != "config.json"))
     raise CheckpointError(f"{folder}: weights must be model.safetensors or an index of such; found: {present}")
 
 
@@ -139,7 +157,7 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a SANA-Sprint checkpoint in the diffusers layout has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # bytes: a byte order mark says how they are encoded
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -43,8 +43,13 @@ class Native:
 
     @classmethod
     def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "Native":
-        """For a GPU. cache: the folder of proofs; shapes: what kernels are run at, in words."""
-        return cls(Ops(Launcher.of(device)), autoencoder, proof_file(cache, device, f"{autoencoder} {shapes}"))
+        """For a GPU. cache: the folder of proofs, of which none is kept for a user without a home directory; shapes:
+        what kernels are run at, in words."""
+        try:
+            proof = proof_file(cache.expanduser(), device, f"{autoencoder} {shapes}")
+        except RuntimeError:  # pathlib's
+            proof = None
+        return cls(Ops(Launcher.of(device)), autoencoder, proof)
 
     def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
         if isinstance(module, SprintTransformer):

@@ -12,6 +12,7 @@ from server.cluster.scaling import INSIDE, WAITING
 from server.engine_loader import load
 from server.errors import UnavailableError
 from server.http.state import AppState
+from server.processes.cores import settle
 from server.processes.malloc import keep_memory
 from server.settings import Settings
 from server.telemetry import aggregation, logs
@@ -37,7 +38,12 @@ class Replica:
         self._service: AppState | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(lambda: load(self._settings), self._settings, expose=lambda _: self._all_metrics())
+        app = create_app(
+            lambda: load(self._settings),
+            self._settings,
+            expose=lambda _: self._all_metrics(),
+            cores=settle(os.environ),
+        )
         self._service = app.state.service
         return app
 

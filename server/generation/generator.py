@@ -13,7 +13,7 @@ import numpy as np
 from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels
 from server.errors import Fault, InvalidError
-from server.generation.image_codec import Codec, ImageFormat, encoder
+from server.generation.image_codec import Codec, ImageFormat, encoder, measured
 from server.generation.scheduler import Scheduler
 from server.telemetry.timings import Timings
 
@@ -41,6 +41,7 @@ class GenerationRequest:
     control_scale: float = 1.0
     timeout_ms: int | None = None
     base64: bool = False
+    keeps_shape: bool = False  # without width and height: the shape of `image`, about as large as the engine's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,12 @@ class Generator:
 
         Cancelling drops what has not begun.
         """
-        template = first_job(order, self._scheduler.engine.limits)
+        limits = self._scheduler.engine.limits
+        if order.keeps_shape and order.image is not None and order.width is None and order.height is None:
+            content, shape = await self._codec.run(measured, "image", order.image)
+            width, height = limits.size_of_shape(*shape)
+            order = replace(order, image=content, width=width, height=height)
+        template = first_job(order, limits)
         timeout_ms = self._timeout_ms if order.timeout_ms is None else order.timeout_ms
         with self._scheduler.reserve(order.count, arrived + timeout_ms / 1000) as slots:
             if order.image is not None:

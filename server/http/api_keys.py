@@ -1,10 +1,12 @@
 """API keys from a file: one a line, plain or `sha256:<64 hex digits>`; blank lines and lines that begin with # do not
 count.
 
-The file is read again when it changes. A file that has become unreadable or empty changes nothing: the keys read last
-stay, and the log says so. Only digests are kept in memory; comparing takes the same time for every key.
+UTF-8, or UTF-16 with its byte order mark; such marks, which editors on Windows write before the first line, are no part
+of a key. The file is read again when it changes. A file that has become unreadable or empty changes nothing: the keys
+read last stay, and the log says so. Only digests are kept in memory; comparing takes the same time for every key.
 """
 
+import codecs
 import hashlib
 import hmac
 import logging
@@ -66,12 +68,12 @@ class ApiKeys:
 def read_digests(path: Path) -> tuple[bytes, ...]:
     """SHA-256 of each key. Raises SettingsError, without a word of a key's text."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = decoded(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--api-key-file {path}: cannot be read: {error}") from error
     digests = []
     for number, raw in enumerate(lines, start=1):
-        line = raw.strip()
+        line = raw.strip().lstrip("\ufeff").lstrip()  # files that were put together have marks in between
         if not line or line.startswith("#"):
             continue
         if not line.startswith("sha256:"):
@@ -83,3 +85,10 @@ def read_digests(path: Path) -> tuple[bytes, ...]:
     if not digests:
         raise SettingsError(f"--api-key-file {path}: holds no key; one a line, plain or sha256:<64 hex digits>")
     return tuple(digests)
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file by its byte order mark, UTF-8 without one. Raises UnicodeDecodeError."""
+    if len(content) > 2 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig")

@@ -13,10 +13,15 @@ from server.http.validation import parse
 Body = TypeVar("Body", bound=BaseModel)
 
 
+def media_type_of(request: Request) -> str:
+    """What the body is declared as, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def check_media_type(request: Request, wanted: str) -> None:
     """Raises MediaTypeError (415) unless the body is declared as `wanted`, and not compressed."""
     declared = request.headers.get("content-type", "")
-    if declared.partition(";")[0].strip().lower() != wanted:
+    if media_type_of(request) != wanted:
         raise MediaTypeError(f"Content-Type: got {declared or 'none'}, allowed: {wanted}")
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":

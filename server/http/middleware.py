@@ -1,7 +1,7 @@
 """The outermost layer: every request passes here once on its way in and once on its way out.
 
-In: a request id and the W3C trace context, the API key, the limits on the body. Out: headers, the error as the contract
-has it, one metric and one log line. Plain ASGI; the answer's body is passed on untouched.
+In: a request id, the W3C trace context, the page it came from, the API key, the limits on the body. Out: headers, the
+error as the contract has it, one metric and one log line. Plain ASGI; the answer's body is passed on untouched.
 """
 
 import asyncio
@@ -21,29 +21,32 @@ from server.errors import (
     BodyTooLargeError,
     ClientGoneError,
     EngineError,
+    HttpError,
     RequestError,
     SlowBodyError,
-    UnauthorizedError,
 )
 from server.http import problem_details
 from server.http.api_keys import ApiKeys
 from server.http.state import RequestContext
 from server.http.upload_limit import SMALL_BODY, content_length
+from server.origins import Origins
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
-# Without a key: what orchestrators and Prometheus poll, and the page, which holds no data (a browser cannot send a
+# Without a key: what orchestrators and Prometheus poll, and the pages, which hold no data (a browser cannot send a
 # header with the address it is pointed at; the page asks its user for a key).
-OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/")
+OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")
 OPEN_FOLDER = "/static/"
-SCHEMA_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # FastAPI's own, not in scope["route"]
+SCHEMA_PATH = "/openapi.json"  # FastAPI's own, not in scope["route"]
 
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+
+SAFE = ("GET", "HEAD", "OPTIONS")  # they make nothing, and CORS keeps their answers
 
 KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a page's websocket can set no header
 
@@ -63,15 +66,25 @@ class RequestMiddleware:
     """ASGI middleware around everything else."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, keys: ApiKeys | None, limits: BodyLimits, tracing: Tracing | None
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        keys: ApiKeys | None,
+        origins: Origins,
+        limits: BodyLimits,
+        tracing: Tracing | None,
     ) -> None:
         self._app = app
+        self._origins = origins
         self._tracing = tracing
         self._metrics = metrics
         self._keys = keys
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope["path"] = plain_path(scope["path"])
         if scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
         elif scope["type"] != "http":
@@ -84,10 +97,13 @@ class RequestMiddleware:
         context = _context(headers)
         scope.setdefault("state", {})["context"] = context
         try:
+            self._check_origin("websocket", headers)
             self._authorize(scope["path"], headers, _offered_key(scope))
-        except UnauthorizedError as error:
+        except RequestError as error:
             answer = problem_details.response(error, path=scope["path"], request_id=context.request_id)
             await answer(scope, receive, send)
+            fields = {"path": scope["path"], "status": error.status, "request_id": context.request_id}
+            logger.info("websocket refused: %s", error.detail, extra={"fields": fields})
             return
         await self._app(scope, receive, send)
 
@@ -97,6 +113,8 @@ class RequestMiddleware:
         scope.setdefault("state", {})["context"] = context
         exchange = _Exchange(headers, receive, send, context, self._limits, page=_is_page(scope["path"]))
         try:
+            if scope["method"] not in SAFE:
+                self._check_origin("request", headers)
             self._authorize(scope["path"], headers)
             exchange.check_length()
             await self._app(scope, exchange.receive, exchange.send)
@@ -111,6 +129,15 @@ class RequestMiddleware:
             await self._answer(EngineError(detail), scope, exchange)
         finally:
             self._record(scope, exchange)
+
+    def _check_origin(self, kind: str, headers: Headers) -> None:
+        """Raises HttpError (403) for a page of another site, which CORS would keep from the answer alone."""
+        origin, host = headers.get("origin"), headers.get("host")
+        if self._origins.admits(origin, host):
+            return
+        self._metrics.origins_refused.labels(kind).inc()
+        logger.warning("refused by its Origin: got %r, sent to Host %r; --cors-origins allows others", origin, host)
+        raise HttpError(403, f"Origin: got {origin}, allowed: this server's own page, and --cors-origins")
 
     def _authorize(self, path: str, headers: Headers, offered: str | None = None) -> None:
         if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
@@ -281,14 +308,20 @@ def _offered_key(scope: Scope) -> str | None:
     return None
 
 
+def plain_path(path: str) -> str:
+    """Without slashes that do not count in OpenAI's routes: clients put one behind a path, or before it."""
+    plain = re.sub("//+", "/", path)
+    return plain.rstrip("/") if plain.startswith("/v1/") else path
+
+
 def _is_page(path: str) -> bool:
-    return path == "/" or path.startswith(OPEN_FOLDER)
+    return path in ("/", "/docs") or path.startswith(OPEN_FOLDER)
 
 
 def _route(scope: Scope) -> str:
     """The template of the route that answered: a label of few values, whatever clients ask for."""
     path: str = scope["path"]
-    if path in SCHEMA_PATHS:
+    if path == SCHEMA_PATH:
         return path
     if path.startswith(OPEN_FOLDER):
         return "/static"

@@ -1,6 +1,7 @@
 """Routes that are functions of the request and nothing more: FastAPI describes them, and is not asked to call them."""
 
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,8 +14,10 @@ class PlainRoute(APIRoute):
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in (self.methods or ()):
-            await super().handle(scope, receive, send)  # answers 405
-            return
+        allowed = {*(self.methods or ())}
+        if "GET" in allowed:
+            allowed.add("HEAD")  # the same answer; the server leaves its body out
+        if scope["method"] not in allowed:
+            raise HTTPException(405, headers={"allow": ", ".join(sorted(allowed))})
         response: Response = await self.endpoint(Request(scope, receive, send))
         await response(scope, receive, send)

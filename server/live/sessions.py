@@ -6,23 +6,18 @@ turns, and share batches with each other and with plain requests.
 
 import asyncio
 import logging
-from urllib.parse import urlsplit
 
-from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from server.errors import (
     CLOSE_BUSY,
     CLOSE_ENGINE,
     CLOSE_RESTART,
-    HttpError,
-    RequestError,
     SessionEndError,
     UnavailableError,
 )
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Scheduler
-from server.http import problem_details
 from server.http.state import RequestContext
 from server.live.messages import SUBPROTOCOL, message
 from server.live.session import LiveSession
@@ -47,11 +42,6 @@ class Live:
 
     async def serve(self, socket: WebSocket, context: RequestContext) -> None:
         """One connection, from its handshake to its end."""
-        try:
-            self._check_origin(socket)
-        except RequestError as error:
-            await socket.send_denial_response(_denial(error, socket, context))
-            return
         await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
         drawn, reason = 0, "client"
         try:
@@ -97,18 +87,6 @@ class Live:
             timeout_ms=self._settings.timeout_ms,
             idle_s=self._settings.live_idle_s,
         )
-
-    def _check_origin(self, socket: WebSocket) -> None:
-        """Raises HttpError (403) for a page of another site, which CORS would not keep from a websocket."""
-        origin, allowed = socket.headers.get("origin"), self._settings.cors_origins
-        if origin is None or origin in allowed or "*" in allowed:
-            return
-        if urlsplit(origin).netloc != socket.headers.get("host"):
-            raise HttpError(403, f"Origin: got {origin}, allowed: this server's own page, and --cors-origins")
-
-
-def _denial(error: RequestError, socket: WebSocket, context: RequestContext) -> JSONResponse:
-    return problem_details.response(error, path=socket.url.path, request_id=context.request_id)
 
 
 async def _close(socket: WebSocket, error: SessionEndError) -> None:

@@ -9,7 +9,6 @@ docs/understand/decisions/0008.
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -21,10 +20,12 @@ from pathlib import Path
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.http.api_keys import ApiKeys
 from server.processes import channel
+from server.processes.accepting import Acceptor, listen
 from server.processes.announce import address, say_listening, say_ready
+from server.processes.cores import THREADS, shares
 from server.settings import Settings
+from server.telemetry.logs import Seldom
 
-BACKLOG = 2048  # as uvicorn
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before another start in a place where the last ones never became ready
 KILL_S = 10.0  # after the drain limit
 
@@ -61,27 +62,33 @@ class Supervisor:
         self._arguments = arguments
         self._environments = environments
         self._workers: list[Worker] = []
-        self._present = asyncio.Condition()
+        self._acceptor: Acceptor | None = None
         self._draining = asyncio.Event()
         self._ready = asyncio.Event()
+        self._refused = Seldom(logger)
 
     async def run(self) -> int:
-        """Until a signal, or until a worker cannot start at all; the worst exit code of the last workers."""
+        """Until a signal, or until a worker cannot start at all; the worst exit code of the last workers.
+
+        Raises ListenError.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        listeners = _listeners(self._settings.host, self._settings.port)
+        listeners = listen(self._settings.host, self._settings.port)
+        self._acceptor = Acceptor(listeners, self._hand_over)  # begins with the first worker
         where = address(self._settings.host, listeners[0].getsockname()[1])
         say_listening(where, f"{self._settings.model} in {len(self._environments)} processes")
-        others = [loop.create_task(self._accept(listener)) for listener in listeners]
-        others.append(loop.create_task(self._announce(where)))
-        with tempfile.TemporaryDirectory(prefix="sprint-") as folder:
-            places = [loop.create_task(self._keep(index, Path(folder))) for index in range(len(self._environments))]
-            codes = await self._until_drained(places)
-        for task in others:
-            task.cancel()
-        for listener in listeners:
-            listener.close()
+        announcing = loop.create_task(self._announce(where))
+        folder = Path(tempfile.mkdtemp(prefix="sprint-"))
+        places = [loop.create_task(self._keep(index, folder)) for index in range(len(self._environments))]
+        codes = await self._until_drained(places)
+        for index in range(len(places)):  # without a descriptor, since there may be none left
+            (folder / str(index)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        announcing.cancel()
+        self._acceptor.close()
         worst = max(codes, key=abs)
         return worst if worst >= 0 else 128 - worst
 
@@ -108,45 +115,61 @@ class Supervisor:
         """One worker after the other in this place; the exit code of the last."""
         failed = 0
         while True:
-            worker = await self._start(index, folder)
+            try:
+                worker = await self._start(index, folder)
+            except OSError as error:  # no descriptor, no memory, no process left: not for ever
+                failed += 1
+                logger.error("worker %d cannot be started (%s); another attempt in %g s", index, error, _pause(failed))
+                if await self._drained_within(_pause(failed)):
+                    return 0
+                continue
             code = await worker.process.wait()
-            await self._gone(worker)
+            self._gone(worker)
             if self._draining.is_set():
                 return code
             if code == EXIT_SETTINGS or (code == EXIT_START and not self._ready.is_set()):
                 self._draining.set()  # another start would end alike
                 return code
             failed = 0 if worker.was_ready else failed + 1
-            pause_s = PAUSES_S[min(failed, len(PAUSES_S) - 1)]
-            logger.error("worker %d ended with code %d; another one starts in %g s", index, code, pause_s)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._draining.wait(), pause_s)
+            logger.error("worker %d ended with code %d; another one starts in %g s", index, code, _pause(failed))
+            if await self._drained_within(_pause(failed)):
                 return code
+
+    async def _drained_within(self, seconds: float) -> bool:
+        """Whether the drain begins by then."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._draining.wait(), seconds)
+        return self._draining.is_set()
 
     async def _start(self, index: int, folder: Path) -> Worker:
         ours, theirs = channel.channel()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "server.processes.worker", str(theirs.fileno()), str(index), str(folder)),
-                *self._arguments,
-                env=self._environments[index],
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then drains the others
-            )
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "server.processes.worker", str(theirs.fileno()), str(index), str(folder)),
+                    *self._arguments,
+                    env=self._environments[index],
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C reaches this process alone, which then drains the others
+                )
+        except OSError:
+            ours.close()
+            raise
         worker = Worker(index, process, ours)
         asyncio.get_running_loop().add_reader(ours, self._hear, worker)
-        async with self._present:
-            self._workers.append(worker)
-            self._present.notify_all()
+        self._workers.append(worker)
+        if self._acceptor is not None:
+            self._acceptor.resume()
         if self._draining.is_set():
             channel.send_drain(ours)
         return worker
 
-    async def _gone(self, worker: Worker) -> None:
+    def _gone(self, worker: Worker) -> None:
         asyncio.get_running_loop().remove_reader(worker.end)
         worker.end.close()
-        async with self._present:
-            self._workers.remove(worker)
+        self._workers.remove(worker)
+        if not self._workers and self._acceptor is not None:
+            self._acceptor.pause()
 
     def _hear(self, worker: Worker) -> None:
         report, is_open = channel.reports(worker.end)
@@ -159,26 +182,13 @@ class Supervisor:
         if not is_open:
             asyncio.get_running_loop().remove_reader(worker.end)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as error:  # the client left, or too many files are open
-                logger.warning("cannot accept: %s", error)
-                await asyncio.sleep(0.05)
-                continue
-            async with self._present:
-                await self._present.wait_for(lambda: self._workers)
-                self._hand_over(connection)
-
     def _hand_over(self, connection: socket.socket) -> None:
         willing = [worker for worker in self._workers if worker.report.state != "leaving"]
         for worker in sorted(willing, key=lambda worker: worker.rank):
             if channel.send_connection(worker.end, connection):
                 worker.passed += 1
                 return
-        logger.warning("no worker takes the connection")
+        self._refused.warning("no worker takes the connection")
         connection.close()
 
     async def _announce(self, where: str) -> None:
@@ -187,7 +197,10 @@ class Supervisor:
 
 
 def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Serves with `settings.workers` processes until a signal. Blocks; returns the exit code. Raises SettingsError."""
+    """Serves with `settings.workers` processes until a signal. Blocks; returns the exit code.
+
+    Raises SettingsError, ListenError.
+    """
     if settings.api_key_file is not None:
         ApiKeys(Path(settings.api_key_file))  # refuses a bad file before anything starts
     return asyncio.run(_run(settings, arguments, environments(settings, environment)))
@@ -196,9 +209,13 @@ def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping
 async def _run(settings: Settings, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
     try:
         return await Supervisor(settings, arguments, environments).run()
-    except OSError as error:  # of the port
-        logger.critical("cannot listen on %s:%d: %s", settings.host, settings.port, error)
+    except OSError as error:  # of the folder for the workers' metrics
+        logger.critical("cannot start: %s", error)
         return EXIT_START
+
+
+def _pause(failed: int) -> float:
+    return PAUSES_S[min(failed, len(PAUSES_S) - 1)]
 
 
 def environments(
@@ -216,27 +233,10 @@ def environments(
     else:
         gpus = [name.strip() for name in visible.split(",") if name.strip()]
     if not gpus or settings.device == "cpu" or settings.backend == "fake":
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
-        return [{"OMP_NUM_THREADS": str(threads), **environment} for _ in range(count)]
+        return [{**environment, THREADS: shares(environment, count)} for _ in range(count)]
     if count > len(gpus):
         raise SettingsError(
             f"--workers: got {count}, allowed: at most {len(gpus)}, one for each GPU ({', '.join(gpus)})"
         )
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment}
     return [{**order, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
-
-
-def _listeners(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of `host`, all on one port. Raises OSError."""
-    found: list[socket.socket] = []
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for family, kind, protocol, _, where in dict.fromkeys(addresses):
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((where[0], found[0].getsockname()[1]) if found else where)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-        found.append(listener)
-    return found

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import socket
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,11 +23,14 @@ from server.http.problem_details import MEDIA_TYPE
 from server.http.state import AppState
 from server.live.messages import MAX_DRAWING
 from server.live.sessions import Live
+from server.processes.accepting import Acceptor, listen
 from server.processes.announce import address, say_listening, say_ready
+from server.processes.upgrades import announces_body, offers_websocket, without_offer
 from server.settings import Settings
 
 HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
 HEAD_S = 30.0  # from the connection, or from the first byte of a head, to its end
+HANDSHAKE_S = 30.0  # from the end of a websocket's head to the answer
 UNREAD_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
 LIVE_SEND_BYTES = 128 * 1024  # of the kernel, for each websocket
 KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
@@ -41,6 +46,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_open = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._offered = False  # this request offers another protocol: the parser stops behind its head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -59,10 +65,47 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._refuse(431, f"the head of a request may hold {HEAD_BYTES} bytes")
                 return
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """As uvicorn's data_received, but for offers of another protocol: it drops what follows them."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stop:
+                data = memoryview(data)[stop.args[0] :]
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            if self._takes_websocket():
+                if announces_body(self.headers):
+                    self._refuse(400, "the handshake of a websocket has no body, and this one announces one")
+                else:
+                    self.handle_websocket_upgrade()
+                return
+            if self.scope["method"] == "CONNECT":  # has no body, and what follows is not for us
+                self._refuse(405, "this is no proxy: CONNECT is not taken", "allow: GET, HEAD, POST\r\n")
+                return
+            head = without_offer(self.scope["method"], self.url, self.scope["http_version"], self.headers)
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+            self._offered = False
+            try:
+                self.parser.feed_data(head)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+
+    def _takes_websocket(self) -> bool:
+        """A request that waits for its answer keeps the connection: what comes behind it cannot have it."""
+        free = self.cycle is None or self.cycle.response_complete
+        return free and offers_websocket(self.scope["method"], self.scope["http_version"], self.headers)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._offered = False
         if not self._head_open:
             self._begin_head()
 
@@ -75,7 +118,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
-        super().on_headers_complete()
+        self._offered = self.parser.should_upgrade()
+        if self._offered:  # what is made of it is decided in _parse, with the parser stopped
+            self.scope["method"] = self.parser.get_method().decode("ascii")
+            self.scope["http_version"] = self.parser.get_http_version()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._offered:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._offered:
+            super().on_message_complete()
+
+    def shutdown(self) -> None:
+        _shut(self.transport, super().shutdown)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, f"{msg} This is not HTTP/1.1.")
@@ -94,20 +153,65 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_late(self) -> None:
         self._refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
 
-    def _refuse(self, status: int, detail: str) -> None:
-        """Answers what never became a request, and closes."""
+    def _refuse(self, status: int, detail: str, header: str = "") -> None:
         self._end_head()
-        if self.transport.is_closing():
-            return
-        phrase = HTTPStatus(status).phrase
-        body = json.dumps({"title": phrase, "status": status, "detail": detail}).encode()
-        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        refuse(self.transport, status, detail, header)
+
+
+def refuse(transport: asyncio.Transport, status: int, detail: str, header: str = "") -> None:
+    """Answers what never became a request, and closes. `header`: a line more of the head."""
+    if transport.is_closing():
+        return
+    phrase = HTTPStatus(status).phrase
+    body = json.dumps({"title": phrase, "status": status, "detail": detail}).encode()
+    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n{header}"
+    transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+    transport.close()
+
+
+def _shut(transport: asyncio.Transport, gently: Callable[[], None]) -> None:
+    """Ends a connection; none can keep the server from ending the next."""
+    try:
+        gently()
+    except Exception as error:
+        logger.warning("a connection was cut: %r", error)
+        transport.abort()
 
 
 class SturdyWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's websockets, where text that is not UTF-8 ends the connection (1007) without a traceback of ours."""
+    """uvicorn's websockets, where text that is not UTF-8 ends the connection (1007) without a traceback of ours, and a
+    handshake is answered: at once where it is none, and within HANDSHAKE_S in any case."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HANDSHAKE_S, self._handshake_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except Exception as error:  # of what the client sent; the connection is nobody else's
+            logger.warning("a websocket was cut: %r", error)
+            self.transport.abort()
+            return
+        if not self.handshake_initiated:  # the whole head was handed over, and the parser took it for none
+            refuse(self.transport, 400, "this is no handshake of a websocket (RFC 6455)")
+
+    def shutdown(self) -> None:
+        _shut(self.transport, super().shutdown)
+
+    def _handshake_late(self) -> None:
+        if not self.handshake_complete and self.initial_response is None:
+            refuse(self.transport, 503, f"the handshake was not answered within {HANDSHAKE_S:g} s; try again")
+            self.disconnected = True
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type == "text" and not self.close_sent:
@@ -129,17 +233,46 @@ class DrainingServer(uvicorn.Server):
     stops it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, service: AppState, live: Live) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: AppState, live: Live, listeners: Sequence[socket.socket] = ()
+    ) -> None:
         super().__init__(config)
         self._service = service
         self._live = live
+        self._listeners = listeners
+        self._acceptor = Acceptor(listeners, self._take)
         self._tasks: list[asyncio.Task[None]] = []
+        self._connecting: set[asyncio.Task[None]] = set()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.servers:
-            where = address(self.config.host, self.servers[0].sockets[0].getsockname()[1])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
+        await super().startup(sockets=[])
+        self._acceptor.resume()
+        if self._listeners:
+            where = address(self.config.host, self._listeners[0].getsockname()[1])
             self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
+        await super().shutdown(sockets)
+
+    def _take(self, connection: socket.socket) -> None:
+        task = asyncio.create_task(self._connect(connection))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            )
+            return made
+
+        try:
+            await loop.connect_accepted_socket(protocol, connection)
+        except OSError:  # the client left on the way here
+            connection.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         scheduler = self._service.scheduler
@@ -170,8 +303,9 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(app: FastAPI, settings: Settings) -> None:
-    """Listens until a signal, then drains. Blocks."""
-    DrainingServer(configuration(app, settings), app.state.service, app.state.live).run()
+    """Listens until a signal, then drains. Blocks. Raises ListenError before anything is loaded."""
+    listeners = listen(settings.host, settings.port)
+    DrainingServer(configuration(app, settings), app.state.service, app.state.live, listeners).run()
 
 
 def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:

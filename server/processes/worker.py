@@ -21,11 +21,14 @@ from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import AppState
 from server.live.sessions import Live
+from server.processes.accepting import leaves_room, open_files_limit
 from server.processes.channel import State, WorkerStatus, receive, send_report
+from server.processes.cores import settle
 from server.processes.malloc import keep_memory
 from server.processes.uvicorn_server import DrainingServer, configuration
 from server.settings import read
 from server.telemetry import aggregation, logs
+from server.telemetry.logs import Seldom
 
 logger = logging.getLogger("server.worker")
 
@@ -42,10 +45,10 @@ class WorkerServer(DrainingServer):
         self._received = 0
         self._report = WorkerStatus()
         self._exposing: asyncio.Server | None = None
-        self._connecting: set[asyncio.Task[object]] = set()
+        self._lost = Seldom(logger)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
-        await super().startup(sockets=[])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         self._exposing = await aggregation.serve_exposition(self._metrics, self._service.metrics.exposition)
         asyncio.get_running_loop().add_reader(self._end, self._read)
 
@@ -64,15 +67,15 @@ class WorkerServer(DrainingServer):
     def _read(self) -> None:
         loop = asyncio.get_running_loop()
         while (item := receive(self._end)) is not None:
-            if item == "lost":
+            if item == "lost" or (isinstance(item, socket.socket) and not leaves_room(item)):
                 self._received += 1
-                logger.warning("a connection was lost: too many open files")
+                if isinstance(item, socket.socket):
+                    item.close()
+                self._lost.warning("a connection was lost: too many open files (limit: %d)", open_files_limit())
                 continue
             if isinstance(item, socket.socket):
                 self._received += 1
-                task = asyncio.create_task(self._connect(item))
-                self._connecting.add(task)
-                task.add_done_callback(self._connecting.discard)
+                self._take(item)
                 continue
             if item == "closed":
                 loop.remove_reader(self._end)
@@ -82,20 +85,6 @@ class WorkerServer(DrainingServer):
                 self._tell("unready")
             if item == "closed":
                 return
-
-    async def _connect(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-
-        def protocol() -> asyncio.Protocol:
-            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
-            )
-            return made
-
-        try:
-            await loop.connect_accepted_socket(protocol, connection)
-        except OSError:  # the client left on the way here
-            connection.close()
 
     def _tell(self, state: State) -> None:
         report = WorkerStatus(state, self._received, len(self.server_state.connections))
@@ -117,7 +106,12 @@ def main() -> int:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         keep_memory(os.environ)
-        app = create_app(lambda: load(settings), settings, expose=lambda _: aggregation.scrape_workers(folder))
+        app = create_app(
+            lambda: load(settings),
+            settings,
+            expose=lambda _: aggregation.scrape_workers(folder),
+            cores=settle(os.environ),
+        )
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETTINGS

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -32,6 +33,24 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         fields = getattr(record, "fields", {})
         return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
+
+
+class Seldom:
+    """Warnings of one kind: at most one in `every_s`, which says how many were left out before it."""
+
+    def __init__(self, logger: logging.Logger, every_s: float = 1.0) -> None:
+        self._logger = logger
+        self._every_s = every_s
+        self._last = -every_s
+        self._left_out = 0
+
+    def warning(self, message: str, *arguments: object) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every_s:
+            self._left_out += 1
+            return
+        self._logger.warning(message + "; %d such lines left out", *arguments, self._left_out)
+        self._last, self._left_out = now, 0
 
 
 def configure(log_format: str, level: str, fields: Mapping[str, object] | None = None) -> None:

@@ -74,6 +74,17 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self.origins_refused = Counter(
+            "sana_sprint_origins_refused", "Refused for a page of another site.", ("kind",), registry=self.registry
+        )
+        self.workers_wanted = Gauge(
+            "sana_sprint_workers_wanted", "Processes that shall serve here (--workers).", registry=self.registry
+        )
+        self.worker_ready = Gauge(
+            "sana_sprint_worker_ready",
+            "1 where this process is ready; a process that is gone has none.",
+            registry=self.registry,
+        )
         self.live_sessions = Gauge("sana_sprint_live_sessions", "Open live sessions.", registry=self.registry)
         self.live_ended = Counter(
             "sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",), registry=self.registry
@@ -91,6 +102,8 @@ class Metrics:
         )
         for reason in ("client", "idle", "slow", "draining", "too_many_sessions"):
             self.live_ended.labels(reason)
+        for kind in ("request", "websocket"):
+            self.origins_refused.labels(kind)
         for reason in ("client_gone", "deadline", "draining", "queue_full"):
             self.dropped.labels(reason)
         for kind in ("error", "out_of_memory", "output", "hang"):

@@ -134,7 +134,7 @@ def server() -> Iterator[str]:
     """A server with the fake engine, on what it takes for a GPU."""
     port = free_port()
     command = [sys.executable, str(ROOT / "tests/helpers/gpu_server.py"), str(port)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "tests/helpers/fakes")])
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
     try:
         until("server", lambda: answers(f"http://127.0.0.1:{port}/health/ready"))

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +19,11 @@ class Program:
     """`python ...`, started; `output` collects both of its streams as they come."""
 
     end_within_s = PATIENCE_S
+    command: Sequence[str] = ()  # what runs python, with its arguments
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [*self.command, sys.executable, *arguments],
             cwd=ROOT,
             env=os.environ | environment,
             stdout=subprocess.PIPE,

@@ -29,6 +29,7 @@ from engines.backends.adapters import (
 from engines.backends.base import ModuleSpec
 from engines.backends.parity import check_compiled
 from engines.backends.quiet import quiet
+from engines.checkpoints.home import expanded
 from engines.device.hardware import dotted, this_machine
 from engines.errors import BackendError, ParityError
 from engines.types import powers_of_two, smallest_fitting
@@ -51,7 +52,11 @@ def torch_tensorrt(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
 def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     """`torch_tensorrt` with the package as an argument, on any device that it works on."""
     plain = ModuleGraph(module)
-    folder = spec.cache / f"torch-tensorrt-{vendor.__version__}-{dotted(this_machine().capability)}"
+    remedy = "give --cache DIR, or set HOME or XDG_CACHE_HOME to a folder that can be written"
+    folder = (
+        expanded(spec.cache, BackendError, remedy)
+        / f"torch-tensorrt-{vendor.__version__}-{dotted(this_machine().capability)}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{spec.name}-{_digest(module)}"
     fast: Mapping[Side, Graph] = {

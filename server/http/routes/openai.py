@@ -14,17 +14,20 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import ClientGoneError, Fault, InvalidError
+from server.errors import ClientGoneError, Fault, HttpError, InvalidError
 from server.generation.generator import GenerationResult
-from server.http.body import check_media_type, read_json
+from server.http.body import check_media_type, media_type_of, read_json
 from server.http.disconnect import cancel_on_disconnect
 from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
+from server.http.routes.edits import NO_MASK, EditRequest, embedded
 from server.http.routes.openai_schemas import ImageGenerationRequest, Usage
 from server.http.state import AppState, app_state, request_context
-from server.http.validation import parse_form
+from server.http.validation import parse_form, shown
 from server.telemetry.timings import server_timing
 
+IMAGE_FIELDS = ("image", "image[]")
+NOT_PARSED = (*IMAGE_FIELDS, "mask", "images")
 NO_USAGE = Usage().model_dump()
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=PlainRoute)
@@ -43,29 +46,49 @@ async def generations(request: Request) -> Response:
 
 @router.post("/images/edits", **openapi.EDITS)
 async def edits(request: Request) -> Response:
-    """Image to image: a form with the file `image` (or `image[]`) and the fields of generations. No masks."""
+    """Image to image: a form with the file `image` (or `image[]`), or JSON with `images`; and the fields of
+    generations. No masks."""
     service = app_state(request)
-    check_media_type(request, "multipart/form-data")
-    service.scheduler.check_open()
-    with service.uploads.one(request):
-        form = await _form(request, service.settings.body_limit)
-        try:
-            fields = {name: value for name, value in form.items() if isinstance(value, str)}
-            body = parse_form(ImageGenerationRequest, fields)
-            image = await _one_image(form)
-        finally:
-            await form.close()
-    making = service.generator.generate(body.order(image), request_context(request).arrived)
-    del form, image
-    return await _answer(request, service, making, body.response_format)
+    if media_type_of(request) == "application/json":
+        body = await read_json(request, EditRequest, service)
+        order = body.edit()
+    else:
+        check_media_type(request, "multipart/form-data")
+        service.scheduler.check_open()
+        with service.uploads.one(request):
+            form = await _form(request, service.settings.body_limit)
+            try:
+                fields = {name: value for name, value in form.items() if isinstance(value, str) and value}
+                body = parse_form(EditRequest, {name: fields[name] for name in fields if name not in NOT_PARSED})
+                image = await _one_image(form)
+            finally:
+                await form.close()
+        order = body.order(image)
+        del form, image
+    making = service.generator.generate(order, request_context(request).arrived)
+    response_format = body.response_format
+    del body, order  # they may hold large images, which are not needed once they are decoded
+    return await _answer(request, service, making, response_format)
 
 
 @router.get("/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
     """The one model that runs here."""
-    engine = app_state(request).scheduler.engine
-    model = {"id": engine.info.checkpoint, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
-    return JSONResponse({"object": "list", "data": [model]})
+    return JSONResponse({"object": "list", "data": [_model(app_state(request))]})
+
+
+@router.get("/models/{name:path}", **openapi.MODEL)
+async def model(request: Request) -> Response:
+    """That model, by its id."""
+    found, name = _model(app_state(request)), request.path_params["name"]
+    if name != found["id"]:
+        raise HttpError(404, f"model: got {shown(name)}, allowed: {found['id']}", code="model_not_found")
+    return JSONResponse(found)
+
+
+def _model(service: AppState) -> dict[str, object]:
+    checkpoint = service.scheduler.engine.info.checkpoint
+    return {"id": checkpoint, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
 
 
 async def _answer(
@@ -82,7 +105,7 @@ async def _answer(
 
 async def _form(request: Request, most_bytes: int) -> FormData:
     """The form, kept in memory: nothing that a client sends touches the disk."""
-    parser = MultiPartParser(request.headers, request.stream(), max_files=4, max_fields=64)
+    parser = MultiPartParser(request.headers, request.stream(), max_files=4, max_fields=64, max_part_size=most_bytes)
     parser.spool_max_size = most_bytes + 1
     try:
         return await parser.parse()
@@ -92,13 +115,19 @@ async def _form(request: Request, most_bytes: int) -> FormData:
         raise ClientGoneError("the client left before its body was complete") from error
 
 
-async def _one_image(form: FormData) -> bytes:
-    if form.get("mask"):
-        raise InvalidError([Fault("mask", "mask: got a mask, allowed: none; this model repaints the whole image")])
-    files = [value for name in ("image", "image[]") for value in form.getlist(name) if isinstance(value, UploadFile)]
-    if len(files) != 1:
-        raise InvalidError([Fault("image", f"image: got {len(files)} files, allowed: one png, jpeg or webp file")])
-    return await files[0].read()
+async def _one_image(form: FormData) -> bytes | str:
+    """The file of the form, or the text of one (base64, a data: URL). Fields and files without content do not count."""
+    for value in form.getlist("mask"):
+        if not _is_empty(value):
+            raise InvalidError([Fault("mask", NO_MASK)])
+    images = [value for name in IMAGE_FIELDS for value in form.getlist(name) if not _is_empty(value)]
+    if len(images) != 1:
+        raise InvalidError([Fault("image", f"image: got {len(images)} files, allowed: one png, jpeg or webp file")])
+    return await images[0].read() if isinstance(images[0], UploadFile) else embedded("image", images[0])
+
+
+def _is_empty(value: UploadFile | str) -> bool:
+    return not (value.size if isinstance(value, UploadFile) else value)
 
 
 def images_json(delivery: GenerationResult, response_format: str) -> bytes:

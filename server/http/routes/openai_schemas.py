@@ -44,10 +44,16 @@ class ImageGenerationRequest(Options):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        """A seed of -1 is how other servers write a random one."""
+        if not isinstance(body, dict):
+            return body
+        kept = {name: value for name, value in body.items() if value is not None}
+        if str(kept.get("seed")) == "-1":
+            del kept["seed"]
+        return kept
 
-    def order(self, image: bytes | None = None) -> GenerationRequest:
-        """`image` (the file of an edit) wins over the field. Raises InvalidError (422) for a stream."""
+    def order(self, image: bytes | str | None = None) -> GenerationRequest:
+        """`image` (that of an edit) wins over the field. Raises InvalidError (422) for a stream."""
         if self.stream:
             raise InvalidError([Fault("stream", "stream: got true, allowed: false; one step has no partial images")])
         width, height = self.width, self.height

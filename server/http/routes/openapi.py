@@ -7,6 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from server.http.routes.edits import EditRequest
 from server.http.routes.openai_schemas import ImageGenerationRequest, ImagesResponse, OpenAiError
 from server.http.routes.schemas import GenerateAnswer, GenerateRequest, Problem
 
@@ -29,6 +30,7 @@ COMPONENTS: tuple[type[BaseModel], ...] = (
     GenerateAnswer,
     Problem,
     ImageGenerationRequest,
+    EditRequest,
     ImagesResponse,
     OpenAiError,
 )
@@ -128,6 +130,14 @@ MODELS: dict[str, Any] = {
         **errors(401, 503, envelope=OpenAiError),
     },
 }
+MODEL: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"description": "The model.", "content": {"application/json": {"schema": {"type": "object"}}}},
+        **errors(401, 503, envelope=OpenAiError),
+        404: {**errors(401, envelope=OpenAiError)[401], "description": "There is no such model here."},
+    },
+}
 OPENAI_IMAGES: dict[str, Any] = {
     "response_class": Response,
     "responses": {
@@ -154,6 +164,8 @@ EDIT_FORM = {
     "required": ["image", "prompt"],
     "description": "Every field of /v1/images/generations may be sent as well.",
 }
-EDITS: dict[str, Any] = OPENAI_IMAGES | {
-    "openapi_extra": {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
+EDIT_BODIES = {
+    "multipart/form-data": {"schema": EDIT_FORM},
+    "application/json": {"schema": reference(EditRequest)},
 }
+EDITS: dict[str, Any] = OPENAI_IMAGES | {"openapi_extra": {"requestBody": {"required": True, "content": EDIT_BODIES}}}

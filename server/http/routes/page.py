@@ -1,4 +1,4 @@
-"""GET /: the web page, whose files lie in server/static."""
+"""GET / and /docs: the web pages, whose files lie in server/static."""
 
 from pathlib import Path
 
@@ -17,7 +17,17 @@ router = APIRouter(route_class=PlainRoute)
 @router.get("/", include_in_schema=False)
 async def page(_: Request) -> Response:
     """The web page."""
-    path = STATIC / "index.html"
+    return _static("index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(_: Request) -> Response:
+    """The routes, for people: a page of ours over /openapi.json."""
+    return _static("docs.html")
+
+
+def _static(name: str) -> Response:
+    path = STATIC / name
     if not path.is_file():
-        raise HttpError(404, "this installation has no web page; GET /docs lists the routes")
+        raise HttpError(404, "this installation has no web pages; GET /openapi.json lists the routes")
     return FileResponse(path)

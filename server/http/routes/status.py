@@ -42,9 +42,13 @@ async def info(request: Request) -> Response:
     service = app_state(request)
     engine = service.scheduler.engine
     limits = engine.limits
+    told = asdict(engine.info)
+    if (cores := request.app.state.cores) is not None:
+        threads, why = cores
+        told |= {"threads": threads, "reasons": {**told["reasons"], "threads": why}}
     return JSONResponse(
         {
-            **asdict(engine.info),
+            **told,
             "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
             "default_size": limits.default_size,
             "sizes": limits.sizes or None,

@@ -132,8 +132,9 @@ def test_415(plain: Running, headers: dict[str, str]) -> None:
     is_problem(answer, 415, "unsupported_media_type")
 
 
-def test_415_for_an_edit_that_is_no_form(plain: Running) -> None:
-    is_openai_error(plain.client.post("/v1/images/edits", json={}), 415, "unsupported_media_type")
+def test_415_for_an_edit_that_is_neither_form_nor_json(plain: Running) -> None:
+    answer = plain.client.post("/v1/images/edits", content=b"{}", headers={"content-type": "text/plain"})
+    is_openai_error(answer, 415, "unsupported_media_type")
 
 
 def test_422_names_field_value_and_what_is_allowed(plain: Running) -> None:

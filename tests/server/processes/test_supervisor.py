@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from running_server import PATIENCE_S, wait_until
 from websockets.sync.client import connect
 
-from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
+from server.errors import EXIT_LISTEN, EXIT_SETTINGS, EXIT_START, SettingsError
 from server.processes.supervisor import environments
 from server.settings import Settings
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_none_stops_the_start(tmp_path: Path) -> None:
 def test_a_taken_port_stops_the_start_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         supervised = Supervised("--backend", "fake", "--port", str(taken.getsockname()[1]))
-        assert supervised.wait_end() == EXIT_START, supervised.output
+        assert supervised.wait_end() == EXIT_LISTEN, supervised.output
     assert "cannot listen on 127.0.0.1" in supervised.output
     assert "Traceback" not in supervised.output
 

@@ -41,7 +41,8 @@ def test_names_types_and_labels(plain: Running) -> None:
         for sample in families[name].samples:
             assert set(sample.labels) - {"le"} == labels, sample
     beyond = {name for name in families if name.startswith("sana_sprint_")} - set(CONTRACT)
-    ours = {"sana_sprint_engine_failures", "sana_sprint_uncaptured_batches"}
+    ours = {"sana_sprint_engine_failures", "sana_sprint_uncaptured_batches", "sana_sprint_origins_refused"}
+    ours |= {"sana_sprint_workers_wanted", "sana_sprint_worker_ready"}
     assert {name for name in beyond if not name.startswith("sana_sprint_live_")} == ours
     assert not any(name.endswith("_created") for name in re.findall(r"^\w+", answer.text, re.MULTILINE))
 

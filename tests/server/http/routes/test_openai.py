@@ -106,7 +106,7 @@ def test_url_is_a_data_uri(plain: Running) -> None:
         ({"stream": True}, "stream", "invalid_value"),
         ({"response_format": "file"}, "response_format", "invalid_value"),
         ({"output_compression": 101}, "output_compression", "invalid_value"),
-        ({"seed": -1}, "seed", "invalid_value"),
+        ({"seed": -2}, "seed", "invalid_value"),
     ],
 )
 def test_bad_values_come_in_the_envelope(plain: Running, body: dict[str, Any], param: str, code: str) -> None:

@@ -1,0 +1,53 @@
+"""Which graphs are captured in place of the plain chains: of what, for which batches, sizes and steps."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from engines.backends.cuda.graphs import GraphCapture, GraphRunner
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
+from engines.pipeline.engine import GraphRunners, LatentSpace, Modules
+from engines.types import Limits
+
+
+def runners_of(
+    modules: Callable[[], Modules],
+    checkpoint: Checkpoint,
+    space: LatentSpace,
+    limits: Limits,
+    buckets: Sequence[int],
+    steps: Iterable[int],
+    recorder: GraphCapture | None,
+    reasons: dict[str, str],
+) -> GraphRunners | None:
+    """Graphs to capture for `buckets` at every size of the checkpoint, or its own one; None without a recorder."""
+    if recorder is None:
+        return None
+    unit, steps = space.compression, tuple(steps)
+    sides = [(height // unit, width // unit) for width, height in limits.sizes or (limits.default_size,)]
+
+    def denoise(*, drawing: bool) -> GraphRunner:
+        def chain() -> Denoise:
+            made = modules()
+            transformer = made.controlled if drawing else made.transformer
+            assert transformer is not None
+            return Denoise(transformer, space.dtype)
+
+        tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
+        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
+        return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
+
+    # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.
+    decode = GraphRunner(
+        lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
+    )
+    controlled = denoise(drawing=True) if "control" in limits.conditioning else None
+    runners = GraphRunners(denoise(drawing=False), decode, controlled, recorder)
+    reasons["graphs"] = (
+        f"{len(runners.plain.capture_order)} are captured before the first request: batches {_listed(buckets)}, "
+        f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"
+    )
+    return runners
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))

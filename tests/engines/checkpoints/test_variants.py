@@ -1,0 +1,324 @@
+"""Checkpoints as save_pretrained and hubs keep them: variants, shards, downloads of what is read; and no home."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from program import ROOT, Server
+from running_server import read_image
+from safetensors.torch import load_file, save_file
+
+from engines.checkpoints.variants import needed, variant_of
+from engines.types import Pixels
+from server.errors import EXIT_START
+
+TINY = ROOT / "models/tiny"
+PARTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+BODY = {"prompt": "a red circle on a white background", "seed": 7}
+
+
+def with_variant(folder: Path, parts: Sequence[str], variant: str, *, plain: bool = False) -> Path:
+    """tiny, with the weights of these parts under the name that diffusers gives a variant."""
+    shutil.copytree(TINY, folder)
+    for part in parts:
+        path = folder / part / f"{PARTS[part]}.safetensors"
+        shutil.copy(path, path.with_name(f"{PARTS[part]}.{variant}.safetensors"))
+        if not plain:
+            path.unlink()
+    return folder
+
+
+def shard(folder: Path, part: str, names: Sequence[str], index: str) -> None:
+    """Cuts the one file of a part into files of these names."""
+    (whole,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(whole)
+    weight_map = {key: names[number % len(names)] for number, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: tensors[key].clone() for key in tensors if weight_map[key] == name}, folder / part / name)
+    (folder / part / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    whole.unlink()
+
+
+def drawn(model: str, *flags: str, **environment: str) -> tuple[Pixels, dict[str, str]]:
+    """A picture of a served checkpoint, and the reasons of its server."""
+    server = Server("--model", model, *flags, **environment)
+    try:
+        url = server.wait_ready()
+        picture = httpx.post(f"{url}/generate", json=BODY, timeout=60)
+        assert picture.status_code == 200
+        reasons: dict[str, str] = httpx.get(f"{url}/v1/info").json()["reasons"]
+        return read_image(picture.content), reasons
+    finally:
+        server.process.terminate()
+        server.wait_end()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Pixels:
+    picture, reasons = drawn("tiny")
+    assert "variant" not in reasons
+    return picture
+
+
+def same(one: Pixels, other: Pixels) -> bool:
+    return int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
+
+
+def test_the_only_variant_is_taken_and_named(plain: Pixels, tmp_path: Path) -> None:
+    folder = with_variant(tmp_path / "c", [*PARTS], "fp16")
+    for part, stem in PARTS.items():
+        names = [f"{stem}-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)]
+        if part == "vae":
+            names = [f"{stem}.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+        shard(folder, part, names, f"{stem}.safetensors.index.fp16.json")
+    picture, reasons = drawn(str(folder))
+    assert same(picture, plain)
+    assert reasons["variant"] == "fp16: the only weights there, of text_encoder, transformer, vae"
+
+
+def test_what_diffusers_writes_draws_the_same(plain: Pixels, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from diffusers import AutoencoderDC, SanaTransformer2DModel\n"
+        "source, target = sys.argv[1:]\n"
+        "for kind, part in ((SanaTransformer2DModel, 'transformer'), (AutoencoderDC, 'vae')):\n"
+        "    kind.from_pretrained(source, subfolder=part).save_pretrained(f'{target}/{part}', variant='fp16',\n"
+        "        max_shard_size='500KB')\n"
+    )
+    folder = tmp_path / "c"
+    shutil.copytree(TINY, folder)
+    for part in ("transformer", "vae"):
+        (folder / part / "diffusion_pytorch_model.safetensors").unlink()
+    subprocess.run([sys.executable, "-c", code, str(TINY), str(folder)], check=True, cwd=ROOT, capture_output=True)
+    assert len(list((folder / "transformer").glob("*fp16*.safetensors"))) > 1
+    picture, reasons = drawn(str(folder))
+    assert same(picture, plain)
+    assert reasons["variant"] == "fp16: the only weights there, of transformer, vae"
+
+
+def test_of_several_the_plain_one_or_the_one_that_is_asked_for(plain: Pixels, tmp_path: Path) -> None:
+    folder = with_variant(tmp_path / "c", ["transformer"], "ema", plain=True)
+    path = folder / "transformer/diffusion_pytorch_model.ema.safetensors"
+    save_file({key: value * 1.01 for key, value in load_file(path).items()}, path)
+    picture, reasons = drawn(str(folder))
+    assert same(picture, plain)
+    assert "variant" not in reasons
+    other, reasons = drawn(str(folder), "--variant", "ema")
+    assert not np.array_equal(other, plain)
+    assert reasons["variant"] == "ema: asked for, of transformer"
+
+
+def refused(model: Path, *flags: str) -> str:
+    server = Server("--model", str(model), *flags)
+    assert server.wait_end() == EXIT_START, server.output
+    assert "Traceback" not in server.output
+    return server.output
+
+
+def test_several_without_a_plain_one_are_told_with_the_remedy(tmp_path: Path) -> None:
+    folder = with_variant(tmp_path / "c", ["vae"], "fp16", plain=True)
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.ema.safetensors")
+    said = refused(folder)
+    assert "ema, fp16" in said
+    assert "--variant" in said
+    assert "--variant: got fp32" in refused(folder, "--variant", "fp32")
+    assert "--variant: got bf16" in refused(TINY, "--variant", "bf16")
+
+
+# --- a hub ------------------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The two addresses of the hub that a download asks; `files` are those of its one repository."""
+
+    files: dict[str, Path]
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        sha = "0123456789" * 4
+        if path.startswith("/api/models/org/model/tree"):
+            sizes = [(name, file.stat().st_size) for name, file in self.files.items()]
+            self._send(
+                json.dumps([{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in sizes]).encode(), {}
+            )
+        elif path.startswith("/api/models/org/model"):
+            siblings = [{"rfilename": name} for name in self.files]
+            told = {"_id": "1", "id": "org/model", "modelId": "org/model", "sha": sha, "siblings": siblings}
+            self._send(json.dumps(told | {"private": False, "tags": [], "downloads": 0, "likes": 0}).encode(), {})
+        else:
+            name = path.partition(f"/{sha}/")[2]
+            if name not in self.files:
+                self.send_error(404)
+                return
+            content = self.files[name].read_bytes()
+            if body:
+                self.asked.append(name)
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
+            self._send(content, headers, body=body)
+
+    def _send(self, content: bytes, headers: dict[str, str], *, body: bool = True) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
+    handler = type("TheHub", (Hub,), {"files": {}, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        yield handler, environment
+        server.shutdown()
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_of_a_hub_only_what_is_read_is_downloaded(
+    plain: Pixels, hub: tuple[type[Hub], dict[str, str]], tmp_path: Path
+) -> None:
+    handler, environment = hub
+    folder = with_variant(tmp_path / "c", [*PARTS], "fp16", plain=True)
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker/model.safetensors").write_bytes(b"large")
+    (folder / "whole.safetensors").write_bytes(b"large")
+    (folder / "vae/diffusion_pytorch_model.bin").write_bytes(b"large")
+    handler.files = files_of(folder)
+    picture, _ = drawn("org/model", **environment)
+    assert same(picture, plain)
+    weights = sorted(name for name in handler.asked if not name.endswith(".json"))
+    assert weights == ["controlnet/diffusion_pytorch_model.safetensors"] + [
+        f"{part}/{PARTS[part]}.safetensors" for part in sorted(PARTS)
+    ]
+    handler.asked.clear()
+    picture, _ = drawn("org/model", **environment, HF_HUB_OFFLINE="1")  # what was kept serves without the hub
+    assert same(picture, plain)
+    assert handler.asked == []
+
+
+def test_of_a_hub_with_one_variant_that_is_downloaded(
+    plain: Pixels, hub: tuple[type[Hub], dict[str, str]], tmp_path: Path
+) -> None:
+    handler, environment = hub
+    folder = with_variant(tmp_path / "c", [*PARTS], "fp16")
+    shard(
+        folder,
+        "transformer",
+        [f"diffusion_pytorch_model-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)],
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+    )
+    handler.files = files_of(folder)
+    picture, reasons = drawn("org/model", **environment)
+    assert same(picture, plain)
+    assert reasons["variant"] == "fp16: the only weights there, of text_encoder, transformer, vae"
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("model.safetensors", ""),
+        ("model-00001-of-00002.safetensors", ""),
+        ("model.fp16.safetensors", "fp16"),
+        ("model.fp16-00001-of-00002.safetensors", "fp16"),
+        ("model-00001-of-00002.fp16.safetensors", "fp16"),
+        ("diffusion_pytorch_model.non_ema.safetensors", "non_ema"),
+        ("model.safetensors.index.json", ""),
+        ("model.safetensors.index.fp16.json", "fp16"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "fp16"),
+        ("config.json", None),
+        ("model.bin", None),
+    ],
+)
+def test_names_say_the_variant(name: str, variant: str | None) -> None:
+    assert variant_of(name) == variant
+
+
+def test_of_another_decoder_or_controlnet_its_part_alone_is_needed() -> None:
+    whole = [
+        "model_index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "unet/x.safetensors",
+    ]
+    assert needed(whole, "vae", None, "x") == whole[1:3]
+    alone = [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "README.md",
+    ]
+    assert needed(alone, "controlnet", None, "x") == alone[:2]
+    assert needed(alone, "controlnet", "fp16", "x") == [alone[0], alone[2]]
+
+
+# --- a user without a home --------------------------------------------------------------------------------------------
+
+HOMELESS = ["unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-u", "HOME", "-u", "XDG_CACHE_HOME"]
+HOMELESS += ["-u", "HF_HOME", "-u", "USER", "-u", "LOGNAME"]
+
+
+def homeless() -> bool:
+    code = "import os, pwd, sys\ntry: pwd.getpwuid(os.getuid())\nexcept KeyError: sys.exit(7)"
+    try:
+        return subprocess.run([*HOMELESS, sys.executable, "-c", code], check=False, capture_output=True).returncode == 7
+    except OSError:
+        return False
+
+
+needs_user = pytest.mark.skipif(not homeless(), reason="needs unshare --user, to be a user that the host does not know")
+
+
+class Homeless(Server):
+    command = HOMELESS
+
+
+@needs_user
+def test_a_user_without_a_home_is_served() -> None:
+    server = Homeless("--model", "tiny")
+    try:
+        url = server.wait_ready()
+        assert httpx.post(f"{url}/generate", json=BODY, timeout=60).status_code == 200
+    finally:
+        server.process.terminate()
+        server.wait_end()
+
+
+@needs_user
+@pytest.mark.parametrize(("model", "word"), [("org/model", "HF_HOME"), ("~/model", "HOME")])
+def test_a_home_that_is_needed_is_asked_for_by_name(model: str, word: str) -> None:
+    server = Homeless("--model", model, HF_HUB_OFFLINE="1")
+    assert server.wait_end() == EXIT_START, server.output
+    assert f"set {word}" in server.output
+    assert "Traceback" not in server.output
+    assert not os.path.lexists(ROOT / "~")

@@ -1,0 +1,48 @@
+"""Bytes to a server and what comes back, on a socket of the test's own."""
+
+import http.client
+import socket
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import urlsplit
+
+from running_server import PATIENCE_S
+
+
+@dataclass(frozen=True)
+class Answered:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class Raw:
+    """One connection to the server at `url`."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, *lines: str, body: bytes = b"") -> None:
+        """A head of these lines, with a host, and a body behind it."""
+        head = "\r\n".join([lines[0], "host: x", *lines[1:], "", ""])
+        self.socket.sendall(head.encode() + body)
+
+    def answer(self, method: str = "POST") -> Answered:
+        """The next answer on the connection."""
+        response = http.client.HTTPResponse(self.socket, method=method)
+        response.begin()
+        return Answered(response.status, response.headers, response.read())
+
+    def closed(self) -> bool:
+        """Waits for the end of the connection, with nothing more on it."""
+        try:
+            return self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return True
