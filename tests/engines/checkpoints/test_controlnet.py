@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from engines.pipeline.engine import SprintEngine
 from engines.pipeline.latent_cache import LatentCache
 from engines.pipeline.text_stage import join, load_text_stage
 from engines.sampler import job_noise
-from engines.types import Engine, Job, Pixels
+from engines.types import Engine, Job, Pixels, RawImage
 
 FP32, CPU = torch.float32, torch.device("cpu")
 
@@ -162,13 +162,16 @@ def test_a_drawing_that_stands_still_is_encoded_once(drawable: Path, monkeypatch
 
 
 def test_warm_up_draws_too(drawable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
+    ran: list[tuple[str, bool]] = []
     generate = SprintEngine.generate
-    monkeypatch.setattr(
-        SprintEngine, "generate", lambda self, jobs: ran.append(jobs[0].conditioning) or generate(self, jobs)
-    )
+
+    def recorded(self: SprintEngine, jobs: Sequence[Job]) -> list[RawImage]:
+        ran.append((jobs[0].conditioning, jobs[0].jpeg_quality is not None))
+        return generate(self, jobs)
+
+    monkeypatch.setattr(SprintEngine, "generate", recorded)
     load_engine(str(drawable)).warmup()
-    assert ran == ["text", "control"]
+    assert ran == [("text", False), ("text", True), ("control", False), ("control", True)]
 
 
 def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago() -> None:
