@@ -99,6 +99,7 @@ class SprintEngine:
         self._stream = None  # TensorRT wants one that is not the default
         if space.device.type == "cuda":
             torch.cuda.set_device(space.device)
+            torch.set_num_threads(1)  # to wake a pool for a batch's noise took longer than the pool saves
             self._downloader = CudaDownloader(jpeg_on_card())
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
 
