@@ -5,6 +5,7 @@ What counts is the card, the versions of torch and Triton, the kernels' own sour
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 import triton
 
 from engines.kernels.op import Ops
+
+logger = logging.getLogger("engines.proof")
 
 _SOURCES = (Path(__file__).parent, Path(__file__).parents[2] / "kernels")
 
@@ -34,8 +37,16 @@ def compare(ops: Ops, work: Callable[[], object], proof: Path | None) -> Mapping
         return ops.replaced
     ops.compare(work)
     if proof is not None:
-        proof.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = proof.with_suffix(".part")
-        unfinished.write_text(json.dumps(ops.replaced))
-        unfinished.replace(proof)
+        try:
+            _write(proof, json.dumps(ops.replaced))
+        except OSError as error:  # a read-only container, a full disk: the next start compares again
+            logger.warning("kernels: what was found equal cannot be kept in %s: %s", proof, error)
     return ops.replaced
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.replace(path)

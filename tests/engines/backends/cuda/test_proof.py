@@ -40,3 +40,9 @@ def test_what_differs_or_cannot_run_is_replaced_by_its_reference(tmp_path: Path)
 def test_without_a_file_everything_is_compared() -> None:
     ops = Ops(Launcher(False, 1))
     assert set(compare(ops, lambda: ops(WRONG, X), None)) == {"wrong"}
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ops = Ops(Launcher(False, 1))
+    assert set(compare(ops, lambda: ops(WRONG, X), tmp_path / "file" / "proof.json")) == {"wrong"}
