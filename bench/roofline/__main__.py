@@ -6,7 +6,8 @@ For every stage: the floor is the time of its products and convolutions one afte
 each bound by arithmetic or by memory, with everything between them fused away. The projected time lowers the peaks by
 a stated efficiency. The eager time runs every call as a kernel of its own; where the paper measured the same, their
 ratio says how hopeful that is. fp8 is for transformer and decoder: the text encoder must stay in bf16. Not counted:
-picture files, the host, and traffic that a cache on the device saves.
+picture files, the host, and traffic that a cache on the device saves. Our engine as it is built, kernel by kernel and
+at measured rates, is counted by bench.budget.
 """
 
 import argparse

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.roofline.op_counter import Call
+
 TERA, GIGA = 10**12, 10**9
 
 
@@ -22,7 +24,17 @@ class Device:
         """Of matrix products whose inputs are `dtype`, or 8 bits wide where they may be."""
         if dtype in (torch.bfloat16, torch.float16):
             return self.matrix["fp8" if eight_bit else "16bit"]
-        return self.vector  # fp32 stays exact: no TF32
+        return self.matrix["fp8"] if dtype.itemsize == 1 else self.vector  # fp32 stays exact: no TF32
+
+    def seconds(self, call: Call, *, arithmetic: float = 1.0, memory: float = 1.0, eight_bit: bool = False) -> float:
+        """Of one call, as slow as its arithmetic or its traffic, at these shares of the peaks.
+
+        eight_bit: dense 16-bit products read 8 bits and multiply at that rate, and still write 16.
+        """
+        narrow = eight_bit and call.kind == "product" and call.dtype.itemsize == 2 and "bmm" not in call.name
+        peak = self.peak(call.dtype, eight_bit=narrow) if call.kind == "product" else self.vector
+        traffic = call.read / (2 if narrow else 1) + call.written
+        return max(call.operations / (peak * arithmetic), traffic / (self.bandwidth * memory))
 
 
 H100 = Device(
@@ -31,6 +43,13 @@ H100 = Device(
     vector=66.9 * TERA,
     bandwidth=3350 * GIGA,
     source="NVIDIA H100 Tensor Core GPU Architecture (whitepaper), table 2, without sparsity",
+)
+H200 = Device(
+    "H200",
+    H100.matrix,
+    vector=66.9 * TERA,
+    bandwidth=4800 * GIGA,
+    source="NVIDIA H200 data sheet: the H100's processors, without sparsity",
 )
 RTX4090 = Device(
     "RTX 4090",
@@ -46,4 +65,4 @@ A100 = Device(
     bandwidth=2039 * GIGA,
     source="NVIDIA A100 80GB data sheet, without sparsity; it has no fp8",
 )
-DEVICES = (H100, RTX4090, A100)
+DEVICES = (H100, H200, RTX4090, A100)

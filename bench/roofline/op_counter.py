@@ -17,6 +17,9 @@ Kind = Literal["product", "depthwise", "other"]  # matrix products and convoluti
 
 # Answer with new memory or with none, without reading or writing any: no cost on a device.
 _FREE = {"aten._unsafe_view.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.lift_fresh.default"}
+_ONE_KERNEL = torch.ops.aten.rms_norm.default  # composite, but a single kernel on a GPU
+_ROWS = {"aten.embedding", "aten.index_select"}  # read of a table what they write
+_OVER = {"aten.copy_", "aten.fill_", "aten.zero_"}  # do not read what they write over
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,9 @@ class Call:
     written: int
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Sees every call within `with`. `execute` makes one, `note` is told of those that cost something."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.calls: list[Call] = []
@@ -40,43 +45,52 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
     ) -> Any:
         given = options or {}
-        if function._overloadpacket not in flop_registry:  # in inference mode composite calls come whole
+        # In inference mode composite calls come whole.
+        if function._overloadpacket not in flop_registry and function is not _ONE_KERNEL:
             with self:
                 parts = function.decompose(*arguments, **given)
             if parts is not NotImplemented:
                 return parts
-        answer = function(*arguments, **given)
+        answer = self.execute(function, arguments, given)
         views = any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns)
         if not views and str(function) not in _FREE:
-            self.calls.append(_call(function, arguments, given, answer))
+            self.note(function, arguments, given, answer)
         return answer
 
+    def execute(self, function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+        return function(*arguments, **options)
 
-def _call(function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> Call:
-    inputs, outputs = list(_tensors((arguments, options))), list(_tensors(answer))
+    def note(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> None:
+        self.calls.append(call_of(function, arguments, options, answer))
+
+
+def call_of(function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> Call:
+    inputs, outputs = list(tensors_in((arguments, options))), list(tensors_in(answer))
     formula = flop_registry.get(function._overloadpacket)
     operations = int(formula(*arguments, **options, out_val=answer)) if formula else 0
     kind: Kind = "product" if formula else "other"
     if function._overloadpacket is torch.ops.aten.convolution and arguments[8] == arguments[0].shape[1]:
         kind = "depthwise"
+    written = sum(map(_bytes, outputs))
+    name = str(function._overloadpacket)
     return Call(
-        name=str(function._overloadpacket),
+        name=name,
         kind=kind,
         dtype=(inputs or outputs)[0].dtype,
         operations=operations,
-        read=sum(map(_bytes, inputs)),
-        written=sum(map(_bytes, outputs)),
+        read=written if name in _ROWS else sum(map(_bytes, inputs)) - (written if name in _OVER else 0),
+        written=written,
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors_in(one)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -86,7 +100,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def count(computation: Callable[[], object]) -> list[Call]:
     """The calls of `computation`, in order. Its tensors must be on the meta device."""
-    recorder = _Recorder()
+    recorder = Recorder()
     with torch.no_grad(), recorder:
         computation()
     return recorder.calls

@@ -42,19 +42,9 @@ PEAK = Efficiency(arithmetic=1.0, memory=1.0, launch=0.0)
 
 
 def seconds(calls: Sequence[Call], device: Device, efficiency: Efficiency, *, eight_bit: bool = False) -> float:
-    """Of products and convolutions one after the other, each as slow as its arithmetic or its traffic.
-
-    eight_bit: dense 16-bit products read 8 bits and multiply at that rate, and still write 16.
-    """
-    total = 0.0
-    for call in calls:
-        if call.kind == "other":
-            continue
-        narrow = eight_bit and call.kind == "product" and call.dtype.itemsize == 2 and "bmm" not in call.name
-        peak = device.vector if call.kind == "depthwise" else device.peak(call.dtype, eight_bit=narrow)
-        traffic = call.read / (2 if narrow else 1) + call.written
-        total += max(call.operations / (peak * efficiency.arithmetic), traffic / (device.bandwidth * efficiency.memory))
-    return total
+    """Of products and convolutions one after the other; see Device.seconds."""
+    shares = {"arithmetic": efficiency.arithmetic, "memory": efficiency.memory}
+    return sum(device.seconds(call, **shares, eight_bit=eight_bit) for call in calls if call.kind != "other")
 
 
 def eager_seconds(calls: Sequence[Call], device: Device, efficiency: Efficiency) -> float:

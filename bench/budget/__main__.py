@@ -1,0 +1,61 @@
+"""What a request costs on a GPU, counted from the engine as it is built, on a machine without one.
+
+    python -m bench.budget --model random:sprint-0.6b --size 1024 --steps 1 --batch 1 --backend cuda-graph --tokens 20
+
+The engine is loaded, captured and asked for pictures on a card that is not there (bench.budget.card): everything runs
+but the kernels. One batch of new prompts is counted. cuda-graph: our kernels. tensorrt: each built engine is
+one launch, as fast as its products at stated shares of a peak; the text stage and what stands around them as built.
+Not counted: what libraries launch within one call (cuBLAS clears a workspace now and then), their workspaces, and the
+memory of the CUDA context; picture files, queue and HTTP.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench.budget.engine import BACKENDS, count_request
+from bench.budget.totals import document, show
+from bench.harness.cli import parse_size, told
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.budget", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="random:sprint-0.6b", help="folder, hub id or random:<name>")
+    parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
+    parser.add_argument("--size", type=parse_size, default=(1024, 1024), help="N or WxH in pixels (default 1024)")
+    parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
+    parser.add_argument("--batch", type=int, default=1, choices=range(1, 9), help="pictures at once (default 1)")
+    parser.add_argument("--backend", default="cuda-graph", choices=BACKENDS)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"), help="of cuda-graph (default bf16)")
+    parser.add_argument("--tokens", type=int, default=20, help="of a prompt (default 20)")
+    options = parser.parse_args(argv)
+    width, height = options.size
+    about = (
+        f"{options.model}, {width}x{height}, {options.steps} steps, batch {options.batch}, {options.tokens} tokens, "
+        f"{options.backend}, {options.precision}"
+    )
+    tables = []
+
+    def measured() -> dict[str, Any]:
+        counted = count_request(
+            options.model,
+            options.backend,
+            options.size,
+            options.steps,
+            options.batch,
+            options.tokens,
+            options.decoder,
+            options.precision,
+        )
+        found = document(counted)
+        tables.append(show(counted, found, about))
+        return found
+
+    return told(measured, lambda _: tables[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""A card that is not there: code that runs on a GPU runs on it whole, computes nothing on it, and is counted.
+
+Its tensors are meta tensors that say they are on cuda. What the host computes is computed; what it brings from the
+card is ones. Kernels are counted where they would be launched (`Card.launcher`), every other call where PyTorch
+dispatches it, graphs where they are replayed (`Card.recorder`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bench.budget.events import Event, Launch, Mark, Replay, Transfer, Wait
+from bench.budget.kernels import call_of as kernel_call
+from bench.budget.memory import Memory
+from bench.harness.errors import BenchError
+from bench.roofline.op_counter import Recorder, call_of, tensors_in
+from engines.kernels.op import Launcher
+
+_CUDA, _META = torch.device("cuda", 0), torch.device("meta")
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_COPY, _TO_COPY = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
+# What is added to a product by cuBLAS is copied to where the sum goes; what is padded is filled first.
+_LAUNCHES = {"aten.baddbmm": 2, "aten.constant_pad_nd": 2}
+
+T = TypeVar("T")
+
+
+class Card:
+    """Within `present`, the card named `name`. `events` are what happened since `clear`."""
+
+    def __init__(self, name: str, processors: int, capability: tuple[int, int]):
+        self.name, self.processors, self.capability = name, processors, capability
+        self.memory, self.events = Memory(), list[Event]()
+        self.launcher = _Launcher(capability >= (9, 0), processors, self)
+        self.recorder = _GraphRecorder(self)
+        self._capturing = False
+        self._pinned: dict[int, torch.UntypedStorage] = {}  # kept, so that no other gets its address
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        properties = SimpleNamespace(
+            name=self.name, uuid="0", multi_processor_count=self.processors, major=self.capability[0]
+        )
+        cuda: dict[str, Any] = {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "get_device_name": lambda _=None: self.name,
+            "get_device_capability": lambda _=None: self.capability,
+            "get_device_properties": lambda _=None: properties,
+            "set_device": lambda _: None,
+            "empty_cache": lambda: None,
+            "synchronize": lambda _=None: self.saw(Wait()),
+            "device": nullcontext,
+            "stream": nullcontext,
+            "Stream": lambda *_, **__: _Stream(self),
+            "current_stream": lambda _=None: _Stream(self),
+            "Event": lambda enable_timing=False, **_: _CudaEvent(self, enable_timing),
+        }
+        with ExitStack() as stack:
+            stack.enter_context(patch.multiple(torch.cuda, **cuda))
+            stack.enter_context(patch.object(torch, "set_num_threads", lambda _: None))  # those of the caller's process
+            stack.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
+            stack.enter_context(_Calls(self))
+            stack.enter_context(_Names(self))
+            yield
+
+    def clear(self) -> None:
+        """Before what is to be counted."""
+        self.events = []
+        self.memory.settle()
+
+    def saw(self, event: Event) -> None:
+        if self._capturing and not isinstance(event, Launch):
+            raise BenchError(f"a graph cannot hold a {type(event).__name__.lower()}: {event}")
+        self.events.append(event)
+
+    def holds(self, tensor: Tensor) -> None:
+        self.memory.holds(tensor, pooled=self._capturing)
+
+    def pins(self, tensor: Tensor) -> Tensor:
+        """`tensor`, whose memory is pinned from now on."""
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = storage
+        return tensor
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
+
+    def captured(self, launch: Callable[[], T]) -> tuple[tuple[Launch, ...], T]:
+        """What `launch` launches, kept out of `events`, and its outputs."""
+        outside, self.events, self._capturing = self.events, [], True
+        try:
+            outputs = launch()
+            return tuple(event for event in self.events if isinstance(event, Launch)), outputs
+        finally:
+            self.events, self._capturing = outside, False
+
+    def fused(self, name: str, work: Callable[[], T]) -> T:
+        """`work` as one launch that makes its products and convolutions, and keeps all else on the chip."""
+        outside, self.events = self.events, []
+        try:
+            made = work()
+            calls = [event.call for event in self.events if isinstance(event, Launch) and event.call.kind != "other"]
+        finally:
+            self.events = outside
+        for index, call in enumerate(calls):
+            self.saw(Launch(replace(call, name=name), int(index == 0)))
+        return made
+
+
+@dataclass(frozen=True)
+class _Launcher(Launcher):
+    card: Card
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        self.card.saw(Launch(kernel_call(kernel, grid, given)))
+
+
+class _GraphRecorder:
+    """engines.backends.cuda.graphs.GraphCapture."""
+
+    def __init__(self, card: Card):
+        self._card = card
+
+    def warm(self, launch: Callable[[], object]) -> None:
+        """Warm-ups leave nothing behind, so none is needed here."""
+
+    def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        self._card.memory.settle()
+        launches, outputs = self._card.captured(launch)
+        return lambda: self._card.saw(Replay(launches)), outputs
+
+
+class _Stream:
+    def __init__(self, card: Card):
+        self._card = card
+
+    def wait_stream(self, other: "_Stream") -> None:
+        """One stream waits for another; the host does not."""
+
+    def synchronize(self) -> None:
+        self._card.saw(Wait())
+
+
+class _CudaEvent:
+    def __init__(self, card: Card, timing: bool):
+        self._card, self._timing = card, timing
+
+    def record(self, _stream: _Stream | None = None) -> None:
+        if self._timing:
+            self._card.saw(Mark())
+
+    def synchronize(self) -> None:
+        self._card.saw(Wait())
+
+    def elapsed_time(self, _later: "_CudaEvent") -> float:
+        return 0.0
+
+
+class _Names(TorchFunctionMode):
+    """Meta tensors are called cuda, and pinned memory can be had."""
+
+    def __init__(self, card: Card):
+        super().__init__()
+        self._card = card
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is torch.device:
+            return function(*arguments, **(options or {}))
+        given = {name: _there(value) for name, value in (options or {}).items()}
+        if getattr(function, "__self__", None) is Tensor.device:
+            return _CUDA if arguments[0].is_meta else function(*arguments)
+        if function is Tensor.pin_memory:
+            return self._card.pins(arguments[0].clone())
+        pinned = given.pop("pin_memory", False)
+        made = function(*map(_there, arguments), **given)
+        return self._card.pins(made) if pinned else made
+
+
+def _there(value: Any) -> Any:
+    """cuda is where meta is."""
+    if isinstance(value, torch.device | str) and str(value).partition(":")[0] == "cuda":
+        return _META
+    return value
+
+
+class _Calls(Recorder):  # type: ignore[no-untyped-call]  # torch's own
+    """Counts calls whose tensors are on the card, and copies between card and host."""
+
+    def __init__(self, card: Card):
+        super().__init__()
+        self._card = card
+
+    def execute(self, function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+        if function is _ITEM and arguments[0].is_meta:
+            self._card.saw(Wait())
+            return torch.ones((), dtype=arguments[0].dtype).item()
+        answer = self._crossed(arguments, options) if _crosses(function, arguments, options) else None
+        if answer is None:
+            answer = function(*arguments, **options)
+        for tensor in tensors_in(answer):
+            if tensor.is_meta:
+                self._card.holds(tensor)
+        return answer
+
+    def _crossed(self, arguments: Sequence[Any], options: dict[str, Any]) -> Tensor:
+        """copy_(to, from) or _to_copy(from, device=...)."""
+        *into, source = arguments[:2]
+        if into:
+            made: Tensor = into[0]
+        else:
+            device = _META if not source.is_meta else torch.device("cpu")
+            made = torch.empty_like(source, dtype=options.get("dtype") or source.dtype, device=device)
+        host = made if source.is_meta else source
+        pinned, later = self._card.is_pinned(host), arguments[2:3] == (True,) or options.get("non_blocking", False)
+        self._card.saw(Transfer(made.nbytes, pinned))
+        if pinned and not later:
+            self._card.saw(Wait())
+        return made.fill_(1) if source.is_meta else made
+
+    def note(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> None:
+        there = any(tensor.is_meta for tensor in tensors_in((arguments, answer)))
+        if there and function is not _ITEM and not _crosses(function, arguments, options):
+            call = call_of(function, arguments, options, answer)
+            self._card.saw(Launch(call, _kernels(call.name, arguments)))
+
+
+def _crosses(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether it is a copy between card and host."""
+    if function is _COPY:
+        return bool(arguments[0].is_meta != arguments[1].is_meta)
+    device = options.get("device")
+    return function is _TO_COPY and device is not None and (device.type == "meta") != arguments[0].is_meta
+
+
+def _kernels(name: str, arguments: Sequence[Any]) -> int:
+    """How many launches PyTorch makes of one call."""
+    if name == "aten.convolution":
+        return 1 if arguments[2] is None else 2  # cuDNN's, and the bias
+    return _LAUNCHES.get(name, 1)

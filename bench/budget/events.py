@@ -1,0 +1,41 @@
+"""What happens while a request runs, in order."""
+
+from dataclasses import dataclass
+
+from bench.roofline.op_counter import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A call on the card, made of `kernels` launches; 0 where it is a part of the launch before."""
+
+    call: Call
+    kernels: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A captured graph, launched whole."""
+
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy between host and card. From pageable memory the host waits for it, which is not counted as a Wait."""
+
+    bytes: int
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The host waits for the card."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The engine's stopwatch ends a lap."""
+
+
+Event = Launch | Replay | Transfer | Wait | Mark
