@@ -117,7 +117,8 @@ def sqnr_db(expected: Tensor, found: Tensor) -> float:
     error = (want - got).square().sum()
     if not bool(error.isfinite()):
         return float("nan")
-    return float(10 * torch.log10(want.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)).clamp_max(200))
+    ratio = want.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)
+    return min(200.0, 10 * float(torch.log10(ratio)))
 
 
 def _shape(arg: Any) -> object:

@@ -5,11 +5,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engines.models.dcae import AutoencoderConfig
+
 SAMPLES = [
     "Given a user prompt, generate an 'Enhanced prompt' with details suitable for image generation.",
     "- User Prompt: A cat sleeping -> Enhanced: a small, fluffy white cat, sleeping on a warm sunny windowsill",
     "a red circle to the left of a blue square on a white background, three green triangles",
 ]
+
+# The smallest that the kernels of a GPU take over whole (engines.backends.cuda).
+KERNEL_AUTOENCODER = AutoencoderConfig(
+    latent_channels=8,
+    attention_head_dim=16,
+    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+    encoder_block_out_channels=(32, 32, 64, 64),
+    decoder_block_out_channels=(32, 32, 64, 64),
+    encoder_layers_per_block=(1, 1, 1, 1),
+    decoder_layers_per_block=(2, 3, 1, 2),
+    encoder_qkv_multiscales=((), (), (5,), (5,)),
+    decoder_qkv_multiscales=((), (), (5,), (5,)),
+    decoder_norm_types=("rms_norm",) * 4,
+    decoder_act_fns=("silu",) * 4,
+)
 
 
 def heat(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,5 +1,6 @@
 """What decoder and encoder are made of on a GPU: ResBlocks on zero-bordered images, EfficientViT blocks on plain."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from engines.kernels.autoencoder.convolution import (
     CONVOLUTION_NORM,
     CONVOLUTION_SILU,
 )
-from engines.kernels.autoencoder.depthwise import DEPTHWISE
+from engines.kernels.autoencoder.depthwise import DEPTHWISE, SIDE
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.autoencoder.rms_norm import RMS_NORM, Layout
 from engines.kernels.autoencoder.tiles import FP8, FP8_MAX
@@ -25,6 +26,40 @@ from engines.models.layers import RMSNorm
 
 _HEADROOM = 2.0  # of an activation's scale over the largest value that calibration saw
 WHOLE = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
+
+
+def why_not_blocks(
+    side: str,
+    kinds: Sequence[str],
+    depths: Sequence[int],
+    widths: Sequence[int],
+    scales: Sequence[tuple[int, ...]],
+    head_dim: int,
+) -> str | None:
+    """Why these blocks cannot run the encoder or the decoder (`side`) of such an architecture, highest resolution
+    first; None where they can."""
+    residual = sum(kind == "ResBlock" for kind in kinds)
+    if any(kind == "ResBlock" for kind in kinds[residual:]) or residual in (0, len(kinds)) or not all(depths):
+        return (
+            f"{side}_block_types are {tuple(kinds)} of {tuple(depths)} layers; blocks at every resolution, ResBlocks "
+            "at the high and EfficientViT blocks at the low ones are needed"
+        )
+    if any(width % 32 for width in widths) or head_dim % 8:
+        return f"{side}_block_out_channels are {tuple(widths)}; multiples of 32 are needed"
+    if any(kernels != (SIDE,) for kernels in scales[residual:]):
+        return f"{side}_qkv_multiscales are {tuple(scales)}; one scale of {SIDE} is needed"
+    return None
+
+
+def blocks_of(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
+    """The blocks of one resolution, without what comes before or behind them."""
+    found: list[ResidualBlock | VitBlock] = []
+    for part in stage.children():
+        if isinstance(part, ResBlock):
+            found.append(ResidualBlock(part))
+        elif isinstance(part, EfficientViTBlock):
+            found.append(VitBlock(part))
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,7 +84,6 @@ class Kernel:
     def __init__(self, conv: nn.Conv2d):
         self.weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
         self.bias = None if conv.bias is None else conv.bias.detach().float()
-        self._scale: Tensor | None = None
         self.scale: Tensor | None = None  # of the product of an 8-bit input and these weights
 
     def to_fp8(self, input_scale: float) -> None:

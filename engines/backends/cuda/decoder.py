@@ -7,42 +7,51 @@ convolutions of the ResBlocks multiply e4m3 numbers, one scale for a tensor of a
 channel of weights; the residual stream stays bf16.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cuda.autoencoder_blocks import WHOLE, Norm, ResidualBlock, Stream, VitBlock
+from engines.backends.cuda.autoencoder_blocks import (
+    WHOLE,
+    Norm,
+    ResidualBlock,
+    Stream,
+    VitBlock,
+    blocks_of,
+    why_not_blocks,
+)
 from engines.kernels.autoencoder.convolution import (
     CONVOLUTION_TAPS,
     tap_weight,
 )
-from engines.kernels.autoencoder.depthwise import SIDE
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.autoencoder.pixels import PIXELS
 from engines.kernels.autoencoder.upsampling import UPSAMPLING
 from engines.kernels.op import Ops
-from engines.models.dcae import AutoencoderConfig, Decoder, EfficientViTBlock, ResBlock, Upsample
+from engines.models.dcae import AutoencoderConfig, Decoder, Upsample
 from engines.models.folding import folded_kernel
 from engines.models.pixels import PixelDecoder
 
 
 def why_not(config: AutoencoderConfig) -> str | None:
     """Why these kernels cannot run a decoder of this architecture; None where they can."""
-    kinds, depths = config.decoder_block_types, config.decoder_layers_per_block
-    residual = [index for index, kind in enumerate(kinds) if kind == "ResBlock"]
-    if residual != list(range(len(residual))) or not residual or len(residual) == len(kinds):
+    why = why_not_blocks(
+        "decoder",
+        config.decoder_block_types,
+        config.decoder_layers_per_block,
+        config.decoder_block_out_channels,
+        config.decoder_qkv_multiscales,
+        config.attention_head_dim,
+    )
+    if why is not None:
+        return why
+    if config.upsample_block_type != "interpolate" or config.decoder_conv_act_fn != "relu" or config.in_channels != 3:
         return (
-            f"decoder_block_types are {kinds}; ResBlocks at high and EfficientViT blocks at low resolution are needed"
+            f"upsample_block_type is {config.upsample_block_type}, decoder_conv_act_fn {config.decoder_conv_act_fn}; "
+            "interpolate, relu and RGB are needed"
         )
-    if not all(depths) or config.decoder_conv_act_fn != "relu" or config.in_channels != 3:
-        return f"decoder_layers_per_block are {depths}; blocks at every resolution, ReLU and RGB are needed"
-    if any(width % 32 for width in config.decoder_block_out_channels) or config.attention_head_dim % 8:
-        return f"decoder_block_out_channels are {config.decoder_block_out_channels}; multiples of 32 are needed"
-    if any(kernels != (SIDE,) for kernels in config.decoder_qkv_multiscales[len(residual) :]):
-        return f"decoder_qkv_multiscales are {config.decoder_qkv_multiscales}; one scale of {SIDE} is needed"
     if config.decoder_block_out_channels[0] not in WHOLE:
         return f"the last stage has {config.decoder_block_out_channels[0]} channels; one of {WHOLE} is needed"
     return None
@@ -55,8 +64,7 @@ class _Up:
         weight, bias = folded_kernel(upsample)
         self.weight = weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
         assert bias is not None
-        self.bias = bias.detach()[: bias.shape[0] // 4].float() if upsample.interpolate else bias.detach().float()
-        assert upsample.interpolate
+        self.bias = bias.detach()[: bias.shape[0] // 4].float()  # that of a phase, which is that of all four
 
     def __call__(self, ops: Ops, x: Tensor, grid: Grid, bordered: bool, next_scale: float | None) -> tuple[Tensor, ...]:
         made: tuple[Tensor, ...] = ops(UPSAMPLING, x, self.weight, self.bias, bordered, next_scale, grid)
@@ -80,9 +88,11 @@ class CudaDecoder:
             self._conv_in[channels, channels // decoder.repeats, 1, 1] += 1
         self._conv_in_bias = decoder.conv_in.bias
         self._dtype = self._conv_in.dtype
-        stages = [list(stage.children()) for stage in reversed(decoder.up_blocks)]
-        self._low = [_parts(stage) for stage in stages if isinstance(stage[-1], EfficientViTBlock)]
-        self._high = [_parts(stage) for stage in stages if isinstance(stage[-1], ResBlock)]
+        stages: list[tuple[Any, list[Any]]] = [
+            (_up_of(stage), blocks_of(stage)) for stage in reversed(decoder.up_blocks)
+        ]
+        self._low = [stage for stage in stages if isinstance(stage[1][0], VitBlock)]
+        self._high = [stage for stage in stages if isinstance(stage[1][0], ResidualBlock)]
         self._norm_out = Norm(decoder.norm_out)
         assert isinstance(decoder.conv_out, nn.Conv2d)
         self._conv_out = tap_weight(decoder.conv_out.weight.detach())
@@ -142,15 +152,6 @@ class CudaDecoder:
         return made
 
 
-def _parts(stage: list[nn.Module]) -> tuple[Any, list[Any]]:
-    """The upsampling of a stage, None for the first, and its blocks."""
-    ups = [_Up(part) for part in stage if isinstance(part, Upsample)]
-    return ups[0] if ups else None, list(_blocks(stage))
-
-
-def _blocks(stage: list[nn.Module]) -> Iterator[ResidualBlock | VitBlock]:
-    for part in stage:
-        if isinstance(part, ResBlock):
-            yield ResidualBlock(part)
-        elif isinstance(part, EfficientViTBlock):
-            yield VitBlock(part)
+def _up_of(stage: nn.Module) -> _Up | None:
+    """The upsampling of a stage; the first has none."""
+    return next((_Up(part) for part in stage.children() if isinstance(part, Upsample)), None)

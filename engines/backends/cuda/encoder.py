@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cuda.autoencoder_blocks import ResidualBlock, Stream, VitBlock
+from engines.backends.cuda.autoencoder_blocks import ResidualBlock, Stream, blocks_of, why_not_blocks
 from engines.kernels.autoencoder.border import ZERO_BORDER
-from engines.kernels.autoencoder.depthwise import SIDE
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.op import Ops
-from engines.models.dcae import AutoencoderConfig, Downsample, EfficientViTBlock, Encoder, ResBlock
+from engines.models.dcae import AutoencoderConfig, Downsample, Encoder
 from engines.models.pixels import PixelEncoder
 
 _INPUTS = 8  # channels of the first convolution: RGB, one that is 1 and carries the bias, and zeros
@@ -22,16 +21,18 @@ _INPUTS = 8  # channels of the first convolution: RGB, one that is 1 and carries
 
 def why_not_encode(config: AutoencoderConfig) -> str | None:
     """Why these kernels cannot run an encoder of this architecture; None where they can."""
-    kinds, depths = config.encoder_block_types, config.encoder_layers_per_block
-    residual = [index for index, kind in enumerate(kinds) if kind == "ResBlock"]
-    if residual != list(range(len(residual))) or not residual or len(residual) == len(kinds) or not all(depths):
-        return f"encoder_block_types are {kinds} of {depths} layers; ResBlocks first and blocks everywhere are needed"
+    why = why_not_blocks(
+        "encoder",
+        config.encoder_block_types,
+        config.encoder_layers_per_block,
+        config.encoder_block_out_channels,
+        config.encoder_qkv_multiscales,
+        config.attention_head_dim,
+    )
+    if why is not None:
+        return why
     if config.downsample_block_type == "pixel_unshuffle" or config.in_channels != 3:
         return f"downsample_block_type is {config.downsample_block_type}; strided convolutions of RGB are needed"
-    if any(kernels != (SIDE,) for kernels in config.encoder_qkv_multiscales[len(residual) :]):
-        return f"encoder_qkv_multiscales are {config.encoder_qkv_multiscales}; one scale of {SIDE} is needed"
-    if any(width % 32 for width in config.encoder_block_out_channels) or config.attention_head_dim % 8:
-        return f"encoder_block_out_channels are {config.encoder_block_out_channels}; multiples of 32 are needed"
     return None
 
 
@@ -41,10 +42,8 @@ class _Down:
     def __init__(self, down: Downsample):
         weight = down.conv.weight.detach().float().clone()
         if down.group:  # channel 4c + 2y + x of the unshuffled image is pixel (y, x) of channel c
-            for out in range(weight.shape[0]):
-                for channel in range(out * down.group, (out + 1) * down.group):
-                    row, column = 1 + channel % 4 // 2, 1 + channel % 2
-                    weight[out, channel // 4, row, column] += 1 / down.group
+            channel = torch.arange(weight.shape[0] * down.group, device=weight.device)
+            weight[channel // down.group, channel // 4, 1 + channel % 4 // 2, 1 + channel % 2] += 1 / down.group
         self.weight = weight.to(down.conv.weight.dtype).to(memory_format=torch.channels_last)
         self.bias = down.conv.bias
 
@@ -75,11 +74,11 @@ class CudaEncoder:
         assert encoder.conv_in.bias is not None
         self._conv_in[:, 3, 1, 1] = encoder.conv_in.bias.detach()
         self._conv_in = self._conv_in.to(memory_format=torch.channels_last)
-        self._stages = [_stage(list(stage.children())) for stage in encoder.down_blocks]
+        self._stages = [(blocks_of(stage), _down_of(stage)) for stage in encoder.down_blocks]
         last = encoder.conv_out.weight.detach().float().clone()
         if encoder.group:
-            for out in range(last.shape[0]):
-                last[out, out * encoder.group : (out + 1) * encoder.group, 1, 1] += 1 / encoder.group
+            channel = torch.arange(last.shape[1], device=last.device)
+            last[channel // encoder.group, channel, 1, 1] += 1 / encoder.group
         self._conv_out = last.to(first.dtype).to(memory_format=torch.channels_last)
         self._conv_out_bias = encoder.conv_out.bias
 
@@ -87,7 +86,6 @@ class CudaEncoder:
     def __call__(self, pixels: Tensor) -> Tensor:
         grid = Grid(*pixels.shape[:3])
         x = self._first(pixels, grid)
-        bordered = True
         for index, (blocks, down) in enumerate(self._stages):
             bordered = isinstance(blocks[0], ResidualBlock)
             for block in blocks:
@@ -115,15 +113,6 @@ class CudaEncoder:
         return made
 
 
-def _stage(parts: list[nn.Module]) -> tuple[list[ResidualBlock | VitBlock], _Down | None]:
-    """Its blocks, and what comes behind them."""
-    blocks: list[ResidualBlock | VitBlock] = []
-    down = None
-    for part in parts:
-        if isinstance(part, ResBlock):
-            blocks.append(ResidualBlock(part))
-        elif isinstance(part, EfficientViTBlock):
-            blocks.append(VitBlock(part))
-        elif isinstance(part, Downsample):
-            down = _Down(part)
-    return blocks, down
+def _down_of(stage: nn.Module) -> _Down | None:
+    """The downsampling behind a stage; the last has none."""
+    return next((_Down(part) for part in stage.children() if isinstance(part, Downsample)), None)

@@ -1,28 +1,16 @@
 """The decoder of a GPU, by its references on a CPU, against the PyTorch module; 8 bits as a card would round them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from small_checkpoint import KERNEL_AUTOENCODER as SMALL
 from small_checkpoint import heat
 
 from engines.backends.cuda.decoder import CudaDecoder, why_not
 from engines.kernels.op import Ops, sqnr_db
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.pixels import PixelDecoder
-
-SMALL = AutoencoderConfig(
-    latent_channels=8,
-    attention_head_dim=16,
-    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-    encoder_block_out_channels=(32, 32, 64, 64),
-    decoder_block_out_channels=(32, 32, 64, 64),
-    encoder_layers_per_block=(1, 1, 1, 1),
-    decoder_layers_per_block=(2, 3, 1, 2),
-    encoder_qkv_multiscales=((), (), (5,), (5,)),
-    decoder_qkv_multiscales=((), (), (5,), (5,)),
-    decoder_norm_types=("rms_norm",) * 4,
-    decoder_act_fns=("silu",) * 4,
-)
 
 
 def decoders(dtype: torch.dtype = torch.float32) -> tuple[PixelDecoder, CudaDecoder]:
@@ -71,13 +59,12 @@ def test_8_bits_stay_near(latent: torch.Tensor) -> None:
 
 
 def test_says_what_it_cannot_run() -> None:
-    from dataclasses import replace
-
     assert why_not(SMALL) is None
     assert why_not(AutoencoderConfig()) is None
     odd = (
         replace(SMALL, decoder_layers_per_block=(0, 3, 1, 2)),
         replace(SMALL, decoder_block_out_channels=(48, 32, 64, 64)),
+        replace(SMALL, upsample_block_type="pixel_shuffle"),
         replace(SMALL, decoder_block_types=("EfficientViTBlock", "ResBlock", "ResBlock", "ResBlock")),
     )
     for config in odd:

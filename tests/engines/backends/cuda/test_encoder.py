@@ -4,27 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_checkpoint import heat
+from small_checkpoint import KERNEL_AUTOENCODER, heat
 
 from engines.backends.cuda.encoder import CudaEncoder, why_not_encode
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.pixels import PixelEncoder
 
-SMALL = AutoencoderConfig(
-    latent_channels=8,
-    attention_head_dim=16,
-    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-    encoder_block_out_channels=(32, 64, 64, 128),
-    decoder_block_out_channels=(32, 32, 64, 64),
-    encoder_layers_per_block=(2, 1, 1, 2),
-    decoder_layers_per_block=(1, 1, 1, 1),
-    encoder_qkv_multiscales=((), (), (5,), (5,)),
-    decoder_qkv_multiscales=((), (), (5,), (5,)),
-    decoder_norm_types=("rms_norm",) * 4,
-    decoder_act_fns=("silu",) * 4,
-)
+SMALL = replace(KERNEL_AUTOENCODER, encoder_block_out_channels=(32, 64, 64, 128), encoder_layers_per_block=(2, 1, 1, 2))
 
 
 @torch.inference_mode()
