@@ -26,11 +26,20 @@ logger = logging.getLogger("server")
 
 
 class Acceptor:
-    """Hands each connection that comes to `listeners` (not blocking) to `take`, from `resume` on."""
+    """Hands each connection that comes to `listeners` (not blocking) to `take`, from `resume` on.
 
-    def __init__(self, listeners: Sequence[socket.socket], take: Callable[[socket.socket], None]) -> None:
+    `check` is called before each; while it raises OSError, what comes waits in the kernel.
+    """
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        take: Callable[[socket.socket], None],
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self._listeners = listeners
         self._take = take
+        self._check = check or check_room
         self._running = False
         self._again: asyncio.TimerHandle | None = None
         self._log = Seldom(logger)
@@ -68,7 +77,7 @@ class Acceptor:
             if not self._running:
                 return
             try:
-                check_room()
+                self._check()
                 connection, _ = listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
@@ -85,10 +94,34 @@ class Acceptor:
 
 def check_room() -> None:
     """Raises OSError (EMFILE) where no more than SPARE descriptors are left."""
+    if _lowest_free() >= open_files_limit() - SPARE:
+        raise full()
+
+
+def full() -> OSError:
+    return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def room(most: int) -> int:
+    """How many connections this process can still take, counted up to `most`; SPARE descriptors are left beside."""
+    limit = open_files_limit() - SPARE
+    try:
+        lowest = _lowest_free()  # below it none is free
+    except OSError:
+        return 0
+    if limit - lowest > most:
+        return most
+    try:
+        taken = sum(int(name) < limit for name in os.listdir("/proc/self/fd"))
+    except OSError:  # no descriptor for the listing, or no /proc
+        return max(0, limit - lowest)
+    return max(0, limit - taken + (lowest < limit))  # the listing's own is in it
+
+
+def _lowest_free() -> int:
     lowest = os.dup(0) if _is_open(0) else os.open(os.devnull, os.O_RDONLY)  # the kernel gives the lowest that is free
     os.close(lowest)
-    if lowest >= open_files_limit() - SPARE:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return lowest
 
 
 def leaves_room(connection: socket.socket) -> bool:

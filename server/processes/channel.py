@@ -14,24 +14,29 @@ State = Literal["unready", "ready", "leaving"]
 
 CONNECTION, DRAIN = b"c", b"d"
 STATES: tuple[State, ...] = ("unready", "ready", "leaving")
-FORM = struct.Struct("!BQQ")
+FORM = struct.Struct("!BQQQ")
+ROOM_TOLD = 1024  # connections: more room than this is not counted
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """How a worker is: `received` connections since it began, of which `open` are open. A report may be lost."""
+    """How a worker is: `received` connections since it began, of which `open` are open; `room` for so many more.
+
+    A report may be lost.
+    """
 
     state: State = "unready"
     received: int = 0
     open: int = 0
+    room: int = ROOM_TOLD
 
     def packed(self) -> bytes:
-        return FORM.pack(STATES.index(self.state), self.received, self.open)
+        return FORM.pack(STATES.index(self.state), self.received, self.open, self.room)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        state, received, open_ = FORM.unpack(data)
-        return cls(STATES[state], received, open_)
+        state, received, open_, room = FORM.unpack(data)
+        return cls(STATES[state], received, open_, room)
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
@@ -73,9 +78,13 @@ def receive(end: socket.socket) -> socket.socket | Literal["drain", "lost", "clo
     return "drain" if data == DRAIN else "closed"
 
 
-def send_report(end: socket.socket, report: WorkerStatus) -> None:
-    with contextlib.suppress(OSError):  # the next one says it all again; a supervisor that is gone needs none
+def send_report(end: socket.socket, report: WorkerStatus) -> bool:
+    """False where it is lost: the next one says it all again, and a supervisor that is gone needs none."""
+    try:
         end.send(report.packed())
+    except OSError:
+        return False
+    return True
 
 
 def reports(end: socket.socket) -> tuple[WorkerStatus | None, bool]:

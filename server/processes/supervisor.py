@@ -8,19 +8,20 @@ docs/understand/decisions/0008.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.http.api_keys import ApiKeys
 from server.processes import channel
-from server.processes.accepting import Acceptor, listen
+from server.processes.accepting import Acceptor, check_room, full, listen
 from server.processes.announce import address, say_listening, say_ready
 from server.processes.cores import THREADS, shares
 from server.settings import Settings
@@ -40,18 +41,28 @@ class Worker:
     process: asyncio.subprocess.Process
     end: socket.socket
     passed: int = 0
-    report: channel.WorkerStatus = field(default_factory=channel.WorkerStatus)
+    report: channel.WorkerStatus | None = None  # None: it has not begun
     was_ready: bool = False
 
     @property
     def connections(self) -> int:
         """Open ones, and those that it has not said it received."""
-        return self.report.open + self.passed - self.report.received
+        return self.passed + (self.report.open - self.report.received if self.report else 0)
 
     @property
-    def rank(self) -> tuple[bool, int, int]:
+    def has_room(self) -> bool:
+        """For another connection, beside those that it has not said it received."""
+        return self.report is not None and self.report.room > self.passed - self.report.received
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.report is not None and self.report.state == "leaving"
+
+    @property
+    def rank(self) -> tuple[bool, bool, int, int]:
         """Who gets the next connection: the lowest."""
-        return self.report.state != "ready", self.connections, self.passed
+        ready = self.report is not None and self.report.state == "ready"
+        return not self.has_room, not ready, self.connections, self.passed
 
 
 class Supervisor:
@@ -76,7 +87,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         listeners = listen(self._settings.host, self._settings.port)
-        self._acceptor = Acceptor(listeners, self._hand_over)  # begins with the first worker
+        self._acceptor = Acceptor(listeners, self._hand_over, self._check_room)  # begins with the first report
         where = address(self._settings.host, listeners[0].getsockname()[1])
         say_listening(where, f"{self._settings.model} in {len(self._environments)} processes")
         announcing = loop.create_task(self._announce(where))
@@ -158,8 +169,6 @@ class Supervisor:
         worker = Worker(index, process, ours)
         asyncio.get_running_loop().add_reader(ours, self._hear, worker)
         self._workers.append(worker)
-        if self._acceptor is not None:
-            self._acceptor.resume()
         if self._draining.is_set():
             channel.send_drain(ours)
         return worker
@@ -168,13 +177,15 @@ class Supervisor:
         asyncio.get_running_loop().remove_reader(worker.end)
         worker.end.close()
         self._workers.remove(worker)
-        if not self._workers and self._acceptor is not None:
-            self._acceptor.pause()
+        if self._acceptor is not None and not any(other.report for other in self._workers):
+            self._acceptor.pause()  # until one has begun
 
     def _hear(self, worker: Worker) -> None:
         report, is_open = channel.reports(worker.end)
         if report is not None:
             worker.report = report
+            if self._acceptor is not None:
+                self._acceptor.resume()
             if report.state == "ready" and not worker.was_ready:
                 worker.was_ready = True
                 self._ready.set()
@@ -182,8 +193,15 @@ class Supervisor:
         if not is_open:
             asyncio.get_running_loop().remove_reader(worker.end)
 
+    def _check_room(self) -> None:
+        """Raises OSError where neither this process nor a worker can hold another connection."""
+        check_room()
+        willing = [worker for worker in self._workers if not worker.is_leaving]
+        if willing and not any(worker.has_room for worker in willing):
+            raise full() if any(worker.report for worker in willing) else OSError(errno.EAGAIN, "no worker has begun")
+
     def _hand_over(self, connection: socket.socket) -> None:
-        willing = [worker for worker in self._workers if worker.report.state != "leaving"]
+        willing = [worker for worker in self._workers if not worker.is_leaving]
         for worker in sorted(willing, key=lambda worker: worker.rank):
             if channel.send_connection(worker.end, connection):
                 worker.passed += 1

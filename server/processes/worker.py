@@ -21,8 +21,8 @@ from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import AppState
 from server.live.sessions import Live
-from server.processes.accepting import leaves_room, open_files_limit
-from server.processes.channel import State, WorkerStatus, receive, send_report
+from server.processes.accepting import leaves_room, open_files_limit, room
+from server.processes.channel import ROOM_TOLD, State, WorkerStatus, receive, send_report
 from server.processes.cores import settle
 from server.processes.malloc import keep_memory
 from server.processes.uvicorn_server import DrainingServer, configuration
@@ -87,10 +87,9 @@ class WorkerServer(DrainingServer):
                 return
 
     def _tell(self, state: State) -> None:
-        report = WorkerStatus(state, self._received, len(self.server_state.connections))
-        if report != self._report:
+        report = WorkerStatus(state, self._received, len(self.server_state.connections), room(ROOM_TOLD))
+        if report != self._report and send_report(self._end, report):
             self._report = report
-            send_report(self._end, report)
 
 
 def serve(app: FastAPI, service: AppState, end: socket.socket, metrics: Path) -> None:

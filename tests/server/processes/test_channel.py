@@ -35,7 +35,7 @@ def test_words_and_ends_are_told_apart(ends: tuple[socket.socket, socket.socket]
     assert channel.receive(ends[1]) == "drain"
     ends[0].close()
     assert channel.receive(ends[1]) == "closed"
-    channel.send_report(ends[1], WorkerStatus())  # to nobody
+    assert not channel.send_report(ends[1], WorkerStatus())  # to nobody
 
 
 def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
@@ -55,8 +55,8 @@ def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
 
 def test_the_newest_report_counts(ends: tuple[socket.socket, socket.socket]) -> None:
     for number in range(3):
-        channel.send_report(ends[1], WorkerStatus("ready", received=number, open=1))
-    assert channel.reports(ends[0]) == (WorkerStatus("ready", 2, 1), True)
+        assert channel.send_report(ends[1], WorkerStatus("ready", received=number, open=1, room=9))
+    assert channel.reports(ends[0]) == (WorkerStatus("ready", 2, 1, 9), True)
     assert channel.reports(ends[0]) == (None, True)
     ends[1].close()
     assert channel.reports(ends[0]) == (None, False)
