@@ -16,6 +16,8 @@ COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 # The server's tests have a process of their own, as it has in use: no compiler, no Helm, no training in its memory.
+# Files of the other tests are shared out among the cores.
+SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/server
 # What is installed: one stamp per lock, newer than the lock it was made from.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
@@ -41,7 +43,7 @@ run: $(RUN) ## serves the tiny checkpoint on 127.0.0.1:8000 (PORT=N for another 
 	@exec $(BIN)/python -m server --port $(PORT)
 
 test: $(DEV) ## runs every test that this machine can run
-	@$(BIN)/python -m pytest --ignore tests/server
+	@$(BIN)/python -m pytest $(SHARED)
 	@$(BIN)/python -m pytest tests/server
 
 lint: $(DEV) ## format, lint and types
@@ -51,7 +53,7 @@ lint: $(DEV) ## format, lint and types
 
 check: lint ## format, lint, types and tests, with made-up examples that are the same in each run
 	@# Examples that Hypothesis makes up are the same in each run here; `make test` looks for new ones.
-	$(BIN)/python -m pytest --hypothesis-profile ci --ignore tests/server
+	$(BIN)/python -m pytest --hypothesis-profile ci $(SHARED)
 	$(BIN)/python -m pytest --hypothesis-profile ci tests/server
 
 proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
