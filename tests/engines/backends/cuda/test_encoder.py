@@ -15,7 +15,9 @@ SMALL = replace(KERNEL_AUTOENCODER, encoder_block_out_channels=(32, 64, 64, 128)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("ops", "size"), [(Ops(None), (48, 40)), (Ops(Launcher(False, 3)), (16, 8))], ids=["references", "kernels"])
+@pytest.mark.parametrize(
+    ("ops", "size"), [(Ops(None), (48, 40)), (Ops(Launcher(False, 3)), (16, 8))], ids=["references", "kernels"]
+)
 def test_equals_the_module(ops: Ops, size: tuple[int, int]) -> None:
     made = heat(Autoencoder(SMALL))
     assert isinstance(made, Autoencoder)
