@@ -190,7 +190,7 @@ def _load_built(
     recorder = _recorder(place, recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
-    info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
+    info = replace(info, manifest=manifest.told(), versions={**info.versions, **manifest.versions})
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
 
 

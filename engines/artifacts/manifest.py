@@ -82,6 +82,10 @@ class Manifest:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    def told(self) -> dict[str, object]:
+        """All but the files of the kernels, which are hundreds."""
+        return {name: value for name, value in self.to_dict().items() if name != "shared"}
+
     @property
     def files(self) -> list[FileRecord]:
         own = (file for artifact in self.artifacts for file in artifact.files)

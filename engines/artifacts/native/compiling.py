@@ -75,7 +75,8 @@ def compile_kernels(request: Request, jobs: int) -> Mapping[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         capability = (request.capability[0], request.capability[1])
-        request = replace(request, libcuda=str(stub_libcuda(Path(folder), capability)))
+        model, decoder = _from_anywhere(request.model), request.decoder and _from_anywhere(request.decoder)
+        request = replace(request, model=model, decoder=decoder, libcuda=str(stub_libcuda(Path(folder), capability)))
         shares = [replace(request, index=request.index + request.of * job, of=request.of * jobs) for job in range(jobs)]
         # Under the interpreter, which tests use, nothing is compiled.
         start = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-m", "engines.artifacts.native.compiling"]
@@ -101,6 +102,11 @@ def compile_kernels(request: Request, jobs: int) -> Mapping[str, str]:
             raise BuildError(f"build: kernels were not compiled: {last.removeprefix('build: ')}")
         failed |= json.loads(out.splitlines()[-1])
     return failed
+
+
+def _from_anywhere(name: str) -> str:
+    """The checkpoint's name as a process with another working directory finds it."""
+    return str(Path(name).absolute()) if name != "tiny" and Path(name).is_dir() else name
 
 
 @torch.inference_mode()

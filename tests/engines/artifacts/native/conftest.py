@@ -24,9 +24,10 @@ def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def built(asked: BuildSpec) -> Path:
-    """With a part of the kernels."""
+def built(asked: BuildSpec, place: Path | None = None) -> Path:
+    """With a part of the kernels; place: the working directory."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place or Path.cwd())
         patch.setattr("engines.artifacts.native.compiling.compile_kernels", compile_some)
         assert build(asked).changed
     return asked.out
@@ -39,8 +40,9 @@ def for_hopper(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def for_ada(small_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its decoder is one that the kernels cannot run."""
-    return built(spec(small_pictures, tmp_path_factory.mktemp("ada") / "engine", "rtx4090"))
+    """Its decoder is one that the kernels cannot run; its checkpoint was named by a relative path."""
+    asked = spec(Path(small_pictures.name), tmp_path_factory.mktemp("ada") / "engine", "rtx4090")
+    return built(asked, small_pictures.parent)
 
 
 @pytest.fixture

@@ -37,6 +37,9 @@ def test_the_manifest_names_what_decides(for_hopper: Path, ours: Path) -> None:
         path.relative_to(for_hopper).as_posix() for path in for_hopper.rglob("*") if path.is_file()
     } - {NAME}
     made.check_files(for_hopper)
+    told = loaded(ours, for_hopper).info.manifest
+    assert told is not None
+    assert (told["vendor"], "shared" in told) == ("native", False)
     assert not build(spec(ours, for_hopper)).changed
 
 
