@@ -3,10 +3,12 @@ them.
 
 python build_engine.py --model models/tiny --gpu cpu --precision fp32 --out artifacts/tiny-cpu
 python build_engine.py --model sprint-0.6b --gpu native --precision fp8 --out artifacts/sprint --sizes 1024x1024
+python build_engine.py --model sprint-0.6b --gpu h100 --vendor native --precision bf16 --out artifacts/sprint-h100
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from engines.build.builder import Built, build
 from engines.build.spec import BuildSpec
-from engines.build.targets import GPU_PRECISIONS, GPUS
+from engines.build.targets import GPU_PRECISIONS, GPUS, VENDORS
 from engines.errors import SprintError
 
 
@@ -34,7 +36,15 @@ def parse(arguments: list[str]) -> BuildSpec:
     parser.add_argument("--batches", default=(1, 2, 4, 8), type=numbers, help="buckets; default 1,2,4,8")
     parser.add_argument("--steps", default=(1, 2, 4), type=numbers, help="captured as CUDA graphs; default 1,2,4")
     parser.add_argument("--decoder", help="another autoencoder with the same latents, such as DC-AE-Lite")
+    parser.add_argument(
+        "--vendor",
+        choices=VENDORS,
+        help="of a GPU's engines; native: our own kernels, compiled without a card; default: tensorrt where it is "
+        "installed, native otherwise",
+    )
+    parser.add_argument("--jobs", default=os.cpu_count() or 1, type=int, help="processes that compile native kernels")
     given = vars(parser.parse_args(arguments))
+    given["jobs"] = max(1, given["jobs"])
     if given["out"] is None:
         name = Path(given["model"]).name.replace(":", "-")
         given["out"] = Path("artifacts") / f"{name}-{given['gpu']}-{given['precision']}"

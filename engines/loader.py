@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from engines.artifacts.loading import load_artifacts
-from engines.artifacts.manifest import read_manifest
+from engines.artifacts.loading import LoadedModules, load_artifacts
+from engines.artifacts.manifest import NATIVE, read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
 from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
@@ -24,15 +24,15 @@ from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError, CheckpointError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.calibration import calibration_texts
 from engines.pipeline.engine import LatentSpace, Modules, SprintEngine
 from engines.pipeline.runners import runners_of
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
 from engines.types import Engine, EngineInfo, Limits, powers_of_two
 
-if TYPE_CHECKING:
-    from engines.pipeline.native import Native  # needs Triton, which a CPU's environment has not
+if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
+    from engines.artifacts.native.skeleton import Parts
+    from engines.pipeline.native import Native
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -43,7 +43,7 @@ BACKENDS: Mapping[str, Backend] = {
 }
 ARTIFACT_BACKENDS: Mapping[str, str] = {
     "openvino": "python build_engine.py --gpu cpu",
-    "tensorrt": "python build_engine.py --gpu native",
+    "tensorrt": "python build_engine.py --gpu native --vendor tensorrt",
 }
 
 # Of weights and activations; int8 (on a CPU) and fp8 (on a GPU): bf16, the decoder's wide convolutions in 8 bits.
@@ -82,7 +82,7 @@ def load_engine(
     if engine_dir is not None:
         return _load_built(
             *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
-            variant,
+            *(variant, Path(cache or CACHE), native),
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
@@ -116,9 +116,7 @@ def load_engine(
     space = _space(checkpoint, dtype, place)
     if kernels is not None:
         if precision == "fp8":
-            cells = [side // space.compression for side in reversed(limits.default_size)]
-            guidance = sum(checkpoint.settings.guidance_trained) / 2 * space.guidance_embeds_scale
-            kernels.to_fp8(calibration_texts(checkpoint, text), guidance, (space.channels, cells[0], cells[1]), place)
+            kernels.to_fp8(checkpoint, text, limits.default_size, place)
         reasons |= kernels.reasons
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(place, recorder)
@@ -139,6 +137,8 @@ def _load_built(
     schedule: Schedule,
     recorder: GraphCapture | None,
     variant: str | None,
+    cache: Path,
+    native: "Native | None",
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -151,16 +151,26 @@ def _load_built(
         device = "cpu"
     place = _device(device, reasons)
     checkpoint = _opened(model, decoder, variant, reasons)
-    loaded = load_artifacts(folder, checkpoint, place)
-    text_dtype = torch.float32 if place.type == "cpu" else torch.bfloat16  # fp16 overflows in Gemma
+    loaded: LoadedModules | Parts
+    if manifest.vendor == NATIVE:
+        from engines.artifacts.native.loading import load_native
+
+        loaded = parts = load_native(folder, manifest, checkpoint, place, cache, native)
+    else:
+        loaded, parts = load_artifacts(folder, checkpoint, place), None
+    text_dtype = torch.float32 if place.type == "cpu" and parts is None else torch.bfloat16  # fp16 overflows in Gemma
     branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
-    controlled = None
-    if branch is not None:
+    controlled: Callable[..., Any] | None = None
+    if branch is not None and parts is not None:
+        controlled = parts.controlled(branch)
+    elif branch is not None:
         reasons["control"] = (
             "PyTorch: built engines hold no ControlNet, so pictures of drawings are denoised without them"
         )
         controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, place), branch)
-    text = load_text_stage(checkpoint, text_dtype, place)
+    text = load_text_stage(checkpoint, text_dtype, place) if parts is None else parts.text
+    kernels = None if parts is None else parts.kernels
+    reasons |= {} if kernels is None else kernels.reasons
 
     def modules() -> Modules:
         """Each time with execution contexts of their own, which a graph needs."""
@@ -180,8 +190,8 @@ def _load_built(
     recorder = _recorder(place, recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
-    info = replace(info, manifest=manifest.to_dict(), versions={**info.versions, **manifest.versions})
-    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners)
+    info = replace(info, manifest=manifest.told(), versions={**info.versions, **manifest.versions})
+    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
 
 
 def _kernels(

@@ -7,8 +7,8 @@ what differs, and the command that builds it again.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ from engines.errors import ArtifactError
 
 FORMAT = 1
 NAME = "manifest.json"
+NATIVE = "native"  # the vendor of engines made of our own kernels
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileRecord":
-        return cls(path.name, path.stat().st_size, sha256_of(path))
+    def of(cls, path: Path, folder: Path | None = None) -> "FileRecord":
+        """folder: the manifest's, where the file lies deeper in it."""
+        name = path.name if folder is None else path.relative_to(folder).as_posix()
+        return cls(name, path.stat().st_size, sha256_of(path))
 
 
 @dataclass(frozen=True)
@@ -73,33 +76,50 @@ class Manifest:
     pictures: Mapping[str, Mapping[str, object]]  # "WxH" -> parity of the decoded image, end to end
     references: Mapping[str, FileRecord]  # "WxH" -> the fp32 inputs and outputs (engines.artifacts.reference)
     artifacts: tuple[Artifact, ...]
+    shared: tuple[FileRecord, ...] = ()  # what is no one module's: the text encoder, compiled kernels
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    def told(self) -> dict[str, object]:
+        """All but the files of the kernels, which are hundreds."""
+        return {name: value for name, value in self.to_dict().items() if name != "shared"}
+
     @property
     def files(self) -> list[FileRecord]:
-        return [*self.references.values(), *(file for artifact in self.artifacts for file in artifact.files)]
+        own = (file for artifact in self.artifacts for file in artifact.files)
+        return list(dict.fromkeys([*self.references.values(), *own, *self.shared]))
 
     def write(self, folder: Path) -> None:
         (folder / NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-    def check_files(self, folder: Path) -> None:
-        """Raises ArtifactError where a file is absent, cut short or changed."""
-        for file in self.files:
+    def check_files(self, folder: Path, some: Iterable[FileRecord] | None = None) -> None:
+        """Raises ArtifactError where a file, or one of some, is absent, cut short or changed."""
+        for file in self.files if some is None else some:
+            self.check_size(folder, file)
             path = folder / file.name
-            if not path.is_file():
-                raise self._refuse(f"{path} is missing")
-            if path.stat().st_size != file.bytes:
-                raise self._refuse(f"{path} has {path.stat().st_size} bytes, {file.bytes} were built")
             if sha256_of(path) != file.sha256:
-                raise self._refuse(f"{path} was changed since it was built")
+                raise self.refusal(f"{path} was changed since it was built")
+
+    def check_size(self, folder: Path, file: FileRecord) -> None:
+        """Raises ArtifactError where a file is absent or cut short."""
+        path = folder / file.name
+        if not path.is_file():
+            raise self.refusal(f"{path} is missing")
+        if path.stat().st_size != file.bytes:
+            raise self.refusal(f"{path} has {path.stat().st_size} bytes, {file.bytes} were built")
+
+    def check_versions(self, here: Mapping[str, str]) -> None:
+        """Raises ArtifactError where it was built by another version of one of these packages."""
+        for name, version in here.items():
+            if self.versions.get(name) != version:
+                raise self.refusal(f"built by {name} {self.versions.get(name)}, here is {version}")
 
     def check_checkpoint(self, name: str, sha256: str) -> None:
         """Raises ArtifactError where the weights are not those it was built from, whatever they are called."""
         if sha256 != self.checkpoint_sha256:
-            raise self._refuse(
+            raise self.refusal(
                 f"built from {self.checkpoint} with weights {self.checkpoint_sha256[:12]}, and {name} has {sha256[:12]}"
             )
 
@@ -110,15 +130,18 @@ class Manifest:
             command = re.sub(
                 r"--gpu \S+( --precision \S+)?", lambda m: instead + (m[1] or "" if capability else ""), self.command
             )
+            if capability is None:  # a CPU's engines have one vendor
+                command = re.sub(r" --vendor \S+", "", command)
             raise ArtifactError(
                 f"engine: built for {self.device} (compute capability {self.compute_capability or 'none'}), "
                 f"this machine has {machine}; for this one: {command}"
             )
         built, here = self.versions.get(self.vendor), versions.get(self.vendor)
         if built != here and self.backend == "tensorrt":
-            raise self._refuse(f"built by {self.vendor} {built}, here is {here or 'none'}")
+            raise self.refusal(f"built by {self.vendor} {built}, here is {here or 'none'}")
 
-    def _refuse(self, what: str) -> ArtifactError:
+    def refusal(self, what: str) -> ArtifactError:
+        """To be raised: what differs, and the command that builds it again."""
         return ArtifactError(f"engine: {what}; build it again: {self.command}")
 
 
@@ -146,11 +169,12 @@ def sha256_of(path: Path) -> str:
 
 
 def _manifest(values: Mapping[str, Any]) -> Manifest:
-    missing = {field.name for field in fields(Manifest)} - values.keys()
+    missing = {field.name for field in fields(Manifest) if field.default is MISSING} - values.keys()
     if missing:
         raise KeyError(*sorted(missing))
     given = dict(values)
     given["artifacts"] = tuple(_artifact(value) for value in values["artifacts"])
+    given["shared"] = tuple(FileRecord(**value) for value in values.get("shared", ()))
     given["references"] = {size: FileRecord(**value) for size, value in values["references"].items()}
     given["sizes"] = tuple(_pair(size) for size in values["sizes"])
     for key in ("batches", "steps"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.artifacts.loading import open_artifact
-from engines.artifacts.manifest import Artifact, FileRecord, Manifest, read_manifest
+from engines.artifacts.manifest import NATIVE, Artifact, FileRecord, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype, module_precision
 from engines.artifacts.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.backends.adapters import Graph
@@ -26,6 +26,7 @@ from engines.build.atomic_directory import staging
 from engines.build.compilation import compile_graph
 from engines.build.example_inputs import GraphShape, probe_inputs
 from engines.build.fp8_coverage import fp8_share
+from engines.build.native import NATIVE_STEPS, Pieces, native_pieces, native_versions
 from engines.build.onnx_export import export_onnx, onnx_files
 from engines.build.onnx_runner import OnnxGraph
 from engines.build.quantization import exporting, narrowed, quantize
@@ -43,8 +44,6 @@ Progress = Callable[[int, int, str], None]  # steps done, steps in all, what com
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TIMING = "timing.cache"  # TensorRT's, carried from the engines that a build replaces to those it makes
 _FP16_LARGEST = 65504
-_LIVE_TENSORS = 4.5  # of full resolution at once in the decoder: 1.2 GB planned for one 1024x1024 row in fp16
-_AUTOENCODER_SHARE = 1 / 8  # of the card's memory
 _FP8_SHARE = 0.85
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino", "tensorrt", "tensorrt_rtx")
 
@@ -68,11 +67,13 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
     CheckpointError, BackendError. Nothing is left behind then; engines that were in `out` stay as they were.
     """
     machine = this_machine()
-    target = resolve(spec.gpu, spec.precision, machine)
+    target = resolve(spec.gpu, spec.precision, machine, vendor=spec.vendor)
     checkpoint = open_checkpoint(spec.model, spec.decoder)
     spec = completed(spec, checkpoint)
     sha256 = checkpoint.weights.sha256()
     versions = package_versions(*_VERSIONS)
+    if target.vendor == NATIVE:
+        spec, versions = replace(spec, vendor=NATIVE), {**versions, **native_versions()}
     fingerprint = fingerprint_of(spec, target, sha256, versions)
     present = _unchanged(spec.out, fingerprint)
     if present is not None:
@@ -83,12 +84,7 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
             shutil.copy(spec.out / TIMING, folder)
         work = _Work(spec, checkpoint, target, folder, progress)
         references = work.references()
-        graphs = work.graphs()
-        if not target.executable:
-            parity, pictures = work.parity(references, lambda name, size: OnnxGraph(graphs[name, size].path), "graph")
-        compiled = work.compiled(graphs)
-        if target.executable:
-            parity, pictures = work.parity(references, lambda name, size: work.open(compiled[name, size]), "engine")
+        pieces = native_pieces(work, references) if target.vendor == NATIVE else work.pieces(references)
         manifest = Manifest(
             checkpoint=spec.model,
             checkpoint_sha256=sha256,
@@ -109,12 +105,10 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
             command=spec.command,
             fingerprint=fingerprint,
             seconds=round(time.perf_counter() - started, 1),
-            pictures=pictures,
+            pictures=pieces.pictures,
             references={words(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
-            artifacts=tuple(
-                replace(made, parity=parity[key], details={**made.details, **work.layers.get(key, {})})
-                for key, made in compiled.items()
-            ),
+            artifacts=pieces.artifacts,
+            shared=pieces.shared,
         )
         manifest.write(folder)
     return Built(manifest, changed=True)
@@ -146,7 +140,9 @@ class _Work:
 
     @property
     def total(self) -> int:
-        """Steps. Each size: reference of 2 modules, then export, compilation and parity of 3."""
+        """Steps. Each size: reference of 2 modules, then export, compilation and parity of 3; native: parity alone."""
+        if self.target.vendor == NATIVE:
+            return NATIVE_STEPS + len(self.spec.sizes) * (2 + len(MODULES))
         return len(self.spec.sizes) * (2 + 3 * len(MODULES))
 
     def step(self, text: str) -> None:
@@ -186,12 +182,26 @@ class _Work:
             Reference(found[size]).save(path)
         return paths
 
+    def pieces(self, references: Mapping[Size, Path]) -> Pieces:
+        """Everything by way of ONNX, for the compiler of another vendor."""
+        graphs = self.graphs()
+        if not self.target.executable:
+            parity, pictures = self.parity(references, lambda name, size: OnnxGraph(graphs[name, size].path), "graph")
+        compiled = self.compiled(graphs)
+        if self.target.executable:
+            parity, pictures = self.parity(references, lambda name, size: self.open(compiled[name, size]), "engine")
+        details = {key: {**made.details, **self.layers.get(key, {})} for key, made in compiled.items()}
+        artifacts = (replace(made, parity=parity[key], details=details[key]) for key, made in compiled.items())
+        return Pieces(tuple(artifacts), pictures)
+
     def settle(self, name: ModuleName, seen: Mapping[str, float]) -> None:
         """The precision of one module: as asked for, but bf16 for an autoencoder that overflows fp16.
 
         Upstream advises bf16 or fp32 for the autoencoder; published ones are known to overflow (diffusers issues 9982,
         10241). Raises BuildError where it is the transformer that overflows.
         """
+        if self.target.vendor == NATIVE:
+            return  # bf16 throughout, and no number of a checkpoint overflows that
         precision = module_precision(self.spec.precision, name)
         part, peak = max(seen.items(), key=lambda pair: pair[1])
         if module_dtype(precision) == torch.float16 and peak * 2 > _FP16_LARGEST:
@@ -295,18 +305,10 @@ class _Work:
 
     def batches(self, name: ModuleName, size: Size) -> tuple[int, ...]:
         """The buckets; for the autoencoder on a GPU only those whose activations leave the card room for the rest."""
-        if self.target.memory is None or name not in ("decoder", "encoder"):
+        if name not in ("decoder", "encoder"):
             return self.spec.batches
-        config = self.checkpoint.autoencoder
-        first = [
-            width
-            for width, depth in zip(config.decoder_block_out_channels, config.decoder_layers_per_block, strict=True)
-            if depth
-        ]
-        bytes_each = module_dtype(self.precisions[name]).itemsize
-        row = size[0] * size[1] * first[0] * bytes_each * _LIVE_TENSORS
-        fitting = tuple(batch for batch in self.spec.batches if batch * row <= self.target.memory * _AUTOENCODER_SHARE)
-        return fitting or (1,)
+        item = module_dtype(self.precisions[name]).itemsize
+        return self.target.autoencoder_batches(self.spec.batches, size, self.checkpoint.autoencoder, item)
 
     def dtype(self, name: ModuleName) -> torch.dtype:
         if self.target.backend == "openvino":

@@ -28,6 +28,8 @@ class BuildSpec:
     batches: tuple[int, ...] = (1, 2, 4, 8)
     steps: tuple[int, ...] = (1, 2, 4)
     decoder: str | None = None
+    vendor: str | None = None  # one of engines.build.targets.VENDORS; None: what is installed decides
+    jobs: int = 1  # processes that compile kernels
 
     @property
     def command(self) -> str:
@@ -35,6 +37,7 @@ class BuildSpec:
         words = ["python", "build_engine.py", "--model", self.model, "--gpu", self.gpu, "--precision", self.precision]
         words += ["--out", str(self.out), "--sizes", ",".join(f"{width}x{height}" for width, height in self.sizes)]
         words += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
+        words += ["--vendor", self.vendor] if self.vendor else []
         return shlex.join(words + (["--decoder", self.decoder] if self.decoder else []))
 
 
@@ -59,7 +62,7 @@ def completed(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSpec:
 def fingerprint_of(spec: BuildSpec, target: Target, checkpoint_sha256: str, versions: Mapping[str, str]) -> str:
     """Of everything that decides what is built: the request, the weights, the packages and this code."""
     digest = hashlib.sha256(
-        repr((replace(spec, out=Path()), target, checkpoint_sha256, sorted(versions.items()))).encode()
+        repr((replace(spec, out=Path(), jobs=1), target, checkpoint_sha256, sorted(versions.items()))).encode()
     )
     for path in sources(ENGINES):
         digest.update(f"{path.relative_to(ENGINES)}\n".encode() + path.read_bytes())

@@ -1,18 +1,24 @@
 """What `--gpu` and `--precision` may mean together on this machine, and by which vendor's compiler."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast
 
+from engines.artifacts.manifest import NATIVE
 from engines.backends.openvino import CpuPrecision, check_cpu
 from engines.device.hardware import Capability, Machine, dotted
 from engines.errors import BuildError
+from engines.models.dcae import AutoencoderConfig
 
 GPUS: Mapping[str, Capability] = {"h100": (9, 0), "rtx4090": (8, 9)}
 _MEMORY: Mapping[str, float] = {"h100": 80e9, "rtx4090": 24e9}
+VENDORS = ("tensorrt", NATIVE)
 CPU_PRECISIONS = ("fp32", "bf16")
+NATIVE_PRECISIONS = ("bf16", "fp8")
 GPU_PRECISIONS = ("fp16", "bf16", "fp8", "fp32")
+_LIVE_TENSORS = 4.5  # of full resolution at once in the decoder: 1.2 GB planned for one 1024x1024 row in fp16
+_AUTOENCODER_SHARE = 1 / 8  # of the card's memory
 # The first compute capability with the arithmetic.
 _NEEDS: Mapping[str, Capability] = {"fp32": (7, 5), "fp16": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
 
@@ -22,24 +28,48 @@ class Target:
     """Where an engine is to run and what compiles it."""
 
     gpu: str  # as asked for
-    backend: str  # "openvino" or "tensorrt"
-    vendor: str  # the package that compiles: openvino, tensorrt, tensorrt_rtx
+    backend: str  # "openvino", "tensorrt" or "cuda-graph"
+    vendor: str  # the package that compiles: openvino, tensorrt, tensorrt_rtx; or native
     capability: Capability | None  # None: the CPU
     executable: bool  # here, where it is built
     memory: float | None = None  # bytes of the card
 
+    def autoencoder_batches(
+        self, batches: Sequence[int], size: tuple[int, int], config: AutoencoderConfig, item: int
+    ) -> tuple[int, ...]:
+        """Of `batches`, those whose activations (`item` bytes a number) leave the card room for the rest."""
+        if self.memory is None:
+            return tuple(batches)
+        widths, depths = config.decoder_block_out_channels, config.decoder_layers_per_block
+        first = next(width for width, depth in zip(widths, depths, strict=True) if depth)
+        row = size[0] * size[1] * first * item * _LIVE_TENSORS
+        return tuple(batch for batch in batches if batch * row <= self.memory * _AUTOENCODER_SHARE) or (1,)
+
 
 def resolve(
-    gpu: str, precision: str, machine: Machine, installed: Callable[[str], object | None] = find_spec
+    gpu: str,
+    precision: str,
+    machine: Machine,
+    installed: Callable[[str], object | None] = find_spec,
+    vendor: str | None = None,
 ) -> Target:
-    """Raises BuildError naming what is allowed here, or what is missing; BackendError on a CPU without `precision`."""
+    """vendor: one of VENDORS; None is TensorRT where a kind of it is installed, else native.
+
+    Raises BuildError naming what is allowed here, or what is missing; BackendError on a CPU without `precision`.
+    """
+    if vendor not in (None, *VENDORS):
+        raise BuildError(f"vendor: got {vendor!r}, allowed {', '.join(VENDORS)}")
     if gpu == "cpu":
+        if vendor is not None:
+            raise BuildError(f"vendor: got {vendor!r}, and a CPU's engines are OpenVINO's; leave it out")
         if precision not in CPU_PRECISIONS:
             allowed = ", ".join(CPU_PRECISIONS)
             raise BuildError(f"precision: got {precision!r}, a CPU engine is built in {allowed}")
         _need("openvino", "openvino", installed)
         check_cpu(cast(CpuPrecision, precision))
         return Target(gpu, "openvino", "openvino", None, executable=True)
+    if vendor == NATIVE or (vendor is None and not (installed("tensorrt") or installed("tensorrt_rtx"))):
+        return _native(gpu, precision, machine, installed)
     if precision not in GPU_PRECISIONS:
         raise BuildError(f"precision: got {precision!r}, allowed {', '.join(GPU_PRECISIONS)}")
     capability = _capability(gpu, machine)
@@ -56,10 +86,25 @@ def resolve(
     if capability == (9, 0):
         raise BuildError(
             f"gpu: TensorRT builds for an H100 on an H100 only, and this machine has {machine.words}; "
-            "TensorRT for RTX, which can build ahead of time, does not know compute capability 9.0"
+            "TensorRT for RTX, which can build ahead of time, does not know compute capability 9.0; use --vendor native"
         )
     _need("tensorrt_rtx", "tensorrt-rtx", installed)
     return Target(gpu, "tensorrt", "tensorrt_rtx", capability, executable=on_the_card, memory=memory)
+
+
+def _native(gpu: str, precision: str, machine: Machine, installed: Callable[[str], object | None]) -> Target:
+    if precision not in NATIVE_PRECISIONS:
+        raise BuildError(
+            f"precision: got {precision!r}, a native engine is built in {', '.join(NATIVE_PRECISIONS)}; TensorRT "
+            "takes others, and is not asked for or not installed"
+        )
+    capability = _capability(gpu, machine)
+    if capability not in GPUS.values():
+        known = ", ".join(f"{name} ({dotted(found)})" for name, found in GPUS.items())
+        raise BuildError(f"gpu: native engines are built for {known}, and this machine has {machine.words}")
+    if not installed("triton"):
+        raise BuildError("build: the package triton is missing; pip install triton")
+    return Target(gpu, "cuda-graph", NATIVE, capability, executable=False)
 
 
 def _capability(gpu: str, machine: Machine) -> Capability:
@@ -68,7 +113,9 @@ def _capability(gpu: str, machine: Machine) -> Capability:
     if gpu != "native":
         raise BuildError(f"gpu: got {gpu!r}, allowed {', '.join(GPUS)}, native, cpu")
     if machine.capability is None:
-        raise BuildError(f"gpu: native means the card of this machine, which has {machine.words}; here: rtx4090, cpu")
+        raise BuildError(
+            f"gpu: native means the card of this machine, which has {machine.words}; here: {', '.join(GPUS)}, cpu"
+        )
     return machine.capability
 
 

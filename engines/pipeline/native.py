@@ -15,6 +15,7 @@ from engines.backends.cuda.proof import compare, proof_file
 from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import laid_out
+from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
@@ -22,7 +23,7 @@ from engines.models.dcae import AutoencoderConfig
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
-from engines.pipeline.calibration import Texts
+from engines.pipeline.calibration import calibration_texts
 from engines.pipeline.denoise_decode import Denoise
 from engines.pipeline.text_stage import TextStage
 from engines.sampler import angles_for, job_noise
@@ -80,10 +81,16 @@ class Native:
         return TextStage(stage.tokenizer, encoder, stage.cache)
 
     @torch.inference_mode()
-    def to_fp8(self, texts: Texts, guidance: float, shape: tuple[int, int, int], device: torch.device) -> None:
-        """Turns the decoder to 8 bits, with scales for the latents [C, h, w] that one step makes of `texts`."""
+    def to_fp8(self, checkpoint: Checkpoint, text: TextStage, size: tuple[int, int], device: torch.device) -> None:
+        """Turns the decoder to 8 bits, with scales for what one step makes of the calibration's prompts at `size`
+        (width, height in pixels). Raises BackendError where the decoder is PyTorch's."""
         if self._decoder is None or self._transformer is None:
             raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
+        config = checkpoint.transformer
+        width, height = (side // checkpoint.autoencoder.compression for side in size)
+        shape = (config.in_channels, height, width)
+        guidance = sum(checkpoint.settings.guidance_trained) / 2 * config.guidance_embeds_scale
+        texts = calibration_texts(checkpoint, text)
         denoise = Denoise(self._transformer, self._transformer.dtype)
         for index in range(texts.states.shape[0]):
             one = slice(index, index + 1)

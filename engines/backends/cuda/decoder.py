@@ -7,6 +7,7 @@ convolutions of the ResBlocks multiply e4m3 numbers, one scale for a tensor of a
 channel of weights; the residual stream stays bf16.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,10 +125,22 @@ class CudaDecoder:
                 stream = block(self._ops, stream, grid, None)
             x = stream.full
 
+    @property
+    def ranges(self) -> list[list[float]]:
+        """The largest input and hidden value of each ResBlock that `calibrate` has seen."""
+        return [block.seen for block in self._residual()]
+
+    def widen(self, ranges: Sequence[Sequence[float]]) -> None:
+        """As `calibrate` on what gave these ranges."""
+        for block, found in zip(self._residual(), ranges, strict=True):
+            block.seen = [max(pair) for pair in zip(block.seen, found, strict=True)]
+
     def to_fp8(self) -> None:
-        for _, blocks in self._high:
-            for block in blocks:
-                block.to_fp8()
+        for block in self._residual():
+            block.to_fp8()
+
+    def _residual(self) -> list[ResidualBlock]:
+        return [block for _, blocks in self._high for block in blocks]
 
     def _low_stages(self, latent: Tensor) -> tuple[Tensor, Grid]:
         grid = Grid(latent.shape[0], latent.shape[2], latent.shape[3])

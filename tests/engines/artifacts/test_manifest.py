@@ -74,6 +74,11 @@ def test_another_machine_is_refused(capability: str | None, versions: dict[str, 
         ADA.check_machine("a card", capability, versions)
 
 
+def test_a_cpu_is_offered_no_vendor_of_gpus() -> None:
+    with pytest.raises(ArtifactError, match=r"--gpu cpu --precision fp32 --out x$"):
+        replace(ADA, command=f"{ADA.command} --vendor native").check_machine("a card", None, {})
+
+
 def test_a_cpu_engine_runs_under_another_openvino() -> None:
     cpu = replace(ADA, compute_capability=None, backend="openvino", vendor="openvino")
     cpu.check_machine("no NVIDIA GPU", None, {"openvino": "2025.3"})

@@ -48,13 +48,13 @@ def test_what_compiles(
     [
         ("cpu", "fp16", PLAIN, ALL, "precision: got 'fp16', a CPU engine is built in fp32, bf16"),
         ("cpu", "fp32", PLAIN, (), r"openvino is missing; pip install '\.\[openvino\]'"),
-        ("native", "fp16", PLAIN, ALL, "which has no NVIDIA GPU; here: rtx4090, cpu"),
+        ("native", "fp16", PLAIN, ALL, "which has no NVIDIA GPU; here: h100, rtx4090, cpu"),
         ("native", "fp8", AMPERE, ALL, "compute capability 8.6 has no fp8 arithmetic, 8.9 or newer has; use fp16"),
         ("native", "bf16", TURING, ALL, "compute capability 7.5 has no bf16 arithmetic, 8.0 or newer has"),
         ("h100", "fp16", PLAIN, ALL, "on an H100 only, and this machine has no NVIDIA GPU"),
         ("h100", "fp16", ADA, ALL, r"on an H100 only, and this machine has NVIDIA GeForce RTX 4090 \(8.9\)"),
-        ("h100", "fp16", HOPPER, (), r"tensorrt is missing; pip install '\.\[tensorrt\]'"),
-        ("rtx4090", "fp16", PLAIN, (), r"tensorrt_rtx is missing; pip install '\.\[tensorrt-rtx\]'"),
+        ("h100", "fp16", HOPPER, ("openvino",), r"tensorrt is missing; pip install '\.\[tensorrt\]'"),
+        ("rtx4090", "fp16", PLAIN, ("openvino",), r"tensorrt_rtx is missing; pip install '\.\[tensorrt-rtx\]'"),
         ("rtx4090", "int8", PLAIN, ALL, "precision: got 'int8', allowed fp16, bf16, fp8, fp32"),
         ("a100", "fp16", PLAIN, ALL, "gpu: got 'a100', allowed h100, rtx4090, native, cpu"),
     ],
@@ -62,8 +62,40 @@ def test_what_compiles(
 def test_what_cannot_be_is_refused_with_what_can(
     gpu: str, precision: str, machine: Machine, packages: tuple[str, ...], message: str
 ) -> None:
+    vendor = None if gpu == "cpu" else "tensorrt"
     with pytest.raises(BuildError, match=message):
-        resolve(gpu, precision, machine, lambda name: name in packages or None)
+        resolve(gpu, precision, machine, lambda name: name in packages or None, vendor)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "machine", "packages", "vendor", "expected"),
+    [
+        ("h100", "bf16", PLAIN, ("triton",), None, Target("h100", "cuda-graph", "native", (9, 0), False)),
+        ("rtx4090", "fp8", PLAIN, (*ALL, "triton"), "native", Target("rtx4090", "cuda-graph", "native", (8, 9), False)),
+        ("native", "fp8", HOPPER, ("triton",), None, Target("native", "cuda-graph", "native", (9, 0), False)),
+    ],
+)
+def test_our_own_kernels_are_compiled_without_a_card(
+    gpu: str, precision: str, machine: Machine, packages: tuple[str, ...], vendor: str | None, expected: Target
+) -> None:
+    assert resolve(gpu, precision, machine, lambda name: name in packages or None, vendor) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "machine", "packages", "vendor", "message"),
+    [
+        ("h100", "fp16", PLAIN, ("triton",), None, "precision: got 'fp16', a native engine is built in bf16, fp8"),
+        ("h100", "bf16", PLAIN, (), None, "the package triton is missing"),
+        ("native", "bf16", AMPERE, ("triton",), "native", r"for h100 \(9\.0\), rtx4090 \(8\.9\), and this machine has"),
+        ("h100", "bf16", PLAIN, ("triton",), "onnx", "vendor: got 'onnx', allowed tensorrt, native"),
+        ("cpu", "bf16", PLAIN, ALL, "native", "vendor: got 'native', and a CPU's engines are OpenVINO's"),
+    ],
+)
+def test_what_our_own_kernels_cannot_be_built_for_is_refused(
+    gpu: str, precision: str, machine: Machine, packages: tuple[str, ...], vendor: str | None, message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        resolve(gpu, precision, machine, lambda name: name in packages or None, vendor)
 
 
 @pytest.mark.parametrize(

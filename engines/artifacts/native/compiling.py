@@ -1,0 +1,129 @@
+"""The kernels of an engine, compiled by processes of their own: `python -m engines.artifacts.native.compiling JSON`.
+
+Each makes the engine's skeleton, runs on it whatever the server captures, and compiles its share of what was launched.
+Processes, because turning Triton to another card is for all of a process, and compiling keeps a core busy.
+"""
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engines.artifacts.native.offline import Share, offline, stub_libcuda
+from engines.artifacts.native.skeleton import DTYPE, skeleton
+from engines.artifacts.native.storages import META
+from engines.backends.cuda.decoder import CudaDecoder
+from engines.backends.cuda.encoder import CudaEncoder
+from engines.backends.cuda.graphs import GraphKey
+from engines.backends.cuda.text import CudaTextEncoder
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.errors import BuildError, SprintError
+from engines.kernels.op import Launcher, Ops
+from engines.pipeline.denoise_decode import Decode, Denoise, input_specs
+from engines.pipeline.native import Native
+
+_ROOT = Path(__file__).resolve().parents[3]
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be compiled: sizes (width, height) in pixels, the card, and of all kernels every `of`-th."""
+
+    model: str
+    decoder: str | None
+    sizes: Sequence[Sequence[int]]
+    batches: Sequence[int]
+    ranges: Sequence[Sequence[float]]
+    capability: Sequence[int]
+    cache: str
+    libcuda: str = ""
+    index: int = 0
+    of: int = 1
+
+
+def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: Request) -> None:
+    """Launches what the server will: text, denoising, encoding and decoding of every bucket and size."""
+    parts = skeleton(checkpoint, Native(Ops(launcher), checkpoint.autoencoder), request.ranges)
+    unit, config = checkpoint.autoencoder.compression, checkpoint.transformer
+    tokens = checkpoint.settings.max_prompt_tokens
+    specs = input_specs(config.in_channels, tokens, config.caption_channels, DTYPE, drawing=False)
+    if isinstance(parts.text.encoder, CudaTextEncoder):
+        parts.text.encoder.warm()
+    denoise, decode = Denoise(parts.transformer, DTYPE), Decode(parts.decoder)
+    for width, height in request.sizes:
+        for batch in request.batches:
+            key = GraphKey(batch, height // unit, width // unit, 1)
+            denoise({name: torch.empty(spec.shape(key), dtype=spec.dtype, device=META) for name, spec in specs.items()})
+            if isinstance(parts.encoder, CudaEncoder):
+                parts.encoder(torch.empty(batch, height, width, 3, dtype=torch.uint8, device=META))
+        if isinstance(parts.decoder, CudaDecoder):
+            decode({"latent": torch.empty(1, config.in_channels, height // unit, width // unit, device=META)})
+
+
+def compile_kernels(request: Request, jobs: int) -> Mapping[str, str]:
+    """Fills request.cache by `jobs` processes; gives the kernels that the card has no room for, and why.
+
+    Raises BuildError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        capability = (request.capability[0], request.capability[1])
+        model, decoder = _from_anywhere(request.model), request.decoder and _from_anywhere(request.decoder)
+        request = replace(request, model=model, decoder=decoder, libcuda=str(stub_libcuda(Path(folder), capability)))
+        shares = [replace(request, index=request.index + request.of * job, of=request.of * jobs) for job in range(jobs)]
+        # Under the interpreter, which tests use, nothing is compiled.
+        start = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-m", "engines.artifacts.native.compiling"]
+        running = [
+            subprocess.Popen(
+                [*start, json.dumps(asdict(share))],
+                cwd=_ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for share in shares
+        ]
+        try:
+            said = [process.communicate() for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    failed: dict[str, str] = {}
+    for process, (out, complaint) in zip(running, said, strict=True):
+        if process.returncode:
+            last = (complaint.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
+            raise BuildError(f"build: kernels were not compiled: {last.removeprefix('build: ')}")
+        failed |= json.loads(out.splitlines()[-1])
+    return failed
+
+
+def _from_anywhere(name: str) -> str:
+    """The checkpoint's name as a process with another working directory finds it."""
+    return str(Path(name).absolute()) if name != "tiny" and Path(name).is_dir() else name
+
+
+@torch.inference_mode()
+def main(line: str) -> int:
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # with the build, however that ends
+    request = Request(**json.loads(line))
+    capability = (request.capability[0], request.capability[1])
+    try:
+        offline(Path(request.libcuda), capability, Path(request.cache))
+        share = Share(capability, request.index, request.of)
+        launch_all(open_checkpoint(request.model, request.decoder), share, request)
+    except SprintError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(share.failed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

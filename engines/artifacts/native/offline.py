@@ -1,0 +1,139 @@
+"""Kernels compiled without the card that they are for, by launching them where nothing runs.
+
+A process that is `offline` launches kernels on tensors of the meta device, through Triton's own driver on a libcuda
+that does nothing: what a launch needs of a compiler, be it a kernel, Triton's utilities in C or (Triton 3.6) a launcher
+for each signature, lies in Triton's folder then.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
+
+from engines.artifacts.native.kernel_cache import same_keys
+from engines.errors import BuildError
+from engines.kernels.op import Launcher
+
+# Of the cards that kernels are compiled for: shared memory of a program in bytes, processors.
+CARDS = {(9, 0): (232448, 132), (8, 9): (101376, 128)}
+
+# What Triton reads of a card before it launches; every other function of libcuda does nothing and succeeds.
+_STUB = """
+int cuDeviceGetAttribute(int *value) { *value = SHARED; return 0; }
+int cuFuncGetAttribute(int *value, int which) { *value = which ? 0 : 1024; return 0; }  /* 0: threads of a program */
+int cuPointerGetAttribute(void **value, int which, void *pointer) { *value = pointer; return 0; }
+int cuCtxGetCurrent(void **context) { *context = &SHARED_; return 0; }
+int cuModuleLoadData(void **module) { *module = &SHARED_; return 0; }
+int cuModuleGetFunction(void **function) { *function = &SHARED_; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "none"; return 0; }
+static int launched;
+int cuLaunchKernelEx(void) { launched++; return 0; }
+int launches(void) { return launched; }
+"""
+
+
+def c_compiler() -> str:
+    """Raises BuildError where there is none of those that Triton looks for."""
+    found = shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        raise BuildError("build: no C compiler is found, and kernels are launched through C; install gcc and try again")
+    return found
+
+
+def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
+    """Makes libcuda.so.1 in `folder`, as Triton needs it to link and launch where no card is. Raises BuildError."""
+    compiler = c_compiler()
+    nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
+    named = set(re.findall(r"\bcu[A-Z]\w+\b", (nvidia / "driver.c").read_text() + (nvidia / "driver.py").read_text()))
+    own = set(re.findall(r"\bcu[A-Z]\w+\b", _STUB))
+    rest = "\n".join(f"int {name}(void) {{ return 0; }}" for name in sorted(named - own) if not name.endswith("_t"))
+    source, made = folder / "libcuda.c", folder / "libcuda.so.1"
+    stub = _STUB.replace("SHARED_", "place").replace("SHARED", str(CARDS[capability][0]))
+    source.write_text(f"static int place;\n{stub}{rest}\n")
+    command = [compiler, "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(made), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"build: {compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+    return made
+
+
+def offline(libcuda: Path, capability: tuple[int, int], cache: Path | None = None) -> Callable[[], int]:
+    """Turns this process, for good, into one that launches kernels for `capability` and runs none.
+
+    libcuda: of stub_libcuda. cache: folder for what is compiled; without, nothing is changed in where Triton looks.
+    Gives what counts the launches. Raises BuildError where Triton cannot be set up so.
+    """
+    if knobs.runtime.interpret:
+        raise BuildError("build: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+    same_keys()
+    stub = ctypes.CDLL(str(libcuda), mode=ctypes.RTLD_GLOBAL)
+    knobs.nvidia.libcuda_path = str(libcuda.parent)
+    if cache is not None:
+        knobs.cache.dir = str(cache)
+    knobs.compilation.store_binary_only = True
+    from triton.backends.nvidia.driver import CudaDriver
+
+    try:
+        made: Any = CudaDriver()
+    except Exception as error:  # of a C compiler, a linker or the loader
+        raise BuildError(f"build: Triton {triton.__version__} finds no way to launch: {error}") from error
+    made.get_current_device = lambda: 0
+    made.get_current_stream = lambda _: 0
+    made.get_device_capability = lambda _: capability
+    driver.set_active(made)
+    count: Callable[[], int] = stub.launches
+    return count
+
+
+class Share(Launcher):
+    """One process's part of what several launch: every `of`-th kind of launch, each once.
+
+    failed: kernel -> why its card has no room for it; the server computes it by its reference.
+    """
+
+    def __init__(self, capability: tuple[int, int], index: int = 0, of: int = 1):
+        super().__init__(tma=capability >= (9, 0), processors=CARDS[capability][1])
+        object.__setattr__(self, "failed", {})
+        object.__setattr__(self, "_seen", set())
+        object.__setattr__(self, "_turn", (index, of))
+
+    failed: dict[str, str]
+    _seen: set[object]
+    _turn: tuple[int, int]
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        key = (kernel.__name__, *map(_kind, args), *((name, str(value)) for name, value in sorted(constants.items())))
+        if key in self._seen:
+            return
+        index, of = self._turn
+        mine = len(self._seen) % of == index
+        self._seen.add(key)
+        if not mine:
+            return
+        try:
+            super().__call__(kernel, grid, *args, **constants)
+        except OutOfResources as error:
+            self.failed[kernel.__name__] = str(error)
+
+
+def _kind(arg: Any) -> object:
+    """At least what Triton tells kinds of arguments apart by."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, bool) or arg is None:
+        return arg
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg >= 2**31
+    if hasattr(arg, "block_shape"):
+        return arg.base.dtype, tuple(arg.block_shape)
+    return "float" if isinstance(arg, float) else str(arg)

@@ -1,0 +1,177 @@
+"""What does not fit is refused in one line, and what cannot be built leaves nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from native_engines import ROOT, drawn, loaded, spec
+
+import build_engine
+from engines.artifacts.manifest import NAME, read_manifest
+from engines.artifacts.native import loading
+from engines.build.builder import build
+from engines.errors import ArtifactError, BuildError
+from engines.loader import load_engine
+
+
+def test_the_manifest_names_what_decides(for_hopper: Path, ours: Path) -> None:
+    made = read_manifest(for_hopper)
+    assert (made.vendor, made.backend, made.compute_capability, made.executed) == (
+        "native",
+        "cuda-graph",
+        "9.0",
+        False,
+    )
+    assert made.versions.keys() >= {"torch", "triton", "python"}
+    assert made.command.endswith("--vendor native")
+    assert made.pictures["64x64"]["psnr_db"] > 35
+    assert {file.name for file in made.files} == {
+        path.relative_to(for_hopper).as_posix() for path in for_hopper.rglob("*") if path.is_file()
+    } - {NAME}
+    made.check_files(for_hopper)
+    told = loaded(ours, for_hopper).info.manifest
+    assert told is not None
+    assert (told["vendor"], "shared" in told) == ("native", False)
+    assert not build(spec(ours, for_hopper)).changed
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def older(folder: Path, package: str) -> None:
+    values = json.loads((folder / NAME).read_text())
+    values["versions"][package] = "1.2.3"
+    (folder / NAME).write_text(json.dumps(values))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weights changed": (lambda p: flip(p / "transformer-1.safetensors"), r"transformer-1.safetensors was changed"),
+    "header changed": (lambda p: overwrite(p / "text-1.safetensors"), r"text-1.safetensors was changed"),
+    "weights cut": (lambda p: os.truncate(p / "text-1.safetensors", 100), "text-1.safetensors has 100 bytes"),
+    "kernel changed": (lambda p: flip(next(p.rglob("*.cubin"))), r"\.cubin was changed"),
+    "kernel missing": (lambda p: next(p.rglob("*.cubin")).unlink(), r"\.cubin is missing"),
+    "other triton": (lambda p: older(p, "triton"), r"built by triton 1\.2\.3, here is "),
+    "other torch": (lambda p: older(p, "torch"), r"built by torch 1\.2\.3, here is "),
+    "other python": (lambda p: older(p, "python"), r"built by python 1\.2\.3, here is "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_fit_is_refused_in_one_line_with_the_remedy(damage: str, copy: Path, ours: Path) -> None:
+    break_it, message = DAMAGES[damage]
+    break_it(copy)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        loaded(ours, copy)
+    assert "\n" not in str(caught.value)
+    assert "build it again: python build_engine.py" in str(caught.value)
+
+
+def test_another_card_code_or_checkpoint_is_refused(
+    for_hopper: Path, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ArtifactError, match=r"built for h100 \(compute capability 9.0\), this machine has no NVIDIA"):
+        load_engine(str(ours), engine_dir=str(for_hopper), device="cpu")
+    other = Path(shutil.copytree(ours, tmp_path / "other"))
+    assert drawn(loaded(other, for_hopper)), "copied later, and the same"
+    flip(other / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ArtifactError, match=r"built from .* with weights"):
+        loaded(other, for_hopper)
+    monkeypatch.setattr(loading, "code", lambda: "another")
+    with pytest.raises(ArtifactError, match="built by another version of this code; build it again"):
+        loaded(ours, for_hopper)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_what_cannot_be_built_is_refused_and_leaves_nothing(
+    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BuildError, match=r"precision: fp8 needs a decoder .* multiples of 32 are needed; use bf16"):
+        build(spec(small_pictures, tmp_path / "engine", precision="fp8"))
+    monkeypatch.setattr(
+        "engines.backends.cuda.text.CudaTextBody.__call__", lambda _, ids, __: torch.ones(*ids.shape, 48)
+    )
+    with pytest.raises(BuildError, match="text encoder: too far from its reference: SQNR"):
+        build(spec(small_pictures, tmp_path / "engine"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_c_compiler_the_build_says_so(
+    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(BuildError, match="no C compiler is found, and kernels are launched through C; install gcc"):
+        build(spec(small_pictures, tmp_path / "engine"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_build_leaves_nothing_that_loads_and_no_process(small_pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    words = [
+        "--model",
+        str(small_pictures),
+        "--gpu",
+        "h100",
+        "--vendor",
+        "native",
+        "--precision",
+        "bf16",
+        "--jobs",
+        "1",
+    ]
+    line = [sys.executable, str(ROOT / "build_engine.py"), *words, "--out", str(out)]
+    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".engine.building-*/kernels/*/*.cubin")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
+        load_engine(str(small_pictures), engine_dir=str(out))
+    while compiling(tmp_path):
+        time.sleep(0.05)
+    with pytest.raises(StartedError):
+        build(spec(small_pictures, out), stop)
+    assert not list(tmp_path.iterdir())
+
+
+def compiling(folder: Path) -> bool:
+    """Whether a process writes there."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes())
+        except OSError:
+            continue  # ended meanwhile
+    return any(b"native.compiling" in line and str(folder).encode() in line for line in lines)
+
+
+class StartedError(Exception):
+    """A build got past the question whether there is anything to do."""
+
+
+def stop(*_: object) -> None:
+    raise StartedError
+
+
+def test_the_command_line_takes_a_vendor(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "tiny", "--gpu", "h100", "--precision", "bf16"]
+    assert build_engine.parse([*words, "--vendor", "native", "--jobs", "3"]).vendor == "native"
+    assert build_engine.parse(words).vendor is None
+    with pytest.raises(SystemExit):
+        build_engine.parse([*words, "--vendor", "onnx"])
+    assert "--vendor" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""Kernels of an engine, launched up to the driver in a process that can compile nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from native_engines import launched, spec
+
+from engines.build.builder import build
+
+
+def test_launches_compile_nothing(for_hopper: Path, tmp_path: Path) -> None:
+    """Of some kernels; the folder is moved and read-only."""
+    moved = Path(shutil.copytree(for_hopper, tmp_path / "moved"))
+    for path in moved.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    launches, looked_up, compiled, failed = launched(moved, tmp_path)
+    assert compiled == []
+    assert failed == 0
+    assert launches == looked_up > 3
+    assert not list((tmp_path / "empty").rglob("*.*"))
+
+
+def test_kernels_are_for_the_card(for_hopper: Path, for_ada: Path) -> None:
+    for folder, arch in ((for_hopper, 90), (for_ada, 89)):
+        about = [path for path in folder.glob("kernels/*/*.json") if not path.name.startswith("__grp__")]
+        found = [json.loads(path.read_text())["target"] for path in about]
+        assert len(found) > 3
+        assert {(target["backend"], target["arch"]) for target in found} == {("cuda", arch)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("gpu", ["h100", "rtx4090"])
+def test_all_launches_compile_nothing(gpu: str, precision: str, ours: Path, tmp_path: Path) -> None:
+    build(spec(ours, tmp_path / "engine", gpu, precision))
+    launches, looked_up, compiled, failed = launched(tmp_path / "engine", tmp_path, whole=True)
+    assert (compiled, failed) == ([], 0)
+    assert launches == looked_up > 30

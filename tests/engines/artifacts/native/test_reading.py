@@ -1,0 +1,29 @@
+"""Weights through the reader, as they were written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engines.artifacts.manifest import FileRecord
+from engines.artifacts.native.reading import read
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_are_read_as_they_were_written(place: str, tmp_path: Path) -> None:
+    """Larger than the chunks in which they are read."""
+    written = {
+        "large": torch.randint(0, 255, (80_000_001,), dtype=torch.uint8),
+        "small": torch.randn(3).to(torch.bfloat16),
+        "none": torch.empty(0),
+        "scaled": torch.randn(5_000_000).to(torch.float8_e4m3fn),
+    }
+    path = tmp_path / "weights.safetensors"
+    save_file(written, path)
+    found = read([(path, FileRecord.of(path).sha256)], torch.device(place))
+    assert found.keys() == written.keys()
+    for name, tensor in found.items():
+        assert tensor.device.type == place
+        assert tensor.dtype == written[name].dtype
+        assert torch.equal(tensor.cpu().view(torch.uint8), written[name].view(torch.uint8))

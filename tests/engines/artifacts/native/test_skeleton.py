@@ -1,0 +1,99 @@
+"""A native engine that was built where no card is, loaded on a CPU by the kernels' references."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from native_engines import drawn, loaded, spec
+
+from bench.budget.card import Card
+from bench.budget.engine import CAPABILITY, PROCESSORS, Counted, _Trusted, count_request, prompts
+from bench.budget.totals import document
+from engines.artifacts.manifest import read_manifest
+from engines.artifacts.native.loading import load_native
+from engines.artifacts.native.reading import read
+from engines.artifacts.native.skeleton import DTYPE, modules_of
+from engines.build.builder import build
+from engines.checkpoints.checkpoint import open_checkpoint
+from engines.kernels.op import Ops
+from engines.loader import load_engine
+from engines.pipeline.native import Native
+from engines.pipeline.text_stage import load_text_stage
+from engines.types import Job
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def test_the_engine_draws_what_the_checkpoint_draws(ours: Path, for_hopper: Path) -> None:
+    engine = loaded(ours, for_hopper)
+    for found, expected in zip(drawn(engine), drawn(loaded(ours)), strict=True):
+        assert 20 < expected.pixels.std() < 120
+        np.testing.assert_array_equal(found.pixels, expected.pixels)
+    assert (engine.info.backend, engine.info.precision) == ("cuda-graph", "bf16")
+    assert "decoder" not in engine.info.reasons
+    assert engine.limits.sizes == ((64, 64),)
+
+
+def test_a_decoder_that_the_kernels_cannot_run_is_kept_as_pytorch_has_it(small_pictures: Path, for_ada: Path) -> None:
+    engine = loaded(small_pictures, for_ada)
+    for found, expected in zip(drawn(engine), drawn(loaded(small_pictures)), strict=True):
+        np.testing.assert_array_equal(found.pixels, expected.pixels)
+    assert "multiples of 32 are needed" in engine.info.reasons["decoder"]
+    [decoder] = [made for made in read_manifest(for_ada).artifacts if made.module == "decoder"]
+    assert "multiples of 32 are needed" in str(decoder.details["reason"])
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "engine"
+    build(spec(ours, folder, precision="fp8"))
+    checkpoint = open_checkpoint(str(ours))
+    direct = Native(Ops(None), checkpoint.autoencoder)
+    decoder = modules_of(checkpoint, direct, CPU)["decoder"]
+    direct.to_fp8(checkpoint, direct.text(load_text_stage(checkpoint, DTYPE, CPU)), (64, 64), CPU)
+    monkeypatch.setattr(Native, "to_fp8", None)  # no start calibrates again
+    native = Native(Ops(None), checkpoint.autoencoder)
+    parts = load_native(folder, read_manifest(folder), checkpoint, CPU, tmp_path, native)
+    latents = torch.randn(2, 8, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(parts.decoder(latents)[0], decoder(latents)[0])
+    engine = loaded(ours, folder)
+    assert engine.info.precision == "fp8"
+    for found, exact in zip(drawn(engine), drawn(loaded(ours)), strict=True):
+        noise = float(np.square(found.pixels.astype(float) - exact.pixels).mean())
+        assert 0 < noise < 255**2 / 10**2.5
+    precisions = {part.module: part.precision for part in read_manifest(folder).artifacts}
+    assert precisions == {"transformer": "bf16", "decoder": "fp8", "encoder": "bf16"}
+
+
+def test_a_request_costs_what_it_does_without_an_engine(
+    ours: Path, for_hopper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by bench.budget: as many launches, bytes, copies and waits, and no more memory."""
+
+    def read_to_meta(files: Sequence[tuple[Path, str]], _: torch.device) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(META) for name, tensor in read(files, CPU).items()}
+
+    monkeypatch.setattr("engines.artifacts.native.loading.read", read_to_meta)
+    direct = count_request(str(ours), "cuda-graph", (64, 64), 1, 1, 8)
+    checkpoint = open_checkpoint(str(ours))
+    card = Card("H100", PROCESSORS, CAPABILITY)
+    [prompt] = prompts(checkpoint, 8, 1)
+    with card.present():
+        engine = load_engine(
+            checkpoint,
+            engine_dir=str(for_hopper),
+            device="cuda",
+            recorder=card.recorder,
+            native=_Trusted(Ops(card.launcher), checkpoint.autoencoder),
+        )
+        engine.warmup()
+        card.clear()
+        engine.generate([Job(prompt, seed=0, width=64, height=64)])
+    found, expected = document(Counted(card.events, card.memory.peak)), document(direct)
+    assert found.pop("peak_bytes") <= expected.pop("peak_bytes")
+    assert found == expected

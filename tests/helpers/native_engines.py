@@ -1,0 +1,102 @@
+"""Native engines for tests: asked for, loaded by the kernels' references, drawn with, compiled in part."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from engines.artifacts.manifest import read_manifest
+from engines.artifacts.native import compiling
+from engines.artifacts.native.compiling import Request
+from engines.artifacts.native.offline import stub_libcuda
+from engines.backends.cuda.graphs import EagerReplay
+from engines.build.spec import BuildSpec
+from engines.checkpoints.checkpoint import open_checkpoint
+from engines.kernels.op import Ops
+from engines.loader import load_engine
+from engines.pipeline.native import Native
+from engines.types import Engine, Job, RawImage
+
+ROOT = Path(__file__).resolve().parents[2]
+_PART = 10  # of all kernels every 10th is compiled where not all of them matter
+
+_compile_kernels = compiling.compile_kernels
+
+
+def spec(model: Path, out: Path, gpu: str = "h100", precision: str = "bf16") -> BuildSpec:
+    return BuildSpec(str(model), gpu, precision, out, batches=(1,), steps=(1, 2), vendor="native", jobs=2)
+
+
+def loaded(model: Path, engine: Path | None = None, **more: Any) -> Engine:
+    """By the references of the kernels; without `engine` straight from the checkpoint."""
+    native = Native(Ops(None), open_checkpoint(str(model)).autoencoder)
+    given = {"precision": "bf16", "backend": "cuda-graph", "max_batch": 1} if engine is None else {}
+    folder = None if engine is None else str(engine)
+    words = {**given, "device": "cpu", "recorder": EagerReplay(), **more}
+    return load_engine(str(model), engine_dir=folder, native=native, **words)
+
+
+def drawn(engine: Engine) -> list[RawImage]:
+    jobs = [Job(f"{word} circle", seed=seed, width=64, height=64, steps=1 + seed) for seed, word in enumerate("ab")]
+    return [engine.generate([job])[0] for job in jobs]
+
+
+def compile_some(request: Request, _jobs: int) -> Mapping[str, str]:
+    """In place of compile_kernels."""
+    return _compile_kernels(replace(request, of=_PART), 1)
+
+
+_LAUNCHING = """
+import json, sys
+from pathlib import Path
+from triton import knobs
+from engines.artifacts.native.kernel_cache import use_compiled
+from engines.artifacts.native.offline import Share, offline
+folder, libcuda, empty, request = sys.argv[1:5]
+knobs.cache.dir = empty
+seen = []
+knobs.compilation.listener = lambda *, src, cache_hit, **_: seen.append((src.name, cache_hit))
+use_compiled(Path(folder))
+from engines.artifacts.native.compiling import Request, launch_all
+from engines.checkpoints.checkpoint import open_checkpoint
+import torch
+request = Request(**json.loads(request))
+capability = tuple(request.capability)
+launches = offline(Path(libcuda), capability)
+share = Share(capability, 0, request.of)
+with torch.inference_mode():
+    launch_all(open_checkpoint(request.model), share, request)
+print(json.dumps([launches(), len(seen), [name for name, hit in seen if not hit], len(share.failed)]))
+"""
+
+
+def launched(engine: Path, scratch: Path, whole: bool = False) -> tuple[int, int, list[str], int]:
+    """Launches from the folder `engine` what was compiled, in a process without a C compiler and with an empty cache
+    of its own: counts the launches, the kernels looked up, those compiled anew by name, and those that failed.
+
+    All up to the driver is real: Triton's cache, its C launcher, its tensor maps; the driver itself is a stub.
+    """
+    manifest = read_manifest(engine)
+    major, _, minor = str(manifest.compute_capability).partition(".")
+    capability = (int(major), int(minor))
+    (scratch / "stub").mkdir()
+    libcuda = stub_libcuda(scratch / "stub", capability)
+    ranges = json.loads((engine / "native.json").read_text())["ranges"]
+    request = Request(manifest.checkpoint, None, [(64, 64)], [1], ranges, capability, "", of=1 if whole else _PART)
+    arguments = [str(engine / "kernels"), str(libcuda), str(scratch / "empty"), json.dumps(asdict(request))]
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CC")}
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCHING, *arguments],
+        cwd=ROOT,
+        env={**environment, "PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches, looked_up, compiled, failed = json.loads(done.stdout.splitlines()[-1])
+    return launches, looked_up, compiled, failed
