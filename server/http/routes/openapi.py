@@ -16,10 +16,10 @@ REASONS = {
     408: "The body did not arrive in time.",
     413: "The body is over the limit; it was not read whole.",
     415: "The body is of another media type than the route reads.",
-    422: "A value is not allowed; `errors` name the field, the value and what is allowed.",
+    422: "A value is not allowed, or a check refused prompt or image (`content_policy_violation`); `errors` say which.",
     429: "The queue is full; refused at once.",
     500: "The engine failed on this request; others go on.",
-    503: "Not ready yet, draining, or the engine does not answer.",
+    503: "Not ready yet, draining, the engine does not answer, or a check failed.",
     504: "The deadline passed before the job began; it was not run.",
 }
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
