@@ -23,7 +23,7 @@ from server.http import problem_details
 from server.http.api_keys import ApiKeys
 from server.http.cors import Cors
 from server.http.middleware import BodyLimits, RequestMiddleware
-from server.http.routes import generate, openai, openapi, page, status
+from server.http.routes import generate, openai, openapi, page, sdapi, status
 from server.http.state import AppState, request_context
 from server.http.upload_limit import Uploads
 from server.live import route as live_route
@@ -113,6 +113,9 @@ def create_app(
     app.state.cores = cores
     for routes_of in (generate, status, live_route, page, openai):
         app.include_router(routes_of.router)
+    if "sdapi" in settings.compat:
+        app.state.drawings = sdapi.Drawings()
+        app.include_router(sdapi.router)
     if page.STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     openapi.describe(app)

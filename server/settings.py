@@ -103,6 +103,16 @@ def buckets() -> Kind[tuple[float, ...]]:
     return Kind(parse, "rising positive seconds separated by commas or spaces")
 
 
+def some_of(*names: str) -> Kind[tuple[str, ...]]:
+    def parse(value: str) -> tuple[str, ...]:
+        found = tuple(name.strip() for name in value.split(",") if name.strip())
+        if not found or set(found) - set(names):
+            raise ValueError(value)
+        return found
+
+    return Kind(parse, "separated by commas, of " + ", ".join(names))
+
+
 def assignments(*names: str) -> Kind[tuple[tuple[str, str], ...]]:
     """NAME=VALUE, each name at most once; a value may hold commas that no name follows."""
 
@@ -169,6 +179,7 @@ class Settings:
     live_sessions: int = setting(64, whole(1, 100_000), "most people who may draw at the same time, on /v1/live")
     live_idle_s: float = setting(120.0, number(0.05, 86_400), "a live session without a message for so long ends")
     cors_origins: tuple[str, ...] = setting((), origins(), "origins whose pages may call this server; none by default")
+    compat: tuple[str, ...] = setting((), some_of("sdapi"), "APIs of other servers to answer to; none by default")
     safety: tuple[tuple[str, str], ...] = setting(
         (),
         assignments("prompt", "image"),

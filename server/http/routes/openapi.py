@@ -155,6 +155,29 @@ GENERATIONS: dict[str, Any] = OPENAI_IMAGES | {
         {"openai": {"summary": "As the openai client sends it", "value": {"prompt": "a blue square", "size": "auto"}}},
     )
 }
+OBJECT = {"type": "object"}
+
+
+def answers_json(answer: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
+    """A route of JSON that draws, with its schemas in place."""
+    content = {"application/json": {"schema": answer.model_json_schema()}}
+    asked = {"application/json": {"schema": body.model_json_schema()}}
+    return {
+        "response_class": Response,
+        "responses": {
+            200: {"description": "The pictures.", "content": content, "headers": TIMING_HEADERS},
+            **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
+        },
+        "openapi_extra": {"requestBody": {"required": True, "content": asked}},
+    }
+
+
+SDAPI_OBJECT = answers("As AUTOMATIC1111 has it.", "application/json", OBJECT, 401, 503)
+SDAPI_LIST = answers("As AUTOMATIC1111 has it.", "application/json", {"type": "array", "items": OBJECT}, 401, 503)
+SDAPI_OPTIONS: dict[str, Any] = {
+    **answers("What was ignored.", "application/json", OBJECT, 401, 408, 413, 415, 422, 429, 503),
+    "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": OBJECT}}}},
+}
 EDIT_FORM = {
     "type": "object",
     "properties": {
