@@ -74,7 +74,7 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, a
 fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
 	$(BIN)/python -m venv .venvs/fuzz
 	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
-	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sessions 1000 --offers 1000 \
+	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sdapi 3000 --sessions 1000 --offers 1000 \
 	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
 
 clients: $(DEV) ## runs the openai client, LiteLLM and webuiapi, in an environment of their own, against the server

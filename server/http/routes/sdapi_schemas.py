@@ -121,7 +121,8 @@ class Txt2ImgRequest(BaseModel):
         units: list[dict[str, Any]] = []
         for name, script in self.alwayson_scripts.items():
             arguments = script.get("args") if isinstance(script, dict) and name.lower() == "controlnet" else None
-            units += [unit for unit in arguments or [] if isinstance(unit, dict) and unit.get("enabled", True)]
+            if isinstance(arguments, list):
+                units += [unit for unit in arguments if isinstance(unit, dict) and unit.get("enabled", True)]
         given = [(image, unit) for unit in units if (image := unit.get("image") or unit.get("input_image"))]
         if not given:
             return None, 1.0

@@ -126,6 +126,8 @@ def test_a_controlnet_unit_is_a_control_image(running: Running) -> None:
     answer = post(running, alwayson_scripts={"ControlNet": {"args": [off, unit]}})
     shows(answer.json()["images"][0], job(control_image=IMAGE, control_scale=0.5))
     assert post(running, alwayson_scripts={"ControlNet": {"args": [unit, unit]}}).status_code == 422
+    for none in ({"args": [7]}, {"args": 7}, {}, 7, None):
+        shows(post(running, alwayson_scripts={"controlnet": none}).json()["images"][0], job())
 
 
 @pytest.mark.parametrize(("name", "magic"), [("jpg", b"\xff\xd8"), ("webp", b"RIFF"), ("png", b"\x89PNG")])
