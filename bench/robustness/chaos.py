@@ -66,7 +66,7 @@ async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path)
         for fault in faults:
             if fault.stage not in servers:
                 environment = await clock.environment(folder) if fault.stage == "clock" else {}
-                flags = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
+                flags: tuple[str, ...] = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
                 if fault.stage == "safety":
                     told, environment = engine_faults.install_checkers(folder)
                     flags = (*FLAGS, *told)
