@@ -74,13 +74,13 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, a
 fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
 	$(BIN)/python -m venv .venvs/fuzz
 	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
-	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sessions 1000 --offers 1000 \
+	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sdapi 3000 --sessions 1000 --offers 1000 \
 	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
 
-clients: $(DEV) ## runs the openai client and LiteLLM, in an environment of their own, against the server
+clients: $(DEV) ## runs the openai client, LiteLLM and webuiapi, in an environment of their own, against the server
 	$(BIN)/python -m venv .venvs/clients
-	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2
-	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py
+	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2 webuiapi==0.9.17
+	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py tests/server/http/routes/test_sdapi.py
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 

@@ -17,12 +17,13 @@ from engines.types import Engine, ReportsMemory
 from server import __version__
 from server.generation.generator import Generator
 from server.generation.image_codec import Codec
+from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.http import problem_details
 from server.http.api_keys import ApiKeys
 from server.http.cors import Cors
 from server.http.middleware import BodyLimits, RequestMiddleware
-from server.http.routes import generate, openai, openapi, page, status
+from server.http.routes import generate, openai, openapi, page, sdapi, status
 from server.http.state import AppState, request_context
 from server.http.upload_limit import Uploads
 from server.live import route as live_route
@@ -61,7 +62,7 @@ def create_app(
     with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors). `expose` is
     what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all. `cores` are
     told by GET /v1/info.
-    Raises SettingsError for an API key file that cannot be used, and for traces without the extra `otel`.
+    Raises SettingsError for an API key file or a checker that cannot be used, and for traces without the extra `otel`.
     """
     load = engine if callable(engine) else lambda: engine
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
@@ -81,7 +82,8 @@ def create_app(
     metrics.workers_wanted.set(settings.workers)
     metrics.worker_ready.set_function(lambda: scheduler.state == "ready")
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
-    generator = Generator(scheduler, codec, timeout_ms=settings.timeout_ms)
+    safety = Safety(dict(settings.safety), metrics)
+    generator = Generator(scheduler, codec, safety, timeout_ms=settings.timeout_ms)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -107,10 +109,13 @@ def create_app(
     )
     origins = Origins(settings.cors_origins)
     app.state.service = AppState(settings, metrics, scheduler, codec, generator, Uploads(LARGE_BODIES), expose)
-    app.state.live = Live(scheduler, codec, metrics, settings)
+    app.state.live = Live(scheduler, codec, safety, metrics, settings)
     app.state.cores = cores
     for routes_of in (generate, status, live_route, page, openai):
         app.include_router(routes_of.router)
+    if "sdapi" in settings.compat:
+        app.state.drawings = sdapi.Drawings()
+        app.include_router(sdapi.router)
     if page.STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     openapi.describe(app)

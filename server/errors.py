@@ -10,10 +10,12 @@
     │   ├── BodyTooLargeError        413  the body is over the limit; it was not read whole
     │   ├── MediaTypeError           415  the body is of another type than the route reads
     │   ├── InvalidError             422  a value is not allowed; `faults` name field, value and what is allowed
+    │   │   └── ContentPolicyError       422  a checker refuses the prompt, or the image that was made
     │   ├── QueueFullError           429  refused at once, with the seconds after which a retry makes sense
     │   ├── ClientGoneError          499  the client left; logged and counted, never sent
     │   ├── EngineError              500  the engine failed on this job
     │   ├── UnavailableError         503  not ready yet, draining, or the engine does not answer
+    │   ├── SafetyError              503  a checker failed, so that nothing may be shown
     │   └── DeadlineError            504  the deadline passed before the job ran
     └── SessionEndError          the server ends a live session, with a close code
 
@@ -23,7 +25,7 @@ Exit codes of `python -m server`, so that an orchestrator can tell the cases apa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Self
+from typing import Literal, Self
 
 from engines.errors import JobError, SprintError
 
@@ -128,6 +130,16 @@ class InvalidError(RequestError):
         return cls([Fault(str(error).partition(":")[0], str(error))])
 
 
+class ContentPolicyError(InvalidError):
+    """`what` is prompt or image: what was refused."""
+
+    code = "content_policy_violation"
+
+    def __init__(self, what: Literal["prompt", "image"], reason: str) -> None:
+        remedy = "; another prompt or seed may do" if what == "image" else ""
+        super().__init__([Fault(what, f"{what}: refused by this server's content policy: {reason}{remedy}")])
+
+
 class QueueFullError(RequestError):
     status = 429
     code = "queue_full"
@@ -155,6 +167,15 @@ class UnavailableError(RequestError):
         # Nothing will come of this connection: a balancer that keeps it open would ask the same server again.
         super().__init__(detail, headers={"retry-after": str(retry_after_s), "connection": "close"})
         self.code = code
+
+
+class SafetyError(RequestError):
+    status = 503
+    code = "safety_check_failed"
+
+    def __init__(self, what: Literal["prompt", "image"]) -> None:
+        detail = f"the check of the {what} failed, so nothing is shown; try again after Retry-After seconds"
+        super().__init__(detail, headers={"retry-after": "1"})
 
 
 class DeadlineError(RequestError):

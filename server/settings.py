@@ -103,6 +103,29 @@ def buckets() -> Kind[tuple[float, ...]]:
     return Kind(parse, "rising positive seconds separated by commas or spaces")
 
 
+def some_of(*names: str) -> Kind[tuple[str, ...]]:
+    def parse(value: str) -> tuple[str, ...]:
+        found = tuple(name.strip() for name in value.split(",") if name.strip())
+        if not found or set(found) - set(names):
+            raise ValueError(value)
+        return found
+
+    return Kind(parse, "separated by commas, of " + ", ".join(names))
+
+
+def assignments(*names: str) -> Kind[tuple[tuple[str, str], ...]]:
+    """NAME=VALUE, each name at most once; a value may hold commas that no name follows."""
+
+    def parse(value: str) -> tuple[tuple[str, str], ...]:
+        parts = re.split(rf"(?:^|,)({'|'.join(names)})=", value)
+        found = tuple(zip(parts[1::2], parts[2::2], strict=True))
+        if parts[0] or not found or len({name for name, _ in found}) < len(found) or not all(told for _, told in found):
+            raise ValueError(value)
+        return found
+
+    return Kind(parse, " and ".join(f"{name}=..." for name in names) + " separated by commas")
+
+
 def setting(default: T, kind: Kind[Any], explanation: str) -> T:
     """A field of Settings: typed as its default, so that the dataclass reads like one."""
     value: T = field(default=default, metadata={"kind": kind, "help": explanation})
@@ -156,6 +179,12 @@ class Settings:
     live_sessions: int = setting(64, whole(1, 100_000), "most people who may draw at the same time, on /v1/live")
     live_idle_s: float = setting(120.0, number(0.05, 86_400), "a live session without a message for so long ends")
     cors_origins: tuple[str, ...] = setting((), origins(), "origins whose pages may call this server; none by default")
+    compat: tuple[str, ...] = setting((), some_of("sdapi"), "APIs of other servers to answer to; none by default")
+    safety: tuple[tuple[str, str], ...] = setting(
+        (),
+        assignments("prompt", "image"),
+        "what checks prompts (a file of words) and images (opennsfw); off by default",
+    )
     otlp_endpoint: str | None = setting(
         None, text("an address such as http://collector:4318"), "where traces go, by OTLP over HTTP; none by default"
     )

@@ -73,7 +73,7 @@ def test_what_is_imported_is_asked_for(folder: str) -> None:
         for line in lines
     }
     programs = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    own = {"server", "engines", "distill", "bench", "deploy", *(path.stem for path in programs)}
+    own = {"server", "engines", "distill", "bench", "deploy", "sana_sprint_client", *(path.stem for path in programs)}
     distributions = packages_distributions()
     for package in sorted(set(imported_packages(folder)) - own - sys.stdlib_module_names):
         brought = {canonicalize_name(name) for name in distributions.get(package, [NAMED.get(package, package)])}

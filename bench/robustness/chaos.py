@@ -66,7 +66,10 @@ async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path)
         for fault in faults:
             if fault.stage not in servers:
                 environment = await clock.environment(folder) if fault.stage == "clock" else {}
-                flags = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
+                flags: tuple[str, ...] = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
+                if fault.stage == "safety":
+                    told, environment = engine_faults.install_checkers(folder)
+                    flags = (*FLAGS, *told)
                 servers[fault.stage] = Supervisor(flags, folder / f"{fault.stage}.log", environment)
                 await servers[fault.stage].start()
             scaled = replace(fault, count=max(1, math.ceil(fault.count * scale)))

@@ -22,7 +22,7 @@ class Fault:
     play: Callable[[Stage], Awaitable[Seen]]
     hit: frozenset[str] = frozenset({RIGHT})
     bystanders: frozenset[str] = frozenset({RIGHT})
-    stage: str = "plain"  # which server it plays on: plain, workers, or clock, whose wall clock can be set
+    stage: str = "plain"  # which server it plays on: plain, workers, safety, or clock, whose wall clock can be set
     crowd: int = 4  # bystanders
 
 

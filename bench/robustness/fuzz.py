@@ -28,7 +28,7 @@ from bench.harness.host import machine
 from bench.harness.load_generator import FORMATS
 from bench.harness.summary import table
 from bench.robustness.malformed_images import bad_image
-from bench.robustness.malformed_requests import bad_frame, bad_request, handshake
+from bench.robustness.malformed_requests import bad_frame, bad_request, bad_sdapi, handshake
 from bench.robustness.offers import offer_case
 from bench.robustness.restarting_server import Supervisor
 
@@ -39,7 +39,10 @@ MEMORY_GROWTH = 0.1  # a series of metrics for each size that was asked for is n
 QUIET_S = 0.3  # what a raw connection waits for more, before it leaves
 FRAMES = 12  # of a session, at most
 WARMUP_SHARE = 0.25  # of the cases: what is loaded and cached for good is loaded and cached then
-FLAGS = ("--backend", "fake", "--log-format", "json", "--max-queue", "512", "--body-timeout-s", "0.5")
+FLAGS = (
+    *("--backend", "fake", "--log-format", "json", "--max-queue", "512", "--body-timeout-s", "0.5"),
+    *("--compat", "sdapi"),
+)
 # Every check that holds for any server; positive_data_acceptance does not, since most strings are no image.
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
@@ -89,6 +92,15 @@ async def request_case(server: Supervisor, rng: random.Random) -> str:
     status = int(found.group(1)) if found else 0
     # 503 is what a websocket's handshake gets where there is no place; 504 may be asked for.
     return f"{status}" if 100 <= status < 500 else f"wrong: {received[:60]!r}"
+
+
+async def sdapi_case(server: Supervisor, rng: random.Random) -> str:
+    """Odd fields of AUTOMATIC1111's API: images, or a sentence that names the field."""
+    path, body = bad_sdapi(rng)
+    answer = await server.exchange("POST", path, body)
+    if answer.status == 422 and not json.loads(answer.body)["errors"]:
+        return "wrong: 422 that names no field"
+    return str(answer.status) if answer.status in (200, 422) else f"wrong: {answer.status} for {body[:60]!r}"
 
 
 async def session_case(server: Supervisor, rng: random.Random) -> str:
@@ -230,6 +242,7 @@ async def faults(server: Supervisor) -> dict[str, int]:
 CASES: dict[str, Case] = {
     "images": image_case,
     "requests": request_case,
+    "sdapi": sdapi_case,
     "sessions": session_case,
     "offers": offer_case,
 }
@@ -272,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--images", type=int, default=0, help="odd image files")
     parser.add_argument("--requests", type=int, default=0, help="odd heads and bodies")
+    parser.add_argument("--sdapi", type=int, default=0, help="odd bodies of AUTOMATIC1111's API")
     parser.add_argument("--sessions", type=int, default=0, help="live sessions of odd frames")
     parser.add_argument("--offers", type=int, default=0, help="requests that offer another protocol")
     parser.add_argument("--schemathesis", help="the program, for cases from /openapi.json")

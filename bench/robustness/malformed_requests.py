@@ -7,7 +7,10 @@ import struct
 
 from bench.robustness.malformed_images import bad_image
 
-PATHS = ("/generate", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health/live", "/v1/live", "/", "/x")
+PATHS = (
+    *("/generate", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health/live", "/v1/live", "/", "/x"),
+    *("/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/progress", "//sdapi/v1/interrupt/"),
+)
 METHODS = ("GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH", "TRACE", "CONNECT", "G\0T", "post", "")
 NAMES = (
     *("accept", "content-type", "content-length", "content-encoding", "transfer-encoding", "expect", "connection"),
@@ -43,6 +46,37 @@ SCALARS: tuple[object, ...] = (
     [],
     {},
 )
+
+
+SDAPI_FIELDS = (
+    *("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size", "n_iter", "styles"),
+    *("denoising_strength", "send_images", "script_name", "script_args", "alwayson_scripts", "override_settings"),
+    *("init_images", "mask", "sampler_name", "enable_hr", "tiling", "subseed", "sd_model_checkpoint", "other"),
+)
+UNITS: tuple[object, ...] = (
+    {"args": [{"image": "x", "weight": 9}]},
+    {"args": [{"image": 7}, {"input_image": "", "enabled": False}]},
+    {"args": {"image": "x"}},
+    {"args": 7},
+    [],
+)
+
+
+def bad_sdapi(rng: random.Random) -> tuple[str, bytes]:
+    """A path of AUTOMATIC1111's API and a body of its fields, some with odd values."""
+    told: dict[str, object] = {"prompt": "x", "width": 64, "height": 64}
+    for name in rng.sample(SDAPI_FIELDS, rng.randrange(5)):
+        told[name] = rng.choice(SCALARS)
+    if rng.random() < 0.3:
+        told["alwayson_scripts"] = {rng.choice(("controlnet", "ControlNet", "ADetailer")): rng.choice(UNITS)}
+    if rng.random() < 0.2:
+        told["override_settings"] = {rng.choice(("samples_format", "sd_model_checkpoint")): rng.choice(SCALARS)}
+    path = rng.choice(("txt2img", "txt2img", "img2img", "options", "interrupt"))
+    if path == "img2img":
+        told["init_images"] = [base64.b64encode(bad_image(rng)[1][: 2**18]).decode(), *rng.choices(SCALARS, k=1)][
+            : rng.randrange(3)
+        ]
+    return f"/sdapi/v1/{path}", json.dumps(told).encode()
 
 
 def bad_request(rng: random.Random) -> bytes:

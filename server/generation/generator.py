@@ -14,6 +14,7 @@ from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels
 from server.errors import Fault, InvalidError
 from server.generation.image_codec import Codec, ImageFormat, encoder, measured
+from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.telemetry.timings import Timings
 
@@ -65,9 +66,10 @@ class GenerationResult:
 class Generator:
     """Makes what orders ask for."""
 
-    def __init__(self, scheduler: Scheduler, codec: Codec, *, timeout_ms: int) -> None:
+    def __init__(self, scheduler: Scheduler, codec: Codec, safety: Safety, *, timeout_ms: int) -> None:
         self._scheduler = scheduler
         self._codec = codec
+        self._safety = safety
         self._timeout_ms = timeout_ms
 
     async def generate(self, order: GenerationRequest, arrived: float) -> GenerationResult:
@@ -83,6 +85,9 @@ class Generator:
         template = first_job(order, limits)
         timeout_ms = self._timeout_ms if order.timeout_ms is None else order.timeout_ms
         with self._scheduler.reserve(order.count, arrived + timeout_ms / 1000) as slots:
+            prompt_s = 0.0
+            if self._safety.checks_prompts:
+                prompt_s = await self._codec.run(self._safety.check_prompt, order.prompt)
             if order.image is not None:
                 image = await self._codec.decode("image", order.image, WHITE)
                 template = replace(template, image=image)
@@ -91,7 +96,10 @@ class Generator:
                 template = replace(template, control_image=strokes)
             order = replace(order, image=None, control_image=None)  # lets go of files that are decoded now
             jobs = [replace(template, seed=template.seed + i) for i in range(order.count)]
-            encode = encoder(order.output_format, order.output_quality, base64=order.base64)
+            image_s: list[float] = []
+            encode = self._safety.guarded(
+                encoder(order.output_format, order.output_quality, base64=order.base64), image_s
+            )
             made = await asyncio.gather(*slots.submit(jobs, encode))
         finished = [one.finished for one in made]
         stages = [one.image.stages for one in finished]
@@ -107,6 +115,7 @@ class Generator:
                 decode=1000 * max(stage.decode for stage in stages),
                 encode=1000 * max(one.encode_s for one in made),
                 total=1000 * (time.monotonic() - arrived),
+                safety=1000 * (prompt_s + max(image_s, default=0.0)) if self._safety.is_on else None,
             ),
             prompt_truncated=any(one.image.prompt_truncated for one in finished),
         )

@@ -6,6 +6,7 @@ of a key. The file is read again when it changes. A file that has become unreada
 read last stay, and the log says so. Only digests are kept in memory; comparing takes the same time for every key.
 """
 
+import base64
 import codecs
 import hashlib
 import hmac
@@ -30,10 +31,15 @@ class ApiKeys:
         self._digests = read_digests(path)
         self._checked = time.monotonic()
 
-    def check(self, authorization: str | None) -> None:
-        """Raises UnauthorizedError (401) unless the Authorization header is `Bearer` and one of the keys."""
+    def check(self, authorization: str | None, *, basic: bool = False) -> None:
+        """Raises UnauthorizedError (401) unless the Authorization header is `Bearer` and one of the keys.
+
+        `basic`: or `Basic`, of any user whose password is one.
+        """
         self._reload_if_changed()
         scheme, _, key = (authorization or "").partition(" ")
+        if basic and scheme.lower() == "basic":
+            scheme, key = "bearer", password_of(key)
         if scheme.lower() != "bearer" or not key.strip():
             raise UnauthorizedError("this server needs an API key: send the header `Authorization: Bearer <key>`")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
@@ -63,6 +69,14 @@ class ApiKeys:
         except OSError:
             return None  # read_digests says why
         return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def password_of(credentials: str) -> str:
+    """The password of Basic's base64 of user:password; empty where it is none."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def read_digests(path: Path) -> tuple[bytes, ...]:

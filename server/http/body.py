@@ -1,8 +1,8 @@
 """Reading the body of a request, cheapest checks first."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from starlette.requests import Request
 
 from server.errors import ClientGoneError, MediaTypeError
@@ -40,6 +40,15 @@ async def read_json(request: Request, model: type[Body], service: AppState) -> B
         if len(body) <= SMALL_BODY:
             return parse(model, body)
         return await service.codec.run(parse, model, body)
+
+
+async def read_object(request: Request, service: AppState) -> dict[str, Any]:
+    """The body as a JSON object of any names. Raises as `read_json`."""
+    return (await read_json(request, AnyObject, service)).root
+
+
+class AnyObject(RootModel[dict[str, Any]]):
+    """A JSON object."""
 
 
 async def read_body(request: Request) -> bytes:

@@ -40,6 +40,7 @@ TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-
 # header with the address it is pointed at; the page asks its user for a key).
 OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")
 OPEN_FOLDER = "/static/"
+SDAPI_FOLDER = "/sdapi/"  # whose clients know no other scheme than Basic
 SCHEMA_PATH = "/openapi.json"  # FastAPI's own, not in scope["route"]
 
 PAGE_POLICY = (
@@ -141,7 +142,8 @@ class RequestMiddleware:
 
     def _authorize(self, path: str, headers: Headers, offered: str | None = None) -> None:
         if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
-            self._keys.check(headers.get("authorization", offered))
+            basic = path.startswith(SDAPI_FOLDER)
+            self._keys.check(headers.get("authorization", offered), basic=basic)
 
     async def _answer(self, error: RequestError, scope: Scope, exchange: "_Exchange") -> None:
         if exchange.started:
@@ -309,9 +311,9 @@ def _offered_key(scope: Scope) -> str | None:
 
 
 def plain_path(path: str) -> str:
-    """Without slashes that do not count in OpenAI's routes: clients put one behind a path, or before it."""
+    """Without slashes that do not count in routes of other APIs: clients put one behind a path, or before it."""
     plain = re.sub("//+", "/", path)
-    return plain.rstrip("/") if plain.startswith("/v1/") else path
+    return plain.rstrip("/") if plain.startswith(("/v1/", SDAPI_FOLDER)) else path
 
 
 def _is_page(path: str) -> bool:

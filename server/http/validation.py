@@ -70,7 +70,8 @@ def allowed(model: type[BaseModel], field: str) -> str:
         return f"text like {rule['pattern']}{nullable}"
     if rule["type"] == "string":
         return f"a string of {rule.get('minLength', 0)} to {rule.get('maxLength', MAX_BASE64)} characters{nullable}"
-    noun = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}[rule["type"]]
+    nouns = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list"}
+    noun = {**nouns, "object": "an object"}[rule["type"]]
     if "multipleOf" in rule:
         noun += f", a multiple of {rule['multipleOf']}"
     if "maximum" in rule:

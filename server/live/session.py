@@ -31,6 +31,7 @@ from server.errors import (
 from server.generation.delivery import EncodedResult
 from server.generation.generator import BLACK, RANDOM_SEEDS, WHITE, GenerationRequest, first_job
 from server.generation.image_codec import Codec, encoder
+from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.live.messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.telemetry.metrics import Metrics
@@ -54,11 +55,21 @@ class LiveSession:
     """`drawn` counts the pictures that were sent."""
 
     def __init__(
-        self, socket: WebSocket, scheduler: Scheduler, codec: Codec, metrics: Metrics, *, timeout_ms: int, idle_s: float
+        self,
+        socket: WebSocket,
+        scheduler: Scheduler,
+        codec: Codec,
+        safety: Safety,
+        metrics: Metrics,
+        *,
+        timeout_ms: int,
+        idle_s: float,
     ) -> None:
         self._socket = socket
         self._scheduler = scheduler
         self._codec = codec
+        self._safety = safety
+        self._allowed = ""  # the prompt that was checked last, and may be drawn
         self._metrics = metrics
         self._timeout_s = timeout_ms / 1000
         self._idle_s = idle_s
@@ -180,15 +191,18 @@ class LiveSession:
         try:
             kind = self._conditioning(settings, drawing)
             job = first_job(_order(settings, drawing, kind, self._seed), self._scheduler.engine.limits)
+            if self._safety.checks_prompts and settings.prompt != self._allowed:
+                await self._codec.run(self._safety.check_prompt, settings.prompt)
+                self._allowed = settings.prompt
             if kind == "image":
                 job = replace(job, image=await self._pixels(drawing, WHITE))
             elif kind == "control":
                 job = replace(job, control_image=await self._pixels(drawing, BLACK))
-        except InvalidError as error:
-            await self._say(error_message(error, sequence))
-            return None
         except UnavailableError as error:
             raise _unavailable(error) from error
+        except RequestError as error:
+            await self._say(error_message(error, sequence))
+            return None
         return Wanted(job, *wanted)
 
     def _conditioning(self, settings: LiveSettings, drawing: bytes) -> Conditioning:
@@ -207,18 +221,22 @@ class LiveSession:
     async def _picture(self, wanted: Wanted) -> None:
         """Makes and sends one picture, of `wanted` or of what is newer when its batch begins."""
         with self._scheduler.reserve(1, time.monotonic() + self._timeout_s) as slots:
-            (future,) = slots.submit([wanted.job], _encoder(wanted))
+            (future,) = slots.submit([wanted.job], self._encoder(wanted))
             while not future.done():
                 if not self._news.is_set():
                     await _either(future, self._news.wait())
                 elif (newer := await self._newest()) is not None:
-                    if slots.replace(newer.job, _encoder(newer)):
+                    if slots.replace(newer.job, self._encoder(newer)):
                         wanted = newer
                         continue
                     await asyncio.wait((future,))
                     self._news.set()
             made = await future
         await self._show(wanted, made)
+
+    def _encoder(self, wanted: Wanted) -> Callable[[RawImage], bytes]:
+        settings = wanted.settings
+        return self._safety.guarded(encoder(settings.output_format, settings.output_quality, base64=False), [])
 
     async def _show(self, wanted: Wanted, made: EncodedResult) -> None:
         total_s = time.monotonic() - wanted.received
@@ -276,10 +294,6 @@ def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int
         control_image=drawing if kind == "control" else None,
         control_scale=settings.control_scale,
     )
-
-
-def _encoder(wanted: Wanted) -> Callable[[RawImage], bytes]:
-    return encoder(wanted.settings.output_format, wanted.settings.output_quality, base64=False)
 
 
 def _unavailable(error: UnavailableError) -> SessionEndError:

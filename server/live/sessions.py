@@ -17,6 +17,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.generation.image_codec import Codec
+from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.http.state import RequestContext
 from server.live.messages import SUBPROTOCOL, message
@@ -32,9 +33,12 @@ logger = logging.getLogger("server.live")
 class Live:
     """All sessions of this server."""
 
-    def __init__(self, scheduler: Scheduler, codec: Codec, metrics: Metrics, settings: Settings) -> None:
+    def __init__(
+        self, scheduler: Scheduler, codec: Codec, safety: Safety, metrics: Metrics, settings: Settings
+    ) -> None:
         self._scheduler = scheduler
         self._codec = codec
+        self._safety = safety
         self._metrics = metrics
         self._settings = settings
         self._sessions: set[LiveSession] = set()
@@ -83,6 +87,7 @@ class Live:
             socket,
             self._scheduler,
             self._codec,
+            self._safety,
             self._metrics,
             timeout_ms=self._settings.timeout_ms,
             idle_s=self._settings.live_idle_s,

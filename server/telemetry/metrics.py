@@ -23,7 +23,7 @@ class Metrics:
     """The instruments, and `exposition` to read them."""
 
     def __init__(self, *, request_buckets: Iterable[float], stage_buckets: Iterable[float]) -> None:
-        request_bounds = tuple(request_buckets)
+        request_bounds, stage_bounds = tuple(request_buckets), tuple(stage_buckets)
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
@@ -40,7 +40,7 @@ class Metrics:
             "sana_sprint_stage_duration_seconds",
             "Time that a job spent in a stage; text, denoise and decode are those of its batch.",
             ("stage",),
-            buckets=tuple(stage_buckets),
+            buckets=stage_bounds,
             registry=self.registry,
         )
         self.batch_size = Histogram(
@@ -98,6 +98,19 @@ class Metrics:
         self.live_dropped = Counter(
             "sana_sprint_live_drawings_dropped",
             "Drawings that were never shown, because a newer one came.",
+            registry=self.registry,
+        )
+        self.safety_checks = Counter(
+            "sana_sprint_safety_checks",
+            "Checks of prompts and images; failed is a checker's own failure.",
+            ("what", "verdict"),
+            registry=self.registry,
+        )
+        self.safety_seconds = Histogram(
+            "sana_sprint_safety_check_duration_seconds",
+            "Time of one check.",
+            ("what",),
+            buckets=stage_bounds,
             registry=self.registry,
         )
         for reason in ("client", "idle", "slow", "draining", "too_many_sessions"):

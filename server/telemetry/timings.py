@@ -12,8 +12,14 @@ class Timings(NamedTuple):
     decode: float
     encode: float
     total: float
+    safety: float | None = None  # of prompt and image, where they are checked; the image's is in encode too
+
+
+def milliseconds(timings: Timings) -> dict[str, float]:
+    """Each stage and the total, as bodies tell them."""
+    return {stage: round(ms, 3) for stage, ms in timings._asdict().items() if ms is not None}
 
 
 def server_timing(timings: Timings) -> str:
     """The Server-Timing header: each stage and the total, in milliseconds."""
-    return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings._asdict().items())
+    return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings._asdict().items() if ms is not None)

@@ -1,1 +1,1 @@
-"""One file per API: /generate, OpenAI, status and metrics, page; their schemas and OpenAPI text."""
+"""One file per API: /generate, OpenAI, AUTOMATIC1111, status and metrics, page; their schemas and OpenAPI text."""

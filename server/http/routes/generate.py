@@ -15,7 +15,7 @@ from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
 from server.http.routes.schemas import GenerateRequest
 from server.http.state import app_state, request_context
-from server.telemetry.timings import server_timing
+from server.telemetry.timings import milliseconds, server_timing
 
 router = APIRouter(route_class=PlainRoute)
 
@@ -79,7 +79,7 @@ def answer_json(delivery: GenerationResult, request_id: str, model: str) -> byte
                 }
                 for picture in delivery.pictures
             ],
-            "timings_ms": {stage: round(ms, 3) for stage, ms in delivery.timings_ms._asdict().items()},
+            "timings_ms": milliseconds(delivery.timings_ms),
             "prompt_truncated": delivery.prompt_truncated,
         }
     )

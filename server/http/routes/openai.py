@@ -24,7 +24,7 @@ from server.http.routes.edits import NO_MASK, EditRequest, embedded
 from server.http.routes.openai_schemas import ImageGenerationRequest, Usage
 from server.http.state import AppState, app_state, request_context
 from server.http.validation import parse_form, shown
-from server.telemetry.timings import server_timing
+from server.telemetry.timings import milliseconds, server_timing
 
 IMAGE_FIELDS = ("image", "image[]")
 NOT_PARSED = (*IMAGE_FIELDS, "mask", "images")
@@ -147,6 +147,6 @@ def images_json(delivery: GenerationResult, response_format: str) -> bytes:
             "output_format": delivery.output_format,
             "size": f"{delivery.width}x{delivery.height}",
             "usage": NO_USAGE,
-            "timings_ms": {stage: round(ms, 3) for stage, ms in delivery.timings_ms._asdict().items()},
+            "timings_ms": milliseconds(delivery.timings_ms),
         }
     )

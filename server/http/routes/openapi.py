@@ -16,10 +16,10 @@ REASONS = {
     408: "The body did not arrive in time.",
     413: "The body is over the limit; it was not read whole.",
     415: "The body is of another media type than the route reads.",
-    422: "A value is not allowed; `errors` name the field, the value and what is allowed.",
+    422: "A value is not allowed, or a check refused prompt or image (`content_policy_violation`); `errors` say which.",
     429: "The queue is full; refused at once.",
     500: "The engine failed on this request; others go on.",
-    503: "Not ready yet, draining, or the engine does not answer.",
+    503: "Not ready yet, draining, the engine does not answer, or a check failed.",
     504: "The deadline passed before the job began; it was not run.",
 }
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
@@ -154,6 +154,29 @@ GENERATIONS: dict[str, Any] = OPENAI_IMAGES | {
         ImageGenerationRequest,
         {"openai": {"summary": "As the openai client sends it", "value": {"prompt": "a blue square", "size": "auto"}}},
     )
+}
+OBJECT = {"type": "object"}
+
+
+def answers_json(answer: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
+    """A route of JSON that draws, with its schemas in place."""
+    content = {"application/json": {"schema": answer.model_json_schema()}}
+    asked = {"application/json": {"schema": body.model_json_schema()}}
+    return {
+        "response_class": Response,
+        "responses": {
+            200: {"description": "The pictures.", "content": content, "headers": TIMING_HEADERS},
+            **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
+        },
+        "openapi_extra": {"requestBody": {"required": True, "content": asked}},
+    }
+
+
+SDAPI_OBJECT = answers("As AUTOMATIC1111 has it.", "application/json", OBJECT, 401, 503)
+SDAPI_LIST = answers("As AUTOMATIC1111 has it.", "application/json", {"type": "array", "items": OBJECT}, 401, 503)
+SDAPI_OPTIONS: dict[str, Any] = {
+    **answers("What was ignored.", "application/json", OBJECT, 401, 408, 413, 415, 422, 429, 503),
+    "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": OBJECT}}}},
 }
 EDIT_FORM = {
     "type": "object",

@@ -111,6 +111,7 @@ class StageTimings(BaseModel):
     decode: float
     encode: float
     total: float
+    safety: float | None = Field(None, description="Of the checks, where --safety is on.")
 
 
 class GenerateAnswer(BaseModel):

@@ -61,5 +61,6 @@ async def info(request: Request) -> Response:
             "max_batch": min(limits.max_batch, service.settings.max_batch),
             "max_queue": service.settings.max_queue,
             "timeout_ms": service.settings.timeout_ms,
+            "safety": dict(service.settings.safety) or None,
         }
     )

@@ -17,6 +17,7 @@ SHORT = (
     *("engine exception that passes", "poisonous job", "out of memory in a batch", "NaN", "all-black output"),
     *("clients killed at random points", "slow writers", "slow readers", "half-sent bodies", "full disk"),
     *("SIGTERM under load", "SIGKILL under load, restart", "clock jumps"),
+    *("refused prompt", "refused image", "checker that fails"),
     *("more connections than descriptors", "a worker dies, no descriptor left"),
 )
 
@@ -31,6 +32,8 @@ def test_a_short_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> N
     rows = play(capsys, "--scale", "0.01", *(word for name in SHORT for word in ("--only", name)))
     assert set(rows) == set(SHORT)
     assert rows["poisonous job"]["hit"] == {"500 engine_failed": 2}
+    assert rows["refused prompt"]["hit"] == rows["refused image"]["hit"] == {"422 content_policy_violation": 2}
+    assert rows["checker that fails"]["hit"] == {"503 safety_check_failed": 2}
     assert rows["SIGTERM under load"]["hit"] == {"200": 50}
     assert set(rows["SIGKILL under load, restart"]["hit"]) <= {"cut", "200"}
     assert rows["clock jumps"]["hit"] == {"200": 5, "504 deadline_exceeded": 1}
@@ -38,7 +41,7 @@ def test_a_short_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.slow
 def test_the_whole_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(play(capsys)) == 18
+    assert len(play(capsys)) == 21
 
 
 def test_what_a_fault_does_not_excuse_is_lost(tmp_path: Path) -> None:

@@ -17,17 +17,21 @@ from server.generation.image_codec import decode
 
 def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     # Too short to tell growth: the rest is looked at.
-    main(["--images", "40", "--requests", "60", "--sessions", "16", "--offers", "40"])
+    main(["--images", "40", "--requests", "60", "--sdapi", "60", "--sessions", "16", "--offers", "40"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["campaigns"]
-    names = ("images", "requests", "sessions", "offers")
+    names = ("images", "requests", "sdapi", "sessions", "offers")
     assert [(one["name"], one["wrong"]) for one in found] == [(name, {}) for name in names]
     assert {"200", "422"} <= set(found[0]["seen"])
     assert {"400", "405"} <= set(found[1]["seen"])
+    assert set(found[2]["seen"]) == {"200", "422"}
 
 
 @pytest.mark.slow
 def test_the_whole_campaign_finds_nothing() -> None:
-    assert main(["--images", "5000", "--requests", "5000", "--sessions", "1000", "--offers", "1000"]) == 0
+    assert (
+        main(["--images", "5000", "--requests", "5000", "--sdapi", "3000", "--sessions", "1000", "--offers", "1000"])
+        == 0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so and goes on

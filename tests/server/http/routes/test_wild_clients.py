@@ -59,6 +59,7 @@ def test_an_edit_may_be_json(plain: Running, given: dict[str, Any]) -> None:
         {"images": [{"image_url": "file:///etc/passwd"}]},
         {"images": [URL, URL]},
         {"images": []},
+        {"images": "x"},
         {"image": 7},
         {"image": URL, "mask": {"image_url": URL}},
         {"image": "not base64!"},
