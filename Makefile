@@ -23,6 +23,10 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
+# For `make soak`.
+HOURS ?= 2
+OUT ?= runs/soak
+
 # For `make system-tools`.
 SYSTEM_TOOLS := chromium prometheus
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
@@ -34,7 +38,7 @@ PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check proof accept-gpu chaos fuzz clients deploy-tools system-tools image image-check lock clean peers
+.PHONY: help run test lint check proof accept-gpu chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +74,9 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, a
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
+
+soak: $(DEV) ## hours of mixed traffic with faults on one server: does anything grow? (HOURS=2, OUT=runs/soak: a new folder)
+	$(BIN)/python -m bench.load.soak --hours $(HOURS) --out $(OUT)
 
 fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
 	$(BIN)/python -m venv .venvs/fuzz
