@@ -63,8 +63,7 @@ class Scheduler:
         self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready
-        # Beyond those that wait: one batch that runs and one whose pictures are being encoded.
-        self._queue = JobQueue(max_waiting=max_queue, max_in_flight=max_queue + 2 * max_batch)
+        self._queue = JobQueue.for_engine(max_queue=max_queue, max_batch=max_batch)
         self._thread = EngineThread(load, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
         self._engine: Engine | None = None
         self._unanswered: set[Entry] = set()
