@@ -63,10 +63,12 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class GraphRunners:
-    """Captured graphs in place of the plain chains: of denoising, of that with a drawing, and of decoding."""
+    """Captured graphs in place of the plain chains: of denoising, of that with a drawing, and of decoding; and of what
+    makes PNG files, which is left to the server where there are no graphs."""
 
     plain: GraphRunner
     decode: GraphRunner
+    png: GraphRunner
     controlled: GraphRunner | None
     recorder: GraphCapture  # what captures them, and the text stage's
 
@@ -122,9 +124,9 @@ class SprintEngine:
         for width, height in sizes or (self._limits.default_size,):
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
-                    for quality in (None, 90):
-                        job = Job("", seed=0, width=width, height=height, control_image=drawing, jpeg_quality=quality)
-                        self.generate([job] * count)
+                    job = Job("", seed=0, width=width, height=height, control_image=drawing)
+                    for asked in (job, replace(job, jpeg_quality=90), replace(job, png=True)):
+                        self.generate([asked] * count)
         if self._kernels is not None:
             self._use_every_kernel()
 
@@ -144,7 +146,7 @@ class SprintEngine:
         if runners is None:
             return
         try:
-            for runner in filter(None, (runners.decode, runners.plain, runners.controlled)):
+            for runner in filter(None, (runners.decode, runners.plain, runners.controlled, runners.png)):
                 runner.capture()
             self._modules.text.capture(runners.recorder)
         except torch.OutOfMemoryError as error:
@@ -207,7 +209,9 @@ class SprintEngine:
             pixels, finite = self._decode(latent)
             watch.record()
             # The next picture is decoding before this thread waits for the one before it.
-            coming.append(self._downloader.start(pixels[0], finite[0], jobs[len(coming)].jpeg_quality))
+            job = jobs[len(coming)]
+            picture = self._png(pixels, latent) if job.png else {"pixels": pixels[0]}
+            coming.append(self._downloader.start({**picture, "finite": finite[0]}, job))
             if len(coming) > 1:
                 made.take(coming[-2], deliver)
         made.take(coming[-1], deliver)
@@ -232,6 +236,13 @@ class SprintEngine:
         if self._runners is None:
             return Decode(self._modules.decoder)({"latent": latent})
         return self._runners.decode({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
+
+    def _png(self, pixels: Tensor, latent: Tensor) -> dict[str, Tensor]:
+        """The parts of a PNG file of pixels [1, H, W, 3], if they can be made here; else the pixels."""
+        if self._runners is None:
+            return {"pixels": pixels[0]}
+        words, facts = self._runners.png({"pixels": pixels}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
+        return {"words": words[0], "facts": facts[0]}
 
     def _read(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """The chain's inputs of the texts; graphs have one length, that of the longest prompt."""
@@ -315,7 +326,7 @@ class _Made:
         text, denoise, *decode = self._watch.laps(index + 3)
         stages = StageSeconds(text, denoise, decode[index])
         image = RawImage(
-            got.pixels, stages, self._bucket, embedding.truncated, embedding.cached, self._uncaptured, got.jpeg
+            got.pixels, stages, self._bucket, embedding.truncated, embedding.cached, self._uncaptured, got.file
         )
         self.images.append(image)
         if deliver is not None:
