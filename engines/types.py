@@ -176,6 +176,9 @@ class EngineInfo:
     manifest: dict[str, object] | None = None
     guidance_trained: tuple[float, float] = (4.0, 5.0)
     max_prompt_tokens: int = 300
+    replaced_kernels: dict[str, str] = field(
+        default_factory=dict
+    )  # of the GPU path: kernel -> why PyTorch runs instead
 
 
 class Engine(Protocol):

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engines.backends.cuda.graphs import GraphCapture, GraphKey, GraphRunner
@@ -21,7 +20,7 @@ from engines.errors import JobError, OutOfMemoryError, OutputError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.pipeline.embedding_cache import TextEmbedding
-from engines.pipeline.latent_cache import LatentCache
+from engines.pipeline.latent_cache import LatentCache, resized
 from engines.pipeline.text_stage import TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
@@ -34,6 +33,9 @@ class Kernels(Protocol):
 
     @property
     def reasons(self) -> Mapping[str, str]: ...
+
+    @property
+    def replaced(self) -> Mapping[str, str]: ...
 
     def compare(self, work: Callable[[], object]) -> None:
         """Runs `work`, in which each kernel is compared with its reference."""
@@ -117,6 +119,7 @@ class SprintEngine:
         if self._kernels is not None:
             self._kernels.compare(self._use_every_kernel)
             self._info.reasons.update(self._kernels.reasons)
+            self._info.replaced_kernels.update(self._kernels.replaced)
         with self._on_device():
             self._capture()
         sizes = self._limits.sizes if self._buckets else ()
@@ -331,15 +334,6 @@ class _Made:
         self.images.append(image)
         if deliver is not None:
             deliver(index, image)
-
-
-def resized(image: Pixels, width: int, height: int) -> Tensor:
-    """RGB [H, W, 3] of any size stretched to [height, width, 3] uint8, bicubic with antialiasing."""
-    if image.shape[:2] == (height, width):
-        return torch.tensor(image)
-    planes = torch.tensor(image).permute(2, 0, 1)[None].float()
-    planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return planes.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
 
 
 def _no_memory(jobs: Sequence[Job], error: Exception) -> str:

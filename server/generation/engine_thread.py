@@ -21,7 +21,7 @@ from server.telemetry.metrics import Metrics
 
 FAILURES_IN_A_ROW = 3  # jobs failed alone, without a success between, before the engine must prove itself
 
-logger = logging.getLogger("server.engine")
+logger = logging.getLogger("server.generation")
 
 
 @dataclass(frozen=True, slots=True)
