@@ -38,6 +38,14 @@ def test_every_figure_once(tmp_path: Path) -> None:
     assert path.read_text() == before
 
 
+@pytest.mark.gpu
+def test_on_a_card_its_name_and_precisions_are_told(tmp_path: Path) -> None:
+    assert main(["--quick", "--models", "tiny", "--precisions", "bf16", "--peers", "", "--out", str(tmp_path)]) == 0
+    [path] = tmp_path.iterdir()
+    assert "cpu" not in path.name
+    assert {line["about"]["precision"] for line in lines(path)} == {"bf16"}
+
+
 def test_a_failure_is_tried_again_and_time_ends(tmp_path: Path) -> None:
     now = [0.0]
 
