@@ -66,13 +66,14 @@ proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 chaos: $(DEV) ## plays a campaign of faults against real servers and prints what clients saw: minutes
 	$(BIN)/python -m bench.robustness.chaos
 
-accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, and writes bench/results (MODEL=NAME adds a checkpoint)
+accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, the server over HTTP beside diffusers, and writes bench/results (MODEL=NAME adds a checkpoint)
 	$(BIN)/python -m pip install --quiet 'tensorrt>=10.13'
 	@# Each file in a process of its own: a kernel's error spoils CUDA for the rest of its process. A vendor's warning
 	@# on a card that nobody has seen yet is told, and fails nothing.
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
+	$(BIN)/python -m bench.promise $(if $(MODEL),--models $(MODEL)) || failed=1; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
 
 soak: $(DEV) ## hours of mixed traffic with faults on one server: does anything grow? (HOURS=2, OUT=runs/soak: a new folder)

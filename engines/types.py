@@ -47,6 +47,7 @@ class Job:
     control_image: Pixels | None = None
     control_scale: float = 1.0
     jpeg_quality: int | None = None  # a JPEG file will do instead of pixels, if the engine can make one
+    png: bool = False  # as much, of a PNG file
 
     @property
     def conditioning(self) -> Conditioning:
@@ -72,13 +73,13 @@ class StageSeconds:
 class RawImage:
     """The picture of one job, and how it came about."""
 
-    pixels: Pixels  # [height, width, 3] uint8 RGB; empty where `jpeg` stands for it
+    pixels: Pixels  # [height, width, 3] uint8 RGB; empty where `file` stands for it
     stages: StageSeconds
     bucket: int  # the batch size that ran, padding included
     prompt_truncated: bool = False
     prompt_cached: bool = False
     uncaptured: bool = False  # the engine keeps CUDA graphs, and has none for this batch
-    jpeg: bytes | None = None  # the file that the job asked for, made on the card
+    file: bytes | None = None  # JPEG or PNG, as the job asked for it, made on the card
 
 
 Deliver = Callable[[int, RawImage], None]
@@ -175,6 +176,9 @@ class EngineInfo:
     manifest: dict[str, object] | None = None
     guidance_trained: tuple[float, float] = (4.0, 5.0)
     max_prompt_tokens: int = 300
+    replaced_kernels: dict[str, str] = field(
+        default_factory=dict
+    )  # of the GPU path: kernel -> why PyTorch runs instead
 
 
 class Engine(Protocol):

@@ -1,6 +1,6 @@
 """Modules of a checkpoint on an NVIDIA GPU by engines.kernels: what `--backend cuda-graph` captures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,11 @@ class Native:
             [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
             self._decoder.calibrate(latent)
         self._decoder.to_fp8()
+
+    @property
+    def replaced(self) -> Mapping[str, str]:
+        """Kernel -> why its reference runs in its place."""
+        return self.ops.replaced
 
     def compare(self, work: Callable[[], object]) -> None:
         """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""

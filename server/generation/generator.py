@@ -145,6 +145,7 @@ def first_job(order: GenerationRequest, limits: Limits) -> Job:
         strength=order.strength,
         control_scale=order.control_scale,
         jpeg_quality=order.output_quality if order.output_format == "jpeg" else None,
+        png=order.output_format == "png",
     )
     stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
     conditioned = replace(

@@ -35,7 +35,7 @@ State = Literal["loading", "ready", "draining", "hung", "failed"]
 CLOSE_S = 1.0  # what the engine gets at least, at the end, to finish a batch and close
 EXIT_GRACE_S = 1.0  # between saying that the engine is lost, to everyone who waits, and leaving
 
-logger = logging.getLogger("server.batcher")
+logger = logging.getLogger("server.generation")
 
 
 class Scheduler:

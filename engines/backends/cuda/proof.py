@@ -14,7 +14,7 @@ import triton
 
 from engines.kernels.op import Ops
 
-logger = logging.getLogger("engines.proof")
+logger = logging.getLogger("engines.backends.cuda")
 
 _SOURCES = (Path(__file__).parent, Path(__file__).parents[2] / "kernels")
 
