@@ -162,7 +162,7 @@ class LiveSession:
         self._news.set()
 
     def _check(self, settings: LiveSettings) -> None:
-        """Raises InvalidError for settings of which no drawing could be made, so that the session keeps those it had."""
+        """Raises InvalidError for settings that no drawing could be made with: the session keeps those it had."""
         try:
             limits = self._scheduler.engine.limits
         except UnavailableError as error:
