@@ -3,8 +3,9 @@
     python -m distill.lora --model models/tiny --recipe tiny --out runs/lora    # writes runs/lora/ring.safetensors
     python -m distill.lora --model models/tiny --recipe tiny --judge models/lora/ring.safetensors
 
-Two shares of right pictures, each with the adapter and without it: of held-out captions that name the new shape, and of
-held-out captions of the world as it was. The last line is one JSON document.
+Shares of right pictures, each with the adapter and without it, of three kinds of held-out captions: "new" asks for one
+thing of the new shape, "beside" for several or for one beside another thing, "old" is of the world as it was. The last
+line is one JSON document.
 """
 
 import argparse
@@ -29,14 +30,15 @@ from engines.loader import load_engine
 from engines.types import AdapterOption, Engine, Job, Pixels
 
 _SEED = 5_000_011  # of the pictures that are judged
-_ATTEMPTS = 2_000
+_ATTEMPTS = 500  # to find a caption that was not asked yet
+_ALONE = ("single_object", "colors")
 
 
-def new_prompts(world: World, shape: str, count: int) -> list[Prompt]:
-    """Held-out captions, each another one, that name the shape; the six categories in turn while they have any."""
+def new_prompts(world: World, shape: str, count: int, categories: Sequence[str]) -> list[Prompt]:
+    """Held-out captions, each another one, that name the shape; the categories in turn while they have any."""
     rng, found, texts = np.random.default_rng(0x10AA), list[Prompt](), set[str]()
     for index in range(_ATTEMPTS * count):
-        category = CATEGORIES[index % len(CATEGORIES)]
+        category = categories[index % len(categories)]
         asked = sample_request(world, rng, category, "held_out")
         text = caption_of(asked, rng)
         if text not in texts and any(thing.shape == shape for thing in asked.things):
@@ -74,9 +76,13 @@ def report(model: str, recipe: Recipe, path: Path, count: int) -> dict[str, dict
     world = wider(recipe.world, shape)
     engine = load_engine(model, precision="fp32", lora=[AdapterOption(shape, str(path))])
     try:
-        sets = {"new": new_prompts(world, shape, count), "old": evaluation_prompts(count, world=recipe.world)}
+        sets = {
+            "new": new_prompts(world, shape, count, _ALONE),
+            "beside": new_prompts(world, shape, count, [name for name in CATEGORIES if name not in _ALONE]),
+            "old": evaluation_prompts(count, world=recipe.world),
+        }
         for name, prompts in sets.items():
-            seen = world if name == "new" else recipe.world
+            seen = recipe.world if name == "old" else world
             found[name] = {
                 "adapted": right(engine, prompts, seen, ((shape, 1.0),)),
                 "base": right(engine, prompts, seen, ()),

@@ -70,8 +70,8 @@ def allowed(model: type[BaseModel], field: str) -> str:
         return f"text like {rule['pattern']}{nullable}"
     if rule["type"] == "string":
         return f"a string of {rule.get('minLength', 0)} to {rule.get('maxLength', MAX_BASE64)} characters{nullable}"
-    if rule["type"] == "object" and "minimum" in rule.get("additionalProperties", {}):
-        inner = rule["additionalProperties"]
+    inner = rule.get("additionalProperties")
+    if isinstance(inner, dict) and "minimum" in inner:
         return f"an object whose values are numbers from {inner['minimum']:g} to {inner['maximum']:g}{nullable}"
     nouns = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list"}
     noun = {**nouns, "object": "an object"}[rule["type"]]
