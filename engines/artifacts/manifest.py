@@ -131,7 +131,7 @@ class Manifest:
             built, here = (
                 ", ".join(f"{name}:{scale:g}" for name, scale in some) or "none" for some in (self.adapters, given)
             )
-            raise self._refuse(f"built with the adapters {built}, and started with {here} (--lora NAME=PATH:SCALE)")
+            raise self.refusal(f"built with the adapters {built}, and started with {here} (--lora NAME=PATH:SCALE)")
 
     def command_with(self, adapters: Sequence[object]) -> str:
         """The command that builds it again with these adapters (engines.types.AdapterOption) alone."""

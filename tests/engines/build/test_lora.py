@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_lora import EVERYWHERE, random_factors, save_lora
+from small_checkpoint import EVERYWHERE, random_factors, save_lora
 
 import build_engine
 from engines.artifacts.manifest import read_manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_lora import EVERYWHERE, random_factors, save_lora
+from small_checkpoint import EVERYWHERE, random_factors, save_lora
 from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_lora import EVERYWHERE, random_factors, save_lora
+from small_checkpoint import EVERYWHERE, random_factors, save_lora
 
 from engines.backends.cuda.graphs import EagerReplay
 from engines.checkpoints.checkpoint import open_checkpoint

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_checkpoint import heat
-from small_lora import EVERYWHERE, random_factors
+from small_checkpoint import EVERYWHERE, heat, random_factors
 
 from engines.backends.cuda.adapted import CudaAdapted
 from engines.backends.cuda.controlled import CudaControlled
