@@ -18,6 +18,7 @@ from engines.build.builder import Built, build
 from engines.build.spec import BuildSpec
 from engines.build.targets import GPU_PRECISIONS, GPUS, VENDORS
 from engines.errors import SprintError
+from engines.types import AdapterOption
 
 
 def parse(arguments: list[str]) -> BuildSpec:
@@ -43,12 +44,19 @@ def parse(arguments: list[str]) -> BuildSpec:
         "installed, native otherwise",
     )
     parser.add_argument("--jobs", default=os.cpu_count() or 1, type=int, help="processes that compile native kernels")
+    parser.add_argument(
+        "--lora",
+        default=[],
+        type=adapter,
+        action="append",
+        help="NAME=PATH[:SCALE], fused into the transformer (repeats); start the server with the same",
+    )
     given = vars(parser.parse_args(arguments))
     given["jobs"] = max(1, given["jobs"])
     if given["out"] is None:
         name = Path(given["model"]).name.replace(":", "-")
         given["out"] = Path("artifacts") / f"{name}-{given['gpu']}-{given['precision']}"
-    return BuildSpec(**given)
+    return BuildSpec(**{**given, "lora": tuple(given["lora"])})
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -56,6 +64,13 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
     if not all(len(pair) == 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"got {text!r}, like 1024x1024,512x512 is needed")
     return tuple((int(width), int(height)) for width, height in pairs)
+
+
+def adapter(text: str) -> AdapterOption:
+    try:
+        return AdapterOption.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def numbers(text: str) -> tuple[int, ...]:

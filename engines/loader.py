@@ -1,7 +1,7 @@
 """From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +19,18 @@ from engines.backends.eager import eager
 from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
+from engines.checkpoints.lora import with_adapters
 from engines.checkpoints.weights import FolderWeights
 from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError, CheckpointError
 from engines.models.controlnet import ControlledTransformer
+from engines.models.lora import Adapted, adapt
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline.engine import LatentSpace, Modules, SprintEngine
 from engines.pipeline.runners import runners_of
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.types import Engine, EngineInfo, Limits, powers_of_two
+from engines.types import AdapterOption, Engine, EngineInfo, Limits, powers_of_two
 
 if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
     from engines.artifacts.native.skeleton import Parts
@@ -45,6 +47,8 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
     "openvino": "python build_engine.py --gpu cpu",
     "tensorrt": "python build_engine.py --gpu native --vendor tensorrt",
 }
+
+ADAPTING = ("eager", "cuda-graph")  # that take adapters by request
 
 # Of weights and activations; int8 (on a CPU) and fp8 (on a GPU): bf16, the decoder's wide convolutions in 8 bits.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
@@ -65,6 +69,7 @@ def load_engine(
     cache: str | None = None,
     native: "Native | None" = None,
     variant: str | None = None,
+    lora: Sequence[AdapterOption] = (),
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
 
@@ -75,6 +80,7 @@ def load_engine(
     a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE; native: the
     kernels of the cuda-graph backend, None takes those of the GPU at hand.
     variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
+    lora: adapters; those with a scale are fused, the others are for jobs to choose (on eager and cuda-graph).
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
@@ -82,7 +88,7 @@ def load_engine(
     if engine_dir is not None:
         return _load_built(
             *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
-            *(variant, Path(cache or CACHE), native),
+            *(variant, Path(cache or CACHE), native, lora),
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
@@ -90,7 +96,13 @@ def load_engine(
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
     checkpoint = _opened(model, decoder, variant, reasons)
     branch = load_controlnet(checkpoint, controlnet, dtype, place, variant)
-    limits = _limits(checkpoint, max_batch, branch is not None)
+    checkpoint, free = with_adapters(checkpoint, lora, reasons)
+    if free and backend not in ADAPTING:
+        raise BackendError(
+            f"lora {free[0].name}: {backend} takes adapters with a scale alone, which are fused, such as "
+            f"--lora {free[0].name}={free[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
+        )
+    limits = _limits(checkpoint, max_batch, branch is not None, tuple(adapter.name for adapter in free))
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
@@ -106,12 +118,17 @@ def load_engine(
     kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
     if kernels is not None:
         execute, text = kernels, kernels.text(text)
+    whole: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
+    chosen: nn.Module = transformer
+    if free:
+        choice = adapt(transformer, [adapter.factors for adapter in free])
+        chosen, whole = Adapted(transformer, choice), None if whole is None else Adapted(whole, choice)
     modules = Modules(
         text,
-        prepared("transformer", transformer),
+        prepared("transformer", chosen),
         prepared("decoder", PixelDecoder(autoencoder)),
         prepared("encoder", PixelEncoder(autoencoder)),
-        None if branch is None else prepared("controlled", ControlledTransformer(transformer, branch)),
+        None if whole is None else prepared("controlled", whole),
     )
     space = _space(checkpoint, dtype, place)
     if kernels is not None:
@@ -139,6 +156,7 @@ def _load_built(
     variant: str | None,
     cache: Path,
     native: "Native | None",
+    lora: Sequence[AdapterOption],
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -150,7 +168,14 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    checkpoint = _opened(model, decoder, variant, reasons)
+    base = _opened(model, decoder, variant, reasons)
+    checkpoint, free = with_adapters(base, lora, reasons)
+    if free:
+        raise BackendError(
+            f"lora {free[0].name}: built engines hold adapters fused, none by request; build one, and start with the "
+            f"same: {manifest.command_with([option._replace(scale=option.scale or 1.0) for option in lora])}"
+        )
+    manifest.check_adapters([(one.name, one.scale or 0.0) for one in lora])
     loaded: LoadedModules | Parts
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
@@ -159,7 +184,7 @@ def _load_built(
     else:
         loaded, parts = load_artifacts(folder, checkpoint, place), None
     text_dtype = torch.float32 if place.type == "cpu" and parts is None else torch.bfloat16  # fp16 overflows in Gemma
-    branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
+    branch = load_controlnet(base, controlnet, text_dtype, place, variant)
     controlled: Callable[..., Any] | None = None
     if branch is not None and parts is not None:
         controlled = parts.controlled(branch)
@@ -302,7 +327,7 @@ def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def _limits(checkpoint: Checkpoint, max_batch: int, control: bool) -> Limits:
+def _limits(checkpoint: Checkpoint, max_batch: int, control: bool, adapters: tuple[str, ...] = ()) -> Limits:
     """Sides up to twice the size that the checkpoint was trained at; beyond it pictures repeat themselves."""
     settings = checkpoint.settings
     width, height = settings.default_size
@@ -314,6 +339,7 @@ def _limits(checkpoint: Checkpoint, max_batch: int, control: bool) -> Limits:
         max_side=2 * max(width, height),
         max_pixels=4 * width * height,
         conditioning=frozenset({"text", "image", "control", "image+control"} if control else {"text", "image"}),
+        adapters=adapters,
     )
     if not limits.allows_size(width, height):
         raise CheckpointError(

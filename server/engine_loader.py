@@ -12,7 +12,8 @@ from server.settings import Settings
 def load(settings: Settings) -> Engine:
     """The engine that the settings ask for. Slow: reads a checkpoint."""
     if settings.backend == "fake":
-        return FakeEngine(max_batch=settings.max_batch, delay_s=settings.fake_delay_ms / 1000)
+        names = tuple(one.name for one in settings.lora if one.scale is None)
+        return FakeEngine(max_batch=settings.max_batch, delay_s=settings.fake_delay_ms / 1000, adapters=names)
     from engines.loader import load_engine  # brings torch
 
     return load_engine(
@@ -25,6 +26,7 @@ def load(settings: Settings) -> Engine:
         decoder=settings.decoder,
         controlnet=settings.controlnet,
         variant=settings.variant,
+        lora=settings.lora,
         cache=settings.cache or user_cache(os.environ),
     )
 

@@ -204,6 +204,8 @@ class SprintEngine:
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32)
         inputs |= {"noise": noise, "angles": angles, "guidance": guidance * self._space.guidance_embeds_scale}
         inputs |= self._drawn(jobs)
+        if self._limits.adapters:
+            inputs |= self._adapters(jobs)
         latents, bucket = self._denoise(inputs, jobs[0].steps)
         watch.record()
         made = _Made(jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket)
@@ -283,6 +285,18 @@ class SprintEngine:
             return {}
         scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32)
         return {"control": self._encoded(drawings, jobs[0].key).to(self._space.dtype), "control_scale": scale}
+
+    def _adapters(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The chain's inputs of the adapters: as many places as a graph has, or else as the jobs need."""
+        places = max(len(job.lora) for job in jobs) if self._runners is None else self._limits.most_adapters
+        if not places:
+            return {}
+        index = torch.zeros(len(jobs), places, dtype=torch.int64)
+        scale = torch.zeros(len(jobs), places)
+        for row, job in enumerate(jobs):
+            for place, (name, strength) in enumerate(job.lora):
+                index[row, place], scale[row, place] = self._limits.adapters.index(name), strength
+        return {"lora_index": index, "lora_scale": scale}
 
     def _encoded(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
         """Latents [B, C, h, w] of RGB images of any size."""

@@ -305,6 +305,7 @@ def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int
         strength=settings.strength,
         control_image=drawing if kind == "control" else None,
         control_scale=settings.control_scale,
+        lora=settings.adapters,
     )
 
 
