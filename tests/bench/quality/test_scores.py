@@ -11,7 +11,7 @@ from bench.quality.__main__ import main
 def test_variants_and_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variants = "eager:fp32,diffusers:fp32,eager:bf16"
     arguments = ["--model", str(folder), "--variants", variants, "--steps", "1,3", "--prompts", "6", "--max-batch", "4"]
-    assert main([*arguments, "--schedule", "diffusers"]) == 0
+    assert main([*arguments, "--schedule", "diffusers", "--latency-runs", "1"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["variant"], row["steps"]): row for row in found["rows"]}
     assert list(rows) == [(variant, steps) for variant in variants.split(",") for steps in (1, 3)]
