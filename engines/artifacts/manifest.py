@@ -78,6 +78,7 @@ class Manifest:
     artifacts: tuple[Artifact, ...]
     shared: tuple[FileRecord, ...] = ()  # what is no one module's: the text encoder, compiled kernels
     format: int = FORMAT
+    quality: Mapping[str, Mapping[str, object]] | None = None  # steps -> engines.build.paired_check, where asked for
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
