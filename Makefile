@@ -34,8 +34,8 @@ PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
 # For `make quality-proof`: what the extras fid and clip bring, and what they are compared with. torchvision brings the torch
-# that it was built for, behind which our own packages are found.
-QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision
+# that it was built for, behind which our own packages are found; openai-clip wants pkg_resources of an older setuptools.
+QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision setuptools==80.9.0
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint check proof accept-gpu chaos fuzz clients deploy-tools system-tools image image-check lock clean peers quality-proof
