@@ -37,8 +37,12 @@ PEER_litserve := litserve==0.2.19
 PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
+# For `make quality-proof`: what the extras fid and clip bring, and what they are compared with. torchvision brings the torch
+# that it was built for, behind which our own packages are found; openai-clip wants pkg_resources of an older setuptools.
+QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision setuptools==80.9.0
+
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check proof accept-gpu chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers
+.PHONY: help run test lint check proof accept-gpu chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers quality-proof
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -89,6 +93,16 @@ clients: $(DEV) ## runs the openai client, LiteLLM and webuiapi, in an environme
 	$(BIN)/python -m venv .venvs/clients
 	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2 webuiapi==0.9.17
 	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py tests/server/http/routes/test_sdapi.py
+
+quality-proof: .venvs/quality/.installed ## FID, CLIP score and CMMD beside their reference implementations, on seeded weights: minutes
+	QUALITY_PROOF=1 .venvs/quality/bin/python -m pytest -s -m slow tests/bench/quality/metrics/test_reference.py
+
+.venvs/quality/.installed: $(DEV) pyproject.toml
+	$(PYTHON) -m venv .venvs/quality
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venvs/quality/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	.venvs/quality/bin/python -m pip install --quiet $(QUALITY)
+	@touch $@
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 

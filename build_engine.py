@@ -15,13 +15,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engines.build.builder import Built, build
+from engines.build.paired_check import paired_check, with_check
 from engines.build.spec import BuildSpec
 from engines.build.targets import GPU_PRECISIONS, GPUS, VENDORS
-from engines.errors import SprintError
+from engines.errors import BuildError, SprintError
+from engines.loader import load_engine
 from engines.types import AdapterOption
 
 
-def parse(arguments: list[str]) -> BuildSpec:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Builds engines from a checkpoint, and prints their manifest.")
     parser.add_argument("--model", required=True, help="folder, hub id or short name of a checkpoint")
     parser.add_argument("--gpu", required=True, choices=[*GPUS, "native", "cpu"], help="native: this machine's card")
@@ -51,7 +53,17 @@ def parse(arguments: list[str]) -> BuildSpec:
         action="append",
         help="NAME=PATH[:SCALE], fused into the transformer (repeats); start the server with the same",
     )
-    given = vars(parser.parse_args(arguments))
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="then make 16 images by the engines and by fp32, and write how far they are apart into the manifest",
+    )
+    return parser
+
+
+def parse(arguments: list[str]) -> BuildSpec:
+    given = vars(parser().parse_args(arguments))
+    del given["quality"]
     given["jobs"] = max(1, given["jobs"])
     if given["out"] is None:
         name = Path(given["model"]).name.replace(":", "-")
@@ -93,10 +105,30 @@ def run(spec: BuildSpec) -> Built:
     return built
 
 
+def checked(spec: BuildSpec, built: Built) -> Built:
+    """Whole images of the engines beside those of fp32 on the CPU, in the manifest. Raises BuildError."""
+    if not built.manifest.executed:
+        raise BuildError(
+            f"quality: the engines for {spec.gpu} do not run here, so they make no image; they lie in {spec.out}"
+        )
+    print("paired check of whole images", file=sys.stderr, flush=True)
+    largest = max(built.manifest.batches)
+    reference = load_engine(spec.model, backend="eager", precision="fp32", device="cpu", decoder=spec.decoder, lora=spec.lora)
+    engine = load_engine(spec.model, engine_dir=str(spec.out), decoder=spec.decoder, lora=spec.lora, max_batch=largest)
+    try:
+        checks = paired_check(reference, engine, built.manifest.steps)
+    finally:
+        reference.close()
+        engine.close()
+    return Built(with_check(spec.out, built.manifest, checks), built.changed)
+
+
 def main(arguments: list[str]) -> int:
     spec = parse(arguments)
     try:
         built = run(spec)
+        if parser().parse_args(arguments).quality:
+            built = checked(spec, built)
     except SprintError as error:
         print(f"build_engine.py: {error}", file=sys.stderr)
         return 1

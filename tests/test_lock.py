@@ -24,7 +24,7 @@ ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"])
 # What `make peers` measures against, each in an environment of its own.
 PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Imported by another name than the distribution's, and not installed by `make test`, so that nothing here can tell.
-NAMED = {"helm_python": "helm-python-sdk"}
+NAMED = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
 # Runs bench/load/locustfile.py where it is installed; nothing of ours installs it.
 FOREIGN = ["locust"]
 

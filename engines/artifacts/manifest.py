@@ -80,6 +80,7 @@ class Manifest:
     shared: tuple[FileRecord, ...] = ()  # what is no one module's: the text encoder, compiled kernels
     adapters: tuple[tuple[str, float], ...] = ()  # fused: name and scale; their weights are in checkpoint_sha256
     format: int = FORMAT
+    quality: Mapping[str, Mapping[str, object]] | None = None  # steps -> engines.build.paired_check, where asked for
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
