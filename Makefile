@@ -77,7 +77,7 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, t
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
-	$(BIN)/python -m bench.promise $(if $(MODEL),--models $(MODEL)) || failed=1; \
+	$(BIN)/python -m bench.acceptance.over_http $(if $(MODEL),--models $(MODEL)) || failed=1; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
 
 soak: $(DEV) ## hours of mixed traffic with faults on one server: does anything grow? (HOURS=2, OUT=runs/soak: a new folder)

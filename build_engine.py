@@ -113,7 +113,9 @@ def checked(spec: BuildSpec, built: Built) -> Built:
         )
     print("paired check of whole images", file=sys.stderr, flush=True)
     largest = max(built.manifest.batches)
-    reference = load_engine(spec.model, backend="eager", precision="fp32", device="cpu", decoder=spec.decoder, lora=spec.lora)
+    reference = load_engine(
+        spec.model, backend="eager", precision="fp32", device="cpu", decoder=spec.decoder, lora=spec.lora
+    )
     engine = load_engine(spec.model, engine_dir=str(spec.out), decoder=spec.decoder, lora=spec.lora, max_batch=largest)
     try:
         checks = paired_check(reference, engine, built.manifest.steps)

@@ -16,14 +16,15 @@ from torch import Tensor
 from engines.backends.cuda.graphs import GraphCapture, GraphKey, GraphRunner
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch
-from engines.errors import JobError, OutOfMemoryError, OutputError
+from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.pipeline.embedding_cache import TextEmbedding
 from engines.pipeline.latent_cache import LatentCache, resized
+from engines.pipeline.results import BatchResults
 from engines.pipeline.text_stage import TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
-from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
 MAX_CONTROL_SCALE = 2
 
@@ -208,7 +209,9 @@ class SprintEngine:
             inputs |= self._adapters(jobs)
         latents, bucket = self._denoise(inputs, jobs[0].steps)
         watch.record()
-        made = _Made(jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket)
+        made = BatchResults(
+            jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket
+        )
         coming: list[Download] = []
         for latent in torch.split(latents, 1):
             pixels, finite = self._decode(latent)
@@ -314,40 +317,6 @@ class SprintEngine:
                 raise JobError(f"strength: got {job.strength}, allowed 0 to 1")
             if not 0 <= job.control_scale <= MAX_CONTROL_SCALE:
                 raise JobError(f"control_scale: got {job.control_scale}, allowed 0 to {MAX_CONTROL_SCALE}")
-
-
-class _Made:
-    """The images of a batch, as they come."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        embeddings: Sequence[TextEmbedding],
-        watch: Stopwatch,
-        bucket: int,
-        *,
-        uncaptured: bool,
-    ):
-        self._jobs, self._embeddings, self._watch = jobs, embeddings, watch
-        self._bucket, self._uncaptured = bucket, uncaptured
-        self.images: list[RawImage] = []
-
-    def take(self, download: Download, deliver: Deliver | None) -> None:
-        """Waits for the next image and hands it out. Raises OutputError where it is not finite."""
-        index = len(self.images)
-        got, embedding = download.wait(), self._embeddings[index]
-        if not got.finite:
-            raise OutputError(
-                f"the decoder gave NaN or infinity for seed {self._jobs[index].seed} of a batch of {len(self._jobs)}"
-            )
-        text, denoise, *decode = self._watch.laps(index + 3)
-        stages = StageSeconds(text, denoise, decode[index])
-        image = RawImage(
-            got.pixels, stages, self._bucket, embedding.truncated, embedding.cached, self._uncaptured, got.file
-        )
-        self.images.append(image)
-        if deliver is not None:
-            deliver(index, image)
 
 
 def _no_memory(jobs: Sequence[Job], error: Exception) -> str:

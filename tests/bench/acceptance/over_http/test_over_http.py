@@ -1,4 +1,4 @@
-"""bench.promise: a server of our own over HTTP on a CPU, and figures that are taken once."""
+"""bench.acceptance.over_http: a server of our own over HTTP on a CPU, and figures that are taken once."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.promise.__main__ import main
-from bench.promise.client import fresh_prompts
-from bench.promise.figures import Figures
+from bench.acceptance.over_http.__main__ import main
+from bench.acceptance.over_http.client import fresh_prompts
+from bench.acceptance.over_http.figures import Figures
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.pipeline.prompt_tokenizer import PromptTokenizer

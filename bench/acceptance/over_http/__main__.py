@@ -1,7 +1,7 @@
 """What a user of a GPU host waits for: the real server measured over HTTP, beside what was projected, and diffusers.
 
-    python -m bench.promise                                       # 0.6B and 1.6B with random weights, on a GPU
-    python -m bench.promise --device cpu --quick --models tiny    # the proof that it works, on any machine
+    python -m bench.acceptance.over_http                                       # 0.6B and 1.6B with random weights, on a GPU
+    python -m bench.acceptance.over_http --device cpu --quick --models tiny    # the proof that it works, on any machine
 
 Prints one JSON line for each figure and keeps it in --out at once. A second call goes on where the first one ended,
 which --minutes bounds; exit code 1: something failed or was left out, and its name is not in the file.
@@ -20,9 +20,9 @@ import torch
 from bench.harness.errors import BenchError
 from bench.harness.server_process import ROOT, serving
 from bench.harness.subprocess_call import run_in_subprocess
-from bench.promise.beside import count, measure_peer
-from bench.promise.client import figures_of, fresh_prompts, told
-from bench.promise.figures import About, Figures
+from bench.acceptance.over_http.beside import count, measure_peer
+from bench.acceptance.over_http.client import figures_of, fresh_prompts, told
+from bench.acceptance.over_http.figures import About, Figures
 from engines.checkpoints.checkpoint import open_checkpoint
 
 MODELS = ("random:sprint-0.6b", "random:sprint-1.6b")
@@ -31,7 +31,7 @@ PEER_LIMIT_S = 900.0  # compiling takes minutes
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parsed(argv)
-    path = options.out / f"promise-{_card(options.device)}.jsonl"
+    path = options.out / f"over-http-{_card(options.device)}.jsonl"
     figures = Figures(path, time.monotonic() + options.minutes * 60, time.monotonic)
     for model in options.models:
         for precision in options.precisions:
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.promise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.acceptance.over_http",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", type=_words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
