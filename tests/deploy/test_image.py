@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from deploy.check_image import readme_flags, volumes_of
+from deploy.lock import LOCKS
 from server.settings import Settings, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,13 @@ def test_what_the_image_copies_exists_and_is_sent() -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert set(sources) == sent
     assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_every_flavour_has_its_lock() -> None:
+    (flavours,) = re.findall(r"case \"\$\{FLAVOUR\}\" in ([a-z|]+)\)", DOCKERFILE)
+    locks = {f"requirements-{flavour}.lock" for flavour in flavours.split("|")}
+    assert locks == set(re.findall(r"requirements-\w+\.lock", re.search(r"^COPY req.*$", DOCKERFILE, re.MULTILINE)[0]))  # type: ignore[index]
+    assert locks <= set(LOCKS)
 
 
 def test_the_image_sets_what_the_server_accepts() -> None:
