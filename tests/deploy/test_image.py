@@ -101,6 +101,18 @@ def test_engines_are_built_before_the_server_that_serves_them(profile: str) -> N
     assert builder["restart"] == "no"
 
 
+def test_the_quick_start_names_what_compose_has() -> None:
+    page = (ROOT / "docs/use/gpu-quickstart.md").read_text()
+    lines = [line.split() for line in re.findall(r"^ {4}(docker compose .+)$", page, re.MULTILINE)]
+    assert len(lines) == 4
+    for words in lines:
+        assert {word for word in words if word.endswith(("-gpu", "-rtx"))} <= set(COMPOSE["services"])
+        assert "--profile" not in words or words[words.index("--profile") + 1] in PROFILES
+    (run,) = [words for words in lines if "run" in words]
+    spec = build_engine.parse(run[run.index("engines-gpu") + 1 :])
+    assert str(spec.out) == read(service("server-gpu")["command"], {}).engine
+
+
 @pytest.mark.parametrize("name", SERVERS)
 def test_compose_gives_the_server_time_to_drain(name: str) -> None:
     one = service(name)
