@@ -28,7 +28,7 @@ RUN python3 -m venv /pip \
 RUN cd /venv/lib/python3*/site-packages \
  && rm -rf nvidia/*/include nvidia/nvshmem/lib/*device* nvidia/cu13/lib/libcusolverMg.so* nvidia/cu13/lib/libnvperf_* \
     nvidia/cu13/lib/*.alt.so* nvidia/cu13/lib/libnvblas.so* nvidia/cu13/lib/libcufftw.so* \
-    torch/include torch/bin torch/share triton/backends/nvidia/lib/cupti triton/_C/libproton.so pulp/solverdir \
+    torch/include torch/bin/protoc* torch/share triton/backends/nvidia/lib/cupti triton/_C/libproton.so pulp/solverdir \
     tensorrt_libs/*_win.so* \
  && find . -name '*.a' -delete
 
