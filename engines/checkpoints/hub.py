@@ -14,7 +14,7 @@ SHORT_NAMES = {
 }
 
 LIST_S = 10.0  # for the hub to say what a repository holds
-logger = logging.getLogger("engines.hub")
+logger = logging.getLogger("engines.checkpoints")
 _ENGINES = Path(__file__).resolve().parents[1]
 # Where the shipped checkpoint lies: in the source tree, or in engines/ of an installed package.
 _TINY = (_ENGINES.parent / "models" / "tiny", _ENGINES / "tiny")

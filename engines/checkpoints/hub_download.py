@@ -21,7 +21,7 @@ PAUSE_S = 1.0  # after the first of them, and longer after each further one
 TELL_S = 5.0  # between two lines of progress
 LATER = (408, 416, 429, 500, 502, 503, 504)  # status of answers that another attempt may not get
 
-logger = logging.getLogger("engines.hub")
+logger = logging.getLogger("engines.checkpoints")
 
 
 class File(Protocol):
