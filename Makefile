@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 
-# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu, gpu or ray.
+# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu, gpu, rtx or ray.
 CONTAINER ?= docker
 BUILD_FLAGS ?=
 RUN_FLAGS ?=
@@ -71,7 +71,7 @@ chaos: $(DEV) ## plays a campaign of faults against real servers and prints what
 	$(BIN)/python -m bench.robustness.chaos
 
 accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, the server over HTTP beside diffusers, and writes bench/results (MODEL=NAME adds a checkpoint)
-	$(BIN)/python -m pip install --quiet 'tensorrt>=10.13'
+	$(BIN)/python -m pip install --quiet --constraint requirements-gpu.lock tensorrt
 	@# Each file in a process of its own: a kernel's error spoils CUDA for the rest of its process. A vendor's warning
 	@# on a card that nobody has seen yet is told, and fails nothing.
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \

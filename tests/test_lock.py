@@ -56,6 +56,22 @@ def test_every_lock_holds_what_users_run(lock: str) -> None:
     assert {name: other.get(name) for name in run} == run
 
 
+@pytest.mark.parametrize("lock", ["requirements-gpu.lock", "requirements-ray.lock"])
+def test_tensorrt_of_server_cards_is_one_version_for_cuda_13(lock: str) -> None:
+    found = {name: str(version) for name, version in pins(lock).items() if name.startswith("tensorrt")}
+    assert set(found) == {"tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs"}
+    (version,) = set(found.values())
+    assert Version("10.13") <= Version(version) < Version("11")  # 11 is another interface and other engine files
+
+
+def test_flavours_of_the_gpu_differ_in_tensorrt_alone() -> None:
+    server, geforce = pins("requirements-gpu.lock"), pins("requirements-rtx.lock")
+    assert {name for name in server.keys() ^ geforce.keys() if not name.startswith("tensorrt")} == set()
+    assert {name: version for name, version in server.items() if name in geforce} == {
+        name: version for name, version in geforce.items() if name in server
+    }
+
+
 def imported_packages(folder: str) -> Iterator[str]:
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
