@@ -1,7 +1,7 @@
 """What a user of a GPU host waits for: the real server measured over HTTP, beside what was projected, and diffusers.
 
-    python -m bench.acceptance.over_http                                       # 0.6B and 1.6B with random weights, on a GPU
-    python -m bench.acceptance.over_http --device cpu --quick --models tiny    # the proof that it works, on any machine
+    python -m bench.acceptance.over_http    # 0.6B and 1.6B with random weights, on a GPU
+    python -m bench.acceptance.over_http --device cpu --quick --models tiny    # any machine
 
 Prints one JSON line for each figure and keeps it in --out at once. A second call goes on where the first one ended,
 which --minutes bounds; exit code 1: something failed or was left out, and its name is not in the file.
@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from bench.harness.errors import BenchError
-from bench.harness.server_process import ROOT, serving
-from bench.harness.subprocess_call import run_in_subprocess
 from bench.acceptance.over_http.beside import count, measure_peer
 from bench.acceptance.over_http.client import figures_of, fresh_prompts, told
 from bench.acceptance.over_http.figures import About, Figures
+from bench.harness.errors import BenchError
+from bench.harness.server_process import ROOT, serving
+from bench.harness.subprocess_call import run_in_subprocess
 from engines.checkpoints.checkpoint import open_checkpoint
 
 MODELS = ("random:sprint-0.6b", "random:sprint-1.6b")

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from bench.acceptance.over_http.client import fresh_prompts
 from bench.budget.engine import count_request
 from bench.budget.totals import document
 from bench.harness.pipelines import Diffusers, Task
 from bench.harness.summary import spread
-from bench.acceptance.over_http.client import fresh_prompts
 from engines.checkpoints.checkpoint import open_checkpoint
 
 
