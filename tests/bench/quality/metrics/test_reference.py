@@ -88,28 +88,32 @@ def cut(sets: tuple[Path, Path, list[Shown]], tmp_path_factory: pytest.TempPathF
     return folders[0], folders[1]
 
 
-def test_fid_is_pytorch_fid_s_and_torch_fidelity_s(
+def test_features_are_torch_fidelity_s(cut: tuple[Path, Path], inception_weights: Path) -> None:
+    """Given equal numbers: torch-fidelity scales bytes by (x - 128) / 128, pytorch-fid and NVlabs by x / 127.5 - 1, so
+    that its FID of these sets is 0.1157 where theirs is 0.1168."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network = FeatureExtractorInceptionV3("seeded", ["2048"], str(inception_weights))
+    pixels = [np.array(Image.open(path)) for path in sorted(cut[0].glob("*.png"))[:16]]
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    ours, theirs = Inception(inception_weights, CPU)(batch / 256), network(batch)[0]
+    apart = float((ours - theirs).abs().max() / theirs.abs().max())
+    print(f"features of 16 images beside torch-fidelity's: at most {apart:.2e} of the largest apart")
+    assert theirs.std(0).median() > 0
+    assert apart <= 1e-3
+
+
+def test_fid_is_pytorch_fid_s(
     sets: tuple[Path, Path, list[Shown]], cut: tuple[Path, Path], inception_weights: Path
 ) -> None:
     from pytorch_fid.fid_score import calculate_fid_given_paths
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     ours = fid(sets[2], sets[1], Inception(inception_weights, CPU), CUT)
     with _as_torch_hub(inception_weights):
         theirs = calculate_fid_given_paths([str(folder) for folder in cut], 50, "cpu", 2048, num_workers=0)
-    network = FeatureExtractorInceptionV3("seeded", ["2048"], str(inception_weights))
-    statistics = []
-    for folder in cut:
-        pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
-        batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(50)
-        features = torch.cat([network(batch)[0] for batch in batches])
-        statistics.append(fid_features_to_statistics(features))
-    fidelity = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    print(f"FID of {COUNT} images: ours {ours:.6f}, pytorch-fid {theirs:.6f}, torch-fidelity {fidelity:.6f}")
-    assert ours > 1
-    assert abs(ours - theirs) <= 1e-3 * max(1, theirs)
-    assert abs(ours - fidelity) <= 1e-3 * max(1, fidelity)
+    print(f"FID of {COUNT} images: ours {ours:.6f}, pytorch-fid {theirs:.6f}")
+    assert ours > 0.01
+    assert abs(ours - theirs) <= 1e-3 * theirs
 
 
 @pytest.fixture(scope="module")
@@ -182,5 +186,5 @@ def test_cmmd_is_google_s_formula_on_openai_s_embeddings(
     xx, yy, xy = (torch.exp(-torch.cdist(a, b).square() / 200).mean() for a, b in ((x, x), (y, y), (x, y)))
     theirs = 1000 * float(xx + yy - 2 * xy)
     print(f"CMMD of {COUNT} images: ours {ours:.6f}, google's formula {theirs:.6f}")
-    assert ours > 0.01
-    assert abs(ours - theirs) <= 1e-3
+    assert ours > 1e-4
+    assert abs(ours - theirs) <= 1e-6
