@@ -129,10 +129,16 @@ class SprintEngine:
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
                     job = Job("", seed=0, width=width, height=height, control_image=drawing)
-                    for asked in (job, replace(job, jpeg_quality=90), replace(job, png=True)):
+                    for asked in self._files_of(job):
                         self.generate([asked] * count)
         if self._kernels is not None:
             self._use_every_kernel()
+
+    def _files_of(self, job: Job) -> Sequence[Job]:
+        """The job, and once more for each kind of file that the device makes itself."""
+        jpeg = () if self._stream is None else (replace(job, jpeg_quality=90),)
+        png = () if self._runners is None else (replace(job, png=True),)
+        return job, *jpeg, *png
 
     def _use_every_kernel(self) -> None:
         """One image of a text, and one of an image or of a drawing, as this engine takes them."""
