@@ -65,6 +65,7 @@ def load_engine(
     cache: str | None = None,
     native: "Native | None" = None,
     variant: str | None = None,
+    sizes: tuple[tuple[int, int], ...] = (),
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
 
@@ -75,6 +76,7 @@ def load_engine(
     a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE; native: the
     kernels of the cuda-graph backend, None takes those of the GPU at hand.
     variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
+    sizes: (width, height) in pixels that are served, without engine_dir; empty: what the checkpoint says.
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
@@ -91,6 +93,9 @@ def load_engine(
     checkpoint = _opened(model, decoder, variant, reasons)
     branch = load_controlnet(checkpoint, controlnet, dtype, place, variant)
     limits = _limits(checkpoint, max_batch, branch is not None)
+    if sizes:
+        default = limits.default_size if limits.default_size in sizes else sizes[-1]
+        limits = replace(limits, sizes=tuple(sorted(sizes)), default_size=default)
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
@@ -249,7 +254,8 @@ def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, re
         return "eager"
     if asked in ARTIFACT_BACKENDS:
         raise BackendError(
-            f"backend: {asked} runs built engines; build them with {ARTIFACT_BACKENDS[asked]} and give --engine DIR"
+            f"backend: {asked} runs built engines; build them with {ARTIFACT_BACKENDS[asked]} "
+            "and give --engine DIR, or give --engine auto"
         )
     if asked not in BACKENDS:
         raise BackendError(f"backend: got {asked!r}, allowed auto, {', '.join((*BACKENDS, *ARTIFACT_BACKENDS))}")
