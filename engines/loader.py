@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
 from engines.checkpoints.weights import FolderWeights
 from engines.device.hardware import why_no_gpu
+from engines.device.phases import Phases
 from engines.errors import BackendError, CheckpointError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
@@ -33,6 +35,8 @@ from engines.types import Engine, EngineInfo, Limits, powers_of_two
 if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
     from engines.artifacts.native.skeleton import Parts
     from engines.pipeline.native import Native
+
+T = TypeVar("T")
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -81,17 +85,24 @@ def load_engine(
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
+    phases = Phases()
     if engine_dir is not None:
         return _load_built(
             *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
-            *(variant, Path(cache or CACHE), native),
+            *(variant, Path(cache or CACHE), native, phases),
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    checkpoint = _opened(model, decoder, variant, reasons)
-    branch = load_controlnet(checkpoint, controlnet, dtype, place, variant)
+    with phases.phase("checkpoint"):
+        checkpoint = _opened(model, decoder, variant, reasons)
+    with ThreadPoolExecutor() as pool:  # files are read and rounded side by side
+        text_part = pool.submit(_timed, phases, "text encoder", lambda: load_text_stage(checkpoint, dtype, place))
+        transformer_part = pool.submit(_timed, phases, "transformer", lambda: checkpoint.load_transformer(dtype, place))
+        decoder_part = pool.submit(_timed, phases, "autoencoder", lambda: checkpoint.load_autoencoder(dtype, place))
+        branch = _timed(phases, "controlnet", lambda: load_controlnet(checkpoint, controlnet, dtype, place, variant))
+    text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
     limits = _limits(checkpoint, max_batch, branch is not None)
     if sizes:
         default = limits.default_size if limits.default_size in sizes else sizes[-1]
@@ -103,9 +114,6 @@ def load_engine(
         spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept, int8=precision == "int8")
         return execute(module, spec)
 
-    text = load_text_stage(checkpoint, dtype, place)
-    transformer = checkpoint.load_transformer(dtype, place)
-    autoencoder = checkpoint.load_autoencoder(dtype, place)
     kept = Path(cache or CACHE)
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
     kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
@@ -126,7 +134,7 @@ def load_engine(
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(place, recorder)
     runners = runners_of(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
-    info = _info(checkpoint, backend, precision, place, reasons)
+    info = replace(_info(checkpoint, backend, precision, place, reasons), start_s=phases.seconds)
     return SprintEngine(modules, space, info, limits, schedule, buckets, runners, kernels)
 
 
@@ -144,6 +152,7 @@ def _load_built(
     variant: str | None,
     cache: Path,
     native: "Native | None",
+    phases: Phases,
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -155,15 +164,23 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    checkpoint = _opened(model, decoder, variant, reasons)
+    with phases.phase("checkpoint"):
+        checkpoint = _opened(model, decoder, variant, reasons)
+    # fp16 overflows in Gemma
+    text_dtype = torch.float32 if place.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
     loaded: LoadedModules | Parts
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        loaded = parts = load_native(folder, manifest, checkpoint, place, cache, native)
+        loaded = parts = _timed(
+            phases, "engines", lambda: load_native(folder, manifest, checkpoint, place, cache, native)
+        )
+        text = parts.text
     else:
-        loaded, parts = load_artifacts(folder, checkpoint, place), None
-    text_dtype = torch.float32 if place.type == "cpu" and parts is None else torch.bfloat16  # fp16 overflows in Gemma
+        with ThreadPoolExecutor() as pool:  # the text encoder is read while engines are checked and opened
+            reading = pool.submit(_timed, phases, "text encoder", lambda: load_text_stage(checkpoint, text_dtype, place))
+            loaded, parts = _timed(phases, "engines", lambda: load_artifacts(folder, checkpoint, place)), None
+        text = reading.result()
     branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
     controlled: Callable[..., Any] | None = None
     if branch is not None and parts is not None:
@@ -173,7 +190,6 @@ def _load_built(
             "PyTorch: built engines hold no ControlNet, so pictures of drawings are denoised without them"
         )
         controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, place), branch)
-    text = load_text_stage(checkpoint, text_dtype, place) if parts is None else parts.text
     kernels = None if parts is None else parts.kernels
     reasons |= {} if kernels is None else kernels.reasons
 
@@ -195,8 +211,14 @@ def _load_built(
     recorder = _recorder(place, recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
-    info = replace(info, manifest=manifest.told(), versions={**info.versions, **manifest.versions})
+    versions = {**info.versions, **manifest.versions}
+    info = replace(info, manifest=manifest.told(), versions=versions, start_s=phases.seconds)
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
+
+
+def _timed(phases: Phases, name: str, work: Callable[[], T]) -> T:
+    with phases.phase(name):
+        return work()
 
 
 def _kernels(

@@ -32,6 +32,7 @@ from server.live.sessions import Live
 from server.origins import Origins
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
+from server.telemetry.timings import process_age_s
 from server.telemetry.tracing import Tracing
 
 LARGE_BODIES = 32  # read at the same time, each up to the body limit
@@ -159,5 +160,8 @@ def _introduce(engine: Engine, metrics: Metrics) -> None:
     if isinstance(engine, ReportsMemory):
         metrics.watch_memory(engine.memory_bytes)
     logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)
+    if (age_s := process_age_s()) is not None:
+        info.start_s["process"] = age_s
+    logger.info("start: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.start_s.items()))
     for choice, reason in info.reasons.items():
         logger.info("%s: %s", choice, reason)

@@ -87,8 +87,12 @@ class EngineThread:
 
     def _work(self) -> None:
         try:
+            began = time.monotonic()
             engine = self._source.load(self._queue.wake)
+            loaded = time.monotonic()
             engine.warmup()
+            warm = time.monotonic()
+            engine.info.start_s.update({"load": round(loaded - began, 3), "warm-up": round(warm - loaded, 3)})
         except BaseException as error:  # told to the listener, who ends the process
             remedy = "; a smaller --max-batch may fit" if isinstance(error, OutOfMemoryError) else ""
             expected = isinstance(error, SprintError)  # says in one line what to do

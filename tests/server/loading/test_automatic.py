@@ -201,6 +201,8 @@ def test_a_build_is_told_on_ready_as_metrics_and_in_the_log(
     assert running.client.get("/v1/info").json()["backend"] == "openvino"
     assert running.metric("sana_sprint_engine_build_progress") == 1
     assert "compilation of the decoder, 50 %" in caplog.text
+    phases = running.client.get("/v1/info").json()["start_s"]
+    assert phases["process"] >= phases["load"] > phases["warm-up"] >= 0
 
 
 def test_two_on_one_volume_build_once_and_both_serve(bench: Bench) -> None:
