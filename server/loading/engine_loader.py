@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from engines.fake import FakeEngine
 from engines.types import Engine
@@ -42,18 +43,22 @@ def load(
     *,
     backend: str | None = None,
     sizes: tuple[tuple[int, int], ...] = (),
+    checkpoint: Any = None,
 ) -> Engine:
-    """PyTorch's engine, or the built ones of a folder. Slow: reads a checkpoint. backend: in place of the settings'."""
+    """PyTorch's engine, or the built ones of a folder. Slow: reads a checkpoint. backend: in place of the settings'.
+
+    checkpoint: that of the settings (engines.checkpoints.checkpoint), open already; its digest is not taken twice.
+    """
     from engines.loader import load_engine  # brings torch
 
     return load_engine(
-        settings.model,
+        checkpoint or settings.model,
         engine_dir=engine_dir,
         backend=backend or settings.backend,
         max_batch=settings.max_batch,
         precision=None if settings.precision == "auto" else settings.precision,
         device=None if settings.device == "auto" else settings.device,
-        decoder=settings.decoder,
+        decoder=None if checkpoint else settings.decoder,
         controlnet=settings.controlnet,
         variant=settings.variant,
         cache=settings.cache or user_cache(os.environ),
@@ -78,6 +83,7 @@ class _Ways:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sizes: tuple[tuple[int, int], ...] = ()
+        self._checkpoint: Any = None  # engines.checkpoints.checkpoint.Checkpoint, which brings torch
         self.folder = engine_folder(settings.cache, os.environ)
 
     def look(self) -> Offers:
@@ -96,7 +102,7 @@ class _Ways:
             decoder=settings.decoder,
             variant=settings.variant,
         )
-        self._sizes = found.sizes
+        self._sizes, self._checkpoint = found.sizes, found.checkpoint
         return Offers(found.each, found.why_none)
 
     def find(self, candidate: Candidate, without: Collection[Path]) -> tuple[Path | None, list[str]]:
@@ -106,7 +112,7 @@ class _Ways:
         return find(self.folder, candidate.wanted, without)
 
     def built(self, path: Path) -> Engine:
-        return load(self._settings, str(path))
+        return load(self._settings, str(path), checkpoint=self._checkpoint)
 
     def plain(self, narrow: bool) -> Engine:
         built_only = self._settings.backend in ("openvino", "tensorrt")
