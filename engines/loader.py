@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,8 +35,6 @@ from engines.types import Engine, EngineInfo, Limits, powers_of_two
 if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
     from engines.artifacts.native.skeleton import Parts
     from engines.pipeline.native import Native
-
-T = TypeVar("T")
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -95,13 +93,13 @@ def load_engine(
     backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    with phases.phase("checkpoint"):
-        checkpoint = _opened(model, decoder, variant, reasons)
-    with ThreadPoolExecutor() as pool:  # files are read and rounded side by side
-        text_part = pool.submit(_timed, phases, "text encoder", lambda: load_text_stage(checkpoint, dtype, place))
-        transformer_part = pool.submit(_timed, phases, "transformer", lambda: checkpoint.load_transformer(dtype, place))
-        decoder_part = pool.submit(_timed, phases, "autoencoder", lambda: checkpoint.load_autoencoder(dtype, place))
-        branch = _timed(phases, "controlnet", lambda: load_controlnet(checkpoint, controlnet, dtype, place, variant))
+    checkpoint = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
+    with ThreadPoolExecutor() as threads:
+        pool = _pool(threads, checkpoint)
+        text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, place), pool)
+        transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, place), pool)
+        decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, place), pool)
+        branch = phases.timed("controlnet", lambda: load_controlnet(checkpoint, controlnet, dtype, place, variant))
     text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
     limits = _limits(checkpoint, max_batch, branch is not None)
     if sizes:
@@ -164,22 +162,22 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    with phases.phase("checkpoint"):
-        checkpoint = _opened(model, decoder, variant, reasons)
+    checkpoint = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
     # fp16 overflows in Gemma
     text_dtype = torch.float32 if place.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
     loaded: LoadedModules | Parts
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        loaded = parts = _timed(
-            phases, "engines", lambda: load_native(folder, manifest, checkpoint, place, cache, native)
+        loaded = parts = phases.timed(
+            "engines", lambda: load_native(folder, manifest, checkpoint, place, cache, native)
         )
         text = parts.text
     else:
-        with ThreadPoolExecutor() as pool:  # the text encoder is read while engines are checked and opened
-            reading = pool.submit(_timed, phases, "text encoder", lambda: load_text_stage(checkpoint, text_dtype, place))
-            loaded, parts = _timed(phases, "engines", lambda: load_artifacts(folder, checkpoint, place)), None
+        with ThreadPoolExecutor() as threads:  # the text encoder is read while engines are checked and opened
+            pool = _pool(threads, checkpoint)
+            reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, place), pool)
+            loaded, parts = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, place)), None
         text = reading.result()
     branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
     controlled: Callable[..., Any] | None = None
@@ -216,9 +214,9 @@ def _load_built(
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
 
 
-def _timed(phases: Phases, name: str, work: Callable[[], T]) -> T:
-    with phases.phase(name):
-        return work()
+def _pool(threads: ThreadPoolExecutor, checkpoint: Checkpoint) -> ThreadPoolExecutor | None:
+    """Parts that lie in files are read and rounded side by side; those that are drawn wait for no disk."""
+    return threads if isinstance(checkpoint.weights, FolderWeights) else None
 
 
 def _kernels(

@@ -70,8 +70,8 @@ def candidates(
     checkpoint = open_checkpoint(model, decoder, variant)
     machine = this_machine()
     kind = (device or ("cuda" if has_gpu() else "cpu")).partition(":")[0]
-    capability = machine.capability if kind == "cuda" else None
-    precision = precision or ("bf16" if kind == "cuda" else "fp32")
+    capability = None if kind == "cpu" else machine.capability
+    precision = precision or ("fp32" if kind == "cpu" else "bf16")
     wanted_sizes = tuple(sizes) or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
     serving = [one for one in vendors if one.serves(kind, capability, precision) and backend in ("auto", one.backend)]
     able = [one for one in serving if one.can_run(installed)]
