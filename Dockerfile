@@ -1,22 +1,36 @@
-# The server, for a CPU or for an NVIDIA GPU (the wheels bring CUDA; the host brings the driver), or for a Ray cluster.
+# The server, for a CPU or for an NVIDIA GPU: the packages bring CUDA, the host brings the driver (580 or newer).
 #
-#   docker build -t sana-sprint-server .
-#   docker build -t sana-sprint-server:gpu --build-arg FLAVOUR=gpu .      or ray: gpu and Ray Serve
+#   docker build -t sana-sprint-server:cpu .
+#   docker build -t sana-sprint-server:gpu --build-arg FLAVOUR=gpu .      server cards: H100, H200, L4, A100, ...
+#   docker build -t sana-sprint-server:rtx --build-arg FLAVOUR=rtx .      GeForce RTX: TensorRT for RTX
+#   docker build -t sana-sprint-server:ray --build-arg FLAVOUR=ray .      gpu and Ray Serve
 #
+# TensorRT's libraries (gpu, ray) come from NVIDIA's own index, where their package on the default index fetches them;
+# NVIDIA_INDEX names another place with these packages. Everything else comes from the default index.
 # pip takes torch from where it is told to: PIP_EXTRA_INDEX_URL names an index with CPU wheels, which are ten times
 # smaller than the CUDA wheels of the default index; PIP_FIND_LINKS names a folder of wheels.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS packages
 ARG FLAVOUR=cpu
+ARG NVIDIA_INDEX
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-RUN case "${FLAVOUR}" in cpu|gpu|ray) ;; *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu, ray" >&2; exit 1;; esac \
+RUN case "${FLAVOUR}" in cpu|gpu|rtx|ray) ;; \
+    *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu, rtx, ray" >&2; exit 1;; esac \
  && python3 -m venv --without-pip /venv
-COPY requirements-cpu.lock requirements-gpu.lock requirements-ray.lock /
+COPY requirements-cpu.lock requirements-gpu.lock requirements-rtx.lock requirements-ray.lock /
 # Layers change in this order: base, packages, code. pip stays outside the environment that is shipped.
 RUN python3 -m venv /pip \
- && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --requirement "/requirements-${FLAVOUR}.lock"
+ && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --no-compile \
+    ${NVIDIA_INDEX:+--extra-index-url "${NVIDIA_INDEX}"} --requirement "/requirements-${FLAVOUR}.lock"
+# What no server loads: headers, archives for linkers, profilers, libraries that no other one names, builders for Windows.
+RUN cd /venv/lib/python3*/site-packages \
+ && rm -rf nvidia/*/include nvidia/nvshmem/lib/*device* nvidia/cu13/lib/libcusolverMg.so* nvidia/cu13/lib/libnvperf_* \
+    nvidia/cu13/lib/*.alt.so* nvidia/cu13/lib/libnvblas.so* nvidia/cu13/lib/libcufftw.so* \
+    torch/include torch/bin/protoc* torch/share triton/backends/nvidia/lib/cupti triton/_C/libproton.so pulp/solverdir \
+    tensorrt_libs/*_win.so* \
+ && find . -name '*.a' -delete
 
 FROM ${BASE}
 COPY --from=packages /venv /venv

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 
-# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu, gpu or ray.
+# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu, gpu, rtx or ray.
 CONTAINER ?= docker
 BUILD_FLAGS ?=
 RUN_FLAGS ?=
@@ -23,6 +23,10 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
+# For `make soak`.
+HOURS ?= 2
+OUT ?= runs/soak
+
 # For `make system-tools`.
 SYSTEM_TOOLS := chromium prometheus
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
@@ -33,8 +37,12 @@ PEER_litserve := litserve==0.2.19
 PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
+# For `make quality-proof`: what the extras fid and clip bring, and what they are compared with. torchvision brings the torch
+# that it was built for, behind which our own packages are found; openai-clip wants pkg_resources of an older setuptools.
+QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision setuptools==80.9.0
+
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check proof accept-gpu chaos fuzz clients deploy-tools system-tools image image-check lock clean peers
+.PHONY: help run test lint check proof accept-gpu chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers quality-proof
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,14 +70,18 @@ proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
 chaos: $(DEV) ## plays a campaign of faults against real servers and prints what clients saw: minutes
 	$(BIN)/python -m bench.robustness.chaos
 
-accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, and writes bench/results (MODEL=NAME adds a checkpoint)
-	$(BIN)/python -m pip install --quiet 'tensorrt>=10.13'
+accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, the server over HTTP beside diffusers, and writes bench/results (MODEL=NAME adds a checkpoint)
+	$(BIN)/python -m pip install --quiet --constraint requirements-gpu.lock tensorrt
 	@# Each file in a process of its own: a kernel's error spoils CUDA for the rest of its process. A vendor's warning
 	@# on a card that nobody has seen yet is told, and fails nothing.
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
+	$(BIN)/python -m bench.acceptance.over_http $(if $(MODEL),--models $(MODEL)) || failed=1; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
+
+soak: $(DEV) ## hours of mixed traffic with faults on one server: does anything grow? (HOURS=2, OUT=runs/soak: a new folder)
+	$(BIN)/python -m bench.load.soak --hours $(HOURS) --out $(OUT)
 
 fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
 	$(BIN)/python -m venv .venvs/fuzz
@@ -81,6 +93,16 @@ clients: $(DEV) ## runs the openai client, LiteLLM and webuiapi, in an environme
 	$(BIN)/python -m venv .venvs/clients
 	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2 webuiapi==0.9.17
 	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py tests/server/http/routes/test_sdapi.py
+
+quality-proof: .venvs/quality/.installed ## FID, CLIP score and CMMD beside their reference implementations, on seeded weights: minutes
+	QUALITY_PROOF=1 .venvs/quality/bin/python -m pytest -s -m slow tests/bench/quality/metrics/test_reference.py
+
+.venvs/quality/.installed: $(DEV) pyproject.toml
+	$(PYTHON) -m venv .venvs/quality
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venvs/quality/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	.venvs/quality/bin/python -m pip install --quiet $(QUALITY)
+	@touch $@
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 

@@ -17,14 +17,17 @@ from tqdm import tqdm
 
 from engines.artifacts.catalog import Listed, listed, prune
 from engines.build.builder import Built, build
+from engines.build.paired_check import paired_check, with_check
 from engines.build.spec import BuildSpec
 from engines.build.targets import GPU_PRECISIONS, GPUS, VENDORS
-from engines.errors import DiskFullError, SprintError
+from engines.errors import BuildError, DiskFullError, SprintError
+from engines.loader import load_engine
+from engines.types import AdapterOption
 from server.loading.build_process import DISK_FULL
 from server.loading.engine_loader import engine_folder
 
 
-def parse(arguments: list[str]) -> BuildSpec:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Builds engines from a checkpoint, and prints their manifest.",
         epilog="build_engine.py --list [DIR] shows the engines in a folder, by default the server's; --prune [DIR] "
@@ -51,12 +54,29 @@ def parse(arguments: list[str]) -> BuildSpec:
         "installed, native otherwise",
     )
     parser.add_argument("--jobs", default=os.cpu_count() or 1, type=int, help="processes that compile native kernels")
-    given = vars(parser.parse_args(arguments))
+    parser.add_argument(
+        "--lora",
+        default=[],
+        type=adapter,
+        action="append",
+        help="NAME=PATH[:SCALE], fused into the transformer (repeats); start the server with the same",
+    )
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="then make 16 images by the engines and by fp32, and write how far they are apart into the manifest",
+    )
+    return parser
+
+
+def parse(arguments: list[str]) -> BuildSpec:
+    given = vars(parser().parse_args(arguments))
+    del given["quality"]
     given["jobs"] = max(1, given["jobs"])
     if given["out"] is None:
         name = Path(given["model"]).name.replace(":", "-")
         given["out"] = Path("artifacts") / f"{name}-{given['gpu']}-{given['precision']}"
-    return BuildSpec(**given)
+    return BuildSpec(**{**given, "lora": tuple(given["lora"])})
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -64,6 +84,13 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
     if not all(len(pair) == 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"got {text!r}, like 1024x1024,512x512 is needed")
     return tuple((int(width), int(height)) for width, height in pairs)
+
+
+def adapter(text: str) -> AdapterOption:
+    try:
+        return AdapterOption.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -84,6 +111,26 @@ def run(spec: BuildSpec) -> Built:
         built = build(spec, progress)
         bar.update((bar.total or 0) - bar.n)
     return built
+
+
+def checked(spec: BuildSpec, built: Built) -> Built:
+    """Whole images of the engines beside those of fp32 on the CPU, in the manifest. Raises BuildError."""
+    if not built.manifest.executed:
+        raise BuildError(
+            f"quality: the engines for {spec.gpu} do not run here, so they make no image; they lie in {spec.out}"
+        )
+    print("paired check of whole images", file=sys.stderr, flush=True)
+    largest = max(built.manifest.batches)
+    reference = load_engine(
+        spec.model, backend="eager", precision="fp32", device="cpu", decoder=spec.decoder, lora=spec.lora
+    )
+    engine = load_engine(spec.model, engine_dir=str(spec.out), decoder=spec.decoder, lora=spec.lora, max_batch=largest)
+    try:
+        checks = paired_check(reference, engine, built.manifest.steps)
+    finally:
+        reference.close()
+        engine.close()
+    return Built(with_check(spec.out, built.manifest, checks), built.changed)
 
 
 def catalogue(arguments: list[str]) -> int:
@@ -112,6 +159,8 @@ def main(arguments: list[str]) -> int:
     spec = parse(arguments)
     try:
         built = run(spec)
+        if parser().parse_args(arguments).quality:
+            built = checked(spec, built)
     except SprintError as error:
         print(f"build_engine.py: {error}", file=sys.stderr)
         return DISK_FULL if isinstance(error, DiskFullError) else 1

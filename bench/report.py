@@ -1,4 +1,4 @@
-"""docs/figures/bench.md from the JSON documents in bench/results: caveats first, tables and plots, reproduction last.
+"""docs/figures/bench.md and quality.md from the JSON documents in bench/results: caveats, tables, reproduction.
 
     python -m bench.latency --model models/tiny --vs diffusers | tail -1 > bench/results/latency-tiny.json
     python -m bench.report
@@ -20,6 +20,7 @@ from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
 from bench.peers import comparison as peers
 from bench.quality import fp8
+from bench.quality.page import page as quality_page
 from bench.roofline import projection as roofline
 from engines.errors import SprintError
 
@@ -144,20 +145,10 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 
 
 def _quality(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
-    parts = []
-    for result in results.values():
-        names = list(result["rows"][0]["categories"])
-        head = ["variant", "steps", "mean", "std over seeds", *names, "PSNR, dB", "max abs"]
-        keys = ("variant", "steps", "mean", "spread")
-        rows = [
-            [*(row[key] for key in keys), *row["categories"].values(), row["psnr_db"], row["max_abs"]]
-            for row in result["rows"]
-        ]
-        parts.append(
-            f"`{result['model']}`, {result['prompts']} held-out captions, {result['seeds']} seeds; distances are from "
-            f"`{result['compared_with']}`.\n\n{table(head, rows)}"
-        )
-    return "\n\n".join(parts), {}
+    told = (
+        "Scores, distances and latency by precision, steps and start angle, with intervals: [quality.md](quality.md)."
+    )
+    return told, {"quality.md": quality_page(results)}
 
 
 def _roofline(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:

@@ -1,5 +1,5 @@
 """Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -deploy to test deploy/ too,
--cpu and -gpu for the images of those flavours, -ray for the image of a Ray cluster.
+-cpu, -gpu, -rtx and -ray for the images of those flavours.
 
 pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so a
 new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen. Run as
@@ -17,16 +17,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
 TRITON = "triton==3.7.1"  # what that torch's wheel for CUDA asks for, which the CPU's does not say
-# Lock -> extras. The first is what the others build on. `tensorrt` and `torch-tensorrt` stand in none: their libraries
-# lie on NVIDIA's own index, and their versions follow the card's driver.
+# Extra -> its pins. Its libraries lie on NVIDIA's own index, so that they are chosen by hand and resolved by nobody:
+# the newest TensorRT 10 for CUDA 13, which is torch's; engines of one minor version are refused by another.
+TENSORRT = "10.16.1.11"
+BY_HAND = {"tensorrt": [f"tensorrt{part}=={TENSORRT}" for part in ("", "-cu13", "-cu13-bindings", "-cu13-libs")]}
+# Lock -> extras. The first is what the others build on. `torch-tensorrt` stands in none: it wants its own TensorRT.
 TEST = ("test", "train", "openvino", "build", "tensorrt-rtx", "otel")
 LOCKS: dict[str, tuple[str, ...]] = {
     "requirements.lock": (),
     "requirements-dev.lock": TEST,
     "requirements-deploy.lock": (*TEST, "deploy"),
     "requirements-cpu.lock": ("openvino", "export"),
-    "requirements-gpu.lock": ("gpu",),
-    "requirements-ray.lock": ("gpu", "ray"),
+    "requirements-gpu.lock": ("gpu", "build", "tensorrt"),
+    "requirements-rtx.lock": ("gpu", "build", "tensorrt-rtx"),
+    "requirements-ray.lock": ("gpu", "build", "tensorrt", "ray"),
 }
 HEADER = "# Written by `make lock` from pyproject.toml ({what}). Do not edit, except to delete lines.\n"
 
@@ -65,9 +69,12 @@ def names(lines: list[str]) -> set[str]:
 def write(lock: Path, extras: tuple[str, ...], shared: list[str]) -> None:
     """Writes a lock of the dependencies and `extras`, with the pins in `shared` and in the present lock kept."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
-    kept = shared + [pin for pin in pins(lock) if pin.partition("==")[0] not in names(shared)]
-    lines = [f"{name}=={version}\n" for name, version in sorted(resolve(asked, kept).items())]
+    resolved = [extra for extra in extras if extra not in BY_HAND]
+    asked = project["dependencies"] + [line for extra in resolved for line in project["optional-dependencies"][extra]]
+    chosen = [pin for extra in extras for pin in BY_HAND.get(extra, [])]
+    kept = shared + [pin for pin in pins(lock) if pin.partition("==")[0] not in names(shared) | names(chosen)]
+    found = [f"{name}=={version}" for name, version in resolve(asked, kept).items()]
+    lines = [f"{pin}\n" for pin in sorted(found + chosen, key=lambda pin: pin.partition("==")[0])]
     lock.write_text(HEADER.format(what=", ".join(("dependencies", *extras))) + "".join(lines))
     print(f"{lock.name}: {len(lines)} pins")
 

@@ -125,6 +125,26 @@ class ControlStage:
 
 
 @dataclass(frozen=True)
+class LoraStage:
+    """A LoRA that teaches the finished student one shape more, under a word that its text encoder does not know."""
+
+    shape: str
+    rank: int
+    steps: int
+    batch: int
+    pictures: int  # with the shape; half as many without it
+    learning_rate: float
+    old_fraction: float = 0.4  # of a batch: captions without the shape, held to what the student says of them
+    mean: float = 0.2  # of the angles, as DistilStage.student_mean
+    std: float = 1.6
+    max_time_probability: float = 0.6
+    warmup: int = 20
+    decay_fraction: float = 0.5
+    ema: float = 0.99
+    seed: int = 7
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. `world` None: pictures come from elsewhere (published teachers, real photographs)."""
 
@@ -134,6 +154,7 @@ class Recipe:
     teacher: TeacherStage | None
     distil: DistilStage
     control: ControlStage | None = None
+    lora: LoraStage | None = None
     world: World = field(default_factory=World)
     wide_world: World | None = None  # what autoencoder and teacher see first: the same words, more freedom
     teacher_guidance: float = 4.5
@@ -237,6 +258,7 @@ def tiny() -> Recipe:
         control=ControlStage(
             steps=300, batch=48, pictures=8_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
         ),
+        lora=LoraStage("ring", rank=4, steps=400, batch=24, pictures=600, learning_rate=3e-3),
     )
 
 
@@ -280,6 +302,7 @@ def smoke() -> Recipe:
         control=ControlStage(
             steps=6, batch=4, pictures=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
         ),
+        lora=LoraStage("ring", rank=2, steps=4, batch=4, pictures=8, learning_rate=1e-3),
     )
 
 

@@ -70,8 +70,15 @@ class FakeEngine:
         delay_s: float = 0.0,
         delay_per_job_s: float = 0.0,
         faults: FaultPlan | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> None:
-        self._limits = Limits(max_batch=max_batch, default_size=default_size, sizes=sizes, conditioning=conditioning)
+        self._limits = Limits(
+            max_batch=max_batch,
+            default_size=default_size,
+            sizes=sizes,
+            conditioning=conditioning,
+            adapters=adapters,
+        )
         self._info = EngineInfo(
             checkpoint="fake",
             backend="fake",
@@ -200,10 +207,11 @@ class FakeEngine:
 def expected_pixels(job: Job) -> Pixels:
     """[height, width, 3] uint8: the picture that a FakeEngine makes of this job.
 
-    Prompt, seed, steps and guidance choose two colours, one run along each axis. An `image` is blended in by
+    Prompt, seed, steps, guidance and adapters choose two colours, one run along each axis. An `image` is blended in by
     1 - strength; the strokes of a `control_image` lie on top, scaled by control_scale.
     """
     text = f"{job.seed}\0{job.steps}\0{job.guidance_scale}\0{job.prompt}"
+    text += "".join(f"\0{name}:{scale}" for name, scale in job.lora)
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
     across = _ramp(digest[0:3], digest[3:6], job.width)
     down = _ramp(digest[6:9], digest[9:12], job.height)

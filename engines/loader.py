@@ -1,9 +1,9 @@
 """From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,20 @@ from engines.backends.eager import eager
 from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.controlnet import load_controlnet
+from engines.checkpoints.lora import with_adapters
 from engines.checkpoints.weights import FolderWeights
 from engines.device.hardware import why_no_gpu
 from engines.device.phases import Phases
-from engines.errors import BackendError, CheckpointError
+from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
+from engines.models.lora import Adapted, adapt
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.engine import LatentSpace, Modules, SprintEngine
+from engines.pipeline.engine import Modules, SprintEngine
+from engines.pipeline.limits import limits_of, space_of
 from engines.pipeline.runners import runners_of
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.types import Engine, EngineInfo, Limits, powers_of_two
+from engines.types import AdapterOption, Engine, EngineInfo, powers_of_two
 
 if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
     from engines.artifacts.native.skeleton import Parts
@@ -47,6 +50,8 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
     "openvino": "python build_engine.py --gpu cpu",
     "tensorrt": "python build_engine.py --gpu native --vendor tensorrt",
 }
+
+ADAPTING = ("eager", "cuda-graph")  # that take adapters by request
 
 # Of weights and activations; int8 (on a CPU) and fp8 (on a GPU): bf16, the decoder's wide convolutions in 8 bits.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
@@ -68,6 +73,7 @@ def load_engine(
     native: "Native | None" = None,
     variant: str | None = None,
     sizes: tuple[tuple[int, int], ...] = (),
+    lora: Sequence[AdapterOption] = (),
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
 
@@ -79,6 +85,7 @@ def load_engine(
     kernels of the cuda-graph backend, None takes those of the GPU at hand.
     variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
     sizes: (width, height) in pixels that are served, without engine_dir; empty: what the checkpoint says.
+    lora: adapters; those with a scale are fused, the others are for jobs to choose (on eager and cuda-graph).
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
@@ -87,24 +94,28 @@ def load_engine(
     if engine_dir is not None:
         return _load_built(
             *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
-            *(variant, Path(cache or CACHE), native, phases),
+            *(variant, Path(cache or CACHE), native, phases, lora),
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    checkpoint = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
+    base = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
+    checkpoint, free = with_adapters(base, lora, reasons)
+    if free and backend not in ADAPTING:
+        raise BackendError(
+            f"lora {free[0].name}: {backend} takes adapters with a scale alone, which are fused, such as "
+            f"--lora {free[0].name}={free[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
+        )
     with ThreadPoolExecutor() as threads:
-        pool = _pool(threads, checkpoint)
+        pool = _pool(threads, base)
         text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, place), pool)
         transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, place), pool)
         decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, place), pool)
-        branch = phases.timed("controlnet", lambda: load_controlnet(checkpoint, controlnet, dtype, place, variant))
+        branch = phases.timed("controlnet", lambda: load_controlnet(base, controlnet, dtype, place, variant))
     text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
-    limits = _limits(checkpoint, max_batch, branch is not None)
-    if sizes:
-        default = limits.default_size if limits.default_size in sizes else sizes[-1]
-        limits = replace(limits, sizes=tuple(sorted(sizes)), default_size=default)
+    names = tuple(adapter.name for adapter in free)
+    limits = limits_of(checkpoint, max_batch, control=branch is not None, adapters=names, sizes=sizes)
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
@@ -117,14 +128,19 @@ def load_engine(
     kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
     if kernels is not None:
         execute, text = kernels, kernels.text(text)
+    whole: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
+    chosen: nn.Module = transformer
+    if free:
+        choice = adapt(transformer, [adapter.factors for adapter in free])
+        chosen, whole = Adapted(transformer, choice), None if whole is None else Adapted(whole, choice)
     modules = Modules(
         text,
-        prepared("transformer", transformer),
+        prepared("transformer", chosen),
         prepared("decoder", PixelDecoder(autoencoder)),
         prepared("encoder", PixelEncoder(autoencoder)),
-        None if branch is None else prepared("controlled", ControlledTransformer(transformer, branch)),
+        None if whole is None else prepared("controlled", whole),
     )
-    space = _space(checkpoint, dtype, place)
+    space = space_of(checkpoint, dtype, place)
     if kernels is not None:
         if precision == "fp8":
             kernels.to_fp8(checkpoint, text, limits.default_size, place)
@@ -151,6 +167,7 @@ def _load_built(
     cache: Path,
     native: "Native | None",
     phases: Phases,
+    lora: Sequence[AdapterOption],
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
     manifest = read_manifest(folder)
@@ -162,7 +179,14 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    checkpoint = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
+    base = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
+    checkpoint, free = with_adapters(base, lora, reasons)
+    if free:
+        raise BackendError(
+            f"lora {free[0].name}: built engines hold adapters fused, none by request; build one, and start with the "
+            f"same: {manifest.command_with([option._replace(scale=option.scale or 1.0) for option in lora])}"
+        )
+    manifest.check_adapters([(one.name, one.scale or 0.0) for one in lora])
     # fp16 overflows in Gemma
     text_dtype = torch.float32 if place.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
     loaded: LoadedModules | Parts
@@ -170,16 +194,16 @@ def _load_built(
         from engines.artifacts.native.loading import load_native
 
         loaded = parts = phases.timed(
-            "engines", lambda: load_native(folder, manifest, checkpoint, place, cache, native)
+            "engines", partial(load_native, folder, manifest, checkpoint, place, cache, native)
         )
         text = parts.text
     else:
         with ThreadPoolExecutor() as threads:  # the text encoder is read while engines are checked and opened
-            pool = _pool(threads, checkpoint)
+            pool = _pool(threads, base)
             reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, place), pool)
             loaded, parts = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, place)), None
         text = reading.result()
-    branch = load_controlnet(checkpoint, controlnet, text_dtype, place, variant)
+    branch = load_controlnet(base, controlnet, text_dtype, place, variant)
     controlled: Callable[..., Any] | None = None
     if branch is not None and parts is not None:
         controlled = parts.controlled(branch)
@@ -199,12 +223,12 @@ def _load_built(
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size
     limits = replace(
-        _limits(checkpoint, min(max_batch, largest), branch is not None),
+        limits_of(checkpoint, min(max_batch, largest), control=branch is not None),
         sizes=manifest.sizes,
         default_size=default if default in manifest.sizes else manifest.sizes[-1],
     )
     reasons["batch"] = f"{limits.max_batch}: asked for {max_batch}, built for {largest}"
-    space = _space(checkpoint, loaded.dtype, place)
+    space = space_of(checkpoint, loaded.dtype, place)
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
     recorder = _recorder(place, recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
@@ -258,11 +282,6 @@ def _info(
         guidance_trained=checkpoint.settings.guidance_trained,
         max_prompt_tokens=checkpoint.settings.max_prompt_tokens,
     )
-
-
-def _space(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LatentSpace:
-    config, compression = checkpoint.transformer, checkpoint.autoencoder.compression
-    return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
 
 
 def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, reasons: dict[str, str]) -> str:
@@ -326,24 +345,3 @@ def _precision(asked: str | None, device: torch.device, backend: str, reasons: d
 
 def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
-
-
-def _limits(checkpoint: Checkpoint, max_batch: int, control: bool) -> Limits:
-    """Sides up to twice the size that the checkpoint was trained at; beyond it pictures repeat themselves."""
-    settings = checkpoint.settings
-    width, height = settings.default_size
-    limits = Limits(
-        max_batch=max_batch,
-        default_size=settings.default_size,
-        sizes=settings.sizes,
-        multiple=math.lcm(32, checkpoint.autoencoder.compression),
-        max_side=2 * max(width, height),
-        max_pixels=4 * width * height,
-        conditioning=frozenset({"text", "image", "control", "image+control"} if control else {"text", "image"}),
-    )
-    if not limits.allows_size(width, height):
-        raise CheckpointError(
-            f"{checkpoint.name}: sprint.json: default_size {width}x{height} is not among its sizes, or no multiple of "
-            f"{limits.multiple}"
-        )
-    return limits

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Schedule = Literal["paper", "diffusers"]
+Schedule = Literal["paper", "diffusers", "figures"]
 
 # A denoiser takes x_FM [B, C, h, w] (fp32) and t_FM [B] (fp32), and gives v [B, C, h, w] in any float type.
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -32,6 +32,7 @@ _PAPER: dict[int, tuple[float, ...]] = {
     4: (_FIRST, 1.3, 1.1, 0.6),
 }
 _DIFFUSERS_FIRST = 1.57080
+_FIGURES_FIRST = 1.55413  # NVlabs' scripts/inference_sana_sprint_geneval.py, a comment: one step, 0.6B
 # Image-to-image at full strength starts here: the image keeps cos(1.5) = 0.07 of the mixture and is never ignored.
 _FULL_STRENGTH = 1.5
 
@@ -40,11 +41,14 @@ def angles_for(steps: int, schedule: Schedule = "paper") -> tuple[float, ...]:
     """The angle in radians that each of the `steps` (1 to 4) starts from, falling; the picture is at angle 0.
 
     "paper": the schedules it searched. "diffusers": SCMScheduler's, max_timesteps 1.57080 and intermediate_timesteps
-    1.3 for two steps, evenly spaced otherwise. Raises ValueError for another number of steps.
+    1.3 for two steps, evenly spaced otherwise. "figures": the paper's, but one step starts where upstream's script for
+    GenEval says that it does. Raises ValueError for another number of steps.
     """
     if steps not in _PAPER:
         raise ValueError(f"steps: got {steps}, allowed 1 to {max(_PAPER)}")
-    if schedule == "paper":
+    if schedule == "figures" and steps == 1:
+        return (_FIGURES_FIRST,)
+    if schedule != "diffusers":
         return _PAPER[steps]
     if steps == 2:
         return (_DIFFUSERS_FIRST, 1.3)

@@ -6,6 +6,7 @@ be built, run and tested without torch.
 """
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,37 @@ Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 Conditioning = Literal["text", "image", "control", "image+control"]
 
 MAX_SEED = 2**63 - 1
+MAX_ADAPTERS = 4  # that one job may ask for at once
+MAX_ADAPTER_SCALE = 4.0  # either way
+
+
+class AdapterOption(NamedTuple):
+    """A LoRA as --lora names it. scale None: a request says whether and how much; a number: always, fused at load."""
+
+    name: str
+    path: str
+    scale: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "AdapterOption":
+        """From NAME=PATH or NAME=PATH:SCALE. Raises ValueError that says what is wrong."""
+        name, equals, path = text.strip().partition("=")
+        before, colon, number = path.rpartition(":")
+        scale = None
+        if colon and _NUMBER.fullmatch(number):
+            path, scale = before, float(number)
+        if not equals or not path or not _ADAPTER.fullmatch(name):
+            raise ValueError(f"got {text!r}, NAME=PATH[:SCALE] is needed, the name of letters, digits, '.', '_', '-'")
+        if scale is not None and abs(scale) > MAX_ADAPTER_SCALE:
+            raise ValueError(f"scale of {name}: got {scale:g}, allowed -{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}")
+        return cls(name, path, scale)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.path}" + ("" if self.scale is None else f":{self.scale:g}")
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class BatchKey(NamedTuple):
@@ -46,7 +78,9 @@ class Job:
     strength: float = 0.5
     control_image: Pixels | None = None
     control_scale: float = 1.0
+    lora: tuple[tuple[str, float], ...] = ()  # adapters by name, each with its scale
     jpeg_quality: int | None = None  # a JPEG file will do instead of pixels, if the engine can make one
+    png: bool = False  # as much, of a PNG file
 
     @property
     def conditioning(self) -> Conditioning:
@@ -72,13 +106,13 @@ class StageSeconds:
 class RawImage:
     """The picture of one job, and how it came about."""
 
-    pixels: Pixels  # [height, width, 3] uint8 RGB; empty where `jpeg` stands for it
+    pixels: Pixels  # [height, width, 3] uint8 RGB; empty where `file` stands for it
     stages: StageSeconds
     bucket: int  # the batch size that ran, padding included
     prompt_truncated: bool = False
     prompt_cached: bool = False
     uncaptured: bool = False  # the engine keeps CUDA graphs, and has none for this batch
-    jpeg: bytes | None = None  # the file that the job asked for, made on the card
+    file: bytes | None = None  # JPEG or PNG, as the job asked for it, made on the card
 
 
 Deliver = Callable[[int, RawImage], None]
@@ -101,6 +135,7 @@ class Limits:
     max_side: int = 2048
     max_pixels: int = 2048 * 2048
     conditioning: frozenset[Conditioning] = frozenset({"text"})
+    adapters: tuple[str, ...] = ()  # that a job may ask for; jobs of one batch may differ in them
 
     def allows_size(self, width: int, height: int) -> bool:
         if self.sizes:
@@ -160,6 +195,25 @@ class Limits:
             )
         if not 0 <= job.seed <= MAX_SEED:
             raise JobError(f"seed: got {job.seed}, allowed 0 to {MAX_SEED}")
+        if job.lora:
+            self._check_lora(job.lora)
+
+    @property
+    def most_adapters(self) -> int:
+        """That one job may ask for at once."""
+        return min(len(self.adapters), MAX_ADAPTERS)
+
+    def _check_lora(self, lora: Sequence[tuple[str, float]]) -> None:
+        names = [name for name, _ in lora]
+        for name, scale in lora:
+            if name not in self.adapters:
+                there = ", ".join(self.adapters) or "none; they are given at start, --lora NAME=PATH without a scale"
+                raise JobError(f"lora: got {name!r}, allowed: {there}")
+            if not abs(scale) <= MAX_ADAPTER_SCALE:
+                bounds = f"-{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}"
+                raise JobError(f"lora: got {scale} for {name!r}, allowed: a number from {bounds}")
+        if len(names) > self.most_adapters or len(set(names)) < len(names):
+            raise JobError(f"lora: got {', '.join(names)}; at most {self.most_adapters} at once, each once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +231,9 @@ class EngineInfo:
     guidance_trained: tuple[float, float] = (4.0, 5.0)
     max_prompt_tokens: int = 300
     start_s: dict[str, float] = field(default_factory=dict)
+    replaced_kernels: dict[str, str] = field(
+        default_factory=dict
+    )  # of the GPU path: kernel -> why PyTorch runs instead
 
 
 class Engine(Protocol):

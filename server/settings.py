@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
+from engines.types import AdapterOption
 from server.errors import SettingsError
 from server.origins import setting as origin
 
@@ -117,6 +118,13 @@ def switch() -> Kind[bool]:
     return Kind(parse, "yes or no")
 
 
+def adapters() -> Kind[tuple[AdapterOption, ...]]:
+    def parse(value: str) -> tuple[AdapterOption, ...]:
+        return tuple(AdapterOption.parse(part) for part in value.split(",") if part.strip())
+
+    return Kind(parse, "NAME=PATH or NAME=PATH:SCALE, several separated by commas")
+
+
 def buckets() -> Kind[tuple[float, ...]]:
     def parse(value: str) -> tuple[float, ...]:
         bounds = tuple(float(part) for part in value.replace(",", " ").split())
@@ -188,6 +196,9 @@ class Settings:
     controlnet: str | None = setting(
         None, text("a folder or a hub id"), "what drawings steer it with; default: controlnet/ in the checkpoint"
     )
+    lora: tuple[AdapterOption, ...] = setting(
+        (), adapters(), "adapters, repeats; with a scale fused at start, without one for requests to choose"
+    )
     host: str = setting("127.0.0.1", text("a name or an address"), "where to listen")
     port: int = setting(8000, whole(0, 65535), "where to listen; 0 takes a free port")
     workers: int = setting(
@@ -256,7 +267,8 @@ def parser() -> argparse.ArgumentParser:
         suffix = "" if shown in (None, "", False) else f" (default {shown})"
         explanation = f"{item.metadata['help']}: {kind.allowed}{suffix}".replace("%", "%%")
         bare: dict[str, Any] = {"nargs": "?", "const": "yes"} if isinstance(item.default, bool) else {}
-        command.add_argument(flag_of(item.name), metavar="VALUE", help=explanation, **bare)
+        repeats = "append" if item.name == "lora" else "store"
+        command.add_argument(flag_of(item.name), metavar="VALUE", action=repeats, help=explanation, **bare)
     return command
 
 
@@ -286,6 +298,8 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
             source, raw = variable_of(item.name), environment.get(variable_of(item.name)) or None
         if raw is None:
             continue
+        if isinstance(raw, list):
+            raw = ",".join(raw)
         kind: Kind[Any] = item.metadata["kind"]
         try:
             values[item.name] = kind.parse(raw)

@@ -24,7 +24,7 @@ ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"])
 # What `make peers` measures against, each in an environment of its own.
 PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Imported by another name than the distribution's, and not installed by `make test`, so that nothing here can tell.
-NAMED = {"helm_python": "helm-python-sdk"}
+NAMED = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
 # Runs bench/load/locustfile.py where it is installed; nothing of ours installs it.
 FOREIGN = ["locust"]
 
@@ -54,6 +54,22 @@ def test_no_pin_belongs_to_one_machine(lock: str) -> None:
 def test_every_lock_holds_what_users_run(lock: str) -> None:
     run, other = pins("requirements.lock"), pins(lock)
     assert {name: other.get(name) for name in run} == run
+
+
+@pytest.mark.parametrize("lock", ["requirements-gpu.lock", "requirements-ray.lock"])
+def test_tensorrt_of_server_cards_is_one_version_for_cuda_13(lock: str) -> None:
+    found = {name: str(version) for name, version in pins(lock).items() if name.startswith("tensorrt")}
+    assert set(found) == {"tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs"}
+    (version,) = set(found.values())
+    assert Version("10.13") <= Version(version) < Version("11")  # 11 is another interface and other engine files
+
+
+def test_flavours_of_the_gpu_differ_in_tensorrt_alone() -> None:
+    server, geforce = pins("requirements-gpu.lock"), pins("requirements-rtx.lock")
+    assert {name for name in server.keys() ^ geforce.keys() if not name.startswith("tensorrt")} == set()
+    assert {name: version for name, version in server.items() if name in geforce} == {
+        name: version for name, version in geforce.items() if name in server
+    }
 
 
 def imported_packages(folder: str) -> Iterator[str]:

@@ -31,11 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="cuda-graph", choices=BACKENDS)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"), help="of cuda-graph (default bf16)")
     parser.add_argument("--tokens", type=int, default=20, help="of a prompt (default 20)")
+    parser.add_argument(
+        "--png", action="store_true", help="with PNG files made on the card, not pixels brought from it"
+    )
     options = parser.parse_args(argv)
     width, height = options.size
     about = (
         f"{options.model}, {width}x{height}, {options.steps} steps, batch {options.batch}, {options.tokens} tokens, "
-        f"{options.backend}, {options.precision}"
+        f"{options.backend}, {options.precision}{', PNG' if options.png else ''}"
     )
     tables = []
 
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.tokens,
             options.decoder,
             options.precision,
+            png=options.png,
         )
         found = document(counted)
         tables.append(show(counted, found, about))

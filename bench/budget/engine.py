@@ -49,15 +49,17 @@ def count_request(
     tokens: int,
     decoder: str | None = None,
     precision: str = "bf16",
+    *,
+    png: bool = False,
 ) -> Counted:
-    """One batch of new prompts of `tokens` tokens, in an engine that was loaded for it and warmed up. Raises
-    CheckpointError, BackendError, JobError, BenchError."""
+    """One batch of new prompts of `tokens` tokens, in an engine that was loaded for it and warmed up. png:
+    files are asked for, not pixels. Raises CheckpointError, BackendError, JobError, BenchError."""
     checkpoint = open_checkpoint(model, decoder)
     settings = replace(checkpoint.settings, default_size=size, sizes=(size,))
     checkpoint = replace(checkpoint, settings=settings, weights=_NoWeights(checkpoint.weights))
     card = Card("H100", PROCESSORS, CAPABILITY)
     jobs = [
-        Job(prompt, seed=index, width=size[0], height=size[1], steps=steps)
+        Job(prompt, seed=index, width=size[0], height=size[1], steps=steps, png=png)
         for index, prompt in enumerate(prompts(checkpoint, tokens, batch))
     ]
     with card.present():

@@ -70,11 +70,11 @@ class Pool:
         self._host = parts.netloc
         self._idle: list[Connection] = []
 
-    async def exchange(self, method: str, path: str, body: bytes = b"") -> Answer:
+    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
         """As Connection.exchange, on a connection of its own."""
         connection = await self._connection()
         try:
-            answer = await connection.exchange(method, path, body)
+            answer = await connection.exchange(method, path, body, media_type)
         except BaseException:
             await connection.close()
             raise

@@ -1,5 +1,6 @@
-"""Stacked horizontal bars as SVG: text that a page can show and a diff can read, without a plotting library."""
+"""Stacked bars and lines as SVG: text that a page can show and a diff can read, without a plotting library."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -43,3 +44,53 @@ def stacked_bars(title: str, unit: str, bars: Sequence[Bar]) -> str:
             x += value * scale
         lines.append(f'<text x="{x + 6:.1f}" y="{y + 13}">{sum(bar.parts.values()):.3g} {escape(unit)}</text>')
     return "\n".join([*lines, "</svg>", ""])
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Lines over a shared horizontal axis, by name: points of (x, y), x ascending."""
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    logarithmic: bool = False  # the horizontal axis; the vertical one always begins at 0
+
+
+PANEL, MARGIN_LEFT, MARGIN_TOP, FOOT = 150, 70, 30, 40
+
+
+def line_panels(title: str, axis: str, panels: Sequence[Panel]) -> str:
+    """An SVG document: one panel below the other, each with a vertical scale of its own from 0."""
+    height = MARGIN_TOP + len(panels) * (PANEL + FOOT) + GAP
+    drawn = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="10" y="20" font-size="14" font-weight="bold">{escape(title)}</text>',
+    ]
+    for index, panel in enumerate(panels):
+        drawn += _panel(panel, axis, MARGIN_TOP + index * (PANEL + FOOT))
+    return "\n".join([*drawn, "</svg>", ""])
+
+
+def _panel(panel: Panel, axis: str, top: int) -> list[str]:
+    points = [point for line in panel.lines.values() for point in line]
+    place = math.log10 if panel.logarithmic else float
+    left, right = min((place(x) for x, _ in points), default=0.0), max((place(x) for x, _ in points), default=1.0)
+    most = max((y for _, y in points), default=0.0) or 1.0
+    across, floor = (WIDTH - MARGIN_LEFT - RIGHT) / ((right - left) or 1.0), top + PANEL
+    ends = [f"{10**end if panel.logarithmic else end:.3g}" for end in (left, right)]
+    drawn = [
+        f'<text x="{MARGIN_LEFT}" y="{top + 14}">{escape(panel.title)}</text>',
+        f'<path d="M{MARGIN_LEFT},{top + 20}V{floor}H{WIDTH - RIGHT}" fill="none" stroke="#999999"/>',
+        f'<text x="{MARGIN_LEFT - 6}" y="{top + 28}" text-anchor="end">{most:.4g}</text>',
+        f'<text x="{MARGIN_LEFT - 6}" y="{floor}" text-anchor="end">0</text>',
+        f'<text x="{MARGIN_LEFT}" y="{floor + 16}">{ends[0]}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="{floor + 16}" text-anchor="end">{ends[1]} {escape(axis)}</text>',
+    ]
+    for index, (name, line) in enumerate(panel.lines.items()):
+        colour, room = COLOURS[index % len(COLOURS)], PANEL - 20
+        places = [(MARGIN_LEFT + (place(x) - left) * across, floor - y / most * room) for x, y in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        drawn.append(f'<text x="{WIDTH - RIGHT + 6}" y="{top + 32 + 15 * index}" fill="{colour}">{escape(name)}</text>')
+    return drawn

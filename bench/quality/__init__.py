@@ -1,1 +1,1 @@
-"""Scores per backend and precision; the cost of fp8."""
+"""What precisions, decoders and steps cost in images: scores with intervals, and the cost of fp8."""

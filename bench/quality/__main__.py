@@ -1,28 +1,35 @@
-"""What speed costs in pictures: scores on held-out captions for each way to run a checkpoint and each step count.
+"""What speed costs in images: scores and latency on held-out captions for each way to run a checkpoint.
 
-    python -m bench.quality --model models/tiny --variants eager:fp32,eager:bf16,compiled:bf16 --steps 1,2,4
+    python -m bench.quality --model models/tiny --variants eager:fp32,eager:bf16,eager:int8,emulated:fp8 --steps 1,2,4
     python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
 
-A variant is <backend>:<precision>, engine:<folder of build_engine.py>, or diffusers:<precision>. All get the same
-captions and seeds. Scores are distill.evaluation.scores's (GenEval's six categories, judged by pixels); beside them
-stands how far the pictures are from the first variant's. Prints a table, then one JSON document as the last line.
+A variant is <backend>:<precision>, engine:<folder of build_engine.py>, diffusers:<precision>, or emulated:<fp8|fp16>,
+which rounds in PyTorch as a GPU would; +<folder or hub id> behind it takes another decoder. All get the same captions
+and seeds. Scores are the tiny world's judge's (GenEval's six categories). Beside each stands how far it is from the
+first variant's on the same prompt, with a 95 % interval (bootstrap over prompts), and its latency: one image, in turn
+with the first variant. Other programs here: bench.quality.images makes the images of a prompt set,
+bench.quality.metrics takes FID and CLIP score of them. Prints tables, then one JSON document as the last line.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from bench.harness.cli import command, told
-from bench.quality.scores import Variant, measure, show
+from bench.quality.scores import measure, show
+from bench.quality.variants import Variant
 from engines.sampler import Schedule
+
+SCHEDULES = ", ".join(get_args(Schedule))
 
 
 def _variants(text: str) -> list[Variant]:
     try:
         return [Variant.parse(part) for part in text.split(",")]
     except ValueError as error:
-        message = f"got {error}, needed is <backend>:<precision>, engine:<folder> or diffusers:<precision>"
+        message = f"got {error}, needed is <backend>:<precision>, or engine:, diffusers: or emulated: with its argument"
         raise argparse.ArgumentTypeError(message) from error
 
 
@@ -31,6 +38,12 @@ def _steps(text: str) -> list[int]:
     if not set(steps) <= {1, 2, 3, 4}:
         raise argparse.ArgumentTypeError(f"got {text}, allowed are 1, 2, 3, 4")
     return steps
+
+
+def _schedules(text: str) -> list[str]:
+    if not set(text.split(",")) <= set(get_args(Schedule)):
+        raise argparse.ArgumentTypeError(f"got {text}, allowed are {SCHEDULES}")
+    return text.split(",")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="pictures for each caption (default 1)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
-    parser.add_argument("--schedule", default="paper", choices=get_args(Schedule), help="of ours (default paper)")
+    parser.add_argument("--schedule", type=_schedules, default="paper", help=f"of ours: {SCHEDULES} (default paper)")
+    parser.add_argument("--latency-runs", type=int, default=10, help="images timed for each row (default 10, 0: none)")
+    parser.add_argument("--worst", type=Path, help="write the worst images of each variant to this file (.webp, .png)")
     parser.add_argument("--max-batch", type=int, default=8)
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.quality", given))

@@ -1,113 +1,112 @@
-"""Scores and distances of each variant of a checkpoint."""
+"""Scores, distances and latency of each variant of a checkpoint, paired with the first variant's."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
-import torch
 
-from bench.harness.errors import BenchError
 from bench.harness.host import machine
-from bench.harness.pipelines import DTYPES, Diffusers, Task
 from bench.harness.summary import table
-from distill.evaluation.scores import Generate, engine_generator, evaluate, evaluation_prompts
-from engines.backends.parity import Difference, difference
-from engines.checkpoints.checkpoint import open_checkpoint
-from engines.loader import load_engine
+from bench.quality.intervals import grouped_interval, ratio_interval
+from bench.quality.variants import Generators, Variant, opened
+from bench.quality.worst import Pair, write_sheet
+from distill.evaluation.scores import SEED_STRIDE, Generate, Prompt, evaluation_prompts
+from distill.world.judge import judge
+from engines.sampler import Schedule, angles_for
 from engines.types import Pixels
+
+WORST = 4  # images of a row that the sheet shows
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to run the checkpoint: `backend` with `precision`, or what stands behind `engine:`."""
+class Run:
+    """Images of all prompts and seeds, prompt by prompt, and whether each is right."""
 
-    backend: str
-    argument: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Variant":
-        """Raises ValueError for text without two parts."""
-        backend, _, argument = text.partition(":")
-        if not backend or not argument:
-            raise ValueError(text)
-        return cls(backend, argument)
-
-    def __str__(self) -> str:
-        return f"{self.backend}:{self.argument}"
+    images: list[Pixels]
+    right: list[float]
 
 
-class Kept:
-    """A generator whose pictures are kept as they pass by."""
+@dataclass
+class Compared:
+    """What the variants are asked, and the first one's answers, by number of steps."""
 
-    def __init__(self, generate: Generate) -> None:
-        self._generate = generate
-        self.pictures: list[Pixels] = []
+    options: argparse.Namespace
+    prompts: list[Prompt]
+    first: dict[int, Run]
 
-    def __call__(self, texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
-        for picture in self._generate(texts, seeds):
-            self.pictures.append(picture)
-            yield picture
+    def run(self, generate: Generate) -> Run:
+        images, right = [], []
+        for seed in range(self.options.seeds):
+            seeds = [seed * SEED_STRIDE + at for at in range(len(self.prompts))]
+            for prompt, image in zip(self.prompts, generate([p.text for p in self.prompts], seeds), strict=True):
+                images.append(image)
+                right.append(float(judge(image, prompt.asked).correct))
+        return Run(images, right)
 
+    def by_category(self, values: Sequence[float]) -> dict[str, list[float]]:
+        """Category -> one value for each prompt, the mean over its seeds."""
+        found: dict[str, list[float]] = {}
+        count = len(self.prompts)
+        for at, prompt in enumerate(self.prompts):
+            found.setdefault(prompt.category, []).append(fmean(values[at::count]))
+        return found
 
-def generators(variant: Variant, options: argparse.Namespace) -> Iterator[tuple[int, Generate]]:
-    """A generator for every number of steps, all on one loaded checkpoint; let go of one before asking for the next."""
-    if variant.backend == "diffusers":
-        if variant.argument not in DTYPES:
-            raise BenchError(f"variants: got {variant}, diffusers runs in {', '.join(DTYPES)}")
-        checkpoint = open_checkpoint(options.model)
-        rival = Diffusers(checkpoint, variant.argument, torch.device("cpu"), guidance=options.guidance)
-        size = options.size or checkpoint.settings.default_size[0]
-        for steps in options.steps:
-            yield steps, _of_diffusers(rival, size, steps, options.max_batch)
-        return
-    built = variant.backend == "engine"
-    engine = load_engine(
-        options.model,
-        engine_dir=variant.argument if built else None,
-        backend="auto" if built else variant.backend,
-        precision=None if built else variant.argument,
-        max_batch=options.max_batch,
-        schedule=options.schedule,
-    )
-    try:
-        for steps in options.steps:
-            yield steps, engine_generator(engine, steps, options.guidance, options.size)
-    finally:
-        engine.close()
+    def row(self, variant: Variant, steps: int, schedule: Schedule, run: Run) -> dict[str, Any]:
+        first = self.first[steps]
+        categories = self.by_category(run.right)
+        by_seed = [self.by_category(self._of_seed(run.right, seed)) for seed in range(self.options.seeds)]
+        means = [fmean(map(fmean, found.values())) for found in by_seed]
+        apart = [one - other for one, other in zip(run.right, first.right, strict=True)]
+        errors = [_mean_square(a, b) for a, b in zip(first.images, run.images, strict=True)]
+        return {
+            "variant": str(variant),
+            "steps": steps,
+            "schedule": schedule,
+            "mean": round(fmean(map(fmean, categories.values())), 4),
+            "spread": round(stdev(means), 4) if len(means) > 1 else 0.0,
+            "interval": list(grouped_interval(categories))[1:],
+            "apart": list(grouped_interval(self.by_category(apart))),
+            "changed": sum(bool(value) for value in apart),
+            "categories": {name: round(fmean(values), 4) for name, values in categories.items()},
+            "psnr_db": _psnr(fmean(errors)),
+            "worst_psnr_db": _psnr(max(errors)),
+            "max_abs": max(_largest(a, b) for a, b in zip(first.images, run.images, strict=True)),
+        }
 
+    def _of_seed(self, values: Sequence[float], seed: int) -> Sequence[float]:
+        count = len(self.prompts)
+        return values[seed * count : (seed + 1) * count]
 
-def _of_diffusers(rival: Diffusers, size: int, steps: int, batch: int) -> Generate:
-    def generate(texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
-        for first in range(0, len(texts), batch):
-            some = slice(first, first + batch)
-            yield from rival.run(Task(texts[some], seeds[some], size, size, steps)).pictures
-
-    return generate
+    def worst(self, name: str, steps: int, run: Run) -> list[Pair]:
+        """The images that are furthest from the first variant's."""
+        first = self.first[steps]
+        errors = [_mean_square(a, b) for a, b in zip(first.images, run.images, strict=True)]
+        order = sorted(range(len(errors)), key=errors.__getitem__, reverse=True)[:WORST]
+        texts = [self.prompts[at % len(self.prompts)].text for at in order]
+        return [
+            Pair(name, text, _psnr(errors[at]), first.images[at], run.images[at])
+            for text, at in zip(texts, order, strict=True)
+        ]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The JSON document."""
-    prompts = evaluation_prompts(options.prompts)
-    reference: dict[int, list[Pixels]] = {}
+    compared = Compared(options, evaluation_prompts(options.prompts), {})
     rows: list[dict[str, Any]] = []
-    for variant in options.variants:
-        for steps, generate in generators(variant, options):
-            kept = Kept(generate)
-            report = evaluate(kept, prompts, range(options.seeds))
-            far = _difference(reference.setdefault(steps, kept.pictures), kept.pictures)
-            rows.append(
-                {
-                    "variant": str(variant),
-                    "steps": steps,
-                    "mean": round(report.mean, 4),
-                    "spread": round(report.spread, 4),
-                    "categories": {name: round(score, 4) for name, score in report.categories.items()},
-                    "psnr_db": None if far.psnr_db is None else round(far.psnr_db, 2),
-                    "max_abs": far.max_abs,
-                }
-            )
+    pairs: list[Pair] = []
+    with opened(options.variants[0], options) as reference:
+        for variant in options.variants:
+            if variant is options.variants[0]:
+                _rows(variant, reference, reference, compared, rows, pairs)
+                continue
+            with opened(variant, options) as generators:
+                _rows(variant, generators, reference, compared, rows, pairs)
+    if options.worst is not None:
+        write_sheet(pairs, options.worst)
     return {
         "program": "bench.quality",
         "command": options.command,
@@ -115,21 +114,90 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "prompts": options.prompts,
         "seeds": options.seeds,
         "guidance": options.guidance,
-        "schedule": options.schedule,
+        "schedule": ",".join(options.schedule),
         "compared_with": str(options.variants[0]),
+        "latency_runs": options.latency_runs,
+        "worst": None if options.worst is None else options.worst.name,
         "machine": machine(),
         "rows": rows,
     }
 
 
-def _difference(expected: Sequence[Pixels], got: Sequence[Pixels]) -> Difference:
-    return difference(torch.from_numpy(np.stack(expected)), torch.from_numpy(np.stack(got)))
+def _rows(
+    variant: Variant,
+    generators: Generators,
+    reference: Generators,
+    compared: Compared,
+    rows: list[dict[str, Any]],
+    pairs: list[Pair],
+) -> None:
+    """A row for each number of steps and schedule; a schedule is asked again only where its angles are others."""
+    options = compared.options
+    for steps in options.steps:
+        for schedule in options.schedule:
+            if schedule != options.schedule[0] and angles_for(steps, schedule) == angles_for(
+                steps, options.schedule[0]
+            ):
+                continue
+            generate = generators(steps, schedule)
+            run = compared.run(generate)
+            compared.first.setdefault(steps, run)
+            row = compared.row(variant, steps, schedule, run)
+            rows.append(row | _latency(variant, generate, reference(steps, options.schedule[0]), compared))
+            if run is not compared.first[steps] and steps == options.steps[0]:
+                pairs += compared.worst(f"{variant}, {schedule}", steps, run)
+
+
+def _latency(variant: Variant, generate: Generate, reference: Generate, compared: Compared) -> dict[str, Any]:
+    """Seconds of one image of a prompt that is known already, and their ratio to the first variant's, run in turn."""
+    runs = compared.options.latency_runs
+    if not runs or variant.emulated:
+        return {"seconds": None, "ratio": None}
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(runs + 1):
+        prompt = compared.prompts[number % len(compared.prompts)].text
+        for kept, one in zip(seconds, (reference, generate), strict=True):
+            began = time.perf_counter()
+            list(one([prompt], [number]))
+            if number:  # the first warms both
+                kept.append(time.perf_counter() - began)
+    return {"seconds": round(median(seconds[1]), 5), "ratio": list(ratio_interval(*seconds))}
+
+
+def _mean_square(one: Pixels, other: Pixels) -> float:
+    return float(np.square(one.astype(np.float32) - other).mean())
+
+
+def _largest(one: Pixels, other: Pixels) -> int:
+    return int(np.abs(one.astype(np.int16) - other).max())
+
+
+def _psnr(error: float) -> float | None:
+    return round(float(10 * np.log10(255**2 / error)), 2) if error else None
 
 
 def show(found: dict[str, Any]) -> str:
     """The table for people."""
+    head = ("variant", "steps", "schedule", "score", "95 %", "apart from the first", "95 %", "changed")
+    last = ("PSNR, dB", "worst, dB", "max abs", "seconds", "times the first's", "95 %")
+    rows = [
+        [
+            *(row[name] for name in ("variant", "steps", "schedule", "mean")),
+            _bounds(row["interval"]),
+            f"{row['apart'][0]:+.4f}",
+            _bounds(row["apart"][1:], "+.3f"),
+            row["changed"],
+            *(row[name] for name in ("psnr_db", "worst_psnr_db", "max_abs", "seconds")),
+            row["ratio"] and row["ratio"][0],
+            row["ratio"] and _bounds(row["ratio"][1:]),
+        ]
+        for row in found["rows"]
+    ]
     names = list(found["rows"][0]["categories"])
-    first, last = ("variant", "steps", "mean", "spread"), ("psnr_db", "max_abs")
-    rows = [[*map(row.get, first), *row["categories"].values(), *map(row.get, last)] for row in found["rows"]]
-    far = f"PSNR to {found['compared_with']}, dB"
-    return table(["variant", "steps", "mean", "std over seeds", *names, far, "max abs"], rows)
+    each = [[row["variant"], row["steps"], row["schedule"], *row["categories"].values()] for row in found["rows"]]
+    return "\n\n".join([table((*head, *last), rows), table(("variant", "steps", "schedule", *names), each)])
+
+
+def _bounds(bounds: Sequence[float], form: str = ".3f") -> str:
+    low, high = (format(bound, form) for bound in bounds)
+    return f"{low} to {high}"

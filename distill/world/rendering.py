@@ -38,8 +38,18 @@ def _triangle(x: Plane, y: Plane) -> Plane:
     return np.maximum(sides, y) - np.float32(side / (2 * math.sqrt(3)))
 
 
+def _ring(x: Plane, y: Plane) -> Plane:
+    """Not in the shipped world: what an adapter teaches (distill/lora.py)."""
+    return np.abs(np.hypot(x, y) - np.float32(0.37)) - np.float32(0.13)
+
+
 # Signed distance to the outline, in units of the thing's size: negative inside.
-DISTANCES: dict[str, Callable[[Plane, Plane], Plane]] = {"circle": _circle, "square": _square, "triangle": _triangle}
+DISTANCES: dict[str, Callable[[Plane, Plane], Plane]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "ring": _ring,
+}
 
 
 def coverage(shape: str, x: Plane, y: Plane, size: float, angle: float) -> Plane:

@@ -22,7 +22,7 @@ Relation = Literal["left", "right", "above", "below"]
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's six tags
 OPPOSITE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
-DRAWABLE_SHAPES = ("circle", "square", "triangle")
+DRAWABLE_SHAPES = ("circle", "square", "triangle", "ring")
 BLEED = 0.585  # half the extent of a thing over its size, for every shape tilted up to 8 degrees
 
 
@@ -77,7 +77,7 @@ class Scene:
 class World:
     """Words and ranges of one world. The defaults are the shipped checkpoint's."""
 
-    shapes: tuple[str, ...] = DRAWABLE_SHAPES
+    shapes: tuple[str, ...] = ("circle", "square", "triangle")
     colours: tuple[tuple[str, RGB], ...] = (
         ("red", (226, 38, 44)),
         ("green", (38, 166, 76)),

@@ -14,8 +14,9 @@ from pathlib import Path
 from engines.artifacts.catalog import Wanted
 from engines.artifacts.vendors import VENDORS, Installed, Vendor
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.lora import with_adapters
 from engines.device.hardware import dotted, package_versions, this_machine
-from engines.types import powers_of_two
+from engines.types import AdapterOption, powers_of_two
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def candidates(
     max_batch: int,
     decoder: str | None,
     variant: str | None,
+    lora: Sequence[AdapterOption] = (),
     vendors: Sequence[Vendor] = VENDORS,
     installed: Installed = find_spec,
 ) -> Candidates:
@@ -68,6 +70,7 @@ def candidates(
     Raises CheckpointError.
     """
     checkpoint = open_checkpoint(model, decoder, variant)
+    fused, free = with_adapters(checkpoint, lora, {})
     machine = this_machine()
     kind = (device or ("cuda" if has_gpu() else "cpu")).partition(":")[0]
     capability = None if kind == "cpu" else machine.capability
@@ -79,7 +82,9 @@ def candidates(
     why_none = f"none of {named} is installed" if serving else f"no vendor serves {precision} on {kind}"
     if variant is not None:
         able, why_none = [], "engines are built of the plain weights, and --variant asks for others"
-    sha256 = checkpoint.weights.sha256() if able else ""
+    if free:
+        able, why_none = [], f"built engines hold adapters fused, and {free[0].name} is by request"
+    sha256 = fused.weights.sha256() if able else ""
     each = []
     for one in able:
         version = package_versions(one.name).get(one.name)
@@ -90,6 +95,7 @@ def candidates(
         arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in wanted_sizes)]
         arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
         arguments += ["--decoder", decoder] if decoder else []
+        arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
         each.append(Candidate(one.name, _name(model, wanted), wanted, tuple(arguments), one.missing(installed)))
     return Candidates(checkpoint, precision, wanted_sizes, max_batch, tuple(each), why_none)
 

@@ -7,7 +7,8 @@ what differs, and the command that builds it again.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -77,7 +78,9 @@ class Manifest:
     references: Mapping[str, FileRecord]  # "WxH" -> the fp32 inputs and outputs (engines.artifacts.reference)
     artifacts: tuple[Artifact, ...]
     shared: tuple[FileRecord, ...] = ()  # what is no one module's: the text encoder, compiled kernels
+    adapters: tuple[tuple[str, float], ...] = ()  # fused: name and scale; their weights are in checkpoint_sha256
     format: int = FORMAT
+    quality: Mapping[str, Mapping[str, object]] | None = None  # steps -> engines.build.paired_check, where asked for
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -122,6 +125,19 @@ class Manifest:
             raise self.refusal(
                 f"built from {self.checkpoint} with weights {self.checkpoint_sha256[:12]}, and {name} has {sha256[:12]}"
             )
+
+    def check_adapters(self, given: Sequence[tuple[str, float]]) -> None:
+        """Raises ArtifactError where other adapters (name and scale) were fused than are given at start."""
+        if tuple(given) != self.adapters:
+            built, here = (
+                ", ".join(f"{name}:{scale:g}" for name, scale in some) or "none" for some in (self.adapters, given)
+            )
+            raise self.refusal(f"built with the adapters {built}, and started with {here} (--lora NAME=PATH:SCALE)")
+
+    def command_with(self, adapters: Sequence[object]) -> str:
+        """The command that builds it again with these adapters (engines.types.AdapterOption) alone."""
+        plain = re.sub(r" --lora (?:'[^']*'|\S+)", "", self.command)
+        return " ".join([plain, *(f"--lora {shlex.quote(str(adapter))}" for adapter in adapters)])
 
     def check_machine(self, machine: str, capability: str | None, versions: Mapping[str, str]) -> None:
         """Raises ArtifactError where it was built for another GPU, or by another version of its vendor's package."""
@@ -177,6 +193,7 @@ def _manifest(values: Mapping[str, Any]) -> Manifest:
     given["shared"] = tuple(FileRecord(**value) for value in values.get("shared", ()))
     given["references"] = {size: FileRecord(**value) for size, value in values["references"].items()}
     given["sizes"] = tuple(_pair(size) for size in values["sizes"])
+    given["adapters"] = tuple((str(name), float(scale)) for name, scale in values.get("adapters", ()))
     for key in ("batches", "steps"):
         given[key] = tuple(int(value) for value in values[key])
     return Manifest(**given)

@@ -14,6 +14,7 @@ from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
 from engines.models.dcae import Decoder
 from engines.models.folding import fold
+from engines.models.lora import Chosen
 from engines.models.pixels import PixelDecoder
 
 _WIDE = 256  # channels; a narrower decoder is bound by its calls, and a packed one costs 0.2 ms more
@@ -90,11 +91,15 @@ class RowByRow(nn.Module):
         guidance: Tensor,
         text_mask: Tensor | None = None,
         *drawing: Tensor,
+        chosen: Chosen | None = None,
     ) -> Tensor:
+        """chosen: for an engines.models.lora.Adapted alone."""
         rows = []
         for index in range(latent.shape[0]):
             one = slice(index, index + 1)
             length = text.shape[1] if text_mask is None else int(text_mask[index].sum())
             drawn = [value[one] for value in drawing]
-            rows.append(self.module(latent[one], text[one, :length], timestep[one], guidance[one], None, *drawn))
+            own = {} if chosen is None else {"chosen": Chosen(chosen.places[one], chosen.scale[one])}
+            arguments = (latent[one], text[one, :length], timestep[one], guidance[one], None, *drawn)
+            rows.append(self.module(*arguments, **own))
         return torch.cat(rows)

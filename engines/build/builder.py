@@ -33,6 +33,7 @@ from engines.build.quantization import exporting, narrowed, quantize
 from engines.build.spec import BuildSpec, Size, completed, fingerprint_of, words
 from engines.build.targets import Target, resolve
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.lora import with_adapters
 from engines.device.hardware import Machine, dotted, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.models.folding import fold
@@ -70,6 +71,7 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
     target = resolve(spec.gpu, spec.precision, machine, vendor=spec.vendor)
     checkpoint = open_checkpoint(spec.model, spec.decoder)
     spec = completed(spec, checkpoint)
+    checkpoint, _ = with_adapters(checkpoint, spec.lora, {})
     sha256 = checkpoint.weights.sha256()
     versions = package_versions(*_VERSIONS)
     if target.vendor == NATIVE:
@@ -109,6 +111,7 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
             references={words(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
             artifacts=pieces.artifacts,
             shared=pieces.shared,
+            adapters=tuple((one.name, one.scale or 0.0) for one in spec.lora),
         )
         manifest.write(folder)
     return Built(manifest, changed=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import BuildError
+from engines.types import AdapterOption
 
 Size = tuple[int, int]  # width, height in pixels
 ENGINES = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ class BuildSpec:
     decoder: str | None = None
     vendor: str | None = None  # one of engines.build.targets.VENDORS; None: what is installed decides
     jobs: int = 1  # processes that compile kernels
+    lora: tuple[AdapterOption, ...] = ()  # fused; without a scale at 1
 
     @property
     def command(self) -> str:
@@ -38,7 +40,8 @@ class BuildSpec:
         words += ["--out", str(self.out), "--sizes", ",".join(f"{width}x{height}" for width, height in self.sizes)]
         words += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
         words += ["--vendor", self.vendor] if self.vendor else []
-        return shlex.join(words + (["--decoder", self.decoder] if self.decoder else []))
+        words += ["--decoder", self.decoder] if self.decoder else []
+        return shlex.join(words + [word for one in self.lora for word in ("--lora", str(one))])
 
 
 def words(size: Size) -> str:
@@ -56,7 +59,8 @@ def completed(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSpec:
         if not values or not all(1 <= value <= largest for value in values):
             raise BuildError(f"{name}: got {','.join(map(str, values)) or 'none'}, allowed 1 to {largest}")
     batches, steps = tuple(sorted(set(spec.batches))), tuple(sorted(set(spec.steps)))
-    return replace(spec, sizes=tuple(sorted(set(sizes))), batches=batches, steps=steps)
+    lora = tuple(one._replace(scale=1.0) if one.scale is None else one for one in spec.lora)
+    return replace(spec, sizes=tuple(sorted(set(sizes))), batches=batches, steps=steps, lora=lora)
 
 
 def fingerprint_of(spec: BuildSpec, target: Target, checkpoint_sha256: str, versions: Mapping[str, str]) -> str:

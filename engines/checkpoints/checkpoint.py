@@ -25,7 +25,6 @@ from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransform
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
-LIST_S = 10.0  # for the hub to say what a repository holds
 _PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
 
 

@@ -1,8 +1,10 @@
 """The local folder of a checkpoint: shipped, given, or downloaded from the hub."""
 
+import logging
 from pathlib import Path
 
 from engines.checkpoints.home import expanded
+from engines.checkpoints.hub_files import HubFile, cache_of, complete, remember, remembered
 from engines.checkpoints.variants import needed
 from engines.errors import CheckpointError
 
@@ -12,14 +14,15 @@ SHORT_NAMES = {
 }
 
 LIST_S = 10.0  # for the hub to say what a repository holds
+logger = logging.getLogger("engines.checkpoints")
 _ENGINES = Path(__file__).resolve().parents[1]
 # Where the shipped checkpoint lies: in the source tree, or in engines/ of an installed package.
 _TINY = (_ENGINES.parent / "models" / "tiny", _ENGINES / "tiny")
 
 
 def find_folder(name: str, part: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of a checkpoint, downloaded with a progress bar where `name` is a hub id; of such, no more than
-    is read: with `part` (vae, controlnet) that one alone, and one variant of the weights."""
+    """The local folder of a checkpoint. A hub id is downloaded, with progress in the log, and no more of it than
+    is read: with `part` (vae, controlnet) that one alone, and one variant of the weights. Raises CheckpointError."""
     if name == "tiny":
         for folder in _TINY:
             if folder.is_dir():
@@ -32,45 +35,96 @@ def find_folder(name: str, part: str | None = None, variant: str | None = None) 
     if folder.exists() or hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(["tiny", *SHORT_NAMES])
         raise CheckpointError(f"model: {name!r} is no folder; give a folder, a hub id org/name[@revision], or {known}")
-    return _download(hub_id, revision or None, part, variant)
+    return _download(hub_id, revision or "main", part, variant)
 
 
-def _download(hub_id: str, revision: str | None, part: str | None, variant: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors"]
+def _download(hub_id: str, revision: str, part: str | None, variant: str | None) -> Path:
+    """The hub's commit of that name; where the hub cannot be asked or the cache cannot be written, what was kept."""
     try:
-        found = HfApi().model_info(hub_id, revision=revision, timeout=LIST_S)
-    except Exception:  # of whatever client it uses: what was kept serves, or else the next call says what is wrong
-        found = None
-    if found is not None:
-        patterns = needed([file.rfilename for file in found.siblings or ()], part, variant, hub_id)
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        cache_of(hub_id)
     except RuntimeError as error:  # pathlib's, of a user without a home
         raise CheckpointError(
             f"model: {hub_id} has no place to be kept: this user has no home directory; set HF_HOME (or HOME) to a "
             "folder that can be written"
         ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        kept = _kept(hub_id, revision) if found is None else None
-        if kept is not None:
-            return kept
-        reason = str(error).strip().splitlines()[0]
-        shown = f" at revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"model: {hub_id}{shown} is no local folder and cannot be had from the hub: {reason}"
-        ) from error
-
-
-def _kept(hub_id: str, revision: str | None) -> Path | None:
-    """What was downloaded before, be it a part of the repository: the reader says whether that is enough."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    least = ["model_index.json", "config.json"]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=least, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        commit, files = _listing(hub_id, revision)
+        names = needed([file.name for file in files], part, variant, hub_id)
+        folder = complete(hub_id, commit, [file for file in files if file.name in names])
+    except CheckpointError:
+        raise
+    except Exception as error:  # of whatever client the hub's library uses
+        reason = _reason(hub_id, revision, error)
+        kept = _kept(hub_id, revision, part, variant, reason)
+        if kept is None:
+            raise CheckpointError(
+                f"model: {hub_id} is no local folder and cannot be had from the hub: {reason}"
+            ) from error
+        logger.warning("%s: %s; what was downloaded before is served: %s", hub_id, reason, kept)
+        return kept
+    try:
+        remember(hub_id, revision, commit)
+    except OSError as error:  # a cache that others fill
+        logger.info("%s: the cache cannot be written (%s), and holds all that is needed", hub_id, error.strerror)
+    return folder
+
+
+def _listing(hub_id: str, revision: str) -> tuple[str, list[HubFile]]:
+    """The commit that a revision stands for now, and its files."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    commit = api.model_info(hub_id, revision=revision, timeout=LIST_S).sha or revision
+    tree = api.list_repo_tree(hub_id, recursive=True, revision=commit)
+    entries = [entry for entry in tree if isinstance(entry, RepoFile)]
+    return commit, [
+        HubFile(entry.path, entry.size, entry.blob_id if entry.lfs is None else entry.lfs.sha256) for entry in entries
+    ]
+
+
+def _kept(hub_id: str, revision: str, part: str | None, variant: str | None, reason: str) -> Path | None:
+    """The folder of what was downloaded before. Raises CheckpointError where a file of it is absent, by its name."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    folder = remembered(hub_id, revision)
+    if folder is None:
         return None
+    try:
+        names = [entry.path for entry in get_cached_repo_tree(hub_id, revision=folder.name)]
+    except CachedRepoTreeNotFoundError:  # filled by other means: the reader says what it lacks
+        return folder
+    gone = [name for name in needed(names, part, variant, hub_id) if not (folder / name).is_file()]
+    if gone:
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        raise CheckpointError(
+            f"model: {hub_id}: {folder / gone[0]}{more} was never downloaded, and cannot be now: {reason}"
+        )
+    return folder
+
+
+def _reason(hub_id: str, revision: str, error: Exception) -> str:
+    """What went wrong and what to do, in one line."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+
+    hub = constants.ENDPOINT
+    key = "HF_TOKEN is" if get_token() else "no HF_TOKEN is"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it, or give a folder"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{hub} has no revision {revision} of it"
+    if isinstance(error, GatedRepoError):
+        return f"its owner wants terms accepted, at {hub}/{hub_id}, and then HF_TOKEN of that account; {key} set"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        asked = f"{hub} answers {status} to {error.response.url.path}"
+        if status in (401, 403, 404):
+            return f"{asked}: there is no such repository or file, or HF_TOKEN may not read it; {key} set"
+        return asked
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}; make room, or set HF_HOME to a folder that can be written"
+    told = str(error).strip().partition("\n")[0]
+    return f"{hub} cannot be asked ({type(error).__name__}{told and ': '}{told}); look at HF_ENDPOINT and the network"

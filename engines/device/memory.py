@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-logger = logging.getLogger("engines.gpu_memory")
+logger = logging.getLogger("engines.device")
 
 
 class Card:

@@ -7,6 +7,7 @@ Nothing in them waits for the device, brings a value to the host or makes a tens
     guidance       [B]                  times guidance_embeds_scale; fp32
     text           [B, T, D]            in the transformer's type
     text_mask      [B, T]               bool; absent where nothing is padded
+    lora_index     [B, S] int64, lora_scale [B, S] fp32    engines.models.lora.Chosen; absent without adapters
     control        [B, C, h, w]         the drawing's latent, in the transformer's type; control_scale [B], fp32
 
 and of the decoder: latent [B, C, h, w], fp32.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.cuda.graphs import InputSpec
+from engines.models.lora import Chosen
 from engines.sampler import Denoiser, sample
 
 Inputs = Mapping[str, Tensor]
@@ -30,7 +32,9 @@ class ReadsTextOnce(Protocol):
 
     def __call__(self, *args: Any) -> Tensor: ...
 
-    def denoiser(self, text: Tensor, text_mask: Tensor | None, guidance: Tensor, *drawing: Tensor) -> Denoiser: ...
+    def denoiser(
+        self, text: Tensor, text_mask: Tensor | None, guidance: Tensor, *drawing: Tensor, **chosen: Chosen
+    ) -> Denoiser: ...
 
 
 class Denoise:
@@ -42,14 +46,16 @@ class Denoise:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         text, guidance, mask = inputs["text"], inputs["guidance"], inputs.get("text_mask")
         drawing = [inputs["control"], inputs["control_scale"]] if "control" in inputs else []
-        noise = inputs["noise"]
+        noise, chosen = inputs["noise"], dict[str, Chosen]()
+        if "lora_index" in inputs:
+            chosen["chosen"] = Chosen(inputs["lora_index"], inputs["lora_scale"])
 
         def velocity(x: Tensor, flow_time: Tensor) -> Tensor:
-            return self._transformer(x.to(self._dtype), text, flow_time, guidance, mask, *drawing)
+            return self._transformer(x.to(self._dtype), text, flow_time, guidance, mask, *drawing, **chosen)
 
         denoiser: Denoiser = velocity
         if isinstance(self._transformer, ReadsTextOnce):
-            denoiser = self._transformer.denoiser(text, mask, guidance, *drawing)
+            denoiser = self._transformer.denoiser(text, mask, guidance, *drawing, **chosen)
         return (sample(denoiser, noise[0], inputs["angles"], noise[1:]),)
 
 
@@ -65,9 +71,10 @@ class Decode:
 
 
 def input_specs(
-    channels: int, tokens: int, text_width: int, dtype: torch.dtype, *, drawing: bool
+    channels: int, tokens: int, text_width: int, dtype: torch.dtype, *, drawing: bool, adapters: int = 0
 ) -> dict[str, InputSpec]:
-    """The chain's inputs with text padded to `tokens`; drawing: with those of a drawing."""
+    """The chain's inputs with text padded to `tokens`; drawing: with those of a drawing; adapters: that a job may ask
+    for at once."""
     specs = {
         "noise": InputSpec(torch.float32, lambda key: (key.steps, key.bucket, channels, key.height, key.width), 1),
         "angles": InputSpec(torch.float32, lambda key: (key.steps, key.bucket), 1),
@@ -78,6 +85,9 @@ def input_specs(
     if drawing:
         specs["control"] = InputSpec(dtype, lambda key: (key.bucket, channels, key.height, key.width))
         specs["control_scale"] = InputSpec(torch.float32, lambda key: (key.bucket,))
+    if adapters:
+        specs["lora_index"] = InputSpec(torch.int64, lambda key: (key.bucket, adapters))
+        specs["lora_scale"] = InputSpec(torch.float32, lambda key: (key.bucket, adapters))
     return specs
 
 

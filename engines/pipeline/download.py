@@ -1,19 +1,24 @@
 """Pixels from a GPU to the host: into pinned memory, on a stream of their own, while the next picture is decoded.
 
-nvJPEG makes JPEG files on the card where torchvision is installed; see `jpeg_on_card`.
+Files are made on the card where they can be: PNG by engines.pipeline.png, JPEG by nvJPEG where torchvision is
+installed; see `jpeg_on_card`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.types import Pixels
+from engines.pipeline.png import is_black, png_file
+from engines.types import Job, Pixels
 
+Tensors = Mapping[str, Tensor]
 JpegEncoder = Callable[[Tensor, int], bytes]  # pixels [H, W, 3] uint8 on the card, quality
+
+_NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Downloaded:
 
     pixels: Pixels
     finite: bool
-    jpeg: bytes | None = None
+    file: bytes | None = None
 
 
 class Download(Protocol):
@@ -32,52 +37,53 @@ class Download(Protocol):
 
 
 class Downloader(Protocol):
-    def start(self, pixels: Tensor, finite: Tensor, jpeg_quality: int | None) -> Download:
-        """pixels [H, W, 3] uint8, finite []; both the caller's own. jpeg_quality: a JPEG file instead of pixels."""
+    def start(self, made: Tensors, job: Job) -> Download:
+        """made: finite [], and pixels [H, W, 3] or the parts of a PNG file (engines.pipeline.png), all the caller's
+        own. job: says whether a JPEG file may come instead of pixels."""
 
 
 class _Here:
-    def __init__(self, pixels: Tensor, finite: Tensor):
-        self._pixels, self._finite = pixels, finite
+    def __init__(self, made: Tensors, job: Job):
+        self._made, self._job = made, job
 
     def wait(self) -> Downloaded:
-        return Downloaded(self._pixels.numpy(), bool(self._finite))
+        return _downloaded(self._made, self._job)
 
 
 class HostDownloader:
     """For tensors that lie on the host already."""
 
-    def start(self, pixels: Tensor, finite: Tensor, jpeg_quality: int | None) -> Download:  # noqa: ARG002  # a protocol's
-        return _Here(pixels, finite)
+    def start(self, made: Tensors, job: Job) -> Download:
+        return _Here(made, job)
 
 
 class _FromCard:
-    def __init__(self, card: "CudaDownloader", pixels: Tensor, finite: Tensor, jpeg_quality: int | None):
-        self._card, self._pixels, self._quality = card, pixels, jpeg_quality
-        card.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(card.stream):
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._finite.copy_(finite, non_blocking=True)
-            self._host = None
-            if jpeg_quality is None or card.jpeg is None:
-                self._host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-                self._host.copy_(pixels, non_blocking=True)
-            self._done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
-            self._done.record()
-        for tensor in (pixels, finite):
-            tensor.record_stream(card.stream)
+    """Tensors on their way to pinned memory."""
+
+    def __init__(self, stream: Any, made: Tensors, job: Job):
+        self._host, self._job = dict[str, Tensor](), job
+        for name, tensor in made.items():
+            self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host[name].copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+        self._done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
+        self._done.record()
 
     def wait(self) -> Downloaded:
-        if self._host is not None:
-            self._done.synchronize()
-            pixels: Pixels = np.asarray(self._host)
-            return Downloaded(pixels, bool(self._finite))
-        assert self._card.jpeg is not None
-        assert self._quality is not None
-        with torch.cuda.stream(self._card.stream):
-            content = self._card.jpeg(self._pixels, self._quality)
         self._done.synchronize()
-        return Downloaded(np.empty((0, 0, 3), np.uint8), bool(self._finite), content)
+        return _downloaded(self._host, self._job)
+
+
+class _JpegOnCard:
+    def __init__(self, stream: Any, encode: JpegEncoder, made: Tensors, job: Job):
+        self._finite = _FromCard(stream, {"finite": made["finite"], "pixels": made["pixels"][:0]}, job)
+        made["pixels"].record_stream(stream)
+        self._stream, self._encode, self._pixels, self._quality = stream, encode, made["pixels"], job.jpeg_quality or 90
+
+    def wait(self) -> Downloaded:
+        with torch.cuda.stream(self._stream):
+            content = self._encode(self._pixels, self._quality)
+        return replace(self._finite.wait(), pixels=_NO_PIXELS, file=content)
 
 
 class CudaDownloader:
@@ -87,8 +93,25 @@ class CudaDownloader:
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
         self.jpeg = jpeg
 
-    def start(self, pixels: Tensor, finite: Tensor, jpeg_quality: int | None) -> Download:
-        return _FromCard(self, pixels, finite, jpeg_quality)
+    def start(self, made: Tensors, job: Job) -> Download:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if job.jpeg_quality is not None and self.jpeg is not None:
+                return _JpegOnCard(self.stream, self.jpeg, made, job)
+            return _FromCard(self.stream, made, job)
+
+
+def _downloaded(host: Tensors, job: Job) -> Downloaded:
+    finite = bool(host["finite"])
+    if "words" not in host:
+        return Downloaded(host["pixels"].numpy(), finite)
+    bits, low, high = host["facts"].tolist()
+    facts = (bits, low, high)
+    if is_black(facts, job.height):  # pixels, which the server looks at
+        return Downloaded(np.zeros((job.height, job.width, 3), np.uint8), finite)
+    return Downloaded(
+        _NO_PIXELS, finite, png_file(host["words"].numpy().view(np.uint8).data, facts, job.height, job.width)
+    )
 
 
 def jpeg_on_card() -> JpegEncoder | None:

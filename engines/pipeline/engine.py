@@ -11,20 +11,20 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engines.backends.cuda.graphs import GraphCapture, GraphKey, GraphRunner
 from engines.device.memory import open_card
 from engines.device.timer import Stopwatch
-from engines.errors import JobError, OutOfMemoryError, OutputError
+from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.pipeline.embedding_cache import TextEmbedding
-from engines.pipeline.latent_cache import LatentCache
+from engines.pipeline.latent_cache import LatentCache, resized
+from engines.pipeline.results import BatchResults
 from engines.pipeline.text_stage import TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
-from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage, StageSeconds
+from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
 MAX_CONTROL_SCALE = 2
 
@@ -34,6 +34,9 @@ class Kernels(Protocol):
 
     @property
     def reasons(self) -> Mapping[str, str]: ...
+
+    @property
+    def replaced(self) -> Mapping[str, str]: ...
 
     def compare(self, work: Callable[[], object]) -> None:
         """Runs `work`, in which each kernel is compared with its reference."""
@@ -63,10 +66,12 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class GraphRunners:
-    """Captured graphs in place of the plain chains: of denoising, of that with a drawing, and of decoding."""
+    """Captured graphs in place of the plain chains: of denoising, of that with a drawing, and of decoding; and of what
+    makes PNG files, which is left to the server where there are no graphs."""
 
     plain: GraphRunner
     decode: GraphRunner
+    png: GraphRunner
     controlled: GraphRunner | None
     recorder: GraphCapture  # what captures them, and the text stage's
 
@@ -115,6 +120,7 @@ class SprintEngine:
         if self._kernels is not None:
             self._kernels.compare(self._use_every_kernel)
             self._info.reasons.update(self._kernels.reasons)
+            self._info.replaced_kernels.update(self._kernels.replaced)
         with self._on_device():
             self._capture()
         sizes = self._limits.sizes if self._buckets else ()
@@ -122,9 +128,9 @@ class SprintEngine:
         for width, height in sizes or (self._limits.default_size,):
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
-                    for quality in (None, 90):
-                        job = Job("", seed=0, width=width, height=height, control_image=drawing, jpeg_quality=quality)
-                        self.generate([job] * count)
+                    job = Job("", seed=0, width=width, height=height, control_image=drawing)
+                    for asked in (job, replace(job, jpeg_quality=90), replace(job, png=True)):
+                        self.generate([asked] * count)
         if self._kernels is not None:
             self._use_every_kernel()
 
@@ -144,7 +150,7 @@ class SprintEngine:
         if runners is None:
             return
         try:
-            for runner in filter(None, (runners.decode, runners.plain, runners.controlled)):
+            for runner in filter(None, (runners.decode, runners.plain, runners.controlled, runners.png)):
                 runner.capture()
             self._modules.text.capture(runners.recorder)
         except torch.OutOfMemoryError as error:
@@ -199,15 +205,21 @@ class SprintEngine:
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32)
         inputs |= {"noise": noise, "angles": angles, "guidance": guidance * self._space.guidance_embeds_scale}
         inputs |= self._drawn(jobs)
+        if self._limits.adapters:
+            inputs |= self._adapters(jobs)
         latents, bucket = self._denoise(inputs, jobs[0].steps)
         watch.record()
-        made = _Made(jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket)
+        made = BatchResults(
+            jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket
+        )
         coming: list[Download] = []
         for latent in torch.split(latents, 1):
             pixels, finite = self._decode(latent)
             watch.record()
             # The next picture is decoding before this thread waits for the one before it.
-            coming.append(self._downloader.start(pixels[0], finite[0], jobs[len(coming)].jpeg_quality))
+            job = jobs[len(coming)]
+            picture = self._png(pixels, latent) if job.png else {"pixels": pixels[0]}
+            coming.append(self._downloader.start({**picture, "finite": finite[0]}, job))
             if len(coming) > 1:
                 made.take(coming[-2], deliver)
         made.take(coming[-1], deliver)
@@ -232,6 +244,13 @@ class SprintEngine:
         if self._runners is None:
             return Decode(self._modules.decoder)({"latent": latent})
         return self._runners.decode({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
+
+    def _png(self, pixels: Tensor, latent: Tensor) -> dict[str, Tensor]:
+        """The parts of a PNG file of pixels [1, H, W, 3], if they can be made here; else the pixels."""
+        if self._runners is None:
+            return {"pixels": pixels[0]}
+        words, facts = self._runners.png({"pixels": pixels}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
+        return {"words": words[0], "facts": facts[0]}
 
     def _read(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """The chain's inputs of the texts; graphs have one length, that of the longest prompt."""
@@ -270,6 +289,18 @@ class SprintEngine:
         scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32)
         return {"control": self._encoded(drawings, jobs[0].key).to(self._space.dtype), "control_scale": scale}
 
+    def _adapters(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The chain's inputs of the adapters: as many places as a graph has, or else as the jobs need."""
+        places = max(len(job.lora) for job in jobs) if self._runners is None else self._limits.most_adapters
+        if not places:
+            return {}
+        index = torch.zeros(len(jobs), places, dtype=torch.int64)
+        scale = torch.zeros(len(jobs), places)
+        for row, job in enumerate(jobs):
+            for place, (name, strength) in enumerate(job.lora):
+                index[row, place], scale[row, place] = self._limits.adapters.index(name), strength
+        return {"lora_index": index, "lora_scale": scale}
+
     def _encoded(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
         """Latents [B, C, h, w] of RGB images of any size."""
         return self._images.latents(images, lambda image: resized(image, key.width, key.height), key[:2])
@@ -286,49 +317,6 @@ class SprintEngine:
                 raise JobError(f"strength: got {job.strength}, allowed 0 to 1")
             if not 0 <= job.control_scale <= MAX_CONTROL_SCALE:
                 raise JobError(f"control_scale: got {job.control_scale}, allowed 0 to {MAX_CONTROL_SCALE}")
-
-
-class _Made:
-    """The images of a batch, as they come."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        embeddings: Sequence[TextEmbedding],
-        watch: Stopwatch,
-        bucket: int,
-        *,
-        uncaptured: bool,
-    ):
-        self._jobs, self._embeddings, self._watch = jobs, embeddings, watch
-        self._bucket, self._uncaptured = bucket, uncaptured
-        self.images: list[RawImage] = []
-
-    def take(self, download: Download, deliver: Deliver | None) -> None:
-        """Waits for the next image and hands it out. Raises OutputError where it is not finite."""
-        index = len(self.images)
-        got, embedding = download.wait(), self._embeddings[index]
-        if not got.finite:
-            raise OutputError(
-                f"the decoder gave NaN or infinity for seed {self._jobs[index].seed} of a batch of {len(self._jobs)}"
-            )
-        text, denoise, *decode = self._watch.laps(index + 3)
-        stages = StageSeconds(text, denoise, decode[index])
-        image = RawImage(
-            got.pixels, stages, self._bucket, embedding.truncated, embedding.cached, self._uncaptured, got.jpeg
-        )
-        self.images.append(image)
-        if deliver is not None:
-            deliver(index, image)
-
-
-def resized(image: Pixels, width: int, height: int) -> Tensor:
-    """RGB [H, W, 3] of any size stretched to [height, width, 3] uint8, bicubic with antialiasing."""
-    if image.shape[:2] == (height, width):
-        return torch.tensor(image)
-    planes = torch.tensor(image).permute(2, 0, 1)[None].float()
-    planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return planes.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
 
 
 def _no_memory(jobs: Sequence[Job], error: Exception) -> str:

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engines.types import Pixels
@@ -31,6 +32,15 @@ class LatentCache:
         while sum(latent.nbytes for latent in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)
         return torch.stack([found[key] for key in keys])
+
+
+def resized(image: Pixels, width: int, height: int) -> Tensor:
+    """RGB [H, W, 3] of any size stretched to [height, width, 3] uint8, bicubic with antialiasing."""
+    if image.shape[:2] == (height, width):
+        return torch.tensor(image)
+    planes = torch.tensor(image).permute(2, 0, 1)[None].float()
+    planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return planes.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
 
 
 def _digest(image: Pixels, size: tuple[int, int]) -> bytes:

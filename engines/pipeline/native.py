@@ -1,6 +1,6 @@
 """Modules of a checkpoint on an NVIDIA GPU by engines.kernels: what `--backend cuda-graph` captures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from engines.backends.base import ModuleSpec
+from engines.backends.cuda.adapted import CudaAdapted
 from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.decoder import CudaDecoder, why_not
 from engines.backends.cuda.encoder import CudaEncoder, why_not_encode
@@ -20,6 +21,7 @@ from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
+from engines.models.lora import Adapted
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
@@ -53,6 +55,10 @@ class Native:
         return cls(Ops(Launcher.of(device)), autoencoder, proof)
 
     def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
+        if isinstance(module, Adapted):
+            inner = self(module.module, spec)
+            assert isinstance(inner, CudaTransformer | CudaControlled)
+            return CudaAdapted(inner, module.choice)
         if isinstance(module, SprintTransformer):
             self._transformer = CudaTransformer(module, self.ops)
             return self._transformer
@@ -104,6 +110,11 @@ class Native:
             [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
             self._decoder.calibrate(latent)
         self._decoder.to_fp8()
+
+    @property
+    def replaced(self) -> Mapping[str, str]:
+        """Kernel -> why its reference runs in its place."""
+        return self.ops.replaced
 
     def compare(self, work: Callable[[], object]) -> None:
         """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""

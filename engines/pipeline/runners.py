@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from engines.backends.cuda.graphs import GraphCapture, GraphRunner
+import torch
+
+from engines.backends.cuda.graphs import GraphCapture, GraphRunner, InputSpec
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
 from engines.pipeline.engine import GraphRunners, LatentSpace, Modules
+from engines.pipeline.png import PngEncoder
 from engines.types import Limits
 
 
@@ -33,15 +36,18 @@ def runners_of(
             return Denoise(transformer, space.dtype)
 
         tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
-        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing)
+        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing, adapters=limits.most_adapters)
         return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
 
     # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.
     decode = GraphRunner(
         lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
     )
+    encode = PngEncoder(space.device)
+    pixels = InputSpec(torch.uint8, lambda key: (key.bucket, key.height * unit, key.width * unit, 3))
+    png = GraphRunner(lambda: encode, {"pixels": pixels}, (1,), sides, (1,), recorder, space.device)
     controlled = denoise(drawing=True) if "control" in limits.conditioning else None
-    runners = GraphRunners(denoise(drawing=False), decode, controlled, recorder)
+    runners = GraphRunners(denoise(drawing=False), decode, png, controlled, recorder)
     reasons["graphs"] = (
         f"{len(runners.plain.capture_order)} are captured before the first request: batches {_listed(buckets)}, "
         f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"

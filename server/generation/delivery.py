@@ -17,7 +17,7 @@ from server.generation.engine_thread import Finished, Outcome
 from server.generation.image_codec import Codec
 from server.generation.job_queue import Entry
 
-logger = logging.getLogger("server.batcher")
+logger = logging.getLogger("server.generation")
 
 
 @dataclass(frozen=True, slots=True)

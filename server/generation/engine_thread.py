@@ -23,7 +23,7 @@ from server.telemetry.metrics import Metrics
 
 FAILURES_IN_A_ROW = 3  # jobs failed alone, without a success between, before the engine must prove itself
 
-logger = logging.getLogger("server.engine")
+logger = logging.getLogger("server.generation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class EngineThread:
         def tell(index: int, image: RawImage) -> None:
             """Each image as soon as it is done, while the engine makes the next."""
             entry = batch[index]
-            if image.jpeg is None and entry.job.image is None and not image.pixels.any():  # of a black image, black
+            if image.file is None and entry.job.image is None and not image.pixels.any():  # of a black image, black
                 raise OutputError(f"the picture of seed {entry.job.seed} in a batch of {len(batch)} is all black")
             told.add(index)
             self._failures = 0

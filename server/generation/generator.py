@@ -40,6 +40,7 @@ class GenerationRequest:
     strength: float = 0.5
     control_image: bytes | str | None = None
     control_scale: float = 1.0
+    lora: tuple[tuple[str, float], ...] = ()  # adapters by name, each with its scale
     timeout_ms: int | None = None
     base64: bool = False
     keeps_shape: bool = False  # without width and height: the shape of `image`, about as large as the engine's default
@@ -144,7 +145,9 @@ def first_job(order: GenerationRequest, limits: Limits) -> Job:
         guidance_scale=order.guidance_scale,
         strength=order.strength,
         control_scale=order.control_scale,
+        lora=order.lora,
         jpeg_quality=order.output_quality if order.output_format == "jpeg" else None,
+        png=order.output_format == "png",
     )
     stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
     conditioned = replace(

@@ -1,7 +1,8 @@
 """Pixels to PNG, JPEG or WebP and back, on a few threads of their own: never the engine's, never the event loop's.
 
-PNG is written by fpng (lossless; 1024x1024 in about a hundredth of the time of zlib at its default level; it releases
-the interpreter lock), JPEG and WebP by Pillow. All are deterministic: the same pixels give the same bytes.
+PNG is written by fpng (lossless; 1024x1024 in about a hundredth of the time of zlib at its default level, for which it
+holds the interpreter lock), JPEG and WebP by Pillow. All are deterministic: the same pixels give the same bytes. On a
+GPU the engine makes PNG and JPEG files itself.
 """
 
 import asyncio
@@ -68,7 +69,7 @@ def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> Callabl
 
 def encode_image(image: RawImage, image_format: ImageFormat, quality: int, *, base64: bool) -> bytes:
     """The file, or its base64; one that the engine made already is taken."""
-    file = encode(image.pixels, image_format, quality) if image.jpeg is None else image.jpeg
+    file = encode(image.pixels, image_format, quality) if image.file is None else image.file
     return pybase64.b64encode(file) if base64 else file
 
 

@@ -1,6 +1,7 @@
 """Jobs that wait, in one bounded queue that the event loop fills and the engine thread empties.
 
-Knows slots, batch keys, ages and deadlines. Knows no engine, no event loop and no HTTP. All times are time.monotonic().
+Knows slots, batch keys, ages and deadlines. Knows no engine, no event loop and no HTTP. All times are of one clock,
+time.monotonic() in a server; bench.fleet runs this very queue on the time of a simulation.
 Slots count what may pile up: a job holds one from before its request is prepared until its picture is encoded.
 """
 
@@ -11,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 from engines.types import BatchKey, Job, RawImage
 
@@ -30,11 +31,12 @@ class Entry:
 
 
 class JobQueue:
-    """Holds at most `max_waiting` jobs that wait (or are about to), and `max_inside` that are not yet answered."""
+    """Holds at most `max_waiting` jobs that wait (or are about to), and `max_in_flight` that are not yet answered."""
 
-    def __init__(self, *, max_waiting: int, max_in_flight: int) -> None:
+    def __init__(self, *, max_waiting: int, max_in_flight: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_waiting = max_waiting
         self.max_in_flight = max_in_flight
+        self._clock = clock
         self._filled = threading.Condition()
         self._waiting: dict[BatchKey, OrderedDict[int, Entry]] = {}
         self._places = count()
@@ -43,6 +45,11 @@ class JobQueue:
         self._in_flight = 0
         self._closed = False
         self._woken = False
+
+    @classmethod
+    def for_engine(cls, *, max_queue: int, max_batch: int, clock: Callable[[], float] = time.monotonic) -> Self:
+        """In front of one engine: beyond those that wait, a batch that runs and one whose images are being encoded."""
+        return cls(max_waiting=max_queue, max_in_flight=max_queue + 2 * max_batch, clock=clock)
 
     @property
     def waiting(self) -> int:
@@ -122,7 +129,7 @@ class JobQueue:
                     return [], []
                 self._filled.wait()
             key = min(self._waiting, key=lambda key: next(iter(self._waiting[key])))
-            group, room, now = self._waiting[key], largest(key), time.monotonic()
+            group, room, now = self._waiting[key], largest(key), self._clock()
             batch: list[Entry] = []
             expired: list[Entry] = []
             while group and len(batch) < room:

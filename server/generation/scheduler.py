@@ -37,7 +37,7 @@ CLOSE_S = 1.0  # what the engine gets at least, at the end, to finish a batch an
 BUILD_RETRY_S = 30  # at most until a client asks again while an engine is built
 EXIT_GRACE_S = 1.0  # between saying that the engine is lost, to everyone who waits, and leaving
 
-logger = logging.getLogger("server.batcher")
+logger = logging.getLogger("server.generation")
 
 
 class Scheduler:
@@ -66,8 +66,7 @@ class Scheduler:
         self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready
-        # Beyond those that wait: one batch that runs and one whose pictures are being encoded.
-        self._queue = JobQueue(max_waiting=max_queue, max_in_flight=max_queue + 2 * max_batch)
+        self._queue = JobQueue.for_engine(max_queue=max_queue, max_batch=max_batch)
         self._thread = EngineThread(source, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
         self._engine: Engine | None = None
         self._unanswered: set[Entry] = set()

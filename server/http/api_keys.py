@@ -19,7 +19,7 @@ from server.errors import SettingsError, UnauthorizedError
 
 CHECK_EVERY_S = 1.0  # how often the file's time stamp is looked at, at most
 
-logger = logging.getLogger("server.keys")
+logger = logging.getLogger("server.http")
 
 
 class ApiKeys:

@@ -54,7 +54,7 @@ KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a p
 LINGER_S = 2.0  # after an early answer to a larger one, how long and
 LINGER_BYTES = 4 * 2**20  # how much is still read, so that the client gets to see the answer
 
-logger = logging.getLogger("server.access")
+logger = logging.getLogger("server.http")
 
 
 @dataclass(frozen=True, slots=True)

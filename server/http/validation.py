@@ -60,7 +60,7 @@ def shown(value: object) -> str:
 
 def allowed(model: type[BaseModel], field: str) -> str:
     """What a field may be, in words, from its JSON schema."""
-    schema = model.model_json_schema()["properties"][field]
+    schema = model.model_json_schema()["properties"][field.partition(".")[0]]
     choices = schema.get("anyOf", [schema])
     rule = schema | choices[0]  # of `x | None`, x comes first
     nullable = " or null" if len(choices) > 1 else ""
@@ -70,6 +70,9 @@ def allowed(model: type[BaseModel], field: str) -> str:
         return f"text like {rule['pattern']}{nullable}"
     if rule["type"] == "string":
         return f"a string of {rule.get('minLength', 0)} to {rule.get('maxLength', MAX_BASE64)} characters{nullable}"
+    inner = rule.get("additionalProperties")
+    if isinstance(inner, dict) and "minimum" in inner:
+        return f"an object whose values are numbers from {inner['minimum']:g} to {inner['maximum']:g}{nullable}"
     nouns = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list"}
     noun = {**nouns, "object": "an object"}[rule["type"]]
     if "multipleOf" in rule:

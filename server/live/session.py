@@ -148,7 +148,9 @@ class LiveSession:
 
     def _understand(self, text: str | None, drawing: bytes | None) -> None:
         if text is not None:
-            self._settings = self._settings.updated(text)
+            updated = self._settings.updated(text)
+            self._check(updated)
+            self._settings = updated
         elif drawing is not None:
             if len(drawing) > MAX_DRAWING:
                 got = f"drawing: got {len(drawing)} bytes, allowed: at most {MAX_DRAWING} bytes (8 MiB)"
@@ -158,6 +160,16 @@ class LiveSession:
         self._understood = self._sequence
         self._received = time.monotonic()
         self._news.set()
+
+    def _check(self, settings: LiveSettings) -> None:
+        """Raises InvalidError for settings that no drawing could be made with: the session keeps those it had."""
+        try:
+            limits = self._scheduler.engine.limits
+        except UnavailableError as error:
+            raise _unavailable(error) from error
+        drawing = self._drawing or (b"" if settings.mode == "auto" else b"one to come")
+        prompted = settings if settings.prompt else settings.model_copy(update={"prompt": "one to come"})
+        first_job(_order(prompted, drawing, self._conditioning(settings, drawing), self._seed), limits)
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
@@ -293,6 +305,7 @@ def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int
         strength=settings.strength,
         control_image=drawing if kind == "control" else None,
         control_scale=settings.control_scale,
+        lora=settings.adapters,
     )
 
 

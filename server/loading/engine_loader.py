@@ -19,7 +19,8 @@ BUILDER = Path(__file__).resolve().parents[2] / "build_engine.py"  # beside the 
 def source(settings: Settings) -> EngineSource:
     """Where the engine that the settings ask for comes from. Returns at once; `load` of it is slow."""
     if settings.backend == "fake":
-        return Given(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=settings.fake_delay_ms / 1000))
+        names, delay_s = tuple(one.name for one in settings.lora if one.scale is None), settings.fake_delay_ms / 1000
+        return Given(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=delay_s, adapters=names))
     if settings.engine == "none" or (settings.engine is None and settings.backend != "auto"):
         return Given(lambda: load(settings))
     if settings.engine not in (None, "auto"):
@@ -61,6 +62,7 @@ def load(
         decoder=None if checkpoint else settings.decoder,
         controlnet=settings.controlnet,
         variant=settings.variant,
+        lora=settings.lora,
         cache=settings.cache or user_cache(os.environ),
         sizes=sizes,
     )
@@ -101,6 +103,7 @@ class _Ways:
             max_batch=settings.max_batch,
             decoder=settings.decoder,
             variant=settings.variant,
+            lora=settings.lora,
         )
         self._sizes, self._checkpoint = found.sizes, found.checkpoint
         return Offers(found.each, found.why_none)

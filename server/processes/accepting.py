@@ -22,7 +22,7 @@ PAUSE_S = 0.1  # without a descriptor, until the next attempt
 SPARE = 8  # descriptors kept for what serves the connections that are there: files of the page, sockets of metrics
 ABSENT = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # what an address of a family says that this host has not
 
-logger = logging.getLogger("server")
+logger = logging.getLogger("server.processes")
 
 
 class Acceptor:

@@ -30,7 +30,7 @@ from server.telemetry.logs import Seldom
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before another start in a place where the last ones never became ready
 KILL_S = 10.0  # after the drain limit
 
-logger = logging.getLogger("server.supervisor")
+logger = logging.getLogger("server.processes")
 
 
 @dataclass(eq=False)

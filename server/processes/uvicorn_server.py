@@ -35,7 +35,7 @@ UNREAD_MS = 60_000  # how long a client may leave an answer lying before its con
 LIVE_SEND_BYTES = 128 * 1024  # of the kernel, for each websocket
 KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
 
-logger = logging.getLogger("server")
+logger = logging.getLogger("server.processes")
 
 
 class BoundedProtocol(HttpToolsProtocol):

@@ -30,7 +30,7 @@ from server.settings import read
 from server.telemetry import aggregation, logs
 from server.telemetry.logs import Seldom
 
-logger = logging.getLogger("server.worker")
+logger = logging.getLogger("server.processes")
 
 
 class WorkerServer(DrainingServer):

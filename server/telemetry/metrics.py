@@ -77,6 +77,12 @@ class Metrics:
         self.origins_refused = Counter(
             "sana_sprint_origins_refused", "Refused for a page of another site.", ("kind",), registry=self.registry
         )
+        self.replaced_kernels = Gauge(
+            "sana_sprint_replaced_kernels",
+            "1 for each kernel that its reference replaces on this card, and why.",
+            ("kernel", "reason"),
+            registry=self.registry,
+        )
         self.workers_wanted = Gauge(
             "sana_sprint_workers_wanted", "Processes that shall serve here (--workers).", registry=self.registry
         )
@@ -137,7 +143,11 @@ class Metrics:
         self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     def describe_engine(self, info: EngineInfo, version: str) -> None:
-        """Publishes sana_sprint_engine_info, in the place of an engine before; `version` is this package's."""
+        """Publishes sana_sprint_engine_info, and which kernels are replaced, instead of what an earlier engine had.
+
+        `version` is this package's.
+        """
+        self.replaced_kernels.clear()
         if not self._described:
             self.registry.register(self._engine_info)
             self._described = True
@@ -150,6 +160,8 @@ class Metrics:
                 "version": version,
             }
         )
+        for kernel, reason in info.replaced_kernels.items():
+            self.replaced_kernels.labels(kernel, reason).set(1)
 
     def name_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Sizes (width, height) that always have series of their own, whatever clients ask for before them."""

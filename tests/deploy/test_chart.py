@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+import build_engine
 from server.settings import Settings, read
 
 if find_spec("helm_python") is None:
@@ -25,12 +26,17 @@ EVERYTHING = {
     "autoscaling": {"enabled": True},
     "monitoring": {"enabled": True},
     "apiKeysSecret": "sprint-keys",
+    "hubTokenSecret": "hub",
+    "hub": "https://hub.example.org",
+    "runtimeClassName": "nvidia",
+    "engine": {"build": True, "sizes": "1024x1024,512x512"},
     "settings": {"max-queue": 256, "log-level": "warning"},
     "volumes": {"storageClass": "fast"},
     "nodeSelector": {"gpu": "h100"},
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
 }
 CPU = {"gpu": 0, "image": {"tag": "cpu"}, "model": "tiny"}
+EXAMPLES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CHART / "examples").glob("*.yaml"))}
 
 
 @cache
@@ -52,7 +58,9 @@ def one(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("values", [{}, EVERYTHING, CPU], ids=["defaults", "everything", "cpu"])
+@pytest.mark.parametrize(
+    "values", [{}, EVERYTHING, CPU, *EXAMPLES.values()], ids=["defaults", "everything", "cpu", *EXAMPLES]
+)
 def test_documents_fit_the_schemas_of_kubernetes(values: dict[str, Any]) -> None:
     for document in rendered(values):
         if not document["apiVersion"].startswith("monitoring.coreos.com/"):
@@ -76,7 +84,7 @@ def test_kinds_come_with_what_asks_for_them() -> None:
 
 def test_settings_are_ones_that_the_server_accepts() -> None:
     container = one(rendered(EVERYTHING), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
-    settings = read(container["args"], {item["name"]: item["value"] for item in container["env"]})
+    settings = read(container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item})
     assert (settings.max_queue, settings.log_level, settings.model) == (256, "warning", "sprint-0.6b")
     assert settings.api_key_file == "/keys/keys"
     assert settings.port == container["ports"][0]["containerPort"] == Settings().port
@@ -114,3 +122,48 @@ def test_values_that_mean_nothing_are_refused(values: dict[str, Any]) -> None:
         rendered(values)
     assert refused.value.returncode == 1
     assert "\nhelm: sana-sprint-server:" in refused.value.stderr
+
+
+def pod(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = one(rendered(values), "StatefulSet")["spec"]["template"]["spec"]
+    return found
+
+
+@pytest.mark.parametrize("values", [EVERYTHING, *EXAMPLES.values()], ids=["everything", *EXAMPLES])
+def test_engines_are_built_before_the_server_that_serves_them(values: dict[str, Any]) -> None:
+    (builder,), (server,) = pod(values)["initContainers"], pod(values)["containers"]
+    assert builder["command"] == ["python", "build_engine.py"]
+    spec = build_engine.parse(builder["args"])
+    assert (spec.gpu, spec.precision) == ("native", values["engine"].get("precision", "bf16"))
+    assert read(server["args"], {}).engine == str(spec.out)
+    assert builder["resources"]["limits"] == server["resources"]["limits"]
+    assert {mount["name"]: mount["mountPath"] for mount in builder["volumeMounts"]}.items() <= {
+        mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]
+    }.items()
+
+
+def test_a_slice_of_a_card_and_several_cards_are_asked_for_by_name() -> None:
+    def server(name: str) -> tuple[dict[str, Any], Settings]:
+        (container,) = pod(EXAMPLES[name])["containers"]
+        environment = {item["name"]: item["value"] for item in container["env"]}
+        return container["resources"]["limits"], read(container["args"], environment)
+
+    limits, settings = server("mig-slice")
+    assert limits["nvidia.com/mig-2g.20gb"] == settings.workers == 1
+    assert "nvidia.com/gpu" not in limits
+    limits, settings = server("many-cards")
+    assert limits["nvidia.com/gpu"] == settings.workers == 4
+
+
+def test_a_first_start_may_take_what_it_is_given() -> None:
+    (container,) = pod({"start": {"limitSeconds": 7200}})["containers"]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 7200
+    assert probe["httpGet"]["path"] == "/health/ready"  # the other probes wait until it was ready once
+
+
+def test_the_hub_is_asked_with_what_it_wants() -> None:
+    for container in (*pod(EVERYTHING)["initContainers"], *pod(EVERYTHING)["containers"]):
+        environment = {item["name"]: item for item in container["env"]}
+        assert environment["HF_ENDPOINT"]["value"] == "https://hub.example.org"
+        assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}

@@ -1,5 +1,6 @@
 """Dockerfile and compose file against the code: what they name exists, what they set is accepted."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
+import build_engine
 from deploy.check_image import readme_flags, volumes_of
+from deploy.lock import LOCKS
 from server.settings import Settings, read
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-SERVERS = ("server", "server-gpu")
+SERVERS = ("server", "server-gpu", "server-rtx")
+PROFILES = ("cpu", "gpu", "rtx")
 
 
 def test_what_the_image_copies_exists_and_is_sent() -> None:
@@ -27,6 +31,13 @@ def test_what_the_image_copies_exists_and_is_sent() -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert set(sources) == sent
     assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_every_flavour_has_its_lock() -> None:
+    (flavours,) = re.findall(r"case \"\$\{FLAVOUR\}\" in ([a-z|]+)\)", DOCKERFILE)
+    locks = {f"requirements-{flavour}.lock" for flavour in flavours.split("|")}
+    assert locks == set(re.findall(r"requirements-\w+\.lock", re.search(r"^COPY req.*$", DOCKERFILE, re.MULTILINE)[0]))  # type: ignore[index]
+    assert locks <= set(LOCKS)
 
 
 def test_the_image_sets_what_the_server_accepts() -> None:
@@ -50,19 +61,71 @@ def test_the_readme_starts_the_container_as_it_is_meant() -> None:
     assert {f'"{folder}"' for folder in volumes_of(flags).values()} == set(declared[1].split(", "))
 
 
+def service(name: str) -> dict[str, Any]:
+    """A service with the defaults of its variables."""
+    text = json.dumps(COMPOSE["services"][name])
+    found: dict[str, Any] = json.loads(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
+    return found
+
+
+def started(profile: str) -> set[str]:
+    """The services that `docker compose --profile PROFILE up` starts."""
+    return {name for name, one in COMPOSE["services"].items() if not one.get("profiles") or profile in one["profiles"]}
+
+
+def test_without_a_profile_the_cpu_serves() -> None:
+    assert "COMPOSE_PROFILES=cpu\n" in (ROOT / ".env").read_text()
+    assert started("cpu") == {"server", "prometheus", "grafana"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_starts_one_server_with_its_dashboard_and_no_port_twice(profile: str) -> None:
+    names = started(profile)
+    assert len(names & set(SERVERS)) == 1
+    assert {"prometheus", "grafana"} <= names
+    ports = [port.split(":")[1] for name in names for port in service(name)["ports"]]
+    assert len(ports) == len(set(ports)) == 3
+
+
+@pytest.mark.parametrize("profile", ["gpu", "rtx"])
+def test_engines_are_built_before_the_server_that_serves_them(profile: str) -> None:
+    builder, server = service(f"engines-{profile}"), service(f"server-{profile}")
+    assert builder["entrypoint"] == ["python", "build_engine.py"]
+    spec, settings = build_engine.parse(builder["command"]), read(server["command"], {})
+    assert (spec.model, str(spec.out)) == (settings.model, settings.engine)
+    assert server["depends_on"] == {f"engines-{profile}": {"condition": "service_completed_successfully"}}
+    assert builder["image"] == server["image"] == f"sana-sprint-server:{profile}"
+    assert builder["build"]["args"]["FLAVOUR"] == profile
+    assert builder["volumes"] == server["volumes"]
+    assert builder["deploy"] == server["deploy"]
+    assert builder["restart"] == "no"
+
+
+def test_the_quick_start_names_what_compose_has() -> None:
+    page = (ROOT / "docs/use/gpu-quickstart.md").read_text()
+    lines = [line.split() for line in re.findall(r"^ {4}(docker compose .+)$", page, re.MULTILINE)]
+    assert len(lines) == 4
+    for words in lines:
+        assert {word for word in words if word.endswith(("-gpu", "-rtx"))} <= set(COMPOSE["services"])
+        assert "--profile" not in words or words[words.index("--profile") + 1] in PROFILES
+    (run,) = [words for words in lines if "run" in words]
+    spec = build_engine.parse(run[run.index("engines-gpu") + 1 :])
+    assert str(spec.out) == read(service("server-gpu")["command"], {}).engine
+
+
 @pytest.mark.parametrize("name", SERVERS)
 def test_compose_gives_the_server_time_to_drain(name: str) -> None:
-    service = COMPOSE["services"][name]
-    settings = read([word.replace("${MODEL:-sprint-0.6b}", "sprint-0.6b") for word in service.get("command", [])], {})
-    assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.drain_limit_s
+    one = service(name)
+    settings = read(one.get("command", []), {})
+    assert int(one["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.drain_limit_s
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", [*SERVERS, "engines-gpu", "engines-rtx"])
 def test_compose_takes_every_right_away(name: str) -> None:
-    service = COMPOSE["services"][name]
-    assert service["read_only"]
-    assert service["tmpfs"] == ["/tmp"]
-    assert service["cap_drop"] == ["ALL"]
+    one = service(name)
+    assert one["read_only"]
+    assert one["tmpfs"] == ["/tmp"]
+    assert one["cap_drop"] == ["ALL"]
 
 
 def test_compose_mounts_what_is_there() -> None:
@@ -81,7 +144,8 @@ def test_prometheus_and_grafana_find_the_services() -> None:
     scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
     targets = [target for job in scraped for entry in job["static_configs"] for target in entry["targets"]]
     assert targets == [f"server:{Settings().port}"]
-    assert COMPOSE["services"]["server-gpu"]["networks"]["default"]["aliases"] == ["server"]
+    for name in SERVERS[1:]:
+        assert COMPOSE["services"][name]["networks"]["default"]["aliases"] == ["server"]
     sources = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
     assert sources["datasources"][0]["url"] == "http://prometheus:9090"
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+import build_engine
 from server.cluster.application import NAME, Scale, in_scale
 from server.cluster.retry import CALLBACK
 from server.settings import Settings, flag_of, read
@@ -36,6 +37,14 @@ def test_workers_hold_what_a_replica_asks_for() -> None:
     assert int(resources["limits"]["nvidia.com/gpu"]) == arguments["gpus"]
     assert int(resources["requests"]["cpu"]) >= arguments["cpus"]
     assert TEMPLATES[1]["spec"]["terminationGracePeriodSeconds"] > Settings().drain_limit_s
+
+
+def test_engines_are_built_before_the_replica_that_serves_them() -> None:
+    (builder,), (worker,) = TEMPLATES[1]["spec"]["initContainers"], TEMPLATES[1]["spec"]["containers"]
+    assert builder["command"] == ["python", "build_engine.py"]
+    spec, arguments = build_engine.parse(builder["args"]), SERVE["applications"][0]["args"]
+    assert (spec.model, str(spec.out)) == (arguments["model"], arguments["engine"])
+    assert builder["resources"] == worker["resources"]
 
 
 def test_the_ray_version_is_the_locked_one() -> None:

@@ -90,9 +90,9 @@ def test_logs_carry_ids_and_never_a_prompt(serve: Serve, caplog: pytest.LogCaptu
             json={"prompt": prompt, "colour": "secret"} if not prompt else {"prompt": prompt},
             headers=headers,
         )
-    records = [record for record in caplog.records if record.name == "server.access"]
+    records = [record for record in caplog.records if record.name == "server.http"]
     wait_until(lambda: len(records) >= 4)
-    logged = [record for record in caplog.records if record.name == "server.access" and hasattr(record, "fields")]
+    logged = [record for record in caplog.records if record.name == "server.http" and hasattr(record, "fields")]
     mine = [record.fields for record in logged if record.fields["request_id"] == "my-id"]
     assert [fields["status"] for fields in mine] == [200, 500, 422, 422]
     assert all(fields["trace_id"] == trace for fields in mine)

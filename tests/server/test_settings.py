@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from engines.types import AdapterOption
 from server.errors import SettingsError
 from server.settings import Settings, flag_of, parser, read, variable_of
 
@@ -20,6 +21,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "decoder": ("lite", "lite"),
     "variant": ("fp16", "fp16"),
     "controlnet": ("drawn", "drawn"),
+    "lora": ("ring=a.safetensors, b=b:-0.5", (AdapterOption("ring", "a.safetensors"), AdapterOption("b", "b", -0.5))),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "workers": ("4", 4),
@@ -58,6 +60,11 @@ def test_flag_and_variable_mean_the_same_and_the_flag_wins(name: str) -> None:
     assert getattr(by_flag, name) == value
     assert read([], {variable_of(name): text}) == by_flag
     assert read([flag_of(name), text], {variable_of(name): str(getattr(Settings(), name))}) == by_flag
+
+
+def test_adapters_are_given_one_by_one_too() -> None:
+    settings = read(["--lora", "a=x", "--lora", "b=y:2"], {"SPRINT_LORA": "c=z"})
+    assert settings.lora == (AdapterOption("a", "x"), AdapterOption("b", "y", 2.0))
 
 
 def test_defaults_are_the_dataclass() -> None:

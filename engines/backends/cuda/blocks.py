@@ -25,16 +25,18 @@ from engines.kernels.op import Ops
 from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, positions
 from engines.models.layers import RMSNorm
+from engines.models.lora import Stack
 from engines.models.transformer import TransformerConfig
 
 _WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
 
 
 class Layer(NamedTuple):
-    """Weight [out, in] and bias [out] of a product."""
+    """Weight [out, in] and bias [out] of a product; stacks: what jobs add to it, each from an output on."""
 
     weight: Tensor
     bias: Tensor | None
+    stacks: tuple[tuple[int, Stack], ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -101,6 +103,8 @@ class Blocks:
             own.to_q.weight = nn.Parameter(own.to_q.weight.detach() * sign[:, None], requires_grad=False)
             if own.to_q.bias is not None:
                 own.to_q.bias = nn.Parameter(own.to_q.bias.detach() * sign, requires_grad=False)
+            for _, stack in _stacks(own.to_q):
+                stack.up.mul_(sign[:, None])
         return _Weights(
             qkv=_stacked([own.to_q, own.to_k, own.to_v]),
             key_weight=key_weight,
@@ -115,10 +119,12 @@ class Blocks:
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """x [M, in] to [M, out]; every product but the expansion's goes through here."""
-        return F.linear(x, layer.weight, layer.bias)
+        return product(x, layer)
 
     def expansion(self, x: Tensor, layer: Layer) -> Tensor:
         """silu of the product: x [M, in] to [M, out]."""
+        if layer.stacks:
+            return F.silu(product(x, layer))
         expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias)
         return expanded
 
@@ -180,7 +186,7 @@ class Conditioning:
         angle = given[..., None].float() * self._frequencies
         wave = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
         embedded = _each(F.silu(_each(wave, self._first)), self._second).sum(0)
-        modulation = F.linear(F.silu(embedded), *self._last)
+        modulation = product(F.silu(embedded), self._last)
         return torch.unflatten(modulation, 1, (6, -1)), embedded
 
 
@@ -195,7 +201,7 @@ def tokens(embed: PatchEmbed, latent: Tensor, placed: bool = True) -> Tensor:
     """Latent [B, C, h, w] to tokens [B*N, D], as PatchEmbed does; placed False: without its positional embedding."""
     batch, channels, height, width = latent.shape
     flat = latent.permute(0, 2, 3, 1).reshape(-1, channels)
-    x = F.linear(flat, *layer_of(embed.proj))
+    x = product(flat, layer_of(embed.proj))
     if embed.scale is None or embed.pos_embed is None or not placed:
         return x
     table = embed.pos_embed
@@ -210,11 +216,24 @@ def projected(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
     return F.rms_norm(projected, projected.shape[-1:], norm.weight, norm.eps)
 
 
+def product(x: Tensor, layer: Layer) -> Tensor:
+    """x [M, in] to [M, out]; the rows of a job lie together."""
+    y = F.linear(x, layer.weight, layer.bias)
+    for start, stack in layer.stacks:
+        part = y[:, start : start + stack.up.shape[1]]
+        part.copy_(stack.add(x, part))
+    return y
+
+
 def _each(x: Tensor, layer: Layer) -> Tensor:
     """x [G, B, in] through G linear maps one below the other [G*out, in]: [G, B, out]."""
     weight = torch.unflatten(layer.weight, 0, (x.shape[0], -1))
     assert layer.bias is not None
-    return torch.baddbmm(torch.unflatten(layer.bias, 0, (x.shape[0], 1, -1)), x, weight.mT)
+    y = torch.baddbmm(torch.unflatten(layer.bias, 0, (x.shape[0], 1, -1)), x, weight.mT)
+    for start, stack in layer.stacks:
+        group = start // y.shape[2]
+        y[group] = stack.add(x[group], y[group])
+    return y
 
 
 def checked_dtype(module: nn.Module) -> torch.dtype:
@@ -227,7 +246,12 @@ def checked_dtype(module: nn.Module) -> torch.dtype:
 def layer_of(module: nn.Module) -> Layer:
     """A linear map or a 1x1 convolution, without a copy."""
     weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
-    return Layer(weight.flatten(1), None if bias is None else bias.detach())
+    return Layer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
+
+
+def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, Stack], ...]:
+    stack = getattr(module, "stack", None)
+    return ((start, stack),) if isinstance(stack, Stack) else ()
 
 
 def _stacked(layers: Iterable[Any]) -> Layer:
@@ -235,14 +259,15 @@ def _stacked(layers: Iterable[Any]) -> Layer:
     layers = list(layers)
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    start = 0
+    start, stacks = 0, list[tuple[int, Stack]]()
     for layer in layers:
         rows = layer.weight.shape[0]
+        stacks += _stacks(layer, start)
         layer.weight = nn.Parameter(weight[start : start + rows], requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias[start : start + rows], requires_grad=False)
         start += rows
-    return Layer(weight, bias)
+    return Layer(weight, bias, tuple(stacks))
 
 
 def _norm_weights(cross: Any, dim: int) -> Tensor:

@@ -14,7 +14,9 @@ import triton
 
 from engines.kernels.op import Ops
 
-logger = logging.getLogger("engines.proof")
+logger = logging.getLogger("engines.backends.cuda")
+
+NO_COMPILER = "Failed to find C compiler"  # Triton's words
 
 _SOURCES = (Path(__file__).parent, Path(__file__).parents[2] / "kernels")
 
@@ -36,6 +38,12 @@ def compare(ops: Ops, work: Callable[[], object], proof: Path | None) -> Mapping
         ops.replaced.update(json.loads(proof.read_text()))
         return ops.replaced
     ops.compare(work)
+    if any(NO_COMPILER in why for why in ops.replaced.values()):  # says nothing of the kernels, so it is not kept
+        logger.warning(
+            "kernels: Triton finds no C compiler for its launchers, so PyTorch runs in their place, several times "
+            "slower; give --engine a folder of build_engine.py --vendor native, which needs none"
+        )
+        return ops.replaced
     if proof is not None:
         try:
             _write(proof, json.dumps(ops.replaced))

@@ -77,9 +77,9 @@ class Safety:
 
 def shown_pixels(image: RawImage) -> Pixels:
     """What the client would see; a file that the engine made is read back."""
-    if image.jpeg is None:
+    if image.file is None:
         return image.pixels
-    with Image.open(io.BytesIO(image.jpeg), formats=("JPEG",)) as file:
+    with Image.open(io.BytesIO(image.file), formats=("JPEG", "PNG")) as file:
         return np.asarray(file.convert("RGB"), dtype=np.uint8)
 
 

@@ -1,10 +1,12 @@
 """OpenAI's image routes, so that the openai client, LiteLLM and Open WebUI work unmodified.
 
-Any `model` name is taken, since clients insist on their own; unknown fields are ignored.
+Any `model` name is taken, since clients insist on their own, but `checkpoint:adapter` adds that adapter at scale 1.
+Unknown fields are ignored.
 """
 
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import ClientGoneError, Fault, HttpError, InvalidError
-from server.generation.generator import GenerationResult
+from server.generation.generator import GenerationRequest, GenerationResult
 from server.http.body import check_media_type, media_type_of, read_json
 from server.http.disconnect import cancel_on_disconnect
 from server.http.plain_route import PlainRoute
@@ -38,7 +40,7 @@ async def generations(request: Request) -> Response:
     """Text to image, as OpenAI has it."""
     service = app_state(request)
     body = await read_json(request, ImageGenerationRequest, service)
-    making = service.generator.generate(body.order(), request_context(request).arrived)
+    making = service.generator.generate(_adapted(body.order(), body.model, service), request_context(request).arrived)
     response_format = body.response_format
     del body  # it may hold large images, which are not needed once they are decoded
     return await _answer(request, service, making, response_format)
@@ -65,6 +67,7 @@ async def edits(request: Request) -> Response:
                 await form.close()
         order = body.order(image)
         del form, image
+    order = _adapted(order, body.model, service)
     making = service.generator.generate(order, request_context(request).arrived)
     response_format = body.response_format
     del body, order  # they may hold large images, which are not needed once they are decoded
@@ -73,22 +76,42 @@ async def edits(request: Request) -> Response:
 
 @router.get("/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
-    """The one model that runs here."""
-    return JSONResponse({"object": "list", "data": [_model(app_state(request))]})
+    """The model that runs here, alone and with each adapter that requests may choose."""
+    return JSONResponse({"object": "list", "data": [_model(name) for name in _names(app_state(request))]})
 
 
 @router.get("/models/{name:path}", **openapi.MODEL)
 async def model(request: Request) -> Response:
     """That model, by its id."""
-    found, name = _model(app_state(request)), request.path_params["name"]
-    if name != found["id"]:
-        raise HttpError(404, f"model: got {shown(name)}, allowed: {found['id']}", code="model_not_found")
-    return JSONResponse(found)
+    names, name = _names(app_state(request)), request.path_params["name"]
+    if name not in names:
+        raise _no_model(name, names)
+    return JSONResponse(_model(name))
 
 
-def _model(service: AppState) -> dict[str, object]:
-    checkpoint = service.scheduler.engine.info.checkpoint
-    return {"id": checkpoint, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
+def _names(service: AppState) -> list[str]:
+    engine = service.scheduler.engine
+    return [engine.info.checkpoint, *(f"{engine.info.checkpoint}:{name}" for name in engine.limits.adapters)]
+
+
+def _model(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
+
+
+def _no_model(name: object, names: list[str]) -> HttpError:
+    return HttpError(404, f"model: got {shown(name)}, allowed: {', '.join(names)}", code="model_not_found")
+
+
+def _adapted(order: GenerationRequest, model: object, service: AppState) -> GenerationRequest:
+    """The order with the adapter that `model` names; `lora` says its scale where both do. Raises HttpError (404) for
+    an adapter that is not there."""
+    names = _names(service)
+    if not isinstance(model, str) or not model.startswith(f"{names[0]}:"):
+        return order
+    if model not in names:
+        raise _no_model(model, names)
+    adapter = model.removeprefix(f"{names[0]}:")
+    return replace(order, lora=tuple({adapter: 1.0, **dict(order.lora)}.items()))
 
 
 async def _answer(

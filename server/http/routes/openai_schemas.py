@@ -1,5 +1,7 @@
 """The bodies of OpenAI's image routes: requests, answers and errors."""
 
+import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -40,6 +42,7 @@ class ImageGenerationRequest(Options):
         False, json_schema_extra=STREAM_SCHEMA, description="True is refused: one step has no partial images."
     )
     user: str | None = None
+    model: Any = Field(None, description="Any name is taken; CHECKPOINT:ADAPTER, as /v1/models lists it, adds `lora`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -50,6 +53,9 @@ class ImageGenerationRequest(Options):
         kept = {name: value for name, value in body.items() if value is not None}
         if str(kept.get("seed")) == "-1":
             del kept["seed"]
+        if isinstance(kept.get("lora"), str):  # a form's
+            with suppress(ValueError):
+                kept["lora"] = json.loads(kept["lora"])
         return kept
 
     def order(self, image: bytes | str | None = None) -> GenerationRequest:
@@ -74,6 +80,7 @@ class ImageGenerationRequest(Options):
             strength=self.strength,
             control_image=self.control_image,
             control_scale=self.control_scale,
+            lora=self.adapters,
             timeout_ms=self.timeout_ms,
             base64=True,
         )

@@ -126,7 +126,10 @@ INFO = answers("What runs here.", "application/json", {"type": "object"}, 401, 5
 MODELS: dict[str, Any] = {
     "response_class": Response,
     "responses": {
-        200: {"description": "The one model.", "content": {"application/json": {"schema": {"type": "object"}}}},
+        200: {
+            "description": "The model, alone and with each adapter.",
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        },
         **errors(401, 503, envelope=OpenAiError),
     },
 }

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
-from engines.types import MAX_SEED
+from engines.types import MAX_ADAPTER_SCALE, MAX_SEED
 from server.generation.generator import GenerationRequest
 from server.generation.image_codec import ImageFormat
 from server.http.validation import MAX_BASE64
@@ -21,9 +21,11 @@ def _integral(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_integral)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integral)]
+Scale = Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000), BeforeValidator(_integral)]
 
 SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
+LORA_SCHEMA: JsonDict = {"examples": [{"ring": 1.0}]}
 IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 
 
@@ -39,6 +41,16 @@ class Sampling(BaseModel):
     height: Whole | None = Field(None, description="Null: the checkpoint's.", json_schema_extra=SIZE_SCHEMA)
     output_format: ImageFormat = "png"
     output_quality: Whole = Field(90, ge=1, le=100, description="For jpeg and webp.")
+    lora: dict[str, Scale] | None = Field(
+        None,
+        json_schema_extra=LORA_SCHEMA,
+        description="Adapters that were given at start, each with a scale from -4 to 4; at most four at once.",
+    )
+
+    @property
+    def adapters(self) -> tuple[tuple[str, float], ...]:
+        """Of `lora`, those that change anything."""
+        return tuple((name, scale) for name, scale in (self.lora or {}).items() if scale)
 
 
 class Options(Sampling):
@@ -89,6 +101,7 @@ class GenerateRequest(Options):
             strength=self.strength,
             control_image=self.control_image,
             control_scale=self.control_scale,
+            lora=self.adapters,
             timeout_ms=self.timeout_ms,
             base64=base64,
         )

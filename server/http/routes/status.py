@@ -62,6 +62,7 @@ async def info(request: Request) -> Response:
             "max_side": limits.max_side,
             "max_pixels": limits.max_pixels,
             "steps": limits.steps,
+            "adapters": limits.adapters,
             "conditioning": sorted(limits.conditioning),
             "max_batch": min(limits.max_batch, service.settings.max_batch),
             "max_queue": service.settings.max_queue,

@@ -118,6 +118,17 @@ def test_fp8_reads_less(folder: Path, picture: dict[str, Any]) -> None:
         count_request(str(folder), "tensorrt", (64, 64), 1, 1, 8, precision="fp8")
 
 
+def test_a_png_is_one_graph_more(folder: Path) -> None:
+    pixels, file = (count_request(str(folder), "cuda-graph", (64, 64), 1, 1, 8, png=png) for png in (False, True))
+    assert sum(isinstance(event, Replay) for event in file.events) == 1 + sum(
+        isinstance(event, Replay) for event in pixels.events
+    )
+    one, other = document(pixels), document(file)
+    assert other["launches_outside_graphs"] == one["launches_outside_graphs"] + 3  # pixels in, words and facts out
+    assert other["transfers"] == {"pageable": 0, "pinned": one["transfers"]["pinned"] + 1}
+    assert other["waits"] == one["waits"]
+
+
 def test_prompts_of_more_tokens_than_the_checkpoint_takes(folder: Path) -> None:
     with pytest.raises(BenchError, match="tokens: got 300"):
         count_request(str(folder), "cuda-graph", (64, 64), 1, 1, 300)

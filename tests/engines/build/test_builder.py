@@ -501,3 +501,27 @@ def test_errors_of_every_kind_become_one_line_and_a_code(tmp_path: Path, capsys:
     line = ["--model", "nowhere", "--gpu", "cpu", "--precision", "fp32", "--out", str(tmp_path / "out")]
     assert build_engine.main(line) == 1
     assert capsys.readouterr().err.startswith("build_engine.py: model: 'nowhere' is no folder")
+
+
+def test_a_paired_check_of_whole_images_goes_into_the_manifest(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "export_onnx", None)  # nothing is built anew
+    line = read_manifest(copy).command.split()[2:]
+    line[line.index("--out") + 1] = str(copy)
+    assert read_manifest(copy).quality is None
+    assert build_engine.main([*line, "--quality"]) == 0
+    found = read_manifest(copy).quality
+    assert found == json.loads(capsys.readouterr().out)["quality"]
+    assert found is not None
+    assert set(found) == {"1", "2"}
+    for check in found.values():
+        assert check["images"] == 16
+        assert 40 < check["worst_db"] <= check["psnr_db"]
+        assert check["low_db"] <= check["psnr_db"] <= check["high_db"]
+
+
+def test_engines_of_another_machine_make_no_images(copy: Path) -> None:
+    manifest = replace(read_manifest(copy), executed=False)
+    with pytest.raises(BuildError, match="do not run here"):
+        build_engine.checked(BuildSpec("m", "h100", "fp16", copy), building.Built(manifest, changed=False))

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.checkpoints.checkpoint import Settings, open_checkpoint
-from engines.checkpoints.hub import SHORT_NAMES, find_folder
 from engines.checkpoints.weights import weight_files
 from engines.errors import CheckpointError
 
@@ -156,40 +155,6 @@ def test_a_file_is_no_checkpoint(folder: Path) -> None:
 def test_unknown_random_size_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"allowed random:sprint-0\.6b"):
         open_checkpoint(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "hub_id", "revision"),
-    [
-        ("org/model", "org/model", None),
-        ("org/model@abc123", "org/model", "abc123"),
-        ("sprint-0.6b", SHORT_NAMES["sprint-0.6b"], None),
-        ("sprint-1.6b", SHORT_NAMES["sprint-1.6b"], None),
-    ],
-)
-def test_hub_ids_are_fetched_at_their_revision(
-    name: str, hub_id: str, revision: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def fetch(repo_id: str, **given: object) -> str:
-        calls.append((repo_id, given["revision"], given["allow_patterns"]))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert find_folder(name) == folder
-    assert calls == [(hub_id, revision, ["*.json", "*.safetensors"])]
-
-
-def test_an_unreachable_hub_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def fetch(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("cannot reach the hub\nand more")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"org/model at revision v2 is no local folder .*: cannot reach the hub$"):
-        open_checkpoint("org/model@v2")
 
 
 def test_sharded_weights_load_like_one_file(copy: Path, folder: Path) -> None:

@@ -1,20 +1,17 @@
 """Checkpoints as save_pretrained and hubs keep them: variants, shards, downloads of what is read; and no home."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fake_hub import Hub, files_of, serving_hub
 from program import ROOT, Server
 from running_server import read_image
 from safetensors.torch import load_file, save_file
@@ -139,98 +136,34 @@ def test_several_without_a_plain_one_are_told_with_the_remedy(tmp_path: Path) ->
 # --- a hub ------------------------------------------------------------------------------------------------------------
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The two addresses of the hub that a download asks; `files` are those of its one repository."""
-
-    files: dict[str, Path]
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def _answer(self, *, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        sha = "0123456789" * 4
-        if path.startswith("/api/models/org/model/tree"):
-            sizes = [(name, file.stat().st_size) for name, file in self.files.items()]
-            self._send(
-                json.dumps([{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in sizes]).encode(), {}
-            )
-        elif path.startswith("/api/models/org/model"):
-            siblings = [{"rfilename": name} for name in self.files]
-            told = {"_id": "1", "id": "org/model", "modelId": "org/model", "sha": sha, "siblings": siblings}
-            self._send(json.dumps(told | {"private": False, "tags": [], "downloads": 0, "likes": 0}).encode(), {})
-        else:
-            name = path.partition(f"/{sha}/")[2]
-            if name not in self.files:
-                self.send_error(404)
-                return
-            content = self.files[name].read_bytes()
-            if body:
-                self.asked.append(name)
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
-            self._send(content, headers, body=body)
-
-    def _send(self, content: bytes, headers: dict[str, str], *, body: bool = True) -> None:
-        self.send_response(200)
-        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Says nothing."""
-
-
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
-    handler = type("TheHub", (Hub,), {"files": {}, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        yield handler, environment
-        server.shutdown()
+def hub() -> Iterator[Hub]:
+    with serving_hub({}) as hub:
+        yield hub
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_of_a_hub_only_what_is_read_is_downloaded(
-    plain: Pixels, hub: tuple[type[Hub], dict[str, str]], tmp_path: Path
-) -> None:
-    handler, environment = hub
+def test_of_a_hub_only_what_is_read_is_downloaded(plain: Pixels, hub: Hub, tmp_path: Path) -> None:
     folder = with_variant(tmp_path / "c", [*PARTS], "fp16", plain=True)
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker/model.safetensors").write_bytes(b"large")
     (folder / "whole.safetensors").write_bytes(b"large")
     (folder / "vae/diffusion_pytorch_model.bin").write_bytes(b"large")
-    handler.files = files_of(folder)
-    picture, _ = drawn("org/model", **environment)
+    hub.files = files_of(folder)
+    picture, _ = drawn("org/model", **hub.environment(tmp_path / "home"))
     assert same(picture, plain)
-    weights = sorted(name for name in handler.asked if not name.endswith(".json"))
+    weights = sorted(name for name, _ in hub.asked if not name.endswith(".json"))
     assert weights == ["controlnet/diffusion_pytorch_model.safetensors"] + [
         f"{part}/{PARTS[part]}.safetensors" for part in sorted(PARTS)
     ]
-    handler.asked.clear()
-    picture, _ = drawn("org/model", **environment, HF_HUB_OFFLINE="1")  # what was kept serves without the hub
+    hub.asked.clear()
+    picture, _ = drawn(
+        "org/model", **hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1")
+    )  # what was kept serves without the hub
     assert same(picture, plain)
-    assert handler.asked == []
+    assert hub.asked == []
 
 
-def test_of_a_hub_with_one_variant_that_is_downloaded(
-    plain: Pixels, hub: tuple[type[Hub], dict[str, str]], tmp_path: Path
-) -> None:
-    handler, environment = hub
+def test_of_a_hub_with_one_variant_that_is_downloaded(plain: Pixels, hub: Hub, tmp_path: Path) -> None:
     folder = with_variant(tmp_path / "c", [*PARTS], "fp16")
     shard(
         folder,
@@ -238,8 +171,8 @@ def test_of_a_hub_with_one_variant_that_is_downloaded(
         [f"diffusion_pytorch_model-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)],
         "diffusion_pytorch_model.safetensors.index.fp16.json",
     )
-    handler.files = files_of(folder)
-    picture, reasons = drawn("org/model", **environment)
+    hub.files = files_of(folder)
+    picture, reasons = drawn("org/model", **hub.environment(tmp_path / "home"))
     assert same(picture, plain)
     assert reasons["variant"] == "fp16: the only weights there, of text_encoder, transformer, vae"
 

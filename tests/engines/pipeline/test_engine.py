@@ -13,7 +13,8 @@ from small_checkpoint import save_checkpoint
 
 from engines.errors import JobError, OutOfMemoryError, OutputError
 from engines.loader import load_engine
-from engines.pipeline.engine import SprintEngine, resized
+from engines.pipeline.engine import SprintEngine
+from engines.pipeline.latent_cache import resized
 from engines.types import Engine, Job
 
 PROMPTS = ["a red circle", "A Cat, sleeping on a warm sunny windowsill", "", "三 green triangles 🌈", "a " * 400]

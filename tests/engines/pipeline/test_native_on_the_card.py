@@ -21,6 +21,7 @@ from engines.models.pixels import PixelDecoder
 from engines.models.text_encoder import TextEncoder, Tokens
 from engines.models.transformer import SPRINT_0_6B, SprintTransformer
 from engines.pipeline.download import CudaDownloader, jpeg_on_card
+from engines.pipeline.png import PngEncoder
 from engines.types import Job
 
 pytestmark = pytest.mark.gpu
@@ -87,14 +88,19 @@ def test_a_picture_comes_whole_and_as_a_file() -> None:
     ramp = torch.arange(64, dtype=torch.uint8, device="cuda")
     pixels = torch.stack([ramp.repeat(48, 1), ramp.repeat(48, 1) * 2, ramp.repeat(48, 1) * 3], dim=2)
     card = CudaDownloader(jpeg_on_card())
-    finite = torch.tensor(True, device="cuda")
-    got = card.start(pixels.clone(), finite, None).wait()
+    finite, job = torch.tensor(True, device="cuda"), Job("", seed=0, width=64, height=48)
+    whole = {"pixels": pixels, "finite": finite}
+    got = card.start(whole, job).wait()
     np.testing.assert_array_equal(got.pixels, pixels.cpu().numpy())
     assert got.finite
-    file = card.start(pixels.clone(), finite, 90).wait()
+    words, facts = PngEncoder(pixels.device)({"pixels": pixels[None]})
+    lossless = card.start({"words": words[0], "facts": facts[0], "finite": finite}, job).wait()
+    assert lossless.file is not None
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(lossless.file))), pixels.cpu().numpy())
     if card.jpeg is not None:
-        assert file.jpeg is not None
-        read = np.asarray(Image.open(io.BytesIO(file.jpeg))).astype(int)
+        file = card.start(whole, replace(job, jpeg_quality=90)).wait()
+        assert file.file is not None
+        read = np.asarray(Image.open(io.BytesIO(file.file))).astype(int)
         assert abs(read - pixels.cpu().numpy().astype(int)).mean() < 4
 
 
@@ -116,7 +122,10 @@ def test_the_whole_path_leaves_in_order() -> None:
     fast.warmup()
     width, height = fast.limits.default_size
     told: list[int] = []
-    jobs = [Job("a red circle", seed, width, height, jpeg_quality=90 if seed % 2 else None) for seed in range(3)]
+    jobs = [
+        Job("a red circle", seed, width, height, jpeg_quality=90 if seed % 2 else None, png=not seed)
+        for seed in range(3)
+    ]
     images = fast.generate(jobs, lambda index, _: told.append(index))
     assert told == [0, 1, 2]
     assert [image.bucket for image in images] == [4, 4, 4]

@@ -161,6 +161,6 @@ def test_a_damaged_file_is_read_or_refused(content: bytes, data: st.DataObject) 
 
 
 def test_a_file_that_the_engine_made_is_taken() -> None:
-    image = RawImage(np.empty((0, 0, 3), np.uint8), StageSeconds(0, 0, 0), 1, jpeg=b"a file")
+    image = RawImage(np.empty((0, 0, 3), np.uint8), StageSeconds(0, 0, 0), 1, file=b"a file")
     assert encode_image(image, "jpeg", 90, base64=False) == b"a file"
     assert encode_image(image, "jpeg", 90, base64=True) == pybase64.b64encode(b"a file")

@@ -189,6 +189,8 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(plain: Running) -> None:
         assert client.picture().header["mode"] == "control"
         client.set(width=100)
         assert "nearest" in client.said("error")["detail"]
+        kept = client.draw(drawing(4))
+        assert client.picture().sequence == kept
         client.set(width=64, prompt="a blue square")
         assert client.picture().header["width"] == 64
 

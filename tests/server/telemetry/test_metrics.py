@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from running_server import GatedEngine, Running, Serve
 
 from engines.fake import FakeEngine
-from engines.types import Deliver, Job, RawImage
+from engines.types import Deliver, EngineInfo, Job, RawImage
 from server.telemetry.metrics import ASKED_SIZES, Metrics
 
 REQUEST = ".005 .01 .02 .03 .04 .05 .06 .075 .1 .125 .15 .2 .25 .3 .4 .5 .75 1 2 5 10"
@@ -42,7 +42,7 @@ def test_names_types_and_labels(plain: Running) -> None:
             assert set(sample.labels) - {"le"} == labels, sample
     beyond = {name for name in families if name.startswith("sana_sprint_")} - set(CONTRACT)
     ours = {"sana_sprint_engine_failures", "sana_sprint_uncaptured_batches", "sana_sprint_origins_refused"}
-    ours |= {"sana_sprint_workers_wanted", "sana_sprint_worker_ready"}
+    ours |= {"sana_sprint_replaced_kernels", "sana_sprint_workers_wanted", "sana_sprint_worker_ready"}
     ours |= {"sana_sprint_safety_checks", "sana_sprint_safety_check_duration_seconds"}
     assert {name for name in beyond if not name.startswith("sana_sprint_live_")} == ours
     assert not any(name.endswith("_created") for name in re.findall(r"^\w+", answer.text, re.MULTILINE))
@@ -139,6 +139,17 @@ def test_each_app_has_its_own_registry() -> None:
     assert isinstance(first.registry, CollectorRegistry)
     assert b"sana_sprint_batch_padding_total 3.0" in first.exposition()
     assert b"sana_sprint_batch_padding_total 0.0" in second.exposition()
+
+
+def test_replaced_kernels_are_named(serve: Serve) -> None:
+    class Odd(FakeEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return replace(super().info, replaced_kernels={"convolution": "differs: 12 dB"})
+
+    running = serve(Odd())
+    assert running.metric("sana_sprint_replaced_kernels", kernel="convolution", reason="differs: 12 dB") == 1
+    assert running.client.get("/v1/info").json()["replaced_kernels"] == {"convolution": "differs: 12 dB"}
 
 
 class SmallGraphs(FakeEngine):

@@ -101,7 +101,7 @@ def test_a_caller_who_does_not_sample_is_not_sampled(collector: Collector) -> No
 
 
 def test_the_log_names_the_trace_that_was_begun(collector: Collector, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "server.access")
+    caplog.set_level("INFO", "server.http")
     with ExitStack() as stack:
         assert start(stack, FakeEngine(), otlp_endpoint=collector.url).generate().status_code == 200
     logged = [getattr(record, "fields", {}) for record in caplog.records]

@@ -1,5 +1,6 @@
 """The whole engine through captured graphs, on a recorder without a device; and that a chain can be captured at all."""
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hot_modules import SHAPE, hot_module, hot_transformer
+from PIL import Image
 from safetensors.torch import save_file
 from small_checkpoint import heat, save_checkpoint, with_settings
 from torch import Tensor
@@ -66,6 +68,17 @@ def test_pictures_of_graphs_equal_eager(count: int, steps: int, captured: Sprint
     assert {image.bucket for image in found} == {count}
     assert not any(image.uncaptured for image in found)
     assert min(found[0].stages.denoise, found[0].stages.decode) > 0, "each stage has its own time"
+
+
+def test_a_png_is_the_picture(captured: SprintEngine, eager: Engine) -> None:
+    """Made by the engine itself where it has graphs; left to the server where it has none."""
+    jobs = [job(seed, png=True) for seed in range(2)]
+    pixels = captured.generate([job(seed) for seed in range(2)])
+    for found, expected in zip(captured.generate(jobs), pixels, strict=True):
+        assert found.file is not None
+        assert found.pixels.size == 0
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.file))), expected.pixels)
+    assert [image.file for image in eager.generate(jobs)] == [None, None]
 
 
 def test_image_to_image_runs_in_the_same_graphs(captured: SprintEngine, eager: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,3 +47,13 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ops = Ops(Launcher(False, 1))
     assert set(compare(ops, lambda: ops(WRONG, X), tmp_path / "file" / "proof.json")) == {"wrong"}
+
+
+def test_a_missing_compiler_is_told_and_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def find_none(_: Launcher, x: Tensor) -> Tensor:  # noqa: ARG001  # an operation's
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    ops, proof = Ops(Launcher(False, 1)), tmp_path / "proof.json"
+    assert set(compare(ops, lambda: ops(Op("lost", find_none, lambda x: x), X), proof)) == {"lost"}
+    assert "--vendor native, which needs none" in caplog.text
+    assert not proof.exists()

@@ -33,12 +33,12 @@ def shows(b64: str, wanted: Job) -> None:
 
 
 def run(program: str, serve: Serve, folder: Path) -> dict[str, Any]:
-    """What the program of tests/helpers printed about a server with the API key `right`."""
+    """What the program of tests/helpers/programs printed about a server with the API key `right`."""
     (folder / "keys").write_text("right\n")
     (folder / "image.png").write_bytes(image_file(IMAGE))
     running = serve(api_key_file=str(folder / "keys"))
     done = subprocess.run(
-        [PYTHON, ROOT / "tests" / "helpers" / program, f"{running.url}/v1", folder / "image.png"],
+        [PYTHON, ROOT / "tests" / "helpers" / "programs" / program, f"{running.url}/v1", folder / "image.png"],
         capture_output=True,
         text=True,
         check=False,

@@ -195,7 +195,7 @@ def test_live_drawing_shows_nothing_where_a_checker_fails(serve: Serve) -> None:
 def test_a_file_that_the_engine_made_is_read_back() -> None:
     pixels = np.full((8, 16, 3), (200, 30, 30), np.uint8)
     stages = FakeEngine().generate([job("x")])[0].stages
-    made = RawImage(np.zeros((0, 0, 3), np.uint8), stages, 1, jpeg=image_file(pixels, "JPEG", quality=95))
+    made = RawImage(np.zeros((0, 0, 3), np.uint8), stages, 1, file=image_file(pixels, "JPEG", quality=95))
     seen = shown_pixels(made)
     assert seen.shape == pixels.shape
     assert np.abs(seen.astype(int) - pixels).max() < 8

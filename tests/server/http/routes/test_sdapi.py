@@ -218,7 +218,7 @@ def test_webuiapi(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(image_file(IMAGE))
     running = serve(compat=("sdapi",), api_key_file=str(tmp_path / "keys"))
     where = urlsplit(running.url)
-    program = ROOT / "tests" / "helpers" / "with_webuiapi.py"
+    program = ROOT / "tests" / "helpers" / "programs" / "with_webuiapi.py"
     done = subprocess.run(
         [PYTHON, program, str(where.hostname), str(where.port), tmp_path / "image.png"],
         capture_output=True,

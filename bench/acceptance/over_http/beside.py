@@ -1,0 +1,30 @@
+"""What the server's figures stand beside: a request as bench.budget counts it, and diffusers. Each in a process of its
+own, since the server needs the card's memory before and after."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+
+from bench.acceptance.over_http.client import fresh_prompts
+from bench.budget.engine import count_request
+from bench.budget.totals import document
+from bench.harness.pipelines import Diffusers, Task
+from bench.harness.summary import spread
+from engines.checkpoints.checkpoint import open_checkpoint
+
+
+def count(model: str, size: tuple[int, int], precision: str) -> dict[str, Any]:
+    """One request of a prompt of 20 tokens, by bench.budget."""
+    return document(count_request(model, "cuda-graph", size, 1, 1, 20, precision=precision))
+
+
+def measure_peer(peer: str, model: str, precision: str, device: str, runs: int) -> dict[str, Any]:
+    """Milliseconds of diffusers' pipeline by stage, after three runs that are not counted."""
+    checkpoint = open_checkpoint(model)
+    rival = Diffusers(checkpoint, precision, torch.device(device), compiled=peer == "diffusers-compiled")
+    width, height = checkpoint.settings.default_size
+    prompts = fresh_prompts(checkpoint, 20)
+    made = [rival.run(Task([prompt], [0], width, height, 1)) for prompt in islice(prompts, runs + 3)][3:]
+    stages = made[0].seconds
+    return {"ms": {stage: spread([one.seconds[stage] * 1e3 for one in made]) for stage in stages}, **rival.facts}

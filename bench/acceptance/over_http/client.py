@@ -1,0 +1,163 @@
+"""What one measures of a running server from outside: requests alone, closed loops, a drawing, and what it tells."""
+
+import asyncio
+import base64
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from websockets.sync.client import connect
+
+from bench.harness.errors import BenchError
+from bench.harness.http_client import Pool
+from bench.harness.load_generator import Order, Traffic
+from bench.harness.prometheus_text import samples
+from bench.harness.summary import spread
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.models.instruction import INSTRUCTION
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
+
+PATIENCE_S = 120.0
+
+
+def fresh_prompts(checkpoint: Checkpoint, tokens: int) -> Iterator[str]:
+    """Prompts without end, each of so many tokens behind the instruction where words allow it, none twice."""
+    settings = checkpoint.settings
+    instruction = INSTRUCTION if settings.instruction else ""
+    tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
+    number = 0
+    while True:
+        prompt = f"{number}"
+        number += 1
+        while len(tokenizer.encode(prompt).tokens.ids) - len(tokenizer.prefix) < tokens:
+            prompt += " qx"[len(prompt) % 3]
+        yield prompt
+
+
+def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[str, Any]:
+    """`runs` requests one after the other, each of a new prompt: milliseconds, the last answer's stages and bytes."""
+
+    async def ask() -> dict[str, Any]:
+        pool, took, stages, size = Pool(url), [], "", 0
+        try:
+            for seed in range(runs):
+                body = json.dumps({"prompt": next(prompts), "seed": seed, **fields}).encode()
+                began = time.perf_counter()
+                answer = await asyncio.wait_for(pool.exchange("POST", "/generate", body), PATIENCE_S)
+                took.append((time.perf_counter() - began) * 1e3)
+                if answer.status != 200:
+                    raise BenchError(f"POST /generate: got {answer.status}: {answer.body[:200]!r}")
+                stages, size = answer.headers.get("server-timing", ""), len(answer.body)
+        finally:
+            await pool.close()
+        return {"ms": spread(took), "stages": stages, "bytes": size}
+
+    return asyncio.run(ask())
+
+
+def closed_loop(url: str, prompts: Iterator[str], clients: int, each: int) -> dict[str, Any]:
+    """`clients` at once, each with `each` requests of JPEG: pictures a second, and milliseconds of an answer."""
+
+    async def send() -> dict[str, Any]:
+        with tempfile.TemporaryFile() as spool:
+            traffic = Traffic(url, spool, patience_s=PATIENCE_S)
+            orders = [Order(next(prompts), seed, 1, "jpeg") for seed in range(clients * each)]
+            began = time.perf_counter()
+            records = await traffic.closed_loop(orders, clients)
+            seconds = time.perf_counter() - began
+            await traffic.close()
+        good = [record.seconds * 1e3 for record in records if record.status == 200]
+        if len(good) < len(records):
+            failed = next(record for record in records if record.status != 200)
+            raise BenchError(f"{len(records) - len(good)} of {len(records)} failed: {failed.status} {failed.error}")
+        return {"per_second": round(len(good) / seconds, 2), "ms": spread(good)}
+
+    return asyncio.run(send())
+
+
+def drawing(url: str, prompts: Iterator[str], runs: int) -> dict[str, Any]:
+    """WS /v1/live: milliseconds from a drawing's departure to the last byte of its picture; each drawing is new."""
+    took = []
+    with connect(url.replace("http", "ws", 1) + "/v1/live", open_timeout=PATIENCE_S, proxy=None) as socket:
+        _told(socket.recv(PATIENCE_S), "ready")
+        socket.send(json.dumps({"prompt": next(prompts), "seed": 1}))
+        sequence = 1
+        for run in range(runs):
+            content = base64.b64decode(strokes(run))
+            began = time.perf_counter()
+            socket.send(content)
+            sequence += 1
+            while True:
+                header = _told(socket.recv(PATIENCE_S), "picture")
+                socket.recv(PATIENCE_S)
+                if header["sequence"] >= sequence:
+                    break
+            took.append((time.perf_counter() - began) * 1e3)
+    return {"ms": spread(took)}
+
+
+def strokes(number: int) -> str:
+    """Base64 of a PNG of one white bar on black; others for other numbers."""
+    pixels = np.zeros((256, 256, 3), np.uint8)
+    pixels[100:110, 2 * number % 200 : 2 * number % 200 + 40] = 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def told(url: str, path: str) -> bytes:
+    """The body of GET `path`. Raises BenchError where it is not 200."""
+
+    async def get() -> bytes:
+        with tempfile.TemporaryFile() as spool:
+            traffic = Traffic(url, spool, patience_s=PATIENCE_S)
+            answer = await traffic.get(path)
+            await traffic.close()
+            return answer.body
+
+    return asyncio.run(get())
+
+
+def memory(url: str) -> dict[str, Any]:
+    """Bytes that the server tells of its card, and of its process."""
+    found = samples(told(url, "/metrics").decode())
+    return {
+        name: value
+        for name, value in found.items()
+        if name.startswith(("sana_sprint_gpu_memory_bytes", "process_resident_memory_bytes"))
+    }
+
+
+def _told(message: str | bytes, kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(message) if isinstance(message, str) else {"type": "bytes"}
+    if found.get("type") != kind:
+        raise BenchError(f"live: got {found}, expected {kind}")
+    return found
+
+
+Measure = Callable[[], dict[str, Any]]
+
+
+def figures_of(
+    url: str, prompts: Iterator[str], *, runs: int, clients: Sequence[int], each: int, control: bool
+) -> Iterator[tuple[str, Measure]]:
+    """Every figure of a server that is ready, by name, in the order they are taken."""
+    yield "first request", lambda: alone(url, prompts, 1, output_format="jpeg")
+    for image_format in ("jpeg", "png", "webp"):
+        yield f"{image_format} alone", lambda kind=image_format: alone(url, prompts, runs, output_format=kind)  # type: ignore[misc]  # default
+    for steps in (2, 4):
+        yield (
+            f"{steps} steps alone",
+            lambda n=steps: alone(url, prompts, runs, output_format="jpeg", num_inference_steps=n),  # type: ignore[misc]
+        )
+    if control:
+        yield "controlnet alone", lambda: alone(url, prompts, runs, output_format="jpeg", control_image=strokes(0))
+        yield "live", lambda: drawing(url, prompts, runs)
+    for count in clients:
+        yield f"closed loop {count}", lambda n=count: closed_loop(url, prompts, n, each)  # type: ignore[misc]
+    yield "memory", lambda: memory(url)

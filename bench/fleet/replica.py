@@ -1,0 +1,142 @@
+"""One server of the fleet: the server's own queue in front of an engine that is only a table of seconds.
+
+Nothing here decides: what is admitted, batched or too late is decided by server.generation.job_queue.
+"""
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from bench.fleet.stages import BatchSeconds, Stages
+from engines.types import BatchKey, Job, RawImage
+from server.generation.job_queue import Entry, JobQueue
+
+NOBODY = cast("asyncio.Future[object]", None)  # the queue never touches the future of an entry
+
+
+def _no_file(_: RawImage) -> bytes:
+    return b""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Settings of the server that decide."""
+
+    max_batch: int = 8
+    max_queue: int = 128
+    timeout_s: float = 30.0
+    codec_threads: int = 2
+
+
+@dataclass(eq=False, slots=True)
+class Request(Entry):
+    """An entry of the queue. `arrived`: when its client sent it first. `client`: of a closed loop or a connection."""
+
+    arrived: float = 0.0
+    attempts: int = 0
+    client: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A batch: when the engine is free again, and what is answered when."""
+
+    free: float
+    answers: list[tuple[float, Request]]
+
+
+class Replica:
+    """`busy_s`: seconds the engine ran. `late`: jobs whose deadline passed. `answered` hears of each answer."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        table: Mapping[BatchKey, list[BatchSeconds]],
+        stages: Stages,
+        clock: Callable[[], float],
+        answered: Callable[[float, Request], None],
+    ) -> None:
+        self.queue = JobQueue.for_engine(max_queue=limits.max_queue, max_batch=limits.max_batch, clock=clock)
+        self.busy = self.gone = False
+        self.busy_s = 0.0
+        self.late = 0
+        self._limits, self._table, self._answered = limits, table, answered
+        self._encode_s, self._http_s = stages.encode_s, stages.http_s
+        self._codecs = [0.0] * limits.codec_threads
+        self._answers: list[tuple[float, int, Request]] = []  # a heap of what is in a batch, by when it is answered
+        self._due: deque[Request] = deque()  # what waits or waited, oldest deadline first
+
+    def settle(self, now: float) -> None:
+        """Frees the slots of what was answered until now, and of what waited until its deadline.
+
+        The server does the same by the end and by the timer of a reservation.
+        """
+        answers, due, done, late = self._answers, self._due, 0, 0
+        while answers and answers[0][0] <= now:
+            at, _, request = heapq.heappop(answers)
+            self._answered(at, request)
+            done += 1
+        while due and due[0].deadline <= now:
+            late += self.queue.withdraw(due.popleft())
+        if done or late:
+            self.queue.release(unused=0, jobs=done + late)
+            self.late += late
+
+    def offer(self, request: Request, now: float) -> bool:
+        """Queues it, or refuses it at once (429)."""
+        if not self.queue.reserve(1):
+            return False
+        request.submitted = now
+        request.deadline = request.arrived + self._limits.timeout_s
+        self._due.append(request)
+        self.queue.put((request,))
+        return True
+
+    def begin(self, now: float) -> Begun:
+        """Starts a batch of what waits."""
+        taken = self.queue.take(self._largest)
+        assert taken is not None, "the queue of a simulation is never closed"
+        batch, late = taken
+        if late:
+            self.queue.release(unused=0, jobs=len(late))
+            self.late += len(late)
+        if not batch:
+            return Begun(now, [])
+        times = self._table[batch[0].job.key][len(batch)]
+        done, answers = now + times.before, []
+        for entry in batch:
+            done += times.each
+            assert isinstance(entry, Request)
+            at = self._encoded(done) + self._http_s
+            heapq.heappush(self._answers, (at, entry.place, entry))
+            answers.append((at, entry))
+        self.busy = True
+        self.busy_s += done - now
+        return Begun(done, answers)
+
+    def _largest(self, _: BatchKey) -> int:
+        return self._limits.max_batch
+
+    def _encoded(self, done: float) -> float:
+        """When the file is there, by the codec thread that is free first."""
+        if not self._encode_s:
+            return done
+        ready = max(done, self._codecs[0]) + self._encode_s
+        heapq.heapreplace(self._codecs, ready)
+        return ready
+
+    def lose(self) -> list[Request]:
+        """What was inside when the process died."""
+        inside = [request for _, _, request in self._answers]
+        inside += [entry for entry in self.queue.clear() if isinstance(entry, Request)]
+        self._answers.clear()
+        self._due.clear()
+        self.gone = True
+        return inside
+
+
+def request(job: Job, arrived: float, client: int = 0, attempts: int = 0) -> Request:
+    return Request(job, _no_file, NOBODY, 0.0, arrived, arrived=arrived, client=client, attempts=attempts)

@@ -1,0 +1,68 @@
+"""Which replica gets a request: as the balancers in front of real servers choose.
+
+two: the less loaded of two at random (Ray Serve). random: any (a Kubernetes Service). connections: what bench.load's
+client and the supervisor of `--workers` do together: the connection used last is used first, a new one goes to the
+worker with the fewest.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+from bench.fleet.replica import Replica, Request
+
+POLICIES = ("two", "random", "connections")
+
+
+class Router(Protocol):
+    def choose(self, request: Request, replicas: Sequence[Replica], now: float, /) -> Replica: ...
+
+    def answered(self, request: Request, /) -> None: ...
+
+
+class TwoChoices:
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed).random
+
+    def choose(self, _request: Request, replicas: Sequence[Replica], now: float, /) -> Replica:
+        count = len(replicas)
+        one = replicas[int(self._random() * count)]
+        other = replicas[int(self._random() * count)]
+        if one is other:
+            return one
+        one.settle(now)
+        other.settle(now)
+        return one if one.queue.in_flight <= other.queue.in_flight else other
+
+    def answered(self, _request: Request, /) -> None:
+        return
+
+
+class Random(TwoChoices):
+    def choose(self, _request: Request, replicas: Sequence[Replica], _now: float, /) -> Replica:
+        return replicas[int(self._random() * len(replicas))]
+
+
+class Connections:
+    """Keep-alive connections, each to one replica."""
+
+    def __init__(self) -> None:
+        self._of: list[Replica] = []  # by the number of the connection
+        self._idle: list[int] = []
+
+    def choose(self, request: Request, replicas: Sequence[Replica], _now: float, /) -> Replica:
+        if self._idle:
+            request.client = self._idle.pop()
+        else:
+            request.client = len(self._of)
+            self._of.append(min(replicas, key=lambda replica: sum(one is replica for one in self._of)))
+        return self._of[request.client]
+
+    def answered(self, request: Request, /) -> None:
+        self._idle.append(request.client)
+
+
+def router(policy: str, seed: int) -> Router:
+    if policy == "connections":
+        return Connections()
+    return TwoChoices(seed) if policy == "two" else Random(seed)

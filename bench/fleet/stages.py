@@ -1,0 +1,125 @@
+"""How long a batch takes on a card: measured on one, projected, or the fixed delay of the fake engine."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness.errors import BenchError
+from engines.types import BatchKey, powers_of_two, smallest_fitting
+
+MEASURED = re.compile(r"ours (?P<precision>bf16|fp8) batch (?P<batch>\d+) steps (?P<steps>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSeconds:
+    """Seconds until the first image begins to be decoded, and of each image: they are handed out one by one."""
+
+    before: float
+    each: float
+
+
+@dataclass(frozen=True)
+class Stages:
+    """`batches`: by (width, height, steps) and bucket. `encode_s`: of a file on a codec thread. `http_s`: all that a
+    request alone takes beside the engine and the encoder. `ready_s`: from the start of a process until it is warm."""
+
+    source: str
+    batches: Mapping[tuple[int, int, int], Mapping[int, BatchSeconds]]
+    encode_s: float = 0.0
+    http_s: float = 0.0
+    ready_s: float = 0.0
+
+    def table(self, max_batch: int, keys: Iterable[BatchKey]) -> dict[BatchKey, list[BatchSeconds]]:
+        """The seconds of a batch of so many jobs, by key; index 0 is not used.
+
+        Raises BenchError where a bucket was not measured: nothing is made up.
+        """
+        found: dict[BatchKey, list[BatchSeconds]] = {}
+        buckets = powers_of_two(max_batch)
+        for key in keys:
+            known = self.batches.get((key.width, key.height, key.steps), {})
+            missing = [bucket for bucket in buckets if bucket not in known]
+            if missing:
+                raise BenchError(
+                    f"{self.source}: no times of {key.width}x{key.height}, {key.steps} steps at a batch of "
+                    f"{missing[0]}; there are {self._known()}"
+                )
+            found[key] = [known[smallest_fitting(max(jobs, 1), buckets)] for jobs in range(max_batch + 1)]
+        return found
+
+    def _known(self) -> str:
+        return "; ".join(
+            f"{w}x{h}, {s} steps: {', '.join(map(str, sorted(b)))}" for (w, h, s), b in self.batches.items()
+        )
+
+
+class AnySize(dict[tuple[int, int, int], Mapping[int, BatchSeconds]]):
+    """The fake engine takes as long for every size, and hands all images out at the end."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._each = {bucket: BatchSeconds(seconds, 0.0) for bucket in range(1, 65)}
+
+    def get(self, _key: object, _default: object = None) -> Any:
+        return self._each
+
+
+def load(text: str, precision: str = "bf16", http_ms: float | None = None) -> Stages:
+    """`fake:MS`; the .jsonl that a card was measured into (bench/results); or a .json of rows as `rows` reads them.
+
+    `http_ms` wins over what is known. Raises BenchError.
+    """
+    kind, _, ms = text.partition(":")
+    if kind == "fake":
+        try:
+            return Stages(text, AnySize(float(ms) / 1000), http_s=(http_ms or 0.0) / 1000)
+        except ValueError as error:
+            raise BenchError(f"--stages: got {text!r}, needed is a file or fake:MS, such as fake:20") from error
+    path = Path(text)
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise BenchError(f"--stages: {text}: {error}") from error
+    found = measured(path.name, lines, precision) if "about" in lines[0] else rows(path.name, lines[0])
+    return (
+        found if http_ms is None else Stages(found.source, found.batches, found.encode_s, http_ms / 1000, found.ready_s)
+    )
+
+
+def measured(name: str, lines: list[dict[str, Any]], precision: str) -> Stages:
+    """Of a card's own figures, 1024x1024: batches in bf16; JPEG on the card; what HTTP adds to a request alone.
+
+    fp8 was measured over HTTP and in the decoder: its batches are those of bf16 with its own decoder, a projection.
+    """
+    named = {line["name"]: line for line in lines if "name" in line}
+    batches: dict[tuple[int, int, int], dict[int, BatchSeconds]] = {}
+    for label, line in named.items():
+        if (match := MEASURED.fullmatch(label)) and match["precision"] == "bf16":
+            batch, each = int(match["batch"]), line["decode"]["p50"]
+            before = line["total"]["p50"] - batch * each
+            if precision == "fp8":
+                each -= named["decoder fp8=False"]["graph"]["p50"] - named["decoder fp8=True"]["graph"]["p50"]
+            batches.setdefault((1024, 1024, int(match["steps"])), {})[batch] = BatchSeconds(before / 1000, each / 1000)
+    alone = named[f"http alone jpeg {precision}"]["p50"] / 1000
+    first = batches[1024, 1024, 1][1]
+    source = f"{name}, {precision}: {lines[0]['about']}"
+    ready_s = named[f"server ready {precision}"]["s"]
+    return Stages(source, batches, http_s=max(alone - first.before - first.each, 0.0), ready_s=ready_s)
+
+
+def rows(name: str, document: dict[str, Any]) -> Stages:
+    """Of {"source", "rows": [{"width", "height", "steps", "batch", "before_ms", "each_ms"}], "encode_ms", "http_ms",
+    "ready_s"}, written by hand or from what bench.budget projects. Raises BenchError."""
+    try:
+        batches: dict[tuple[int, int, int], dict[int, BatchSeconds]] = {}
+        for row in document["rows"]:
+            seconds = BatchSeconds(row["before_ms"] / 1000, row["each_ms"] / 1000)
+            batches.setdefault((row["width"], row["height"], row["steps"]), {})[row["batch"]] = seconds
+        times = [document.get(field, 0.0) for field in ("encode_ms", "http_ms")]
+        encode_s, http_s = (ms / 1000 for ms in times)
+        return Stages(f"{name}: {document['source']}", batches, encode_s, http_s, document.get("ready_s", 0.0))
+    except (KeyError, TypeError) as error:
+        raise BenchError(f"--stages: {name}: {error!r}; see bench/fleet/stages.py for what is read") from error

@@ -1,0 +1,61 @@
+"""What was seen so far: answers by kind, latencies with the time they were taken, and what should not have been."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bench.harness.summary import Spread, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """`at`: seconds since the beginning of the soak, when the answer was there."""
+
+    at: float
+    kind: str
+    seconds: float
+
+
+@dataclass
+class Ledger:
+    """`seen` and `lost` count labels such as `plain: 200`; what is in `lost` must not have happened."""
+
+    seen: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    latencies: list[Latency] = field(default_factory=list)
+
+    def tell(self, kind: str, label: str, allowed: Iterable[str]) -> None:
+        self.seen[f"{kind}: {label}"] += 1
+        if label not in allowed:
+            self.lost[f"{kind}: {label}"] += 1
+
+    def timed(self, at: float, kind: str, seconds: float) -> None:
+        self.latencies.append(Latency(at, kind, seconds))
+
+    def milliseconds(self, begin: float, end: float) -> dict[str, list[float]]:
+        """By kind, of the answers in [begin, end)."""
+        found: dict[str, list[float]] = {}
+        for one in self.latencies:
+            if begin <= one.at < end:
+                found.setdefault(one.kind, []).append(1000 * one.seconds)
+        return found
+
+    def spreads(self, begin: float, end: float) -> dict[str, Spread | None]:
+        """Milliseconds of `milliseconds`."""
+        return {kind: spread(values) for kind, values in sorted(self.milliseconds(begin, end).items())}
+
+
+def growth(first: float, last: float) -> float:
+    """As a share of the first; 0 where both are 0."""
+    return last / first - 1 if first else float(last != first)
+
+
+def median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
+
+
+def added(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """What `after` counts more than `before`."""
+    return {label: count - before.get(label, 0) for label, count in after.items() if count != before.get(label, 0)}

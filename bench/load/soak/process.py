@@ -1,0 +1,39 @@
+"""What a process of this machine holds, by /proc: memory, open files, threads, processor time."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.harness.errors import BenchError
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """`at`: seconds since the beginning. `cpu_s`: user and system, since the process began."""
+
+    at: float
+    memory_bytes: int
+    files: int
+    threads: int
+    cpu_s: float
+
+
+def state(pid: int, at: float) -> State:
+    """Raises BenchError where the process is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise BenchError(f"process {pid} is gone") from error
+    memory, threads = (re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE) for name in ("VmRSS", "Threads"))
+    if memory is None or threads is None:
+        raise BenchError(f"process {pid} has ended")
+    seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return State(at, int(memory[1]) * 1024, files, int(threads[1]), seconds)
+
+
+def between(states: Sequence[State], begin: float, end: float) -> list[State]:
+    return [one for one in states if begin <= one.at < end]

@@ -1,0 +1,87 @@
+"""GenEval's score from the results of its own evaluator, with intervals.
+
+    git clone https://github.com/djghosh13/geneval
+    python geneval/evaluation/evaluate_images.py runs/geneval/images --outfile results.jsonl --model-path <detectors>
+    python -m bench.quality.geneval results.jsonl --images runs/geneval
+
+The evaluator needs an environment and a GPU of its own (its README: mmdet 2, mmcv, open_clip, clip_benchmark); this
+reads what it wrote. overall is the mean of the tags' scores, as its summary_scores.py has it. Prints a table, then one
+JSON document as the last line. Exit code 1: images are missing from the results.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.harness.cli import command, told
+from bench.harness.errors import BenchError
+from bench.harness.summary import table
+from bench.quality.images.folder import ImageFolder
+from bench.quality.intervals import grouped_interval, mean_interval
+
+
+def read_results(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Tag -> prompt's metadata -> 0 or 1 of each image. Raises BenchError for a file that is no such result."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            found[one["tag"]][one["metadata"]].append(float(one["correct"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{path}: {error!r}; needed is what GenEval's evaluate_images.py writes") from error
+    if not found:
+        raise BenchError(f"{path}: holds no results")
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON document."""
+    results = read_results(options.results)
+    prompts = {tag: [fmean(values) for values in found.values()] for tag, found in results.items()}
+    tags = {tag: fmean(value for values in found.values() for value in values) for tag, found in results.items()}
+    images = sum(len(values) for found in results.values() for values in found.values())
+    folder = None if options.images is None else ImageFolder(options.images).manifest()
+    missing = 0 if folder is None else int(folder["identity"]["files"]) - images
+    interval = grouped_interval(prompts)
+    return {
+        "program": "bench.quality.geneval",
+        "command": options.command,
+        "images": images,
+        "missing": missing,
+        "prompts": sum(map(len, prompts.values())),
+        "tags": {tag: round(value, 4) for tag, value in tags.items()},
+        "intervals": {tag: list(mean_interval(values))[1:] for tag, values in prompts.items()},
+        "overall": round(fmean(tags.values()), 5),
+        "interval": [interval.low, interval.high],
+        "manifest": folder,
+    }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The table for people."""
+    rows = [[tag, value, *found["intervals"][tag]] for tag, value in found["tags"].items()]
+    rows.append(["overall", found["overall"], *found["interval"]])
+    return f"{found['images']} images, {found['missing']} missing\n\n{table(('tag', 'score', 'low', 'high'), rows)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality.geneval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, help="what evaluate_images.py wrote")
+    parser.add_argument("--images", type=Path, help="folder of bench.quality.images: are all of them judged?")
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser.set_defaults(command=command("bench.quality.geneval", given))
+    options = parser.parse_args(given)
+    return told(lambda: measure(options), show, lambda found: found["missing"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

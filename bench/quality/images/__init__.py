@@ -1,0 +1,1 @@
+"""The images of a prompt set, in the layout that the public evaluators read."""

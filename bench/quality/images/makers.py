@@ -1,0 +1,251 @@
+"""What makes images: an engine in this process, one in a process of its own, or a server over HTTP.
+
+A maker serves one thread. All make the same image of the same prompt and seed, up to the last bits of their arithmetic.
+"""
+
+import base64
+import http.client
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+
+from bench.harness.errors import BenchError
+from bench.quality.images.layouts import ImageFile, decoded
+from engines.checkpoints.checkpoint import open_checkpoint
+from engines.errors import SprintError
+from engines.loader import load_engine
+from engines.types import Job, Pixels
+
+PATIENCE_S = 600.0  # for one answer of a server, and in all for one that is full
+MOST_IMAGES = 8  # of one request
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is the same for all images. size: (width, height), None: the checkpoint's."""
+
+    steps: int = 1
+    guidance: float = 4.5
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The images of one file, in the order of its seeds."""
+
+    images: list[Pixels]
+    prompt_truncated: bool
+
+
+class Maker(Protocol):
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What decides the images: checkpoint, weights, backend, precision, device, versions."""
+
+    @property
+    def batch(self) -> int:
+        """How many images it makes at once."""
+
+    def make(self, files: Sequence[ImageFile]) -> list[Made]: ...
+
+    def close(self) -> None: ...
+
+
+class EngineMaker:
+    """An engine in this process."""
+
+    def __init__(self, model: str, asked: Asked, **options: Any) -> None:
+        """options: of engines.loader.load_engine."""
+        checkpoint = open_checkpoint(model, options.get("decoder"))
+        self._engine, self._asked = load_engine(checkpoint, **options), asked
+        info = self._engine.info
+        names = ("checkpoint", "backend", "precision", "device", "versions")
+        self.facts = {name: asdict(info)[name] for name in names} | {
+            "weights": checkpoint.weights.sha256(),
+            "decoder": options.get("decoder"),
+            "schedule": options.get("schedule", "paper"),
+            "engine": None if info.manifest is None else info.manifest["fingerprint"],
+            "size": list(asked.size or self._engine.limits.default_size),
+        }
+
+    @property
+    def batch(self) -> int:
+        return self._engine.limits.max_batch
+
+    def make(self, files: Sequence[ImageFile]) -> list[Made]:
+        width, height = self._asked.size or self._engine.limits.default_size
+        steps, guidance = self._asked.steps, self._asked.guidance
+        jobs = [Job(file.prompt, seed, width, height, steps, guidance) for file in files for seed in file.seeds]
+        made = [
+            image
+            for first in range(0, len(jobs), self.batch)
+            for image in self._engine.generate(jobs[first : first + self.batch])
+        ]
+        images = iter(made)
+        return [_of_one([(next(images)) for _ in file.seeds]) for file in files]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _of_one(images: Sequence[Any]) -> Made:
+    return Made([image.pixels for image in images], any(image.prompt_truncated for image in images))
+
+
+class ProcessMaker:
+    """An engine in a process of its own, on a card of its own where `environment` says so."""
+
+    def __init__(
+        self, model: str, asked: Asked, environment: Mapping[str, str], threads: int | None, **options: Any
+    ) -> None:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        line = (theirs, model, asked, dict(environment), threads, options)
+        self._process = context.Process(target=_serve, args=line, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._ready: tuple[Mapping[str, Any], int] | None = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self._told()[0]
+
+    @property
+    def batch(self) -> int:
+        return self._told()[1]
+
+    def _told(self) -> tuple[Mapping[str, Any], int]:
+        """Waits for the engine, so that several load at once."""
+        if self._ready is None:
+            self._ready = self._received()
+        return self._ready
+
+    def make(self, files: Sequence[ImageFile]) -> list[Made]:
+        self._told()
+        self._pipe.send(list(files))
+        made: list[Made] = self._received()
+        return made
+
+    def _received(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise BenchError(f"a worker's process died (exit {self._process.exitcode})") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._pipe.close()
+        self._process.join(PATIENCE_S)
+
+
+def _serve(
+    pipe: Connection,
+    model: str,
+    asked: Asked,
+    environment: dict[str, str],
+    threads: int | None,
+    options: dict[str, Any],
+) -> None:
+    os.environ.update(environment)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        maker = EngineMaker(model, asked, **options)
+        pipe.send((maker.facts, maker.batch))
+        with suppress(EOFError):
+            while (files := pipe.recv()) is not None:
+                pipe.send(maker.make(files))
+        maker.close()
+    except SprintError as error:  # raised again where the answer is awaited
+        pipe.send(error)
+
+
+class HttpMaker:
+    """A running server: one connection, one request at a time, PNG on the way whatever the file will be."""
+
+    batch = 1  # the server makes batches of what its clients ask at once
+
+    def __init__(self, url: str, asked: Asked, key: str | None = None, wait: Callable[[float], None] = time.sleep):
+        """key: of the API, where the server wants one. wait: for a server that is full. Raises BenchError."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            raise BenchError(f"url: got {url!r}, needed is http://host:port")
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self._connection = kind(parts.hostname, parts.port, timeout=PATIENCE_S)
+        self._asked, self._wait = asked, wait
+        self._headers = {"accept": "application/json", "content-type": "application/json"}
+        if key is not None:
+            self._headers["authorization"] = f"Bearer {key}"
+        info = self._exchange("GET", "/v1/info", None)
+        names = ("checkpoint", "backend", "precision", "device", "versions")
+        self._size = asked.size or tuple(info["default_size"])
+        self.facts = {name: info[name] for name in names} | {
+            "engine": (info.get("manifest") or {}).get("fingerprint"),
+            "size": list(self._size),
+        }
+
+    def make(self, files: Sequence[ImageFile]) -> list[Made]:
+        return [self._file(file) for file in files]
+
+    def _file(self, file: ImageFile) -> Made:
+        images: list[Pixels] = []
+        truncated = False
+        for first in range(0, len(file.seeds), MOST_IMAGES):
+            seeds = file.seeds[first : first + MOST_IMAGES]
+            answer = self._exchange("POST", "/generate", self._body(file.prompt, seeds))
+            got = [image["seed"] for image in answer["images"]]
+            if got != list(seeds):
+                raise BenchError(f"{file.name}: asked for the seeds {list(seeds)}, the server answered {got}")
+            images += [decoded(base64.b64decode(image["b64"])) for image in answer["images"]]
+            truncated |= answer["prompt_truncated"]
+        return Made(images, truncated)
+
+    def _body(self, prompt: str, seeds: Sequence[int]) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "seed": seeds[0],
+            "num_images": len(seeds),
+            "num_inference_steps": self._asked.steps,
+            "guidance_scale": self._asked.guidance,
+            "width": self._size[0],
+            "height": self._size[1],
+            "output_format": "png",
+        }
+
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """The answer's JSON. Waits as Retry-After says where the server is full; nothing else is asked twice."""
+        waited = 0.0
+        while True:
+            try:
+                self._connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+                answer = self._connection.getresponse()
+                content = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                raise BenchError(f"{method} {path}: {error!r}; what was made is kept, start again to go on") from error
+            if answer.status == 200:
+                return json.loads(content)
+            pause = float(answer.headers.get("retry-after", 1))
+            if answer.status not in (429, 503) or waited + pause > PATIENCE_S:
+                told = content.decode(errors="replace")[:300]
+                raise BenchError(f"{method} {path}: got {answer.status}, needed is 200: {told}")
+            self._wait(pause)
+            waited += pause
+
+    def close(self) -> None:
+        self._connection.close()

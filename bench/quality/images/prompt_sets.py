@@ -1,0 +1,134 @@
+"""Prompt sets as their authors publish them: MJHQ-30K, GenEval, DPG-Bench, a text file, and captions of the tiny world.
+
+Keys and order are those of the file, because evaluators find images by them.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from bench.harness.errors import BenchError
+from distill.evaluation.scores import evaluation_prompts
+
+Kind = Literal["mjhq", "geneval", "dpg", "text", "tiny"]
+KINDS: tuple[str, ...] = get_args(Kind)
+HANDED_OUT = {"meta_data.json": "mjhq", "evaluation_metadata.jsonl": "geneval", "dpg_bench.csv": "dpg"}
+FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")  # what NVlabs' prepare_prompt_ar cuts off (diffusion/model/utils.py)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One prompt. `key` names its images; `metadata` is GenEval's own line; `tag` the category of its score."""
+
+    key: str
+    prompt: str
+    metadata: Mapping[str, Any] | None = None
+    tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Entries in the file's order; `sha256` is of the keys and prompts, whatever file they came from."""
+
+    kind: Kind
+    source: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def sha256(self) -> str:
+        lines = (json.dumps([entry.key, entry.prompt]) for entry in self.entries)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_prompt_set(source: str, kind: str | None = None, limit: int | None = None) -> PromptSet:
+    """The prompt set in `source`: a file, DPG's folder of text files, or tiny:<count>.
+
+    kind: one of KINDS, None: by the name of the file. limit: the first so many. Raises BenchError for what is no such
+    set, and for keys that are no file names or stand there twice.
+    """
+    kind = kind or _kind_of(source)
+    if kind not in KINDS:
+        raise BenchError(f"kind: got {kind!r}, allowed are {', '.join(KINDS)}")
+    try:
+        entries = READERS[kind](source)
+    except OSError as error:
+        raise BenchError(f"prompts: cannot read {source}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BenchError(f"prompts: {source} is no prompt set of the kind {kind} ({error!r})") from error
+    entries = entries[:limit]
+    if not entries:
+        raise BenchError(f"prompts: {source} holds none")
+    (key, count), *_ = Counter(entry.key for entry in entries).most_common(1)
+    if count > 1:
+        raise BenchError(f"prompts: {source} has the key {key!r} {count} times; needed is one name for each")
+    for entry in entries:
+        if not re.fullmatch(r"[\w-][\w .-]*", entry.key):
+            raise BenchError(f"prompts: {source} has the key {entry.key!r}, which is no file name")
+        if not entry.prompt:
+            raise BenchError(f"prompts: {source} has no words under the key {entry.key!r}")
+    return PromptSet(kind, source, tuple(entries))  # type: ignore[arg-type]  # one of KINDS
+
+
+def _kind_of(source: str) -> str:
+    path = Path(source)
+    if re.fullmatch(r"tiny:\d+", source):
+        return "tiny"
+    if path.name in HANDED_OUT:
+        return HANDED_OUT[path.name]
+    if path.is_dir():
+        return "dpg"
+    if path.suffix == ".txt":
+        return "text"
+    raise BenchError(f"prompts: {source} tells no kind; name it with --kind {'|'.join(KINDS)}")
+
+
+def _cleaned(prompt: str) -> str:
+    return FLAGS.split(prompt)[0].strip()
+
+
+def _mjhq(source: str) -> list[Entry]:
+    found = json.loads(Path(source).read_text(encoding="utf-8"))
+    return [Entry(key, _cleaned(value["prompt"]), tag=value.get("category")) for key, value in found.items()]
+
+
+def _geneval(source: str) -> list[Entry]:
+    lines = [json.loads(line) for line in _lines(source)]
+    return [Entry(f"{at:05}", _cleaned(line["prompt"]), line, line["tag"]) for at, line in enumerate(lines)]
+
+
+def _dpg(source: str) -> list[Entry]:
+    """A folder of <id>.txt as DPG-Bench ships it, its CSV with one row a question, or NVlabs' JSON."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        return [Entry(file.stem, _cleaned(file.read_text(encoding="utf-8"))) for file in files]
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                Entry(key, _cleaned(text))
+                for key, text in {r["item_id"]: r["text"] for r in csv.DictReader(file)}.items()
+            ]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [Entry(key, _cleaned(value["prompt"])) for key, value in found.items()]
+
+
+def _text(source: str) -> list[Entry]:
+    return [Entry(f"{at:05}", line) for at, line in enumerate(_lines(source))]
+
+
+def _tiny(source: str) -> list[Entry]:
+    prompts = evaluation_prompts(int(source.removeprefix("tiny:")))
+    return [Entry(f"{at:05}", prompt.text, tag=prompt.category) for at, prompt in enumerate(prompts)]
+
+
+def _lines(source: str) -> Sequence[str]:
+    return [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+READERS = {"mjhq": _mjhq, "geneval": _geneval, "dpg": _dpg, "text": _text, "tiny": _tiny}

@@ -1,0 +1,72 @@
+"""Means with confidence intervals: 95 %, by a seeded bootstrap over prompts, whose images are not independent."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.harness.errors import BenchError
+
+RESAMPLES = 5000
+LEVEL = 95.0
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Of a mean over independent prompts: one value each. Raises BenchError without values."""
+    return grouped_interval({"": values}, seed)
+
+
+def grouped_interval(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
+    """Of a mean over groups of their means (GenEval's categories); prompts are drawn anew within each group.
+
+    For a paired comparison the values are differences of two systems on one prompt. Raises BenchError for an empty
+    group.
+    """
+    if not groups or not all(len(values) for values in groups.values()):
+        raise BenchError("interval: got a group without values, needed is one prompt at least in each")
+    rng = np.random.default_rng(seed)
+    mean, drawn = 0.0, np.zeros(RESAMPLES)
+    for values in groups.values():
+        array = np.asarray(values, np.float64)
+        mean += float(array.mean()) / len(groups)
+        drawn += _resampled(array, rng) / len(groups)
+    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return Interval(round(mean, 6), round(float(low), 6), round(float(high), 6))
+
+
+def ratio_interval(ones: Sequence[float], others: Sequence[float], seed: int = 0) -> Interval:
+    """Of the ratio of medians, others over ones; runs were made in turn and are drawn in pairs."""
+    if len(ones) != len(others) or not ones:
+        raise BenchError(f"interval: got {len(ones)} and {len(others)} runs, needed are as many pairs, one at least")
+    pairs = np.stack([np.asarray(ones, np.float64), np.asarray(others, np.float64)])
+    chosen = np.random.default_rng(seed).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
+    medians = np.median(pairs[:, chosen], axis=2)
+    low, high = np.percentile(medians[1] / medians[0], [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    mean = float(np.median(pairs[1]) / np.median(pairs[0]))
+    return Interval(round(mean, 4), round(float(low), 4), round(float(high), 4))
+
+
+def _resampled(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """[RESAMPLES] means of as many values, drawn with replacement."""
+    found = np.empty(RESAMPLES)
+    step = max(1, 2**22 // len(values))  # bounds the memory
+    for first in range(0, RESAMPLES, step):
+        count = min(step, RESAMPLES - first)
+        found[first : first + count] = values[rng.integers(0, len(values), (count, len(values)))].mean(1)
+    return found

@@ -1,0 +1,1 @@
+"""FID, CLIP score, CMMD, HPSv2 and the judge, of a folder of images."""

@@ -1,0 +1,76 @@
+"""Distances between two sets of features: Fréchet (FID) and maximum mean discrepancy (CMMD)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.harness.errors import BenchError
+
+Features = NDArray[np.float64]  # [N, D]
+
+MMD_SIGMA = 10.0  # google-research/cmmd, distance.py
+MMD_SCALE = 1000.0
+ROWS = 2048  # of a kernel matrix at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean [D] and covariance [D, D] of features: what FID compares, and what pytorch-fid keeps in its .npz files."""
+
+    mean: Features
+    covariance: Features
+
+    @classmethod
+    def of(cls, features: Features) -> "Moments":
+        """Raises BenchError for less than two images, which have no covariance."""
+        if len(features) < 2:
+            raise BenchError(f"fid: got {len(features)} image(s), needed are two at least")
+        return cls(features.mean(0), np.cov(features, rowvar=False))
+
+    @classmethod
+    def read(cls, path: Path) -> "Moments":
+        """From pytorch-fid's .npz with `mu` and `sigma`. Raises BenchError."""
+        try:
+            with np.load(path) as found:
+                return cls(found["mu"].astype(np.float64), found["sigma"].astype(np.float64))
+        except (OSError, KeyError, ValueError) as error:
+            raise BenchError(
+                f"{path}: needed is an .npz with mu and sigma, as pytorch-fid writes it ({error})"
+            ) from error
+
+    def write(self, path: Path) -> None:
+        np.savez_compressed(path, mu=self.mean, sigma=self.covariance)
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), as Heusel et al. 2017 define FID.
+
+    The trace of the root is the sum of the square roots of the eigenvalues of C1^½ C2 C1^½, which is symmetric: with
+    fewer images than dimensions scipy's sqrtm of C1 C2 meets a singular matrix, and this does not mind.
+    """
+    values, vectors = np.linalg.eigh(one.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    shared = np.linalg.eigvalsh(root @ other.covariance @ root)
+    apart = np.square(one.mean - other.mean).sum()
+    traces = np.trace(one.covariance) + np.trace(other.covariance)
+    return float(apart + traces - 2 * np.sqrt(np.maximum(shared, 0)).sum())
+
+
+def mean_discrepancy(one: Features, other: Features) -> float:
+    """CMMD of embeddings of unit length: 1000 times the squared MMD, biased estimate, Gaussian kernel of sigma 10.
+
+    Source: Jayasumana et al. 2024; google-research/cmmd, distance.py.
+    """
+    return MMD_SCALE * (_mean_kernel(one, one) + _mean_kernel(other, other) - 2 * _mean_kernel(one, other))
+
+
+def _mean_kernel(one: Features, other: Features) -> float:
+    squares = np.square(other).sum(1)
+    total = 0.0
+    for first in range(0, len(one), ROWS):
+        rows = one[first : first + ROWS]
+        apart = np.square(rows).sum(1)[:, None] + squares - 2 * rows @ other.T
+        total += float(np.exp(-apart / (2 * MMD_SIGMA**2)).sum())
+    return total / (len(one) * len(other))

@@ -1,0 +1,95 @@
+"""The images that a metric looks at: paths, prompts, and batches of tensors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.harness.errors import BenchError
+from bench.quality.images.folder import ImageFolder
+
+ENDINGS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
+THREADS = 4  # that decode the next batch while the network is at this one
+
+Prepare = Callable[[Image.Image], Tensor]  # RGB image -> [3, H, W]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One image file. `prompt` and `tag` are None where nobody told what it shows."""
+
+    path: Path
+    prompt: str | None = None
+    tag: str | None = None
+
+
+def read_shown(folder: Path) -> list[Shown]:
+    """The images of a folder by name: of bench.quality.images with their prompts, of any other folder without.
+
+    Raises BenchError where there are none, or where files of a known folder are absent or changed.
+    """
+    if (folder / "manifest.json").is_file():
+        images = ImageFolder(folder)
+        wanted, made = int(images.manifest()["identity"]["files"]), images.made()
+        if len(made) < wanted:
+            raise BenchError(f"{folder}: {len(made)} of {wanted} images are there; make the others first")
+        return [Shown(images.images / name, made[name].prompt, made[name].tag) for name in sorted(made)]
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
+    if not found:
+        raise BenchError(f"{folder}: holds no images; needed is a folder of them")
+    return [Shown(path) for path in found]
+
+
+def with_prompts(shown: Sequence[Shown], metric: str) -> list[tuple[Path, str]]:
+    """Raises BenchError where an image's prompt is not known."""
+    pairs = [(one.path, one.prompt) for one in shown if one.prompt is not None]
+    if len(pairs) < len(shown):
+        raise BenchError(f"{metric}: needs the prompt of every image; needed is a folder of bench.quality.images")
+    return pairs
+
+
+def batches(paths: Sequence[Path], prepare: Prepare, size: int) -> Iterator[Tensor]:
+    """[B, 3, H, W] of `size` images at a time, in order; the next are decoded meanwhile."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        groups = [paths[first : first + size] for first in range(0, len(paths), size)]
+        ahead = [pool.submit(_stacked, groups[0], prepare)]
+        for at in range(len(groups)):
+            if at + 1 < len(groups):
+                ahead.append(pool.submit(_stacked, groups[at + 1], prepare))
+            yield ahead.pop(0).result()
+
+
+def _stacked(paths: Sequence[Path], prepare: Prepare) -> Tensor:
+    return torch.stack([prepare(_opened(path)) for path in paths])
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """[3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def cut_to(size: int) -> Prepare:
+    """Shorter side to `size` (bilinear, antialiased), then the square in the middle, in [0, 1].
+
+    As torchvision's Resize, CenterCrop, ToTensor, which NVlabs' tools/metrics/pytorch-fid/compute_fid.py applies to
+    both sets.
+    """
+
+    def prepare(image: Image.Image) -> Tensor:
+        short, long = sorted(image.size)
+        sides = (size, int(size * long / short))
+        resized = image.resize(sides if image.width <= image.height else sides[::-1], Image.Resampling.BILINEAR)
+        left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+        return as_tensor(resized.crop((left, top, left + size, top + size)))
+
+    return prepare

@@ -1,0 +1,47 @@
+"""docs/figures/quality.md: what precisions, steps and start angles cost, from the results of bench.quality."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bench.quality.scores import show
+
+READING = """\
+`score` is the judge's: the share of right images, its mean over GenEval's six categories. Each image is compared with
+the first variant's of the same prompt and seed: `apart from the first` is the difference of the scores, `changed` the
+images whose verdict is another, PSNR that over all images, and of the worst. Intervals are 95 %, by bootstrap over
+prompts; one that holds zero says that these prompts tell no difference, not that there is none. Where no verdict
+changed it has no width, and 3 of as many images as were judged may still change (the rule of three). `seconds` are of
+one image of a prompt that was asked before, and the ratio is to the first variant's, in turn with it: above 1 is
+slower. `emulated` rounds in PyTorch as a GPU would, so its time means nothing. `figures` starts one step at 1.55413,
+`paper` at pi/2."""
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown; the sheets of worst images lie beside it."""
+    lines = [
+        "# Quality by precision, steps and start angle",
+        "",
+        "Written by `python -m bench.report`; not by hand.",
+        "",
+    ]
+    lines += [READING, ""]
+    for name, result in results.items():
+        told = result["machine"]
+        lines += [
+            f"## {name}",
+            "",
+            f"`{result['model']}`, {result['prompts']} held-out captions, {result['seeds']} seed(s), guidance "
+            f"{result['guidance']:g}; the first variant is `{result['compared_with']}`. {told['cores']} cores of "
+            f"{told['cpu']}, load average {told['load_average']} at the end: ratios travel better than seconds.",
+            "",
+            show(dict(result)),
+            "",
+        ]
+        if result.get("worst"):
+            lines += [
+                "The images furthest from the first variant's (left of each), at the first number of steps:",
+                "",
+                f"![the worst images of each variant]({result['worst']})",
+                "",
+            ]
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,123 @@
+"""The ways to run a checkpoint that are compared: backends, built engines, diffusers, and precisions by rounding."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.harness.errors import BenchError
+from bench.harness.pipelines import DTYPES, Diffusers, Task
+from bench.quality.fp8 import Quantised
+from distill.evaluation.scores import Generate, engine_generator
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.loader import load_engine
+from engines.models.transformer import SprintTransformer
+from engines.sampler import Schedule
+from engines.types import Pixels
+
+Generators = Callable[[int, Schedule], Generate]  # of a number of steps and a schedule, on one loaded checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run the checkpoint: `backend` with `argument`, and the decoder where it is another."""
+
+    backend: str
+    argument: str
+    decoder: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """From <backend>:<precision>[+<decoder>]. Raises ValueError for text without two parts."""
+        backend, _, rest = text.partition(":")
+        argument, _, decoder = rest.partition("+")
+        if not backend or not argument:
+            raise ValueError(text)
+        return cls(backend, argument, decoder or None)
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.argument}" + (f"+{self.decoder}" if self.decoder else "")
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it is computed by rounding, so that its time means nothing."""
+        return self.backend == "emulated"
+
+
+class Rounded16(Checkpoint):
+    """The checkpoint with a transformer whose weights and layers' outputs are rounded to fp16, computed in fp32."""
+
+    def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
+        module = super().load_transformer(dtype, device)
+        with torch.no_grad():
+            for value in module.parameters():
+                value.copy_(value.half().to(value.dtype))
+        for part in module.modules():
+            if not any(part.children()):
+                part.register_forward_hook(_rounded)
+        return module
+
+
+def _rounded(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    return output.half().to(output.dtype) if isinstance(output, torch.Tensor) else output
+
+
+EMULATED: dict[str, type[Checkpoint]] = {"fp8": Quantised, "fp16": Rounded16}
+
+
+@contextmanager
+def opened(variant: Variant, options: argparse.Namespace) -> Iterator[Generators]:
+    """Within the block the variant is loaded. Raises BenchError, CheckpointError, BackendError, ArtifactError."""
+    if variant.backend == "diffusers":
+        yield _of_diffusers(variant, options)
+        return
+    engines = [_engine(variant, options, schedule) for schedule in options.schedule]
+    by_schedule = dict(zip(options.schedule, engines, strict=True))
+    try:
+        yield lambda steps, schedule: engine_generator(by_schedule[schedule], steps, options.guidance, options.size)
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def _engine(variant: Variant, options: argparse.Namespace, schedule: Schedule) -> Any:
+    model: str | Checkpoint = options.model
+    backend, precision, folder = variant.backend, variant.argument, None
+    if variant.emulated:
+        if precision not in EMULATED:
+            raise BenchError(f"variants: got {variant}, by rounding there are {', '.join(EMULATED)}")
+        model = EMULATED[precision](**vars(open_checkpoint(options.model)))
+        backend, precision = "eager", "fp32"
+    elif backend == "engine":
+        backend, folder = "auto", variant.argument
+    return load_engine(
+        model,
+        engine_dir=folder,
+        backend=backend,
+        precision=None if folder else precision,
+        decoder=variant.decoder,
+        max_batch=options.max_batch,
+        schedule=schedule,
+    )
+
+
+def _of_diffusers(variant: Variant, options: argparse.Namespace) -> Generators:
+    if variant.argument not in DTYPES:
+        raise BenchError(f"variants: got {variant}, diffusers runs in {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(options.model, variant.decoder)
+    rival = Diffusers(checkpoint, variant.argument, torch.device("cpu"), guidance=options.guidance)
+    size = options.size or checkpoint.settings.default_size[0]
+
+    def generators(steps: int, _: Schedule) -> Generate:
+        def generate(texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
+            for first in range(0, len(texts), options.max_batch):
+                some = slice(first, first + options.max_batch)
+                yield from rival.run(Task(texts[some], seeds[some], size, size, steps)).pictures
+
+        return generate
+
+    return generators

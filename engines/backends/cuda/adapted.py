@@ -1,0 +1,32 @@
+"""A transformer of the GPU path whose call also takes what each job chose (engines.models.lora)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from engines.backends.cuda.controlled import CudaControlled
+from engines.backends.cuda.transformer import CudaTransformer
+from engines.models.lora import Choice, Chosen
+from engines.sampler import Denoiser
+
+
+class CudaAdapted:
+    """Called as engines.models.lora.Adapted is; `choice` is that of the modules that `inner` was made of."""
+
+    def __init__(self, inner: CudaTransformer | CudaControlled, choice: Choice):
+        self.inner, self._choice = inner, choice
+
+    def __call__(self, *arguments: Any, chosen: Chosen | None = None) -> Tensor:
+        with self._choice.of(chosen):
+            return self.inner(*arguments)
+
+    def denoiser(self, *arguments: Any, chosen: Chosen | None = None) -> Denoiser:
+        """As CudaTransformer.denoiser and CudaControlled.denoiser."""
+        with self._choice.of(chosen):
+            inner = self.inner.denoiser(*arguments)
+
+        def velocity(latent: Tensor, timestep: Tensor) -> Tensor:
+            with self._choice.of(chosen):
+                return inner(latent, timestep)
+
+        return velocity

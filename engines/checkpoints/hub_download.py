@@ -1,0 +1,201 @@
+"""Bytes of a hub's files into their places: with progress, going on where they ended, verified, whole or not at all.
+
+Not by huggingface_hub, which neither goes on where a process ended nor compares what came over HTTP with its checksum.
+A file is written beside its place, under a name that no reader looks for, and moved there once it is the right one.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from engines.errors import CheckpointError
+
+AT_ONCE = 4  # files; published checkpoints have four large ones
+PATIENCE = 4  # attempts in a row that bring no byte
+PAUSE_S = 1.0  # after the first of them, and longer after each further one
+TELL_S = 5.0  # between two lines of progress
+LATER = (408, 416, 429, 500, 502, 503, 504)  # status of answers that another attempt may not get
+
+logger = logging.getLogger("engines.checkpoints")
+
+
+class File(Protocol):
+    """See engines.checkpoints.hub_files.HubFile."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def checksum(self) -> str: ...
+
+    def matches(self, path: Path) -> bool: ...
+
+
+class _StoppedError(Exception):
+    """Another file failed."""
+
+
+class Download:
+    """Files of one commit into the folder `blobs`, each under its checksum."""
+
+    def __init__(self, hub_id: str, commit: str, blobs: Path, files: Sequence[File]):
+        self._hub_id, self._commit, self._blobs = hub_id, commit, blobs
+        self._files = {file.checksum: file for file in files}.values()  # equal contents once
+        self._failures: SimpleQueue[Exception] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._total = sum(file.size for file in self._files)
+        self._first = self._done = sum(_size(self._partial(file)) for file in self._files)
+        self._began = self._told = time.monotonic()
+
+    def run(self) -> None:
+        """Raises CheckpointError, OSError of the disk, and the hub's refusals (HfHubHTTPError)."""
+        if not self._files:
+            return
+        self._make_sure_of_room()
+        resumed = f"; {_amount(self._done)} are here from before" if self._done else ""
+        logger.info(
+            "%s: %d files, %s%s", f"downloading {self._hub_id}", len(self._files), _amount(self._total), resumed
+        )
+        queue: SimpleQueue[File] = SimpleQueue()
+        for file in sorted(self._files, key=lambda file: -file.size):
+            queue.put(file)
+        # Daemons, unlike the threads of a pool: a process that was told to end does not wait for gigabytes.
+        threads = [threading.Thread(target=self._work, args=(queue,), daemon=True) for _ in range(AT_ONCE)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if not self._failures.empty():
+            raise self._failures.get()
+        logger.info("%s: %s downloaded and verified", self._hub_id, _amount(self._total))
+
+    def _make_sure_of_room(self) -> None:
+        needed, free = self._total - self._done, shutil.disk_usage(self._blobs).free
+        if free < needed:
+            raise CheckpointError(
+                f"model: {self._hub_id}: {_amount(needed)} more are needed in {self._blobs}, {_amount(free)} are free; "
+                "make room, or set HF_HOME to a folder on another disk"
+            )
+
+    def _partial(self, file: File) -> Path:
+        return self._blobs / f"{file.checksum}.sana-sprint.incomplete"
+
+    def _work(self, queue: SimpleQueue[File]) -> None:
+        try:
+            while True:
+                self._fetch(queue.get_nowait())
+        except (Empty, _StoppedError):
+            return
+        except Exception as error:  # raised again by `run`
+            self._failures.put(error)
+
+    def _fetch(self, file: File) -> None:
+        """One file; once more from its start where its content is another's."""
+        partial = self._partial(file)
+        for _ in range(2):
+            self._receive(file, partial)
+            if file.matches(partial):
+                partial.replace(self._blobs / file.checksum)
+                return
+            self._drop(partial)
+            logger.warning("%s: %s came with a wrong checksum, and was removed", self._hub_id, file.name)
+        raise CheckpointError(
+            f"model: {self._hub_id}: {file.name} came twice with a wrong checksum, and was removed; look at what lies "
+            "between here and the hub (HF_ENDPOINT, a proxy, the disk), and start again"
+        )
+
+    def _receive(self, file: File, partial: Path) -> None:
+        """Brings `partial` to the file's size, from where it ends, however often the connection breaks."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        vain = 0
+        partial.touch()
+        while (before := _size(partial)) < file.size:
+            reason = "the answer ended early"
+            try:
+                self._receive_once(file, partial)
+            except _StoppedError:
+                raise
+            except HfHubHTTPError as error:
+                if error.response.status_code not in LATER:
+                    raise
+                if error.response.status_code == 416:  # there is no more: what is here is not of this file
+                    self._drop(partial)
+                    partial.touch()
+                reason = str(error).partition("\n")[0]
+            except OSError:  # the disk's
+                raise
+            except Exception as error:  # of whatever client the hub's library uses: a connection that broke
+                reason = str(error).partition("\n")[0] or type(error).__name__
+            done = _size(partial)
+            if done >= file.size:
+                break
+            vain = 0 if done > before else vain + 1
+            where = f"{self._hub_id}: {file.name} broke off at {_amount(done)} of {_amount(file.size)}: {reason}"
+            if vain == PATIENCE:
+                raise CheckpointError(f"model: {where}; {PATIENCE} attempts brought nothing more; start again to go on")
+            logger.warning("%s; going on from there", where)
+            time.sleep(PAUSE_S * vain)
+        if _size(partial) > file.size:
+            self._drop(partial)
+            partial.touch()
+
+    def _receive_once(self, file: File, partial: Path) -> None:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, without saying so to checkers
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # a part of what is compressed is no part of it
+        begin = _size(partial)
+        if begin:
+            headers["Range"] = f"bytes={begin}-"
+        url = hf_hub_url(self._hub_id, file.name, revision=self._commit)
+        # The client follows redirects, and leaves the token out where one leads to another host.
+        with (
+            get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+            partial.open("ab") as out,
+        ):
+            hf_raise_for_status(response)
+            if begin and response.status_code != 206:  # who knows no ranges sends it all
+                self._add(-begin)
+                out.truncate(0)
+            for chunk in response.iter_bytes():
+                out.write(chunk)
+                self._add(len(chunk))
+
+    def _drop(self, partial: Path) -> None:
+        self._add(-_size(partial))
+        partial.unlink()
+
+    def _add(self, count: int) -> None:
+        if not self._failures.empty():
+            raise _StoppedError
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._told < TELL_S:
+                return
+            self._told = now
+            rate = max((self._done - self._first) / (now - self._began), 1.0)
+            logger.info(
+                "%s: %s of %s (%d %%), %s/s, %d s left",
+                *(self._hub_id, _amount(self._done), _amount(self._total), 100 * self._done // self._total),
+                *(_amount(rate), (self._total - self._done) / rate),
+            )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _amount(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
