@@ -1,7 +1,7 @@
 """What a user of a GPU host waits for: the real server measured over HTTP, beside what was projected, and diffusers.
 
-    python -m bench.acceptance.over_http                                       # 0.6B and 1.6B with random weights, on a GPU
-    python -m bench.acceptance.over_http --device cpu --quick --models tiny    # the proof that it works, on any machine
+    python -m bench.acceptance.over_http    # 0.6B and 1.6B with random weights, on a GPU
+    python -m bench.acceptance.over_http --device cpu --quick --models tiny    # any machine
 
 Prints one JSON line for each figure and keeps it in --out at once. A second call goes on where the first one ended,
 which --minutes bounds; exit code 1: something failed or was left out, and its name is not in the file.

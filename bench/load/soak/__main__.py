@@ -42,7 +42,7 @@ def flags(delay_ms: float) -> list[str]:
     """Of the server. The log says only what is wrong, so that hours of it stay small."""
     return [
         *("--backend", "fake", "--fake-delay-ms", str(delay_ms), "--max-queue", str(QUEUE)),
-        *("--body-timeout-s", "1.5", "--log-format", "json", "--log-level", "warning"),
+        *("--body-timeout-s", "1.5", "--log-format", "json", "--log-level", "warning", "--compat", "sdapi"),
     ]
 
 

@@ -61,7 +61,7 @@ async def late(stage: Stage) -> Seen:
 
 LEFT = frozenset({"left"})
 FAULTS = (
-    *(fault for fault in engine_faults.FAULTS if fault.name not in ENDS_PROCESS),
+    *(fault for fault in engine_faults.FAULTS if fault.stage == "plain" and fault.name not in ENDS_PROCESS),
     Fault("killed client", 1, _client(client_faults.killed_client), hit=LEFT),
     Fault("slow writer", 1, _client(client_faults.slow_writer), hit=frozenset({RIGHT, "408 body_timeout", REFUSED})),
     Fault("slow reader", 1, _client(client_faults.slow_reader), hit=frozenset({RIGHT})),
