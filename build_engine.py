@@ -4,6 +4,7 @@ them.
 python build_engine.py --model models/tiny --gpu cpu --precision fp32 --out artifacts/tiny-cpu
 python build_engine.py --model sprint-0.6b --gpu native --precision fp8 --out artifacts/sprint --sizes 1024x1024
 python build_engine.py --model sprint-0.6b --gpu h100 --vendor native --precision bf16 --out artifacts/sprint-h100
+python build_engine.py --list [DIR], --prune [DIR]    what lies in the server's folder of engines, or in DIR
 """
 
 import argparse
@@ -14,17 +15,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engines.artifacts.catalog import Listed, listed, prune
 from engines.build.builder import Built, build
 from engines.build.paired_check import paired_check, with_check
 from engines.build.spec import BuildSpec
 from engines.build.targets import GPU_PRECISIONS, GPUS, VENDORS
-from engines.errors import BuildError, SprintError
+from engines.errors import BuildError, DiskFullError, SprintError
 from engines.loader import load_engine
 from engines.types import AdapterOption
+from server.loading.build_process import DISK_FULL
+from server.loading.engine_loader import engine_folder
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Builds engines from a checkpoint, and prints their manifest.")
+    parser = argparse.ArgumentParser(
+        description="Builds engines from a checkpoint, and prints their manifest.",
+        epilog="build_engine.py --list [DIR] shows the engines in a folder, by default the server's; --prune [DIR] "
+        "removes those of old versions.",
+    )
     parser.add_argument("--model", required=True, help="folder, hub id or short name of a checkpoint")
     parser.add_argument("--gpu", required=True, choices=[*GPUS, "native", "cpu"], help="native: this machine's card")
     parser.add_argument("--precision", required=True, choices=GPU_PRECISIONS, help="a CPU takes fp32 and bf16")
@@ -125,7 +133,29 @@ def checked(spec: BuildSpec, built: Built) -> Built:
     return Built(with_check(spec.out, built.manifest, checks), built.changed)
 
 
+def catalogue(arguments: list[str]) -> int:
+    """--list and --prune: one line for each folder of engines."""
+    parser = argparse.ArgumentParser(description="Shows the engines in a folder, or removes those of old versions.")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    for flag in ("--list", "--prune"):
+        asked.add_argument(flag, nargs="?", type=Path, const=engine_folder(None, os.environ), metavar="DIR")
+    given = parser.parse_args(arguments)
+    for entry in listed(given.list) if given.list else prune(given.prune):
+        print(line_of(entry) if given.list else f"removed {line_of(entry)}")
+    return 0
+
+
+def line_of(entry: Listed) -> str:
+    what = "unreadable"
+    if (manifest := entry.manifest) is not None:
+        sizes = ",".join(f"{width}x{height}" for width, height in manifest.sizes)
+        what = f"{manifest.checkpoint} {manifest.vendor} {manifest.precision} {sizes} on {manifest.device}"
+    return f"{entry.path}: {what}, {entry.bytes / 1e6:.0f} MB{'' if entry.old is None else f', old: {entry.old}'}"
+
+
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0].startswith(("--list", "--prune")):
+        return catalogue(arguments)
     spec = parse(arguments)
     try:
         built = run(spec)
@@ -133,7 +163,7 @@ def main(arguments: list[str]) -> int:
             built = checked(spec, built)
     except SprintError as error:
         print(f"build_engine.py: {error}", file=sys.stderr)
-        return 1
+        return DISK_FULL if isinstance(error, DiskFullError) else 1
     if not built.changed:
         print(f"{spec.out}: nothing has changed, nothing was built", file=sys.stderr)
     print(json.dumps(built.manifest.to_dict(), indent=2))

@@ -4,7 +4,8 @@
     ├── CheckpointError      a checkpoint folder is wrong, truncated, mismatched or not a Sprint checkpoint
     ├── ArtifactError        a built engine does not fit this machine, this checkpoint, or is damaged
     ├── BuildError           a build was refused or failed; nothing was left behind
-    │   └── ParityError      an engine was built, and is too far from the reference
+    │   ├── ParityError      an engine was built, and is too far from the reference
+    │   └── DiskFullError    there was no room for what is built
     ├── BackendError         a backend cannot run here (package or device missing), or refuses a shape
     ├── JobError             a job is outside what the engine can run; the message names field, value and bounds
     ├── OutOfMemoryError     the batch did not fit into memory; a smaller one may
@@ -33,6 +34,10 @@ class BuildError(SprintError):
 
 class ParityError(BuildError):
     """An engine is further from its reference than its gate allows."""
+
+
+class DiskFullError(BuildError):
+    """A build found no room for its files; with more, the same build may do."""
 
 
 class BackendError(SprintError):

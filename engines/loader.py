@@ -1,8 +1,9 @@
 """From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,17 @@ from engines.checkpoints.controlnet import load_controlnet
 from engines.checkpoints.lora import with_adapters
 from engines.checkpoints.weights import FolderWeights
 from engines.device.hardware import why_no_gpu
-from engines.errors import BackendError, CheckpointError
+from engines.device.phases import Phases
+from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.lora import Adapted, adapt
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.engine import LatentSpace, Modules, SprintEngine
+from engines.pipeline.engine import Modules, SprintEngine
+from engines.pipeline.limits import limits_of, space_of
 from engines.pipeline.runners import runners_of
 from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.types import AdapterOption, Engine, EngineInfo, Limits, powers_of_two
+from engines.types import AdapterOption, Engine, EngineInfo, powers_of_two
 
 if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
     from engines.artifacts.native.skeleton import Parts
@@ -69,6 +72,7 @@ def load_engine(
     cache: str | None = None,
     native: "Native | None" = None,
     variant: str | None = None,
+    sizes: tuple[tuple[int, int], ...] = (),
     lora: Sequence[AdapterOption] = (),
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
@@ -80,29 +84,38 @@ def load_engine(
     a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE; native: the
     kernels of the cuda-graph backend, None takes those of the GPU at hand.
     variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
+    sizes: (width, height) in pixels that are served, without engine_dir; empty: what the checkpoint says.
     lora: adapters; those with a scale are fused, the others are for jobs to choose (on eager and cuda-graph).
     On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     reasons: dict[str, str] = {}
+    phases = Phases()
     if engine_dir is not None:
         return _load_built(
             *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
-            *(variant, Path(cache or CACHE), native, lora),
+            *(variant, Path(cache or CACHE), native, phases, lora),
         )
     place = _device(device, reasons)
     backend = _backend(backend, place, recorder, reasons)
     precision = _precision(precision, place, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    checkpoint = _opened(model, decoder, variant, reasons)
-    branch = load_controlnet(checkpoint, controlnet, dtype, place, variant)
-    checkpoint, free = with_adapters(checkpoint, lora, reasons)
+    base = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
+    checkpoint, free = with_adapters(base, lora, reasons)
     if free and backend not in ADAPTING:
         raise BackendError(
             f"lora {free[0].name}: {backend} takes adapters with a scale alone, which are fused, such as "
             f"--lora {free[0].name}={free[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
         )
-    limits = _limits(checkpoint, max_batch, branch is not None, tuple(adapter.name for adapter in free))
+    with ThreadPoolExecutor() as threads:
+        pool = _pool(threads, base)
+        text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, place), pool)
+        transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, place), pool)
+        decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, place), pool)
+        branch = phases.timed("controlnet", lambda: load_controlnet(base, controlnet, dtype, place, variant))
+    text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
+    names = tuple(adapter.name for adapter in free)
+    limits = limits_of(checkpoint, max_batch, control=branch is not None, adapters=names, sizes=sizes)
 
     def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
@@ -110,9 +123,6 @@ def load_engine(
         spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept, int8=precision == "int8")
         return execute(module, spec)
 
-    text = load_text_stage(checkpoint, dtype, place)
-    transformer = checkpoint.load_transformer(dtype, place)
-    autoencoder = checkpoint.load_autoencoder(dtype, place)
     kept = Path(cache or CACHE)
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
     kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
@@ -130,7 +140,7 @@ def load_engine(
         prepared("encoder", PixelEncoder(autoencoder)),
         None if whole is None else prepared("controlled", whole),
     )
-    space = _space(checkpoint, dtype, place)
+    space = space_of(checkpoint, dtype, place)
     if kernels is not None:
         if precision == "fp8":
             kernels.to_fp8(checkpoint, text, limits.default_size, place)
@@ -138,7 +148,7 @@ def load_engine(
     buckets = () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(place, recorder)
     runners = runners_of(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
-    info = _info(checkpoint, backend, precision, place, reasons)
+    info = replace(_info(checkpoint, backend, precision, place, reasons), start_s=phases.seconds)
     return SprintEngine(modules, space, info, limits, schedule, buckets, runners, kernels)
 
 
@@ -156,6 +166,7 @@ def _load_built(
     variant: str | None,
     cache: Path,
     native: "Native | None",
+    phases: Phases,
     lora: Sequence[AdapterOption],
 ) -> Engine:
     """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
@@ -168,7 +179,7 @@ def _load_built(
     if manifest.backend == "openvino" and device is None:
         device = "cpu"
     place = _device(device, reasons)
-    base = _opened(model, decoder, variant, reasons)
+    base = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
     checkpoint, free = with_adapters(base, lora, reasons)
     if free:
         raise BackendError(
@@ -176,14 +187,22 @@ def _load_built(
             f"same: {manifest.command_with([option._replace(scale=option.scale or 1.0) for option in lora])}"
         )
     manifest.check_adapters([(one.name, one.scale or 0.0) for one in lora])
+    # fp16 overflows in Gemma
+    text_dtype = torch.float32 if place.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
     loaded: LoadedModules | Parts
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        loaded = parts = load_native(folder, manifest, checkpoint, place, cache, native)
+        loaded = parts = phases.timed(
+            "engines", partial(load_native, folder, manifest, checkpoint, place, cache, native)
+        )
+        text = parts.text
     else:
-        loaded, parts = load_artifacts(folder, checkpoint, place), None
-    text_dtype = torch.float32 if place.type == "cpu" and parts is None else torch.bfloat16  # fp16 overflows in Gemma
+        with ThreadPoolExecutor() as threads:  # the text encoder is read while engines are checked and opened
+            pool = _pool(threads, base)
+            reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, place), pool)
+            loaded, parts = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, place)), None
+        text = reading.result()
     branch = load_controlnet(base, controlnet, text_dtype, place, variant)
     controlled: Callable[..., Any] | None = None
     if branch is not None and parts is not None:
@@ -193,7 +212,6 @@ def _load_built(
             "PyTorch: built engines hold no ControlNet, so pictures of drawings are denoised without them"
         )
         controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, place), branch)
-    text = load_text_stage(checkpoint, text_dtype, place) if parts is None else parts.text
     kernels = None if parts is None else parts.kernels
     reasons |= {} if kernels is None else kernels.reasons
 
@@ -205,18 +223,24 @@ def _load_built(
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size
     limits = replace(
-        _limits(checkpoint, min(max_batch, largest), branch is not None),
+        limits_of(checkpoint, min(max_batch, largest), control=branch is not None),
         sizes=manifest.sizes,
         default_size=default if default in manifest.sizes else manifest.sizes[-1],
     )
     reasons["batch"] = f"{limits.max_batch}: asked for {max_batch}, built for {largest}"
-    space = _space(checkpoint, loaded.dtype, place)
+    space = space_of(checkpoint, loaded.dtype, place)
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
     recorder = _recorder(place, recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
-    info = replace(info, manifest=manifest.told(), versions={**info.versions, **manifest.versions})
+    versions = {**info.versions, **manifest.versions}
+    info = replace(info, manifest=manifest.told(), versions=versions, start_s=phases.seconds)
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
+
+
+def _pool(threads: ThreadPoolExecutor, checkpoint: Checkpoint) -> ThreadPoolExecutor | None:
+    """Parts that lie in files are read and rounded side by side; those that are drawn wait for no disk."""
+    return threads if isinstance(checkpoint.weights, FolderWeights) else None
 
 
 def _kernels(
@@ -260,11 +284,6 @@ def _info(
     )
 
 
-def _space(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LatentSpace:
-    config, compression = checkpoint.transformer, checkpoint.autoencoder.compression
-    return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
-
-
 def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, reasons: dict[str, str]) -> str:
     if asked == "auto":
         if device.type == "cuda":
@@ -274,7 +293,8 @@ def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, re
         return "eager"
     if asked in ARTIFACT_BACKENDS:
         raise BackendError(
-            f"backend: {asked} runs built engines; build them with {ARTIFACT_BACKENDS[asked]} and give --engine DIR"
+            f"backend: {asked} runs built engines; build them with {ARTIFACT_BACKENDS[asked]} "
+            "and give --engine DIR, or give --engine auto"
         )
     if asked not in BACKENDS:
         raise BackendError(f"backend: got {asked!r}, allowed auto, {', '.join((*BACKENDS, *ARTIFACT_BACKENDS))}")
@@ -325,25 +345,3 @@ def _precision(asked: str | None, device: torch.device, backend: str, reasons: d
 
 def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
-
-
-def _limits(checkpoint: Checkpoint, max_batch: int, control: bool, adapters: tuple[str, ...] = ()) -> Limits:
-    """Sides up to twice the size that the checkpoint was trained at; beyond it pictures repeat themselves."""
-    settings = checkpoint.settings
-    width, height = settings.default_size
-    limits = Limits(
-        max_batch=max_batch,
-        default_size=settings.default_size,
-        sizes=settings.sizes,
-        multiple=math.lcm(32, checkpoint.autoencoder.compression),
-        max_side=2 * max(width, height),
-        max_pixels=4 * width * height,
-        conditioning=frozenset({"text", "image", "control", "image+control"} if control else {"text", "image"}),
-        adapters=adapters,
-    )
-    if not limits.allows_size(width, height):
-        raise CheckpointError(
-            f"{checkpoint.name}: sprint.json: default_size {width}x{height} is not among its sizes, or no multiple of "
-            f"{limits.multiple}"
-        )
-    return limits

@@ -218,7 +218,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What runs, and why it was chosen (`reasons`: choice -> one sentence)."""
+    """What runs, and why it was chosen (`reasons`: choice -> one sentence). `start_s`: phase of the start -> seconds;
+    phases may have run side by side."""
 
     checkpoint: str
     backend: str
@@ -229,6 +230,7 @@ class EngineInfo:
     manifest: dict[str, object] | None = None
     guidance_trained: tuple[float, float] = (4.0, 5.0)
     max_prompt_tokens: int = 300
+    start_s: dict[str, float] = field(default_factory=dict)
     replaced_kernels: dict[str, str] = field(
         default_factory=dict
     )  # of the GPU path: kernel -> why PyTorch runs instead

@@ -8,8 +8,8 @@ import os
 import sys
 
 from server.app import create_app
-from server.engine_loader import load
 from server.errors import EXIT_LISTEN, EXIT_SETTINGS, ListenError, SettingsError
+from server.loading.engine_loader import source
 from server.processes.accepting import raise_open_files_limit
 from server.processes.cores import settle
 from server.processes.malloc import keep_memory
@@ -27,7 +27,7 @@ def main() -> int:
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
         keep_memory(os.environ)
-        serve(create_app(lambda: load(settings), settings, cores=settle(os.environ)), settings)
+        serve(create_app(source(settings), settings, cores=settle(os.environ)), settings)
     except ListenError as error:
         logging.getLogger("server").critical("%s", error)
         return EXIT_LISTEN

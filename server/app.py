@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
 from server import __version__
+from server.generation.engine_source import EngineSource, Given
 from server.generation.generator import Generator
 from server.generation.image_codec import Codec
 from server.generation.safety.guard import Safety
@@ -31,6 +32,7 @@ from server.live.sessions import Live
 from server.origins import Origins
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
+from server.telemetry.timings import process_age_s
 from server.telemetry.tracing import Tracing
 
 LARGE_BODIES = 32  # read at the same time, each up to the body limit
@@ -49,7 +51,7 @@ async def own_metrics(metrics: Metrics) -> bytes:
 
 
 def create_app(
-    engine: Engine | Callable[[], Engine],
+    engine: Engine | Callable[[], Engine] | EngineSource,
     settings: Settings,
     *,
     leave: Callable[[int], None] = leave,
@@ -58,18 +60,18 @@ def create_app(
 ) -> FastAPI:
     """The whole server as an ASGI app.
 
-    `engine` is an engine or loads one; it is loaded, warmed up, called and closed on one thread of its own, beginning
-    with the app's start-up. `leave` ends the process when the engine is lost (exit codes: server.errors). `expose` is
-    what GET /metrics answers: this app's numbers or, where several serve behind one address, those of all. `cores` are
-    told by GET /v1/info.
+    `engine` is an engine, loads one, or is a source of one; it is loaded, warmed up, called and closed on one thread of
+    its own, beginning with the app's start-up. `leave` ends the process when the engine is lost (exit codes:
+    server.errors). `expose` is what GET /metrics answers: this app's numbers or, where several serve behind one
+    address, those of all. `cores` are told by GET /v1/info.
     Raises SettingsError for an API key file or a checker that cannot be used, and for traces without the extra `otel`.
     """
-    load = engine if callable(engine) else lambda: engine
+    source = _source(engine)
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
     metrics = Metrics(request_buckets=settings.request_buckets, stage_buckets=settings.stage_buckets)
     codec = Codec(settings.codec_threads)
     scheduler = Scheduler(
-        load,
+        source,
         codec,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
@@ -80,6 +82,10 @@ def create_app(
         when_ready=lambda ready: _introduce(ready, metrics),
     )
     metrics.workers_wanted.set(settings.workers)
+    metrics.build_progress.set_function(lambda: 1.0 if (now := source.building()) is None else now.percent / 100)
+    metrics.build_seconds_left.set_function(
+        lambda: 0.0 if (now := source.building()) is None else now.seconds_left or 0.0
+    )
     metrics.worker_ready.set_function(lambda: scheduler.state == "ready")
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
     safety = Safety(dict(settings.safety), metrics)
@@ -140,6 +146,12 @@ async def _refused_by_routing(request: Request, error: Exception) -> Response:
     return problem_details.response(problem, path=request.url.path, request_id=request_context(request).request_id)
 
 
+def _source(engine: Engine | Callable[[], Engine] | EngineSource) -> EngineSource:
+    if isinstance(engine, EngineSource):
+        return engine
+    return Given(engine if callable(engine) else lambda: engine)
+
+
 def _introduce(engine: Engine, metrics: Metrics) -> None:
     """Says what runs and why, once it is ready."""
     info = engine.info
@@ -148,5 +160,8 @@ def _introduce(engine: Engine, metrics: Metrics) -> None:
     if isinstance(engine, ReportsMemory):
         metrics.watch_memory(engine.memory_bytes)
     logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)
+    if (age_s := process_age_s()) is not None:
+        info.start_s["process"] = age_s
+    logger.info("start: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.start_s.items()))
     for choice, reason in info.reasons.items():
         logger.info("%s: %s", choice, reason)

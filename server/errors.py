@@ -3,6 +3,7 @@
     SprintError
     ├── SettingsError            a flag or an environment variable is unknown or has a bad value; the start stops
     ├── ListenError              the address or the port cannot be had; the start stops
+    ├── BuildFailedError         no engine came of a build; PyTorch serves instead
     ├── RequestError             a request is answered with `status`, a `code` for programs and a sentence for people
     │   ├── UnauthorizedError        401  API keys are set and the request carries none of them
     │   ├── HttpError                404, 405 and the rest of plain HTTP: routing raises these
@@ -54,6 +55,14 @@ class SettingsError(SprintError):
 
 class ListenError(SprintError):
     """The address or the port cannot be had. One line: both, and what the system said."""
+
+
+class BuildFailedError(SprintError):
+    """No engine came of a build. `again`: its cause lies outside of it (killed, disk full), another try may do."""
+
+    def __init__(self, reason: str, *, again: bool) -> None:
+        super().__init__(reason)
+        self.again = again
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +168,17 @@ class EngineError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """503. `code` tells which: not_ready, draining, engine_hung."""
+    """503. `code` tells which: not_ready, draining, engine_hung. `building`: how far an engine is that is built."""
 
     status = 503
 
-    def __init__(self, detail: str, *, code: str, retry_after_s: int) -> None:
+    def __init__(
+        self, detail: str, *, code: str, retry_after_s: int, building: dict[str, object] | None = None
+    ) -> None:
         # Nothing will come of this connection: a balancer that keeps it open would ask the same server again.
         super().__init__(detail, headers={"retry-after": str(retry_after_s), "connection": "close"})
         self.code = code
+        self.building = building
 
 
 class SafetyError(RequestError):

@@ -22,6 +22,7 @@ T = TypeVar("T")
 PREFIX = "SPRINT_"
 
 BACKENDS = ("auto", "eager", "compiled", "cuda-graph", "openvino", "tensorrt", "torch-tensorrt", "fake")
+BUILT_BACKENDS = ("auto", "openvino", "tensorrt")  # what --engine auto may find or build
 # Seconds, tuned for 20 to 400 ms.
 REQUEST_BUCKETS = (
     *(0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75),
@@ -93,6 +94,30 @@ def origins() -> Kind[tuple[str, ...]]:
     return Kind(parse, "origins such as https://example.org or tauri://localhost (no path) separated by commas, or *")
 
 
+def sizes() -> Kind[tuple[tuple[int, int], ...]]:
+    def parse(value: str) -> tuple[tuple[int, int], ...]:
+        found = []
+        for size in value.split(","):
+            width, height = (int(side) for side in size.strip().split("x"))
+            if min(width, height) <= 0:
+                raise ValueError(value)
+            found.append((width, height))
+        return tuple(found)
+
+    return Kind(parse, "sizes such as 1024x1024,512x512 in pixels, width x height")
+
+
+def switch() -> Kind[bool]:
+    words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+    def parse(value: str) -> bool:
+        if value.lower() not in words:
+            raise ValueError(value)
+        return words[value.lower()]
+
+    return Kind(parse, "yes or no")
+
+
 def adapters() -> Kind[tuple[AdapterOption, ...]]:
     def parse(value: str) -> tuple[AdapterOption, ...]:
         return tuple(AdapterOption.parse(part) for part in value.split(",") if part.strip())
@@ -145,10 +170,20 @@ class Settings:
     """What `python -m server` can be told."""
 
     model: str = setting("tiny", text("a folder, a hub id or a short name"), "checkpoint in the diffusers layout")
-    engine: str | None = setting(None, text("a folder"), "folder that build_engine.py wrote")
+    engine: str | None = setting(
+        None,
+        text("auto, none, or a folder that build_engine.py wrote"),
+        "built engines; auto finds or builds what fits, none runs PyTorch; default: auto on a GPU, none without",
+    )
+    engine_sizes: tuple[tuple[int, int], ...] = setting(
+        (), sizes(), "what --engine auto builds for; default: the checkpoint's sizes"
+    )
+    serve_while_building: bool = setting(False, switch(), "make images by PyTorch until --engine auto has built")
     backend: str = setting("auto", one_of(*BACKENDS), "how the modules are executed; auto decides and says why")
     cache: str | None = setting(
-        None, text("a folder"), "where torch-tensorrt keeps what it compiles; default: sana-sprint in the user's cache"
+        None,
+        text("a folder"),
+        "what was built and compiled here is kept in it; default: sana-sprint in the user's cache",
     )
     precision: str = setting(
         "auto", one_of("auto", "fp32", "bf16", "int8", "fp8"), "of the arithmetic; auto decides and says why"
@@ -229,10 +264,11 @@ def parser() -> argparse.ArgumentParser:
     for item in fields(Settings):
         kind: Kind[Any] = item.metadata["kind"]
         shown = item.default if not isinstance(item.default, tuple) else ",".join(map(str, item.default))
-        suffix = "" if shown in (None, "") else f" (default {shown})"
+        suffix = "" if shown in (None, "", False) else f" (default {shown})"
         explanation = f"{item.metadata['help']}: {kind.allowed}{suffix}".replace("%", "%%")
+        bare: dict[str, Any] = {"nargs": "?", "const": "yes"} if isinstance(item.default, bool) else {}
         repeats = "append" if item.name == "lora" else "store"
-        command.add_argument(flag_of(item.name), metavar="VALUE", action=repeats, help=explanation)
+        command.add_argument(flag_of(item.name), metavar="VALUE", action=repeats, help=explanation, **bare)
     return command
 
 
@@ -269,4 +305,10 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
             values[item.name] = kind.parse(raw)
         except ValueError as error:
             raise SettingsError(f"{source}: got {raw!r}, allowed: {kind.allowed}") from error
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.engine == "auto" and settings.backend not in BUILT_BACKENDS:
+        raise SettingsError(
+            f"--engine: got 'auto' with --backend {settings.backend}, which runs no built engine; allowed with it: "
+            f"{', '.join(BUILT_BACKENDS)}"
+        )
+    return settings

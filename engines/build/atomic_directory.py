@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from glob import escape
 from pathlib import Path
 
 from engines.artifacts.manifest import NAME
-from engines.errors import BuildError
+from engines.errors import BuildError, DiskFullError
 
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file size limit reached"}
 
@@ -19,7 +20,7 @@ def staging(out: Path) -> Iterator[Path]:
     """An empty folder beside `out`, which becomes `out` when the block ends and is removed when it fails.
 
     What killed builds left beside `out` is removed first. Raises BuildError where `out` is something else than a folder
-    of engines, or the disk is full.
+    of engines, DiskFullError where there is no room.
     """
     out = out.absolute()
     if out.exists() and not (out / NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -31,15 +32,25 @@ def staging(out: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         _publish(folder, out)
-    except OSError as error:
-        if error.errno in _FULL:
+    except Exception as error:
+        if (reason := _FULL.get(_number(error))) is not None:
             free = shutil.disk_usage(out.parent).free / 1e9
-            raise BuildError(
-                f"out: {_FULL[error.errno]} while writing {out} ({free:.1f} GB free there); nothing was left behind"
+            raise DiskFullError(
+                f"out: {reason} while writing {out} ({free:.1f} GB free there); nothing was left behind"
             ) from error
-        raise BuildError(f"out: cannot write {out}: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise BuildError(f"out: cannot write {out}: {error.strerror or error}") from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _number(error: Exception) -> int:
+    """What the system said, also where it is told in words, as safetensors does; 0 where it was not the system."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
 
 
 def _publish(folder: Path, out: Path) -> None:

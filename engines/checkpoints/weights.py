@@ -7,8 +7,10 @@ meta device and get their tensors assigned; files are memory-mapped.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -119,12 +121,22 @@ class FolderWeights:
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for part in sorted(self.folders.keys() - {"tokenizer"}):
-            for path in weight_files(self.folders[part], self.variant):
-                with path.open("rb") as file:
-                    digest.update(f"{part} {path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return digest.hexdigest()
+        """Files are read once, side by side, however often it is asked for."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        parts = sorted(self.folders.keys() - {"tokenizer"})
+        files = [(part, path) for part in parts for path in weight_files(self.folders[part], self.variant)]
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_sha256_of, [path for _, path in files]))
+        lines = [f"{part} {path.name} {digest}\n" for (part, path), digest in zip(files, digests, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

@@ -9,9 +9,9 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
-from server.engine_loader import load
 from server.errors import UnavailableError
 from server.http.state import AppState
+from server.loading.engine_loader import source
 from server.processes.cores import settle
 from server.processes.malloc import keep_memory
 from server.settings import Settings
@@ -39,7 +39,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(
-            lambda: load(self._settings),
+            source(self._settings),
             self._settings,
             expose=lambda _: self._all_metrics(),
             cores=settle(os.environ),

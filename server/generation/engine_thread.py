@@ -1,4 +1,5 @@
-"""The one thread that calls the engine: load, warm up, then batch after batch until the queue closes.
+"""The one thread that calls the engine: load, warm up, then batch after batch until the queue closes. Between two of
+them a better engine may take the place of the one that serves.
 
 Contains the engine's faults. A batch that fails, be it of one job, is run again job by job, so that a poisonous job
 fails alone and a failure that passes is seen by nobody; a batch that does not fit into memory halves the largest batch
@@ -9,13 +10,14 @@ loop: what happens is told to a Listener, on this thread.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from engines.errors import JobError, OutOfMemoryError, OutputError, SprintError
 from engines.types import BatchKey, Deliver, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_START, EngineError, InvalidError, RequestError
+from server.generation.engine_source import EngineSource
 from server.generation.job_queue import Entry, JobQueue
 from server.telemetry.metrics import Metrics
 
@@ -52,18 +54,18 @@ class EngineThread:
 
     def __init__(
         self,
-        load: Callable[[], Engine],
+        source: EngineSource,
         queue: JobQueue,
         listener: Listener,
         metrics: Metrics,
         *,
         max_batch: int,
     ) -> None:
-        self._load = load
+        self._source = source
         self._queue = queue
         self._listener = listener
         self._metrics = metrics
-        self._max_batch = max_batch
+        self._asked_batch = self._max_batch = max_batch
         self._reduced: dict[BatchKey, int] = {}  # keys that ran out of memory -> their largest batch since
         self._failures = 0
         self._seconds_per_job = 0.0
@@ -85,27 +87,40 @@ class EngineThread:
 
     def _work(self) -> None:
         try:
-            engine = self._load()
+            began = time.monotonic()
+            engine = self._source.load(self._queue.wake)
+            loaded = time.monotonic()
             engine.warmup()
+            warm = time.monotonic()
+            engine.info.start_s.update({"load": round(loaded - began, 3), "warm-up": round(warm - loaded, 3)})
         except BaseException as error:  # told to the listener, who ends the process
             remedy = "; a smaller --max-batch may fit" if isinstance(error, OutOfMemoryError) else ""
             expected = isinstance(error, SprintError)  # says in one line what to do
             logger.critical("cannot start: %s%s", error, remedy, exc_info=None if expected else error)
             self._listener.on_engine_lost(EXIT_START, "the engine could not be loaded and warmed up")
             return
-        self._max_batch = min(self._max_batch, engine.limits.max_batch)
-        self._listener.on_ready(engine)
+        self._trust(engine)
         try:
             while (taken := self._queue.take(self._largest)) is not None:
                 batch, expired = taken
                 if expired:
                     self._listener.on_expired(expired)
                 self._run(engine, batch)
+                if (better := self._source.replacement()) is not None:
+                    engine.close()
+                    engine = better
+                    self._trust(engine)
         except BaseException as error:  # told to the listener, who ends the process
             logger.critical("the engine's thread died", exc_info=error)
             self._listener.on_engine_lost(EXIT_ENGINE, f"the engine's thread died: {error!r}")
             return
         engine.close()
+
+    def _trust(self, engine: Engine) -> None:
+        """From here on this engine, which is warm, takes the batches."""
+        self._max_batch = min(self._asked_batch, engine.limits.max_batch)
+        self._reduced.clear()
+        self._listener.on_ready(engine)
 
     def _largest(self, key: BatchKey) -> int:
         return self._reduced.get(key, self._max_batch)

@@ -44,6 +44,7 @@ class JobQueue:
         self._queued = 0
         self._in_flight = 0
         self._closed = False
+        self._woken = False
 
     @classmethod
     def for_engine(cls, *, max_queue: int, max_batch: int, clock: Callable[[], float] = time.monotonic) -> Self:
@@ -116,13 +117,16 @@ class JobQueue:
     def take(self, largest: Callable[[BatchKey], int]) -> tuple[list[Entry], list[Entry]] | None:
         """Blocks until jobs wait; then the oldest job's key decides, and its jobs go, oldest first, up to largest(key).
 
-        Returns the batch, and the jobs met on the way whose deadline had passed; either may be empty, never both. None
-        once the queue is closed and empty.
+        Returns the batch, and the jobs met on the way whose deadline had passed; both are empty after `wake` alone.
+        None once the queue is closed and empty.
         """
         with self._filled:
             while not self._waiting:
                 if self._closed:
                     return None
+                if self._woken:
+                    self._woken = False
+                    return [], []
                 self._filled.wait()
             key = min(self._waiting, key=lambda key: next(iter(self._waiting[key])))
             group, room, now = self._waiting[key], largest(key), self._clock()
@@ -146,6 +150,12 @@ class JobQueue:
         """Lets `take` return None once nothing waits."""
         with self._filled:
             self._closed = True
+            self._filled.notify_all()
+
+    def wake(self) -> None:
+        """Lets a `take` that waits for jobs return without any."""
+        with self._filled:
+            self._woken = True
             self._filled.notify_all()
 
     def _shrink(self, key: BatchKey, group: OrderedDict[int, Entry], jobs: int) -> None:

@@ -25,6 +25,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.generation.delivery import EncodedResult, ResultDelivery
+from server.generation.engine_source import Building, EngineSource
 from server.generation.engine_thread import EngineThread
 from server.generation.image_codec import Codec
 from server.generation.job_queue import Entry, JobQueue
@@ -33,6 +34,7 @@ from server.telemetry.metrics import Metrics
 State = Literal["loading", "ready", "draining", "hung", "failed"]
 
 CLOSE_S = 1.0  # what the engine gets at least, at the end, to finish a batch and close
+BUILD_RETRY_S = 30  # at most until a client asks again while an engine is built
 EXIT_GRACE_S = 1.0  # between saying that the engine is lost, to everyone who waits, and leaving
 
 logger = logging.getLogger("server.generation")
@@ -41,12 +43,12 @@ logger = logging.getLogger("server.generation")
 class Scheduler:
     """Takes jobs in, hands pictures out.
 
-    `when_ready` hears of the engine once it is warm; `leave` is called with an exit code when the engine is lost.
+    `when_ready` hears of each engine once it is warm; `leave` is called with an exit code when the engine is lost.
     """
 
     def __init__(
         self,
-        load: Callable[[], Engine],
+        source: EngineSource,
         codec: Codec,
         *,
         max_batch: int,
@@ -58,13 +60,14 @@ class Scheduler:
         when_ready: Callable[[Engine], None],
     ) -> None:
         self._metrics = metrics
+        self._source = source
         self._hang_limit_s = hang_limit_s
         self._drain_limit_s = drain_limit_s
         self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready
         self._queue = JobQueue.for_engine(max_queue=max_queue, max_batch=max_batch)
-        self._thread = EngineThread(load, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
+        self._thread = EngineThread(source, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
         self._engine: Engine | None = None
         self._unanswered: set[Entry] = set()
         self._idle = asyncio.Event()
@@ -109,8 +112,9 @@ class Scheduler:
             _fail(left, self._unavailable)
 
     async def close(self) -> None:
-        """Drains, ends the engine's thread and closes the engine."""
+        """Drains, ends a build, the engine's thread and the engine."""
         await self.drain()
+        await asyncio.to_thread(self._source.close)
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._queue.close()
@@ -127,6 +131,11 @@ class Scheduler:
         if self._engine is None or self.state in ("hung", "failed"):
             raise self._unavailable()
         return self._engine
+
+    @property
+    def building(self) -> Building | None:
+        """The engine that is being built, while another one serves or none."""
+        return self._source.building()
 
     @property
     def waiting(self) -> int:
@@ -180,7 +189,15 @@ class Scheduler:
             "failed": ("engine_lost", "the engine is lost; the server is about to restart", 10),
         }
         code, detail, retry_after_s = reasons[self.state]
-        return UnavailableError(detail, code=code, retry_after_s=retry_after_s)
+        building = self._source.building() if code == "not_ready" else None
+        if building is None:
+            return UnavailableError(detail, code=code, retry_after_s=retry_after_s)
+        return UnavailableError(
+            f"the engine is being built: {building.words}",
+            code=code,
+            retry_after_s=max(retry_after_s, min(BUILD_RETRY_S, math.ceil(building.seconds_left or 0))),
+            building=building.to_dict(),
+        )
 
     # --- what reservations and the engine's thread tell -------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from server.errors import HttpError, InvalidError, RequestError
+from server.errors import HttpError, InvalidError, RequestError, UnavailableError
 
 MEDIA_TYPE = "application/problem+json"
 OWN_V1_PATHS = ("/v1/info", "/v1/live")  # ours, under OpenAI's prefix
@@ -50,4 +50,6 @@ def response(error: RequestError, *, path: str, request_id: str) -> JSONResponse
         problem["errors"] = [
             {"field": fault.field, "pointer": f"#/{fault.field}", "detail": fault.detail} for fault in faults
         ]
+    if isinstance(error, UnavailableError) and error.building is not None:
+        problem["building"] = error.building
     return JSONResponse(problem, status_code=error.status, headers=error.headers, media_type=MEDIA_TYPE)

@@ -17,10 +17,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.engine_loader import load
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import AppState
 from server.live.sessions import Live
+from server.loading.engine_loader import source
 from server.processes.accepting import leaves_room, open_files_limit, room
 from server.processes.channel import ROOM_TOLD, State, WorkerStatus, receive, send_report
 from server.processes.cores import settle
@@ -106,7 +106,7 @@ def main() -> int:
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         keep_memory(os.environ)
         app = create_app(
-            lambda: load(settings),
+            source(settings),
             settings,
             expose=lambda _: aggregation.scrape_workers(folder),
             cores=settle(os.environ),

@@ -91,6 +91,19 @@ class Metrics:
             "1 where this process is ready; a process that is gone has none.",
             registry=self.registry,
         )
+        self.build_progress = Gauge(
+            "sana_sprint_engine_build_progress",
+            "From 0 to 1, how far the engine is that is being built; 1 where none is.",
+            registry=self.registry,
+        )
+        self.build_seconds_left = Gauge(
+            "sana_sprint_engine_build_seconds_left",
+            "Until the engine that is being built will be there, as far as can be told; 0 where none is built.",
+            registry=self.registry,
+        )
+        self._engine_info = Info("sana_sprint_engine", "What runs.", registry=None)
+        self._described = False
+        self._memory: _GpuMemory | None = None
         self.live_sessions = Gauge("sana_sprint_live_sessions", "Open live sessions.", registry=self.registry)
         self.live_ended = Counter(
             "sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",), registry=self.registry
@@ -130,8 +143,15 @@ class Metrics:
         self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     def describe_engine(self, info: EngineInfo, version: str) -> None:
-        """Publishes sana_sprint_engine_info, and which kernels are replaced; `version` is this package's."""
-        Info("sana_sprint_engine", "What runs.", registry=self.registry).info(
+        """Publishes sana_sprint_engine_info, and which kernels are replaced, instead of what an earlier engine had.
+
+        `version` is this package's.
+        """
+        self.replaced_kernels.clear()
+        if not self._described:
+            self.registry.register(self._engine_info)
+            self._described = True
+        self._engine_info.info(
             {
                 "checkpoint": info.checkpoint,
                 "backend": info.backend,
@@ -157,7 +177,10 @@ class Metrics:
 
     def watch_memory(self, read: Callable[[], Mapping[str, int]]) -> None:
         """Publishes sana_sprint_gpu_memory_bytes, read at each scrape: kind (used, reserved, total) -> bytes."""
-        self.registry.register(_GpuMemory(read))
+        if self._memory is not None:
+            self.registry.unregister(self._memory)
+        self._memory = _GpuMemory(read)
+        self.registry.register(self._memory)
 
     def exposition(self) -> bytes:
         return generate_latest(_WithoutCreated(self.registry))

@@ -12,6 +12,8 @@ from server.settings import Settings, flag_of, parser, read, variable_of
 GOOD: dict[str, tuple[str, Any]] = {
     "model": ("sprint-0.6b", "sprint-0.6b"),
     "engine": ("engines/x", "engines/x"),
+    "engine_sizes": ("1024x1024, 512x768", ((1024, 1024), (512, 768))),
+    "serve_while_building": ("yes", True),
     "backend": ("fake", "fake"),
     "cache": ("kept", "kept"),
     "precision": ("bf16", "bf16"),
@@ -119,3 +121,13 @@ def test_the_help_names_every_flag_its_default_and_what_is_allowed() -> None:
         assert flag_of(field.name) in text
     assert "(default 8000)" in text
     assert "a whole number from 1 to 64" in text
+
+
+def test_a_switch_needs_no_value() -> None:
+    assert read(["--serve-while-building", "--engine", "auto"], {}).serve_while_building
+    assert not read(["--serve-while-building", "no"], {}).serve_while_building
+
+
+def test_engines_are_not_built_for_a_backend_that_runs_none() -> None:
+    with pytest.raises(SettingsError, match="--engine: got 'auto' with --backend eager"):
+        read(["--engine", "auto", "--backend", "eager"], {})

@@ -144,8 +144,17 @@ class ProblemFault(BaseModel):
     detail: str
 
 
+class BuildingEngine(BaseModel):
+    """The step under way, and how far the whole is; `seconds_left` is null while nobody can tell."""
+
+    module: str
+    percent: int
+    seconds_left: int | None
+
+
 class Problem(BaseModel):
-    """Every error (RFC 9457, application/problem+json). `code` is for programs, `errors` comes with 422."""
+    """Every error (RFC 9457, application/problem+json). `code` is for programs, `errors` comes with 422, `building`
+    with 503 while an engine is built."""
 
     title: str
     status: int
@@ -154,3 +163,4 @@ class Problem(BaseModel):
     code: str
     request_id: str
     errors: list[ProblemFault] | None = None
+    building: BuildingEngine | None = None

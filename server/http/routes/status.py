@@ -24,9 +24,14 @@ async def live(_: Request) -> Response:
 
 @router.get("/health/ready", **openapi.READY)
 async def ready(request: Request) -> Response:
-    """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer."""
-    app_state(request).scheduler.check_ready()
-    return JSONResponse({"status": "ready"})
+    """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer.
+
+    `building` tells how far an engine is that is being built.
+    """
+    scheduler = app_state(request).scheduler
+    scheduler.check_ready()
+    building = scheduler.building
+    return JSONResponse({"status": "ready"} | ({} if building is None else {"building": building.to_dict()}))
 
 
 @router.get("/metrics", **openapi.METRICS)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from engines.artifacts.manifest import NAME
 from engines.build.atomic_directory import staging
-from engines.errors import BuildError
+from engines.errors import BuildError, DiskFullError
 
 
 def engines(folder: Path, content: str) -> Path:
@@ -59,6 +60,11 @@ def test_what_the_disk_says_is_a_build_error(number: int, words: str, tmp_path: 
     with pytest.raises(BuildError, match=words), staging(tmp_path / "engines"):
         raise OSError(number, os.strerror(number))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_known_by_the_words_of_safetensors_too(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="no space left"), staging(tmp_path / "engines"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize("content", ["a file", "a folder"])

@@ -38,6 +38,7 @@ from engines.errors import ArtifactError, BackendError, BuildError, CheckpointEr
 from engines.loader import load_engine
 from engines.pipeline.engine import SprintEngine
 from engines.types import Job
+from server.loading.build_process import DISK_FULL
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
@@ -468,7 +469,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small_pictures: Path, tmp_pa
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    assert done.returncode == 1
+    assert done.returncode == DISK_FULL
     last = done.stderr.splitlines()[-1]
     assert last.startswith("build_engine.py: out: file size limit reached while writing")
     assert "Traceback" not in done.stderr

@@ -1,0 +1,107 @@
+"""What could serve a checkpoint on this machine as a built engine: for each vendor, what to look for and how to build.
+
+Chooses nothing and builds nothing; the server does (server/loading).
+"""
+
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from engines.artifacts.catalog import Wanted
+from engines.artifacts.vendors import VENDORS, Installed, Vendor
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.lora import with_adapters
+from engines.device.hardware import dotted, package_versions, this_machine
+from engines.types import AdapterOption, powers_of_two
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one vendor could serve. `missing`: packages without which it is not built here."""
+
+    vendor: str
+    name: str  # of the folder to build into
+    wanted: Wanted
+    arguments: tuple[str, ...]  # of build_engine.py, less --out
+    missing: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """For a person who builds it by hand."""
+        return shlex.join(["python", "build_engine.py", *self.arguments])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of one checkpoint, in the order of VENDORS; `sizes` (width, height) and `batch` are what all are wanted for."""
+
+    checkpoint: Checkpoint
+    precision: str
+    sizes: tuple[tuple[int, int], ...]
+    batch: int
+    each: tuple[Candidate, ...]
+    why_none: str  # where `each` is empty
+
+
+def has_gpu() -> bool:
+    return this_machine().capability is not None
+
+
+def candidates(
+    model: str,
+    *,
+    device: str | None,
+    backend: str,
+    precision: str | None,
+    sizes: Sequence[tuple[int, int]],
+    max_batch: int,
+    decoder: str | None,
+    variant: str | None,
+    lora: Sequence[AdapterOption] = (),
+    vendors: Sequence[Vendor] = VENDORS,
+    installed: Installed = find_spec,
+) -> Candidates:
+    """device, backend, precision: as engines.loader.load_engine takes them; sizes empty: the checkpoint's.
+
+    Raises CheckpointError.
+    """
+    checkpoint = open_checkpoint(model, decoder, variant)
+    fused, free = with_adapters(checkpoint, lora, {})
+    machine = this_machine()
+    kind = (device or ("cuda" if has_gpu() else "cpu")).partition(":")[0]
+    capability = None if kind == "cpu" else machine.capability
+    precision = precision or ("fp32" if kind == "cpu" else "bf16")
+    wanted_sizes = tuple(sizes) or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
+    serving = [one for one in vendors if one.serves(kind, capability, precision) and backend in ("auto", one.backend)]
+    able = [one for one in serving if one.can_run(installed)]
+    named = ", ".join(one.name for one in serving)
+    why_none = f"none of {named} is installed" if serving else f"no vendor serves {precision} on {kind}"
+    if variant is not None:
+        able, why_none = [], "engines are built of the plain weights, and --variant asks for others"
+    if free:
+        able, why_none = [], f"built engines hold adapters fused, and {free[0].name} is by request"
+    sha256 = fused.weights.sha256() if able else ""
+    each = []
+    for one in able:
+        version = package_versions(one.name).get(one.name)
+        wanted = Wanted(
+            sha256, one.name, version, dotted(capability) if capability else None, precision, wanted_sizes, max_batch
+        )
+        arguments = ["--model", model, *one.arguments, "--precision", precision]
+        arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in wanted_sizes)]
+        arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
+        arguments += ["--decoder", decoder] if decoder else []
+        arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
+        each.append(Candidate(one.name, _name(model, wanted), wanted, tuple(arguments), one.missing(installed)))
+    return Candidates(checkpoint, precision, wanted_sizes, max_batch, tuple(each), why_none)
+
+
+def _name(model: str, wanted: Wanted) -> str:
+    """Of a folder: readable, and another one for whatever else is wanted."""
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name).strip("-.") or "model"
+    digest = hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]
+    return f"{plain}-{wanted.vendor}-{wanted.precision}-{digest}"

@@ -1,0 +1,105 @@
+"""A folder of folders of built engines: which of them fit, which are of old versions, and what may be removed."""
+
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.artifacts.manifest import FORMAT, NAME, Manifest, read_manifest
+from engines.device.hardware import package_versions
+from engines.errors import ArtifactError
+
+FOLDER = "engines"  # in the folder that is kept for what this program makes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an engine must be to serve here. Sizes are (width, height) in pixels."""
+
+    checkpoint_sha256: str
+    vendor: str
+    version: str | None  # of the vendor's package
+    capability: str | None  # of the card, such as 9.0; None on a CPU
+    precision: str
+    sizes: tuple[tuple[int, int], ...]
+    batch: int  # the largest
+
+    def why_not(self, manifest: Manifest) -> str | None:
+        """The first thing that does not fit, in words; None where all does."""
+        if manifest.checkpoint_sha256 != self.checkpoint_sha256:
+            return f"of other weights ({manifest.checkpoint_sha256[:12]}, wanted {self.checkpoint_sha256[:12]})"
+        if (manifest.vendor, manifest.compute_capability) != (self.vendor, self.capability):
+            return f"for {manifest.vendor} on {manifest.device}"
+        if (built := manifest.versions.get(self.vendor)) != self.version:
+            return f"built by {self.vendor} {built or 'unknown'}, here is {self.version or 'none'}"
+        if manifest.precision != self.precision:
+            return f"in {manifest.precision}, wanted {self.precision}"
+        if absent := set(self.sizes) - set(manifest.sizes):
+            return "without " + ", ".join(f"{width}x{height}" for width, height in sorted(absent))
+        if max(manifest.batches) < self.batch:
+            return f"for batches of {max(manifest.batches)}, wanted {self.batch}"
+        return None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One folder of engines. `old`: why no process of this version can run it."""
+
+    path: Path
+    manifest: Manifest | None
+    old: str | None
+    bytes: int
+
+
+def find(folder: Path, wanted: Wanted, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+    """The engines in `folder` that fit, and why others do not: one line each."""
+    reasons: list[str] = []
+    for path in _built(folder):
+        try:
+            why = "damaged" if path in without else wanted.why_not(read_manifest(path))
+        except ArtifactError as error:
+            why = str(error)
+        if why is None:
+            return path, reasons
+        reasons.append(f"{path.name}: {why}")
+    return None, reasons
+
+
+def listed(folder: Path) -> list[Listed]:
+    """Every folder of engines in `folder`, by name."""
+    found = []
+    for path in _built(folder):
+        try:
+            manifest = read_manifest(path)
+            found.append(Listed(path, manifest, _old(manifest), _size(path)))
+        except ArtifactError as error:
+            found.append(Listed(path, None, f"not of format {FORMAT} ({error})", _size(path)))
+    return found
+
+
+def prune(folder: Path) -> list[Listed]:
+    """Removes the engines of old versions, and gives them. Those of another vendor that is absent here stay."""
+    removed = [entry for entry in listed(folder) if entry.old is not None]
+    for entry in removed:
+        shutil.rmtree(entry.path)
+    return removed
+
+
+def _old(manifest: Manifest) -> str | None:
+    here: Mapping[str, str] = package_versions(manifest.vendor)
+    built, installed = manifest.versions.get(manifest.vendor), here.get(manifest.vendor)
+    if installed is None or built == installed:
+        return None
+    return f"built by {manifest.vendor} {built or 'unknown'}, here is {installed}"
+
+
+def _built(folder: Path) -> Iterator[Path]:
+    return (path for path in _entries(folder) if not path.name.startswith(".") and (path / NAME).is_file())
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

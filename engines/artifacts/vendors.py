@@ -1,0 +1,50 @@
+"""Who can make engines, one entry each: what it needs here, how it is asked to build, and what it serves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from engines.device.hardware import Capability
+
+Installed = Callable[[str], object | None]
+
+_EXPORT = ("onnx", "onnxscript")
+_CARD_PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """An entry of VENDORS. `name` and `backend` are the words of its manifests."""
+
+    name: str
+    backend: str
+    device: str  # cpu or cuda
+    precisions: tuple[str, ...]
+    arguments: tuple[str, ...]  # of build_engine.py
+    runs_with: tuple[str, ...]  # packages, as imported
+    builds_with: tuple[str, ...]  # packages beside them
+    never_on: tuple[Capability, ...] = ()
+    gives_way_to: str | None = None  # a package in whose presence build_engine.py asks another vendor
+
+    def can_run(self, installed: Installed = find_spec) -> bool:
+        gives_way = self.gives_way_to is not None and installed(self.gives_way_to) is not None
+        return not gives_way and all(installed(name) is not None for name in self.runs_with)
+
+    def missing(self, installed: Installed = find_spec) -> tuple[str, ...]:
+        """Packages without which nothing is built here."""
+        return tuple(name for name in (*self.runs_with, *self.builds_with) if installed(name) is None)
+
+    def serves(self, device: str, capability: Capability | None, precision: str) -> bool:
+        return device == self.device and precision in self.precisions and capability not in self.never_on
+
+
+# In the order in which they are asked. Where several can run, the faster one serves.
+VENDORS = (
+    Vendor("openvino", "openvino", "cpu", ("fp32", "bf16"), ("--gpu", "cpu"), ("openvino",), _EXPORT),
+    Vendor("tensorrt", "tensorrt", "cuda", _CARD_PRECISIONS, ("--gpu", "native"), ("tensorrt",), _EXPORT),
+    Vendor(
+        *("tensorrt_rtx", "tensorrt", "cuda", _CARD_PRECISIONS, ("--gpu", "native"), ("tensorrt_rtx",), _EXPORT),
+        never_on=((9, 0),),
+        gives_way_to="tensorrt",
+    ),
+)

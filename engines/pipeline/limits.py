@@ -1,0 +1,51 @@
+"""What an engine of a checkpoint can run, and the space of its latents."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.errors import CheckpointError
+from engines.pipeline.engine import LatentSpace
+from engines.types import Limits
+
+
+def limits_of(
+    checkpoint: Checkpoint,
+    max_batch: int,
+    *,
+    control: bool,
+    adapters: tuple[str, ...] = (),
+    sizes: tuple[tuple[int, int], ...] = (),
+) -> Limits:
+    """Sides up to twice the size that the checkpoint was trained at; beyond it pictures repeat themselves.
+
+    sizes: (width, height) in pixels that alone are served; empty: what the checkpoint says. Raises CheckpointError.
+    """
+    settings = checkpoint.settings
+    width, height = settings.default_size
+    limits = Limits(
+        max_batch=max_batch,
+        default_size=settings.default_size,
+        sizes=settings.sizes,
+        multiple=math.lcm(32, checkpoint.autoencoder.compression),
+        max_side=2 * max(width, height),
+        max_pixels=4 * width * height,
+        conditioning=frozenset({"text", "image", "control", "image+control"} if control else {"text", "image"}),
+        adapters=adapters,
+    )
+    if not limits.allows_size(width, height):
+        raise CheckpointError(
+            f"{checkpoint.name}: sprint.json: default_size {width}x{height} is not among its sizes, or no multiple of "
+            f"{limits.multiple}"
+        )
+    if sizes:
+        default = limits.default_size if limits.default_size in sizes else sizes[-1]
+        limits = replace(limits, sizes=tuple(sorted(sizes)), default_size=default)
+    return limits
+
+
+def space_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LatentSpace:
+    config, compression = checkpoint.transformer, checkpoint.autoencoder.compression
+    return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)

@@ -1,0 +1,133 @@
+"""Folders of engines: what is listed, what is removed, and what could be built."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import build_engine
+from engines.artifacts import catalog
+from engines.artifacts.candidates import candidates
+from engines.artifacts.manifest import Manifest
+from engines.artifacts.vendors import VENDORS, Installed, Vendor
+
+MANIFEST = Manifest(
+    checkpoint="tiny",
+    checkpoint_sha256="ab" * 32,
+    decoder=None,
+    gpu="cpu",
+    device="a CPU",
+    compute_capability=None,
+    driver=None,
+    backend="openvino",
+    vendor="openvino",
+    precision="fp32",
+    sizes=((64, 64),),
+    batches=(1, 2),
+    steps=(1,),
+    tokens=300,
+    versions={"openvino": "2026.1"},
+    executed=True,
+    command="python build_engine.py",
+    fingerprint="cd",
+    seconds=1.0,
+    pictures={},
+    references={},
+    artifacts=(),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Engines of this version, of an earlier one, of a vendor that is absent, of an earlier format, and no engines."""
+
+    def versions(*names: str) -> Mapping[str, str]:
+        return {"openvino": "2026.1"} if names == ("openvino",) else {}
+
+    monkeypatch.setattr(catalog, "package_versions", versions)
+    manifests = {
+        "fits": MANIFEST,
+        "earlier": replace(MANIFEST, versions={"openvino": "2025.3"}),
+        "elsewhere": replace(MANIFEST, vendor="tensorrt", versions={"tensorrt": "10.13"}),
+        "format": replace(MANIFEST, format=0),
+    }
+    for name, manifest in manifests.items():
+        (tmp_path / name).mkdir()
+        manifest.write(tmp_path / name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".fits.lock").touch()
+    return tmp_path
+
+
+def test_every_folder_of_engines_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_engine.main(["--list", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        str(folder / name) for name in ("earlier", "elsewhere", "fits", "format")
+    ]
+    assert lines[0].endswith("old: built by openvino 2025.3, here is 2026.1")
+    assert "tiny openvino fp32 64x64 on a CPU, 0 MB" in lines[2]
+    assert ", old: " not in lines[1] + lines[2]
+
+
+def test_engines_of_old_versions_are_removed_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_engine.main(["--prune", str(folder)]) == 0
+    assert capsys.readouterr().out.count("removed ") == 2
+    assert sorted(path.name for path in folder.iterdir()) == [".fits.lock", "elsewhere", "fits", "mine"]
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    assert build_engine.main(["--list", str(tmp_path / "nowhere")]) == 0
+
+
+def installed(*names: str) -> Installed:
+    return lambda name: True if name in names else None
+
+
+@pytest.mark.parametrize(
+    ("packages", "precision", "vendors", "missing"),
+    [
+        (("openvino", "onnx", "onnxscript"), None, ["openvino"], ()),
+        (("openvino",), "bf16", ["openvino"], ("onnx", "onnxscript")),
+        ((), None, [], ()),
+        (("openvino",), "int8", [], ()),
+    ],
+)
+def test_candidates_of_a_cpu(
+    packages: tuple[str, ...], precision: str | None, vendors: list[str], missing: tuple[str, ...]
+) -> None:
+    found = candidates(
+        model="tiny",
+        device="cpu",
+        backend="auto",
+        precision=precision,
+        sizes=(),
+        max_batch=6,
+        decoder=None,
+        variant=None,
+        installed=installed(*packages),
+    )
+    assert [one.vendor for one in found.each] == vendors
+    for one in found.each:
+        assert one.missing == missing
+        assert one.wanted.sizes == ((256, 256),)
+        spec = build_engine.parse([*one.arguments, "--out", "x"])
+        assert (spec.sizes, spec.batches, spec.precision) == (((256, 256),), (1, 2, 4, 6), precision or "fp32")
+    assert bool(found.why_none)
+
+
+@pytest.mark.parametrize(
+    ("packages", "capability", "serving"),
+    [
+        (("tensorrt", "tensorrt_rtx"), (9, 0), ["tensorrt"]),
+        (("tensorrt", "tensorrt_rtx"), (8, 9), ["tensorrt"]),
+        (("tensorrt_rtx",), (8, 9), ["tensorrt_rtx"]),
+        (("tensorrt_rtx", "openvino"), (9, 0), []),
+    ],
+)
+def test_vendors_of_a_card(packages: tuple[str, ...], capability: tuple[int, int], serving: list[str]) -> None:
+    def fits(vendor: Vendor) -> bool:
+        return vendor.serves("cuda", capability, "fp8") and vendor.can_run(installed(*packages))
+
+    assert [vendor.name for vendor in VENDORS if fits(vendor)] == serving
