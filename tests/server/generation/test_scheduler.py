@@ -24,6 +24,7 @@ from engines.errors import CheckpointError
 from engines.fake import FakeEngine, FaultPlan, expected_pixels
 from engines.types import Deliver, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
+from server.generation.engine_source import Given
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Scheduler
 from server.telemetry.metrics import Metrics
@@ -334,7 +335,7 @@ def test_the_engine_is_closed_on_the_thread_that_ran_it() -> None:
 
 def make_batcher(load: Callable[[], Engine]) -> Scheduler:
     return Scheduler(
-        load,
+        Given(load),
         Codec(1),
         max_batch=8,
         max_queue=8,

@@ -44,6 +44,7 @@ def test_names_types_and_labels(plain: Running) -> None:
     ours = {"sana_sprint_engine_failures", "sana_sprint_uncaptured_batches", "sana_sprint_origins_refused"}
     ours |= {"sana_sprint_replaced_kernels", "sana_sprint_workers_wanted", "sana_sprint_worker_ready"}
     ours |= {"sana_sprint_safety_checks", "sana_sprint_safety_check_duration_seconds"}
+    ours |= {"sana_sprint_engine_build_progress", "sana_sprint_engine_build_seconds_left"}
     assert {name for name in beyond if not name.startswith("sana_sprint_live_")} == ours
     assert not any(name.endswith("_created") for name in re.findall(r"^\w+", answer.text, re.MULTILINE))
 
