@@ -187,11 +187,15 @@ def left_side(expression: str) -> str:
     return re.sub(r"\s(?:>|<|==)\s*[\d.]+\s*$", "", expression.strip().split(" unless ")[0])
 
 
+ONLY_WHEN_WRONG = "sana_sprint_replaced_kernels"  # one series for each kernel that is replaced: none on a sound card
+
+
 @needs_prometheus
 def test_every_query_returns_data_from_a_server_under_load(server: str, prometheus: str) -> None:
     queries = {filled(query) for query in panel_queries()}
     queries |= {rule["record"] for rule in rules() if "record" in rule}
     queries |= {left_side(rule["expr"]) for rule in rules() if "alert" in rule}
+    queries = {query for query in queries if ONLY_WHEN_WRONG not in query}
     prompts = iter(range(1_000_000))
 
     def without_data() -> set[str]:
