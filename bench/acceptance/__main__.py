@@ -23,7 +23,7 @@ import torch
 from bench.acceptance.plan import Plan, Step
 from bench.acceptance.report import show
 from bench.acceptance.steps import accept
-from bench.harness.cli import command, parse_size, told
+from bench.harness.cli import command, parse_size, told, words
 from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.roofline.published import PAPER
@@ -102,10 +102,6 @@ def _line(step: Step) -> str:
 
 def numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(number) for number in text.split(",")}))
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,6 +19,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found.group(1)), int(found.group(2) or found.group(1))
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Of `a,b`; empty of an empty text."""
+    return tuple(word for word in text.split(",") if word)
+
+
 def command(program: str, argv: Sequence[str]) -> str:
     """The line to type for the same measurement."""
     return f"python -m {program} {shlex.join(argv)}".strip()

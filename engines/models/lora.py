@@ -72,9 +72,7 @@ class Stack(nn.Module):
         if chosen is None:
             return y
         jobs = len(chosen.places)
-        down = self.down[chosen.places].flatten(1, 2)  # [B, S*R, in]
-        up = self.up[chosen.places].transpose(1, 2).flatten(2)  # [B, out, S*R]
-        scale = chosen.scale.to(x.dtype).repeat_interleave(self.down.shape[1], 1)  # [B, S*R]
+        down, up, scale = self._gathered(chosen, x.dtype)
         low = torch.bmm(x.reshape(jobs, -1, x.shape[-1]), down.mT) * scale[:, None]
         rows = y.reshape(jobs, -1, y.shape[-1])
         return torch.baddbmm(rows, low, up.mT).view(y.shape)
@@ -84,11 +82,15 @@ class Stack(nn.Module):
         chosen = self.choice.now
         if chosen is None:
             return y
-        down = self.down[chosen.places].flatten(1, 2)
-        up = self.up[chosen.places].transpose(1, 2).flatten(2)
-        scale = chosen.scale.to(x.dtype).repeat_interleave(self.down.shape[1], 1)
+        down, up, scale = self._gathered(chosen, x.dtype)
         low = torch.bmm(down, x.flatten(2)) * scale[:, :, None]
         return torch.baddbmm(y.flatten(2), up, low).view(y.shape)
+
+    def _gathered(self, chosen: Chosen, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Each job's factors side by side: down [B, S*R, in], up [B, out, S*R], and their scales [B, S*R]."""
+        down = self.down[chosen.places].flatten(1, 2)
+        up = self.up[chosen.places].transpose(1, 2).flatten(2)
+        return down, up, chosen.scale.to(dtype).repeat_interleave(self.down.shape[1], 1)
 
 
 class AdaptedLinear(nn.Linear):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,12 +10,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.models.dcae import AutoencoderConfig
+from engines.models.transformer import SPRINT_0_6B
 
 SAMPLES = [
     "Given a user prompt, generate an 'Enhanced prompt' with details suitable for image generation.",
     "- User Prompt: A cat sleeping -> Enhanced: a small, fluffy white cat, sleeping on a warm sunny windowsill",
     "a red circle to the left of a blue square on a white background, three green triangles",
 ]
+
+SMALL_TRANSFORMER = replace(
+    SPRINT_0_6B,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_cross_attention_heads=4,
+    cross_attention_head_dim=8,
+    num_layers=3,
+    caption_channels=24,
+    in_channels=4,
+    out_channels=6,
+    sample_size=4,
+)
 
 # The smallest that the kernels of a GPU take over whole (engines.backends.cuda).
 KERNEL_AUTOENCODER = AutoencoderConfig(

@@ -20,6 +20,7 @@ import torch
 from bench.acceptance.over_http.beside import count, measure_peer
 from bench.acceptance.over_http.client import figures_of, fresh_prompts, told
 from bench.acceptance.over_http.figures import About, Figures
+from bench.harness.cli import words
 from bench.harness.errors import BenchError
 from bench.harness.server_process import ROOT, serving
 from bench.harness.subprocess_call import run_in_subprocess
@@ -51,10 +52,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", type=_words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
+    parser.add_argument("--models", type=words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--precisions", type=_words, help="default bf16,fp8 on a GPU, fp32 on a CPU")
-    parser.add_argument("--peers", type=_words, help="default diffusers,diffusers-compiled; '' for none")
+    parser.add_argument("--precisions", type=words, help="default bf16,fp8 on a GPU, fp32 on a CPU")
+    parser.add_argument("--peers", type=words, help="default diffusers,diffusers-compiled; '' for none")
     parser.add_argument("--controlnet", help="for checkpoints that have none")
     parser.add_argument("--quick", action="store_true", help="three requests of each kind, one and two clients")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing else is begun (default 60)")
@@ -67,10 +68,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.peers is None:
         options.peers = ("diffusers",) if options.quick else ("diffusers", "diffusers-compiled")
     return options
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
 
 
 def _card(device: str) -> str:

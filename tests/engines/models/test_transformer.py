@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from small_checkpoint import heat
+from small_checkpoint import SMALL_TRANSFORMER, heat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -13,18 +13,7 @@ from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransform
 
 GATE = 1e-4  # largest error, relative to the output's largest value
 
-SMALL = replace(
-    SPRINT_0_6B,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_cross_attention_heads=4,
-    cross_attention_head_dim=8,
-    num_layers=3,
-    caption_channels=24,
-    in_channels=4,
-    out_channels=4,
-    sample_size=8,
-)
+SMALL = replace(SMALL_TRANSFORMER, out_channels=4, sample_size=8)
 
 
 def pair(config: TransformerConfig) -> tuple[nn.Module, SprintTransformer]:

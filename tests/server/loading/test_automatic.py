@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import manifests
 import numpy as np
 import pytest
 import stand_in_builder
@@ -28,30 +29,7 @@ from server.loading.automatic import AutomaticEngine, Offers, Ways
 
 SIZE = (64, 64)
 WANTED = Wanted("ab" * 32, "openvino", "2026.1", None, "fp32", (SIZE,), 8)
-MANIFEST = Manifest(
-    checkpoint="tiny",
-    checkpoint_sha256=WANTED.checkpoint_sha256,
-    decoder=None,
-    gpu="cpu",
-    device="a CPU",
-    compute_capability=None,
-    driver=None,
-    backend="openvino",
-    vendor="openvino",
-    precision="fp32",
-    sizes=(SIZE,),
-    batches=(1, 2, 4, 8),
-    steps=(1, 2),
-    tokens=300,
-    versions={"openvino": "2026.1"},
-    executed=True,
-    command="python build_engine.py",
-    fingerprint="cd",
-    seconds=1.0,
-    pictures={},
-    references={},
-    artifacts=(),
-)
+MANIFEST = replace(manifests.MANIFEST, sizes=(SIZE,), batches=(1, 2, 4, 8), steps=(1, 2))
 
 
 class Named(FakeEngine):

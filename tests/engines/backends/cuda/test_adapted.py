@@ -1,11 +1,10 @@
 """Adapters by request on the GPU path, by references on the CPU: as the modules with the same stacks."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
-from small_checkpoint import EVERYWHERE, heat, random_factors
+from small_checkpoint import EVERYWHERE, SMALL_TRANSFORMER, heat, random_factors
 
 from engines.backends.cuda.adapted import CudaAdapted
 from engines.backends.cuda.controlled import CudaControlled
@@ -13,20 +12,8 @@ from engines.backends.cuda.transformer import CudaTransformer
 from engines.kernels.op import Ops, sqnr_db
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.models.lora import Adapted, Chosen, Factors, adapt
-from engines.models.transformer import SPRINT_0_6B, SprintTransformer
+from engines.models.transformer import SprintTransformer
 
-SMALL = replace(
-    SPRINT_0_6B,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_cross_attention_heads=4,
-    cross_attention_head_dim=8,
-    num_layers=3,
-    caption_channels=24,
-    in_channels=4,
-    out_channels=6,
-    sample_size=4,
-)
 CHOSEN = Chosen(torch.tensor([[0, 1], [1, 0], [0, 0]]), torch.tensor([[1.0, -0.5], [0.7, 0.0], [0.0, 0.0]]))
 
 
@@ -40,7 +27,7 @@ def factors(transformer: SprintTransformer, seed: int, rank: int, modules: tuple
 @pytest.mark.parametrize("drawn", [False, True])
 def test_equals_the_modules_with_the_same_choice(drawn: bool) -> None:
     torch.manual_seed(0)
-    transformer = heat(SprintTransformer(SMALL))
+    transformer = heat(SprintTransformer(SMALL_TRANSFORMER))
     assert isinstance(transformer, SprintTransformer)
     for name, weight in transformer.named_parameters():
         if "norm_q" in name or "norm_k" in name:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_checkpoint import heat
+from small_checkpoint import SMALL_TRANSFORMER, heat
 from torch import Tensor
 
 from engines.backends.cuda.blocks import lengths_of
@@ -14,29 +14,21 @@ from engines.backends.cuda.transformer import CudaTransformer
 from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
-from engines.models.transformer import SPRINT_0_6B, SprintTransformer, TransformerConfig
+from engines.models.transformer import SprintTransformer, TransformerConfig
 
-SMALL = replace(
-    SPRINT_0_6B,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_cross_attention_heads=4,
-    cross_attention_head_dim=8,
-    num_layers=3,
-    caption_channels=24,
-    in_channels=4,
-    out_channels=6,
-    sample_size=4,
-)
 WIDE = replace(
-    SMALL, num_attention_heads=5, attention_head_dim=32, num_cross_attention_heads=5, cross_attention_head_dim=32
+    SMALL_TRANSFORMER,
+    num_attention_heads=5,
+    attention_head_dim=32,
+    num_cross_attention_heads=5,
+    cross_attention_head_dim=32,
 )
 KINDS = {
-    "small": SMALL,
+    "small": SMALL_TRANSFORMER,
     "160 wide": WIDE,
-    "positions": replace(SMALL, interpolation_scale=1.0),
-    "attention bias": replace(SMALL, attention_bias=True),
-    "no norm of q and k, no guidance": replace(SMALL, qk_norm=None, guidance_embeds=False),
+    "positions": replace(SMALL_TRANSFORMER, interpolation_scale=1.0),
+    "attention bias": replace(SMALL_TRANSFORMER, attention_bias=True),
+    "no norm of q and k, no guidance": replace(SMALL_TRANSFORMER, qk_norm=None, guidance_embeds=False),
 }
 
 
@@ -74,7 +66,7 @@ def test_equals_the_module(kind: str, size: tuple[int, int], batch: int) -> None
 
 
 def test_masked_text_is_not_seen_and_a_prompt_is_prepared_once() -> None:
-    transformer, given = made(SMALL), inputs(SMALL, (4, 3), 3)
+    transformer, given = made(SMALL_TRANSFORMER), inputs(SMALL_TRANSFORMER, (4, 3), 3)
     mask = torch.arange(6)[None] < torch.tensor([[2], [6], [1]])
     expected = transformer(**given, text_mask=mask)
     fast = CudaTransformer(transformer, Ops(None))
@@ -86,7 +78,7 @@ def test_masked_text_is_not_seen_and_a_prompt_is_prepared_once() -> None:
 
 
 def test_residuals_go_where_the_module_adds_them() -> None:
-    transformer, given = made(SMALL), inputs(SMALL, (3, 5), 2)
+    transformer, given = made(SMALL_TRANSFORMER), inputs(SMALL_TRANSFORMER, (3, 5), 2)
     residuals = list(torch.randn(2, 2, 15, 32, generator=torch.Generator().manual_seed(3)))
     expected = transformer(**given, control=residuals)
     fast = CudaTransformer(transformer, Ops(None))
@@ -140,11 +132,11 @@ def test_guidance_is_needed_where_it_is_embedded_and_refused_where_not() -> None
 
 def test_other_types_are_refused() -> None:
     with pytest.raises(BackendError, match="float16"):
-        CudaTransformer(made(SMALL).half(), Ops(None))
+        CudaTransformer(made(SMALL_TRANSFORMER).half(), Ops(None))
 
 
 def test_weights_are_not_kept_twice() -> None:
-    transformer = made(SMALL)
+    transformer = made(SMALL_TRANSFORMER)
     fast = CudaTransformer(transformer, Ops(None))
     block = transformer.transformer_blocks[1]
     stacked = fast.blocks.keys_values.weight
