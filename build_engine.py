@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engines.artifacts.catalog import Listed, listed, prune
-from engines.build.builder import Built, build
+from engines.artifacts.catalog import CatalogEntry, list_engines, prune
+from engines.build.builder import BuildResult, build
 from engines.build.paired_check import paired_check, with_check
 from engines.build.spec import BuildSpec
 from engines.build.targets import GPU_PRECISIONS, GPUS, VENDORS
@@ -97,7 +97,7 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def run(spec: BuildSpec) -> Built:
+def run(spec: BuildSpec) -> BuildResult:
     """Builds with a progress bar, or with a line per step where nobody watches a terminal."""
     if not sys.stderr.isatty():
         return build(spec, lambda done, total, text: print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True))
@@ -113,7 +113,7 @@ def run(spec: BuildSpec) -> Built:
     return built
 
 
-def checked(spec: BuildSpec, built: Built) -> Built:
+def checked(spec: BuildSpec, built: BuildResult) -> BuildResult:
     """Whole images of the engines beside those of fp32 on the CPU, in the manifest. Raises BuildError."""
     if not built.manifest.executed:
         raise BuildError(
@@ -130,7 +130,7 @@ def checked(spec: BuildSpec, built: Built) -> Built:
     finally:
         reference.close()
         engine.close()
-    return Built(with_check(spec.out, built.manifest, checks), built.changed)
+    return BuildResult(with_check(spec.out, built.manifest, checks), built.changed)
 
 
 def catalogue(arguments: list[str]) -> int:
@@ -140,17 +140,18 @@ def catalogue(arguments: list[str]) -> int:
     for flag in ("--list", "--prune"):
         asked.add_argument(flag, nargs="?", type=Path, const=engine_folder(None, os.environ), metavar="DIR")
     given = parser.parse_args(arguments)
-    for entry in listed(given.list) if given.list else prune(given.prune):
+    for entry in list_engines(given.list) if given.list else prune(given.prune):
         print(line_of(entry) if given.list else f"removed {line_of(entry)}")
     return 0
 
 
-def line_of(entry: Listed) -> str:
+def line_of(entry: CatalogEntry) -> str:
     what = "unreadable"
     if (manifest := entry.manifest) is not None:
         sizes = ",".join(f"{width}x{height}" for width, height in manifest.sizes)
         what = f"{manifest.checkpoint} {manifest.vendor} {manifest.precision} {sizes} on {manifest.device}"
-    return f"{entry.path}: {what}, {entry.bytes / 1e6:.0f} MB{'' if entry.old is None else f', old: {entry.old}'}"
+    outdated = "" if entry.outdated is None else f", old: {entry.outdated}"
+    return f"{entry.path}: {what}, {entry.bytes / 1e6:.0f} MB{outdated}"
 
 
 def main(arguments: list[str]) -> int:

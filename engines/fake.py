@@ -37,7 +37,7 @@ REMEMBERED_BATCHES = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class FaultPlan:
+class FaultInjection:
     """When a fake engine fails. A prompt that contains a marker triggers its fault on every batch it is in."""
 
     raise_marker: str = "[[raise]]"
@@ -69,7 +69,7 @@ class FakeEngine:
         conditioning: frozenset[Conditioning] = ALL_CONDITIONING,
         delay_s: float = 0.0,
         delay_per_job_s: float = 0.0,
-        faults: FaultPlan | None = None,
+        faults: FaultInjection | None = None,
         adapters: tuple[str, ...] = (),
     ) -> None:
         self._limits = Limits(
@@ -88,7 +88,7 @@ class FakeEngine:
             reasons={"backend": "asked for: a colour field from prompt and seed, no model"},
         )
         self._buckets = powers_of_two(max_batch)
-        self._faults = faults or FaultPlan()
+        self._faults = faults or FaultInjection()
         self._prompts: OrderedDict[str, None] = OrderedDict()
         self._closed = threading.Event()
         self.delay_s = delay_s

@@ -36,8 +36,8 @@ from engines.sampler import Schedule
 from engines.types import AdapterOption, Engine, EngineInfo, powers_of_two
 
 if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
-    from engines.artifacts.native.skeleton import Parts
-    from engines.pipeline.native import Native
+    from engines.artifacts.native.skeleton import NativeModules
+    from engines.pipeline.native import NativeBackend
 
 # By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
 BACKENDS: Mapping[str, Backend] = {
@@ -70,7 +70,7 @@ def load_engine(
     schedule: Schedule = "paper",
     recorder: GraphCapture | None = None,
     cache: str | None = None,
-    native: "Native | None" = None,
+    native: "NativeBackend | None" = None,
     variant: str | None = None,
     sizes: tuple[tuple[int, int], ...] = (),
     lora: Sequence[AdapterOption] = (),
@@ -165,7 +165,7 @@ def _load_built(
     recorder: GraphCapture | None,
     variant: str | None,
     cache: Path,
-    native: "Native | None",
+    native: "NativeBackend | None",
     phases: Phases,
     lora: Sequence[AdapterOption],
 ) -> Engine:
@@ -189,7 +189,7 @@ def _load_built(
     manifest.check_adapters([(one.name, one.scale or 0.0) for one in lora])
     # fp16 overflows in Gemma
     text_dtype = torch.float32 if place.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
-    loaded: LoadedModules | Parts
+    loaded: LoadedModules | NativeModules
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
@@ -217,7 +217,7 @@ def _load_built(
 
     def modules() -> Modules:
         """Each time with execution contexts of their own, which a graph needs."""
-        made = loaded.replica()
+        made = loaded.new_context()
         return Modules(text, made.transformer, made.decoder, made.encoder, controlled)
 
     largest = max(manifest.batches)
@@ -234,7 +234,7 @@ def _load_built(
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
     info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
     versions = {**info.versions, **manifest.versions}
-    info = replace(info, manifest=manifest.told(), versions=versions, start_s=phases.seconds)
+    info = replace(info, manifest=manifest.summary(), versions=versions, start_s=phases.seconds)
     return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
 
 
@@ -245,13 +245,13 @@ def _pool(threads: ThreadPoolExecutor, checkpoint: Checkpoint) -> ThreadPoolExec
 
 def _kernels(
     backend: str, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint, cache: Path, shapes: str
-) -> "Native | None":
+) -> "NativeBackend | None":
     """Our own kernels, where the backend is made of them; other precisions than bf16 run PyTorch's."""
     if (backend, dtype, device.type) != ("cuda-graph", torch.bfloat16, "cuda"):
         return None
-    from engines.pipeline.native import Native
+    from engines.pipeline.native import NativeBackend
 
-    return Native.on(device, checkpoint.autoencoder, cache, shapes)
+    return NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
 
 
 def _opened(model: str | Checkpoint, decoder: str | None, variant: str | None, reasons: dict[str, str]) -> Checkpoint:

@@ -157,7 +157,7 @@ class Limits:
         distance = {size: abs(size[0] - width) + abs(size[1] - height) for size in candidates}
         return sorted(candidates, key=lambda size: (distance[size], size))[:count]
 
-    def size_of_shape(self, width: int, height: int) -> tuple[int, int]:
+    def size_for_aspect_ratio(self, width: int, height: int) -> tuple[int, int]:
         """The allowed size that is nearest to the shape of width x height, about as large as the default size."""
         shape, area = width / height, self.default_size[0] * self.default_size[1]
         near = (round(math.sqrt(area * shape)), round(math.sqrt(area / shape)))
@@ -199,7 +199,7 @@ class Limits:
             self._check_lora(job.lora)
 
     @property
-    def most_adapters(self) -> int:
+    def max_adapters(self) -> int:
         """That one job may ask for at once."""
         return min(len(self.adapters), MAX_ADAPTERS)
 
@@ -212,8 +212,8 @@ class Limits:
             if not abs(scale) <= MAX_ADAPTER_SCALE:
                 bounds = f"-{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}"
                 raise JobError(f"lora: got {scale} for {name!r}, allowed: a number from {bounds}")
-        if len(names) > self.most_adapters or len(set(names)) < len(names):
-            raise JobError(f"lora: got {', '.join(names)}; at most {self.most_adapters} at once, each once")
+        if len(names) > self.max_adapters or len(set(names)) < len(names):
+            raise JobError(f"lora: got {', '.join(names)}; at most {self.max_adapters} at once, each once")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.roofline.published import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint
-from engines.device.hardware import dotted, this_machine
+from engines.device.hardware import capability_text, this_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "command": options.command,
         "device": str(device),
         "card": here.gpu if device.type == "cuda" else here.cpu,
-        "compute_capability": dotted(here.capability) if device.type == "cuda" else None,
+        "compute_capability": capability_text(here.capability) if device.type == "cuda" else None,
         "driver": here.driver,
         "machine": machine(),
         "failed": 0,

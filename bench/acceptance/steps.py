@@ -21,17 +21,17 @@ from bench.harness.subprocess_call import run_in_subprocess
 from bench.harness.summary import spread
 from distill.evaluation.scores import evaluation_prompts
 from engines.artifacts.manifest import NATIVE
-from engines.artifacts.reference import peaks
+from engines.artifacts.reference import max_activations
 from engines.backends.cuda.graphs import CudaGraphCapture, EagerReplay
 from engines.backends.parity import PICTURE_GATES, difference
 from engines.build.builder import build
-from engines.build.quantization import run_samples
+from engines.build.quantization import run_calibration
 from engines.build.spec import BuildSpec
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError, SprintError
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
-from engines.pipeline.calibration import calibration_texts
+from engines.pipeline.calibration import calibration_prompts
 from engines.types import Engine, Job, RawImage
 
 T = TypeVar("T")
@@ -95,12 +95,12 @@ def _ranges(plan: Plan, step: Step) -> None:
     side = (plan.size[1] // unit, plan.size[0] // unit)
     with torch.inference_mode():
         transformer = checkpoint.load_transformer(torch.float32, plan.device)
-        texts, channels = calibration_texts(checkpoint), checkpoint.transformer.in_channels
-        with peaks(transformer) as seen_transformer:
-            latents = run_samples(transformer, texts, [side], plan.steps, channels)
+        texts, channels = calibration_prompts(checkpoint), checkpoint.transformer.in_channels
+        with max_activations(transformer) as seen_transformer:
+            latents = run_calibration(transformer, texts, [side], plan.steps, channels)
         del transformer
         decoder = PixelDecoder(checkpoint.load_autoencoder(torch.float32, plan.device))
-        with peaks(decoder) as seen_decoder:
+        with max_activations(decoder) as seen_decoder:
             for latent in latents:
                 decoder(latent)
     for name, seen in (("decoder", seen_decoder), ("transformer", seen_transformer)):

@@ -19,11 +19,11 @@ from engines.backends.adapters import Graph, ModuleGraph
 from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.eager import laid_out
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from engines.checkpoints.weights import Part, WeightSource, assign
+from engines.checkpoints.weights import Component, WeightSource, load_strict
 from engines.kernels.op import Ops
 from engines.models.instruction import INSTRUCTION
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.native import Native
+from engines.pipeline.native import NativeBackend
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.types import Engine, Job
 
@@ -92,9 +92,11 @@ class _NoWeights:
 
     source: WeightSource
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         shapes = module.state_dict()
-        assign(module, {key: torch.empty(like.shape, dtype=dtype, device=device) for key, like in shapes.items()}, part)
+        load_strict(
+            module, {key: torch.empty(like.shape, dtype=dtype, device=device) for key, like in shapes.items()}, part
+        )
         module.to(device)
 
     def tokenizer(self) -> Tokenizer:
@@ -104,7 +106,7 @@ class _NoWeights:
         return "0" * 64
 
 
-class _Trusted(Native):
+class _Trusted(NativeBackend):
     """Kernels that have been compared with their references."""
 
     def compare(self, work: Callable[[], object]) -> None:

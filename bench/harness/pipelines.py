@@ -170,9 +170,9 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     with torch.device("meta"):
         vae = upstream.AutoencoderDC.from_config(checkpoint.autoencoder.to_dict())
     text_encoder = _text_encoder(checkpoint.text)
-    checkpoint.weights.fill("transformer", transformer, dtype, device)
-    checkpoint.weights.fill("vae", vae, dtype, device)
-    checkpoint.weights.fill("text_encoder", text_encoder, dtype, device)
+    checkpoint.weights.load_into("transformer", transformer, dtype, device)
+    checkpoint.weights.load_into("vae", vae, dtype, device)
+    checkpoint.weights.load_into("text_encoder", text_encoder, dtype, device)
     tokenizer = checkpoint.load_tokenizer()
     special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad")}
     absent = [token for token in special.values() if tokenizer.token_to_id(token) is None]

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from engines.checkpoints.weights import Part, WeightSource, assign
+from engines.checkpoints.weights import Component, WeightSource, load_strict
 
 
 class SharedWeights:
@@ -19,12 +19,12 @@ class SharedWeights:
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, *, keep: bool = True) -> None:
         self._source, self._dtype, self._keep = source, dtype, keep
-        self._kept: dict[Part, Mapping[str, Tensor]] = {}
+        self._kept: dict[Component, Mapping[str, Tensor]] = {}
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Raises CheckpointError where the keys or shapes of `module` are not the checkpoint's."""
         if part not in self._kept:
-            self._source.fill(part, module, self._dtype, device)
+            self._source.load_into(part, module, self._dtype, device)
             if self._keep:
                 self._kept[part] = module.state_dict()
             else:
@@ -32,7 +32,7 @@ class SharedWeights:
                     parameter.data = parameter.data.to(dtype)
                 return
         tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in self._kept[part].items()}
-        assign(module, tensors, f"shared {part}")
+        load_strict(module, tensors, f"shared {part}")
         module.to(device)  # buffers that no checkpoint holds
 
     def tokenizer(self) -> Tokenizer:

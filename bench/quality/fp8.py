@@ -21,12 +21,12 @@ from bench.harness.cli import command, told
 from bench.harness.host import machine
 from bench.harness.summary import table
 from distill.evaluation.scores import engine_generator, evaluate, evaluation_prompts
-from engines.build.quantization import decide, quantised_layers, quantize, run_samples, sensitivity
+from engines.build.quantization import quantised_layers, quantize, rule_for, run_calibration, sensitivity
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.loader import load_engine
 from engines.models.pixels import PixelDecoder
 from engines.models.transformer import SprintTransformer
-from engines.pipeline.calibration import Texts, calibration_texts
+from engines.pipeline.calibration import CalibrationPrompts, calibration_prompts
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ class Quantised(Checkpoint):
     def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
         module = quantize(
             super().load_transformer(dtype, device),
-            calibration_texts(self),
+            calibration_prompts(self),
             [_side(self)],
             (1,),
             self.transformer.in_channels,
@@ -74,13 +74,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def layers(checkpoint: Checkpoint, pictures: int) -> dict[str, Any]:
     """SQNR in dB of the decoded pictures: of all layers of the table together, and of each alone, worst first."""
     side, channels = _side(checkpoint), checkpoint.transformer.in_channels
-    texts = calibration_texts(checkpoint)
+    texts = calibration_prompts(checkpoint)
     chosen = texts.rows(pictures)
     decoder = PixelDecoder(checkpoint.load_autoencoder(torch.float32, CPU))
 
     def decoded(module: nn.Module) -> Tensor:
         """[P, 3, H, W] before it is rounded to bytes."""
-        latents = run_samples(module, Texts(chosen.states, chosen.mask), [side], (1,), channels)
+        latents = run_calibration(module, CalibrationPrompts(chosen.states, chosen.mask), [side], (1,), channels)
         return torch.cat([decoder.decoder(latent / decoder.scaling_factor) for latent in latents])
 
     module: nn.Module = checkpoint.load_transformer(torch.float32, CPU)
@@ -95,7 +95,7 @@ def layers(checkpoint: Checkpoint, pictures: int) -> dict[str, Any]:
         "pictures": pictures,
         "together_db": round(together, 2),
         "layers": {name: round(value, 2) for name, value in alone.items()},
-        "kept_out": sorted({decide(name).pattern for name in _all_layers(module)} - _patterns(module)),
+        "kept_out": sorted({rule_for(name).pattern for name in _all_layers(module)} - _patterns(module)),
     }
 
 
@@ -104,7 +104,7 @@ def _all_layers(module: nn.Module) -> list[str]:
 
 
 def _patterns(module: nn.Module) -> set[str]:
-    return {decide(name).pattern for name in quantised_layers(module)}
+    return {rule_for(name).pattern for name in quantised_layers(module)}
 
 
 def _score(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, Any]:

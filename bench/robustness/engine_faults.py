@@ -1,4 +1,4 @@
-"""Faults of the engine, asked for by prompts that the fake engine knows (engines.fake.FaultPlan); and of checks."""
+"""Faults of the engine, requested by prompts that engines.fake.FaultInjection knows; and faults of checks."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.artifacts.catalog import Wanted
+from engines.artifacts.catalog import EngineRequirements
 from engines.artifacts.vendors import VENDORS, Installed, Vendor
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.lora import with_adapters
-from engines.device.hardware import dotted, package_versions, this_machine
+from engines.device.hardware import capability_text, package_versions, this_machine
 from engines.types import AdapterOption, powers_of_two
 
 
@@ -25,7 +25,7 @@ class Candidate:
 
     vendor: str
     name: str  # of the folder to build into
-    wanted: Wanted
+    requirements: EngineRequirements
     arguments: tuple[str, ...]  # of build_engine.py, less --out
     missing: tuple[str, ...]
 
@@ -37,7 +37,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Of one checkpoint, in the order of VENDORS; `sizes` (width, height) and `batch` are what all are wanted for."""
+    """Candidates for one checkpoint in the order of VENDORS, all for the same `sizes` (width, height) and `batch`."""
 
     checkpoint: Checkpoint
     precision: str
@@ -88,20 +88,28 @@ def candidates(
     each = []
     for one in able:
         version = package_versions(one.name).get(one.name)
-        wanted = Wanted(
-            sha256, one.name, version, dotted(capability) if capability else None, precision, wanted_sizes, max_batch
+        requirements = EngineRequirements(
+            sha256,
+            one.name,
+            version,
+            capability_text(capability) if capability else None,
+            precision,
+            wanted_sizes,
+            max_batch,
         )
         arguments = ["--model", model, *one.arguments, "--precision", precision]
         arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in wanted_sizes)]
         arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
         arguments += ["--decoder", decoder] if decoder else []
         arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
-        each.append(Candidate(one.name, _name(model, wanted), wanted, tuple(arguments), one.missing(installed)))
+        each.append(
+            Candidate(one.name, _name(model, requirements), requirements, tuple(arguments), one.missing(installed))
+        )
     return Candidates(checkpoint, precision, wanted_sizes, max_batch, tuple(each), why_none)
 
 
-def _name(model: str, wanted: Wanted) -> str:
-    """Of a folder: readable, and another one for whatever else is wanted."""
+def _name(model: str, requirements: EngineRequirements) -> str:
+    """Of a folder: readable, and another one for whatever else is requirements."""
     plain = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name).strip("-.") or "model"
-    digest = hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]
-    return f"{plain}-{wanted.vendor}-{wanted.precision}-{digest}"
+    digest = hashlib.sha256(repr(requirements).encode()).hexdigest()[:12]
+    return f"{plain}-{requirements.vendor}-{requirements.precision}-{digest}"

@@ -5,15 +5,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.artifacts.manifest import FORMAT, NAME, Manifest, read_manifest
+from engines.artifacts.manifest import FORMAT, MANIFEST_FILE, Manifest, read_manifest
 from engines.device.hardware import package_versions
 from engines.errors import ArtifactError
 
-FOLDER = "engines"  # in the folder that is kept for what this program makes
-
 
 @dataclass(frozen=True)
-class Wanted:
+class EngineRequirements:
     """What an engine must be to serve here. Sizes are (width, height) in pixels."""
 
     checkpoint_sha256: str
@@ -24,7 +22,7 @@ class Wanted:
     sizes: tuple[tuple[int, int], ...]
     batch: int  # the largest
 
-    def why_not(self, manifest: Manifest) -> str | None:
+    def mismatch(self, manifest: Manifest) -> str | None:
         """The first thing that does not fit, in words; None where all does."""
         if manifest.checkpoint_sha256 != self.checkpoint_sha256:
             return f"of other weights ({manifest.checkpoint_sha256[:12]}, wanted {self.checkpoint_sha256[:12]})"
@@ -42,21 +40,23 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Listed:
+class CatalogEntry:
     """One folder of engines. `old`: why no process of this version can run it."""
 
     path: Path
     manifest: Manifest | None
-    old: str | None
+    outdated: str | None
     bytes: int
 
 
-def find(folder: Path, wanted: Wanted, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+def find_engine(
+    folder: Path, requirements: EngineRequirements, without: Collection[Path] = ()
+) -> tuple[Path | None, list[str]]:
     """The engines in `folder` that fit, and why others do not: one line each."""
     reasons: list[str] = []
     for path in _built(folder):
         try:
-            why = "damaged" if path in without else wanted.why_not(read_manifest(path))
+            why = "damaged" if path in without else requirements.mismatch(read_manifest(path))
         except ArtifactError as error:
             why = str(error)
         if why is None:
@@ -65,27 +65,27 @@ def find(folder: Path, wanted: Wanted, without: Collection[Path] = ()) -> tuple[
     return None, reasons
 
 
-def listed(folder: Path) -> list[Listed]:
+def list_engines(folder: Path) -> list[CatalogEntry]:
     """Every folder of engines in `folder`, by name."""
     found = []
     for path in _built(folder):
         try:
             manifest = read_manifest(path)
-            found.append(Listed(path, manifest, _old(manifest), _size(path)))
+            found.append(CatalogEntry(path, manifest, _why_outdated(manifest), _size(path)))
         except ArtifactError as error:
-            found.append(Listed(path, None, f"not of format {FORMAT} ({error})", _size(path)))
+            found.append(CatalogEntry(path, None, f"not of format {FORMAT} ({error})", _size(path)))
     return found
 
 
-def prune(folder: Path) -> list[Listed]:
+def prune(folder: Path) -> list[CatalogEntry]:
     """Removes the engines of old versions, and gives them. Those of another vendor that is absent here stay."""
-    removed = [entry for entry in listed(folder) if entry.old is not None]
+    removed = [entry for entry in list_engines(folder) if entry.outdated is not None]
     for entry in removed:
         shutil.rmtree(entry.path)
     return removed
 
 
-def _old(manifest: Manifest) -> str | None:
+def _why_outdated(manifest: Manifest) -> str | None:
     here: Mapping[str, str] = package_versions(manifest.vendor)
     built, installed = manifest.versions.get(manifest.vendor), here.get(manifest.vendor)
     if installed is None or built == installed:
@@ -94,7 +94,7 @@ def _old(manifest: Manifest) -> str | None:
 
 
 def _built(folder: Path) -> Iterator[Path]:
-    return (path for path in _entries(folder) if not path.name.startswith(".") and (path / NAME).is_file())
+    return (path for path in _entries(folder) if not path.name.startswith(".") and (path / MANIFEST_FILE).is_file())
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from engines.backends.parity import GATES, PICTURE_GATES, difference
 from engines.backends.tensorrt import vendor as vendors
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.device.hardware import dotted, package_versions, this_machine
+from engines.device.hardware import capability_text, package_versions, this_machine
 from engines.errors import ParityError
 
 CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
@@ -48,7 +48,7 @@ def _digest(artifact: Artifact) -> str:
 
 
 @dataclass(frozen=True)
-class DropIns:
+class EngineModules:
     """In place of the modules, at every size of the manifest."""
 
     transformer: TransformerAdapter
@@ -64,10 +64,10 @@ class LoadedModules:
     dtype: torch.dtype  # of the transformer's inputs
     graphs: Mapping[ModuleName, Mapping[Side, Graph]]
 
-    def replica(self) -> DropIns:
+    def new_context(self) -> EngineModules:
         """Drop-ins with execution contexts of their own, as each CUDA graph needs them, on the same weights."""
         own = {name: {side: _replica(graph) for side, graph in at.items()} for name, at in self.graphs.items()}
-        return DropIns(
+        return EngineModules(
             TransformerAdapter(only_built_sizes(own["transformer"]), self.manifest.tokens),
             DecoderAdapter(only_built_sizes(own["decoder"])),
             EncoderAdapter(only_built_sizes(own["encoder"])),
@@ -105,14 +105,14 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
 
 
 def _replica(graph: Graph) -> Graph:
-    return graph.replica() if isinstance(graph, TensorRtGraph) else graph
+    return graph.new_context() if isinstance(graph, TensorRtGraph) else graph
 
 
 def check_fit(manifest: Manifest, device: torch.device) -> None:
     """Raises ArtifactError where `manifest` is for another machine; needs no files."""
     machine = this_machine()
-    capability = dotted(machine.capability) if device.type == "cuda" and machine.capability else None
-    manifest.check_machine(machine.words, capability, package_versions(manifest.vendor))
+    capability = capability_text(machine.capability) if device.type == "cuda" and machine.capability else None
+    manifest.check_machine(machine.label, capability, package_versions(manifest.vendor))
 
 
 def _check_first_run(

@@ -17,7 +17,7 @@ from engines.backends.base import ModuleName
 from engines.errors import ArtifactError
 
 FORMAT = 1
-NAME = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 NATIVE = "native"  # the vendor of engines made of our own kernels
 
 
@@ -85,7 +85,7 @@ class Manifest:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
-    def told(self) -> dict[str, object]:
+    def summary(self) -> dict[str, object]:
         """All but the files of the kernels, which are hundreds."""
         return {name: value for name, value in self.to_dict().items() if name != "shared"}
 
@@ -95,7 +95,7 @@ class Manifest:
         return list(dict.fromkeys([*self.references.values(), *own, *self.shared]))
 
     def write(self, folder: Path) -> None:
-        (folder / NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / MANIFEST_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def check_files(self, folder: Path, some: Iterable[FileRecord] | None = None) -> None:
         """Raises ArtifactError where a file, or one of some, is absent, cut short or changed."""
@@ -163,9 +163,9 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises ArtifactError where there is none, or one that this version did not write."""
-    path = folder / NAME
+    path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise ArtifactError(f"engine: {folder} has no {NAME}; a folder made by build_engine.py is needed")
+        raise ArtifactError(f"engine: {folder} has no {MANIFEST_FILE}; a folder made by build_engine.py is needed")
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:

@@ -97,7 +97,7 @@ def clean_latent(x_flow: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
     return x_flow - time[:, None, None, None] * velocity.float()
 
 
-def starting_point(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference_inputs(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x_FM of `noise` [B, C, h, w], t_FM [B] and guidance [B]: the first row starts from pure noise, the next ones at
     the later angles of a longer schedule, each under another guidance, so that no input is a constant."""
     rows = noise.shape[0]
@@ -107,7 +107,7 @@ def starting_point(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def peaks(module: nn.Module) -> Iterator[dict[str, float]]:
+def max_activations(module: nn.Module) -> Iterator[dict[str, float]]:
     """The largest absolute value that goes into or comes out of each part of `module` while the block runs, by its
     name. What is computed inside a part and in fp32 in every precision does not show."""
     seen: dict[str, float] = {}

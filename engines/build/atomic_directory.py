@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from engines.artifacts.manifest import NAME
+from engines.artifacts.manifest import MANIFEST_FILE
 from engines.errors import BuildError, DiskFullError
 
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file size limit reached"}
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path) -> Iterator[Path]:
     """An empty folder beside `out`, which becomes `out` when the block ends and is removed when it fails.
 
     What killed builds left beside `out` is removed first. Raises BuildError where `out` is something else than a folder
     of engines, DiskFullError where there is no room.
     """
     out = out.absolute()
-    if out.exists() and not (out / NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / MANIFEST_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(f"out: {out} exists and is no folder of engines; name another, or remove it")
     folder = out.with_name(f".{out.name}.building-{os.getpid()}")
     try:

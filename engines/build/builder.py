@@ -17,28 +17,35 @@ from torch import Tensor, nn
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import NATIVE, Artifact, FileRecord, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype, module_precision
-from engines.artifacts.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
+from engines.artifacts.reference import (
+    MODULES,
+    Reference,
+    clean_latent,
+    load_reference,
+    max_activations,
+    reference_inputs,
+)
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, PICTURE_GATES
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
-from engines.build.atomic_directory import staging
+from engines.build.atomic_directory import atomic_directory
 from engines.build.compilation import compile_graph
-from engines.build.example_inputs import GraphShape, probe_inputs
+from engines.build.example_inputs import StaticShape, example_inputs
 from engines.build.fp8_coverage import fp8_share
-from engines.build.native import NATIVE_STEPS, Pieces, native_pieces, native_versions
+from engines.build.native import NATIVE_STEPS, BuildOutput, native_output, native_versions
 from engines.build.onnx_export import export_onnx, onnx_files
 from engines.build.onnx_runner import OnnxGraph
-from engines.build.quantization import exporting, narrowed, quantize
-from engines.build.spec import BuildSpec, Size, completed, fingerprint_of, words
+from engines.build.quantization import cast_to, onnx_translations, quantize
+from engines.build.spec import BuildSpec, Size, fingerprint_of, size_label, with_checkpoint_defaults
 from engines.build.targets import Target, resolve
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.lora import with_adapters
-from engines.device.hardware import Machine, dotted, package_versions, this_machine
+from engines.device.hardware import Machine, capability_text, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.calibration import calibration_texts
+from engines.pipeline.calibration import calibration_prompts
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
 
@@ -50,18 +57,18 @@ _VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """The manifest, and whether anything had to be done for it."""
 
     manifest: Manifest
     changed: bool
 
 
-def silent(done: int, total: int, text: str) -> None:
+def no_progress(done: int, total: int, text: str) -> None:
     """A Progress that nobody watches."""
 
 
-def build(spec: BuildSpec, progress: Progress = silent) -> Built:
+def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
     """Builds what `spec` asks for, or finds that it is there.
 
     Raises BuildError (refused, failed or disk full), ParityError (built, and too far from the reference),
@@ -70,7 +77,7 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
     machine = this_machine()
     target = resolve(spec.gpu, spec.precision, machine, vendor=spec.vendor)
     checkpoint = open_checkpoint(spec.model, spec.decoder)
-    spec = completed(spec, checkpoint)
+    spec = with_checkpoint_defaults(spec, checkpoint)
     checkpoint, _ = with_adapters(checkpoint, spec.lora, {})
     sha256 = checkpoint.weights.sha256()
     versions = package_versions(*_VERSIONS)
@@ -79,21 +86,21 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
     fingerprint = fingerprint_of(spec, target, sha256, versions)
     present = _unchanged(spec.out, fingerprint)
     if present is not None:
-        return Built(present, changed=False)
-    with staging(spec.out) as folder:
+        return BuildResult(present, changed=False)
+    with atomic_directory(spec.out) as folder:
         started = time.perf_counter()
         if (spec.out / TIMING).is_file():
             shutil.copy(spec.out / TIMING, folder)
-        work = _Work(spec, checkpoint, target, folder, progress)
+        work = _Build(spec, checkpoint, target, folder, progress)
         references = work.references()
-        pieces = native_pieces(work, references) if target.vendor == NATIVE else work.pieces(references)
+        output = native_output(work, references) if target.vendor == NATIVE else work.output(references)
         manifest = Manifest(
             checkpoint=spec.model,
             checkpoint_sha256=sha256,
             decoder=spec.decoder,
             gpu=spec.gpu,
             device=_device_name(target, machine),
-            compute_capability=dotted(target.capability) if target.capability else None,
+            compute_capability=capability_text(target.capability) if target.capability else None,
             driver=machine.driver if target.executable and target.capability else None,
             backend=target.backend,
             vendor=target.vendor,
@@ -107,14 +114,14 @@ def build(spec: BuildSpec, progress: Progress = silent) -> Built:
             command=spec.command,
             fingerprint=fingerprint,
             seconds=round(time.perf_counter() - started, 1),
-            pictures=pieces.pictures,
-            references={words(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
-            artifacts=pieces.artifacts,
-            shared=pieces.shared,
+            pictures=output.pictures,
+            references={size_label(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
+            artifacts=output.artifacts,
+            shared=output.shared,
             adapters=tuple((one.name, one.scale or 0.0) for one in spec.lora),
         )
         manifest.write(folder)
-    return Built(manifest, changed=True)
+    return BuildResult(manifest, changed=True)
 
 
 Key = tuple[ModuleName, Size]
@@ -128,7 +135,7 @@ class _Graph:
 
 
 @dataclass
-class _Work:
+class _Build:
     """One build under way, in its temporary folder."""
 
     spec: BuildSpec
@@ -155,37 +162,37 @@ class _Work:
     def references(self) -> dict[Size, Path]:
         """The fp32 reference of each size, on disk; settles the precision of each module."""
         rows = min(2, max(self.spec.batches))
-        texts = calibration_texts(self.checkpoint).rows(rows)
+        texts = calibration_prompts(self.checkpoint).rows(rows)
         found: dict[Size, dict[str, Tensor]] = {}
         module: nn.Module = self.checkpoint.load_transformer(torch.float32, CPU)
-        with torch.inference_mode(), peaks(module) as seen:
+        with torch.inference_mode(), max_activations(module) as seen:
             for size in self.spec.sizes:
-                self.step(f"reference of the transformer at {words(size)}")
+                self.step(f"reference of the transformer at {size_label(size)}")
                 shape = self.shape(size)
-                noise = probe_inputs("decoder", shape, rows, torch.float32)["latent"]
-                latent, time_, guidance = starting_point(noise)
+                noise = example_inputs("decoder", shape, rows, torch.float32)["latent"]
+                latent, time_, guidance = reference_inputs(noise)
                 inputs = {"latent": latent, "text": texts.states, "timestep": time_, "guidance": guidance}
                 inputs["text_mask"] = texts.mask
                 velocity = module(**inputs)
                 found[size] = {**inputs, "velocity": velocity, "clean": clean_latent(latent, velocity, time_)}
-        self.settle("transformer", seen)
+        self.choose_precision("transformer", seen)
         del module
         autoencoder = self.checkpoint.load_autoencoder(torch.float32, CPU)
         decoder, encoder = PixelDecoder(autoencoder), PixelEncoder(autoencoder)
-        with torch.inference_mode(), peaks(decoder) as seen, peaks(encoder) as seen_encoding:
+        with torch.inference_mode(), max_activations(decoder) as seen, max_activations(encoder) as seen_encoding:
             for size, tensors in found.items():
-                self.step(f"reference of the autoencoder at {words(size)}")
+                self.step(f"reference of the autoencoder at {size_label(size)}")
                 # Row by row, because the largest stage of one row alone takes gigabytes at full size.
                 tensors["pixels"] = torch.cat([decoder(row[None])[0] for row in tensors["clean"]])
                 tensors["encoded"] = torch.cat([encoder(row[None]) for row in tensors["pixels"]])
-        self.settle("decoder", seen)
-        self.settle("encoder", seen_encoding)
+        self.choose_precision("decoder", seen)
+        self.choose_precision("encoder", seen_encoding)
         paths = {size: self.folder / _reference_file(size) for size in found}
         for size, path in paths.items():
             Reference(found[size]).save(path)
         return paths
 
-    def pieces(self, references: Mapping[Size, Path]) -> Pieces:
+    def output(self, references: Mapping[Size, Path]) -> BuildOutput:
         """Everything by way of ONNX, for the compiler of another vendor."""
         graphs = self.graphs()
         if not self.target.executable:
@@ -195,9 +202,9 @@ class _Work:
             parity, pictures = self.parity(references, lambda name, size: self.open(compiled[name, size]), "engine")
         details = {key: {**made.details, **self.layers.get(key, {})} for key, made in compiled.items()}
         artifacts = (replace(made, parity=parity[key], details=details[key]) for key, made in compiled.items())
-        return Pieces(tuple(artifacts), pictures)
+        return BuildOutput(tuple(artifacts), pictures)
 
-    def settle(self, name: ModuleName, seen: Mapping[str, float]) -> None:
+    def choose_precision(self, name: ModuleName, seen: Mapping[str, float]) -> None:
         """The precision of one module: as asked for, but bf16 for an autoencoder that overflows fp16.
 
         Upstream advises bf16 or fp32 for the autoencoder; published ones are known to overflow (diffusers issues 9982,
@@ -221,7 +228,7 @@ class _Work:
         for name in MODULES:
             module = self.module(name)
             for size in self.spec.sizes:
-                self.step(f"export of the {name} at {words(size)}")
+                self.step(f"export of the {name} at {size_label(size)}")
                 found[name, size] = self.export(module, name, size)
             del module
             gc.collect()
@@ -230,12 +237,12 @@ class _Work:
     def export(self, module: nn.Module, name: ModuleName, size: Size) -> _Graph:
         """Raises BuildError where fp8 was asked for and reaches too little of the arithmetic."""
         started = time.perf_counter()
-        path = self.folder / f"{name}-{words(size)}.onnx"
-        inputs = probe_inputs(name, self.shape(size), 2, self.dtype(name))
+        path = self.folder / f"{name}-{size_label(size)}.onnx"
+        inputs = example_inputs(name, self.shape(size), 2, self.dtype(name))
         if self.precisions[name] != "fp8":
             export_onnx(module, name, inputs, path)
             return _Graph(path, time.perf_counter() - started)
-        with exporting() as translations:
+        with onnx_translations() as translations:
             export_onnx(module, name, inputs, path, translations)
         share = fp8_share(path)
         if share < _FP8_SHARE:
@@ -251,8 +258,8 @@ class _Work:
             self.progress(self.done, self.total, "calibration of the transformer")
             exact = self.checkpoint.load_transformer(torch.float32, CPU)
             sides = [(shape.height, shape.width) for shape in map(self.shape, self.spec.sizes)]
-            texts, channels = calibration_texts(self.checkpoint), self.checkpoint.transformer.in_channels
-            return narrowed(quantize(exact, texts, sides, self.spec.steps, channels), dtype)
+            texts, channels = calibration_prompts(self.checkpoint), self.checkpoint.transformer.in_channels
+            return cast_to(quantize(exact, texts, sides, self.spec.steps, channels), dtype)
         if name == "transformer":
             return self.checkpoint.load_transformer(dtype, CPU)
         autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
@@ -265,7 +272,7 @@ class _Work:
         """The artifacts, still without their parity; the graphs are removed."""
         found: dict[Key, Artifact] = {}
         for (name, size), graph in graphs.items():
-            self.step(f"compilation of the {name} at {words(size)}")
+            self.step(f"compilation of the {name} at {size_label(size)}")
             started = time.perf_counter()
             batches = self.batches(name, size)
             made = compile_graph(self.target, graph.path, graph.path.with_suffix(""), batches, self.folder / TIMING)
@@ -287,16 +294,16 @@ class _Work:
         for size, path in references.items():
 
             def opened(name: ModuleName, size: Size = size) -> Graph:
-                self.step(f"parity of the {name} at {words(size)}")
+                self.step(f"parity of the {name} at {size_label(size)}")
                 return open_graph(name, size)
 
             device = GPU if of == "engine" and self.target.capability else CPU
             found, picture = load_reference(path).compare(opened, self.dtype("transformer"), device)
             for name, distance in found.items():
-                gate = GATES[self.precisions[name]].check(f"{name} at {words(size)}", distance)
+                gate = GATES[self.precisions[name]].check(f"{name} at {size_label(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
-            gate = PICTURE_GATES[self.spec.precision].check(f"picture at {words(size)}", picture)
-            pictures[words(size)] = {**picture.to_dict(), "gate": gate, "of": of}
+            gate = PICTURE_GATES[self.spec.precision].check(f"picture at {size_label(size)}", picture)
+            pictures[size_label(size)] = {**picture.to_dict(), "gate": gate, "of": of}
         return modules, pictures
 
     def open(self, artifact: Artifact) -> Graph:
@@ -318,14 +325,14 @@ class _Work:
             return torch.float32  # it rounds inside
         return module_dtype(self.precisions[name])
 
-    def shape(self, size: Size) -> GraphShape:
+    def shape(self, size: Size) -> StaticShape:
         unit, config = self.checkpoint.autoencoder.compression, self.checkpoint.transformer
         tokens = self.checkpoint.settings.max_prompt_tokens
-        return GraphShape(size[1] // unit, size[0] // unit, config.in_channels, unit, tokens, config.caption_channels)
+        return StaticShape(size[1] // unit, size[0] // unit, config.in_channels, unit, tokens, config.caption_channels)
 
 
 def _reference_file(size: Size) -> str:
-    return f"reference-{words(size)}.safetensors"
+    return f"reference-{size_label(size)}.safetensors"
 
 
 def _unchanged(out: Path, fingerprint: str) -> Manifest | None:

@@ -12,7 +12,7 @@ from engines.backends.base import ModuleName
 
 
 @dataclass(frozen=True)
-class GraphShape:
+class StaticShape:
     """What is fixed in a module's inputs; only the batch stays open. Height and width are the latent's, in cells."""
 
     height: int
@@ -28,8 +28,8 @@ class GraphShape:
         return self.height * self.compression, self.width * self.compression
 
 
-def probe_inputs(
-    name: ModuleName, shape: GraphShape, batch: int, dtype: torch.dtype, seed: int = 0
+def example_inputs(
+    name: ModuleName, shape: StaticShape, batch: int, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Tensor]:
     """Keyword arguments for `name`'s forward, on the CPU; `dtype` is the transformer's."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from engines.artifacts.reference import MODULES, load_reference
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, INT8_GATE, PICTURE_GATES, Gate, difference
-from engines.build.spec import BuildSpec, Size, words
+from engines.build.spec import BuildSpec, Size, size_label
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import BuildError
@@ -35,7 +35,7 @@ _OF = "kernels' references on a CPU"
 
 
 @dataclass(frozen=True)
-class Pieces:
+class BuildOutput:
     """What a vendor's build gives to the manifest."""
 
     artifacts: tuple[Artifact, ...]
@@ -43,7 +43,7 @@ class Pieces:
     shared: tuple[FileRecord, ...] = ()
 
 
-class Work(Protocol):
+class BuildContext(Protocol):
     """A build under way (engines.build.builder)."""
 
     spec: BuildSpec
@@ -61,28 +61,28 @@ def native_versions() -> dict[str, str]:
 
 
 @torch.inference_mode()
-def native_pieces(work: Work, references: Mapping[Size, Path]) -> Pieces:
+def native_output(work: BuildContext, references: Mapping[Size, Path]) -> BuildOutput:
     """Writes all but the manifest into the work's folder. Raises BuildError, ParityError."""
-    from engines.artifacts.native.compiling import Request, compile_kernels
-    from engines.artifacts.native.loading import KERNELS, About, code, stamps
+    from engines.artifacts.native.compiling import CompileRequest, compile_kernels
+    from engines.artifacts.native.loading import KERNELS, NativeInfo, code_digest, file_stamps
     from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save
     from engines.backends.cuda.decoder import CudaDecoder, why_not
     from engines.kernels.op import Ops
-    from engines.pipeline.native import Native
+    from engines.pipeline.native import NativeBackend
 
     c_compiler()  # missed now, not after an hour
     spec, checkpoint, folder = work.spec, work.checkpoint, work.folder
     against = why_not(checkpoint.autoencoder)
     if spec.precision == "fp8" and against is not None:
         raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {against}; use bf16")
-    started, kernels = time.perf_counter(), Native(Ops(None), checkpoint.autoencoder)
+    started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
     files: dict[str, tuple[FileRecord, ...]] = {}
     ranges: list[list[float]] = []
 
-    def store(name: str, made: object) -> None:
-        blank = skeleton(checkpoint, Native(kernels.ops, checkpoint.autoencoder), ranges).memory[name]
+    def save_component(name: str, made: object) -> None:
+        blank = skeleton(checkpoint, NativeBackend(kernels.ops, checkpoint.autoencoder), ranges).memory[name]
         files[name] = tuple(FileRecord.of(path) for path in save({name: blank}, {name: made}, folder, name))
 
     work.step("text encoder")
@@ -92,7 +92,7 @@ def native_pieces(work: Work, references: Mapping[Size, Path]) -> Pieces:
     stage = kernels.text(stage)
     found = difference(expected, torch.cat(stage.encoder.encode(prompts)).float())
     text = {**found.to_dict(), "gate": _TEXT_GATE.check("text encoder", found), "of": _OF}
-    store("text", stage.encoder)
+    save_component("text", stage.encoder)
     work.step("weights of the transformer and the autoencoder")
     modules = modules_of(checkpoint, kernels, CPU)
     if spec.precision == "fp8":
@@ -105,18 +105,18 @@ def native_pieces(work: Work, references: Mapping[Size, Path]) -> Pieces:
     parity, pictures = _parity(work, modules, references)
     work.step("files of weights")
     for name, module in modules.items():
-        store(name, module)
+        save_component(name, module)
     del modules
     work.step(f"kernels for {work.target.gpu}")
     assert work.target.capability is not None
     cache = folder / KERNELS
     no_room = compile_kernels(
-        Request(
+        CompileRequest(
             spec.model, spec.decoder, spec.sizes, spec.batches, ranges, work.target.capability, str(cache.absolute())
         ),
         spec.jobs,
     )
-    about = About(code(), stamps(checkpoint.weights), ranges, text).write(folder)
+    about = NativeInfo(code_digest(), file_stamps(checkpoint.weights), ranges, text).write(folder)
     compiled = (FileRecord.of(path, folder) for path in sorted(cache.rglob("*")) if path.is_file())
     seconds = round(time.perf_counter() - started, 1)
     details = {name: {"reason": kernels.reasons[name]} for name in MODULES if name in kernels.reasons}
@@ -131,11 +131,11 @@ def native_pieces(work: Work, references: Mapping[Size, Path]) -> Pieces:
         for name in MODULES
         for size in spec.sizes
     )
-    return Pieces(artifacts, pictures, (*files["text"], FileRecord.of(about), *compiled))
+    return BuildOutput(artifacts, pictures, (*files["text"], FileRecord.of(about), *compiled))
 
 
 def _parity(
-    work: Work, modules: Mapping[ModuleName, Callable[..., Any]], references: Mapping[Size, Path]
+    work: BuildContext, modules: Mapping[ModuleName, Callable[..., Any]], references: Mapping[Size, Path]
 ) -> tuple[dict[tuple[ModuleName, Size], dict[str, object]], dict[str, dict[str, object]]]:
     """Distances and kept gates, of modules and of pictures. Raises ParityError."""
     found: dict[tuple[ModuleName, Size], dict[str, object]] = {}
@@ -143,16 +143,16 @@ def _parity(
     for size, path in references.items():
 
         def opened(name: ModuleName, size: Size = size) -> Graph:
-            work.step(f"parity of the {name} at {words(size)}")
+            work.step(f"parity of the {name} at {size_label(size)}")
             return _RowByRow(modules[name])
 
         distances, picture = load_reference(path).compare(opened, torch.bfloat16)
         for name, distance in distances.items():
             gate = INT8_GATE if _precision(work.spec, name) == "fp8" else GATES["bf16"]
-            kept = gate.check(f"{name} at {words(size)}", distance)
+            kept = gate.check(f"{name} at {size_label(size)}", distance)
             found[name, size] = {**distance.to_dict(), "gate": kept, "of": _OF}
-        kept = PICTURE_GATES[work.spec.precision].check(f"picture at {words(size)}", picture)
-        pictures[words(size)] = {**picture.to_dict(), "gate": kept, "of": _OF}
+        kept = PICTURE_GATES[work.spec.precision].check(f"picture at {size_label(size)}", picture)
+        pictures[size_label(size)] = {**picture.to_dict(), "gate": kept, "of": _OF}
     return found, pictures
 
 

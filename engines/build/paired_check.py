@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from engines.artifacts.manifest import NAME, Manifest
+from engines.artifacts.manifest import MANIFEST_FILE, Manifest
 from engines.backends.parity import difference
 from engines.errors import BuildError
 from engines.pipeline.calibration import PROMPTS
@@ -78,5 +78,5 @@ def with_check(folder: Path, manifest: Manifest, checks: Mapping[str, PairedChec
     told = replace(manifest, quality={steps: check.to_dict() for steps, check in checks.items()})
     with TemporaryDirectory(dir=folder) as part:
         told.write(Path(part))
-        (Path(part) / NAME).replace(folder / NAME)  # at once: a server may be reading it
+        (Path(part) / MANIFEST_FILE).replace(folder / MANIFEST_FILE)  # at once: a server may be reading it
     return told

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from engines.backends.parity import difference
 from engines.backends.quiet import quiet
 from engines.errors import BuildError
-from engines.pipeline.calibration import Texts
+from engines.pipeline.calibration import CalibrationPrompts
 from engines.sampler import angles_for, job_noise, sample
 
 LARGEST = 448.0  # of E4M3
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRule:
     """Layers by the pattern of their names; `fp8` says whether their inputs and weights are quantised."""
 
     pattern: str
@@ -34,44 +34,46 @@ class Row:
 
 
 # Read from the top; the first pattern that fits decides. A layer that none fits is an error.
-TABLE = (
-    Row("transformer_blocks.*.attn?.to_[qkv]", True, "large products; their input is normed or the residual stream"),
-    Row(
+FP8_RULES = (
+    LayerRule(
+        "transformer_blocks.*.attn?.to_[qkv]", True, "large products; their input is normed or the residual stream"
+    ),
+    LayerRule(
         "transformer_blocks.*.attn1.to_out.0",
         False,
         "40 % of all the error at the published size (29 dB alone, the next 32) for 7 % of the arithmetic",
     ),
-    Row("transformer_blocks.*.attn2.to_out.0", True, "large product; its input is an average, without outliers"),
-    Row("transformer_blocks.*.ff.conv_inverted", True, "the largest product of a block"),
-    Row("transformer_blocks.*.ff.conv_point", True, "the second largest product of a block"),
-    Row(
+    LayerRule("transformer_blocks.*.attn2.to_out.0", True, "large product; its input is an average, without outliers"),
+    LayerRule("transformer_blocks.*.ff.conv_inverted", True, "the largest product of a block"),
+    LayerRule("transformer_blocks.*.ff.conv_point", True, "the second largest product of a block"),
+    LayerRule(
         "transformer_blocks.*.ff.conv_depth",
         False,
         "depthwise: bound by memory, nine products per value, no fp8 kernel",
     ),
-    Row("patch_embed.*", False, "first layer: its error reaches everything, and it is 0.1 % of the arithmetic"),
-    Row("time_embed.*", False, "once per picture, not per token; every block's gates hang on it"),
-    Row("caption_projection.*", False, "once per prompt; text states have outlier channels"),
-    Row("proj_out", False, "last layer: its error is the picture's own, and it is 0.1 % of the arithmetic"),
+    LayerRule("patch_embed.*", False, "first layer: its error reaches everything, and it is 0.1 % of the arithmetic"),
+    LayerRule("time_embed.*", False, "once per picture, not per token; every block's gates hang on it"),
+    LayerRule("caption_projection.*", False, "once per prompt; text states have outlier channels"),
+    LayerRule("proj_out", False, "last layer: its error is the picture's own, and it is 0.1 % of the arithmetic"),
 )
 
 
-def decide(name: str) -> Row:
+def rule_for(name: str) -> LayerRule:
     """The row of TABLE for one layer. Raises BuildError where there is none."""
-    for row in TABLE:
+    for row in FP8_RULES:
         if fnmatch.fnmatchcase(name, row.pattern):
             return row
-    raise BuildError(f"quantize: no row of engines.build.quantization.TABLE decides about {name!r}")
+    raise BuildError(f"quantize: no row of engines.build.quantization.FP8_RULES decides about {name!r}")
 
 
 def quantised_layers(module: nn.Module) -> list[str]:
     """Names of the layers with weights that TABLE gives fp8."""
     layers = (name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d))
-    return [name for name in layers if decide(name).fp8]
+    return [name for name in layers if rule_for(name).fp8]
 
 
 def quantize(
-    module: nn.Module, texts: Texts, sizes: Sequence[tuple[int, int]], steps: Sequence[int], channels: int
+    module: nn.Module, texts: CalibrationPrompts, sizes: Sequence[tuple[int, int]], steps: Sequence[int], channels: int
 ) -> nn.Module:
     """`module` (a SprintTransformer) with fp8 quantisers in place, calibrated by the sampler itself.
 
@@ -86,7 +88,7 @@ def quantize(
             settings.append({"quantizer_name": f"{name}.{quantizer}", "cfg": {"num_bits": (4, 3), "axis": None}})
 
     def loop(model: nn.Module) -> None:
-        run_samples(model, texts, sizes, steps, channels)
+        run_calibration(model, texts, sizes, steps, channels)
 
     talk = redirect_stdout(StringIO())  # ModelOpt prints its progress, and stdout is the manifest's
     with quiet(), talk, torch.inference_mode(mode=False), torch.no_grad():
@@ -94,7 +96,7 @@ def quantize(
     return quantised
 
 
-def narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_to(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A quantised `module` with weights and scales in `dtype`, which is that of its graph.
 
     Scales are measured in fp32: a CPU without fp16 arithmetic takes 14 s for one pointwise convolution of the 0.6B
@@ -107,8 +109,8 @@ def narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def run_samples(
-    model: nn.Module, texts: Texts, sizes: Sequence[tuple[int, int]], steps: Sequence[int], channels: int
+def run_calibration(
+    model: nn.Module, texts: CalibrationPrompts, sizes: Sequence[tuple[int, int]], steps: Sequence[int], channels: int
 ) -> list[Tensor]:
     """Every prompt through the sampler at every size, one at a time, the numbers of steps in turn; clean latents."""
     like, made = next(model.parameters()), []
@@ -128,7 +130,7 @@ def run_samples(
 
 
 @contextmanager
-def exporting() -> Iterator[Mapping[Any, Callable[..., Any]]]:
+def onnx_translations() -> Iterator[Mapping[Any, Callable[..., Any]]]:
     """Within the block a quantised module can be exported; gives the translation of its operator to ONNX.
 
     ModelOpt's own export needs torch's older exporter, which cannot trace a calibrated scale.

@@ -36,25 +36,25 @@ class BuildSpec:
     @property
     def command(self) -> str:
         """The line that builds this again."""
-        words = ["python", "build_engine.py", "--model", self.model, "--gpu", self.gpu, "--precision", self.precision]
-        words += ["--out", str(self.out), "--sizes", ",".join(f"{width}x{height}" for width, height in self.sizes)]
-        words += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
-        words += ["--vendor", self.vendor] if self.vendor else []
-        words += ["--decoder", self.decoder] if self.decoder else []
-        return shlex.join(words + [word for one in self.lora for word in ("--lora", str(one))])
+        parts = ["python", "build_engine.py", "--model", self.model, "--gpu", self.gpu, "--precision", self.precision]
+        parts += ["--out", str(self.out), "--sizes", ",".join(f"{width}x{height}" for width, height in self.sizes)]
+        parts += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
+        parts += ["--vendor", self.vendor] if self.vendor else []
+        parts += ["--decoder", self.decoder] if self.decoder else []
+        return shlex.join(parts + [word for one in self.lora for word in ("--lora", str(one))])
 
 
-def words(size: Size) -> str:
+def size_label(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def completed(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSpec:
+def with_checkpoint_defaults(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSpec:
     """`spec` with the checkpoint's sizes where it has none, and everything ascending. Raises BuildError."""
     sizes = spec.sizes or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
     unit = math.lcm(32, checkpoint.autoencoder.compression)
     for size in sizes:
         if any(side <= 0 or side % unit for side in size):
-            raise BuildError(f"sizes: got {words(size)}, both sides must be multiples of {unit}")
+            raise BuildError(f"sizes: got {size_label(size)}, both sides must be multiples of {unit}")
     for name, values, largest in (("batches", spec.batches, 64), ("steps", spec.steps, 4)):
         if not values or not all(1 <= value <= largest for value in values):
             raise BuildError(f"{name}: got {','.join(map(str, values)) or 'none'}, allowed 1 to {largest}")

@@ -7,7 +7,7 @@ from typing import cast
 
 from engines.artifacts.manifest import NATIVE
 from engines.backends.openvino import CpuPrecision, check_cpu
-from engines.device.hardware import Capability, Machine, dotted
+from engines.device.hardware import Capability, Machine, capability_text
 from engines.errors import BuildError
 from engines.models.dcae import AutoencoderConfig
 
@@ -75,8 +75,8 @@ def resolve(
     capability = _capability(gpu, machine)
     if capability < _NEEDS[precision]:
         raise BuildError(
-            f"precision: compute capability {dotted(capability)} has no {precision} arithmetic, "
-            f"{dotted(_NEEDS[precision])} or newer has; use fp16"
+            f"precision: compute capability {capability_text(capability)} has no {precision} arithmetic, "
+            f"{capability_text(_NEEDS[precision])} or newer has; use fp16"
         )
     on_the_card = machine.capability == capability
     memory = machine.memory if on_the_card else _MEMORY[gpu]
@@ -85,7 +85,7 @@ def resolve(
         return Target(gpu, "tensorrt", "tensorrt", capability, executable=True, memory=memory)
     if capability == (9, 0):
         raise BuildError(
-            f"gpu: TensorRT builds for an H100 on an H100 only, and this machine has {machine.words}; "
+            f"gpu: TensorRT builds for an H100 on an H100 only, and this machine has {machine.label}; "
             "TensorRT for RTX, which can build ahead of time, does not know compute capability 9.0; use --vendor native"
         )
     _need("tensorrt_rtx", "tensorrt-rtx", installed)
@@ -100,8 +100,8 @@ def _native(gpu: str, precision: str, machine: Machine, installed: Callable[[str
         )
     capability = _capability(gpu, machine)
     if capability not in GPUS.values():
-        known = ", ".join(f"{name} ({dotted(found)})" for name, found in GPUS.items())
-        raise BuildError(f"gpu: native engines are built for {known}, and this machine has {machine.words}")
+        known = ", ".join(f"{name} ({capability_text(found)})" for name, found in GPUS.items())
+        raise BuildError(f"gpu: native engines are built for {known}, and this machine has {machine.label}")
     if not installed("triton"):
         raise BuildError("build: the package triton is missing; pip install triton")
     return Target(gpu, "cuda-graph", NATIVE, capability, executable=False)
@@ -114,7 +114,7 @@ def _capability(gpu: str, machine: Machine) -> Capability:
         raise BuildError(f"gpu: got {gpu!r}, allowed {', '.join(GPUS)}, native, cpu")
     if machine.capability is None:
         raise BuildError(
-            f"gpu: native means the card of this machine, which has {machine.words}; here: {', '.join(GPUS)}, cpu"
+            f"gpu: native means the card of this machine, which has {machine.label}; here: {', '.join(GPUS)}, cpu"
         )
     return machine.capability
 

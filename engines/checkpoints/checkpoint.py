@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from engines.checkpoints.hub import SHORT_NAMES, find_folder
 from engines.checkpoints.random_weights import RandomWeights
-from engines.checkpoints.weights import FolderWeights, Part, WeightSource, read_json, unfilled
+from engines.checkpoints.weights import Component, FolderWeights, WeightSource, meta_init, read_json
 from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
@@ -25,11 +25,11 @@ from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransform
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
-_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
+_PARTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
-class Settings:
+class SprintConfig:
     """What `sprint.json` may say; published checkpoints have none, and the defaults hold. Sizes are width, height."""
 
     instruction: bool = True
@@ -39,7 +39,7 @@ class Settings:
     sizes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+    def from_dict(cls, values: Mapping[str, Any]) -> "SprintConfig":
         """Raises ValueError naming the key that is unknown or of the wrong form."""
         checks: dict[str, Callable[[Any], bool]] = {
             "instruction": lambda v: isinstance(v, bool),
@@ -73,7 +73,7 @@ class Checkpoint:
     """A checkpoint whose configs are read and agree with one another; weights are read by the load_ methods."""
 
     name: str
-    settings: Settings
+    settings: SprintConfig
     transformer: TransformerConfig
     autoencoder: AutoencoderConfig
     text: Mapping[str, object] = field(repr=False)  # text_encoder/config.json
@@ -99,15 +99,15 @@ class Checkpoint:
             )
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
-        with unfilled():
+        with meta_init():
             module = SprintTransformer(self.transformer)
-        self.weights.fill("transformer", module, dtype, device)
+        self.weights.load_into("transformer", module, dtype, device)
         return module.eval()
 
     def load_autoencoder(self, dtype: torch.dtype, device: torch.device) -> Autoencoder:
-        with unfilled():
+        with meta_init():
             module = Autoencoder(self.autoencoder)
-        self.weights.fill("vae", module, dtype, device)
+        self.weights.load_into("vae", module, dtype, device)
         return module.eval()
 
     def load_text_body(self, dtype: torch.dtype, device: torch.device) -> GemmaBody:
@@ -116,9 +116,9 @@ class Checkpoint:
             config = GemmaConfig.from_dict(self.text)
         except ValueError as error:
             raise CheckpointError(f"{self.name}: text_encoder/config.json: {error}") from error
-        with unfilled():
+        with meta_init():
             module = GemmaBody(config)
-        self.weights.fill("text_encoder", module, dtype, device)
+        self.weights.load_into("text_encoder", module, dtype, device)
         return module.eval()
 
     def load_tokenizer(self) -> Tokenizer:
@@ -161,7 +161,7 @@ def _random(name: str) -> Checkpoint:
         raise CheckpointError(f"model: got {name!r}, allowed {allowed}, each with an optional :<seed>")
     config = RANDOM_SIZES[size]
     text = {"model_type": "gemma2", "hidden_size": config.caption_channels}  # the rest: Gemma-2 2B, as the defaults are
-    return Checkpoint(name, Settings(), config, AutoencoderConfig(), text, RandomWeights(int(seed or "0")))
+    return Checkpoint(name, SprintConfig(), config, AutoencoderConfig(), text, RandomWeights(int(seed or "0")))
 
 
 def _from_folder(name: str, folder: Path, variant: str | None = None) -> Checkpoint:
@@ -180,7 +180,7 @@ def _from_folder(name: str, folder: Path, variant: str | None = None) -> Checkpo
         raise CheckpointError(f"{folder}: transformer/config.json: {error}") from error
     try:
         extra = folder / "sprint.json"
-        settings = Settings.from_dict(read_json(extra)) if extra.exists() else Settings()
+        settings = SprintConfig.from_dict(read_json(extra)) if extra.exists() else SprintConfig()
     except ValueError as error:
         raise CheckpointError(f"{extra}: {error}") from error
     text = read_json(folder / "text_encoder" / "config.json")

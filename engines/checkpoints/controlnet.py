@@ -8,7 +8,7 @@ import torch
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.hub import find_folder
-from engines.checkpoints.weights import FolderWeights, read_json, unfilled
+from engines.checkpoints.weights import FolderWeights, meta_init, read_json
 from engines.errors import CheckpointError
 from engines.models.controlnet import ControlConfig, ControlNet
 
@@ -54,7 +54,7 @@ def load_controlnet(
         raise CheckpointError(
             f"{folder}: num_layers is {mine.num_layers}; fewer than the transformer's {theirs.num_layers} are needed"
         )
-    with unfilled():
+    with meta_init():
         module = ControlNet(config)
-    FolderWeights({"controlnet": folder}, variant).fill("controlnet", module, dtype, device)
+    FolderWeights({"controlnet": folder}, variant).load_into("controlnet", module, dtype, device)
     return module.eval()

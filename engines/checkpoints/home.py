@@ -5,7 +5,7 @@ from pathlib import Path
 from engines.errors import SprintError
 
 
-def expanded(path: Path, error: type[SprintError], remedy: str) -> Path:
+def expand_home(path: Path, error: type[SprintError], remedy: str) -> Path:
     """`path` with its ~ resolved. Raises `error`, with what to do, where the user has no home directory."""
     try:
         return path.expanduser()

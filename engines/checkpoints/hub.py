@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from engines.checkpoints.home import expanded
-from engines.checkpoints.hub_files import HubFile, cache_of, complete, remember, remembered
-from engines.checkpoints.variants import needed
+from engines.checkpoints.home import expand_home
+from engines.checkpoints.hub_files import HubFile, cache_folder, download_missing, save_revision, saved_snapshot
+from engines.checkpoints.variants import required_files
 from engines.errors import CheckpointError
 
 SHORT_NAMES = {
@@ -13,7 +13,7 @@ SHORT_NAMES = {
     "sprint-1.6b": "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
 }
 
-LIST_S = 10.0  # for the hub to say what a repository holds
+LIST_TIMEOUT_S = 10.0  # for the hub to say what a repository holds
 logger = logging.getLogger("engines.checkpoints")
 _ENGINES = Path(__file__).resolve().parents[1]
 # Where the shipped checkpoint lies: in the source tree, or in engines/ of an installed package.
@@ -28,7 +28,7 @@ def find_folder(name: str, part: str | None = None, variant: str | None = None) 
             if folder.is_dir():
                 return folder
         raise CheckpointError(f"tiny: the shipped checkpoint is in none of {', '.join(map(str, _TINY))}")
-    folder = expanded(Path(name), CheckpointError, "give the folder's whole path, or set HOME")
+    folder = expand_home(Path(name), CheckpointError, "give the folder's whole path, or set HOME")
     if folder.is_dir():
         return folder
     hub_id, _, revision = SHORT_NAMES.get(name, name).partition("@")
@@ -41,7 +41,7 @@ def find_folder(name: str, part: str | None = None, variant: str | None = None) 
 def _download(hub_id: str, revision: str, part: str | None, variant: str | None) -> Path:
     """The hub's commit of that name; where the hub cannot be asked or the cache cannot be written, what was kept."""
     try:
-        cache_of(hub_id)
+        cache_folder(hub_id)
     except RuntimeError as error:  # pathlib's, of a user without a home
         raise CheckpointError(
             f"model: {hub_id} has no place to be kept: this user has no home directory; set HF_HOME (or HOME) to a "
@@ -49,8 +49,8 @@ def _download(hub_id: str, revision: str, part: str | None, variant: str | None)
         ) from error
     try:
         commit, files = _listing(hub_id, revision)
-        names = needed([file.name for file in files], part, variant, hub_id)
-        folder = complete(hub_id, commit, [file for file in files if file.name in names])
+        names = required_files([file.name for file in files], part, variant, hub_id)
+        folder = download_missing(hub_id, commit, [file for file in files if file.name in names])
     except CheckpointError:
         raise
     except Exception as error:  # of whatever client the hub's library uses
@@ -63,7 +63,7 @@ def _download(hub_id: str, revision: str, part: str | None, variant: str | None)
         logger.warning("%s: %s; what was downloaded before is served: %s", hub_id, reason, kept)
         return kept
     try:
-        remember(hub_id, revision, commit)
+        save_revision(hub_id, revision, commit)
     except OSError as error:  # a cache that others fill
         logger.info("%s: the cache cannot be written (%s), and holds all that is needed", hub_id, error.strerror)
     return folder
@@ -75,7 +75,7 @@ def _listing(hub_id: str, revision: str) -> tuple[str, list[HubFile]]:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    commit = api.model_info(hub_id, revision=revision, timeout=LIST_S).sha or revision
+    commit = api.model_info(hub_id, revision=revision, timeout=LIST_TIMEOUT_S).sha or revision
     tree = api.list_repo_tree(hub_id, recursive=True, revision=commit)
     entries = [entry for entry in tree if isinstance(entry, RepoFile)]
     return commit, [
@@ -88,14 +88,14 @@ def _kept(hub_id: str, revision: str, part: str | None, variant: str | None, rea
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    folder = remembered(hub_id, revision)
+    folder = saved_snapshot(hub_id, revision)
     if folder is None:
         return None
     try:
         names = [entry.path for entry in get_cached_repo_tree(hub_id, revision=folder.name)]
     except CachedRepoTreeNotFoundError:  # filled by other means: the reader says what it lacks
         return folder
-    gone = [name for name in needed(names, part, variant, hub_id) if not (folder / name).is_file()]
+    gone = [name for name in required_files(names, part, variant, hub_id) if not (folder / name).is_file()]
     if gone:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         raise CheckpointError(

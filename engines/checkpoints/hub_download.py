@@ -15,11 +15,11 @@ from typing import Protocol
 
 from engines.errors import CheckpointError
 
-AT_ONCE = 4  # files; published checkpoints have four large ones
-PATIENCE = 4  # attempts in a row that bring no byte
-PAUSE_S = 1.0  # after the first of them, and longer after each further one
-TELL_S = 5.0  # between two lines of progress
-LATER = (408, 416, 429, 500, 502, 503, 504)  # status of answers that another attempt may not get
+PARALLEL_FILES = 4  # files; published checkpoints have four large ones
+MAX_VAIN_ATTEMPTS = 4  # attempts in a row that bring no byte
+RETRY_PAUSE_S = 1.0  # after the first of them, and longer after each further one
+PROGRESS_INTERVAL_S = 5.0  # between two lines of progress
+RETRY_STATUSES = (408, 416, 429, 500, 502, 503, 504)  # status of answers that another attempt may not get
 
 logger = logging.getLogger("engines.checkpoints")
 
@@ -66,7 +66,7 @@ class Download:
         for file in sorted(self._files, key=lambda file: -file.size):
             queue.put(file)
         # Daemons, unlike the threads of a pool: a process that was told to end does not wait for gigabytes.
-        threads = [threading.Thread(target=self._work, args=(queue,), daemon=True) for _ in range(AT_ONCE)]
+        threads = [threading.Thread(target=self._work, args=(queue,), daemon=True) for _ in range(PARALLEL_FILES)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -123,7 +123,7 @@ class Download:
             except _StoppedError:
                 raise
             except HfHubHTTPError as error:
-                if error.response.status_code not in LATER:
+                if error.response.status_code not in RETRY_STATUSES:
                     raise
                 if error.response.status_code == 416:  # there is no more: what is here is not of this file
                     self._drop(partial)
@@ -138,10 +138,12 @@ class Download:
                 break
             vain = 0 if done > before else vain + 1
             where = f"{self._hub_id}: {file.name} broke off at {_amount(done)} of {_amount(file.size)}: {reason}"
-            if vain == PATIENCE:
-                raise CheckpointError(f"model: {where}; {PATIENCE} attempts brought nothing more; start again to go on")
+            if vain == MAX_VAIN_ATTEMPTS:
+                raise CheckpointError(
+                    f"model: {where}; {MAX_VAIN_ATTEMPTS} attempts brought nothing more; start again to go on"
+                )
             logger.warning("%s; going on from there", where)
-            time.sleep(PAUSE_S * vain)
+            time.sleep(RETRY_PAUSE_S * vain)
         if _size(partial) > file.size:
             self._drop(partial)
             partial.touch()
@@ -182,7 +184,7 @@ class Download:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._told < TELL_S:
+            if now - self._told < PROGRESS_INTERVAL_S:
                 return
             self._told = now
             rate = max((self._done - self._first) / (now - self._began), 1.0)

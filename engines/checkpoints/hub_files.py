@@ -33,19 +33,19 @@ class HubFile:
         return path.is_file() and path.stat().st_size == self.size
 
 
-def cache_of(hub_id: str) -> Path:
+def cache_folder(hub_id: str) -> Path:
     """The folder of a repository in the hub's cache. Raises RuntimeError where a user without a home has none."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{hub_id.replace('/', '--')}"
 
 
-def absent(folder: Path, files: Sequence[HubFile]) -> list[HubFile]:
+def missing_files(folder: Path, files: Sequence[HubFile]) -> list[HubFile]:
     """Those that are not whole in the folder of a commit."""
     return [file for file in files if not file.whole(folder / file.name)]
 
 
-def complete(hub_id: str, commit: str, files: Sequence[HubFile]) -> Path:
+def download_missing(hub_id: str, commit: str, files: Sequence[HubFile]) -> Path:
     """The folder of a commit with these files in it; downloads what is absent, and writes nothing where nothing is.
 
     Raises CheckpointError, OSError of the disk, and what huggingface_hub raises.
@@ -53,15 +53,15 @@ def complete(hub_id: str, commit: str, files: Sequence[HubFile]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # exported, without saying so
 
-    cache = cache_of(hub_id)
+    cache = cache_folder(hub_id)
     folder = cache / "snapshots" / commit
-    if not absent(folder, files):
+    if not missing_files(folder, files):
         return folder
     blobs, locks = cache / "blobs", cache.parent / ".locks" / cache.name
     for place in (blobs, locks):
         place.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(locks / "sana-sprint.lock"):  # processes with one cache download once
-        here = absent(folder, files)
+        here = missing_files(folder, files)
         Download(hub_id, commit, blobs, [file for file in here if not file.whole(blobs / file.checksum)]).run()
         for file in here:
             (folder / file.name).unlink(missing_ok=True)  # of another size
@@ -75,9 +75,9 @@ def complete(hub_id: str, commit: str, files: Sequence[HubFile]) -> Path:
     return folder
 
 
-def remember(hub_id: str, revision: str, commit: str) -> None:
+def save_revision(hub_id: str, revision: str, commit: str) -> None:
     """Notes which commit a branch or tag stands for, as the hub's cache does, for starts without the hub."""
-    reference = cache_of(hub_id) / "refs" / revision
+    reference = cache_folder(hub_id) / "refs" / revision
     if revision == commit or (reference.is_file() and reference.read_text() == commit):
         return
     reference.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,9 @@ def remember(hub_id: str, revision: str, commit: str) -> None:
     draft.replace(reference)
 
 
-def remembered(hub_id: str, revision: str) -> Path | None:
+def saved_snapshot(hub_id: str, revision: str) -> Path | None:
     """The folder of the commit that was downloaded last under this name, complete or not."""
-    cache = cache_of(hub_id)
+    cache = cache_folder(hub_id)
     reference = cache / "refs" / revision
     folder = cache / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
     return folder if folder.is_dir() else None

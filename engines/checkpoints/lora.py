@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.weights import Part, WeightSource, unfilled
+from engines.checkpoints.weights import Component, WeightSource, meta_init
 from engines.errors import CheckpointError
 from engines.models.lora import Factors, is_adaptable
 from engines.models.transformer import SprintTransformer
@@ -51,9 +51,9 @@ class FusedWeights:
     base: WeightSource
     adapters: tuple[tuple[Adapter, float], ...]
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """As the base does. Sums are in fp32 and rounded once to `dtype`."""
-        self.base.fill(part, module, dtype, device)
+        self.base.load_into(part, module, dtype, device)
         if part != "transformer":
             return
         for adapter, scale in self.adapters:
@@ -95,7 +95,7 @@ def with_adapters(
 
 def read_adapters(options: Sequence[AdapterOption], checkpoint: Checkpoint) -> list[Adapter]:
     """One for each option. Raises CheckpointError, naming the file and the key, for what does not fit."""
-    with unfilled():
+    with meta_init():
         like = SprintTransformer(checkpoint.transformer)
     return [_read(option, like, checkpoint.name) for option in options]
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from engines.checkpoints.weights import Part, assign
+from engines.checkpoints.weights import Component, load_strict
 from engines.models.instruction import INSTRUCTION
 
 _AT_ONCE = 2**22  # numbers: 16 MiB beside the weights themselves
@@ -24,7 +24,7 @@ class RandomWeights:
 
     seed: int = 0
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Draws in fp32 on the CPU, key by key in order: a seed is the same weights, rounded to any dtype."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.empty(_AT_ONCE)
@@ -34,7 +34,7 @@ class RandomWeights:
             tensors[key] = torch.empty(like.shape, dtype=dtype, device=device)
             for some in torch.split(tensors[key].view(-1), _AT_ONCE):
                 some.copy_(drawn[: len(some)].normal_(offset, scale, generator=generator))
-        assign(module, tensors, f"random {part}")
+        load_strict(module, tensors, f"random {part}")
         module.to(device)
 
     def tokenizer(self) -> Tokenizer:
@@ -61,7 +61,7 @@ def _lines() -> Iterator[str]:
     yield from INSTRUCTION.split("\n")
 
 
-def _distribution(part: Part, key: str, like: Tensor) -> tuple[float, float]:
+def _distribution(part: Component, key: str, like: Tensor) -> tuple[float, float]:
     """Mean and standard deviation for one parameter."""
     if key.endswith("scale_shift_table"):
         return 0.0, 1.0

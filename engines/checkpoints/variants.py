@@ -24,7 +24,7 @@ def variant_of(name: str) -> str | None:
     return None if found is None else found["a"] or found["b"] or ""
 
 
-def chosen(names: Iterable[str], asked: str | None, where: str) -> str | None:
+def choose_variant(names: Iterable[str], asked: str | None, where: str) -> str | None:
     """The variant to read of those in one folder: the one that is asked for, else the plain one, else the only one.
 
     None where there are no weights. Raises CheckpointError, which begins with `where`, where several are left.
@@ -52,7 +52,7 @@ def index_file(names: Iterable[str], variant: str) -> str | None:
     return next((name for name in sorted(names) if _INDEX.fullmatch(name) and variant_of(name) == variant), None)
 
 
-def needed(names: Sequence[str], part: str | None, asked: str | None, where: str) -> list[str]:
+def required_files(names: Sequence[str], part: str | None, asked: str | None, where: str) -> list[str]:
     """Of the files of a repository, those that are read: of the whole checkpoint or, with `part` (vae, controlnet), of
     that one, which may be a folder or the repository itself. Raises as `chosen`."""
     if part is None:
@@ -71,7 +71,7 @@ def needed(names: Sequence[str], part: str | None, asked: str | None, where: str
 
 def _of_folder(names: Sequence[str], asked: str | None, where: str) -> list[str]:
     configs = [name for name in names if name.endswith(".json") and not _INDEX.fullmatch(name)]
-    variant = chosen(names, asked, where)
+    variant = choose_variant(names, asked, where)
     if variant is None:
         return configs
     single = single_file(names, variant)

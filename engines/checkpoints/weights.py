@@ -21,16 +21,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engines.checkpoints.variants import chosen, index_file, single_file
+from engines.checkpoints.variants import choose_variant, index_file, single_file
 from engines.errors import CheckpointError
 
-Part = Literal["transformer", "vae", "text_encoder", "controlnet"]
+Component = Literal["transformer", "vae", "text_encoder", "controlnet"]
 
 
 class WeightSource(Protocol):
     """Where weights come from: a folder, or a seed (engines.checkpoints.random_weights)."""
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Gives every parameter of `module` (built on the meta device) its value, as `dtype` on `device`."""
 
     def tokenizer(self) -> Tokenizer: ...
@@ -52,13 +52,13 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 @contextmanager
-def unfilled() -> Iterator[None]:
+def meta_init() -> Iterator[None]:
     """Within the block modules are built without values, on the meta device, to be filled by a WeightSource."""
     with torch.device("meta"), _NoInitialisation():
         yield
 
 
-def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Makes `tensors` the parameters of `module`, frozen. Raises CheckpointError naming keys that are missing, left
     over or of another shape; `source` says whose they are."""
     wanted = module.state_dict()
@@ -90,12 +90,12 @@ class FolderWeights:
         found: dict[str, list[str]] = {}
         for part in sorted(self.folders.keys() - {"tokenizer"}):
             names = [path.name for path in self.folders[part].glob("*")]
-            taken = chosen(names, self.variant, str(self.folders[part]))
+            taken = choose_variant(names, self.variant, str(self.folders[part]))
             if taken:
                 found.setdefault(taken, []).append(part)
         return found
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Raises CheckpointError where a file is absent, damaged, quantised, or does not fit the config."""
         folder = self.folders[part]
         tensors: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ class FolderWeights:
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise CheckpointError(f"{folder}: {key} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
             tensors[key] = tensor.to(device=device, dtype=dtype)
-        assign(module, tensors, str(folder))
+        load_strict(module, tensors, str(folder))
         module.to(device)  # buffers that no checkpoint holds; never their type, which upstream keeps at float32
 
     def tokenizer(self) -> Tokenizer:
@@ -141,11 +141,11 @@ def _sha256_of(path: Path) -> str:
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors of one part: the single file, or all that its index names; which ones of several, says
-    engines.checkpoints.variants.chosen. Raises CheckpointError."""
+    engines.checkpoints.variants.choose_variant. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a SANA-Sprint checkpoint in the diffusers layout has one")
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    taken = chosen(names, variant, str(folder))
+    taken = choose_variant(names, variant, str(folder))
     if taken is not None:
         single, named = single_file(names, taken), index_file(names, taken)
         if single is not None:

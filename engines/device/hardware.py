@@ -38,9 +38,9 @@ class Machine:
     memory: float | None = None  # bytes of the GPU
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """The GPU, or that there is none."""
-        return f"{self.gpu} ({dotted(self.capability)})" if self.capability else "no NVIDIA GPU"
+        return f"{self.gpu} ({capability_text(self.capability)})" if self.capability else "no NVIDIA GPU"
 
 
 def this_machine() -> Machine:
@@ -65,7 +65,7 @@ def why_no_gpu(driver: str | None = None) -> str:
     )
 
 
-def dotted(capability: Capability | None) -> str:
+def capability_text(capability: Capability | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
 

@@ -33,26 +33,26 @@ _LARGE = 1024  # hidden size from which a text encoder is loaded in bf16, in whi
 
 
 @dataclass(frozen=True)
-class Texts:
+class CalibrationPrompts:
     """Prompts as the transformer reads them, padded to the length that engines are built for."""
 
     states: Tensor  # [P, tokens, D], fp32
     mask: Tensor  # [P, tokens], bool
 
-    def rows(self, count: int) -> "Texts":
+    def rows(self, count: int) -> "CalibrationPrompts":
         """The first `count`, beginning again where there are fewer."""
         index = torch.arange(count) % self.states.shape[0]
-        return Texts(self.states[index], self.mask[index])
+        return CalibrationPrompts(self.states[index], self.mask[index])
 
 
-def calibration_texts(checkpoint: Checkpoint, stage: TextStage | None = None) -> Texts:
+def calibration_prompts(checkpoint: Checkpoint, stage: TextStage | None = None) -> CalibrationPrompts:
     """PROMPTS through the checkpoint's text stage, None: loaded here; for random weights, noise of as many lengths."""
     tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
     if isinstance(checkpoint.weights, RandomWeights):
         generator = torch.Generator().manual_seed(checkpoint.weights.seed)
         states = torch.randn(len(PROMPTS), tokens, width, generator=generator)
         kept = tokens - torch.arange(len(PROMPTS)) * tokens // (2 * len(PROMPTS))
-        return Texts(states, torch.arange(tokens) < kept[:, None])
+        return CalibrationPrompts(states, torch.arange(tokens) < kept[:, None])
     if stage is None:
         dtype = torch.bfloat16 if width >= _LARGE else torch.float32
         stage = load_text_stage(checkpoint, dtype, torch.device("cpu"))
@@ -62,4 +62,4 @@ def calibration_texts(checkpoint: Checkpoint, stage: TextStage | None = None) ->
         mask = torch.ones(states.shape[:2], dtype=torch.bool)
     missing = tokens - states.shape[1]
     pad = torch.nn.functional.pad
-    return Texts(pad(states.float(), (0, 0, 0, missing)), pad(mask, (0, missing)))
+    return CalibrationPrompts(pad(states.float(), (0, 0, 0, missing)), pad(mask, (0, missing)))

@@ -22,7 +22,7 @@ _NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
-class Downloaded:
+class HostImage:
     """A picture on the host. pixels is empty where the file alone was asked for."""
 
     pixels: Pixels
@@ -33,7 +33,7 @@ class Downloaded:
 class Download(Protocol):
     """A picture on its way."""
 
-    def wait(self) -> Downloaded: ...
+    def wait(self) -> HostImage: ...
 
 
 class Downloader(Protocol):
@@ -46,7 +46,7 @@ class _Here:
     def __init__(self, made: Tensors, job: Job):
         self._made, self._job = made, job
 
-    def wait(self) -> Downloaded:
+    def wait(self) -> HostImage:
         return _downloaded(self._made, self._job)
 
 
@@ -69,7 +69,7 @@ class _FromCard:
         self._done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
         self._done.record()
 
-    def wait(self) -> Downloaded:
+    def wait(self) -> HostImage:
         self._done.synchronize()
         return _downloaded(self._host, self._job)
 
@@ -80,7 +80,7 @@ class _JpegOnCard:
         made["pixels"].record_stream(stream)
         self._stream, self._encode, self._pixels, self._quality = stream, encode, made["pixels"], job.jpeg_quality or 90
 
-    def wait(self) -> Downloaded:
+    def wait(self) -> HostImage:
         with torch.cuda.stream(self._stream):
             content = self._encode(self._pixels, self._quality)
         return replace(self._finite.wait(), pixels=_NO_PIXELS, file=content)
@@ -101,15 +101,15 @@ class CudaDownloader:
             return _FromCard(self.stream, made, job)
 
 
-def _downloaded(host: Tensors, job: Job) -> Downloaded:
+def _downloaded(host: Tensors, job: Job) -> HostImage:
     finite = bool(host["finite"])
     if "words" not in host:
-        return Downloaded(host["pixels"].numpy(), finite)
+        return HostImage(host["pixels"].numpy(), finite)
     bits, low, high = host["facts"].tolist()
     facts = (bits, low, high)
     if is_black(facts, job.height):  # pixels, which the server looks at
-        return Downloaded(np.zeros((job.height, job.width, 3), np.uint8), finite)
-    return Downloaded(
+        return HostImage(np.zeros((job.height, job.width, 3), np.uint8), finite)
+    return HostImage(
         _NO_PIXELS, finite, png_file(host["words"].numpy().view(np.uint8).data, facts, job.height, job.width)
     )
 

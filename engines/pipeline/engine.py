@@ -297,7 +297,7 @@ class SprintEngine:
 
     def _adapters(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
         """The chain's inputs of the adapters: as many places as a graph has, or else as the jobs need."""
-        places = max(len(job.lora) for job in jobs) if self._runners is None else self._limits.most_adapters
+        places = max(len(job.lora) for job in jobs) if self._runners is None else self._limits.max_adapters
         if not places:
             return {}
         index = torch.zeros(len(jobs), places, dtype=torch.int64)

@@ -25,13 +25,13 @@ from engines.models.lora import Adapted
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
-from engines.pipeline.calibration import calibration_texts
+from engines.pipeline.calibration import calibration_prompts
 from engines.pipeline.denoise_decode import Denoise
 from engines.pipeline.text_stage import TextStage
 from engines.sampler import angles_for, job_noise
 
 
-class Native:
+class NativeBackend:
     """A backend (engines.backends.base) whose modules share one set of operations.
 
     reasons: what runs as PyTorch has it, and why.
@@ -45,7 +45,7 @@ class Native:
         self._decoder: CudaDecoder | None = None
 
     @classmethod
-    def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "Native":
+    def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "NativeBackend":
         """For a GPU. cache: the folder of proofs, of which none is kept for a user without a home directory; shapes:
         what kernels are run at, in words."""
         try:
@@ -96,7 +96,7 @@ class Native:
         width, height = (side // checkpoint.autoencoder.compression for side in size)
         shape = (config.in_channels, height, width)
         guidance = sum(checkpoint.settings.guidance_trained) / 2 * config.guidance_embeds_scale
-        texts = calibration_texts(checkpoint, text)
+        texts = calibration_prompts(checkpoint, text)
         denoise = Denoise(self._transformer, self._transformer.dtype)
         for index in range(texts.states.shape[0]):
             one = slice(index, index + 1)

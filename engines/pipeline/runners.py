@@ -36,7 +36,7 @@ def runners_of(
             return Denoise(transformer, space.dtype)
 
         tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
-        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing, adapters=limits.most_adapters)
+        specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing, adapters=limits.max_adapters)
         return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
 
     # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.

@@ -81,7 +81,7 @@ class Generator:
         limits = self._scheduler.engine.limits
         if order.keeps_shape and order.image is not None and order.width is None and order.height is None:
             content, shape = await self._codec.run(measured, "image", order.image)
-            width, height = limits.size_of_shape(*shape)
+            width, height = limits.size_for_aspect_ratio(*shape)
             order = replace(order, image=content, width=width, height=height)
         template = first_job(order, limits)
         timeout_ms = self._timeout_ms if order.timeout_ms is None else order.timeout_ms

@@ -37,7 +37,7 @@ class Candidate(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def wanted(self) -> object: ...
+    def requirements(self) -> object: ...
     @property
     def arguments(self) -> tuple[str, ...]: ...
     @property
@@ -145,7 +145,7 @@ class AutomaticEngine:
         there = {one.vendor: one for one in offers.each if one.vendor in paths}
         while there:
             vendor = self._fastest.of(
-                {name: repr(one.wanted) for name, one in there.items()},
+                {name: repr(one.requirements) for name, one in there.items()},
                 lambda name: self._open(there[name], paths[name]),
             )
             try:
@@ -191,7 +191,8 @@ class AutomaticEngine:
 
     def _build(self, candidate: Candidate, lock: int, tell: Callable[[Building], None]) -> Path:
         out = self._folder / candidate.name
-        attempts = Attempts(self._folder / f".{candidate.name}.attempts.json", f"{candidate.wanted!r} {__version__}")
+        identity = f"{candidate.requirements!r} {__version__}"
+        attempts = Attempts(self._folder / f".{candidate.name}.attempts.json", identity)
         if (why := attempts.why_not_again()) is not None:
             raise BuildFailedError(why, again=False)
 

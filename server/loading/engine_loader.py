@@ -109,10 +109,10 @@ class _Ways:
         return Offers(found.each, found.why_none)
 
     def find(self, candidate: Candidate, without: Collection[Path]) -> tuple[Path | None, list[str]]:
-        from engines.artifacts.catalog import Wanted, find
+        from engines.artifacts.catalog import EngineRequirements, find_engine
 
-        assert isinstance(candidate.wanted, Wanted)
-        return find(self.folder, candidate.wanted, without)
+        assert isinstance(candidate.requirements, EngineRequirements)
+        return find_engine(self.folder, candidate.requirements, without)
 
     def built(self, path: Path) -> Engine:
         return load(self._settings, str(path), checkpoint=self._checkpoint)

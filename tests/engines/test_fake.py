@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engines.errors import JobError, OutOfMemoryError, OutputError
-from engines.fake import FakeEngine, FaultPlan, expected_pixels
+from engines.fake import FakeEngine, FaultInjection, expected_pixels
 from engines.types import Job, Pixels
 
 JOB = Job("a red circle", seed=7, width=64, height=32)
@@ -90,7 +90,7 @@ def test_conditioning_is_honoured() -> None:
 
 
 def test_faults_come_as_planned() -> None:
-    plan = FaultPlan(out_of_memory_above=2, raise_on_calls=frozenset({1}), broken_from_call=4)
+    plan = FaultInjection(out_of_memory_above=2, raise_on_calls=frozenset({1}), broken_from_call=4)
     engine = FakeEngine(faults=plan)
     with pytest.raises(OutOfMemoryError, match="batch of 3"):
         engine.generate([JOB] * 3)

@@ -10,7 +10,7 @@ from torch import nn
 
 from distill.recipes import tiny
 from engines.backends.base import ModuleName
-from engines.build.example_inputs import GraphShape
+from engines.build.example_inputs import StaticShape
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
 from engines.models.dcae import Autoencoder
 from engines.models.pixels import PixelDecoder, PixelEncoder
@@ -23,7 +23,7 @@ assert RECIPE.teacher is not None
 assert RECIPE.autoencoder is not None
 TRANSFORMER = replace(RECIPE.teacher.architecture, num_layers=2)
 AUTOENCODER = RECIPE.autoencoder.architecture
-SHAPE = GraphShape(height=4, width=8, channels=32, compression=32, tokens=12, caption_channels=128)
+SHAPE = StaticShape(height=4, width=8, channels=32, compression=32, tokens=12, caption_channels=128)
 
 
 def hot_transformer(config: TransformerConfig = TRANSFORMER, dtype: torch.dtype = torch.float32) -> SprintTransformer:

@@ -11,14 +11,14 @@ from typing import Any
 
 from engines.artifacts.manifest import read_manifest
 from engines.artifacts.native import compiling
-from engines.artifacts.native.compiling import Request
+from engines.artifacts.native.compiling import CompileRequest
 from engines.artifacts.native.offline import stub_libcuda
 from engines.backends.cuda.graphs import EagerReplay
 from engines.build.spec import BuildSpec
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.kernels.op import Ops
 from engines.loader import load_engine
-from engines.pipeline.native import Native
+from engines.pipeline.native import NativeBackend
 from engines.types import Engine, Job, RawImage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def spec(model: Path, out: Path, gpu: str = "h100", precision: str = "bf16") -> 
 
 def loaded(model: Path, engine: Path | None = None, **more: Any) -> Engine:
     """By the references of the kernels; without `engine` straight from the checkpoint."""
-    native = Native(Ops(None), open_checkpoint(str(model)).autoencoder)
+    native = NativeBackend(Ops(None), open_checkpoint(str(model)).autoencoder)
     given = {"precision": "bf16", "backend": "cuda-graph", "max_batch": 1} if engine is None else {}
     folder = None if engine is None else str(engine)
     words = {**given, "device": "cpu", "recorder": EagerReplay(), **more}
@@ -45,7 +45,7 @@ def drawn(engine: Engine) -> list[RawImage]:
     return [engine.generate([job])[0] for job in jobs]
 
 
-def compile_some(request: Request, _jobs: int) -> Mapping[str, str]:
+def compile_some(request: CompileRequest, _jobs: int) -> Mapping[str, str]:
     """In place of compile_kernels."""
     return _compile_kernels(replace(request, of=_PART), 1)
 
@@ -54,20 +54,20 @@ _LAUNCHING = """
 import json, sys
 from pathlib import Path
 from triton import knobs
-from engines.artifacts.native.kernel_cache import use_compiled
-from engines.artifacts.native.offline import Share, offline
+from engines.artifacts.native.kernel_cache import use_compiled_kernels
+from engines.artifacts.native.offline import ShareLauncher, enter_offline_mode
 folder, libcuda, empty, request = sys.argv[1:5]
 knobs.cache.dir = empty
 seen = []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: seen.append((src.name, cache_hit))
-use_compiled(Path(folder))
-from engines.artifacts.native.compiling import Request, launch_all
+use_compiled_kernels(Path(folder))
+from engines.artifacts.native.compiling import CompileRequest, launch_all
 from engines.checkpoints.checkpoint import open_checkpoint
 import torch
-request = Request(**json.loads(request))
+request = CompileRequest(**json.loads(request))
 capability = tuple(request.capability)
-launches = offline(Path(libcuda), capability)
-share = Share(capability, 0, request.of)
+launches = enter_offline_mode(Path(libcuda), capability)
+share = ShareLauncher(capability, 0, request.of)
 with torch.inference_mode():
     launch_all(open_checkpoint(request.model), share, request)
 print(json.dumps([launches(), len(seen), [name for name, hit in seen if not hit], len(share.failed)]))
@@ -86,7 +86,9 @@ def launched(engine: Path, scratch: Path, whole: bool = False) -> tuple[int, int
     (scratch / "stub").mkdir()
     libcuda = stub_libcuda(scratch / "stub", capability)
     ranges = json.loads((engine / "native.json").read_text())["ranges"]
-    request = Request(manifest.checkpoint, None, [(64, 64)], [1], ranges, capability, "", of=1 if whole else _PART)
+    request = CompileRequest(
+        manifest.checkpoint, None, [(64, 64)], [1], ranges, capability, "", of=1 if whole else _PART
+    )
     arguments = [str(engine / "kernels"), str(libcuda), str(scratch / "empty"), json.dumps(asdict(request))]
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CC")}
     done = subprocess.run(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engines.artifacts.native.offline import Share, offline, stub_libcuda
+from engines.artifacts.native.offline import ShareLauncher, enter_offline_mode, stub_libcuda
 from engines.artifacts.native.skeleton import DTYPE, skeleton
 from engines.artifacts.native.storages import META
 from engines.backends.cuda.decoder import CudaDecoder
@@ -27,14 +27,14 @@ from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import BuildError, SprintError
 from engines.kernels.op import Launcher, Ops
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs
-from engines.pipeline.native import Native
+from engines.pipeline.native import NativeBackend
 
 _ROOT = Path(__file__).resolve().parents[3]
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """What is to be compiled: sizes (width, height) in pixels, the card, and of all kernels every `of`-th."""
 
     model: str
@@ -49,9 +49,9 @@ class Request:
     of: int = 1
 
 
-def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: Request) -> None:
+def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: CompileRequest) -> None:
     """Launches what the server will: text, denoising, encoding and decoding of every bucket and size."""
-    parts = skeleton(checkpoint, Native(Ops(launcher), checkpoint.autoencoder), request.ranges)
+    parts = skeleton(checkpoint, NativeBackend(Ops(launcher), checkpoint.autoencoder), request.ranges)
     unit, config = checkpoint.autoencoder.compression, checkpoint.transformer
     tokens = checkpoint.settings.max_prompt_tokens
     specs = input_specs(config.in_channels, tokens, config.caption_channels, DTYPE, drawing=False)
@@ -68,7 +68,7 @@ def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: Request) -> 
             decode({"latent": torch.empty(1, config.in_channels, height // unit, width // unit, device=META)})
 
 
-def compile_kernels(request: Request, jobs: int) -> Mapping[str, str]:
+def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
     """Fills request.cache by `jobs` processes; gives the kernels that the card has no room for, and why.
 
     Raises BuildError.
@@ -112,11 +112,11 @@ def _from_anywhere(name: str) -> str:
 @torch.inference_mode()
 def main(line: str) -> int:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # with the build, however that ends
-    request = Request(**json.loads(line))
+    request = CompileRequest(**json.loads(line))
     capability = (request.capability[0], request.capability[1])
     try:
-        offline(Path(request.libcuda), capability, Path(request.cache))
-        share = Share(capability, request.index, request.of)
+        enter_offline_mode(Path(request.libcuda), capability, Path(request.cache))
+        share = ShareLauncher(capability, request.index, request.of)
         launch_all(open_checkpoint(request.model, request.decoder), share, request)
     except SprintError as error:
         print(error, file=sys.stderr)

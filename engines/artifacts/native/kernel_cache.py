@@ -23,9 +23,9 @@ from triton.runtime.jit import JITFunction
 import engines.kernels
 
 
-def use_compiled(folder: Path) -> None:
+def use_compiled_kernels(folder: Path) -> None:
     """From now on Triton takes kernels from `folder`, which is only read, before it looks where it looked before."""
-    same_keys()
+    stable_cache_keys()
     before = knobs.cache.manager_class or FileCacheManager
 
     class Compiled(before):  # type: ignore[misc,valid-type]  # whatever class Triton was told of
@@ -63,7 +63,7 @@ def use_compiled(folder: Path) -> None:
     knobs.cache.manager_class = Compiled
 
 
-def same_keys() -> None:
+def stable_cache_keys() -> None:
     """Makes Triton's keys the same in every process that calls this before it launches.
 
     Its key of what it compiles from C asks platform.architecture, whose answer depends on whether the machine has the
@@ -78,7 +78,7 @@ def same_keys() -> None:
                 _ = value.cache_key
 
 
-def versions() -> dict[str, str]:
+def cache_key_versions() -> dict[str, str]:
     """Of what decides the keys of the folder, and whether its C parts can be loaded; of Triton also which build it is,
     as each has keys of its own."""
     build = hashlib.sha256(triton_key().encode()).hexdigest()[:12]

@@ -19,23 +19,23 @@ import engines.kernels
 import engines.models
 from engines.artifacts.loading import check_fit
 from engines.artifacts.manifest import FileRecord, Manifest
-from engines.artifacts.native.kernel_cache import use_compiled, versions
-from engines.artifacts.native.reading import read
-from engines.artifacts.native.skeleton import PARTS, Parts, skeleton
-from engines.artifacts.native.storages import fill
+from engines.artifacts.native.kernel_cache import cache_key_versions, use_compiled_kernels
+from engines.artifacts.native.reading import read_weights
+from engines.artifacts.native.skeleton import MODULE_NAMES, NativeModules, skeleton
+from engines.artifacts.native.storages import attach_memory
 from engines.backends import eager
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.weights import FolderWeights, WeightSource, weight_files
 from engines.errors import ArtifactError
 from engines.pipeline import native as pipeline_native
-from engines.pipeline.native import Native
+from engines.pipeline.native import NativeBackend
 
-NAME = "native.json"
+NATIVE_FILE = "native.json"
 KERNELS = "kernels"  # folder of what Triton compiled
 
 
 @dataclass(frozen=True)
-class About:
+class NativeInfo:
     """native.json. ranges: the largest input and hidden value of each ResBlock of a decoder in 8 bits, else empty."""
 
     code: str
@@ -44,7 +44,7 @@ class About:
     text: Mapping[str, object]  # parity of the text encoder
 
     def write(self, folder: Path) -> Path:
-        path = folder / NAME
+        path = folder / NATIVE_FILE
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         return path
 
@@ -55,8 +55,8 @@ def load_native(
     checkpoint: Checkpoint,
     device: torch.device,
     cache: Path,
-    native: Native | None = None,
-) -> Parts:
+    native: NativeBackend | None = None,
+) -> NativeModules:
     """The engine in `folder`, checked and on the device.
 
     cache: folder of the proofs that kernels equal their references. native: whose operations run; None takes those of
@@ -70,22 +70,22 @@ def load_native(
     for record in weights:
         manifest.check_size(folder, record)
     try:
-        about = About(**json.loads((folder / NAME).read_text(encoding="utf-8")))
+        about = NativeInfo(**json.loads((folder / NATIVE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise manifest.refusal(f"{folder / NAME} is damaged ({error})") from error
-    if about.code != code():
+        raise manifest.refusal(f"{folder / NATIVE_FILE} is damaged ({error})") from error
+    if about.code != code_digest():
         raise manifest.refusal("built by another version of this code")
-    if not about.stamps or [list(stamp) for stamp in about.stamps] != stamps(checkpoint.weights):
+    if not about.stamps or [list(stamp) for stamp in about.stamps] != file_stamps(checkpoint.weights):
         manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
     if native is None:
-        use_compiled((folder / KERNELS).absolute())
+        use_compiled_kernels((folder / KERNELS).absolute())
         shapes = f"{checkpoint.transformer} {manifest.sizes} {manifest.precision}"
-        native = Native.on(device, checkpoint.autoencoder, cache, shapes)
+        native = NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
     with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(read, [(folder / record.name, record.sha256) for record in weights], device)
+        reading = reader.submit(read_weights, [(folder / record.name, record.sha256) for record in weights], device)
         made = skeleton(checkpoint, native, about.ranges)
         try:
-            fill(made.memory, reading.result(), device)
+            attach_memory(made.memory, reading.result(), device)
         except (ValueError, ArtifactError) as error:
             raise manifest.refusal(str(error)) from error
     return made
@@ -93,10 +93,10 @@ def load_native(
 
 def package_versions() -> dict[str, str]:
     """A CPU's torch may build for a GPU's: what follows the + in its version is left out."""
-    return {"torch": torch.__version__.partition("+")[0], **versions()}
+    return {"torch": torch.__version__.partition("+")[0], **cache_key_versions()}
 
 
-def code() -> str:
+def code_digest() -> str:
     """Of everything that decides what a skeleton is and which kernels it launches."""
     digest = hashlib.sha256()
     for path in _sources():
@@ -111,7 +111,7 @@ def _sources() -> Iterator[Path]:
         yield Path(str(module.__file__))
 
 
-def stamps(weights: WeightSource) -> list[list[object]]:
+def file_stamps(weights: WeightSource) -> list[list[object]]:
     """Name, size and time of change of each file; equal ones need not be read to know that they are the same. Empty
     for weights that are no files."""
     if not isinstance(weights, FolderWeights):
@@ -126,6 +126,6 @@ def stamps(weights: WeightSource) -> list[list[object]]:
 
 def _split(files: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord]]:
     """Weights, largest first, so that threads end together; and the small files that are checked before."""
-    own = [file for file in files if file.name.split("-")[0] in PARTS]
-    small = [file for file in files if file.name == NAME or file.name.startswith(f"{KERNELS}/")]
+    own = [file for file in files if file.name.split("-")[0] in MODULE_NAMES]
+    small = [file for file in files if file.name == NATIVE_FILE or file.name.startswith(f"{KERNELS}/")]
     return sorted(own, key=lambda file: file.bytes, reverse=True), small

@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
-from engines.artifacts.native.kernel_cache import same_keys
+from engines.artifacts.native.kernel_cache import stable_cache_keys
 from engines.errors import BuildError
 from engines.kernels.op import Launcher
 
@@ -67,7 +67,7 @@ def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
     return made
 
 
-def offline(libcuda: Path, capability: tuple[int, int], cache: Path | None = None) -> Callable[[], int]:
+def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path | None = None) -> Callable[[], int]:
     """Turns this process, for good, into one that launches kernels for `capability` and runs none.
 
     libcuda: of stub_libcuda. cache: folder for what is compiled; without, nothing is changed in where Triton looks.
@@ -75,7 +75,7 @@ def offline(libcuda: Path, capability: tuple[int, int], cache: Path | None = Non
     """
     if knobs.runtime.interpret:
         raise BuildError("build: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
-    same_keys()
+    stable_cache_keys()
     stub = ctypes.CDLL(str(libcuda), mode=ctypes.RTLD_GLOBAL)
     knobs.nvidia.libcuda_path = str(libcuda.parent)
     if cache is not None:
@@ -95,7 +95,7 @@ def offline(libcuda: Path, capability: tuple[int, int], cache: Path | None = Non
     return count
 
 
-class Share(Launcher):
+class ShareLauncher(Launcher):
     """One process's part of what several launch: every `of`-th kind of launch, each once.
 
     failed: kernel -> why its card has no room for it; the server computes it by its reference.

@@ -1,4 +1,4 @@
-"""Weights from a disk to the device in one pass, their hash taken on the way: files side by side, no copy kept.
+"""Weights from a disk to the device in one pass, their hash taken on the read_into: files side by side, no copy kept.
 
 On a GPU each thread reads into two pinned buffers in turn: one is on its way to the card while the other fills.
 """
@@ -27,13 +27,13 @@ _TYPES = {
 }
 
 
-class _Way(Protocol):
+class _Reader(Protocol):
     """From an open file into one tensor."""
 
     def __call__(self, file: Any, into: Tensor, digest: Any) -> None: ...
 
 
-def read(files: Sequence[tuple[Path, str]], device: torch.device) -> dict[str, Tensor]:
+def read_weights(files: Sequence[tuple[Path, str]], device: torch.device) -> dict[str, Tensor]:
     """The flat tensors of safetensors files, each given with its sha256. Raises ValueError naming a file that is not
     what it was."""
     found: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ def read(files: Sequence[tuple[Path, str]], device: torch.device) -> dict[str, T
 
 def _read(path: Path, sha256: str, device: torch.device) -> dict[str, Tensor]:
     digest, found = hashlib.sha256(), {}
-    way: _Way = _Pinned(device) if device.type == "cuda" else _straight
+    read_into: _Reader = _PinnedReader(device) if device.type == "cuda" else _read_to_host
     try:
         with path.open("rb", buffering=0) as file:
             length = file.read(8)
@@ -54,7 +54,7 @@ def _read(path: Path, sha256: str, device: torch.device) -> dict[str, Tensor]:
             listed = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
             for name, value in sorted(listed.items(), key=lambda item: item[1]["data_offsets"]):
                 found[name] = torch.empty(value["shape"], dtype=_TYPES[value["dtype"]], device=device)
-                way(file, found[name], digest)
+                read_into(file, found[name], digest)
     except (ValueError, KeyError, TypeError, OverflowError, EOFError):
         digest.update(b"unreadable")
     if digest.hexdigest() != sha256:
@@ -62,14 +62,14 @@ def _read(path: Path, sha256: str, device: torch.device) -> dict[str, Tensor]:
     return found
 
 
-def _straight(file: Any, into: Tensor, digest: Any) -> None:
+def _read_to_host(file: Any, into: Tensor, digest: Any) -> None:
     memory = _bytes_of(into)
     for start in range(0, len(memory), _CHUNK):
         _fill(file, memory[start : start + _CHUNK])
         digest.update(memory[start : start + _CHUNK])
 
 
-class _Pinned:
+class _PinnedReader:
     """Of one thread."""
 
     def __init__(self, device: torch.device):

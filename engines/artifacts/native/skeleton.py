@@ -13,21 +13,21 @@ from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.cuda.decoder import CudaDecoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.weights import Part, WeightSource, assign
+from engines.checkpoints.weights import Component, WeightSource, load_strict
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.pipeline.native import Native
+from engines.pipeline.native import NativeBackend
 from engines.pipeline.text_stage import TextStage, load_text_stage
 
 DTYPE = torch.bfloat16
-PARTS = ("text", "transformer", "decoder", "encoder")  # by which their files begin
+MODULE_NAMES = ("text", "transformer", "decoder", "encoder")  # by which their files begin
 
 
 @dataclass(frozen=True)
-class Parts:
+class NativeModules:
     """Modules of a checkpoint as `--backend cuda-graph` runs them."""
 
-    kernels: Native
+    kernels: NativeBackend
     text: TextStage
     transformer: CudaTransformer
     decoder: Callable[..., Any]
@@ -37,27 +37,27 @@ class Parts:
     @property
     def memory(self) -> dict[str, object]:
         """By the stem of its files, what a part consists of."""
-        return dict(zip(PARTS, (self.text.encoder, self.transformer, self.decoder, self.encoder), strict=True))
+        return dict(zip(MODULE_NAMES, (self.text.encoder, self.transformer, self.decoder, self.encoder), strict=True))
 
     def controlled(self, branch: ControlNet) -> Callable[..., Any]:
         """With a ControlNet, whose weights are laid out here."""
         spec = _spec("controlled", next(branch.parameters()).device)
         return self.kernels(ControlledTransformer(self.transformer._module, branch), spec)
 
-    def replica(self) -> "Parts":
+    def new_context(self) -> "NativeModules":
         """As of engines.artifacts.loading.LoadedModules; kernels keep nothing between two launches."""
         return self
 
 
 @dataclass(frozen=True)
-class NoWeights:
+class ShapesOnly:
     """In place of a checkpoint's weights: shapes and types alone, on the meta device."""
 
     real: WeightSource
 
-    def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         shapes = {key: torch.empty(like.shape, dtype=dtype, device=device) for key, like in module.state_dict().items()}
-        assign(module, shapes, part)
+        load_strict(module, shapes, part)
         module.to(device)
 
     def tokenizer(self) -> Tokenizer:
@@ -67,7 +67,9 @@ class NoWeights:
         return self.real.sha256()
 
 
-def modules_of(checkpoint: Checkpoint, kernels: Native, device: torch.device) -> dict[ModuleName, Callable[..., Any]]:
+def modules_of(
+    checkpoint: Checkpoint, kernels: NativeBackend, device: torch.device
+) -> dict[ModuleName, Callable[..., Any]]:
     """All but the text encoder, laid out in DTYPE."""
     autoencoder = checkpoint.load_autoencoder(DTYPE, device)
     return {
@@ -77,9 +79,9 @@ def modules_of(checkpoint: Checkpoint, kernels: Native, device: torch.device) ->
     }
 
 
-def skeleton(checkpoint: Checkpoint, kernels: Native, ranges: Sequence[Sequence[float]]) -> Parts:
+def skeleton(checkpoint: Checkpoint, kernels: NativeBackend, ranges: Sequence[Sequence[float]]) -> NativeModules:
     """All parts on the meta device, in 8 bits where there are ranges; reads the tokenizer, and no weights."""
-    blank = replace(checkpoint, weights=NoWeights(checkpoint.weights))
+    blank = replace(checkpoint, weights=ShapesOnly(checkpoint.weights))
     text = kernels.text(load_text_stage(blank, DTYPE, META))
     modules = modules_of(blank, kernels, META)
     transformer, decoder = modules["transformer"], modules["decoder"]
@@ -88,7 +90,7 @@ def skeleton(checkpoint: Checkpoint, kernels: Native, ranges: Sequence[Sequence[
         assert isinstance(decoder, CudaDecoder)
         decoder.widen(ranges)
         decoder.to_fp8()
-    return Parts(kernels, text, transformer, decoder, modules["encoder"])
+    return NativeModules(kernels, text, transformer, decoder, modules["encoder"])
 
 
 def _spec(name: ModuleName, device: torch.device) -> ModuleSpec:

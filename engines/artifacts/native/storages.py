@@ -20,7 +20,7 @@ _FILE_BYTES = 2**29  # of a file, unless one storage is larger; files are read s
 META = torch.device("meta")
 
 
-class Place(NamedTuple):
+class TensorView(NamedTuple):
     """Where a tensor is found in its storage."""
 
     path: str
@@ -33,16 +33,16 @@ class Storage:
 
     name: str
     bytes: int
-    places: tuple[Place, ...]
+    views: tuple[TensorView, ...]
 
 
 def storages_of(skeleton: object) -> list[Storage]:
     """In the order in which a walk through the objects meets them."""
-    found: dict[int, list[Place]] = {}
+    found: dict[int, list[TensorView]] = {}
     for path, tensor in _tensors(skeleton):
-        found.setdefault(tensor.untyped_storage()._cdata, []).append(Place(path, tensor))
+        found.setdefault(tensor.untyped_storage()._cdata, []).append(TensorView(path, tensor))
     return [
-        Storage(places[0].path, places[0].tensor.untyped_storage().nbytes(), tuple(places)) for places in found.values()
+        Storage(views[0].path, views[0].tensor.untyped_storage().nbytes(), tuple(views)) for views in found.values()
     ]
 
 
@@ -63,9 +63,9 @@ def save(skeleton: object, made: object, folder: Path, stem: str) -> list[Path]:
     for storage in storages_of(skeleton):
         if waiting and sum(value.nbytes for value in waiting.values()) + storage.bytes > _FILE_BYTES:
             write()
-        dtype = storage.places[0].tensor.dtype
+        dtype = storage.views[0].tensor.dtype
         memory = torch.zeros(storage.bytes // dtype.itemsize, dtype=dtype)
-        for path, tensor in storage.places:
+        for path, tensor in storage.views:
             _view(memory, tensor).copy_(values.pop(path))
         waiting[storage.name] = memory
     if waiting:
@@ -75,7 +75,7 @@ def save(skeleton: object, made: object, folder: Path, stem: str) -> list[Path]:
     return files
 
 
-def fill(skeleton: Any, memory: dict[str, Tensor], device: torch.device) -> Any:
+def attach_memory(skeleton: Any, memory: dict[str, Tensor], device: torch.device) -> Any:
     """The skeleton with views of `memory` (flat, by storage) in place of its tensors. Raises ArtifactError where the
     two do not fit."""
     views: dict[int, Tensor] = {}
@@ -84,7 +84,7 @@ def fill(skeleton: Any, memory: dict[str, Tensor], device: torch.device) -> Any:
         if flat is None or flat.nbytes != storage.bytes:
             has = "nothing" if flat is None else f"{flat.nbytes} bytes"
             raise ArtifactError(f"{storage.name}: {storage.bytes} bytes are needed, the engine has {has}")
-        views |= {id(place.tensor): _view(flat, place.tensor) for place in storage.places}
+        views |= {id(place.tensor): _view(flat, place.tensor) for place in storage.views}
     if memory:
         raise ArtifactError(f"{sorted(memory)[0]}: the engine has it, and nothing needs it")
 

@@ -133,7 +133,7 @@ class TensorRtGraph:
         """The buckets whose kernels may come out of a file that an earlier process wrote."""
         return self._buckets if self._jit.loaded else ()
 
-    def replica(self) -> "TensorRtGraph":
+    def new_context(self) -> "TensorRtGraph":
         """The same engine with contexts of its own."""
         other = object.__new__(TensorRtGraph)
         other.__dict__.update(self.__dict__)

@@ -29,8 +29,8 @@ from engines.backends.adapters import (
 from engines.backends.base import ModuleSpec
 from engines.backends.parity import check_compiled
 from engines.backends.quiet import quiet
-from engines.checkpoints.home import expanded
-from engines.device.hardware import dotted, this_machine
+from engines.checkpoints.home import expand_home
+from engines.device.hardware import capability_text, this_machine
 from engines.errors import BackendError, ParityError
 from engines.types import powers_of_two, smallest_fitting
 
@@ -54,8 +54,8 @@ def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., A
     plain = ModuleGraph(module)
     remedy = "give --cache DIR, or set HOME or XDG_CACHE_HOME to a folder that can be written"
     folder = (
-        expanded(spec.cache, BackendError, remedy)
-        / f"torch-tensorrt-{vendor.__version__}-{dotted(this_machine().capability)}"
+        expand_home(spec.cache, BackendError, remedy)
+        / f"torch-tensorrt-{vendor.__version__}-{capability_text(this_machine().capability)}"
     )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{spec.name}-{_digest(module)}"

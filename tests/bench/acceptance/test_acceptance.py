@@ -115,7 +115,7 @@ def test_a_step_that_fails_is_told_and_stops_no_other(
         raise RuntimeError("the card fell off the bus\nand more")
 
     monkeypatch.setattr("bench.acceptance.steps.Diffusers", exhausted)
-    monkeypatch.setattr("bench.acceptance.steps.run_samples", exhausted)
+    monkeypatch.setattr("bench.acceptance.steps.run_calibration", exhausted)
     line = command(folder, tmp_path, "--precisions", "int4", "--batches", "1", "--steps", "1")
     assert main(line) == 1
     found, page = written(tmp_path)

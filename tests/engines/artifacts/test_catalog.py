@@ -86,7 +86,7 @@ def test_candidates_of_a_cpu(
     assert [one.vendor for one in found.each] == vendors
     for one in found.each:
         assert one.missing == missing
-        assert one.wanted.sizes == ((256, 256),)
+        assert one.requirements.sizes == ((256, 256),)
         spec = build_engine.parse([*one.arguments, "--out", "x"])
         assert (spec.sizes, spec.batches, spec.precision) == (((256, 256),), (1, 2, 4, 6), precision or "fp32")
     assert bool(found.why_none)

@@ -10,7 +10,7 @@ from engines.artifacts.manifest import read_manifest
 from engines.backends.parity import PICTURE_GATES, difference
 from engines.build.builder import build
 from engines.build.spec import BuildSpec
-from engines.device.hardware import dotted, this_machine
+from engines.device.hardware import capability_text, this_machine
 from engines.loader import load_engine
 from engines.pipeline.engine import SprintEngine
 from engines.types import Engine, Job, RawImage
@@ -46,7 +46,7 @@ def served(engines: Path) -> Engine:
 def test_the_manifest_names_the_card_and_what_its_layers_compute_in(engines: Path) -> None:
     manifest, here = read_manifest(engines), this_machine()
     assert manifest.executed
-    assert (manifest.device, manifest.compute_capability) == (here.gpu, dotted(here.capability))
+    assert (manifest.device, manifest.compute_capability) == (here.gpu, capability_text(here.capability))
     [transformer] = [artifact for artifact in manifest.artifacts if artifact.module == "transformer"]
     layers = transformer.details["layers_by_precision"]
     assert {"fp16": "FP16", "bf16": "BF16", "fp8": "FP8"}[manifest.precision] in layers

@@ -10,7 +10,7 @@ from engines.backends import compiled as backend
 from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.compiled import compiled
 from engines.backends.parity import GATES, difference
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.errors import ParityError
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def spec(name: ModuleName) -> ModuleSpec:
 def test_compiled_transformer_equals_the_module() -> None:
     config = replace(TRANSFORMER, num_layers=1)
     run = compiled(hot_transformer(config), spec("transformer"))
-    inputs = probe_inputs("transformer", SHAPE, 2, torch.float32)
+    inputs = example_inputs("transformer", SHAPE, 2, torch.float32)
     with torch.inference_mode():
         expected = hot_transformer(config)(**inputs)
         GATES["fp32"].check("transformer", difference(expected, run(**inputs)))
@@ -49,7 +49,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_batches_run_in_buckets_and_other_sizes_run_plain(name: ModuleName, compiles: list[tuple[int, ...]]) -> None:
     run, module = compiled(hot_module(name), replace(spec(name), max_batch=4)), hot_module(name)
     for batch, shape in ((3, SHAPE), (1, SHAPE), (1, replace(SHAPE, width=4))):
-        inputs = probe_inputs(name, shape, batch, torch.float32)
+        inputs = example_inputs(name, shape, batch, torch.float32)
         expected, found = module(**inputs), run(**inputs)
         pair = (expected[0], found[0]) if name == "decoder" else (expected, found)
         GATES["fp32"].check(name, difference(*pair))
@@ -63,4 +63,4 @@ def test_a_compiled_module_that_computes_something_else_is_refused(monkeypatch: 
     monkeypatch.setattr(torch, "compile", wrong)
     run = compiled(hot_module("transformer"), spec("transformer"))
     with pytest.raises(ParityError, match="transformer in batches of 2: too far from its reference"):
-        run(**probe_inputs("transformer", SHAPE, 2, torch.float32))
+        run(**example_inputs("transformer", SHAPE, 2, torch.float32))

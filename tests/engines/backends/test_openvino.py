@@ -17,7 +17,7 @@ from engines.backends.adapters import DecoderAdapter, EncoderAdapter, Transforme
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph, check_cpu, convert, has_bf16
 from engines.backends.parity import GATES, difference
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.build.onnx_export import export_onnx
 from engines.build.targets import resolve
 from engines.device.hardware import Machine
@@ -45,7 +45,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp("converted")
     for name in ("transformer", "decoder", "encoder"):
         graph = folder / f"{name}.onnx"
-        export_onnx(hot_module(name), name, probe_inputs(name, SHAPE, 2, torch.float32), graph)
+        export_onnx(hot_module(name), name, example_inputs(name, SHAPE, 2, torch.float32), graph)
         assert convert(graph, folder / name) == [folder / f"{name}.xml", folder / f"{name}.bin"]
         graph.unlink()
     return Converted(folder)
@@ -65,7 +65,7 @@ def drop_in(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
 def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, converted: Converted) -> None:
     module, run = hot_module(name), drop_in(name, converted.graph(name, precision, (1, 4)))
     for batch in (1, 3):
-        inputs = probe_inputs(name, SHAPE, batch, torch.float32)
+        inputs = example_inputs(name, SHAPE, batch, torch.float32)
         expected = module(**inputs)
         expected = expected[0] if isinstance(expected, tuple) else expected
         GATES[precision].check(name, difference(expected, run(**inputs)))
@@ -73,7 +73,7 @@ def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, conve
 
 def test_text_of_any_length_and_no_mask_equal_the_module(converted: Converted) -> None:
     run = drop_in("transformer", converted.graph("transformer"))
-    inputs = probe_inputs("transformer", SHAPE, 2, torch.float32)
+    inputs = example_inputs("transformer", SHAPE, 2, torch.float32)
     del inputs["text_mask"]
     for length in (1, 5, SHAPE.tokens):
         shorter = {**inputs, "text": inputs["text"][:, :length]}
@@ -83,7 +83,7 @@ def test_text_of_any_length_and_no_mask_equal_the_module(converted: Converted) -
 
 def test_results_are_the_callers_own(converted: Converted) -> None:
     run = drop_in("decoder", converted.graph("decoder"))
-    first, second = (probe_inputs("decoder", SHAPE, 1, torch.float32, seed) for seed in (0, 1))
+    first, second = (example_inputs("decoder", SHAPE, 1, torch.float32, seed) for seed in (0, 1))
     kept = run(**first)
     before = kept.clone()
     run(**second)
@@ -92,14 +92,14 @@ def test_results_are_the_callers_own(converted: Converted) -> None:
 
 def test_a_row_does_not_depend_on_what_fills_its_bucket(converted: Converted) -> None:
     run = drop_in("transformer", converted.graph("transformer", buckets=(4,)))
-    inputs = probe_inputs("transformer", SHAPE, 3, torch.float32)
+    inputs = example_inputs("transformer", SHAPE, 3, torch.float32)
     alone = run(**{key: value[:1] for key, value in inputs.items()})
     assert torch.equal(run(**inputs)[:1], alone)
 
 
 def test_compiled_models_are_kept_and_a_damaged_one_costs_only_time(converted: Converted) -> None:
     cache = converted.folder / "cache"
-    inputs = probe_inputs("decoder", SHAPE, 1, torch.float32)
+    inputs = example_inputs("decoder", SHAPE, 1, torch.float32)
     expected = drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs)
     kept = sorted(cache.rglob("*.blob"))
     assert kept
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_shapes_that_were_not_built_are_refused(converted: Converted) -> None:
     run = drop_in("transformer", converted.graph("transformer"))
-    inputs = probe_inputs("transformer", SHAPE, 1, torch.float32)
+    inputs = example_inputs("transformer", SHAPE, 1, torch.float32)
     with pytest.raises(BackendError, match=r"size: got 4x4 .*built for 4x8"):
         run(**{**inputs, "latent": inputs["latent"][..., :4]})
     with pytest.raises(BackendError, match="text: got 13 tokens, this engine was built for up to 12"):

@@ -6,7 +6,7 @@ from hot_modules import SHAPE, hot_transformer
 from torch import Tensor, nn
 
 from engines.backends.parity import GATES, Gate, difference
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.errors import ParityError
 
 # Module of a block -> what is left in its place.
@@ -27,7 +27,7 @@ class Nothing(nn.Module):
 def test_removing_any_module_of_a_block_fails_the_gates(path: str, block: int, gates: list[str]) -> None:
     """fp8's in the first block only: behind it linear attention averages so much that its queries hardly show."""
     module = hot_transformer()
-    inputs = probe_inputs("transformer", SHAPE, 2, torch.float32)
+    inputs = example_inputs("transformer", SHAPE, 2, torch.float32)
     reference = module(**inputs)
     parent, _, leaf = path.rpartition(".")
     instead = Nothing() if path in NOTHING else nn.Identity()

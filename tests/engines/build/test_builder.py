@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import build_engine
 from engines.artifacts.loading import open_artifact
-from engines.artifacts.manifest import NAME, Artifact, FileRecord, read_manifest
+from engines.artifacts.manifest import MANIFEST_FILE, Artifact, FileRecord, read_manifest
 from engines.artifacts.reference import load_reference
 from engines.backends.cuda.graphs import EagerReplay
 from engines.backends.openvino import OpenVinoGraph, has_bf16
@@ -29,7 +29,7 @@ from engines.backends.parity import Difference, difference
 from engines.backends.tensorrt.runtime import Scratch
 from engines.build import builder as building
 from engines.build import spec as building_spec
-from engines.build.builder import _Work, build, silent
+from engines.build.builder import _Build, build, no_progress
 from engines.build.spec import BuildSpec, fingerprint_of
 from engines.build.targets import Target, resolve
 from engines.checkpoints.checkpoint import open_checkpoint
@@ -123,7 +123,9 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
     small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Target("native", "tensorrt", "tensorrt", (9, 0), executable=True)
-    work = _Work(spec(small_pictures, tmp_path, "fp16"), open_checkpoint(str(small_pictures)), target, tmp_path, silent)
+    work = _Build(
+        spec(small_pictures, tmp_path, "fp16"), open_checkpoint(str(small_pictures)), target, tmp_path, no_progress
+    )
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
     monkeypatch.setattr("engines.backends.tensorrt.vendor.vendor", lambda _: fake_tensorrt)
@@ -173,7 +175,7 @@ def test_the_manifest_names_what_decides(engines: Path, small_pictures: Path) ->
         assert parity.keys() >= {"max_abs", "mean_abs", "sqnr_db", "gate"}
         assert parity["of"] == "engine"
     assert manifest.pictures["64x64"]["psnr_db"] > 60
-    assert json.loads((engines / NAME).read_text())["sizes"] == [[64, 64]]
+    assert json.loads((engines / MANIFEST_FILE).read_text())["sizes"] == [[64, 64]]
 
 
 def test_an_unchanged_build_does_nothing_and_says_so(
@@ -241,9 +243,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda p: os.truncate(p / "decoder-64x64.bin", 10), "decoder-64x64.bin has 10 bytes"),
     "changed": (lambda p: flip(p / "transformer-64x64.bin"), "transformer-64x64.bin was changed"),
     "missing": (lambda p: (p / "encoder-64x64.xml").unlink(), "encoder-64x64.xml is missing"),
-    "no manifest": (lambda p: (p / NAME).unlink(), "has no manifest.json"),
-    "cut manifest": (lambda p: os.truncate(p / NAME, 100), "manifest.json is damaged"),
-    "empty manifest": (lambda p: (p / NAME).write_text("{}"), "has format None, this version reads 1"),
+    "no manifest": (lambda p: (p / MANIFEST_FILE).unlink(), "has no manifest.json"),
+    "cut manifest": (lambda p: os.truncate(p / MANIFEST_FILE, 100), "manifest.json is damaged"),
+    "empty manifest": (lambda p: (p / MANIFEST_FILE).write_text("{}"), "has format None, this version reads 1"),
     "field missing": (lambda p: edit(p, "sizes", None), "manifest.json is damaged"),
     "other checkpoint": (lambda p: edit(p, "checkpoint_sha256", "0" * 64), "with weights 000000000000, and "),
     "other gpu": (
@@ -260,8 +262,8 @@ def flip(path: Path) -> None:
 
 
 def edit(folder: Path, key: str, value: object) -> Path:
-    values = json.loads((folder / NAME).read_text())
-    (folder / NAME).write_text(json.dumps({**values, key: value}))
+    values = json.loads((folder / MANIFEST_FILE).read_text())
+    (folder / MANIFEST_FILE).write_text(json.dumps({**values, key: value}))
     return folder
 
 
@@ -390,15 +392,17 @@ def test_an_autoencoder_that_overflows_fp16_runs_in_bf16_and_a_transformer_is_re
     small_pictures: Path, tmp_path: Path
 ) -> None:
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False)
-    work = _Work(spec(small_pictures, tmp_path, "fp8"), open_checkpoint(str(small_pictures)), target, tmp_path, silent)
-    work.settle("decoder", {"up_blocks.0": 30_000.0})
+    work = _Build(
+        spec(small_pictures, tmp_path, "fp8"), open_checkpoint(str(small_pictures)), target, tmp_path, no_progress
+    )
+    work.choose_precision("decoder", {"up_blocks.0": 30_000.0})
     assert work.precisions == {"decoder": "fp16"}
-    work.settle("decoder", {"up_blocks.0": 1.0, "up_blocks.1": 40_000.0})
-    work.settle("transformer", {"blocks.0": 1.0})
+    work.choose_precision("decoder", {"up_blocks.0": 1.0, "up_blocks.1": 40_000.0})
+    work.choose_precision("transformer", {"blocks.0": 1.0})
     assert work.precisions == {"decoder": "bf16", "transformer": "fp8"}
     assert work.reasons == {"decoder": "decoder.up_blocks.1 reaches 40000 on real prompts, and fp16 holds 65504"}
     with pytest.raises(BuildError, match=r"transformer\.blocks\.1 reaches 40000 .*build with --precision bf16"):
-        work.settle("transformer", {"blocks.1": 40_000.0})
+        work.choose_precision("transformer", {"blocks.1": 40_000.0})
 
 
 def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
@@ -415,7 +419,7 @@ def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False)
     checkpoint = open_checkpoint(str(small_pictures))
     asked = replace(spec(small_pictures, tmp_path, "fp8"), sizes=((64, 64),))
-    work = _Work(asked, checkpoint, target, tmp_path, lambda *step: told.append(str(step)))
+    work = _Build(asked, checkpoint, target, tmp_path, lambda *step: told.append(str(step)))
     work.precisions["transformer"] = "fp8"
     assert next(work.module("transformer").parameters()).dtype == torch.float16
     assert seen == [torch.float32]
@@ -425,7 +429,9 @@ def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
 def test_the_autoencoders_batches_leave_the_card_room(small_pictures: Path, tmp_path: Path) -> None:
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False, memory=24e9)
     checkpoint = open_checkpoint("random:sprint-0.6b")
-    work = _Work(replace(spec(small_pictures, tmp_path), batches=(1, 2, 4, 8)), checkpoint, target, tmp_path, silent)
+    work = _Build(
+        replace(spec(small_pictures, tmp_path), batches=(1, 2, 4, 8)), checkpoint, target, tmp_path, no_progress
+    )
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     assert work.batches("decoder", (1024, 1024)) == (1, 2)
     assert work.batches("decoder", (512, 512)) == (1, 2, 4, 8)
@@ -524,4 +530,4 @@ def test_a_paired_check_of_whole_images_goes_into_the_manifest(
 def test_engines_of_another_machine_make_no_images(copy: Path) -> None:
     manifest = replace(read_manifest(copy), executed=False)
     with pytest.raises(BuildError, match="do not run here"):
-        build_engine.checked(BuildSpec("m", "h100", "fp16", copy), building.Built(manifest, changed=False))
+        build_engine.checked(BuildSpec("m", "h100", "fp16", copy), building.BuildResult(manifest, changed=False))

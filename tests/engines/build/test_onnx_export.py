@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, difference
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.build.onnx_export import OUTPUTS, export_onnx, onnx_files
 from engines.errors import BuildError
 from engines.models.controlnet import Injection
@@ -47,18 +47,18 @@ def run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
 )
 def test_graph_equals_the_module_at_any_batch(name: ModuleName, precision: str, tmp_path: Path) -> None:
     dtype, path = DTYPES[precision], tmp_path / f"{name}.onnx"
-    export_onnx(hot_module(name, dtype), name, probe_inputs(name, SHAPE, 2, dtype), path)
+    export_onnx(hot_module(name, dtype), name, example_inputs(name, SHAPE, 2, dtype), path)
     assert "Range" not in {node.op_type for node in onnx.load(path).graph.node}, "positions are not folded"
     reference = hot_module(name)
     for batch in (1, 3):
-        outputs = run(path, probe_inputs(name, SHAPE, batch, dtype))
+        outputs = run(path, example_inputs(name, SHAPE, batch, dtype))
         assert len(outputs) == len(OUTPUTS[name])
-        expected = first(reference(**probe_inputs(name, SHAPE, batch, torch.float32)))
+        expected = first(reference(**example_inputs(name, SHAPE, batch, torch.float32)))
         GATES[precision].check(name, difference(expected, outputs[0]))
     if name == "decoder":
         assert outputs[0].dtype == torch.uint8
         assert outputs[1].tolist() == [True] * 3
-        broken = probe_inputs(name, SHAPE, 2, dtype)["latent"].clone()
+        broken = example_inputs(name, SHAPE, 2, dtype)["latent"].clone()
         broken[1, 0, 0, 0] = float("nan")
         assert run(path, {"latent": broken})[1].tolist() == [True, False]
 
@@ -69,10 +69,10 @@ def test_graph_equals_the_module_at_any_batch(name: ModuleName, precision: str, 
 def test_both_published_graphs_of_a_controlnet_export(injection: Injection, precision: str, tmp_path: Path) -> None:
     dtype, path = DTYPES[precision], tmp_path / "controlled.onnx"
     module = hot_controlled(dtype, injection)
-    export_onnx(module, "controlled", probe_inputs("controlled", SHAPE, 2, dtype), path)
-    given = probe_inputs("controlled", SHAPE, 3, torch.float32)
+    export_onnx(module, "controlled", example_inputs("controlled", SHAPE, 2, dtype), path)
+    given = example_inputs("controlled", SHAPE, 3, torch.float32)
     expected = hot_controlled(injection=injection)(**given)
-    found = run(path, probe_inputs("controlled", SHAPE, 3, dtype))[0]
+    found = run(path, example_inputs("controlled", SHAPE, 3, dtype))[0]
     GATES[precision].check("controlled", difference(expected, found))
     without = hot_controlled(injection=injection)(**{**given, "control_scale": torch.zeros(3)})
     assert difference(expected, without).sqnr_db < 25, "a graph without the branch would pass"
@@ -82,14 +82,14 @@ def test_both_published_graphs_of_a_controlnet_export(injection: Injection, prec
 def true_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of the 0.6B in fp16."""
     path = tmp_path_factory.mktemp("graph") / "graph.onnx"
-    inputs = probe_inputs("transformer", WIDE, 2, torch.float16)
+    inputs = example_inputs("transformer", WIDE, 2, torch.float16)
     export_onnx(hot_transformer(TWO_BLOCKS, torch.float16), "transformer", inputs, path)
     return path
 
 
 def test_two_blocks_at_true_width_keep_the_fp16_gate(true_width: Path) -> None:
-    found = run(true_width, probe_inputs("transformer", WIDE, 2, torch.float16))[0]
-    reference = hot_transformer(TWO_BLOCKS)(**probe_inputs("transformer", WIDE, 2, torch.float32))
+    found = run(true_width, example_inputs("transformer", WIDE, 2, torch.float16))[0]
+    reference = hot_transformer(TWO_BLOCKS)(**example_inputs("transformer", WIDE, 2, torch.float32))
     assert GATES["fp16"].check("transformer", difference(reference, found)) == "SQNR >= 55 dB"
 
 
@@ -142,7 +142,7 @@ class Unknown(nn.Module):
 
 
 def test_an_operator_without_translation_is_named(tmp_path: Path) -> None:
-    inputs = probe_inputs("decoder", SHAPE, 2, torch.float32)
+    inputs = example_inputs("decoder", SHAPE, 2, torch.float32)
     with pytest.raises(BuildError, match=r"encoder cannot be written as ONNX: .*airy_ai"):
         export_onnx(Unknown(), "encoder", inputs, tmp_path / "graph.onnx")
     assert not list(tmp_path.iterdir())

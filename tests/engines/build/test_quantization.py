@@ -9,28 +9,28 @@ from torch import Tensor, nn
 
 from engines.backends.parity import GATES, difference
 from engines.backends.tensorrt.builder import build_engine
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.build.fp8_coverage import fp8_share
 from engines.build.onnx_export import export_onnx
 from engines.build.onnx_runner import OnnxGraph
 from engines.build.quantization import (
-    TABLE,
-    decide,
-    exporting,
-    narrowed,
+    FP8_RULES,
+    cast_to,
+    onnx_translations,
     quantised_layers,
     quantize,
-    run_samples,
+    rule_for,
+    run_calibration,
     sensitivity,
 )
 from engines.errors import BuildError
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer
-from engines.pipeline.calibration import Texts
+from engines.pipeline.calibration import CalibrationPrompts
 
 onnx = pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 pytest.importorskip("modelopt", reason="the extra 'build' is not installed")
 
-TEXTS = Texts(
+TEXTS = CalibrationPrompts(
     torch.randn(3, SHAPE.tokens, 128, generator=torch.Generator().manual_seed(0)), torch.ones(3, 12, dtype=bool)
 )
 SIDES = [(SHAPE.height, SHAPE.width)]
@@ -38,24 +38,26 @@ SIDES = [(SHAPE.height, SHAPE.width)]
 
 @pytest.fixture(scope="module")
 def quantised() -> nn.Module:
-    return narrowed(quantize(hot_transformer(), TEXTS, SIDES, (1, 2), 32), torch.float16)
+    return cast_to(quantize(hot_transformer(), TEXTS, SIDES, (1, 2), 32), torch.float16)
 
 
 @pytest.fixture(scope="module")
 def graph(quantised: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "transformer.onnx"
-    with exporting() as translations:
-        export_onnx(quantised, "transformer", probe_inputs("transformer", SHAPE, 2, torch.float16), path, translations)
+    with onnx_translations() as translations:
+        export_onnx(
+            quantised, "transformer", example_inputs("transformer", SHAPE, 2, torch.float16), path, translations
+        )
     return path
 
 
 def reference() -> Tensor:
-    velocity: Tensor = hot_transformer()(**probe_inputs("transformer", SHAPE, 2, torch.float32))
+    velocity: Tensor = hot_transformer()(**example_inputs("transformer", SHAPE, 2, torch.float32))
     return velocity
 
 
 def test_the_graph_keeps_the_gate_and_is_really_rounded(graph: Path) -> None:
-    [found] = OnnxGraph(graph)(probe_inputs("transformer", SHAPE, 2, torch.float16))
+    [found] = OnnxGraph(graph)(example_inputs("transformer", SHAPE, 2, torch.float16))
     distance = difference(reference(), found)
     assert GATES["fp8"].check("transformer", distance) == "SQNR >= 25 dB"
     assert distance.sqnr_db < 40
@@ -68,7 +70,7 @@ def test_weights_and_scales_have_the_type_of_the_graph_and_other_buffers_their_o
     assert {value.dtype for value in (*quantised.parameters(), *scales.values())} == {torch.float16}
     with_positions = nn.Module()
     with_positions.register_buffer("pos_embed", torch.zeros(1))
-    assert next(narrowed(with_positions, torch.float16).buffers()).dtype == torch.float32
+    assert next(cast_to(with_positions, torch.float16).buffers()).dtype == torch.float32
 
 
 def test_most_of_the_arithmetic_has_fp8_inputs(graph: Path, tmp_path: Path) -> None:
@@ -82,7 +84,10 @@ def test_most_of_the_arithmetic_has_fp8_inputs(graph: Path, tmp_path: Path) -> N
     assert fp8_share(graph) > 0.8, "0.86 in the shipped checkpoint, where both ends weigh a third of that"
     plain = tmp_path / "plain.onnx"
     export_onnx(
-        hot_transformer(dtype=torch.float16), "transformer", probe_inputs("transformer", SHAPE, 2, torch.float16), plain
+        hot_transformer(dtype=torch.float16),
+        "transformer",
+        example_inputs("transformer", SHAPE, 2, torch.float16),
+        plain,
     )
     assert fp8_share(plain) == 0
 
@@ -108,8 +113,8 @@ def test_the_table_decides_about_every_layer_of_the_published_sizes(config: obje
         module = SprintTransformer(config)
     layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     assert len(quantised_layers(module)) == 9 * config.num_layers
-    assert {decide(name) for name in layers} == set(TABLE), "a row that decides about nothing"
-    assert all(row.reason for row in TABLE)
+    assert {rule_for(name) for name in layers} == set(FP8_RULES), "a row that decides about nothing"
+    assert all(row.reason for row in FP8_RULES)
 
 
 def test_a_layer_without_a_row_is_an_error() -> None:
@@ -132,14 +137,14 @@ def test_calibration_runs_every_prompt_through_the_sampler() -> None:
             seen.append((round(float(time), 3), x.shape[3]))
             return x * 0
 
-    run_samples(Watched(), TEXTS, [(4, 8), (4, 4)], (1, 2), 32)
+    run_calibration(Watched(), TEXTS, [(4, 8), (4, 4)], (1, 2), 32)
     one, two = [(1.0, 8)], [(0.998, 8), (0.783, 8)]
     whole = one + two + one
     assert seen == whole + [(time, 4) for time, _ in whole]
 
 
 def test_sensitivity_names_every_layer_and_leaves_the_module_as_it_was(quantised: nn.Module) -> None:
-    inputs = probe_inputs("transformer", SHAPE, 2, torch.float16)
+    inputs = example_inputs("transformer", SHAPE, 2, torch.float16)
 
     def run(module: nn.Module) -> Tensor:
         velocity: Tensor = module(**inputs)

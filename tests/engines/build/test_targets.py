@@ -8,7 +8,7 @@ import torch
 from engines.artifacts.precision import module_dtype, module_precision
 from engines.backends.base import ModuleName
 from engines.build.targets import Target, resolve
-from engines.device.hardware import Machine, _cpu_name, _driver, dotted, this_machine
+from engines.device.hardware import Machine, _cpu_name, _driver, capability_text, this_machine
 from engines.errors import BuildError
 
 PLAIN = Machine("a CPU")
@@ -114,8 +114,8 @@ def test_fp8_is_the_transformers_alone(name: ModuleName, precision: str, expecte
 
 def test_this_machine_is_described(tmp_path: Path) -> None:
     assert this_machine().cpu
-    assert ADA.words == "NVIDIA GeForce RTX 4090 (8.9)"
-    assert dotted(None) == "none"
+    assert ADA.label == "NVIDIA GeForce RTX 4090 (8.9)"
+    assert capability_text(None) == "none"
     info = tmp_path / "info"
     assert _cpu_name(info)
     assert _driver(info) is None

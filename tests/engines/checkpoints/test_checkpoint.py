@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.checkpoints.checkpoint import Settings, open_checkpoint
+from engines.checkpoints.checkpoint import SprintConfig, open_checkpoint
 from engines.checkpoints.weights import weight_files
 from engines.errors import CheckpointError
 
@@ -198,12 +198,12 @@ def test_digest_changes_with_any_weight(copy: Path) -> None:
 
 
 def test_settings_come_from_the_folder(copy: Path) -> None:
-    assert open_checkpoint(str(copy)).settings == Settings()
+    assert open_checkpoint(str(copy)).settings == SprintConfig()
     (copy / "sprint.json").write_text(
         '{"instruction": false, "max_prompt_tokens": 24, "default_size": [64, 96], "guidance_trained": [2.5, 3],'
         ' "sizes": [[64, 96], [64, 64]]}'
     )
-    assert open_checkpoint(str(copy)).settings == Settings(False, 24, (64, 96), (2.5, 3), ((64, 96), (64, 64)))
+    assert open_checkpoint(str(copy)).settings == SprintConfig(False, 24, (64, 96), (2.5, 3), ((64, 96), (64, 64)))
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["checkpoint", "autoencoder"])

@@ -67,7 +67,7 @@ READ = {name: content for name, content in FILES.items() if name != "README.md"}
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(hub_download, "PAUSE_S", 0.01)
+    monkeypatch.setattr(hub_download, "RETRY_PAUSE_S", 0.01)
     with serving_hub(dict(FILES)) as hub:
         yield hub
 

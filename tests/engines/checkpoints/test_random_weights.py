@@ -10,7 +10,7 @@ from engines.models.transformer import SprintTransformer
 def drawn(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         module = SprintTransformer(RECIPE.teacher.architecture)
-    RandomWeights(seed).fill("transformer", module, dtype, torch.device("cpu"))
+    RandomWeights(seed).load_into("transformer", module, dtype, torch.device("cpu"))
     return module.state_dict()
 
 

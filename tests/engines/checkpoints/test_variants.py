@@ -16,7 +16,7 @@ from program import ROOT, Server
 from running_server import read_image
 from safetensors.torch import load_file, save_file
 
-from engines.checkpoints.variants import needed, variant_of
+from engines.checkpoints.variants import required_files, variant_of
 from engines.types import Pixels
 from server.errors import EXIT_START
 
@@ -204,15 +204,15 @@ def test_of_another_decoder_or_controlnet_its_part_alone_is_needed() -> None:
         "vae/diffusion_pytorch_model.fp16.safetensors",
         "unet/x.safetensors",
     ]
-    assert needed(whole, "vae", None, "x") == whole[1:3]
+    assert required_files(whole, "vae", None, "x") == whole[1:3]
     alone = [
         "config.json",
         "diffusion_pytorch_model.safetensors",
         "diffusion_pytorch_model.fp16.safetensors",
         "README.md",
     ]
-    assert needed(alone, "controlnet", None, "x") == alone[:2]
-    assert needed(alone, "controlnet", "fp16", "x") == [alone[0], alone[2]]
+    assert required_files(alone, "controlnet", None, "x") == alone[:2]
+    assert required_files(alone, "controlnet", "fp16", "x") == [alone[0], alone[2]]
 
 
 # --- a user without a home --------------------------------------------------------------------------------------------

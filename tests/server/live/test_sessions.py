@@ -11,7 +11,7 @@ from live_client import LiveClient, Shown, live
 from running_server import PATIENCE_S, GatedEngine, Running, Serve, image_file, wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from engines.fake import FakeEngine, FaultPlan, expected_pixels
+from engines.fake import FakeEngine, FaultInjection, expected_pixels
 from engines.types import Job, Pixels
 from server.live.messages import SUBPROTOCOL
 
@@ -196,7 +196,7 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(plain: Running) -> None:
 
 
 def test_a_failing_job_ends_nothing(serve: Serve) -> None:
-    with live(serve(FakeEngine(faults=FaultPlan()))) as client:
+    with live(serve(FakeEngine(faults=FaultInjection()))) as client:
         client.set(prompt="[[raise]]", **LOOK)
         told = client.said("error")
         assert (told["status"], told["code"]) == (500, "engine_failed")

@@ -18,7 +18,7 @@ import stand_in_builder
 from running_server import Serve, read_image, wait_until
 
 from engines.artifacts.candidates import Candidate
-from engines.artifacts.catalog import Wanted, find
+from engines.artifacts.catalog import EngineRequirements, find_engine
 from engines.artifacts.manifest import Manifest, read_manifest
 from engines.errors import ArtifactError
 from engines.fake import FakeEngine, expected_pixels
@@ -28,7 +28,7 @@ from server.loading.attempts import MOST
 from server.loading.automatic import AutomaticEngine, Offers, Ways
 
 SIZE = (64, 64)
-WANTED = Wanted("ab" * 32, "openvino", "2026.1", None, "fp32", (SIZE,), 8)
+WANTED = EngineRequirements("ab" * 32, "openvino", "2026.1", None, "fp32", (SIZE,), 8)
 MANIFEST = replace(manifests.MANIFEST, sizes=(SIZE,), batches=(1, 2, 4, 8), steps=(1, 2))
 
 
@@ -56,7 +56,7 @@ class Bench:
     """A folder of engines, and how they are found, built and opened."""
 
     place: Path
-    vendors: tuple[Wanted, ...] = (WANTED,)
+    vendors: tuple[EngineRequirements, ...] = (WANTED,)
     delays_s: tuple[float, ...] = (0.0,)
 
     def __post_init__(self) -> None:
@@ -92,8 +92,8 @@ class Bench:
         )
 
     def _find(self, candidate: automatic.Candidate, without: Collection[Path]) -> tuple[Path | None, list[str]]:
-        assert isinstance(candidate.wanted, Wanted)
-        return find(self.folder, candidate.wanted, without)
+        assert isinstance(candidate.requirements, EngineRequirements)
+        return find_engine(self.folder, candidate.requirements, without)
 
     def _built(self, path: Path) -> Engine:
         if path in self.damaged:

@@ -15,7 +15,7 @@ import torch
 from native_engines import ROOT, drawn, loaded, spec
 
 import build_engine
-from engines.artifacts.manifest import NAME, read_manifest
+from engines.artifacts.manifest import MANIFEST_FILE, read_manifest
 from engines.artifacts.native import loading
 from engines.build.builder import build
 from engines.errors import ArtifactError, BuildError
@@ -35,7 +35,7 @@ def test_the_manifest_names_what_decides(for_hopper: Path, ours: Path) -> None:
     assert made.pictures["64x64"]["psnr_db"] > 35
     assert {file.name for file in made.files} == {
         path.relative_to(for_hopper).as_posix() for path in for_hopper.rglob("*") if path.is_file()
-    } - {NAME}
+    } - {MANIFEST_FILE}
     made.check_files(for_hopper)
     told = loaded(ours, for_hopper).info.manifest
     assert told is not None
@@ -54,9 +54,9 @@ def overwrite(path: Path) -> None:
 
 
 def older(folder: Path, package: str) -> None:
-    values = json.loads((folder / NAME).read_text())
+    values = json.loads((folder / MANIFEST_FILE).read_text())
     values["versions"][package] = "1.2.3"
-    (folder / NAME).write_text(json.dumps(values))
+    (folder / MANIFEST_FILE).write_text(json.dumps(values))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -91,7 +91,7 @@ def test_another_card_code_or_checkpoint_is_refused(
     flip(other / "transformer" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ArtifactError, match=r"built from .* with weights"):
         loaded(other, for_hopper)
-    monkeypatch.setattr(loading, "code", lambda: "another")
+    monkeypatch.setattr(loading, "code_digest", lambda: "another")
     with pytest.raises(ArtifactError, match="built by another version of this code; build it again"):
         loaded(ours, for_hopper)
 

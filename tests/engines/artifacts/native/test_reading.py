@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from engines.artifacts.manifest import FileRecord
-from engines.artifacts.native.reading import read
+from engines.artifacts.native.reading import read_weights
 
 
 @pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -21,7 +21,7 @@ def test_weights_are_read_as_they_were_written(place: str, tmp_path: Path) -> No
     }
     path = tmp_path / "weights.safetensors"
     save_file(written, path)
-    found = read([(path, FileRecord.of(path).sha256)], torch.device(place))
+    found = read_weights([(path, FileRecord.of(path).sha256)], torch.device(place))
     assert found.keys() == written.keys()
     for name, tensor in found.items():
         assert tensor.device.type == place

@@ -13,13 +13,13 @@ from bench.budget.engine import CAPABILITY, PROCESSORS, Counted, _Trusted, count
 from bench.budget.totals import document
 from engines.artifacts.manifest import read_manifest
 from engines.artifacts.native.loading import load_native
-from engines.artifacts.native.reading import read
+from engines.artifacts.native.reading import read_weights
 from engines.artifacts.native.skeleton import DTYPE, modules_of
 from engines.build.builder import build
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.kernels.op import Ops
 from engines.loader import load_engine
-from engines.pipeline.native import Native
+from engines.pipeline.native import NativeBackend
 from engines.pipeline.text_stage import load_text_stage
 from engines.types import Job
 
@@ -52,11 +52,11 @@ def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
     folder = tmp_path / "engine"
     build(spec(ours, folder, precision="fp8"))
     checkpoint = open_checkpoint(str(ours))
-    direct = Native(Ops(None), checkpoint.autoencoder)
+    direct = NativeBackend(Ops(None), checkpoint.autoencoder)
     decoder = modules_of(checkpoint, direct, CPU)["decoder"]
     direct.to_fp8(checkpoint, direct.text(load_text_stage(checkpoint, DTYPE, CPU)), (64, 64), CPU)
-    monkeypatch.setattr(Native, "to_fp8", None)  # no start calibrates again
-    native = Native(Ops(None), checkpoint.autoencoder)
+    monkeypatch.setattr(NativeBackend, "to_fp8", None)  # no start calibrates again
+    native = NativeBackend(Ops(None), checkpoint.autoencoder)
     parts = load_native(folder, read_manifest(folder), checkpoint, CPU, tmp_path, native)
     latents = torch.randn(2, 8, 8, 8)
     with torch.inference_mode():
@@ -76,9 +76,9 @@ def test_a_request_costs_what_it_does_without_an_engine(
     """Counted by bench.budget: as many launches, bytes, copies and waits, and no more memory."""
 
     def read_to_meta(files: Sequence[tuple[Path, str]], _: torch.device) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(META) for name, tensor in read(files, CPU).items()}
+        return {name: tensor.to(META) for name, tensor in read_weights(files, CPU).items()}
 
-    monkeypatch.setattr("engines.artifacts.native.loading.read", read_to_meta)
+    monkeypatch.setattr("engines.artifacts.native.loading.read_weights", read_to_meta)
     direct = count_request(str(ours), "cuda-graph", (64, 64), 1, 1, 8)
     checkpoint = open_checkpoint(str(ours))
     card = Card("H100", PROCESSORS, CAPABILITY)

@@ -18,7 +18,7 @@ from engines.backends.tensorrt.builder import build_engine
 from engines.backends.tensorrt.log import Log, tidy
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.backends.tensorrt.vendor import vendor
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.build.onnx_export import export_onnx
 from engines.errors import ArtifactError, BackendError, BuildError
 
@@ -34,7 +34,7 @@ ADA, AMPERE, TURING, HOPPER = (8, 9), (8, 6), (7, 5), (9, 0)
 )
 def test_our_graphs_compile_for_an_rtx_4090(name: ModuleName, dtype: torch.dtype, tmp_path: Path) -> None:
     graph, plan, timing = tmp_path / f"{name}.onnx", tmp_path / f"{name}.engine", tmp_path / "timing"
-    export_onnx(hot_module(name, dtype), name, probe_inputs(name, SHAPE, 2, dtype), graph)
+    export_onnx(hot_module(name, dtype), name, example_inputs(name, SHAPE, 2, dtype), graph)
     details = build_engine(trt, graph, plan, (1, 4), ADA, timing)
     assert plan.stat().st_size > 1e6
     assert details["batches"] == [1, 4]

@@ -73,7 +73,7 @@ def test_results_are_the_callers_own_and_inputs_may_be_views_of_another_type(tmp
 
 def test_a_replica_has_contexts_of_its_own(tmp_path: Path) -> None:
     run = graph(tmp_path)
-    other = run.replica()
+    other = run.new_context()
     given = inputs(1)
     for each in (run, other, run):
         assert torch.equal(each(given)[0], expected(given, 0))
@@ -88,7 +88,7 @@ def test_all_contexts_share_memory_for_activations(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     scratch.reserve(9000)
-    for run in (*runs, runs[0].replica()):
+    for run in (*runs, runs[0].new_context()):
         for batch in (1, 2):
             run(inputs(batch))
     assert len({context.memory for run in runs for context in run._engine.contexts}) == 1
@@ -101,7 +101,7 @@ def test_every_set_of_drop_ins_has_contexts_of_its_own(tmp_path: Path) -> None:
     manifest: Any = SimpleNamespace(tokens=4)
     graphs = {name: {(4, 4): run} for name in MODULES}
     loaded = LoadedModules(manifest, torch.float16, graphs)
-    held = [loaded.replica().decoder._graph_at((4, 4)) for _ in range(3)]
+    held = [loaded.new_context().decoder._graph_at((4, 4)) for _ in range(3)]
     assert len({id(one) for one in (run, *held)}) == 4
 
 

@@ -11,7 +11,7 @@ from hot_modules import SHAPE, hot_module
 
 from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.tensorrt.torch_tensorrt import drop_in, load_vendor, torch_tensorrt
-from engines.build.example_inputs import probe_inputs
+from engines.build.example_inputs import example_inputs
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
 
@@ -35,7 +35,7 @@ def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_
         for start in range(2):
             run = drop_in(fake, module, spec(name, tmp_path))
             for batch in (2, 1, 2):
-                inputs = probe_inputs(name, SHAPE, batch, torch.float32)
+                inputs = example_inputs(name, SHAPE, batch, torch.float32)
                 found, expected = run(**inputs), module(**inputs)
                 if name != "decoder":
                     found, expected = [found], [expected]
@@ -47,7 +47,9 @@ def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_
 
 
 def test_caches_lie_in_the_folder_it_is_given(tmp_path: Path) -> None:
-    drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(**probe_inputs("encoder", SHAPE, 1, torch.float32))
+    drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(
+        **example_inputs("encoder", SHAPE, 1, torch.float32)
+    )
     [chosen] = fake.settings
     folder = tmp_path / "torch-tensorrt-2.14.0-none"
     assert chosen["engine_cache_dir"] == str(folder / "engines")
@@ -60,7 +62,7 @@ def test_caches_lie_in_the_folder_it_is_given(tmp_path: Path) -> None:
 
 
 def test_other_weights_get_a_program_of_their_own(tmp_path: Path) -> None:
-    inputs = probe_inputs("encoder", SHAPE, 1, torch.float32)
+    inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
     module = hot_module("encoder")
     first = drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
     next(module.encoder.parameters()).mul_(2)
@@ -70,7 +72,7 @@ def test_other_weights_get_a_program_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_program_of_something_else_is_refused(tmp_path: Path) -> None:
-    inputs = probe_inputs("encoder", SHAPE, 1, torch.float32)
+    inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
     module, other = hot_module("encoder"), hot_module("encoder")
     next(other.encoder.parameters()).mul_(2)
     drop_in(fake, other, spec("encoder", tmp_path))(**inputs)
@@ -90,7 +92,7 @@ def test_other_sizes_run_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_damaged_program_and_a_refused_one_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = probe_inputs("encoder", SHAPE, 1, torch.float32)
+    inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
     drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
     [path] = tmp_path.glob("*/*.ep")
     path.write_bytes(b"cut")
@@ -148,7 +150,7 @@ def test_programs_on_the_card_equal_the_module(name: ModuleName, tmp_path: Path)
     module = hot_module(name).cuda()
     for _ in range(2):
         run = torch_tensorrt(module, spec(name, tmp_path, "cuda"))
-        inputs = {key: value.cuda() for key, value in probe_inputs(name, SHAPE, 2, torch.float32).items()}
+        inputs = {key: value.cuda() for key, value in example_inputs(name, SHAPE, 2, torch.float32).items()}
         found, expected = run(**inputs), module(**inputs)
         found, expected = (found[0], expected[0]) if name == "decoder" else (found, expected)
         # TF32 rounds what both multiply; of pixels, which are whole numbers, that moves some by one.

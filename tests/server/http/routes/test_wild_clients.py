@@ -219,11 +219,11 @@ def test_an_edit_without_a_size_keeps_the_shape(
     ("shape", "size"), [((4032, 3024), (1184, 896)), ((16, 9), (1376, 768)), ((1, 64), (96, 2048))]
 )
 def test_the_nearest_size_of_a_shape(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    assert Limits(max_batch=1, default_size=(1024, 1024)).size_of_shape(*shape) == size
+    assert Limits(max_batch=1, default_size=(1024, 1024)).size_for_aspect_ratio(*shape) == size
     built = ((1024, 1024), (1152, 864), (864, 1152))
     limits = Limits(max_batch=1, default_size=(1024, 1024), sizes=built)
-    assert limits.size_of_shape(*shape) in built
-    assert limits.size_of_shape(4, 3) == (1152, 864)
+    assert limits.size_for_aspect_ratio(*shape) in built
+    assert limits.size_for_aspect_ratio(4, 3) == (1152, 864)
 
 
 def test_a_size_that_is_asked_for_is_made(plain: Running) -> None:
