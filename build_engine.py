@@ -1,10 +1,9 @@
-"""Builds engines from a checkpoint, and prints their manifest. See docs/understand/gpu-proof.md for what was proved of
-them.
+"""Builds engines from a checkpoint and prints their manifest. docs/understand/gpu-proof.md lists the proofs.
 
 python build_engine.py --model models/tiny --gpu cpu --precision fp32 --out artifacts/tiny-cpu
 python build_engine.py --model sprint-0.6b --gpu native --precision fp8 --out artifacts/sprint --sizes 1024x1024
 python build_engine.py --model sprint-0.6b --gpu h100 --vendor native --precision bf16 --out artifacts/sprint-h100
-python build_engine.py --list [DIR], --prune [DIR]    what lies in the server's folder of engines, or in DIR
+python build_engine.py --list [DIR], --prune [DIR]    for DIR, by default the server's folder of engines
 """
 
 import argparse
@@ -70,13 +69,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str]) -> BuildSpec:
-    given = vars(parser().parse_args(arguments))
-    del given["quality"]
-    given["jobs"] = max(1, given["jobs"])
-    if given["out"] is None:
-        name = Path(given["model"]).name.replace(":", "-")
-        given["out"] = Path("artifacts") / f"{name}-{given['gpu']}-{given['precision']}"
-    return BuildSpec(**{**given, "lora": tuple(given["lora"])})
+    options = vars(parser().parse_args(arguments))
+    options["jobs"] = max(1, options["jobs"])
+    if options["out"] is None:
+        name = Path(options["model"]).name.replace(":", "-")
+        options["out"] = Path("artifacts") / f"{name}-{options['gpu']}-{options['precision']}"
+    return BuildSpec(**{**options, "lora": tuple(options["lora"])})
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -98,7 +96,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def run(spec: BuildSpec) -> BuildResult:
-    """Builds with a progress bar, or with a line per step where nobody watches a terminal."""
+    """Builds with a progress bar on a terminal, otherwise with a line per step."""
     if not sys.stderr.isatty():
         return build(spec, lambda done, total, text: print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True))
     with tqdm(unit="step", bar_format="{l_bar}{bar}| {n}/{total} {elapsed}", file=sys.stderr) as bar:
@@ -108,13 +106,13 @@ def run(spec: BuildSpec) -> BuildResult:
             bar.update(done - bar.n)
             bar.set_description_str(text)
 
-        built = build(spec, progress)
+        result = build(spec, progress)
         bar.update((bar.total or 0) - bar.n)
-    return built
+    return result
 
 
-def checked(spec: BuildSpec, built: BuildResult) -> BuildResult:
-    """Whole images of the engines beside those of fp32 on the CPU, in the manifest. Raises BuildError."""
+def check_quality(spec: BuildSpec, built: BuildResult) -> BuildResult:
+    """Compares images of the engines with images of fp32 on the CPU, in the manifest. Raises BuildError."""
     if not built.manifest.executed:
         raise BuildError(
             f"quality: the engines for {spec.gpu} do not run here, so they make no image; they lie in {spec.out}"
@@ -134,24 +132,24 @@ def checked(spec: BuildSpec, built: BuildResult) -> BuildResult:
 
 
 def catalogue(arguments: list[str]) -> int:
-    """--list and --prune: one line for each folder of engines."""
+    """Runs --list or --prune and prints one line for each folder of engines."""
     parser = argparse.ArgumentParser(description="Shows the engines in a folder, or removes those of old versions.")
-    asked = parser.add_mutually_exclusive_group(required=True)
+    command = parser.add_mutually_exclusive_group(required=True)
     for flag in ("--list", "--prune"):
-        asked.add_argument(flag, nargs="?", type=Path, const=engine_folder(None, os.environ), metavar="DIR")
-    given = parser.parse_args(arguments)
-    for entry in list_engines(given.list) if given.list else prune(given.prune):
-        print(line_of(entry) if given.list else f"removed {line_of(entry)}")
+        command.add_argument(flag, nargs="?", type=Path, const=engine_folder(None, os.environ), metavar="DIR")
+    options = parser.parse_args(arguments)
+    for entry in list_engines(options.list) if options.list else prune(options.prune):
+        print(describe(entry) if options.list else f"removed {describe(entry)}")
     return 0
 
 
-def line_of(entry: CatalogEntry) -> str:
-    what = "unreadable"
+def describe(entry: CatalogEntry) -> str:
+    engine = "unreadable"
     if (manifest := entry.manifest) is not None:
         sizes = ",".join(f"{width}x{height}" for width, height in manifest.sizes)
-        what = f"{manifest.checkpoint} {manifest.vendor} {manifest.precision} {sizes} on {manifest.device}"
+        engine = f"{manifest.checkpoint} {manifest.vendor} {manifest.precision} {sizes} on {manifest.device}"
     outdated = "" if entry.outdated is None else f", old: {entry.outdated}"
-    return f"{entry.path}: {what}, {entry.bytes / 1e6:.0f} MB{outdated}"
+    return f"{entry.path}: {engine}, {entry.bytes / 1e6:.0f} MB{outdated}"
 
 
 def main(arguments: list[str]) -> int:
@@ -160,8 +158,8 @@ def main(arguments: list[str]) -> int:
     spec = parse(arguments)
     try:
         built = run(spec)
-        if parser().parse_args(arguments).quality:
-            built = checked(spec, built)
+        if spec.quality:
+            built = check_quality(spec, built)
     except SprintError as error:
         print(f"build_engine.py: {error}", file=sys.stderr)
         return DISK_FULL if isinstance(error, DiskFullError) else 1

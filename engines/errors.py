@@ -1,18 +1,18 @@
-"""The error tree. Everything this project raises on purpose is a SprintError:
+"""The error tree. Every error that this project raises on purpose is a SprintError:
 
     SprintError
-    ├── CheckpointError      a checkpoint folder is wrong, truncated, mismatched or not a Sprint checkpoint
-    ├── ArtifactError        a built engine does not fit this machine, this checkpoint, or is damaged
-    ├── BuildError           a build was refused or failed; nothing was left behind
-    │   ├── ParityError      an engine was built, and is too far from the reference
-    │   └── DiskFullError    there was no room for what is built
-    ├── BackendError         a backend cannot run here (package or device missing), or refuses a shape
-    ├── JobError             a job is outside what the engine can run; the message names field, value and bounds
-    ├── OutOfMemoryError     the batch did not fit into memory; a smaller one may
-    └── OutputError          the engine produced NaN or an empty picture
-        (server.errors continues the tree with what only HTTP knows)
+    ├── CheckpointError      a checkpoint is wrong, truncated, mismatched or not a Sprint checkpoint
+    ├── ArtifactError        a built engine does not fit the machine or the checkpoint, or is damaged
+    ├── BuildError           a build was refused or failed; it leaves nothing behind
+    │   ├── ParityError      a built engine is too far from the reference
+    │   └── DiskFullError    the disk has no room for the build
+    ├── BackendError         a package or device is missing, or the backend refuses a shape
+    ├── JobError             a job is outside the limits; the message names field, value and bounds
+    ├── OutOfMemoryError     the batch does not fit into memory; a smaller one may
+    └── OutputError          the engine made NaN or an empty image
+        (server.errors adds the errors of HTTP)
 
-Messages say what was got, what is allowed, and what to do.
+A message names the value got, the allowed values and the remedy.
 """
 
 
@@ -21,11 +21,11 @@ class SprintError(Exception):
 
 
 class CheckpointError(SprintError):
-    """A checkpoint is missing something, is damaged, or is of another kind. One line, with the remedy."""
+    """A checkpoint is incomplete, damaged or of another kind. One line, with the remedy."""
 
 
 class ArtifactError(SprintError):
-    """A built engine does not fit. One line: what differs and the command that rebuilds it."""
+    """A built engine does not fit. One line: the difference and the command that rebuilds it."""
 
 
 class BuildError(SprintError):
@@ -37,7 +37,7 @@ class ParityError(BuildError):
 
 
 class DiskFullError(BuildError):
-    """A build found no room for its files; with more, the same build may do."""
+    """A build has no room for its files. The same build may succeed with more room."""
 
 
 class BackendError(SprintError):
@@ -49,8 +49,8 @@ class JobError(SprintError):
 
 
 class OutOfMemoryError(SprintError):
-    """The device had no memory for this batch."""
+    """The device has no memory for this batch."""
 
 
 class OutputError(SprintError):
-    """The engine ran and its output cannot be a picture."""
+    """The engine ran, and its output is no valid image."""

@@ -1,8 +1,7 @@
-"""An engine without a model: a colour field that prompt and seed decide, with delays and faults on demand.
+"""An engine without a model: a colour field from prompt and seed, with delays and faults on demand.
 
-The whole server, the web page and the load tests run on it (as huggingface/text-embeddings-inference `backends/core`
-and httpx `MockTransport` do for theirs). Imports numpy only. Every picture can be foretold with `expected_pixels`, so a
-test can tell that an answer belongs to its request.
+The server, the web page and the load tests run on it. Imports numpy only. `expected_pixels` returns the image of a job,
+so that a test can check that a response belongs to its request.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,29 +34,31 @@ CACHED_PROMPTS = 1024
 SLOW_S = 0.5
 REMEMBERED_BATCHES = 1024
 
+# A prompt that contains a marker triggers its fault for every batch it is in.
+RAISE = "[[raise]]"
+RAISE_ONCE = "[[once]]"  # raises on the first batch with this prompt, and never again
+NAN = "[[nan]]"
+BLACK = "[[black]]"  # all pixels are zero
+OUT_OF_MEMORY = "[[memory]]"  # for every batch of more than one job
+SLOW = "[[slow]]"  # the batch takes SLOW_S longer
+HANG = "[[hang]]"
+BREAK = "[[break]]"  # this batch and all later ones raise
+
 
 @dataclass(frozen=True, slots=True)
 class FaultInjection:
-    """When a fake engine fails. A prompt that contains a marker triggers its fault on every batch it is in."""
+    """Faults of a fake engine beside those of markers in prompts. Calls count from the first generate after warmup."""
 
-    raise_marker: str = "[[raise]]"
-    once_marker: str = "[[once]]"  # raises on the first batch that holds this very prompt, and never again
-    nan_marker: str = "[[nan]]"
-    black_marker: str = "[[black]]"  # the picture is all zeros
-    memory_marker: str = "[[memory]]"  # out of memory for every batch of more than one job
-    slow_marker: str = "[[slow]]"  # the batch takes SLOW_S longer
-    hang_marker: str = "[[hang]]"
-    break_marker: str = "[[break]]"  # this batch and all later ones raise
-    out_of_memory_above: int | None = None  # batches of more jobs than this
-    raise_on_calls: frozenset[int] = field(default_factory=frozenset)  # 0 is the first generate after warm-up
-    broken_from_call: int | None = None  # this call and all later ones raise
+    out_of_memory_above: int | None = None  # jobs of a batch
+    raise_on_calls: frozenset[int] = frozenset()
+    broken_from_call: int | None = None
 
 
 class FakeEngine:
     """Implements engines.types.Engine.
 
-    A batch takes `delay_s` plus `delay_per_job_s` for each slot of its bucket, like a device that has a fixed cost for
-    each launch and a cost for each picture. `delay_s` may be changed while it runs.
+    A batch takes `delay_s` plus `delay_per_job_s` for each slot of its bucket, like a device with a fixed cost of a
+    launch. A caller may change `delay_s` at any time.
     """
 
     def __init__(
@@ -108,17 +109,17 @@ class FakeEngine:
 
     @property
     def batches(self) -> list[int]:
-        """How many jobs each of the last calls of generate got, oldest first."""
+        """Numbers of jobs of the last calls of generate, oldest first."""
         return list(self._batches)
 
     def warmup(self) -> None:
-        """Nothing is compiled, so nothing is warmed: takes one batch's delay."""
+        """Takes the delay of one batch; there is nothing to compile."""
         time.sleep(self.delay_s)
 
     def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
-        """Colour fields of the jobs, in order; `deliver` is given them at the end.
+        """Returns the colour fields of the jobs, in order, and calls `deliver` for each at the end.
 
-        Raises JobError (no jobs, keys differ, outside the limits), and what the fault plan asks for.
+        Raises JobError (no jobs, keys differ, outside the limits) and the injected faults.
         """
         call = self._calls
         self._calls += 1
@@ -126,22 +127,22 @@ class FakeEngine:
         self._check(jobs)
         bucket = smallest_fitting(len(jobs), self._buckets)
         began = time.perf_counter()
-        self._fail_as_planned(jobs, call)
+        self._inject_faults(jobs, call)
         delay = self.delay_s + self.delay_per_job_s * bucket
         if delay > 0:
             self._closed.wait(delay)
-        pixels = [self._picture(job) for job in jobs]
+        pixels = [expected_pixels(job) for job in jobs]
         spent = time.perf_counter() - began
         stages = StageSeconds(text=spent * 0.1, denoise=spent * 0.3, decode=spent * 0.6)
         images = [
             RawImage(
-                pixels=picture,
+                pixels=image,
                 stages=stages,
                 bucket=bucket,
                 prompt_truncated=len(job.prompt.split()) > self._info.max_prompt_tokens,
                 prompt_cached=self._seen(job.prompt),
             )
-            for job, picture in zip(jobs, pixels, strict=True)
+            for job, image in zip(jobs, pixels, strict=True)
         ]
         for index, image in enumerate(images):
             if deliver is not None:
@@ -161,39 +162,35 @@ class FakeEngine:
         for job in jobs:
             self._limits.check(job)
 
-    def _fail_as_planned(self, jobs: Sequence[Job], call: int) -> None:
-        plan = self._faults
+    def _inject_faults(self, jobs: Sequence[Job], call: int) -> None:
+        faults = self._faults
         prompts = [job.prompt for job in jobs]
 
         def marked(marker: str) -> bool:
             return any(marker in prompt for prompt in prompts)
 
-        most = 1 if marked(plan.memory_marker) else plan.out_of_memory_above
-        if most is not None and len(jobs) > most:
-            raise OutOfMemoryError(f"fake: a batch of {len(jobs)}, memory for {most}")
-        if marked(plan.hang_marker):
+        largest = 1 if marked(OUT_OF_MEMORY) else faults.out_of_memory_above
+        if largest is not None and len(jobs) > largest:
+            raise OutOfMemoryError(f"fake: a batch of {len(jobs)}, memory for {largest}")
+        if marked(HANG):
             self._closed.wait()
             raise RuntimeError("fake: closed while hanging")
-        if marked(plan.slow_marker):
+        if marked(SLOW):
             self._closed.wait(SLOW_S)
-        if marked(plan.raise_marker):
+        if marked(RAISE):
             raise RuntimeError("fake: a prompt asked for a failure")
-        once = {prompt for prompt in prompts if plan.once_marker in prompt} - self._raised_once
+        once = {prompt for prompt in prompts if RAISE_ONCE in prompt} - self._raised_once
         if once:
             self._raised_once |= once
             raise RuntimeError("fake: a prompt asked for one failure")
-        if call in plan.raise_on_calls:
+        if call in faults.raise_on_calls:
             raise RuntimeError(f"fake: call {call} was planned to fail")
-        self._broken |= marked(plan.break_marker)
-        self._broken |= plan.broken_from_call is not None and call >= plan.broken_from_call
+        self._broken |= marked(BREAK)
+        self._broken |= faults.broken_from_call is not None and call >= faults.broken_from_call
         if self._broken:
             raise RuntimeError(f"fake: broken, call {call}")
-        if marked(plan.nan_marker):
-            raise OutputError("fake: the decoded picture holds NaN")
-
-    def _picture(self, job: Job) -> Pixels:
-        black = self._faults.black_marker in job.prompt
-        return np.zeros((job.height, job.width, 3), dtype=np.uint8) if black else expected_pixels(job)
+        if marked(NAN):
+            raise OutputError("fake: the decoded image holds NaN")
 
     def _seen(self, prompt: str) -> bool:
         cached = prompt in self._prompts
@@ -205,11 +202,13 @@ class FakeEngine:
 
 
 def expected_pixels(job: Job) -> Pixels:
-    """[height, width, 3] uint8: the picture that a FakeEngine makes of this job.
+    """Returns the image [height, width, 3] uint8 that a FakeEngine makes of this job.
 
-    Prompt, seed, steps, guidance and adapters choose two colours, one run along each axis. An `image` is blended in by
-    1 - strength; the strokes of a `control_image` lie on top, scaled by control_scale.
+    Prompt, seed, steps, guidance and adapters choose a colour gradient along each axis. 1 - strength blends `image` in;
+    the strokes of `control_image` lie on top, times control_scale.
     """
+    if BLACK in job.prompt:
+        return np.zeros((job.height, job.width, 3), dtype=np.uint8)
     text = f"{job.seed}\0{job.steps}\0{job.guidance_scale}\0{job.prompt}"
     text += "".join(f"\0{name}:{scale}" for name, scale in job.lora)
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
@@ -226,13 +225,13 @@ def expected_pixels(job: Job) -> Pixels:
 
 
 def _ramp(first: NDArray[np.uint8], last: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
-    """[length, 3] uint8 from first / 2 to last / 2, so that the sum of two ramps fits into a byte."""
+    """Returns [length, 3] uint8 from first / 2 to last / 2, so that the sum of two ramps fits into a byte."""
     position = np.linspace(0.0, 1.0, length, dtype=np.float32)[:, None]
     return ((first * (1 - position) + last * position) / 2).astype(np.uint8)
 
 
 def _resized(image: Pixels, width: int, height: int) -> Pixels:
-    """[height, width, 3] by nearest neighbour."""
+    """Returns `image` resized to [height, width, 3] by nearest neighbour."""
     rows = np.arange(height) * image.shape[0] // height
     columns = np.arange(width) * image.shape[1] // width
     resized: Pixels = image[rows[:, None], columns[None, :]]

@@ -1,8 +1,8 @@
-"""From a checkpoint's name to a ready engine: device, precision and backend are decided here, once, with the reason."""
+"""Loads an engine from a checkpoint: chooses device, precision and backend, and records the reasons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,11 +35,11 @@ from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
 from engines.types import AdapterOption, Engine, EngineInfo, powers_of_two
 
-if TYPE_CHECKING:  # what needs Triton, which a CPU's environment has not
+if TYPE_CHECKING:  # needs Triton, which is optional on a CPU
     from engines.artifacts.native.skeleton import NativeModules
     from engines.pipeline.native import NativeBackend
 
-# By the name that --backend takes: what prepares a module when it is loaded, and what runs built engines.
+# Value of --backend -> the function that prepares a loaded module, or the command that builds its engines.
 BACKENDS: Mapping[str, Backend] = {
     "eager": eager,
     "compiled": compiled,
@@ -51,9 +51,9 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
     "tensorrt": "python build_engine.py --gpu native --vendor tensorrt",
 }
 
-ADAPTING = ("eager", "cuda-graph")  # that take adapters by request
+ADAPTING = ("eager", "cuda-graph")  # backends that take adapters by request
 
-# Of weights and activations; int8 (on a CPU) and fp8 (on a GPU): bf16, the decoder's wide convolutions in 8 bits.
+# Dtype of weights and activations. int8 (CPU) and fp8 (GPU): the decoder's wide convolutions run in 8 bits.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -75,178 +75,182 @@ def load_engine(
     sizes: tuple[tuple[int, int], ...] = (),
     lora: Sequence[AdapterOption] = (),
 ) -> Engine:
-    """Loads `model` (see engines.checkpoints.checkpoint) and makes it ready to generate.
+    """Loads `model` (see engines.checkpoints.checkpoint) for generation.
 
-    engine_dir: folder made by build_engine.py; backend: one of BACKENDS or of ARTIFACT_BACKENDS, or auto; precision:
-    one of PRECISIONS, without engine_dir; device: cpu or cuda; None lets the machine decide. decoder: another
-    autoencoder with the same latents; controlnet: folder or hub id, None takes the checkpoint's folder of that name
-    where there is one; schedule: see engines.sampler.angles_for; recorder: what captures graphs, None takes CUDA's on
-    a GPU; cache: folder for what backends compile when they load, None takes engines.backends.base.CACHE; native: the
-    kernels of the cuda-graph backend, None takes those of the GPU at hand.
-    variant: of the weights, where the checkpoint holds several; None takes the plain one, or the only one.
-    sizes: (width, height) in pixels that are served, without engine_dir; empty: what the checkpoint says.
-    lora: adapters; those with a scale are fused, the others are for jobs to choose (on eager and cuda-graph).
-    On a GPU every backend but eager runs as captured graphs, one per (bucket, height, width, steps); `warmup` captures.
+    engine_dir: folder of build_engine.py. backend: one of BACKENDS or ARTIFACT_BACKENDS, or auto. precision: one of
+    PRECISIONS. device: cpu, cuda or cuda:<index>; None takes a GPU if torch sees one. decoder: another autoencoder with
+    the same latents. controlnet: folder or hub id; None takes the checkpoint's own, if it has one. schedule: see
+    engines.sampler.angles_for. recorder: captures graphs; None takes CUDA's on a GPU. cache: folder of what backends
+    compile at load; None takes engines.backends.base.CACHE. native: kernels of the cuda-graph backend; None takes those
+    of the GPU. variant: of the weights; None takes the plain one, or the only one. sizes: served (width, height) in
+    pixels, without engine_dir; empty takes the checkpoint's. lora: adapters; those with a scale are fused, jobs choose
+    from the others (eager and cuda-graph).
+    On a GPU every backend but eager runs graphs of (bucket, height, width, steps), which `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
+    options = _Options(
+        *(model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
+        *(Path(cache or CACHE), native, variant, sizes, tuple(lora)),
+    )
+    return _load_modules(options) if engine_dir is None else _load_built(Path(engine_dir), options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `load_engine` but engine_dir."""
+
+    model: str | Checkpoint
+    backend: str
+    max_batch: int
+    precision: str | None
+    device: str | None
+    decoder: str | None
+    controlnet: str | None
+    schedule: Schedule
+    recorder: GraphCapture | None
+    cache: Path
+    native: "NativeBackend | None"
+    variant: str | None
+    sizes: tuple[tuple[int, int], ...]
+    lora: tuple[AdapterOption, ...]
+
+
+def _load_modules(options: _Options) -> Engine:
+    """Loads an engine whose backend prepares PyTorch modules."""
     reasons: dict[str, str] = {}
     phases = Phases()
-    if engine_dir is not None:
-        return _load_built(
-            *(Path(engine_dir), model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
-            *(variant, Path(cache or CACHE), native, phases, lora),
-        )
-    place = _device(device, reasons)
-    backend = _backend(backend, place, recorder, reasons)
-    precision = _precision(precision, place, backend, reasons)
+    device = _device(options.device, reasons)
+    backend = _backend(options.backend, device, options.recorder, reasons)
+    precision = _precision(options.precision, device, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    base = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
-    checkpoint, free = with_adapters(base, lora, reasons)
-    if free and backend not in ADAPTING:
+    base = phases.timed("checkpoint", lambda: _open(options, reasons))
+    checkpoint, selectable = with_adapters(base, options.lora, reasons)
+    if selectable and backend not in ADAPTING:
+        name = selectable[0].name
         raise BackendError(
-            f"lora {free[0].name}: {backend} takes adapters with a scale alone, which are fused, such as "
-            f"--lora {free[0].name}={free[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
+            f"lora {name}: {backend} takes adapters with a scale alone, which are fused, such as "
+            f"--lora {name}={selectable[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
         )
     with ThreadPoolExecutor() as threads:
         pool = _pool(threads, base)
-        text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, place), pool)
-        transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, place), pool)
-        decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, place), pool)
-        branch = phases.timed("controlnet", lambda: load_controlnet(base, controlnet, dtype, place, variant))
+        text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, device), pool)
+        transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, device), pool)
+        decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, device), pool)
+        load_branch = partial(load_controlnet, base, options.controlnet, dtype, device, options.variant)
+        branch = phases.timed("controlnet", load_branch)
     text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
-    names = tuple(adapter.name for adapter in free)
-    limits = limits_of(checkpoint, max_batch, control=branch is not None, adapters=names, sizes=sizes)
+    names = tuple(adapter.name for adapter in selectable)
+    max_batch, cache = options.max_batch, options.cache
+    limits = limits_of(checkpoint, max_batch, control=branch is not None, adapters=names, sizes=options.sizes)
 
-    def prepared(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
+    def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
         unit = checkpoint.autoencoder.compression
-        spec = ModuleSpec(name, dtype, place, max_batch, tokens, sizes, unit, kept, int8=precision == "int8")
+        spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8=precision == "int8")
         return execute(module, spec)
 
-    kept = Path(cache or CACHE)
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
-    kernels = _kernels(backend, dtype, place, checkpoint, kept, shapes) if native is None else native
+    kernels = options.native or _kernels(backend, dtype, device, checkpoint, cache, shapes)
     if kernels is not None:
         execute, text = kernels, kernels.text(text)
-    whole: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
-    chosen: nn.Module = transformer
-    if free:
-        choice = adapt(transformer, [adapter.factors for adapter in free])
-        chosen, whole = Adapted(transformer, choice), None if whole is None else Adapted(whole, choice)
+    controlled: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
+    plain: nn.Module = transformer
+    if selectable:
+        choice = adapt(transformer, [adapter.factors for adapter in selectable])
+        plain, controlled = Adapted(transformer, choice), None if controlled is None else Adapted(controlled, choice)
     modules = Modules(
         text,
-        prepared("transformer", chosen),
-        prepared("decoder", PixelDecoder(autoencoder)),
-        prepared("encoder", PixelEncoder(autoencoder)),
-        None if whole is None else prepared("controlled", whole),
+        prepare("transformer", plain),
+        prepare("decoder", PixelDecoder(autoencoder)),
+        prepare("encoder", PixelEncoder(autoencoder)),
+        None if controlled is None else prepare("controlled", controlled),
     )
-    space = space_of(checkpoint, dtype, place)
     if kernels is not None:
         if precision == "fp8":
-            kernels.to_fp8(checkpoint, text, limits.default_size, place)
+            kernels.to_fp8(checkpoint, text, limits.default_size, device)
         reasons |= kernels.reasons
-    buckets = () if backend == "eager" else powers_of_two(max_batch)
-    recorder = None if backend == "eager" else _recorder(place, recorder)
+    space, buckets = space_of(checkpoint, dtype, device), () if backend == "eager" else powers_of_two(max_batch)
+    recorder = None if backend == "eager" else _recorder(device, options.recorder)
     runners = runners_of(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
-    info = replace(_info(checkpoint, backend, precision, place, reasons), start_s=phases.seconds)
-    return SprintEngine(modules, space, info, limits, schedule, buckets, runners, kernels)
+    info = _info(checkpoint, backend, precision, device, reasons, phases)
+    return SprintEngine(modules, space, info, limits, options.schedule, buckets, runners, kernels)
 
 
-def _load_built(
-    folder: Path,
-    model: str | Checkpoint,
-    backend: str,
-    max_batch: int,
-    precision: str | None,
-    device: str | None,
-    decoder: str | None,
-    controlnet: str | None,
-    schedule: Schedule,
-    recorder: GraphCapture | None,
-    variant: str | None,
-    cache: Path,
-    native: "NativeBackend | None",
-    phases: Phases,
-    lora: Sequence[AdapterOption],
-) -> Engine:
-    """`load_engine` from built artifacts, which decide backend, precision, sizes and the largest batch."""
+def _load_built(folder: Path, options: _Options) -> Engine:
+    """Loads built engines, whose manifest decides backend, precision, sizes and the largest batch."""
+    phases = Phases()
     manifest = read_manifest(folder)
+    backend, precision = options.backend, options.precision
     if backend not in ("auto", manifest.backend):
         raise BackendError(f"backend: got {backend!r}, and the engines in {folder} are of {manifest.backend!r}")
     if precision not in (None, manifest.precision):
         raise BackendError(f"precision: got {precision!r}, and the engines in {folder} are {manifest.precision}")
     reasons = {"backend": f"{manifest.backend}: what {folder} was built for", "precision": "that of the built engines"}
-    if manifest.backend == "openvino" and device is None:
-        device = "cpu"
-    place = _device(device, reasons)
-    base = phases.timed("checkpoint", lambda: _opened(model, decoder, variant, reasons))
-    checkpoint, free = with_adapters(base, lora, reasons)
-    if free:
+    device = _device("cpu" if manifest.backend == "openvino" and options.device is None else options.device, reasons)
+    base = phases.timed("checkpoint", lambda: _open(options, reasons))
+    checkpoint, selectable = with_adapters(base, options.lora, reasons)
+    if selectable:
+        fused = [option._replace(scale=option.scale or 1.0) for option in options.lora]
         raise BackendError(
-            f"lora {free[0].name}: built engines hold adapters fused, none by request; build one, and start with the "
-            f"same: {manifest.command_with([option._replace(scale=option.scale or 1.0) for option in lora])}"
+            f"lora {selectable[0].name}: built engines hold adapters fused, none by request; build one, and start with "
+            f"the same: {manifest.command_with(fused)}"
         )
-    manifest.check_adapters([(one.name, one.scale or 0.0) for one in lora])
+    manifest.check_adapters([(option.name, option.scale or 0.0) for option in options.lora])
     # fp16 overflows in Gemma
-    text_dtype = torch.float32 if place.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
+    text_dtype = torch.float32 if device.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
     loaded: LoadedModules | NativeModules
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        loaded = parts = phases.timed(
-            "engines", partial(load_native, folder, manifest, checkpoint, place, cache, native)
-        )
-        text = parts.text
+        load = partial(load_native, folder, manifest, checkpoint, device, options.cache, options.native)
+        loaded = native = phases.timed("engines", load)
+        text = native.text
     else:
-        with ThreadPoolExecutor() as threads:  # the text encoder is read while engines are checked and opened
+        with ThreadPoolExecutor() as threads:  # reads the text encoder while this thread opens the engines
             pool = _pool(threads, base)
-            reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, place), pool)
-            loaded, parts = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, place)), None
+            reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, device), pool)
+            loaded, native = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, device)), None
         text = reading.result()
-    branch = load_controlnet(base, controlnet, text_dtype, place, variant)
+    branch = load_controlnet(base, options.controlnet, text_dtype, device, options.variant)
     controlled: Callable[..., Any] | None = None
-    if branch is not None and parts is not None:
-        controlled = parts.controlled(branch)
+    if branch is not None and native is not None:
+        controlled = native.controlled(branch)
     elif branch is not None:
         reasons["control"] = (
-            "PyTorch: built engines hold no ControlNet, so pictures of drawings are denoised without them"
+            "PyTorch: built engines hold no ControlNet, so images of drawings are denoised without them"
         )
-        controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, place), branch)
-    kernels = None if parts is None else parts.kernels
+        controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, device), branch)
+    kernels = None if native is None else native.kernels
     reasons |= {} if kernels is None else kernels.reasons
 
     def modules() -> Modules:
-        """Each time with execution contexts of their own, which a graph needs."""
-        made = loaded.new_context()
-        return Modules(text, made.transformer, made.decoder, made.encoder, controlled)
+        """Returns modules with execution contexts of their own, which each CUDA graph needs."""
+        replica = loaded.new_context()
+        return Modules(text, replica.transformer, replica.decoder, replica.encoder, controlled)
 
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size
-    limits = replace(
-        limits_of(checkpoint, min(max_batch, largest), control=branch is not None),
-        sizes=manifest.sizes,
-        default_size=default if default in manifest.sizes else manifest.sizes[-1],
-    )
-    reasons["batch"] = f"{limits.max_batch}: asked for {max_batch}, built for {largest}"
-    space = space_of(checkpoint, loaded.dtype, place)
+    default = default if default in manifest.sizes else manifest.sizes[-1]
+    limits = limits_of(checkpoint, min(options.max_batch, largest), control=branch is not None)
+    limits = replace(limits, sizes=manifest.sizes, default_size=default)
+    reasons["batch"] = f"{limits.max_batch}: asked for {options.max_batch}, built for {largest}"
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
-    recorder = _recorder(place, recorder)
+    space, recorder = space_of(checkpoint, loaded.dtype, device), _recorder(device, options.recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
-    info = _info(checkpoint, manifest.backend, manifest.precision, place, reasons)
-    versions = {**info.versions, **manifest.versions}
-    info = replace(info, manifest=manifest.summary(), versions=versions, start_s=phases.seconds)
-    return SprintEngine(modules(), space, info, limits, schedule, manifest.batches, runners, kernels)
+    info = _info(checkpoint, manifest.backend, manifest.precision, device, reasons, phases)
+    info = replace(info, versions=info.versions | dict(manifest.versions), manifest=manifest.summary())
+    return SprintEngine(modules(), space, info, limits, options.schedule, manifest.batches, runners, kernels)
 
 
 def _pool(threads: ThreadPoolExecutor, checkpoint: Checkpoint) -> ThreadPoolExecutor | None:
-    """Parts that lie in files are read and rounded side by side; those that are drawn wait for no disk."""
+    """Returns the pool for weights in files, which load in parallel; None for random ones, which wait for no disk."""
     return threads if isinstance(checkpoint.weights, FolderWeights) else None
 
 
 def _kernels(
     backend: str, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint, cache: Path, shapes: str
 ) -> "NativeBackend | None":
-    """Our own kernels, where the backend is made of them; other precisions than bf16 run PyTorch's."""
+    """Returns our own kernels for the cuda-graph backend in bf16 on a GPU; None otherwise."""
     if (backend, dtype, device.type) != ("cuda-graph", torch.bfloat16, "cuda"):
         return None
     from engines.pipeline.native import NativeBackend
@@ -254,94 +258,92 @@ def _kernels(
     return NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
 
 
-def _opened(model: str | Checkpoint, decoder: str | None, variant: str | None, reasons: dict[str, str]) -> Checkpoint:
-    """Names the variants of the weights, where they are not the plain ones."""
-    checkpoint = open_checkpoint(model, decoder, variant)
+def _open(options: _Options, reasons: dict[str, str]) -> Checkpoint:
+    """Opens the checkpoint; records the variants of its weights other than the plain one."""
+    checkpoint = open_checkpoint(options.model, options.decoder, options.variant)
     if isinstance(checkpoint.weights, FolderWeights):
-        why = "asked for" if variant else "the only weights there"
-        told = [f"{name}: {why}, of {', '.join(parts)}" for name, parts in checkpoint.weights.variants().items()]
-        if told:
-            reasons["variant"] = "; ".join(told)
+        why = "asked for" if options.variant else "the only weights there"
+        variants = [f"{name}: {why}, of {', '.join(parts)}" for name, parts in checkpoint.weights.variants().items()]
+        if variants:
+            reasons["variant"] = "; ".join(variants)
     return checkpoint
 
 
-def _recorder(device: torch.device, asked: GraphCapture | None) -> GraphCapture | None:
-    return CudaGraphCapture() if asked is None and device.type == "cuda" else asked
+def _recorder(device: torch.device, requested: GraphCapture | None) -> GraphCapture | None:
+    return CudaGraphCapture() if requested is None and device.type == "cuda" else requested
 
 
 def _info(
-    checkpoint: Checkpoint, backend: str, precision: str, device: torch.device, reasons: dict[str, str]
+    checkpoint: Checkpoint, backend: str, precision: str, device: torch.device, reasons: dict[str, str], phases: Phases
 ) -> EngineInfo:
     return EngineInfo(
         checkpoint=checkpoint.name,
         backend=backend,
         precision=precision,
-        device=_device_name(device),
+        device="cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         versions={name: version(name) for name in ("torch", "tokenizers", "safetensors")},
         reasons=reasons,
         guidance_trained=checkpoint.settings.guidance_trained,
         max_prompt_tokens=checkpoint.settings.max_prompt_tokens,
+        start_s=phases.seconds,
     )
 
 
-def _backend(asked: str, device: torch.device, recorder: GraphCapture | None, reasons: dict[str, str]) -> str:
-    if asked == "auto":
+def _backend(requested: str, device: torch.device, recorder: GraphCapture | None, reasons: dict[str, str]) -> str:
+    if requested == "auto":
         if device.type == "cuda":
             reasons["backend"] = "cuda-graph: a GPU is present, and no built engine was given"
             return "cuda-graph"
         reasons["backend"] = "eager: the one that runs everywhere; no built engine was given"
         return "eager"
-    if asked in ARTIFACT_BACKENDS:
+    if requested in ARTIFACT_BACKENDS:
         raise BackendError(
-            f"backend: {asked} runs built engines; build them with {ARTIFACT_BACKENDS[asked]} "
+            f"backend: {requested} runs built engines; build them with {ARTIFACT_BACKENDS[requested]} "
             "and give --engine DIR, or give --engine auto"
         )
-    if asked not in BACKENDS:
-        raise BackendError(f"backend: got {asked!r}, allowed auto, {', '.join((*BACKENDS, *ARTIFACT_BACKENDS))}")
-    if asked == "cuda-graph" and device.type != "cuda" and recorder is None:
+    if requested not in BACKENDS:
+        raise BackendError(f"backend: got {requested!r}, allowed auto, {', '.join((*BACKENDS, *ARTIFACT_BACKENDS))}")
+    if requested == "cuda-graph" and device.type != "cuda" and recorder is None:
         raise BackendError("backend: cuda-graph needs an NVIDIA GPU, and the device is cpu; use eager or compiled")
-    reasons["backend"] = f"{asked}: asked for"
-    return asked
+    reasons["backend"] = f"{requested}: asked for"
+    return requested
 
 
-def _device(asked: str | None, reasons: dict[str, str]) -> torch.device:
-    if asked is None:
-        found = torch.cuda.is_available()
-        reasons["device"] = "cuda: a GPU is present" if found else "cpu: torch sees no GPU"
-        return torch.device("cuda", 0) if found else torch.device("cpu")
-    kind, _, index = asked.partition(":")
+def _device(requested: str | None, reasons: dict[str, str]) -> torch.device:
+    if requested is None:
+        available = torch.cuda.is_available()
+        reasons["device"] = "cuda: a GPU is present" if available else "cpu: torch sees no GPU"
+        return torch.device("cuda", 0) if available else torch.device("cpu")
+    kind, _, index = requested.partition(":")
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
-        raise BackendError(f"device: got {asked!r}, allowed cpu, cuda, cuda:<index>")
+        raise BackendError(f"device: got {requested!r}, allowed cpu, cuda, cuda:<index>")
     count = torch.cuda.device_count()
     if kind == "cuda" and count == 0:
-        raise BackendError(f"device: got {asked!r}, but {why_no_gpu()}")
+        raise BackendError(f"device: got {requested!r}, but {why_no_gpu()}")
     if kind == "cuda" and int(index or 0) >= count:
-        raise BackendError(f"device: got {asked!r}, but torch sees {count} GPUs; allowed cuda:0 to cuda:{count - 1}")
-    reasons["device"] = f"{asked}: asked for"
+        raise BackendError(
+            f"device: got {requested!r}, but torch sees {count} GPUs; allowed cuda:0 to cuda:{count - 1}"
+        )
+    reasons["device"] = f"{requested}: asked for"
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
-def _precision(asked: str | None, device: torch.device, backend: str, reasons: dict[str, str]) -> str:
-    if asked is None:
+def _precision(requested: str | None, device: torch.device, backend: str, reasons: dict[str, str]) -> str:
+    if requested is None:
         chosen = "fp32" if device.type == "cpu" else "bf16"
-        reasons["precision"] = f"{chosen}: " + (
-            "exact, and the CPU's default" if chosen == "fp32" else "as Sprint was trained"
-        )
+        why = "exact, and the CPU's default" if chosen == "fp32" else "as Sprint was trained"
+        reasons["precision"] = f"{chosen}: {why}"
         return chosen
-    if asked not in PRECISIONS:
-        raise BackendError(f"precision: got {asked!r}, allowed {', '.join(PRECISIONS)}")
-    if asked == "fp8" and (backend, device.type) != ("cuda-graph", "cuda"):
+    if requested not in PRECISIONS:
+        raise BackendError(f"precision: got {requested!r}, allowed {', '.join(PRECISIONS)}")
+    if requested == "fp8" and (backend, device.type) != ("cuda-graph", "cuda"):
         raise BackendError(
             f"precision: fp8 without a built engine is the cuda-graph backend's on a GPU, and this is {backend} on "
             f"{device.type}; use bf16"
         )
-    if asked == "int8" and (backend, device.type) != ("eager", "cpu"):
+    if requested == "int8" and (backend, device.type) != ("eager", "cpu"):
         raise BackendError(
             f"precision: int8 is the eager backend's on a CPU, and this is {backend} on {device.type}; use bf16"
         )
-    reasons["precision"] = f"{asked}: asked for"
-    return asked
-
-
-def _device_name(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    reasons["precision"] = f"{requested}: asked for"
+    return requested

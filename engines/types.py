@@ -1,8 +1,7 @@
-"""The waist between server and engines: a job goes in, pixels come out.
+"""The contract between server and engines: a job goes in, pixels come out.
 
-The words: a *job* is one image to make; jobs with an equal *batch key* may share a *batch*; a *bucket* is the padded
-static batch size a batch runs at; the *stages* are text, denoise and decode. Imports numpy only, so that the server can
-be built, run and tested without torch.
+A *job* is one image to make. Jobs with an equal *batch key* may share a *batch*. A *bucket* is the padded size of a
+batch. The *stages* are text, denoise and decode. Imports numpy only, so that the server runs without torch.
 """
 
 import math
@@ -22,12 +21,12 @@ Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 Conditioning = Literal["text", "image", "control", "image+control"]
 
 MAX_SEED = 2**63 - 1
-MAX_ADAPTERS = 4  # that one job may ask for at once
-MAX_ADAPTER_SCALE = 4.0  # either way
+MAX_ADAPTERS = 4  # of one job
+MAX_ADAPTER_SCALE = 4.0  # of either sign
 
 
 class AdapterOption(NamedTuple):
-    """A LoRA as --lora names it. scale None: a request says whether and how much; a number: always, fused at load."""
+    """A LoRA of --lora. A number as scale: fused at load. None: each request chooses the scale."""
 
     name: str
     path: str
@@ -35,7 +34,7 @@ class AdapterOption(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "AdapterOption":
-        """From NAME=PATH or NAME=PATH:SCALE. Raises ValueError that says what is wrong."""
+        """Parses NAME=PATH or NAME=PATH:SCALE. Raises ValueError."""
         name, equals, path = text.strip().partition("=")
         before, colon, number = path.rpartition(":")
         scale = None
@@ -56,7 +55,7 @@ _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class BatchKey(NamedTuple):
-    """What jobs must agree on to run as one batch."""
+    """The values that all jobs of a batch share."""
 
     height: int
     width: int
@@ -78,9 +77,9 @@ class Job:
     strength: float = 0.5
     control_image: Pixels | None = None
     control_scale: float = 1.0
-    lora: tuple[tuple[str, float], ...] = ()  # adapters by name, each with its scale
-    jpeg_quality: int | None = None  # a JPEG file will do instead of pixels, if the engine can make one
-    png: bool = False  # as much, of a PNG file
+    lora: tuple[tuple[str, float], ...] = ()  # (name, scale) of each adapter
+    jpeg_quality: int | None = None  # set: the engine may return a JPEG file instead of pixels
+    png: bool = False  # the engine may return a PNG file instead of pixels
 
     @property
     def conditioning(self) -> Conditioning:
@@ -95,7 +94,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Seconds that the batch of a job spent in each stage (shared by all jobs of the batch)."""
+    """Seconds that a batch spent in each stage; all its jobs share them."""
 
     text: float
     denoise: float
@@ -104,15 +103,15 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """The picture of one job, and how it came about."""
+    """The image of one job and the facts of its batch."""
 
-    pixels: Pixels  # [height, width, 3] uint8 RGB; empty where `file` stands for it
+    pixels: Pixels  # [height, width, 3] uint8 RGB; empty with a `file`
     stages: StageSeconds
-    bucket: int  # the batch size that ran, padding included
+    bucket: int  # size of the batch that ran, padding included
     prompt_truncated: bool = False
     prompt_cached: bool = False
-    uncaptured: bool = False  # the engine keeps CUDA graphs, and has none for this batch
-    file: bytes | None = None  # JPEG or PNG, as the job asked for it, made on the card
+    uncaptured: bool = False  # the engine runs CUDA graphs and has none for this batch
+    file: bytes | None = None  # JPEG or PNG, encoded on the GPU
 
 
 Deliver = Callable[[int, RawImage], None]
@@ -120,10 +119,10 @@ Deliver = Callable[[int, RawImage], None]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine can run. Sizes are (width, height) in pixels.
+    """Sizes, steps and conditioning that an engine can run. Sizes are (width, height) in pixels.
 
-    `sizes` empty: every size whose sides are multiples of `multiple` within [min_side, max_side] and whose area is at
-    most max_pixels. Otherwise exactly those.
+    `sizes` empty allows every size with sides in [min_side, max_side] that `multiple` divides and an area of at most
+    max_pixels.
     """
 
     max_batch: int
@@ -135,7 +134,7 @@ class Limits:
     max_side: int = 2048
     max_pixels: int = 2048 * 2048
     conditioning: frozenset[Conditioning] = frozenset({"text"})
-    adapters: tuple[str, ...] = ()  # that a job may ask for; jobs of one batch may differ in them
+    adapters: tuple[str, ...] = ()  # names for Job.lora; jobs of one batch may choose different ones
 
     def allows_size(self, width: int, height: int) -> bool:
         if self.sizes:
@@ -145,8 +144,8 @@ class Limits:
         )
         return sides_fit and width * height <= self.max_pixels
 
-    def nearest_sizes(self, width: int, height: int, count: int = 3) -> list[tuple[int, int]]:
-        """The allowed sizes nearest to width x height, nearest first (by the sum of side differences)."""
+    def nearest_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
+        """Returns the three allowed sizes nearest to width x height (by the sum of side differences)."""
         if self.sizes:
             candidates = set(self.sizes)
         else:
@@ -155,21 +154,21 @@ class Limits:
             }
             candidates.add(self.default_size)
         distance = {size: abs(size[0] - width) + abs(size[1] - height) for size in candidates}
-        return sorted(candidates, key=lambda size: (distance[size], size))[:count]
+        return sorted(candidates, key=lambda size: (distance[size], size))[:3]
 
     def size_for_aspect_ratio(self, width: int, height: int) -> tuple[int, int]:
-        """The allowed size that is nearest to the shape of width x height, about as large as the default size."""
-        shape, area = width / height, self.default_size[0] * self.default_size[1]
-        near = (round(math.sqrt(area * shape)), round(math.sqrt(area / shape)))
+        """Returns the allowed size nearest to the aspect ratio width : height, about as large as the default size."""
+        ratio, area = width / height, self.default_size[0] * self.default_size[1]
+        near = (round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio)))
         candidates = set(self.sizes) or {
             (w, h) for w in self._sides_near(near[0]) for h in self._sides_near(near[1]) if self.allows_size(w, h)
         }
         candidates.add(self.default_size)
 
         def distance(size: tuple[int, int]) -> tuple[float, tuple[int, int]]:
-            """A shape that is wrong is worse than an area that is."""
-            wrong_area = abs(math.log(size[0] * size[1] / area))
-            return abs(math.log(size[0] / size[1] / shape)) + wrong_area / 4, size
+            """Weighs an error of the ratio four times as much as one of the area."""
+            area_error = abs(math.log(size[0] * size[1] / area))
+            return abs(math.log(size[0] / size[1] / ratio)) + area_error / 4, size
 
         return min(candidates, key=distance)
 
@@ -180,7 +179,7 @@ class Limits:
         return {min(max(s, smallest), largest) for s in (low - self.multiple, low, low + self.multiple)}
 
     def check(self, job: Job) -> None:
-        """Raises JobError, naming field, value and bounds, where the job is outside these limits."""
+        """Raises JobError, naming field, value and bounds, for a job outside these limits."""
         if not self.allows_size(job.width, job.height):
             nearest = ", ".join(f"{w}x{h}" for w, h in self.nearest_sizes(job.width, job.height))
             raise JobError(
@@ -200,15 +199,15 @@ class Limits:
 
     @property
     def max_adapters(self) -> int:
-        """That one job may ask for at once."""
+        """Largest number of adapters of one job."""
         return min(len(self.adapters), MAX_ADAPTERS)
 
     def _check_lora(self, lora: Sequence[tuple[str, float]]) -> None:
         names = [name for name, _ in lora]
         for name, scale in lora:
             if name not in self.adapters:
-                there = ", ".join(self.adapters) or "none; they are given at start, --lora NAME=PATH without a scale"
-                raise JobError(f"lora: got {name!r}, allowed: {there}")
+                allowed = ", ".join(self.adapters) or "none; they are given at start, --lora NAME=PATH without a scale"
+                raise JobError(f"lora: got {name!r}, allowed: {allowed}")
             if not abs(scale) <= MAX_ADAPTER_SCALE:
                 bounds = f"-{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}"
                 raise JobError(f"lora: got {scale} for {name!r}, allowed: a number from {bounds}")
@@ -218,8 +217,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What runs, and why it was chosen (`reasons`: choice -> one sentence). `start_s`: phase of the start -> seconds;
-    phases may have run side by side."""
+    """Description of a loaded engine. `reasons`: choice -> one sentence.
+
+    `start_s`: phase of the start -> seconds; phases may run in parallel. `replaced_kernels`: kernel of the GPU path ->
+    reason why PyTorch runs instead.
+    """
 
     checkpoint: str
     backend: str
@@ -231,13 +233,11 @@ class EngineInfo:
     guidance_trained: tuple[float, float] = (4.0, 5.0)
     max_prompt_tokens: int = 300
     start_s: dict[str, float] = field(default_factory=dict)
-    replaced_kernels: dict[str, str] = field(
-        default_factory=dict
-    )  # of the GPU path: kernel -> why PyTorch runs instead
+    replaced_kernels: dict[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):
-    """Text in, pixels out. One thread calls it; every call blocks."""
+    """Turns jobs into images. One thread calls it; every call blocks."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -246,12 +246,12 @@ class Engine(Protocol):
     def limits(self) -> Limits: ...
 
     def warmup(self) -> None:
-        """Runs every bucket once, so that no request pays for a first time."""
+        """Runs every bucket once, so that no request pays for a first run."""
 
     def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
-        """Makes the images of jobs that share one batch key, in order.
+        """Returns the images of jobs that share one batch key, in order.
 
-        deliver: is given each image with its job's index as soon as it is done, while the next ones are made.
+        deliver: called with the index and image of each job as soon as it is done, while later ones run.
 
         Raises JobError (outside the limits, or keys differ), OutOfMemoryError, OutputError.
         """
@@ -261,14 +261,13 @@ class Engine(Protocol):
 
 @runtime_checkable
 class ReportsMemory(Protocol):
-    """What an engine on a GPU can tell besides, in bytes by kind: `used` and `total` of the device, by whatever
-    process, and `reserved` by this engine."""
+    """An engine on a GPU. Bytes: `used` (by all processes) and `total` of the device, `reserved` by this engine."""
 
     def memory_bytes(self) -> Mapping[str, int]: ...
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to and including `largest` (which closes the list even where it is no power of two)."""
+    """Returns 1, 2, 4, ... and `largest`, which ends the tuple even if it is no power of two. Raises ValueError."""
     if largest < 1:
         raise ValueError(f"largest bucket: got {largest}, must be at least 1")
     sizes = [1]
@@ -278,10 +277,7 @@ def powers_of_two(largest: int) -> tuple[int, ...]:
 
 
 def smallest_fitting(count: int, buckets: tuple[int, ...]) -> int:
-    """The smallest of the ascending `buckets` that holds `count` jobs.
-
-    Raises ValueError where none does.
-    """
+    """Returns the smallest of the ascending `buckets` that holds `count` jobs. Raises ValueError without one."""
     position = bisect_left(buckets, count)
     if count < 1 or position == len(buckets):
         raise ValueError(f"a batch of {count} fits none of the buckets {', '.join(map(str, buckets))}")

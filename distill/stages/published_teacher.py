@@ -28,7 +28,6 @@ from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
-from engines.pipeline.embedding_cache import EmbeddingCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.pipeline.text_stage import TextStage, join
 from engines.types import Pixels
@@ -82,7 +81,7 @@ def open_published(name: str, device: torch.device, dtype: torch.dtype = torch.b
     weights.load_into("vae", autoencoder, dtype, device)
     weights.load_into("text_encoder", body, dtype, device)
     tokenizer = PromptTokenizer(weights.tokenizer(), INSTRUCTION, PROMPT_TOKENS)
-    stage = TextStage(tokenizer, TextEncoder(body, tokenizer.prefix), EmbeddingCache())
+    stage = TextStage(tokenizer, TextEncoder(body, tokenizer.prefix))
     return Published(folder, Teacher(with_guidance(transformer), PublishedCaptioner(stage)), autoencoder)
 
 

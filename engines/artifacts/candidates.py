@@ -1,4 +1,4 @@
-"""What could serve a checkpoint on this machine as a built engine: for each vendor, what to look for and how to build.
+"""Candidate engines for a checkpoint on this machine: per vendor, the requirements and the arguments of a build.
 
 Chooses nothing and builds nothing; the server does (server/loading).
 """
@@ -21,17 +21,17 @@ from engines.types import AdapterOption, powers_of_two
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one vendor could serve. `missing`: packages without which it is not built here."""
+    """An engine of one vendor. `missing`: packages that a build needs and that are not installed."""
 
     vendor: str
-    name: str  # of the folder to build into
+    name: str  # folder of a build
     requirements: EngineRequirements
-    arguments: tuple[str, ...]  # of build_engine.py, less --out
+    arguments: tuple[str, ...]  # of build_engine.py, without --out
     missing: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        """For a person who builds it by hand."""
+        """Returns the shell command that builds it."""
         return shlex.join(["python", "build_engine.py", *self.arguments])
 
 
@@ -44,7 +44,7 @@ class Candidates:
     sizes: tuple[tuple[int, int], ...]
     batch: int
     each: tuple[Candidate, ...]
-    why_none: str  # where `each` is empty
+    why_none: str  # reason if `each` is empty
 
 
 def has_gpu() -> bool:
@@ -65,51 +65,58 @@ def candidates(
     vendors: Sequence[Vendor] = VENDORS,
     installed: Installed = find_spec,
 ) -> Candidates:
-    """device, backend, precision: as engines.loader.load_engine takes them; sizes empty: the checkpoint's.
+    """Returns the candidates for `model`.
 
-    Raises CheckpointError.
+    device, backend, precision: as for engines.loader.load_engine. sizes empty: those of the checkpoint. Raises
+    CheckpointError.
     """
     checkpoint = open_checkpoint(model, decoder, variant)
-    fused, free = with_adapters(checkpoint, lora, {})
+    fused, selectable = with_adapters(checkpoint, lora, {})
     machine = this_machine()
     kind = (device or ("cuda" if has_gpu() else "cpu")).partition(":")[0]
     capability = None if kind == "cpu" else machine.capability
     precision = precision or ("fp32" if kind == "cpu" else "bf16")
     wanted_sizes = tuple(sizes) or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
-    serving = [one for one in vendors if one.serves(kind, capability, precision) and backend in ("auto", one.backend)]
-    able = [one for one in serving if one.can_run(installed)]
-    named = ", ".join(one.name for one in serving)
-    why_none = f"none of {named} is installed" if serving else f"no vendor serves {precision} on {kind}"
+    serving = [
+        vendor
+        for vendor in vendors
+        if vendor.serves(kind, capability, precision) and backend in ("auto", vendor.backend)
+    ]
+    able = [vendor for vendor in serving if vendor.can_run(installed)]
+    names = ", ".join(vendor.name for vendor in serving)
+    why_none = f"none of {names} is installed" if serving else f"no vendor serves {precision} on {kind}"
     if variant is not None:
         able, why_none = [], "engines are built of the plain weights, and --variant asks for others"
-    if free:
-        able, why_none = [], f"built engines hold adapters fused, and {free[0].name} is by request"
+    if selectable:
+        able, why_none = [], f"built engines hold adapters fused, and {selectable[0].name} is by request"
     sha256 = fused.weights.sha256() if able else ""
     each = []
-    for one in able:
-        version = package_versions(one.name).get(one.name)
+    for vendor in able:
+        version = package_versions(vendor.name).get(vendor.name)
         requirements = EngineRequirements(
             sha256,
-            one.name,
+            vendor.name,
             version,
             capability_text(capability) if capability else None,
             precision,
             wanted_sizes,
             max_batch,
         )
-        arguments = ["--model", model, *one.arguments, "--precision", precision]
+        arguments = ["--model", model, *vendor.arguments, "--precision", precision]
         arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in wanted_sizes)]
         arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
         arguments += ["--decoder", decoder] if decoder else []
         arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
         each.append(
-            Candidate(one.name, _name(model, requirements), requirements, tuple(arguments), one.missing(installed))
+            Candidate(
+                vendor.name, _name(model, requirements), requirements, tuple(arguments), vendor.missing(installed)
+            )
         )
     return Candidates(checkpoint, precision, wanted_sizes, max_batch, tuple(each), why_none)
 
 
 def _name(model: str, requirements: EngineRequirements) -> str:
-    """Of a folder: readable, and another one for whatever else is requirements."""
-    plain = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name).strip("-.") or "model"
+    """Returns the name of a folder: readable, and another one for other requirements."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name).strip("-.") or "model"
     digest = hashlib.sha256(repr(requirements).encode()).hexdigest()[:12]
-    return f"{plain}-{requirements.vendor}-{requirements.precision}-{digest}"
+    return f"{readable}-{requirements.vendor}-{requirements.precision}-{digest}"

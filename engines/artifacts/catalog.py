@@ -1,4 +1,4 @@
-"""A folder of folders of built engines: which of them fit, which are of old versions, and what may be removed."""
+"""A folder with the folders of built engines: finds fitting ones, lists all, removes those of old versions."""
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +12,7 @@ from engines.errors import ArtifactError
 
 @dataclass(frozen=True)
 class EngineRequirements:
-    """What an engine must be to serve here. Sizes are (width, height) in pixels."""
+    """Requirements that an engine must meet to serve here. Sizes are (width, height) in pixels."""
 
     checkpoint_sha256: str
     vendor: str
@@ -23,7 +23,7 @@ class EngineRequirements:
     batch: int  # the largest
 
     def mismatch(self, manifest: Manifest) -> str | None:
-        """The first thing that does not fit, in words; None where all does."""
+        """Returns the first difference in words; None if the engine fits."""
         if manifest.checkpoint_sha256 != self.checkpoint_sha256:
             return f"of other weights ({manifest.checkpoint_sha256[:12]}, wanted {self.checkpoint_sha256[:12]})"
         if (manifest.vendor, manifest.compute_capability) != (self.vendor, self.capability):
@@ -32,8 +32,8 @@ class EngineRequirements:
             return f"built by {self.vendor} {built or 'unknown'}, here is {self.version or 'none'}"
         if manifest.precision != self.precision:
             return f"in {manifest.precision}, wanted {self.precision}"
-        if absent := set(self.sizes) - set(manifest.sizes):
-            return "without " + ", ".join(f"{width}x{height}" for width, height in sorted(absent))
+        if missing := set(self.sizes) - set(manifest.sizes):
+            return "without " + ", ".join(f"{width}x{height}" for width, height in sorted(missing))
         if max(manifest.batches) < self.batch:
             return f"for batches of {max(manifest.batches)}, wanted {self.batch}"
         return None
@@ -41,7 +41,7 @@ class EngineRequirements:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One folder of engines. `old`: why no process of this version can run it."""
+    """One folder of engines. `outdated`: reason why no process of this version can run it."""
 
     path: Path
     manifest: Manifest | None
@@ -52,7 +52,7 @@ class CatalogEntry:
 def find_engine(
     folder: Path, requirements: EngineRequirements, without: Collection[Path] = ()
 ) -> tuple[Path | None, list[str]]:
-    """The engines in `folder` that fit, and why others do not: one line each."""
+    """Returns the first fitting engines in `folder` (but `without`), and one line for each that does not fit."""
     reasons: list[str] = []
     for path in _built(folder):
         try:
@@ -66,19 +66,19 @@ def find_engine(
 
 
 def list_engines(folder: Path) -> list[CatalogEntry]:
-    """Every folder of engines in `folder`, by name."""
-    found = []
+    """Returns every folder of engines in `folder`, by name."""
+    entries = []
     for path in _built(folder):
         try:
             manifest = read_manifest(path)
-            found.append(CatalogEntry(path, manifest, _why_outdated(manifest), _size(path)))
+            entries.append(CatalogEntry(path, manifest, _why_outdated(manifest), _size(path)))
         except ArtifactError as error:
-            found.append(CatalogEntry(path, None, f"not of format {FORMAT} ({error})", _size(path)))
-    return found
+            entries.append(CatalogEntry(path, None, f"not of format {FORMAT} ({error})", _size(path)))
+    return entries
 
 
 def prune(folder: Path) -> list[CatalogEntry]:
-    """Removes the engines of old versions, and gives them. Those of another vendor that is absent here stay."""
+    """Removes the engines of old versions and returns them. Engines of a vendor that is not installed stay."""
     removed = [entry for entry in list_engines(folder) if entry.outdated is not None]
     for entry in removed:
         shutil.rmtree(entry.path)

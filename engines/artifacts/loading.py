@@ -1,4 +1,4 @@
-"""Between a graph on disk and something that runs it: each backend's compiler and loader, by the manifest's words."""
+"""Opens built engines: checks a folder against its manifest and gives each graph to its backend."""
 
 import hashlib
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import capability_text, package_versions, this_machine
 from engines.errors import ParityError
 
-CACHE = "cache"  # folder for what a backend compiles when it loads; not part of the artifacts
+CACHE = "cache"  # folder of what backends compile at load; not part of the artifacts
 
 
 def open_artifact(backend: str, vendor: str, folder: Path, artifact: Artifact, scratch: Scratch) -> Graph:
-    """scratch: what the engines of one GPU share. Raises ArtifactError, BackendError."""
+    """Opens one artifact. scratch: memory that the engines of one GPU share. Raises ArtifactError, BackendError."""
     path = folder / artifact.files[0].name
-    cache = folder / CACHE / f"{path.stem}-{_digest(artifact)}"  # other files under the same names never meet
+    cache = folder / CACHE / f"{path.stem}-{_digest(artifact)}"  # other files of the same name get another cache
     if backend == "openvino":
         return OpenVinoGraph(path, cast(CpuPrecision, artifact.precision), artifact.batches, cache)
     jit_cache = cache.with_suffix(".jit")
@@ -49,7 +49,7 @@ def _digest(artifact: Artifact) -> str:
 
 @dataclass(frozen=True)
 class EngineModules:
-    """In place of the modules, at every size of the manifest."""
+    """Callables that replace the modules, at every size of the manifest."""
 
     transformer: TransformerAdapter
     decoder: DecoderAdapter
@@ -58,15 +58,20 @@ class EngineModules:
 
 @dataclass(frozen=True)
 class LoadedModules:
-    """Opened artifacts."""
+    """The opened artifacts of a folder."""
 
     manifest: Manifest
     dtype: torch.dtype  # of the transformer's inputs
     graphs: Mapping[ModuleName, Mapping[Side, Graph]]
 
     def new_context(self) -> EngineModules:
-        """Drop-ins with execution contexts of their own, as each CUDA graph needs them, on the same weights."""
-        own = {name: {side: _replica(graph) for side, graph in at.items()} for name, at in self.graphs.items()}
+        """Returns modules with execution contexts of their own, which each CUDA graph needs, on the same weights."""
+        own = {
+            name: {
+                side: graph.new_context() if isinstance(graph, TensorRtGraph) else graph for side, graph in at.items()
+            }
+            for name, at in self.graphs.items()
+        }
         return EngineModules(
             TransformerAdapter(only_built_sizes(own["transformer"]), self.manifest.tokens),
             DecoderAdapter(only_built_sizes(own["decoder"])),
@@ -75,10 +80,10 @@ class LoadedModules:
 
 
 def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -> LoadedModules:
-    """Everything in `folder`, checked: files, checkpoint, machine, on first load what could not be checked before, and
-    on every load what was compiled by an earlier process.
+    """Opens everything in `folder` and checks files, checkpoint and machine.
 
-    Raises ArtifactError, BackendError, ParityError.
+    Compares with the references: on the first load, engines that never ran; on every load, what an earlier process
+    compiled. Raises ArtifactError, BackendError, ParityError.
     """
     manifest = read_manifest(folder)
     check_fit(manifest, device)
@@ -86,30 +91,26 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
     graphs: dict[ModuleName, dict[Side, Graph]] = {name: {} for name in MODULES}
     scratch = Scratch(device)
-    kept: list[tuple[Artifact, OpenVinoGraph | TensorRtGraph]] = []
+    cached: list[tuple[Artifact, OpenVinoGraph | TensorRtGraph]] = []
     for artifact in manifest.artifacts:
         width, height = artifact.size
         unit = 1 if artifact.module == "encoder" else checkpoint.autoencoder.compression
         graph = open_artifact(manifest.backend, manifest.vendor, folder, artifact, scratch)
         graphs[artifact.module][height // unit, width // unit] = graph
         if isinstance(graph, OpenVinoGraph | TensorRtGraph) and graph.from_cache:
-            kept.append((artifact, graph))
+            cached.append((artifact, graph))
     dtype = module_dtype(manifest.precision)
     if manifest.backend == "openvino":
-        dtype = torch.float32  # it rounds inside
+        dtype = torch.float32  # OpenVINO rounds inside
     if not manifest.executed:
         _check_first_run(manifest, folder, graphs, dtype, device, checkpoint.autoencoder.compression)
-    for artifact, graph in kept:
-        _check_kept(manifest, folder, artifact, graph, dtype, device)
+    for artifact, graph in cached:
+        _check_cached(manifest, folder, artifact, graph, dtype, device)
     return LoadedModules(manifest, dtype, graphs)
 
 
-def _replica(graph: Graph) -> Graph:
-    return graph.new_context() if isinstance(graph, TensorRtGraph) else graph
-
-
 def check_fit(manifest: Manifest, device: torch.device) -> None:
-    """Raises ArtifactError where `manifest` is for another machine; needs no files."""
+    """Raises ArtifactError if `manifest` is for another machine; reads no files."""
     machine = this_machine()
     capability = capability_text(machine.capability) if device.type == "cuda" and machine.capability else None
     manifest.check_machine(machine.label, capability, package_versions(manifest.vendor))
@@ -123,7 +124,7 @@ def _check_first_run(
     device: torch.device,
     compression: int,
 ) -> None:
-    """Compares engines that never ran where they were built with the references that lie beside them."""
+    """Compares engines that did not run on the machine of their build with the references beside them."""
     precisions = {(artifact.module, artifact.size): artifact.precision for artifact in manifest.artifacts}
     for size, record in manifest.references.items():
         width, height = (int(side) for side in size.split("x"))
@@ -132,18 +133,18 @@ def _check_first_run(
             unit = 1 if name == "encoder" else compression
             return graphs[name][height // unit, width // unit]
 
-        found, picture = load_reference(folder / record.name).compare(at, dtype, device)
+        modules, image = load_reference(folder / record.name).compare(at, dtype, device)
         try:
-            for name, distance in found.items():
+            for name, distance in modules.items():
                 GATES[precisions[name, (width, height)]].check(f"{name} at {size}", distance)
-            PICTURE_GATES[manifest.precision].check(f"picture at {size}", picture)
+            PICTURE_GATES[manifest.precision].check(f"image at {size}", image)
         except ParityError as error:
             raise ParityError(
                 f"engine: first run on this machine: {error}; build it again: {manifest.command}"
             ) from error
 
 
-def _check_kept(
+def _check_cached(
     manifest: Manifest,
     folder: Path,
     artifact: Artifact,
@@ -151,15 +152,15 @@ def _check_kept(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Compares what came out of a cache, bucket by bucket, with the reference that lies beside it."""
+    """Compares a graph from a cache, bucket by bucket, with the reference beside it."""
     size = f"{artifact.size[0]}x{artifact.size[1]}"
     reference = load_reference(folder / manifest.references[size].name)
     inputs, expected = reference.inputs(artifact.module, dtype, device), reference.output(artifact.module)
     for bucket in graph.from_cache:
         rows = {name: _rows(value, bucket) for name, value in inputs.items()}
         try:
-            found = difference(_rows(expected, bucket), graph(rows)[0])
-            GATES[artifact.precision].check(f"{artifact.module} at {size} in batches of {bucket}", found)
+            distance = difference(_rows(expected, bucket), graph(rows)[0])
+            GATES[artifact.precision].check(f"{artifact.module} at {size} in batches of {bucket}", distance)
         except ParityError as error:
             raise ParityError(f"engine: compiled earlier: {error}; remove {folder / CACHE}") from error
 

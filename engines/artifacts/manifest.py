@@ -1,7 +1,7 @@
-"""manifest.json of a folder of built engines: what they were built from, for what, and how far they are off.
+"""manifest.json of a folder of built engines: checkpoint, machine, versions, files and parity.
 
-It is written last, so a folder with a manifest is whole. Everything that does not fit is an ArtifactError of one line:
-what differs, and the command that builds it again.
+A build writes it last, so a folder with a manifest is complete. A mismatch is an ArtifactError of one line: the
+difference and the command that builds the engines again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from engines.errors import ArtifactError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
-NATIVE = "native"  # the vendor of engines made of our own kernels
+NATIVE = "native"  # vendor of the engines of our own kernels
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,34 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path, folder: Path | None = None) -> "FileRecord":
-        """folder: the manifest's, where the file lies deeper in it."""
+        """Reads size and hash of a file. folder: the manifest's, if the file lies in a subfolder."""
         name = path.name if folder is None else path.relative_to(folder).as_posix()
         return cls(name, path.stat().st_size, sha256_of(path))
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One module at one size. `parity`: engines.backends.parity.Difference, the gate that was kept, and of what it was
-    taken."""
+    """One module at one size. `parity`: engines.backends.parity.Difference, the passed gate and the measured graph."""
 
     module: ModuleName
     size: tuple[int, int]  # (width, height) in pixels
     precision: str
-    batches: tuple[int, ...]  # its own buckets; a larger batch runs in pieces
+    batches: tuple[int, ...]  # its own buckets; it runs a larger batch in parts
     seconds: float
     files: tuple[FileRecord, ...]
     parity: Mapping[str, object]
-    details: Mapping[str, object]  # what the backend has to tell: layers per precision, activation memory
+    details: Mapping[str, object]  # of the backend: layers per precision, activation memory
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that decides whether the artifacts may run here. Sizes are (width, height) in pixels."""
+    """The facts that decide whether the artifacts may run here. Sizes are (width, height) in pixels."""
 
     checkpoint: str
     checkpoint_sha256: str
     decoder: str | None
     gpu: str
-    device: str  # name of the GPU, of the CPU, or of the target where it was built ahead of time
+    device: str  # name of the GPU or CPU; of the target, if built ahead of time
     compute_capability: str | None
     driver: str | None
     backend: str
@@ -70,23 +69,23 @@ class Manifest:
     steps: tuple[int, ...]
     tokens: int
     versions: Mapping[str, str]
-    executed: bool  # ran where it was built; otherwise it is compared with the references when it is first loaded
+    executed: bool  # the build ran it; otherwise its first load compares it with the references
     command: str
-    fingerprint: str  # of everything above, and of the code that builds
+    fingerprint: str  # of all inputs of the build, its code included
     seconds: float
     pictures: Mapping[str, Mapping[str, object]]  # "WxH" -> parity of the decoded image, end to end
     references: Mapping[str, FileRecord]  # "WxH" -> the fp32 inputs and outputs (engines.artifacts.reference)
     artifacts: tuple[Artifact, ...]
-    shared: tuple[FileRecord, ...] = ()  # what is no one module's: the text encoder, compiled kernels
-    adapters: tuple[tuple[str, float], ...] = ()  # fused: name and scale; their weights are in checkpoint_sha256
+    shared: tuple[FileRecord, ...] = ()  # files of no single module: text encoder, compiled kernels
+    adapters: tuple[tuple[str, float], ...] = ()  # fused: name, scale; checkpoint_sha256 includes their weights
     format: int = FORMAT
-    quality: Mapping[str, Mapping[str, object]] | None = None  # steps -> engines.build.paired_check, where asked for
+    quality: Mapping[str, Mapping[str, object]] | None = None  # steps -> engines.build.paired_check (--quality)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     def summary(self) -> dict[str, object]:
-        """All but the files of the kernels, which are hundreds."""
+        """Returns all but the hundreds of files of compiled kernels."""
         return {name: value for name, value in self.to_dict().items() if name != "shared"}
 
     @property
@@ -97,16 +96,16 @@ class Manifest:
     def write(self, folder: Path) -> None:
         (folder / MANIFEST_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-    def check_files(self, folder: Path, some: Iterable[FileRecord] | None = None) -> None:
-        """Raises ArtifactError where a file, or one of some, is absent, cut short or changed."""
-        for file in self.files if some is None else some:
+    def check_files(self, folder: Path, files: Iterable[FileRecord] | None = None) -> None:
+        """Raises ArtifactError if one of `files` (None: all) is missing, truncated or changed."""
+        for file in self.files if files is None else files:
             self.check_size(folder, file)
             path = folder / file.name
             if sha256_of(path) != file.sha256:
                 raise self.refusal(f"{path} was changed since it was built")
 
     def check_size(self, folder: Path, file: FileRecord) -> None:
-        """Raises ArtifactError where a file is absent or cut short."""
+        """Raises ArtifactError if a file is missing or truncated."""
         path = folder / file.name
         if not path.is_file():
             raise self.refusal(f"{path} is missing")
@@ -114,33 +113,33 @@ class Manifest:
             raise self.refusal(f"{path} has {path.stat().st_size} bytes, {file.bytes} were built")
 
     def check_versions(self, here: Mapping[str, str]) -> None:
-        """Raises ArtifactError where it was built by another version of one of these packages."""
+        """Raises ArtifactError if another version of one of these packages built it."""
         for name, version in here.items():
             if self.versions.get(name) != version:
                 raise self.refusal(f"built by {name} {self.versions.get(name)}, here is {version}")
 
     def check_checkpoint(self, name: str, sha256: str) -> None:
-        """Raises ArtifactError where the weights are not those it was built from, whatever they are called."""
+        """Raises ArtifactError if the build used other weights, whatever their name."""
         if sha256 != self.checkpoint_sha256:
             raise self.refusal(
                 f"built from {self.checkpoint} with weights {self.checkpoint_sha256[:12]}, and {name} has {sha256[:12]}"
             )
 
-    def check_adapters(self, given: Sequence[tuple[str, float]]) -> None:
-        """Raises ArtifactError where other adapters (name and scale) were fused than are given at start."""
-        if tuple(given) != self.adapters:
+    def check_adapters(self, adapters: Sequence[tuple[str, float]]) -> None:
+        """Raises ArtifactError if the fused adapters (name, scale) are others than those of the start."""
+        if tuple(adapters) != self.adapters:
             built, here = (
-                ", ".join(f"{name}:{scale:g}" for name, scale in some) or "none" for some in (self.adapters, given)
+                ", ".join(f"{name}:{scale:g}" for name, scale in pairs) or "none" for pairs in (self.adapters, adapters)
             )
             raise self.refusal(f"built with the adapters {built}, and started with {here} (--lora NAME=PATH:SCALE)")
 
     def command_with(self, adapters: Sequence[object]) -> str:
-        """The command that builds it again with these adapters (engines.types.AdapterOption) alone."""
+        """Returns the command that builds it again with exactly these adapters (engines.types.AdapterOption)."""
         plain = re.sub(r" --lora (?:'[^']*'|\S+)", "", self.command)
         return " ".join([plain, *(f"--lora {shlex.quote(str(adapter))}" for adapter in adapters)])
 
     def check_machine(self, machine: str, capability: str | None, versions: Mapping[str, str]) -> None:
-        """Raises ArtifactError where it was built for another GPU, or by another version of its vendor's package."""
+        """Raises ArtifactError if it is for another GPU, or another version of its vendor's package built it."""
         if self.compute_capability != capability:
             instead = "--gpu native" if capability else "--gpu cpu --precision fp32"
             command = re.sub(
@@ -156,13 +155,13 @@ class Manifest:
         if built != here and self.backend == "tensorrt":
             raise self.refusal(f"built by {self.vendor} {built}, here is {here or 'none'}")
 
-    def refusal(self, what: str) -> ArtifactError:
-        """To be raised: what differs, and the command that builds it again."""
-        return ArtifactError(f"engine: {what}; build it again: {self.command}")
+    def refusal(self, difference: str) -> ArtifactError:
+        """Returns an error with the difference and the command that builds the engines again."""
+        return ArtifactError(f"engine: {difference}; build it again: {self.command}")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ArtifactError where there is none, or one that this version did not write."""
+    """Reads manifest.json. Raises ArtifactError if it is missing, damaged or of another format."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ArtifactError(f"engine: {folder} has no {MANIFEST_FILE}; a folder made by build_engine.py is needed")
@@ -170,9 +169,9 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ArtifactError(f"engine: {path} is damaged ({error}); build it again with build_engine.py") from error
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise ArtifactError(f"engine: {path} has format {found}, this version reads {FORMAT}; build it again")
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT:
+        raise ArtifactError(f"engine: {path} has format {version}, this version reads {FORMAT}; build it again")
     try:
         return _manifest(values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -188,15 +187,15 @@ def _manifest(values: Mapping[str, Any]) -> Manifest:
     missing = {field.name for field in fields(Manifest) if field.default is MISSING} - values.keys()
     if missing:
         raise KeyError(*sorted(missing))
-    given = dict(values)
-    given["artifacts"] = tuple(_artifact(value) for value in values["artifacts"])
-    given["shared"] = tuple(FileRecord(**value) for value in values.get("shared", ()))
-    given["references"] = {size: FileRecord(**value) for size, value in values["references"].items()}
-    given["sizes"] = tuple(_pair(size) for size in values["sizes"])
-    given["adapters"] = tuple((str(name), float(scale)) for name, scale in values.get("adapters", ()))
+    arguments = dict(values)
+    arguments["artifacts"] = tuple(_artifact(value) for value in values["artifacts"])
+    arguments["shared"] = tuple(FileRecord(**value) for value in values.get("shared", ()))
+    arguments["references"] = {size: FileRecord(**value) for size, value in values["references"].items()}
+    arguments["sizes"] = tuple(_pair(size) for size in values["sizes"])
+    arguments["adapters"] = tuple((str(name), float(scale)) for name, scale in values.get("adapters", ()))
     for key in ("batches", "steps"):
-        given[key] = tuple(int(value) for value in values[key])
-    return Manifest(**given)
+        arguments[key] = tuple(int(value) for value in values[key])
+    return Manifest(**arguments)
 
 
 def _artifact(values: Mapping[str, Any]) -> Artifact:

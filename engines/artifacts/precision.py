@@ -1,4 +1,4 @@
-"""The type of each module at each precision of a build."""
+"""The dtype of each module at each precision of a build."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float1
 
 
 def module_precision(precision: str, name: ModuleName) -> str:
-    """Of one module: with fp8 only the transformer's matrix products take it, the autoencoder runs in fp16."""
+    """Returns the precision of one module: fp8 is for the transformer alone, the autoencoder runs in fp16 then."""
     return "fp16" if precision == "fp8" and name != "transformer" else precision
 
 
 def module_dtype(precision: str) -> torch.dtype:
-    """Of a module's weights and half-precision inputs; fp8 graphs are fp16 graphs with quantised products."""
+    """Returns the dtype of weights and half-precision inputs; fp8 graphs are fp16 graphs with quantised products."""
     return DTYPES["fp16" if precision == "fp8" else precision]

@@ -1,8 +1,7 @@
-"""The fp32 reference of one size: what the modules make of real prompts, kept beside the engines that must equal it.
+"""The fp32 reference of one size: inputs and outputs of the modules on real prompts, stored beside the engines.
 
-One chain: noise and text through the transformer to a velocity, the clean latent through the decoder to pixels, the
-pixels through the encoder. Every engine is compared on the inputs that the reference gave, and the two in a row on the
-picture.
+The transformer turns noise and text into a velocity, the decoder the clean latent into pixels, the encoder the pixels
+into a latent. `compare` runs each engine on the reference's inputs, and transformer and decoder together.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ _INPUTS: Mapping[ModuleName, tuple[str, ...]] = {
 }
 _OUTPUT: Mapping[ModuleName, str] = {"transformer": "velocity", "decoder": "pixels", "encoder": "encoded"}
 _ARGUMENT = {"clean": "latent"}
-_HALVES = ("latent", "text")  # inputs in the transformer's type; the others have one type in every precision
+_HALVES = ("latent", "text")  # inputs in the transformer's dtype; the others have the same in every precision
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,13 @@ class Reference:
     tensors: Mapping[str, Tensor]
 
     def inputs(self, name: ModuleName, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Arguments of `name`'s forward; dtype: of the transformer."""
-        found = {}
+        """Returns the arguments of `name`'s forward; dtype: of the transformer."""
+        arguments = {}
         for key in _INPUTS[name]:
             value = self.tensors[key]
             value = value.to(dtype) if name == "transformer" and key in _HALVES else value
-            found[_ARGUMENT.get(key, key)] = value.to(device)
-        return found
+            arguments[_ARGUMENT.get(key, key)] = value.to(device)
+        return arguments
 
     def output(self, name: ModuleName) -> Tensor:
         return self.tensors[_OUTPUT[name]]
@@ -53,14 +52,14 @@ class Reference:
     def compare(
         self, open_graph: Callable[[ModuleName], Graph], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> tuple[dict[ModuleName, Difference], Difference]:
-        """How far each module is, and the picture of transformer and decoder together.
+        """Returns the difference of each module, and that of the image of transformer and decoder together.
 
-        open_graph is asked for one module at a time, so that no two need to be in memory. Raises ParityError where the
-        decoder calls a picture not finite.
+        Opens one graph at a time, so that no two are in memory. Raises ParityError if the decoder reports an image that
+        is not finite.
         """
         graph = open_graph("transformer")
         velocity = graph(self.inputs("transformer", dtype, device))[0].cpu()
-        found: dict[ModuleName, Difference] = {"transformer": difference(self.output("transformer"), velocity)}
+        differences: dict[ModuleName, Difference] = {"transformer": difference(self.output("transformer"), velocity)}
         del graph
         graph = open_graph("decoder")
         pixels, finite = graph(self.inputs("decoder", dtype, device))
@@ -68,24 +67,24 @@ class Reference:
             raise ParityError(
                 "decoder: NaN or infinity where the fp32 reference is finite; build with --precision bf16"
             )
-        found["decoder"] = difference(self.output("decoder"), pixels)
-        picture = graph({"latent": self._clean(velocity).to(device)})[0]
+        differences["decoder"] = difference(self.output("decoder"), pixels)
+        image = graph({"latent": self._clean(velocity).to(device)})[0]
         del graph
         graph = open_graph("encoder")
         encoded = graph(self.inputs("encoder", dtype, device))[0]
-        found["encoder"] = difference(self.output("encoder"), encoded)
-        return found, difference(self.output("decoder"), picture)
+        differences["encoder"] = difference(self.output("encoder"), encoded)
+        return differences, difference(self.output("decoder"), image)
 
     def _clean(self, velocity: Tensor) -> Tensor:
         return clean_latent(self.tensors["latent"], velocity, self.tensors["timestep"])
 
     def save(self, path: Path) -> None:
         save_file({key: value.contiguous() for key, value in self.tensors.items()}, path)
-        path.chmod(0o644)  # safetensors leaves it to its owner alone; who serves may be another
+        path.chmod(0o644)  # safetensors makes it private; the server may run as another user
 
 
 def load_reference(path: Path) -> Reference:
-    """Raises ArtifactError where the file cannot be read."""
+    """Reads a reference. Raises ArtifactError."""
     try:
         return Reference(load_file(path))
     except (SafetensorError, OSError) as error:
@@ -93,13 +92,15 @@ def load_reference(path: Path) -> Reference:
 
 
 def clean_latent(x_flow: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
-    """engines.sampler's last line: [B, C, h, w] in fp32."""
+    """Returns the clean latent [B, C, h, w] in fp32, as the last line of engines.sampler.sample."""
     return x_flow - time[:, None, None, None] * velocity.float()
 
 
 def reference_inputs(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_FM of `noise` [B, C, h, w], t_FM [B] and guidance [B]: the first row starts from pure noise, the next ones at
-    the later angles of a longer schedule, each under another guidance, so that no input is a constant."""
+    """Returns x_FM of `noise` [B, C, h, w], t_FM [B] and guidance [B].
+
+    The first row starts from pure noise, the others at later angles. Guidance differs too, so no input is a constant.
+    """
     rows = noise.shape[0]
     angle = torch.linspace(torch.pi / 2, 1.3, rows) if rows > 1 else torch.tensor([torch.pi / 2])
     time = flow_time(angle)
@@ -108,21 +109,23 @@ def reference_inputs(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def max_activations(module: nn.Module) -> Iterator[dict[str, float]]:
-    """The largest absolute value that goes into or comes out of each part of `module` while the block runs, by its
-    name. What is computed inside a part and in fp32 in every precision does not show."""
-    seen: dict[str, float] = {}
+    """Yields submodule name -> its largest absolute input or output during the block.
+
+    Values that a submodule computes inside itself, which are fp32 in every precision, do not count.
+    """
+    peaks: dict[str, float] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             for value in (*inputs, output):
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    seen[name] = max(seen.get(name, 0.0), float(value.abs().max()))
+                    peaks[name] = max(peaks.get(name, 0.0), float(value.abs().max()))
 
         return hook
 
     handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
     try:
-        yield seen
+        yield peaks
     finally:
         for handle in handles:
             handle.remove()

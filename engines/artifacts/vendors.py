@@ -1,4 +1,4 @@
-"""Who can make engines, one entry each: what it needs here, how it is asked to build, and what it serves."""
+"""Vendors of engines: the packages they need, their arguments of build_engine.py, and what they serve."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _CARD_PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class Vendor:
-    """An entry of VENDORS. `name` and `backend` are the words of its manifests."""
+    """An entry of VENDORS. `name` and `backend` stand in its manifests."""
 
     name: str
     backend: str
@@ -24,21 +24,21 @@ class Vendor:
     runs_with: tuple[str, ...]  # packages, as imported
     builds_with: tuple[str, ...]  # packages beside them
     never_on: tuple[Capability, ...] = ()
-    gives_way_to: str | None = None  # a package in whose presence build_engine.py asks another vendor
+    gives_way_to: str | None = None  # if this package is installed, build_engine.py takes another vendor
 
     def can_run(self, installed: Installed = find_spec) -> bool:
         gives_way = self.gives_way_to is not None and installed(self.gives_way_to) is not None
         return not gives_way and all(installed(name) is not None for name in self.runs_with)
 
     def missing(self, installed: Installed = find_spec) -> tuple[str, ...]:
-        """Packages without which nothing is built here."""
+        """Returns the packages that a build needs and that are not installed."""
         return tuple(name for name in (*self.runs_with, *self.builds_with) if installed(name) is None)
 
     def serves(self, device: str, capability: Capability | None, precision: str) -> bool:
         return device == self.device and precision in self.precisions and capability not in self.never_on
 
 
-# In the order in which they are asked. Where several can run, the faster one serves.
+# In the order of preference. If several can run, the fastest one serves.
 VENDORS = (
     Vendor("openvino", "openvino", "cpu", ("fp32", "bf16"), ("--gpu", "cpu"), ("openvino",), _EXPORT),
     Vendor("tensorrt", "tensorrt", "cuda", _CARD_PRECISIONS, ("--gpu", "native"), ("tensorrt",), _EXPORT),

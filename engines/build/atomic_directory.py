@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears complete or not at all."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFB
 
 @contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which becomes `out` when the block ends and is removed when it fails.
+    """Yields an empty folder that becomes `out` at the end of the block, and that an error removes.
 
-    What killed builds left beside `out` is removed first. Raises BuildError where `out` is something else than a folder
-    of engines, DiskFullError where there is no room.
+    Removes the leftovers of killed builds first. Raises BuildError if `out` is no folder of engines, DiskFullError
+    without room.
     """
     out = out.absolute()
     if out.exists() and not (out / MANIFEST_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -33,7 +33,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         yield folder
         _publish(folder, out)
     except Exception as error:
-        if (reason := _FULL.get(_number(error))) is not None:
+        if (reason := _FULL.get(_errno(error))) is not None:
             free = shutil.disk_usage(out.parent).free / 1e9
             raise DiskFullError(
                 f"out: {reason} while writing {out} ({free:.1f} GB free there); nothing was left behind"
@@ -45,16 +45,16 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _number(error: Exception) -> int:
-    """What the system said, also where it is told in words, as safetensors does; 0 where it was not the system."""
+def _errno(error: Exception) -> int:
+    """Returns the error number of the system, also from the text of an error of safetensors; 0 for other errors."""
     if isinstance(error, OSError):
         return error.errno or 0
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else 0
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else 0
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Puts `folder` in the place of `out`. Between the two renames there is no `out`, never half a one."""
+    """Replaces `out` by `folder`. Between the two renames `out` is absent, never partial."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -69,7 +69,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Removes the folders of builds whose process is gone; of a replaced one, puts the engines back if `out` is not."""
+    """Removes the folders of builds whose process has ended; restores replaced engines if `out` is missing."""
     for path in sorted(out.parent.glob(f".{escape(out.name)}.*-*")):
         kind, _, process = path.name.removeprefix(f".{out.name}.").partition("-")
         if kind not in ("building", "replaced") or not process.isdecimal() or _alive(int(process)):

@@ -1,7 +1,7 @@
-"""From a checkpoint to a folder of engines: reference, export, compilation, parity gate, manifest; all or nothing.
+"""Builds a folder of engines from a checkpoint: reference, export, compilation, parity gates, manifest.
 
-Order: the fp32 reference of every size first, then each module once in its own precision, so that no two large modules
-are in memory together. A build whose inputs have not changed does nothing.
+The fp32 reference of every size comes first, then each module once in its own precision, so that no two large modules
+are in memory together. A failed build leaves nothing behind. A build without changed inputs does nothing.
 """
 
 import gc
@@ -47,10 +47,10 @@ from engines.models.folding import fold
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline.calibration import calibration_prompts
 
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next
+Progress = Callable[[int, int, str], None]  # steps done, number of steps, text of the next step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-TIMING = "timing.cache"  # TensorRT's, carried from the engines that a build replaces to those it makes
+TIMING = "timing.cache"  # TensorRT's; a build takes it over from the engines that it replaces
 _FP16_LARGEST = 65504
 _FP8_SHARE = 0.85
 _VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino", "tensorrt", "tensorrt_rtx")
@@ -58,21 +58,21 @@ _VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "modelopt", "openvino
 
 @dataclass(frozen=True)
 class BuildResult:
-    """The manifest, and whether anything had to be done for it."""
+    """The manifest; `changed` is False if the engines existed."""
 
     manifest: Manifest
     changed: bool
 
 
 def no_progress(done: int, total: int, text: str) -> None:
-    """A Progress that nobody watches."""
+    """A Progress that shows nothing."""
 
 
 def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
-    """Builds what `spec` asks for, or finds that it is there.
+    """Builds the engines of `spec`, or returns the manifest of existing ones with equal inputs.
 
-    Raises BuildError (refused, failed or disk full), ParityError (built, and too far from the reference),
-    CheckpointError, BackendError. Nothing is left behind then; engines that were in `out` stay as they were.
+    Raises BuildError (refused, failed or disk full), ParityError (too far from the reference), CheckpointError,
+    BackendError. An error leaves nothing behind and keeps the engines in `out`.
     """
     machine = this_machine()
     target = resolve(spec.gpu, spec.precision, machine, vendor=spec.vendor)
@@ -91,9 +91,9 @@ def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
         started = time.perf_counter()
         if (spec.out / TIMING).is_file():
             shutil.copy(spec.out / TIMING, folder)
-        work = _Build(spec, checkpoint, target, folder, progress)
-        references = work.references()
-        output = native_output(work, references) if target.vendor == NATIVE else work.output(references)
+        run = _Build(spec, checkpoint, target, folder, progress)
+        references = run.references()
+        output = native_output(run, references) if target.vendor == NATIVE else run.output(references)
         manifest = Manifest(
             checkpoint=spec.model,
             checkpoint_sha256=sha256,
@@ -114,11 +114,11 @@ def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
             command=spec.command,
             fingerprint=fingerprint,
             seconds=round(time.perf_counter() - started, 1),
-            pictures=output.pictures,
+            pictures=output.image_parity,
             references={size_label(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
             artifacts=output.artifacts,
             shared=output.shared,
-            adapters=tuple((one.name, one.scale or 0.0) for one in spec.lora),
+            adapters=tuple((option.name, option.scale or 0.0) for option in spec.lora),
         )
         manifest.write(folder)
     return BuildResult(manifest, changed=True)
@@ -136,7 +136,7 @@ class _Graph:
 
 @dataclass
 class _Build:
-    """One build under way, in its temporary folder."""
+    """One build in progress, in its temporary folder."""
 
     spec: BuildSpec
     checkpoint: Checkpoint
@@ -144,13 +144,13 @@ class _Build:
     folder: Path
     progress: Progress
     done: int = 0
-    precisions: dict[ModuleName, str] = field(default_factory=dict)  # settled by the reference
-    reasons: dict[ModuleName, str] = field(default_factory=dict)  # for a precision that was not asked for
-    layers: dict[Key, dict[str, object]] = field(default_factory=dict)  # what the inspector tells of built engines
+    precisions: dict[ModuleName, str] = field(default_factory=dict)  # decided by the reference
+    reasons: dict[ModuleName, str] = field(default_factory=dict)  # for a precision other than the requested one
+    layers: dict[Key, dict[str, object]] = field(default_factory=dict)  # from TensorRT's inspector
 
     @property
     def total(self) -> int:
-        """Steps. Each size: reference of 2 modules, then export, compilation and parity of 3; native: parity alone."""
+        """Number of steps. A size has 2 references, then export, compilation, parity of 3 modules; native: parity."""
         if self.target.vendor == NATIVE:
             return NATIVE_STEPS + len(self.spec.sizes) * (2 + len(MODULES))
         return len(self.spec.sizes) * (2 + 3 * len(MODULES))
@@ -160,12 +160,12 @@ class _Build:
         self.done += 1
 
     def references(self) -> dict[Size, Path]:
-        """The fp32 reference of each size, on disk; settles the precision of each module."""
+        """Writes the fp32 reference of each size and decides the precision of each module. Returns the paths."""
         rows = min(2, max(self.spec.batches))
         texts = calibration_prompts(self.checkpoint).rows(rows)
-        found: dict[Size, dict[str, Tensor]] = {}
+        tensors_of: dict[Size, dict[str, Tensor]] = {}
         module: nn.Module = self.checkpoint.load_transformer(torch.float32, CPU)
-        with torch.inference_mode(), max_activations(module) as seen:
+        with torch.inference_mode(), max_activations(module) as peaks:
             for size in self.spec.sizes:
                 self.step(f"reference of the transformer at {size_label(size)}")
                 shape = self.shape(size)
@@ -174,46 +174,46 @@ class _Build:
                 inputs = {"latent": latent, "text": texts.states, "timestep": time_, "guidance": guidance}
                 inputs["text_mask"] = texts.mask
                 velocity = module(**inputs)
-                found[size] = {**inputs, "velocity": velocity, "clean": clean_latent(latent, velocity, time_)}
-        self.choose_precision("transformer", seen)
+                tensors_of[size] = {**inputs, "velocity": velocity, "clean": clean_latent(latent, velocity, time_)}
+        self.choose_precision("transformer", peaks)
         del module
         autoencoder = self.checkpoint.load_autoencoder(torch.float32, CPU)
         decoder, encoder = PixelDecoder(autoencoder), PixelEncoder(autoencoder)
-        with torch.inference_mode(), max_activations(decoder) as seen, max_activations(encoder) as seen_encoding:
-            for size, tensors in found.items():
+        with torch.inference_mode(), max_activations(decoder) as peaks, max_activations(encoder) as encoder_peaks:
+            for size, tensors in tensors_of.items():
                 self.step(f"reference of the autoencoder at {size_label(size)}")
-                # Row by row, because the largest stage of one row alone takes gigabytes at full size.
+                # Row by row, because one row takes gigabytes at full size.
                 tensors["pixels"] = torch.cat([decoder(row[None])[0] for row in tensors["clean"]])
                 tensors["encoded"] = torch.cat([encoder(row[None]) for row in tensors["pixels"]])
-        self.choose_precision("decoder", seen)
-        self.choose_precision("encoder", seen_encoding)
-        paths = {size: self.folder / _reference_file(size) for size in found}
+        self.choose_precision("decoder", peaks)
+        self.choose_precision("encoder", encoder_peaks)
+        paths = {size: self.folder / _reference_file(size) for size in tensors_of}
         for size, path in paths.items():
-            Reference(found[size]).save(path)
+            Reference(tensors_of[size]).save(path)
         return paths
 
     def output(self, references: Mapping[Size, Path]) -> BuildOutput:
-        """Everything by way of ONNX, for the compiler of another vendor."""
+        """Returns the artifacts of a vendor that compiles ONNX graphs."""
         graphs = self.graphs()
         if not self.target.executable:
-            parity, pictures = self.parity(references, lambda name, size: OnnxGraph(graphs[name, size].path), "graph")
+            parity, image_parity = self.parity(references, lambda *key: OnnxGraph(graphs[key].path), "graph")
         compiled = self.compiled(graphs)
         if self.target.executable:
-            parity, pictures = self.parity(references, lambda name, size: self.open(compiled[name, size]), "engine")
-        details = {key: {**made.details, **self.layers.get(key, {})} for key, made in compiled.items()}
-        artifacts = (replace(made, parity=parity[key], details=details[key]) for key, made in compiled.items())
-        return BuildOutput(tuple(artifacts), pictures)
+            parity, image_parity = self.parity(references, lambda *key: self.open(compiled[key]), "engine")
+        details = {key: {**artifact.details, **self.layers.get(key, {})} for key, artifact in compiled.items()}
+        artifacts = (replace(artifact, parity=parity[key], details=details[key]) for key, artifact in compiled.items())
+        return BuildOutput(tuple(artifacts), image_parity)
 
-    def choose_precision(self, name: ModuleName, seen: Mapping[str, float]) -> None:
-        """The precision of one module: as asked for, but bf16 for an autoencoder that overflows fp16.
+    def choose_precision(self, name: ModuleName, peaks: Mapping[str, float]) -> None:
+        """Sets the precision of one module: the requested one, or bf16 for an autoencoder that overflows fp16.
 
-        Upstream advises bf16 or fp32 for the autoencoder; published ones are known to overflow (diffusers issues 9982,
-        10241). Raises BuildError where it is the transformer that overflows.
+        Upstream advises bf16 or fp32 for the autoencoder; published ones overflow (diffusers issues 9982, 10241).
+        Raises BuildError if the transformer overflows.
         """
         if self.target.vendor == NATIVE:
-            return  # bf16 throughout, and no number of a checkpoint overflows that
+            return  # always bf16, which no value of a checkpoint overflows
         precision = module_precision(self.spec.precision, name)
-        part, peak = max(seen.items(), key=lambda pair: pair[1])
+        part, peak = max(peaks.items(), key=lambda pair: pair[1])
         if module_dtype(precision) == torch.float16 and peak * 2 > _FP16_LARGEST:
             reason = f"{name}.{part} reaches {peak:.0f} on real prompts, and fp16 holds {_FP16_LARGEST}"
             if name == "transformer":
@@ -223,19 +223,19 @@ class _Build:
         self.precisions[name] = precision
 
     def graphs(self) -> dict[Key, _Graph]:
-        """Every module at every size as ONNX, each module loaded once."""
-        found: dict[Key, _Graph] = {}
+        """Exports every module at every size to ONNX; loads each module once."""
+        graphs: dict[Key, _Graph] = {}
         for name in MODULES:
             module = self.module(name)
             for size in self.spec.sizes:
                 self.step(f"export of the {name} at {size_label(size)}")
-                found[name, size] = self.export(module, name, size)
+                graphs[name, size] = self.export(module, name, size)
             del module
             gc.collect()
-        return found
+        return graphs
 
     def export(self, module: nn.Module, name: ModuleName, size: Size) -> _Graph:
-        """Raises BuildError where fp8 was asked for and reaches too little of the arithmetic."""
+        """Exports one module at one size. Raises BuildError if fp8 covers too little of the arithmetic."""
         started = time.perf_counter()
         path = self.folder / f"{name}-{size_label(size)}.onnx"
         inputs = example_inputs(name, self.shape(size), 2, self.dtype(name))
@@ -252,7 +252,7 @@ class _Build:
         return _Graph(path, time.perf_counter() - started, share)
 
     def module(self, name: ModuleName) -> nn.Module:
-        """One module in the precision that is to run."""
+        """Returns one module in its chosen precision."""
         dtype = self.dtype(name)
         if name == "transformer" and self.precisions[name] == "fp8":
             self.progress(self.done, self.total, "calibration of the transformer")
@@ -269,28 +269,29 @@ class _Build:
         return PixelDecoder(autoencoder)
 
     def compiled(self, graphs: Mapping[Key, _Graph]) -> dict[Key, Artifact]:
-        """The artifacts, still without their parity; the graphs are removed."""
-        found: dict[Key, Artifact] = {}
+        """Compiles the graphs and removes them. Returns the artifacts, without their parity."""
+        artifacts: dict[Key, Artifact] = {}
         for (name, size), graph in graphs.items():
             self.step(f"compilation of the {name} at {size_label(size)}")
             started = time.perf_counter()
             batches = self.batches(name, size)
-            made = compile_graph(self.target, graph.path, graph.path.with_suffix(""), batches, self.folder / TIMING)
+            result = compile_graph(self.target, graph.path, graph.path.with_suffix(""), batches, self.folder / TIMING)
             for path in onnx_files(graph.path):
                 path.unlink()
             seconds = round(graph.seconds + time.perf_counter() - started, 1)
-            files = tuple(FileRecord.of(path) for path in made.files)
+            files = tuple(FileRecord.of(path) for path in result.files)
             share = {} if graph.fp8_share is None else {"fp8_share": round(graph.fp8_share, 4)}
-            details = {**made.details, **share, **({"reason": self.reasons[name]} if name in self.reasons else {})}
-            found[name, size] = Artifact(name, size, self.precisions[name], batches, seconds, files, {}, details)
-        return found
+            details = {**result.details, **share, **({"reason": self.reasons[name]} if name in self.reasons else {})}
+            precision = self.precisions[name]
+            artifacts[name, size] = Artifact(name, size, precision, batches, seconds, files, {}, details)
+        return artifacts
 
     def parity(
         self, references: Mapping[Size, Path], open_graph: Callable[[ModuleName, Size], Graph], of: str
     ) -> tuple[dict[Key, dict[str, object]], dict[str, dict[str, object]]]:
-        """Distances and kept gates, of the modules and of the pictures. Raises ParityError."""
+        """Returns distances and passed gates of the modules and of the images. Raises ParityError."""
         modules: dict[Key, dict[str, object]] = {}
-        pictures: dict[str, dict[str, object]] = {}
+        image_parity: dict[str, dict[str, object]] = {}
         for size, path in references.items():
 
             def opened(name: ModuleName, size: Size = size) -> Graph:
@@ -298,23 +299,23 @@ class _Build:
                 return open_graph(name, size)
 
             device = GPU if of == "engine" and self.target.capability else CPU
-            found, picture = load_reference(path).compare(opened, self.dtype("transformer"), device)
-            for name, distance in found.items():
+            distances, image = load_reference(path).compare(opened, self.dtype("transformer"), device)
+            for name, distance in distances.items():
                 gate = GATES[self.precisions[name]].check(f"{name} at {size_label(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
-            gate = PICTURE_GATES[self.spec.precision].check(f"picture at {size_label(size)}", picture)
-            pictures[size_label(size)] = {**picture.to_dict(), "gate": gate, "of": of}
-        return modules, pictures
+            gate = PICTURE_GATES[self.spec.precision].check(f"image at {size_label(size)}", image)
+            image_parity[size_label(size)] = {**image.to_dict(), "gate": gate, "of": of}
+        return modules, image_parity
 
     def open(self, artifact: Artifact) -> Graph:
-        """Notes what the inspector tells of it."""
+        """Opens an artifact and stores the layers that TensorRT's inspector reports."""
         graph = open_artifact(self.target.backend, self.target.vendor, self.folder, artifact, Scratch(GPU))
         if isinstance(graph, TensorRtGraph):
             self.layers[artifact.module, artifact.size] = {"layers_by_precision": graph.layers_by_precision()}
         return graph
 
     def batches(self, name: ModuleName, size: Size) -> tuple[int, ...]:
-        """The buckets; for the autoencoder on a GPU only those whose activations leave the card room for the rest."""
+        """Returns the buckets; for the autoencoder on a GPU only those whose activations fit beside the rest."""
         if name not in ("decoder", "encoder"):
             return self.spec.batches
         item = module_dtype(self.precisions[name]).itemsize
@@ -322,7 +323,7 @@ class _Build:
 
     def dtype(self, name: ModuleName) -> torch.dtype:
         if self.target.backend == "openvino":
-            return torch.float32  # it rounds inside
+            return torch.float32  # OpenVINO rounds inside
         return module_dtype(self.precisions[name])
 
     def shape(self, size: Size) -> StaticShape:
@@ -336,7 +337,7 @@ def _reference_file(size: Size) -> str:
 
 
 def _unchanged(out: Path, fingerprint: str) -> Manifest | None:
-    """What lies in `out`, if it is whole and was built from exactly this."""
+    """Returns the manifest in `out` if its files are intact and it has this fingerprint."""
     try:
         manifest = read_manifest(out)
         if manifest.fingerprint != fingerprint:

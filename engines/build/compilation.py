@@ -1,4 +1,4 @@
-"""An exported graph compiled for a target, each backend by its own compiler."""
+"""Compiles an exported graph for a target by the compiler of its backend."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from engines.build.targets import Target
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a backend made of one graph, beside it."""
+    """The files of one compiled graph, and details of its backend."""
 
     files: Sequence[Path]
     details: Mapping[str, object] = field(default_factory=dict)

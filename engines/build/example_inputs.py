@@ -1,6 +1,6 @@
-"""Seeded inputs for one module: what a graph is traced with, and what an engine is compared on.
+"""Seeded inputs of a module, for the trace of a graph and the comparison of engines.
 
-Every input matters in them: rows differ in time, guidance and length of text, so that no constant can stand in for one.
+Rows differ in time, guidance and length of text, so that a graph with a constant in place of an input fails.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from engines.backends.base import ModuleName
 
 @dataclass(frozen=True)
 class StaticShape:
-    """What is fixed in a module's inputs; only the batch stays open. Height and width are the latent's, in cells."""
+    """The fixed sizes of a module's inputs; only the batch is dynamic. Height and width are the latent's, in cells."""
 
     height: int
     width: int
@@ -24,14 +24,14 @@ class StaticShape:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """(height, width) of the picture."""
+        """(height, width) of the image."""
         return self.height * self.compression, self.width * self.compression
 
 
 def example_inputs(
     name: ModuleName, shape: StaticShape, batch: int, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Keyword arguments for `name`'s forward, on the CPU; `dtype` is the transformer's."""
+    """Returns keyword arguments for `name`'s forward, on the CPU; `dtype` is the transformer's."""
     generator = torch.Generator().manual_seed(seed)
     if name == "encoder":
         size = (batch, *shape.pixels, 3)
@@ -39,13 +39,13 @@ def example_inputs(
     latent = torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator)
     if name == "decoder":
         return {"latent": latent}
-    kept = shape.tokens - torch.arange(batch) % max(1, shape.tokens // 2)
+    lengths = shape.tokens - torch.arange(batch) % max(1, shape.tokens // 2)
     inputs = {
         "latent": latent.to(dtype),
         "text": torch.randn(batch, shape.tokens, shape.caption_channels, generator=generator).to(dtype),
         "timestep": torch.linspace(1, 0.4, batch),
         "guidance": torch.linspace(0.45, 0.4, batch),
-        "text_mask": torch.arange(shape.tokens) < kept[:, None],
+        "text_mask": torch.arange(shape.tokens) < lengths[:, None],
     }
     if name == "controlled":
         inputs["control"] = torch.randn(latent.shape, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""How much of a graph's matrix arithmetic has fp8 inputs, counted from the graph itself."""
+"""The share of a graph's matrix arithmetic that has fp8 inputs, counted from the graph."""
 
 from collections.abc import Mapping
 from math import prod
@@ -9,7 +9,7 @@ _PASSED_THROUGH = {"Transpose", "Reshape", "Cast"}  # between a quantised weight
 
 
 def fp8_share(path: Path) -> float:
-    """Multiplications in MatMul, Gemm and Conv whose both factors are dequantised E4M3, over all of them; batch 1."""
+    """Returns the share of multiplications in MatMul, Gemm and Conv with two dequantised E4M3 factors, at batch 1."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -18,7 +18,7 @@ def fp8_share(path: Path) -> float:
     del model.graph.value_info[:]
     del model.graph.output[0].type.tensor_type.shape.dim[:]
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {  # what is left open anywhere is the batch
+    shapes = {  # the only dynamic dimension is the batch
         value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
         for value in [*graph.value_info, *graph.input, *graph.output]
     }
@@ -39,7 +39,7 @@ def fp8_share(path: Path) -> float:
 
 
 def _multiplications(node: Any, shapes: Mapping[str, list[int]]) -> int:
-    """Output values times the products that each sums. Raises KeyError where the graph tells no shape."""
+    """Returns output values times the products that each sums. Raises KeyError without a shape in the graph."""
     out, weight = shapes[node.output[0]], shapes[node.input[1]]
     if node.op_type == "Conv":
         return prod(out) * prod(weight[1:])

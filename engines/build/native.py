@@ -1,7 +1,7 @@
-"""A native engine from a checkpoint: our own kernels compiled for a card, weights laid out for them, held to the gates.
+"""Builds a native engine: our kernels compiled for a GPU, and weights laid out for them.
 
-Parity is that of the kernels' references on the CPU, in the precision served; each kernel is compared with its
-reference on the card when a server starts.
+The gates hold the kernels' references on the CPU, in the served precision. A server compares each kernel with its
+reference on the GPU when it starts.
 """
 
 import time
@@ -25,9 +25,9 @@ from engines.errors import BuildError
 from engines.pipeline.calibration import PROMPTS
 from engines.pipeline.text_stage import load_text_stage
 
-# engines.artifacts.native needs Triton, which a CPU's environment may not have, so it is imported inside functions.
+# engines.artifacts.native needs Triton, which is optional on a CPU, so functions import it.
 
-NATIVE_STEPS = 5  # of a build, whatever its sizes: text, modules, scales, files, kernels
+NATIVE_STEPS = 5  # of a build at any number of sizes: text, modules, scales, files, kernels
 CPU = torch.device("cpu")
 # Of the text encoder against PyTorch's module, both in bf16: two roundings apart.
 _TEXT_GATE = Gate(sqnr_db=25)
@@ -36,15 +36,15 @@ _OF = "kernels' references on a CPU"
 
 @dataclass(frozen=True)
 class BuildOutput:
-    """What a vendor's build gives to the manifest."""
+    """The artifacts of a vendor's build for the manifest. image_parity: "WxH" -> parity of the decoded image."""
 
     artifacts: tuple[Artifact, ...]
-    pictures: Mapping[str, Mapping[str, object]]
+    image_parity: Mapping[str, Mapping[str, object]]
     shared: tuple[FileRecord, ...] = ()
 
 
 class BuildContext(Protocol):
-    """A build under way (engines.build.builder)."""
+    """A build in progress (engines.build.builder)."""
 
     spec: BuildSpec
     checkpoint: Checkpoint
@@ -61,8 +61,8 @@ def native_versions() -> dict[str, str]:
 
 
 @torch.inference_mode()
-def native_output(work: BuildContext, references: Mapping[Size, Path]) -> BuildOutput:
-    """Writes all but the manifest into the work's folder. Raises BuildError, ParityError."""
+def native_output(build: BuildContext, references: Mapping[Size, Path]) -> BuildOutput:
+    """Writes all but the manifest into the build's folder. Raises BuildError, ParityError."""
     from engines.artifacts.native.compiling import CompileRequest, compile_kernels
     from engines.artifacts.native.loading import KERNELS, NativeInfo, code_digest, file_stamps
     from engines.artifacts.native.offline import c_compiler
@@ -72,56 +72,56 @@ def native_output(work: BuildContext, references: Mapping[Size, Path]) -> BuildO
     from engines.kernels.op import Ops
     from engines.pipeline.native import NativeBackend
 
-    c_compiler()  # missed now, not after an hour
-    spec, checkpoint, folder = work.spec, work.checkpoint, work.folder
-    against = why_not(checkpoint.autoencoder)
-    if spec.precision == "fp8" and against is not None:
-        raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {against}; use bf16")
+    c_compiler()  # fails now, not after an hour
+    spec, checkpoint, folder = build.spec, build.checkpoint, build.folder
+    reason = why_not(checkpoint.autoencoder)
+    if spec.precision == "fp8" and reason is not None:
+        raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {reason}; use bf16")
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
     files: dict[str, tuple[FileRecord, ...]] = {}
     ranges: list[list[float]] = []
 
-    def save_component(name: str, made: object) -> None:
+    def save_component(name: str, module: object) -> None:
         blank = skeleton(checkpoint, NativeBackend(kernels.ops, checkpoint.autoencoder), ranges).memory[name]
-        files[name] = tuple(FileRecord.of(path) for path in save({name: blank}, {name: made}, folder, name))
+        files[name] = tuple(FileRecord.of(path) for path in save({name: blank}, {name: module}, folder, name))
 
-    work.step("text encoder")
+    build.step("text encoder")
     stage = load_text_stage(checkpoint, DTYPE, CPU)
     prompts = [stage.tokenizer.encode(prompt).tokens for prompt in PROMPTS[:2]]
     expected = torch.cat(stage.encoder.encode(prompts)).float()
     stage = kernels.text(stage)
-    found = difference(expected, torch.cat(stage.encoder.encode(prompts)).float())
-    text = {**found.to_dict(), "gate": _TEXT_GATE.check("text encoder", found), "of": _OF}
+    distance = difference(expected, torch.cat(stage.encoder.encode(prompts)).float())
+    text = {**distance.to_dict(), "gate": _TEXT_GATE.check("text encoder", distance), "of": _OF}
     save_component("text", stage.encoder)
-    work.step("weights of the transformer and the autoencoder")
+    build.step("weights of the transformer and the autoencoder")
     modules = modules_of(checkpoint, kernels, CPU)
     if spec.precision == "fp8":
-        work.step("scales of 8 bits")
+        build.step("scales of 8 bits")
         kernels.to_fp8(checkpoint, stage, checkpoint.settings.default_size, CPU)
         decoder = modules["decoder"]
         assert isinstance(decoder, CudaDecoder)
         ranges = decoder.ranges
     del stage
-    parity, pictures = _parity(work, modules, references)
-    work.step("files of weights")
+    parity, image_parity = _parity(build, modules, references)
+    build.step("files of weights")
     for name, module in modules.items():
         save_component(name, module)
     del modules
-    work.step(f"kernels for {work.target.gpu}")
-    assert work.target.capability is not None
+    build.step(f"kernels for {build.target.gpu}")
+    assert build.target.capability is not None
     cache = folder / KERNELS
-    no_room = compile_kernels(
+    unfit = compile_kernels(
         CompileRequest(
-            spec.model, spec.decoder, spec.sizes, spec.batches, ranges, work.target.capability, str(cache.absolute())
+            spec.model, spec.decoder, spec.sizes, spec.batches, ranges, build.target.capability, str(cache.absolute())
         ),
         spec.jobs,
     )
-    about = NativeInfo(code_digest(), file_stamps(checkpoint.weights), ranges, text).write(folder)
+    info = NativeInfo(code_digest(), file_stamps(checkpoint.weights), ranges, text).write(folder)
     compiled = (FileRecord.of(path, folder) for path in sorted(cache.rglob("*")) if path.is_file())
     seconds = round(time.perf_counter() - started, 1)
     details = {name: {"reason": kernels.reasons[name]} for name in MODULES if name in kernels.reasons}
-    if no_room:
-        details["transformer"] = {**details.get("transformer", {}), "no_room_for": ", ".join(sorted(no_room))}
+    if unfit:
+        details["transformer"] = {**details.get("transformer", {}), "no_room_for": ", ".join(sorted(unfit))}
     artifacts = tuple(
         Artifact(
             *(name, size, _precision(spec, name), spec.batches, seconds, files[name]),
@@ -131,45 +131,45 @@ def native_output(work: BuildContext, references: Mapping[Size, Path]) -> BuildO
         for name in MODULES
         for size in spec.sizes
     )
-    return BuildOutput(artifacts, pictures, (*files["text"], FileRecord.of(about), *compiled))
+    return BuildOutput(artifacts, image_parity, (*files["text"], FileRecord.of(info), *compiled))
 
 
 def _parity(
-    work: BuildContext, modules: Mapping[ModuleName, Callable[..., Any]], references: Mapping[Size, Path]
+    build: BuildContext, modules: Mapping[ModuleName, Callable[..., Any]], references: Mapping[Size, Path]
 ) -> tuple[dict[tuple[ModuleName, Size], dict[str, object]], dict[str, dict[str, object]]]:
-    """Distances and kept gates, of modules and of pictures. Raises ParityError."""
-    found: dict[tuple[ModuleName, Size], dict[str, object]] = {}
-    pictures: dict[str, dict[str, object]] = {}
+    """Returns distances and passed gates of modules and of images. Raises ParityError."""
+    parity: dict[tuple[ModuleName, Size], dict[str, object]] = {}
+    image_parity: dict[str, dict[str, object]] = {}
     for size, path in references.items():
 
         def opened(name: ModuleName, size: Size = size) -> Graph:
-            work.step(f"parity of the {name} at {size_label(size)}")
+            build.step(f"parity of the {name} at {size_label(size)}")
             return _RowByRow(modules[name])
 
-        distances, picture = load_reference(path).compare(opened, torch.bfloat16)
+        distances, image = load_reference(path).compare(opened, torch.bfloat16)
         for name, distance in distances.items():
-            gate = INT8_GATE if _precision(work.spec, name) == "fp8" else GATES["bf16"]
-            kept = gate.check(f"{name} at {size_label(size)}", distance)
-            found[name, size] = {**distance.to_dict(), "gate": kept, "of": _OF}
-        kept = PICTURE_GATES[work.spec.precision].check(f"picture at {size_label(size)}", picture)
-        pictures[size_label(size)] = {**picture.to_dict(), "gate": kept, "of": _OF}
-    return found, pictures
+            gate = INT8_GATE if _precision(build.spec, name) == "fp8" else GATES["bf16"]
+            passed = gate.check(f"{name} at {size_label(size)}", distance)
+            parity[name, size] = {**distance.to_dict(), "gate": passed, "of": _OF}
+        passed = PICTURE_GATES[build.spec.precision].check(f"image at {size_label(size)}", image)
+        image_parity[size_label(size)] = {**image.to_dict(), "gate": passed, "of": _OF}
+    return parity, image_parity
 
 
 class _RowByRow:
-    """A Graph over a module that takes one job at a time, as pictures at full size take gigabytes each."""
+    """A Graph that runs a module one job at a time, as one image at full size takes gigabytes."""
 
     def __init__(self, module: Callable[..., Any]):
         self._module = module
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        made = []
+        rows = []
         for row in range(next(iter(inputs.values())).shape[0]):
             outputs = self._module(**{name: value[row : row + 1] for name, value in inputs.items()})
-            made.append(outputs if isinstance(outputs, tuple) else (outputs,))
-        return [torch.cat(parts) for parts in zip(*made, strict=True)]
+            rows.append(outputs if isinstance(outputs, tuple) else (outputs,))
+        return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
 def _precision(spec: BuildSpec, name: ModuleName) -> str:
-    """With fp8 it is the decoder's convolutions that take it."""
+    """Returns the precision of a module: fp8 is for the decoder's convolutions alone."""
     return "fp8" if spec.precision == "fp8" and name == "decoder" else "bf16"

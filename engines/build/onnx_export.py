@@ -1,9 +1,8 @@
-"""Modules to ONNX: strongly typed, batch open, height, width and text length fixed.
+"""Exports modules to ONNX: strongly typed, with a dynamic batch and fixed height, width and text length.
 
-The types of the graph are those of the torch module it is traced from: give one of the precision that is to run. What
-the module computes in fp32 (norm statistics, linear attention, time embedding) stays fp32. Constants of fixed shapes
-(positions, concatenated weights) are folded. Time and guidance stay inputs, because every job chooses its guidance and
-image-to-image its time. Source of the route: torch.onnx, dynamo exporter.
+The graph has the dtypes of the torch module: export one in the precision that runs. Computations of the module in fp32
+(norm statistics, linear attention, time embedding) stay fp32. The export folds constants of fixed shapes (positions,
+concatenated weights). Time and guidance stay inputs, because jobs choose them. Source: torch.onnx, dynamo exporter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from engines.backends.base import ModuleName
 from engines.backends.quiet import quiet
@@ -28,12 +27,6 @@ OUTPUTS: Mapping[ModuleName, tuple[str, ...]] = {
 _LARGEST_BATCH = 64
 
 
-def export_program(module: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    """torch.export with one open batch for all `inputs`, which must hold at least two rows."""
-    with quiet():
-        return torch.export.export(module.eval(), (), dict(inputs), dynamic_shapes=_open_batch(inputs))
-
-
 def export_onnx(
     module: nn.Module,
     name: ModuleName,
@@ -41,13 +34,13 @@ def export_onnx(
     path: Path,
     translations: Mapping[Any, Any] | None = None,
 ) -> None:
-    """Writes `module` to `path` (and `path`.data beside it where it is over 2 GB), named inputs and outputs.
+    """Writes `module` to `path`, and to `path`.data beside it above 2 GB. inputs: at least two rows.
 
-    translations: how custom torch operators become ONNX (engines.build.quantization). Raises BuildError where the
-    package is missing or an operator has no translation; OSError where the disk is full.
+    translations: custom torch operator -> its ONNX (engines.build.quantization). Raises BuildError for a missing
+    package or translation, OSError of the disk.
     """
     try:
-        import onnx  # noqa: F401  # torch imports it late, with a message of its own
+        import onnx  # noqa: F401  # torch would import it later, with another message
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise BuildError(f"export: the package {error.name} is missing; pip install '.[build]'") from error
@@ -60,7 +53,7 @@ def export_onnx(
                 (),
                 kwargs=dict(inputs),
                 dynamo=True,
-                dynamic_shapes=_open_batch(inputs),
+                dynamic_shapes=_dynamic_batch(inputs),
                 output_names=list(OUTPUTS[name]),
                 opset_version=OPSET,
                 optimize=False,  # see _fold
@@ -75,17 +68,17 @@ def export_onnx(
 
 
 def onnx_files(path: Path) -> Sequence[Path]:
-    """The graph and, where the weights lie beside it, their file."""
+    """Returns the graph and the file of its weights, if they lie beside it."""
     data = path.with_name(path.name + ".data")
     return [path, data] if data.exists() else [path]
 
 
 def _fold(model: Any) -> None:
-    """Constants computed, helpers inlined, dead nodes removed; and no more.
+    """Computes constants, inlines functions and removes dead nodes.
 
-    torch's own `optimize` would also run onnxscript's rewrite rules, one of which takes any constant below 1e-8 for a
-    zero and drops "x + 1e-15" (onnxscript/rewriter/_pattern_ir.py, abs_tol): linear attention then divides 0 by 0
-    wherever no feature of a query is positive.
+    torch's own `optimize` would also run onnxscript's rewrite rules. One of them takes constants below 1e-8 for zeros
+    and drops "x + 1e-15" (onnxscript/rewriter/_pattern_ir.py, abs_tol). Linear attention then divides 0 by 0 for a
+    query without a positive feature.
     """
     from onnxscript import optimizer
 
@@ -95,13 +88,13 @@ def _fold(model: Any) -> None:
         optimizer.remove_unused_nodes(model)
 
 
-def _open_batch(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+def _dynamic_batch(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     return {key: {0: batch} for key in inputs}
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what lies deepest, because the exporter wraps it in advice."""
+    """Returns the first line of the innermost error, which the exporter wraps in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]

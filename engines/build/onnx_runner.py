@@ -1,7 +1,7 @@
-"""An exported graph, executed on the CPU by onnxruntime: what a graph computes, before any engine is made of it.
+"""Runs an exported graph on the CPU with onnxruntime, to compare it before a vendor compiles it.
 
-bf16, for which onnxruntime has no CPU kernels, is emulated: every operator runs in fp32 and its result is rounded to
-bf16, which is what a GPU kernel with an fp32 accumulator does.
+onnxruntime has no CPU kernels for bf16. Each operator therefore runs in fp32 and rounds its result to bf16, as a GPU
+kernel with an fp32 accumulator does.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from engines.errors import BuildError
 
 
 class OnnxGraph:
-    """Callable on named torch inputs; gives the outputs in the graph's order, on the CPU.
+    """A callable from named torch inputs to the outputs in the graph's order, on the CPU.
 
-    Raises BuildError where the graph is refused.
+    Raises BuildError for an invalid graph.
     """
 
     def __init__(self, path: Path):
@@ -25,9 +25,11 @@ class OnnxGraph:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()  # a number, or it pins its threads to cores
+        options.intra_op_num_threads = (
+            torch.get_num_threads()
+        )  # without a number, onnxruntime pins its threads to cores
         options.log_severity_level = 3
-        emulated = path.with_name(path.stem + ".emulated.onnx")  # beside the weights that it refers to
+        emulated = path.with_name(path.stem + ".emulated.onnx")  # beside its weights
         try:
             onnx.checker.check_model(str(path))
             header = onnx.load(str(path), load_external_data=False)
@@ -41,11 +43,10 @@ class OnnxGraph:
             emulated.unlink(missing_ok=True)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        wanted = {node.name: node.type for node in self._session.get_inputs()}
         feed = {}
-        for name, kind in wanted.items():
-            value = inputs[name].detach().cpu()
-            feed[name] = (value.float() if kind == "tensor(float)" else value).numpy()
+        for node in self._session.get_inputs():
+            value = inputs[node.name].detach().cpu()
+            feed[node.name] = (value.float() if node.type == "tensor(float)" else value).numpy()
         return [torch.from_numpy(value) for value in self._session.run(None, feed)]
 
 
@@ -57,7 +58,7 @@ def _has_bf16(model: Any) -> bool:
 
 
 def _emulate_bf16(model: Any) -> Any:
-    """The same graph with every operator in fp32 between casts from and to bf16; fp32 inputs and outputs."""
+    """Returns the graph with each operator in fp32 between casts from and to bf16; inputs and outputs are fp32."""
     from onnx import TensorProto, helper
 
     graph = model.graph
@@ -66,8 +67,8 @@ def _emulate_bf16(model: Any) -> Any:
     rounded |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
     nodes = []
 
-    def cast(source: str, target: str, kind: int) -> None:
-        nodes.append(helper.make_node("Cast", [source], [target], to=kind))
+    def cast(source: str, target: str, dtype: int) -> None:
+        nodes.append(helper.make_node("Cast", [source], [target], to=dtype))
 
     for value in graph.input:
         if value.name in rounded:

@@ -1,4 +1,4 @@
-"""What a build is asked for: completed from the checkpoint, as a command line, and as a fingerprint."""
+"""The request of a build, with defaults from the checkpoint, its command line and its fingerprint."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".c", ".h")
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What build_engine.py is asked for. sizes empty: the checkpoint's own."""
+    """The request of a build. sizes empty: those of the checkpoint."""
 
     model: str
     gpu: str
@@ -29,19 +29,20 @@ class BuildSpec:
     batches: tuple[int, ...] = (1, 2, 4, 8)
     steps: tuple[int, ...] = (1, 2, 4)
     decoder: str | None = None
-    vendor: str | None = None  # one of engines.build.targets.VENDORS; None: what is installed decides
+    vendor: str | None = None  # one of engines.build.targets.VENDORS; None: decided by the installed packages
     jobs: int = 1  # processes that compile kernels
-    lora: tuple[AdapterOption, ...] = ()  # fused; without a scale at 1
+    lora: tuple[AdapterOption, ...] = ()  # fused; scale None means 1
+    quality: bool = False  # compare images after the build (engines.build.paired_check)
 
     @property
     def command(self) -> str:
-        """The line that builds this again."""
+        """Returns the shell command that builds it again."""
         parts = ["python", "build_engine.py", "--model", self.model, "--gpu", self.gpu, "--precision", self.precision]
         parts += ["--out", str(self.out), "--sizes", ",".join(f"{width}x{height}" for width, height in self.sizes)]
         parts += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
         parts += ["--vendor", self.vendor] if self.vendor else []
         parts += ["--decoder", self.decoder] if self.decoder else []
-        return shlex.join(parts + [word for one in self.lora for word in ("--lora", str(one))])
+        return shlex.join(parts + [word for option in self.lora for word in ("--lora", str(option))])
 
 
 def size_label(size: Size) -> str:
@@ -49,7 +50,7 @@ def size_label(size: Size) -> str:
 
 
 def with_checkpoint_defaults(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSpec:
-    """`spec` with the checkpoint's sizes where it has none, and everything ascending. Raises BuildError."""
+    """Returns `spec` with the checkpoint's sizes if it has none, and all lists ascending. Raises BuildError."""
     sizes = spec.sizes or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
     unit = math.lcm(32, checkpoint.autoencoder.compression)
     for size in sizes:
@@ -59,20 +60,19 @@ def with_checkpoint_defaults(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSp
         if not values or not all(1 <= value <= largest for value in values):
             raise BuildError(f"{name}: got {','.join(map(str, values)) or 'none'}, allowed 1 to {largest}")
     batches, steps = tuple(sorted(set(spec.batches))), tuple(sorted(set(spec.steps)))
-    lora = tuple(one._replace(scale=1.0) if one.scale is None else one for one in spec.lora)
+    lora = tuple(option._replace(scale=1.0) if option.scale is None else option for option in spec.lora)
     return replace(spec, sizes=tuple(sorted(set(sizes))), batches=batches, steps=steps, lora=lora)
 
 
 def fingerprint_of(spec: BuildSpec, target: Target, checkpoint_sha256: str, versions: Mapping[str, str]) -> str:
-    """Of everything that decides what is built: the request, the weights, the packages and this code."""
-    digest = hashlib.sha256(
-        repr((replace(spec, out=Path(), jobs=1), target, checkpoint_sha256, sorted(versions.items()))).encode()
-    )
+    """Returns the hash of all inputs of a build: request, weights, packages and this code."""
+    request = replace(spec, out=Path(), jobs=1, quality=False)
+    digest = hashlib.sha256(repr((request, target, checkpoint_sha256, sorted(versions.items()))).encode())
     for path in sources(ENGINES):
         digest.update(f"{path.relative_to(ENGINES)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def sources(engines: Path) -> list[Path]:
-    """Every source below the folder of the engines, so that a changed model, backend or kernel builds anew."""
+    """Returns every source below the folder of the engines; a change of any of them causes a new build."""
     return sorted(path for path in engines.rglob("*") if path.suffix in _SOURCES and path.is_file())

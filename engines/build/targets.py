@@ -1,4 +1,4 @@
-"""What `--gpu` and `--precision` may mean together on this machine, and by which vendor's compiler."""
+"""Resolves `--gpu`, `--precision` and `--vendor` to a target for this machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,27 +17,27 @@ VENDORS = ("tensorrt", NATIVE)
 CPU_PRECISIONS = ("fp32", "bf16")
 NATIVE_PRECISIONS = ("bf16", "fp8")
 GPU_PRECISIONS = ("fp16", "bf16", "fp8", "fp32")
-_LIVE_TENSORS = 4.5  # of full resolution at once in the decoder: 1.2 GB planned for one 1024x1024 row in fp16
+_LIVE_TENSORS = 4.5  # at full resolution in the decoder: TensorRT plans 1.2 GB for one 1024x1024 row in fp16
 _AUTOENCODER_SHARE = 1 / 8  # of the card's memory
-# The first compute capability with the arithmetic.
+# The lowest compute capability with the arithmetic.
 _NEEDS: Mapping[str, Capability] = {"fp32": (7, 5), "fp16": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where an engine is to run and what compiles it."""
+    """The device and the compiler of an engine."""
 
-    gpu: str  # as asked for
+    gpu: str  # value of --gpu
     backend: str  # "openvino", "tensorrt" or "cuda-graph"
     vendor: str  # the package that compiles: openvino, tensorrt, tensorrt_rtx; or native
     capability: Capability | None  # None: the CPU
-    executable: bool  # here, where it is built
+    executable: bool  # on the machine of the build
     memory: float | None = None  # bytes of the card
 
     def autoencoder_batches(
         self, batches: Sequence[int], size: tuple[int, int], config: AutoencoderConfig, item: int
     ) -> tuple[int, ...]:
-        """Of `batches`, those whose activations (`item` bytes a number) leave the card room for the rest."""
+        """Returns the `batches` whose activations (`item` bytes a number) take an eighth of the memory at most."""
         if self.memory is None:
             return tuple(batches)
         widths, depths = config.decoder_block_out_channels, config.decoder_layers_per_block
@@ -53,9 +53,9 @@ def resolve(
     installed: Callable[[str], object | None] = find_spec,
     vendor: str | None = None,
 ) -> Target:
-    """vendor: one of VENDORS; None is TensorRT where a kind of it is installed, else native.
+    """Returns the target. vendor: one of VENDORS; None is TensorRT if a package of it is installed, else native.
 
-    Raises BuildError naming what is allowed here, or what is missing; BackendError on a CPU without `precision`.
+    Raises BuildError with the allowed values or the missing package; BackendError on a CPU without `precision`.
     """
     if vendor not in (None, *VENDORS):
         raise BuildError(f"vendor: got {vendor!r}, allowed {', '.join(VENDORS)}")
@@ -65,7 +65,7 @@ def resolve(
         if precision not in CPU_PRECISIONS:
             allowed = ", ".join(CPU_PRECISIONS)
             raise BuildError(f"precision: got {precision!r}, a CPU engine is built in {allowed}")
-        _need("openvino", "openvino", installed)
+        _require("openvino", "openvino", installed)
         check_cpu(cast(CpuPrecision, precision))
         return Target(gpu, "openvino", "openvino", None, executable=True)
     if vendor == NATIVE or (vendor is None and not (installed("tensorrt") or installed("tensorrt_rtx"))):
@@ -78,18 +78,18 @@ def resolve(
             f"precision: compute capability {capability_text(capability)} has no {precision} arithmetic, "
             f"{capability_text(_NEEDS[precision])} or newer has; use fp16"
         )
-    on_the_card = machine.capability == capability
-    memory = machine.memory if on_the_card else _MEMORY[gpu]
-    if on_the_card and (installed("tensorrt") or not installed("tensorrt_rtx")):
-        _need("tensorrt", "tensorrt", installed)
+    executable = machine.capability == capability
+    memory = machine.memory if executable else _MEMORY[gpu]
+    if executable and (installed("tensorrt") or not installed("tensorrt_rtx")):
+        _require("tensorrt", "tensorrt", installed)
         return Target(gpu, "tensorrt", "tensorrt", capability, executable=True, memory=memory)
     if capability == (9, 0):
         raise BuildError(
             f"gpu: TensorRT builds for an H100 on an H100 only, and this machine has {machine.label}; "
             "TensorRT for RTX, which can build ahead of time, does not know compute capability 9.0; use --vendor native"
         )
-    _need("tensorrt_rtx", "tensorrt-rtx", installed)
-    return Target(gpu, "tensorrt", "tensorrt_rtx", capability, executable=on_the_card, memory=memory)
+    _require("tensorrt_rtx", "tensorrt-rtx", installed)
+    return Target(gpu, "tensorrt", "tensorrt_rtx", capability, executable=executable, memory=memory)
 
 
 def _native(gpu: str, precision: str, machine: Machine, installed: Callable[[str], object | None]) -> Target:
@@ -114,11 +114,11 @@ def _capability(gpu: str, machine: Machine) -> Capability:
         raise BuildError(f"gpu: got {gpu!r}, allowed {', '.join(GPUS)}, native, cpu")
     if machine.capability is None:
         raise BuildError(
-            f"gpu: native means the card of this machine, which has {machine.label}; here: {', '.join(GPUS)}, cpu"
+            f"--gpu native needs an NVIDIA GPU and none was found; use {', '.join(GPUS)} (ahead of time) or cpu"
         )
     return machine.capability
 
 
-def _need(package: str, extra: str, installed: Callable[[str], object | None]) -> None:
+def _require(package: str, extra: str, installed: Callable[[str], object | None]) -> None:
     if not installed(package):
         raise BuildError(f"build: the package {package} is missing; pip install '.[{extra}]'")

@@ -1,9 +1,8 @@
-"""A SANA-Sprint checkpoint: found, read, checked, and turned into modules.
+"""Finds, reads and checks a SANA-Sprint checkpoint, and loads its modules.
 
-A checkpoint is named by a folder in the diffusers layout, a hub id (`org/name` or `org/name@revision`), a short name of
-SHORT_NAMES, or `random:<size>[:<seed>]` for seeded random weights at full size. Everything that does not fit is a
-CheckpointError of one line: what was found, what is needed. An optional `sprint.json` in the folder holds what the
-published layout has no place for; see Settings.
+The name of a checkpoint is a folder in the diffusers layout, a hub id (`org/name` or `org/name@revision`), a short name
+of SHORT_NAMES, or `random:<size>[:<seed>]` for seeded random weights at full size. A mismatch is a CheckpointError of
+one line: the value got and the value needed. An optional `sprint.json` holds our own fields; see SprintConfig.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ _PARTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
 
 @dataclass(frozen=True)
 class SprintConfig:
-    """What `sprint.json` may say; published checkpoints have none, and the defaults hold. Sizes are width, height."""
+    """Fields of `sprint.json`. Published checkpoints have none and use the defaults. Sizes are (width, height)."""
 
     instruction: bool = True
     max_prompt_tokens: int = 300
@@ -40,7 +39,7 @@ class SprintConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SprintConfig":
-        """Raises ValueError naming the key that is unknown or of the wrong form."""
+        """Raises ValueError for a key that is unknown or of the wrong form."""
         checks: dict[str, Callable[[Any], bool]] = {
             "instruction": lambda v: isinstance(v, bool),
             "max_prompt_tokens": lambda v: type(v) is int and v >= 2,
@@ -56,8 +55,8 @@ class SprintConfig:
         return cls(**{key: _frozen(value) for key, value in values.items()})
 
 
-def _is_pair(value: object, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, kinds) for v in value)
+def _is_pair(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, types) for v in value)
 
 
 def _is_size(value: object) -> bool:
@@ -70,7 +69,7 @@ def _frozen(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configs are read and agree with one another; weights are read by the load_ methods."""
+    """A checkpoint with read and matching configs. The load_ methods read the weights."""
 
     name: str
     settings: SprintConfig
@@ -80,12 +79,12 @@ class Checkpoint:
     weights: WeightSource
 
     def __post_init__(self) -> None:
-        """Raises CheckpointError where two parts do not fit together."""
-        latents, wanted = self.autoencoder.latent_channels, self.transformer.in_channels
-        if not wanted == self.transformer.out_channels == latents:
+        """Raises CheckpointError if two components do not fit."""
+        latents, channels = self.autoencoder.latent_channels, self.transformer.in_channels
+        if not channels == self.transformer.out_channels == latents:
             raise CheckpointError(
-                f"{self.name}: the transformer has {wanted} channels in, {self.transformer.out_channels} out, and the "
-                f"autoencoder {latents}; all must agree"
+                f"{self.name}: the transformer has {channels} channels in, {self.transformer.out_channels} out, and "
+                f"the autoencoder {latents}; all must agree"
             )
         if self.text.get("hidden_size") != self.transformer.caption_channels:
             raise CheckpointError(
@@ -111,7 +110,7 @@ class Checkpoint:
         return module.eval()
 
     def load_text_body(self, dtype: torch.dtype, device: torch.device) -> GemmaBody:
-        """The Gemma-2 body, to be wrapped in models.text_encoder.TextEncoder."""
+        """Returns the Gemma-2 body for models.text_encoder.TextEncoder."""
         try:
             config = GemmaConfig.from_dict(self.text)
         except ValueError as error:
@@ -122,7 +121,7 @@ class Checkpoint:
         return module.eval()
 
     def load_tokenizer(self) -> Tokenizer:
-        """Raises CheckpointError also where it has more tokens than the text encoder knows."""
+        """Raises CheckpointError, also if it has more tokens than the text encoder's vocabulary."""
         tokenizer = self.weights.tokenizer()
         size, known = tokenizer.get_vocab_size(), self.text.get("vocab_size", 256000)
         if not isinstance(known, int) or size > known:
@@ -133,17 +132,17 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Checkpoint, decoder: str | None = None, variant: str | None = None) -> Checkpoint:
-    """Finds the checkpoint `name` (downloading it if it is on the hub) and reads its configs; one that is open already
-    is taken as it is.
+    """Finds the checkpoint `name`, downloads it from the hub if needed, and reads its configs.
 
-    decoder: folder or hub id of another autoencoder with the same latents, such as DC-AE-Lite. variant: of the weights,
-    where a part has several (engines.checkpoints.variants). Raises CheckpointError.
+    Takes an open checkpoint as it is. decoder: folder or hub id of another autoencoder with the same latents, such as
+    DC-AE-Lite. variant: of the weights, if a component has several (engines.checkpoints.variants). Raises
+    CheckpointError.
     """
     if isinstance(name, Checkpoint):
         checkpoint = name
     else:
-        whole = not name.startswith("random:")
-        checkpoint = _from_folder(name, find_folder(name, None, variant), variant) if whole else _random(name)
+        is_random = name.startswith("random:")
+        checkpoint = _random(name) if is_random else _from_folder(name, find_folder(name, None, variant), variant)
     if decoder is None:
         return checkpoint
     if not isinstance(checkpoint.weights, FolderWeights):
@@ -160,14 +159,14 @@ def _random(name: str) -> Checkpoint:
         allowed = ", ".join(f"random:{known}" for known in RANDOM_SIZES)
         raise CheckpointError(f"model: got {name!r}, allowed {allowed}, each with an optional :<seed>")
     config = RANDOM_SIZES[size]
-    text = {"model_type": "gemma2", "hidden_size": config.caption_channels}  # the rest: Gemma-2 2B, as the defaults are
+    text = {"model_type": "gemma2", "hidden_size": config.caption_channels}  # the defaults are Gemma-2 2B
     return Checkpoint(name, SprintConfig(), config, AutoencoderConfig(), text, RandomWeights(int(seed or "0")))
 
 
 def _from_folder(name: str, folder: Path, variant: str | None = None) -> Checkpoint:
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind not in PIPELINES:
-        raise CheckpointError(f"{folder}: holds a {kind}; a {PIPELINES[0]} checkpoint is needed")
+    pipeline = read_json(folder / "model_index.json").get("_class_name")
+    if pipeline not in PIPELINES:
+        raise CheckpointError(f"{folder}: holds a {pipeline}; a {PIPELINES[0]} checkpoint is needed")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("_class_name") != "SCMScheduler" or scheduler.get("prediction_type", "trigflow") != "trigflow":
         found = f"{scheduler.get('_class_name')} ({scheduler.get('prediction_type')})"

@@ -1,8 +1,4 @@
-"""Drawings as the engine uses them: the ControlNet of a checkpoint, and the latents of drawings, kept while they stand.
-
-A ControlNet lies in the folder `controlnet/` of a checkpoint, or anywhere else by name. Encoding a drawing costs nearly
-as much as decoding a picture, and a drawing often stands still while prompt, seed and steps change.
-"""
+"""Loads the ControlNet of a checkpoint: from its folder `controlnet/`, or from another folder or hub id."""
 
 import torch
 
@@ -23,9 +19,9 @@ def load_controlnet(
     device: torch.device,
     variant: str | None = None,
 ) -> ControlNet | None:
-    """The ControlNet `name` (a folder or hub id), or else the one in the checkpoint's own folder; None without either.
+    """Returns the ControlNet `name` (a folder or hub id), or that of the checkpoint's own folder; None without either.
 
-    Raises CheckpointError where it cannot be found, is damaged, or belongs to another transformer.
+    Raises CheckpointError if it is missing, damaged, or made for another transformer.
     """
     if name is not None:
         folder = find_folder(name, FOLDER, variant)
@@ -36,11 +32,11 @@ def load_controlnet(
             return None
     else:
         return None
-    given = read_json(folder / "config.json")
-    if given.get("_class_name") != "SanaControlNetModel":
-        raise CheckpointError(f"{folder}: holds a {given.get('_class_name')}; a SanaControlNetModel is needed")
+    fields = read_json(folder / "config.json")
+    if fields.get("_class_name") != "SanaControlNetModel":
+        raise CheckpointError(f"{folder}: holds a {fields.get('_class_name')}; a SanaControlNetModel is needed")
     try:
-        config = ControlConfig.from_dict(given)
+        config = ControlConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: config.json: {error}") from error
     mine, theirs = config.copies, checkpoint.transformer

@@ -1,4 +1,4 @@
-"""The home directory of the user, asked for only where it is needed: a container's user may have none."""
+"""Expands ~ in paths. The user of a container may have no home directory, so only paths with ~ need one."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from engines.errors import SprintError
 
 
 def expand_home(path: Path, error: type[SprintError], remedy: str) -> Path:
-    """`path` with its ~ resolved. Raises `error`, with what to do, where the user has no home directory."""
+    """Returns `path` with ~ expanded. Raises `error` with the remedy if the user has no home directory."""
     try:
         return path.expanduser()
     except RuntimeError as cause:

@@ -1,4 +1,4 @@
-"""The local folder of a checkpoint: shipped, given, or downloaded from the hub."""
+"""Finds the local folder of a checkpoint, or downloads it from the hub."""
 
 import logging
 from pathlib import Path
@@ -13,16 +13,19 @@ SHORT_NAMES = {
     "sprint-1.6b": "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
 }
 
-LIST_TIMEOUT_S = 10.0  # for the hub to say what a repository holds
+LIST_TIMEOUT_S = 10.0  # of the hub's list of files
 logger = logging.getLogger("engines.checkpoints")
 _ENGINES = Path(__file__).resolve().parents[1]
-# Where the shipped checkpoint lies: in the source tree, or in engines/ of an installed package.
+# The shipped checkpoint in the source tree, and in an installed package.
 _TINY = (_ENGINES.parent / "models" / "tiny", _ENGINES / "tiny")
 
 
 def find_folder(name: str, part: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of a checkpoint. A hub id is downloaded, with progress in the log, and no more of it than
-    is read: with `part` (vae, controlnet) that one alone, and one variant of the weights. Raises CheckpointError."""
+    """Returns the local folder of a checkpoint; downloads a hub id with progress in the log.
+
+    Downloads one variant of the weights alone; with `part` (vae, controlnet) only that component. Raises
+    CheckpointError.
+    """
     if name == "tiny":
         for folder in _TINY:
             if folder.is_dir():
@@ -39,10 +42,10 @@ def find_folder(name: str, part: str | None = None, variant: str | None = None) 
 
 
 def _download(hub_id: str, revision: str, part: str | None, variant: str | None) -> Path:
-    """The hub's commit of that name; where the hub cannot be asked or the cache cannot be written, what was kept."""
+    """Downloads the hub's commit of a revision; falls back to the cache if hub or cache fails."""
     try:
         cache_folder(hub_id)
-    except RuntimeError as error:  # pathlib's, of a user without a home
+    except RuntimeError as error:  # of pathlib, for a user without a home
         raise CheckpointError(
             f"model: {hub_id} has no place to be kept: this user has no home directory; set HF_HOME (or HOME) to a "
             "folder that can be written"
@@ -53,24 +56,24 @@ def _download(hub_id: str, revision: str, part: str | None, variant: str | None)
         folder = download_missing(hub_id, commit, [file for file in files if file.name in names])
     except CheckpointError:
         raise
-    except Exception as error:  # of whatever client the hub's library uses
+    except Exception as error:  # of any HTTP client of huggingface_hub
         reason = _reason(hub_id, revision, error)
-        kept = _kept(hub_id, revision, part, variant, reason)
-        if kept is None:
+        cached = _cached(hub_id, revision, part, variant, reason)
+        if cached is None:
             raise CheckpointError(
                 f"model: {hub_id} is no local folder and cannot be had from the hub: {reason}"
             ) from error
-        logger.warning("%s: %s; what was downloaded before is served: %s", hub_id, reason, kept)
-        return kept
+        logger.warning("%s: %s; what was downloaded before is served: %s", hub_id, reason, cached)
+        return cached
     try:
         save_revision(hub_id, revision, commit)
-    except OSError as error:  # a cache that others fill
+    except OSError as error:  # a read-only cache
         logger.info("%s: the cache cannot be written (%s), and holds all that is needed", hub_id, error.strerror)
     return folder
 
 
 def _listing(hub_id: str, revision: str) -> tuple[str, list[HubFile]]:
-    """The commit that a revision stands for now, and its files."""
+    """Returns the current commit of a revision, and its files."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -83,8 +86,8 @@ def _listing(hub_id: str, revision: str) -> tuple[str, list[HubFile]]:
     ]
 
 
-def _kept(hub_id: str, revision: str, part: str | None, variant: str | None, reason: str) -> Path | None:
-    """The folder of what was downloaded before. Raises CheckpointError where a file of it is absent, by its name."""
+def _cached(hub_id: str, revision: str, part: str | None, variant: str | None, reason: str) -> Path | None:
+    """Returns the folder of an earlier download. Raises CheckpointError for a missing file."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -93,19 +96,19 @@ def _kept(hub_id: str, revision: str, part: str | None, variant: str | None, rea
         return None
     try:
         names = [entry.path for entry in get_cached_repo_tree(hub_id, revision=folder.name)]
-    except CachedRepoTreeNotFoundError:  # filled by other means: the reader says what it lacks
+    except CachedRepoTreeNotFoundError:  # filled by another program; the reader reports missing files
         return folder
-    gone = [name for name in required_files(names, part, variant, hub_id) if not (folder / name).is_file()]
-    if gone:
-        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+    missing = [name for name in required_files(names, part, variant, hub_id) if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"model: {hub_id}: {folder / gone[0]}{more} was never downloaded, and cannot be now: {reason}"
+            f"model: {hub_id}: {folder / missing[0]}{more} was never downloaded, and cannot be now: {reason}"
         )
     return folder
 
 
 def _reason(hub_id: str, revision: str, error: Exception) -> str:
-    """What went wrong and what to do, in one line."""
+    """Returns cause and remedy in one line."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
@@ -119,12 +122,13 @@ def _reason(hub_id: str, revision: str, error: Exception) -> str:
         return f"its owner wants terms accepted, at {hub}/{hub_id}, and then HF_TOKEN of that account; {key} set"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        asked = f"{hub} answers {status} to {error.response.url.path}"
+        response = f"{hub} answers {status} to {error.response.url.path}"
         if status in (401, 403, 404):
-            return f"{asked}: there is no such repository or file, or HF_TOKEN may not read it; {key} set"
-        return asked
+            return f"{response}: there is no such repository or file, or HF_TOKEN may not read it; {key} set"
+        return response
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}; make room, or set HF_HOME to a folder that can be written"
-    told = str(error).strip().partition("\n")[0]
-    return f"{hub} cannot be asked ({type(error).__name__}{told and ': '}{told}); look at HF_ENDPOINT and the network"
+    message = str(error).strip().partition("\n")[0]
+    cause = f"{type(error).__name__}{message and ': '}{message}"
+    return f"{hub} cannot be asked ({cause}); look at HF_ENDPOINT and the network"

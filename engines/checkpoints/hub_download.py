@@ -1,7 +1,7 @@
-"""Bytes of a hub's files into their places: with progress, going on where they ended, verified, whole or not at all.
+"""Downloads a hub's files: with progress, resume and checksums; a file appears complete or not at all.
 
-Not by huggingface_hub, which neither goes on where a process ended nor compares what came over HTTP with its checksum.
-A file is written beside its place, under a name that no reader looks for, and moved there once it is the right one.
+huggingface_hub neither resumes after the end of a process nor verifies checksums over HTTP. A file has a temporary name
+until its checksum is verified.
 """
 
 import logging
@@ -16,10 +16,10 @@ from typing import Protocol
 from engines.errors import CheckpointError
 
 PARALLEL_FILES = 4  # files; published checkpoints have four large ones
-MAX_VAIN_ATTEMPTS = 4  # attempts in a row that bring no byte
-RETRY_PAUSE_S = 1.0  # after the first of them, and longer after each further one
-PROGRESS_INTERVAL_S = 5.0  # between two lines of progress
-RETRY_STATUSES = (408, 416, 429, 500, 502, 503, 504)  # status of answers that another attempt may not get
+MAX_VAIN_ATTEMPTS = 4  # in a row without a byte
+RETRY_PAUSE_S = 1.0  # after the first one; grows with each further one
+PROGRESS_INTERVAL_S = 5.0
+RETRY_STATUSES = (408, 416, 429, 500, 502, 503, 504)  # statuses that another attempt may avoid
 
 logger = logging.getLogger("engines.checkpoints")
 
@@ -42,7 +42,7 @@ class _StoppedError(Exception):
 
 
 class Download:
-    """Files of one commit into the folder `blobs`, each under its checksum."""
+    """Downloads files of one commit into the folder `blobs`, each named by its checksum."""
 
     def __init__(self, hub_id: str, commit: str, blobs: Path, files: Sequence[File]):
         self._hub_id, self._commit, self._blobs = hub_id, commit, blobs
@@ -51,13 +51,13 @@ class Download:
         self._lock = threading.Lock()
         self._total = sum(file.size for file in self._files)
         self._first = self._done = sum(_size(self._partial(file)) for file in self._files)
-        self._began = self._told = time.monotonic()
+        self._began = self._reported = time.monotonic()
 
     def run(self) -> None:
-        """Raises CheckpointError, OSError of the disk, and the hub's refusals (HfHubHTTPError)."""
+        """Downloads all files. Raises CheckpointError, OSError of the disk, HfHubHTTPError of the hub."""
         if not self._files:
             return
-        self._make_sure_of_room()
+        self._check_free_space()
         resumed = f"; {_amount(self._done)} are here from before" if self._done else ""
         logger.info(
             "%s: %d files, %s%s", f"downloading {self._hub_id}", len(self._files), _amount(self._total), resumed
@@ -65,7 +65,7 @@ class Download:
         queue: SimpleQueue[File] = SimpleQueue()
         for file in sorted(self._files, key=lambda file: -file.size):
             queue.put(file)
-        # Daemons, unlike the threads of a pool: a process that was told to end does not wait for gigabytes.
+        # Daemons, unlike the threads of a pool: a process that ends does not wait for gigabytes.
         threads = [threading.Thread(target=self._work, args=(queue,), daemon=True) for _ in range(PARALLEL_FILES)]
         for thread in threads:
             thread.start()
@@ -75,7 +75,7 @@ class Download:
             raise self._failures.get()
         logger.info("%s: %s downloaded and verified", self._hub_id, _amount(self._total))
 
-    def _make_sure_of_room(self) -> None:
+    def _check_free_space(self) -> None:
         needed, free = self._total - self._done, shutil.disk_usage(self._blobs).free
         if free < needed:
             raise CheckpointError(
@@ -92,11 +92,11 @@ class Download:
                 self._fetch(queue.get_nowait())
         except (Empty, _StoppedError):
             return
-        except Exception as error:  # raised again by `run`
+        except Exception as error:  # `run` raises it
             self._failures.put(error)
 
     def _fetch(self, file: File) -> None:
-        """One file; once more from its start where its content is another's."""
+        """Downloads one file; once more from its start if its checksum is wrong."""
         partial = self._partial(file)
         for _ in range(2):
             self._receive(file, partial)
@@ -111,7 +111,7 @@ class Download:
         )
 
     def _receive(self, file: File, partial: Path) -> None:
-        """Brings `partial` to the file's size, from where it ends, however often the connection breaks."""
+        """Resumes `partial` until it has the file's size; retries broken connections."""
         from huggingface_hub.errors import HfHubHTTPError
 
         vain = 0
@@ -125,13 +125,13 @@ class Download:
             except HfHubHTTPError as error:
                 if error.response.status_code not in RETRY_STATUSES:
                     raise
-                if error.response.status_code == 416:  # there is no more: what is here is not of this file
+                if error.response.status_code == 416:  # the range starts behind the end: `partial` is of another file
                     self._drop(partial)
                     partial.touch()
                 reason = str(error).partition("\n")[0]
-            except OSError:  # the disk's
+            except OSError:  # of the disk
                 raise
-            except Exception as error:  # of whatever client the hub's library uses: a connection that broke
+            except Exception as error:  # a broken connection, of any HTTP client of huggingface_hub
                 reason = str(error).partition("\n")[0] or type(error).__name__
             done = _size(partial)
             if done >= file.size:
@@ -150,24 +150,26 @@ class Download:
 
     def _receive_once(self, file: File, partial: Path) -> None:
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, without saying so to checkers
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported without a declaration
             build_hf_headers,
             get_session,
             hf_raise_for_status,
         )
 
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # a part of what is compressed is no part of it
+        headers = build_hf_headers() | {
+            "Accept-Encoding": "identity"
+        }  # ranges of a compressed body are no ranges of the file
         begin = _size(partial)
         if begin:
             headers["Range"] = f"bytes={begin}-"
         url = hf_hub_url(self._hub_id, file.name, revision=self._commit)
-        # The client follows redirects, and leaves the token out where one leads to another host.
+        # The client follows redirects, and omits the token for another host.
         with (
             get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
             partial.open("ab") as out,
         ):
             hf_raise_for_status(response)
-            if begin and response.status_code != 206:  # who knows no ranges sends it all
+            if begin and response.status_code != 206:  # a server without ranges sends the whole file
                 self._add(-begin)
                 out.truncate(0)
             for chunk in response.iter_bytes():
@@ -184,9 +186,9 @@ class Download:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._told < PROGRESS_INTERVAL_S:
+            if now - self._reported < PROGRESS_INTERVAL_S:
                 return
-            self._told = now
+            self._reported = now
             rate = max((self._done - self._first) / (now - self._began), 1.0)
             logger.info(
                 "%s: %s of %s (%d %%), %s/s, %d s left",

@@ -1,9 +1,9 @@
-"""LoRA files: read strictly, and fused into the transformer's weights.
+"""Reads LoRA files strictly, and fuses adapters into the transformer's weights.
 
-A file is safetensors as diffusers' SanaLoraLoaderMixin writes it (keys `transformer.<module>.lora_A.weight` and
-`lora_B`, numbers in the metadata `lora_adapter_metadata`), or peft's (`base_model.model.<module>...`, numbers in
-adapter_config.json beside it). An adapter adds s * B @ A to the weight of any linear map or 1x1 convolution of the
-transformer; s is alpha / rank (alpha / sqrt(rank) with rslora), 1 where no alpha is told, as diffusers has it.
+A file is safetensors of diffusers' SanaLoraLoaderMixin (keys `transformer.<module>.lora_A.weight` and `lora_B`, config
+in the metadata `lora_adapter_metadata`) or of peft (`base_model.model.<module>...`, config in adapter_config.json). An
+adapter adds s * B @ A to the weight of a linear map or 1x1 convolution. s is alpha / rank, or alpha / sqrt(rank) with
+rslora; without alpha it is 1, as in diffusers.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _DOWN = ("lora_A", "lora.down")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA that was read and fits the transformer. factors: by the module's name, on the CPU, s within `up`."""
+    """A LoRA that fits the transformer. factors: by the module's name, on the CPU; `up` includes s."""
 
     name: str
     path: Path
@@ -46,13 +46,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class FusedWeights:
-    """Weights of a checkpoint with adapters added to its transformer, each times its scale."""
+    """A WeightSource with adapters fused into the transformer, each times its scale."""
 
     base: WeightSource
     adapters: tuple[tuple[Adapter, float], ...]
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """As the base does. Sums are in fp32 and rounded once to `dtype`."""
+        """Loads as the base does. Sums in fp32 and rounds once to `dtype`."""
         self.base.load_into(part, module, dtype, device)
         if part != "transformer":
             return
@@ -74,9 +74,9 @@ class FusedWeights:
 def with_adapters(
     checkpoint: Checkpoint, options: Sequence[AdapterOption], reasons: dict[str, str]
 ) -> tuple[Checkpoint, list[Adapter]]:
-    """The checkpoint with the adapters that have a scale in its transformer, and the others, which jobs choose from.
+    """Returns the checkpoint with the adapters of a fixed scale fused, and the others, from which jobs choose.
 
-    reasons: is told of them. Raises CheckpointError.
+    Adds "lora" to `reasons`. Raises CheckpointError.
     """
     if not options:
         return checkpoint, []
@@ -84,8 +84,10 @@ def with_adapters(
     if len(set(names)) < len(names):
         raise CheckpointError(f"lora: got {', '.join(names)}; each needs a name of its own")
     adapters = read_adapters(options, checkpoint)
-    told = [f"{one.name} {'by request' if one.scale is None else f'fused, scale {one.scale:g}'}" for one in options]
-    reasons["lora"] = "; ".join(told)
+    reasons["lora"] = "; ".join(
+        f"{option.name} {'by request' if option.scale is None else f'fused, scale {option.scale:g}'}"
+        for option in options
+    )
     pairs = list(zip(adapters, options, strict=True))
     fixed = tuple((adapter, option.scale) for adapter, option in pairs if option.scale is not None)
     if fixed:
@@ -94,7 +96,7 @@ def with_adapters(
 
 
 def read_adapters(options: Sequence[AdapterOption], checkpoint: Checkpoint) -> list[Adapter]:
-    """One for each option. Raises CheckpointError, naming the file and the key, for what does not fit."""
+    """Reads the adapter of each option. Raises CheckpointError with file and key for a mismatch."""
     with meta_init():
         like = SprintTransformer(checkpoint.transformer)
     return [_read(option, like, checkpoint.name) for option in options]
@@ -108,7 +110,7 @@ def _read(option: AdapterOption, like: SprintTransformer, checkpoint: str) -> Ad
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _refused(option, f"{path} is no safetensors file ({error})") from error
-    numbers = _numbers(option, path, metadata)
+    config = _lora_config(option, path, metadata)
     downs, ups, alphas = _sorted_keys(option, tensors)
     modules = dict(like.named_modules())
     factors = {}
@@ -117,11 +119,11 @@ def _read(option: AdapterOption, like: SprintTransformer, checkpoint: str) -> Ad
             raise _refused(option, f"unknown key: {name} is no module of the transformer of {checkpoint}")
         if not is_adaptable(modules[name]):
             raise _refused(
-                option, f"{name} is a {_kind(modules[name])}; linear maps and 1x1 convolutions are supported"
+                option, f"{name} is a {_layer_type(modules[name])}; linear maps and 1x1 convolutions are supported"
             )
         if name not in downs or name not in ups:
             raise _refused(option, f"{name} lacks its {'lora_A' if name not in downs else 'lora_B'}; both are needed")
-        factors[name] = _factors(option, name, modules[name], downs[name], ups[name], alphas.get(name), numbers)
+        factors[name] = _factors(option, name, modules[name], downs[name], ups[name], alphas.get(name), config)
     if not factors:
         raise _refused(option, "holds no keys; lora_A and lora_B of modules of the transformer are needed")
     return Adapter(option.name, path, hashlib.sha256(path.read_bytes()).hexdigest(), factors)
@@ -130,7 +132,7 @@ def _read(option: AdapterOption, like: SprintTransformer, checkpoint: str) -> Ad
 def _sorted_keys(
     option: AdapterOption, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
-    """lora_A, lora_B and alpha by the name of their module."""
+    """Returns lora_A, lora_B and alpha, each by the name of the module."""
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
@@ -138,17 +140,17 @@ def _sorted_keys(
         if any(word in key for word in _DORA):
             raise _refused(option, f"{key}: this is DoRA, which is not supported; a plain LoRA is needed")
         plain = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
-        found = _KEY.fullmatch(plain)
-        if found is None or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        match = _KEY.fullmatch(plain)
+        if match is None or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise _refused(
                 option, f"unknown key {key} ({tensor.dtype}); supported are <module>.lora_A.weight and .lora_B.weight"
             )
-        if found["of"] is not None:
-            alphas[found["of"]] = float(tensor)
-        elif found["part"] in _DOWN:
-            downs[found["module"]] = tensor
+        if match["of"] is not None:
+            alphas[match["of"]] = float(tensor)
+        elif match["part"] in _DOWN:
+            downs[match["module"]] = tensor
         else:
-            ups[found["module"]] = tensor
+            ups[match["module"]] = tensor
     return downs, ups, alphas
 
 
@@ -159,49 +161,49 @@ def _factors(
     down: Tensor,
     up: Tensor,
     alpha: float | None,
-    numbers: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> Factors:
     weight = module.weight
     assert isinstance(weight, Tensor)
     out, inputs = weight.shape[:2]
     rank = down.shape[0] if down.ndim else 0
     tail = weight.shape[2:]
-    wanted = {"lora_A": ((rank, inputs), down), "lora_B": ((out, rank), up)}
-    for part, (shape, tensor) in wanted.items():
+    shapes = {"lora_A": ((rank, inputs), down), "lora_B": ((out, rank), up)}
+    for part, (shape, tensor) in shapes.items():
         if rank == 0 or tuple(tensor.shape) not in (shape, (*shape, *tail)):
             raise _refused(
                 option, f"{name}.{part} has shape {list(tensor.shape)}, [{shape[0]}, {shape[1]}] is needed there"
             )
     if alpha is None:
-        alpha = _pattern(numbers.get("alpha_pattern"), name, numbers.get("lora_alpha", rank))
-    scale = alpha / (math.sqrt(rank) if numbers.get("use_rslora") else rank)
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Factors(down.float().view(rank, inputs), scale * up.float().view(out, rank))
 
 
-def _numbers(option: AdapterOption, path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's LoraConfig of the transformer, from the file itself or from beside it; empty where nothing is told."""
+def _lora_config(option: AdapterOption, path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns peft's LoraConfig of the transformer, from the file or from beside it; empty without one."""
     beside = path.with_name("adapter_config.json")
     try:
         if "lora_adapter_metadata" in metadata:
-            told = json.loads(metadata["lora_adapter_metadata"])
-            told = {key.removeprefix("transformer."): value for key, value in told.items()}
+            config = json.loads(metadata["lora_adapter_metadata"])
+            config = {key.removeprefix("transformer."): value for key, value in config.items()}
         elif path.name == _NAMES[1] and beside.is_file():
-            told = json.loads(beside.read_bytes())
+            config = json.loads(beside.read_bytes())
         else:
             return {}
-        if not isinstance(told.get("lora_alpha", 1), int | float):
-            raise ValueError(f"lora_alpha is {told['lora_alpha']!r}")
+        if not isinstance(config.get("lora_alpha", 1), int | float):
+            raise ValueError(f"lora_alpha is {config['lora_alpha']!r}")
     except (ValueError, AttributeError) as error:
         raise _refused(option, f"{path}: its LoraConfig cannot be read ({error})") from error
-    if told.get("use_dora"):
+    if config.get("use_dora"):
         raise _refused(option, "this is DoRA (use_dora), which is not supported; a plain LoRA is needed")
-    if told.get("peft_type", "LORA") != "LORA":
-        raise _refused(option, f"peft_type is {told['peft_type']}, supported is LORA")
-    return dict(told)
+    if config.get("peft_type", "LORA") != "LORA":
+        raise _refused(option, f"peft_type is {config['peft_type']}, supported is LORA")
+    return dict(config)
 
 
 def _pattern(patterns: object, name: str, default: float) -> float:
-    """The value of the first pattern that ends a module's name, as peft's get_pattern_key has it."""
+    """Returns the value of the first pattern that ends a module's name, as in peft's get_pattern_key."""
     if isinstance(patterns, dict):
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", name):
@@ -212,21 +214,21 @@ def _pattern(patterns: object, name: str, default: float) -> float:
 def _file(option: AdapterOption) -> Path:
     path = Path(option.path).expanduser()
     if path.is_dir():
-        inside = [path / name for name in _NAMES if (path / name).is_file()]
-        if not inside:
+        files = [path / name for name in _NAMES if (path / name).is_file()]
+        if not files:
             raise _refused(option, f"{path} holds neither {' nor '.join(_NAMES)}")
-        return inside[0]
+        return files[0]
     if not path.is_file():
         raise _refused(option, f"no file {path}; a safetensors file, or a folder with one, is needed")
     return path
 
 
-def _kind(module: nn.Module) -> str:
+def _layer_type(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         grouped = " depthwise" if module.groups > 1 else ""
         return f"{module.kernel_size[0]}x{module.kernel_size[1]}{grouped} convolution"
     return type(module).__name__
 
 
-def _refused(option: AdapterOption, what: str) -> CheckpointError:
-    return CheckpointError(f"lora {option.name}: {what}")
+def _refused(option: AdapterOption, reason: str) -> CheckpointError:
+    return CheckpointError(f"lora {option.name}: {reason}")

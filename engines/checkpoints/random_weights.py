@@ -1,7 +1,7 @@
-"""Seeded random weights at full size, for benchmarks and proofs where the published ones are not at hand.
+"""Seeded random weights at full size, for benchmarks and proofs without the published ones.
 
-Every part matters in them (scale_shift_table ~ N(0, 1), so no gate is near zero) and activations keep their size
-through all layers; the pictures are noise.
+Every parameter affects the output (scale_shift_table ~ N(0, 1), so no gate is near zero). Activations keep their size
+through all layers. The images are noise.
 """
 
 import hashlib
@@ -15,30 +15,30 @@ from torch import Tensor, nn
 from engines.checkpoints.weights import Component, load_strict
 from engines.models.instruction import INSTRUCTION
 
-_AT_ONCE = 2**22  # numbers: 16 MiB beside the weights themselves
+_CHUNK = 2**22  # numbers: 16 MiB beside the weights
 
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Weights that a seed decides: the same on every machine with the same torch."""
+    """A WeightSource from a seed: equal on every machine with the same torch."""
 
     seed: int = 0
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Draws in fp32 on the CPU, key by key in order: a seed is the same weights, rounded to any dtype."""
+        """Draws in fp32 on the CPU, key by key, and rounds to `dtype`."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.empty(_AT_ONCE)
+        drawn = torch.empty(_CHUNK)
         tensors = {}
         for key, like in module.state_dict().items():
             offset, scale = _distribution(part, key, like)
             tensors[key] = torch.empty(like.shape, dtype=dtype, device=device)
-            for some in torch.split(tensors[key].view(-1), _AT_ONCE):
-                some.copy_(drawn[: len(some)].normal_(offset, scale, generator=generator))
+            for chunk in torch.split(tensors[key].view(-1), _CHUNK):
+                chunk.copy_(drawn[: len(chunk)].normal_(offset, scale, generator=generator))
         load_strict(module, tensors, f"random {part}")
         module.to(device)
 
     def tokenizer(self) -> Tokenizer:
-        """Byte-level BPE learned from the instruction itself, so that this is cut about as Gemma's cuts it."""
+        """Returns a byte-level BPE trained on the instruction, which then has about as many tokens as with Gemma's."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def _lines() -> Iterator[str]:
 
 
 def _distribution(part: Component, key: str, like: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation for one parameter."""
+    """Returns mean and standard deviation of one parameter."""
     if key.endswith("scale_shift_table"):
         return 0.0, 1.0
     if key.endswith("bias"):

@@ -1,7 +1,7 @@
-"""Weights of a checkpoint's parts into modules: strictly, from safetensors only, without a second copy in memory.
+"""Loads weights of a checkpoint's components into modules: strictly, from safetensors, without a second copy.
 
-A *part* is a subfolder of the diffusers layout: transformer, vae, text_encoder, tokenizer. Modules are built on the
-meta device and get their tensors assigned; files are memory-mapped.
+A *component* is a subfolder of the diffusers layout: transformer, vae, text_encoder, controlnet. Modules start on the
+meta device and take the loaded tensors; files are memory-mapped.
 """
 
 import hashlib
@@ -28,47 +28,49 @@ Component = Literal["transformer", "vae", "text_encoder", "controlnet"]
 
 
 class WeightSource(Protocol):
-    """Where weights come from: a folder, or a seed (engines.checkpoints.random_weights)."""
+    """A source of weights: a folder, or a seed (engines.checkpoints.random_weights)."""
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Gives every parameter of `module` (built on the meta device) its value, as `dtype` on `device`."""
+        """Sets every parameter of `module` (on the meta device) to its value, as `dtype` on `device`."""
 
     def tokenizer(self) -> Tokenizer: ...
 
     def sha256(self) -> str:
-        """Hex digest that changes when any weight of any part does."""
+        """Returns a hex digest that changes with any weight of any component."""
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Draws no first values; on the meta device that would import torch's compiler, a second of every start."""
+    """Skips torch.nn.init, which on the meta device imports torch's compiler: a second of every start."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
     ) -> Any:
-        given = options or {}
+        keywords = options or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return arguments[0] if arguments else given["tensor"]
-        return function(*arguments, **given)
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **keywords)
 
 
 @contextmanager
 def meta_init() -> Iterator[None]:
-    """Within the block modules are built without values, on the meta device, to be filled by a WeightSource."""
+    """Builds modules within the block on the meta device, without values, for a WeightSource."""
     with torch.device("meta"), _NoInitialisation():
         yield
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Makes `tensors` the parameters of `module`, frozen. Raises CheckpointError naming keys that are missing, left
-    over or of another shape; `source` says whose they are."""
-    wanted = module.state_dict()
-    missing, left_over = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or left_over:
-        raise CheckpointError(f"{source}: missing keys: {_some(missing)}; unknown keys: {_some(left_over)}")
+    """Makes `tensors` the frozen parameters of `module`.
+
+    Raises CheckpointError, which begins with `source`, for keys that are missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise CheckpointError(f"{source}: missing keys: {_some(missing)}; unknown keys: {_some(unknown)}")
     for key, tensor in tensors.items():
-        if tensor.shape != wanted[key].shape:
-            found, needed = list(tensor.shape), list(wanted[key].shape)
-            raise CheckpointError(f"{source}: {key} has shape {found}, its config.json asks for {needed}")
+        if tensor.shape != expected[key].shape:
+            shape, needed = list(tensor.shape), list(expected[key].shape)
+            raise CheckpointError(f"{source}: {key} has shape {shape}, its config.json asks for {needed}")
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)
 
@@ -80,23 +82,23 @@ def _some(keys: list[str]) -> str:
 
 @dataclass(frozen=True)
 class FolderWeights:
-    """The folder of each part, so that a part (another decoder) may lie elsewhere. `variant`: see variants.py."""
+    """A folder per component, as another decoder may lie elsewhere. `variant`: see engines.checkpoints.variants."""
 
     folders: Mapping[str, Path]
     variant: str | None = None
 
     def variants(self) -> dict[str, list[str]]:
-        """The variants that are read beside the plain one, with their parts."""
-        found: dict[str, list[str]] = {}
+        """Returns each variant in use but the plain one, with its components."""
+        variants: dict[str, list[str]] = {}
         for part in sorted(self.folders.keys() - {"tokenizer"}):
             names = [path.name for path in self.folders[part].glob("*")]
-            taken = choose_variant(names, self.variant, str(self.folders[part]))
-            if taken:
-                found.setdefault(taken, []).append(part)
-        return found
+            variant = choose_variant(names, self.variant, str(self.folders[part]))
+            if variant:
+                variants.setdefault(variant, []).append(part)
+        return variants
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises CheckpointError where a file is absent, damaged, quantised, or does not fit the config."""
+        """Raises CheckpointError for a file that is missing, damaged, quantised or of another shape."""
         folder = self.folders[part]
         tensors: dict[str, Tensor] = {}
         for path in weight_files(folder, self.variant):
@@ -109,7 +111,7 @@ class FolderWeights:
                 raise CheckpointError(f"{folder}: {key} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
             tensors[key] = tensor.to(device=device, dtype=dtype)
         load_strict(module, tensors, str(folder))
-        module.to(device)  # buffers that no checkpoint holds; never their type, which upstream keeps at float32
+        module.to(device)  # buffers outside the checkpoint; they keep float32, as upstream's
 
     def tokenizer(self) -> Tokenizer:
         path = self.folders["tokenizer"] / "tokenizer.json"
@@ -117,11 +119,11 @@ class FolderWeights:
             raise CheckpointError(f"{path.parent}: no tokenizer.json; a slow tokenizer (tokenizer.model) is not enough")
         try:
             return Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
-        except Exception as error:  # the Rust side raises Exception itself
+        except Exception as error:  # tokenizers raises Exception itself
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
 
     def sha256(self) -> str:
-        """Files are read once, side by side, however often it is asked for."""
+        """Returns the digest; reads the files once, in parallel."""
         return self._digest
 
     @cached_property
@@ -140,14 +142,16 @@ def _sha256_of(path: Path) -> str:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors of one part: the single file, or all that its index names; which ones of several, says
-    engines.checkpoints.variants.choose_variant. Raises CheckpointError."""
+    """Returns the safetensors of one component: the single file, or all files of its index.
+
+    variant: see engines.checkpoints.variants.choose_variant. Raises CheckpointError.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a SANA-Sprint checkpoint in the diffusers layout has one")
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    taken = choose_variant(names, variant, str(folder))
-    if taken is not None:
-        single, named = single_file(names, taken), index_file(names, taken)
+    chosen = choose_variant(names, variant, str(folder))
+    if chosen is not None:
+        single, named = single_file(names, chosen), index_file(names, chosen)
         if single is not None:
             return [folder / single]
         if named is not None:
@@ -165,11 +169,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file. Raises CheckpointError where there is none."""
+    """Returns the object in a JSON file. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a SANA-Sprint checkpoint in the diffusers layout has one")
     try:
-        content = json.loads(path.read_bytes())  # bytes: a byte order mark says how they are encoded
+        content = json.loads(path.read_bytes())  # bytes: json detects the encoding from a byte order mark
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -1,1 +1,1 @@
-"""What the hardware is, how much memory is used, how long a stage took."""
+"""Facts of the hardware, used memory, and times of stages."""

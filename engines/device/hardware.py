@@ -1,4 +1,4 @@
-"""What this machine is, as far as a built engine depends on it."""
+"""The properties of this machine on which a built engine depends."""
 
 import platform
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import torch
 
 
 def package_versions(*names: str) -> dict[str, str]:
-    """Versions of the installed ones among `names` (as imported)."""
+    """Returns name -> version of the installed packages among `names` (as imported)."""
     distributions = {
         "modelopt": "nvidia-modelopt",
         "tensorrt_rtx": "tensorrt-rtx-cu13",
         "torch_tensorrt": "torch-tensorrt",
     }
-    found = {}
+    installed = {}
     for name in names:
         try:
-            found[name] = version(distributions.get(name, name))
+            installed[name] = version(distributions.get(name, name))
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 Capability = tuple[int, int]
@@ -29,7 +29,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Machine:
-    """The CPU, and the first NVIDIA GPU where torch sees one."""
+    """The CPU, and the first NVIDIA GPU that torch sees."""
 
     cpu: str
     gpu: str | None = None
@@ -39,7 +39,7 @@ class Machine:
 
     @property
     def label(self) -> str:
-        """The GPU, or that there is none."""
+        """Returns the GPU and its compute capability, or "no NVIDIA GPU"."""
         return f"{self.gpu} ({capability_text(self.capability)})" if self.capability else "no NVIDIA GPU"
 
 
@@ -51,16 +51,16 @@ def this_machine() -> Machine:
 
 
 def why_no_gpu(driver: str | None = None) -> str:
-    """Why torch sees no GPU, and what to do; driver: the kernel module's version, None looks for it."""
+    """Returns why torch sees no GPU, and the remedy. driver: version of the kernel module; None detects it."""
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is a wheel without CUDA; install the one for CUDA (pip install torch=="
             f"{torch.__version__.partition('+')[0]} from PyPI, as requirements-gpu.lock has it), or use --device cpu"
         )
-    found = driver or _driver()
-    told = "no NVIDIA driver is loaded" if found is None else f"the NVIDIA driver {found} cannot be used"
+    driver = driver or _driver()
+    reason = "no NVIDIA driver is loaded" if driver is None else f"the NVIDIA driver {driver} cannot be used"
     return (
-        f"torch {torch.__version__} is a wheel for CUDA {torch.version.cuda} and {told}; install a driver for that "
+        f"torch {torch.__version__} is a wheel for CUDA {torch.version.cuda} and {reason}; install a driver for that "
         "CUDA, start the container with --gpus all, or use --device cpu"
     )
 
@@ -70,21 +70,21 @@ def capability_text(capability: Capability | None) -> str:
 
 
 def cpu_flags() -> str:
-    """The CPU's instruction sets, which its name does not tell: one name may stand for many in a virtual machine."""
-    return _of_the_cpu("flags")
+    """Returns the CPU's instruction sets. In a virtual machine, CPUs of one name differ in them."""
+    return _cpuinfo("flags")
 
 
 def _cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    return _of_the_cpu("model name", info) or platform.machine()
+    return _cpuinfo("model name", info) or platform.machine()
 
 
-def _of_the_cpu(key: str, info: Path = Path("/proc/cpuinfo")) -> str:
+def _cpuinfo(key: str, info: Path = Path("/proc/cpuinfo")) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The kernel module's version; None where the file is absent, as in some containers."""
+    """Returns the version of the kernel module; None without the file, as in some containers."""
     if not version.exists():
         return None
     words = version.read_text().partition("Module")[2].split()

@@ -1,6 +1,6 @@
-"""How full a card is, by NVML (nvidia-ml-py, extra `gpu`): all processes on it, not only this one.
+"""Memory of a GPU by NVML (nvidia-ml-py, extra `gpu`), over all processes.
 
-NVML asks the driver and touches no CUDA context, so any thread may ask while the engine works.
+NVML asks the driver and touches no CUDA context, so any thread may call it while the engine runs.
 """
 
 import logging
@@ -11,13 +11,13 @@ logger = logging.getLogger("engines.device")
 
 
 class Card:
-    """One GPU, as NVML knows it."""
+    """One GPU in NVML."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
 
     def memory_bytes(self) -> Mapping[str, int]:
-        """used and total; nothing where the driver does not answer."""
+        """Returns `used` and `total` in bytes; empty if the driver does not answer."""
         try:
             memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
         except self._nvml.NVMLError as error:
@@ -27,7 +27,7 @@ class Card:
 
 
 def open_card(uuid: str) -> Card | None:
-    """The card with this UUID, as CUDA names it; None where NVML is not installed or does not know the card."""
+    """Returns the card with this UUID of CUDA; None if NVML is not installed or does not know it."""
     try:
         import pynvml
     except ImportError:

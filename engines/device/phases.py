@@ -1,4 +1,4 @@
-"""How long each phase of a start took; phases may run side by side, each on a thread of its own."""
+"""Times of the phases of a start. Phases may run in parallel, each on a thread of its own."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Phases:
-    """`seconds`: of each phase that has ended, by its name, in the order in which they ended."""
+    """`seconds`: name of each finished phase -> its duration, in the order of their ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -26,7 +26,7 @@ class Phases:
             return work()
 
     def begin(self, name: str, work: Callable[[], T], pool: Executor | None) -> Future[T]:
-        """Begins a phase on a thread of `pool`; without one it is over when this returns."""
+        """Starts a phase on a thread of `pool`. Without a pool, it runs the phase before it returns."""
         if pool is not None:
             return pool.submit(self.timed, name, work)
         done: Future[T] = Future()

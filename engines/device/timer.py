@@ -1,4 +1,4 @@
-"""Seconds between laps, as the device spent them. On CUDA by events, so that a lap does not wait for the work."""
+"""Seconds of laps on the device. CUDA events measure them, so that the end of a lap does not wait for the work."""
 
 import time
 from itertools import pairwise
@@ -15,7 +15,7 @@ class Event(Protocol):
     def synchronize(self) -> None: ...
 
     def elapsed_time(self, later: Any) -> float:
-        """Milliseconds until `later`, a mark of the same kind."""
+        """Returns the milliseconds until `later`, an event of the same class."""
 
 
 class CpuEvent:
@@ -28,7 +28,7 @@ class CpuEvent:
         self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
-        """The CPU has done what came before."""
+        """Returns at once: the CPU has finished all earlier work."""
 
     def elapsed_time(self, later: "CpuEvent") -> float:
         return (later.seconds - self.seconds) * 1000
@@ -52,21 +52,21 @@ class CudaEvent:
 
 
 class Stopwatch:
-    """Started when it is made."""
+    """Measures laps from its construction on."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._marks: list[Event] = []
+        self._events: list[Event] = []
         self.record()
 
     def record(self) -> None:
-        """Ends a lap at what the device has been given so far."""
-        mark: Event = CudaEvent() if self._cuda else CpuEvent()
-        mark.record()
-        self._marks.append(mark)
+        """Ends a lap after the work queued so far."""
+        event: Event = CudaEvent() if self._cuda else CpuEvent()
+        event.record()
+        self._events.append(event)
 
     def laps(self, count: int | None = None) -> list[float]:
-        """The first `count` laps, None: all; waits until the device has ended the last of them."""
-        marks = self._marks if count is None else self._marks[: count + 1]
-        marks[-1].synchronize()
-        return [first.elapsed_time(second) / 1000 for first, second in pairwise(marks)]
+        """Returns the seconds of the first `count` laps (None: all) and waits for the end of the last."""
+        events = self._events if count is None else self._events[: count + 1]
+        events[-1].synchronize()
+        return [first.elapsed_time(second) / 1000 for first, second in pairwise(events)]

@@ -1,4 +1,4 @@
-"""Real prompts through the real text encoder: what engines are compared on, and what fp8 scales are measured on."""
+"""Embeddings of real prompts, for the comparison of engines and the calibration of fp8 scales."""
 
 from dataclasses import dataclass
 
@@ -29,30 +29,30 @@ PROMPTS = (
     "one purple circle to the right of a green square",
     "macro photograph of a dragonfly wing, iridescent, black background",
 )
-_LARGE = 1024  # hidden size from which a text encoder is loaded in bf16, in which Gemma is published
+_LARGE = 1024  # hidden size from which the text encoder runs in bf16, the published dtype of Gemma
 
 
 @dataclass(frozen=True)
 class CalibrationPrompts:
-    """Prompts as the transformer reads them, padded to the length that engines are built for."""
+    """Text inputs of the transformer for prompts, padded to the length of built engines."""
 
     states: Tensor  # [P, tokens, D], fp32
     mask: Tensor  # [P, tokens], bool
 
     def rows(self, count: int) -> "CalibrationPrompts":
-        """The first `count`, beginning again where there are fewer."""
+        """Returns the first `count` prompts, and repeats them if there are fewer."""
         index = torch.arange(count) % self.states.shape[0]
         return CalibrationPrompts(self.states[index], self.mask[index])
 
 
 def calibration_prompts(checkpoint: Checkpoint, stage: TextStage | None = None) -> CalibrationPrompts:
-    """PROMPTS through the checkpoint's text stage, None: loaded here; for random weights, noise of as many lengths."""
+    """Returns PROMPTS through the text stage (None: loads it); for random weights, noise of different lengths."""
     tokens, width = checkpoint.settings.max_prompt_tokens, checkpoint.transformer.caption_channels
     if isinstance(checkpoint.weights, RandomWeights):
         generator = torch.Generator().manual_seed(checkpoint.weights.seed)
         states = torch.randn(len(PROMPTS), tokens, width, generator=generator)
-        kept = tokens - torch.arange(len(PROMPTS)) * tokens // (2 * len(PROMPTS))
-        return CalibrationPrompts(states, torch.arange(tokens) < kept[:, None])
+        lengths = tokens - torch.arange(len(PROMPTS)) * tokens // (2 * len(PROMPTS))
+        return CalibrationPrompts(states, torch.arange(tokens) < lengths[:, None])
     if stage is None:
         dtype = torch.bfloat16 if width >= _LARGE else torch.float32
         stage = load_text_stage(checkpoint, dtype, torch.device("cpu"))

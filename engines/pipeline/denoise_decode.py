@@ -1,16 +1,16 @@
-"""Denoise, and decode: each one call on tensors of fixed shapes, which a CUDA graph can hold whole.
+"""The denoise stage and the decode stage: each is one call on tensors of fixed shapes, which a CUDA graph can hold.
 
-Nothing in them waits for the device, brings a value to the host or makes a tensor of one. Inputs by name, for B jobs:
+They never wait for the device or exchange a value with the host. Inputs of denoise by name, for B jobs:
 
-    noise          [steps, B, C, h, w]  the sample at the first angle, then the noise of each further step; fp32
+    noise          [steps, B, C, h, w]  sample at the first angle, then noise of each further step; fp32
     angles         [steps, B]           radians, falling; fp32
     guidance       [B]                  times guidance_embeds_scale; fp32
-    text           [B, T, D]            in the transformer's type
-    text_mask      [B, T]               bool; absent where nothing is padded
+    text           [B, T, D]            in the transformer's dtype
+    text_mask      [B, T]               bool; absent without padding
     lora_index     [B, S] int64, lora_scale [B, S] fp32    engines.models.lora.Chosen; absent without adapters
-    control        [B, C, h, w]         the drawing's latent, in the transformer's type; control_scale [B], fp32
+    control        [B, C, h, w]         latent of the drawing, in the transformer's dtype; control_scale [B], fp32
 
-and of the decoder: latent [B, C, h, w], fp32.
+Input of decode: latent [B, C, h, w], fp32.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ Inputs = Mapping[str, Tensor]
 
 @runtime_checkable
 class ReadsTextOnce(Protocol):
-    """A transformer whose work on the text is done once for all steps."""
+    """A transformer that processes the text once for all steps."""
 
     def __call__(self, *args: Any) -> Tensor: ...
 
@@ -38,7 +38,7 @@ class ReadsTextOnce(Protocol):
 
 
 class Denoise:
-    """Through `transformer`, executed by its backend: gives the latent [B, C, h, w], fp32."""
+    """Runs the sampler on `transformer`. Returns the latent [B, C, h, w], fp32."""
 
     def __init__(self, transformer: Callable[..., Tensor], dtype: torch.dtype):
         self._transformer, self._dtype = transformer, dtype
@@ -60,7 +60,7 @@ class Denoise:
 
 
 class Decode:
-    """Through `decoder`, executed by its backend: gives pixels and finite (PixelDecoder)."""
+    """Runs `decoder`. Returns pixels and finite (engines.models.pixels.PixelDecoder)."""
 
     def __init__(self, decoder: Callable[..., Any]):
         self._decoder = decoder
@@ -73,8 +73,10 @@ class Decode:
 def input_specs(
     channels: int, tokens: int, text_width: int, dtype: torch.dtype, *, drawing: bool, adapters: int = 0
 ) -> dict[str, InputSpec]:
-    """The chain's inputs with text padded to `tokens`; drawing: with those of a drawing; adapters: that a job may ask
-    for at once."""
+    """Returns the inputs of Denoise, with text padded to `tokens`.
+
+    drawing: with those of a drawing. adapters: largest number of a job.
+    """
     specs = {
         "noise": InputSpec(torch.float32, lambda key: (key.steps, key.bucket, channels, key.height, key.width), 1),
         "angles": InputSpec(torch.float32, lambda key: (key.steps, key.bucket), 1),
@@ -92,5 +94,5 @@ def input_specs(
 
 
 def latent_spec(channels: int) -> dict[str, InputSpec]:
-    """The decoder's input."""
+    """Returns the input of Decode."""
     return {"latent": InputSpec(torch.float32, lambda key: (key.bucket, channels, key.height, key.width))}

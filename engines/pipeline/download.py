@@ -1,7 +1,6 @@
-"""Pixels from a GPU to the host: into pinned memory, on a stream of their own, while the next picture is decoded.
+"""Copies images from a GPU to pinned host memory, on a stream of its own, while the next image decodes.
 
-Files are made on the card where they can be: PNG by engines.pipeline.png, JPEG by nvJPEG where torchvision is
-installed; see `jpeg_on_card`.
+The GPU encodes files itself: PNG by engines.pipeline.png, JPEG by nvJPEG if torchvision is installed (`jpeg_on_card`).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,14 +15,14 @@ from engines.pipeline.png import is_black, png_file
 from engines.types import Job, Pixels
 
 Tensors = Mapping[str, Tensor]
-JpegEncoder = Callable[[Tensor, int], bytes]  # pixels [H, W, 3] uint8 on the card, quality
+JpegEncoder = Callable[[Tensor, int], bytes]  # pixels [H, W, 3] uint8 on the GPU, quality
 
 _NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
 class HostImage:
-    """A picture on the host. pixels is empty where the file alone was asked for."""
+    """An image on the host. `pixels` is empty if there is a file."""
 
     pixels: Pixels
     finite: bool
@@ -31,38 +30,40 @@ class HostImage:
 
 
 class Download(Protocol):
-    """A picture on its way."""
+    """A copy in progress."""
 
     def wait(self) -> HostImage: ...
 
 
 class Downloader(Protocol):
-    def start(self, made: Tensors, job: Job) -> Download:
-        """made: finite [], and pixels [H, W, 3] or the parts of a PNG file (engines.pipeline.png), all the caller's
-        own. job: says whether a JPEG file may come instead of pixels."""
+    def start(self, output: Tensors, job: Job) -> Download:
+        """Starts a copy. output: finite [], and pixels [H, W, 3] or the parts of a PNG file (engines.pipeline.png).
+
+        No other call may write to `output`. job: decides whether a JPEG file may replace the pixels.
+        """
 
 
-class _Here:
-    def __init__(self, made: Tensors, job: Job):
-        self._made, self._job = made, job
+class _HostDownload:
+    def __init__(self, output: Tensors, job: Job):
+        self._output, self._job = output, job
 
     def wait(self) -> HostImage:
-        return _downloaded(self._made, self._job)
+        return _host_image(self._output, self._job)
 
 
 class HostDownloader:
-    """For tensors that lie on the host already."""
+    """Takes tensors that are on the host already."""
 
-    def start(self, made: Tensors, job: Job) -> Download:
-        return _Here(made, job)
+    def start(self, output: Tensors, job: Job) -> Download:
+        return _HostDownload(output, job)
 
 
-class _FromCard:
-    """Tensors on their way to pinned memory."""
+class _PinnedDownload:
+    """A copy of tensors to pinned memory."""
 
-    def __init__(self, stream: Any, made: Tensors, job: Job):
+    def __init__(self, stream: Any, output: Tensors, job: Job):
         self._host, self._job = dict[str, Tensor](), job
-        for name, tensor in made.items():
+        for name, tensor in output.items():
             self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host[name].copy_(tensor, non_blocking=True)
             tensor.record_stream(stream)
@@ -71,14 +72,15 @@ class _FromCard:
 
     def wait(self) -> HostImage:
         self._done.synchronize()
-        return _downloaded(self._host, self._job)
+        return _host_image(self._host, self._job)
 
 
-class _JpegOnCard:
-    def __init__(self, stream: Any, encode: JpegEncoder, made: Tensors, job: Job):
-        self._finite = _FromCard(stream, {"finite": made["finite"], "pixels": made["pixels"][:0]}, job)
-        made["pixels"].record_stream(stream)
-        self._stream, self._encode, self._pixels, self._quality = stream, encode, made["pixels"], job.jpeg_quality or 90
+class _JpegDownload:
+    def __init__(self, stream: Any, encode: JpegEncoder, output: Tensors, job: Job):
+        pixels = output["pixels"]
+        self._finite = _PinnedDownload(stream, {"finite": output["finite"], "pixels": pixels[:0]}, job)
+        pixels.record_stream(stream)
+        self._stream, self._encode, self._pixels, self._quality = stream, encode, pixels, job.jpeg_quality or 90
 
     def wait(self) -> HostImage:
         with torch.cuda.stream(self._stream):
@@ -87,27 +89,27 @@ class _JpegOnCard:
 
 
 class CudaDownloader:
-    """`jpeg` makes files on the card; None: pixels come instead."""
+    """Copies from a GPU. `jpeg` encodes files there; None: pixels come instead."""
 
     def __init__(self, jpeg: JpegEncoder | None):
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
         self.jpeg = jpeg
 
-    def start(self, made: Tensors, job: Job) -> Download:
+    def start(self, output: Tensors, job: Job) -> Download:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             if job.jpeg_quality is not None and self.jpeg is not None:
-                return _JpegOnCard(self.stream, self.jpeg, made, job)
-            return _FromCard(self.stream, made, job)
+                return _JpegDownload(self.stream, self.jpeg, output, job)
+            return _PinnedDownload(self.stream, output, job)
 
 
-def _downloaded(host: Tensors, job: Job) -> HostImage:
+def _host_image(host: Tensors, job: Job) -> HostImage:
     finite = bool(host["finite"])
     if "words" not in host:
         return HostImage(host["pixels"].numpy(), finite)
     bits, low, high = host["facts"].tolist()
     facts = (bits, low, high)
-    if is_black(facts, job.height):  # pixels, which the server looks at
+    if is_black(facts, job.height):  # the server checks the pixels of black images
         return HostImage(np.zeros((job.height, job.width, 3), np.uint8), finite)
     return HostImage(
         _NO_PIXELS, finite, png_file(host["words"].numpy().view(np.uint8).data, facts, job.height, job.width)
@@ -115,7 +117,7 @@ def _downloaded(host: Tensors, job: Job) -> HostImage:
 
 
 def jpeg_on_card() -> JpegEncoder | None:
-    """nvJPEG through torchvision; None where that is not installed."""
+    """Returns nvJPEG's encoder of torchvision; None if that is not installed."""
     try:
         from torchvision.io import encode_jpeg
     except (ImportError, RuntimeError):  # a torchvision that does not fit torch raises RuntimeError

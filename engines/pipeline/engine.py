@@ -1,7 +1,7 @@
-"""The engine: jobs of one batch key through text, denoise and decode to pixels (engines.types.Engine).
+"""The engine: runs jobs of one batch key through text, denoise and decode (engines.types.Engine).
 
-A job's picture depends on the job alone: its noise comes from its own seed before batching, and nothing in a batch
-looks across jobs. Knows no HTTP, no files and no choice of backend.
+The image depends on its job alone: the noise comes from the job's own seed, and no computation mixes jobs of a batch.
+Knows no HTTP, no files and no choice of backend.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +19,9 @@ from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
-from engines.pipeline.embedding_cache import TextEmbedding
 from engines.pipeline.latent_cache import LatentCache, resized
 from engines.pipeline.results import BatchResults
-from engines.pipeline.text_stage import TextStage, join
+from engines.pipeline.text_stage import TextEmbedding, TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
@@ -30,7 +29,7 @@ MAX_CONTROL_SCALE = 2
 
 
 class Kernels(Protocol):
-    """Modules made of kernels that have to prove themselves on the card that is there."""
+    """Kernels that the engine compares with their references on the GPU at hand."""
 
     @property
     def reasons(self) -> Mapping[str, str]: ...
@@ -39,12 +38,12 @@ class Kernels(Protocol):
     def replaced(self) -> Mapping[str, str]: ...
 
     def compare(self, work: Callable[[], object]) -> None:
-        """Runs `work`, in which each kernel is compared with its reference."""
+        """Runs `work` and compares each kernel in it with its reference."""
 
 
 @dataclass(frozen=True)
 class Modules:
-    """What a batch passes through, each executed by its backend."""
+    """The modules of an engine, each run by its backend."""
 
     text: TextStage
     transformer: Callable[..., Tensor]  # SprintTransformer.forward
@@ -55,7 +54,7 @@ class Modules:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Numbers that the modules were built with."""
+    """Constants of the modules' latents."""
 
     channels: int
     compression: int  # pixels per latent cell along a side
@@ -66,18 +65,20 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class GraphRunners:
-    """Captured graphs in place of the plain chains: of denoising, of that with a drawing, and of decoding; and of what
-    makes PNG files, which is left to the server where there are no graphs."""
+    """CUDA graphs of denoising (plain, and with a drawing), of decoding, and of the PNG encoder.
+
+    Without graphs the server encodes PNG files.
+    """
 
     plain: GraphRunner
     decode: GraphRunner
     png: GraphRunner
     controlled: GraphRunner | None
-    recorder: GraphCapture  # what captures them, and the text stage's
+    recorder: GraphCapture  # captures them and the text stage's graphs
 
 
 class SprintEngine:
-    """Text in, pixels out, by the modules it is given."""
+    """Implements engines.types.Engine with the given modules."""
 
     def __init__(
         self,
@@ -90,9 +91,11 @@ class SprintEngine:
         runners: GraphRunners | None = None,
         kernels: Kernels | None = None,
     ):
-        """buckets: the batch sizes that the modules are prepared for and pad to; empty where they run any as it is.
-        runners: graphs that `warmup` captures; they pad texts to the longest that the engine takes. kernels: what the
-        modules are made of, which `warmup` has compared before it captures."""
+        """buckets: batch sizes to which the modules pad; empty if they run any size.
+
+        runners: graphs that `warmup` captures; they pad texts to the longest allowed one. kernels: those of the
+        modules; `warmup` compares them with their references before it captures.
+        """
         self._modules, self._space, self._schedule = modules, space, schedule
         self._info, self._limits, self._buckets, self._runners = info, limits, buckets, runners
         self._kernels = kernels
@@ -101,10 +104,10 @@ class SprintEngine:
             self._card = open_card(str(torch.cuda.get_device_properties(space.device).uuid))
         self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
         self._downloader: Downloader = HostDownloader()
-        self._stream = None  # TensorRT wants one that is not the default
+        self._stream = None  # TensorRT needs another one than the default
         if space.device.type == "cuda":
             torch.cuda.set_device(space.device)
-            torch.set_num_threads(1)  # to wake a pool for a batch's noise took longer than the pool saves
+            torch.set_num_threads(1)  # the start of a thread pool costs more than it saves on a batch's noise
             self._downloader = CudaDownloader(jpeg_on_card())
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
 
@@ -118,7 +121,7 @@ class SprintEngine:
 
     def warmup(self) -> None:
         if self._kernels is not None:
-            self._kernels.compare(self._use_every_kernel)
+            self._kernels.compare(self._run_every_kernel)
             self._info.reasons.update(self._kernels.reasons)
             self._info.replaced_kernels.update(self._kernels.replaced)
         with self._on_device():
@@ -129,25 +132,25 @@ class SprintEngine:
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
                     job = Job("", seed=0, width=width, height=height, control_image=drawing)
-                    for asked in self._files_of(job):
-                        self.generate([asked] * count)
+                    for variant in self._job_per_format(job):
+                        self.generate([variant] * count)
         if self._kernels is not None:
-            self._use_every_kernel()
+            self._run_every_kernel()
 
-    def _files_of(self, job: Job) -> Sequence[Job]:
-        """The job, and once more for each kind of file that the device makes itself."""
+    def _job_per_format(self, job: Job) -> Sequence[Job]:
+        """Returns the job, and a copy for each file format that the device encodes."""
         jpeg = () if self._stream is None else (replace(job, jpeg_quality=90),)
         png = () if self._runners is None else (replace(job, png=True),)
         return job, *jpeg, *png
 
-    def _use_every_kernel(self) -> None:
-        """One image of a text, and one of an image or of a drawing, as this engine takes them."""
+    def _run_every_kernel(self) -> None:
+        """Makes one image from text, and one from each kind of image that this engine takes."""
         width, height = self._limits.default_size
         job = Job("a red circle", seed=0, width=width, height=height)
         blank = np.zeros((64, 64, 3), np.uint8)
-        for one in (job, replace(job, image=blank), replace(job, control_image=blank)):
-            if one.conditioning in self._limits.conditioning:
-                self.generate([one])
+        for variant in (job, replace(job, image=blank), replace(job, control_image=blank)):
+            if variant.conditioning in self._limits.conditioning:
+                self.generate([variant])
 
     @torch.inference_mode()
     def _capture(self) -> None:
@@ -164,7 +167,7 @@ class SprintEngine:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """This engine's card and stream are the current ones."""
+        """Makes this engine's GPU and stream current within the block."""
         if self._stream is None:
             yield
             return
@@ -172,7 +175,7 @@ class SprintEngine:
             yield
 
     def memory_bytes(self) -> Mapping[str, int]:
-        """See engines.types.ReportsMemory; nothing without a GPU."""
+        """See engines.types.ReportsMemory; empty without a GPU."""
         device = self._space.device
         if device.type != "cuda":
             return {}
@@ -198,68 +201,68 @@ class SprintEngine:
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(_no_memory(jobs, error)) from error
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # what torch's CPU allocator raises
+            if "can't allocate memory" in str(error):  # of torch's CPU allocator
                 raise OutOfMemoryError(_no_memory(jobs, error)) from error
             raise
 
     def _generate(self, jobs: Sequence[Job], deliver: Deliver | None) -> list[RawImage]:
         watch = Stopwatch(self._space.device)
         embeddings = self._modules.text.encode([job.prompt for job in jobs])
-        noise, angles = self._start(jobs)  # drawn while the GPU works on the text
+        noise, angles = self._noise_and_angles(jobs)  # on the CPU, while the GPU encodes the text
         watch.record()
-        inputs = self._read(embeddings)
+        inputs = self._text_inputs(embeddings)
         guidance = torch.tensor([job.guidance_scale for job in jobs], dtype=torch.float32)
         inputs |= {"noise": noise, "angles": angles, "guidance": guidance * self._space.guidance_embeds_scale}
-        inputs |= self._drawn(jobs)
+        inputs |= self._control_inputs(jobs)
         if self._limits.adapters:
-            inputs |= self._adapters(jobs)
+            inputs |= self._adapter_inputs(jobs)
         latents, bucket = self._denoise(inputs, jobs[0].steps)
         watch.record()
-        made = BatchResults(
+        results = BatchResults(
             jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket
         )
-        coming: list[Download] = []
+        downloads: list[Download] = []
         for latent in torch.split(latents, 1):
             pixels, finite = self._decode(latent)
             watch.record()
-            # The next picture is decoding before this thread waits for the one before it.
-            job = jobs[len(coming)]
-            picture = self._png(pixels, latent) if job.png else {"pixels": pixels[0]}
-            coming.append(self._downloader.start({**picture, "finite": finite[0]}, job))
-            if len(coming) > 1:
-                made.take(coming[-2], deliver)
-        made.take(coming[-1], deliver)
-        return made.images
+            # The thread waits for an image when the next one is decoding.
+            job = jobs[len(downloads)]
+            output = self._png(pixels, latent) if job.png else {"pixels": pixels[0]}
+            downloads.append(self._downloader.start({**output, "finite": finite[0]}, job))
+            if len(downloads) > 1:
+                results.collect(downloads[-2], deliver)
+        results.collect(downloads[-1], deliver)
+        return results.images
 
     def _denoise(self, inputs: dict[str, Tensor], steps: int) -> tuple[Tensor, int | None]:
-        """Latents [B, C, h, w], and the bucket of the graph that ran, if one did."""
-        drawn = "control" in inputs
+        """Returns latents [B, C, h, w], and the bucket of the graph that ran, if one did."""
+        controlled = "control" in inputs
         batch, _, height, width = inputs["noise"].shape[1:]
         shape = GraphKey(batch, height, width, steps)
-        runner = None if self._runners is None else (self._runners.controlled if drawn else self._runners.plain)
+        runner = None if self._runners is None else (self._runners.controlled if controlled else self._runners.plain)
         if runner is not None:
             captured = runner.graph_for(*shape)
             return runner(inputs, shape)[0], None if captured is None else captured.bucket
-        transformer = self._modules.controlled if drawn else self._modules.transformer
-        assert transformer is not None  # else the limits refuse drawings
-        there = {name: value.to(self._space.device) for name, value in inputs.items()}
-        return Denoise(transformer, self._space.dtype)(there)[0], None
+        transformer = self._modules.controlled if controlled else self._modules.transformer
+        assert transformer is not None  # the limits refuse drawings otherwise
+        on_device = {name: value.to(self._space.device) for name, value in inputs.items()}
+        return Denoise(transformer, self._space.dtype)(on_device)[0], None
 
     def _decode(self, latent: Tensor) -> tuple[Tensor, ...]:
-        """pixels [1, H, W, 3] and finite [1] of one latent [1, C, h, w]."""
+        """Returns pixels [1, H, W, 3] and finite [1] of one latent [1, C, h, w]."""
         if self._runners is None:
             return Decode(self._modules.decoder)({"latent": latent})
         return self._runners.decode({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
 
     def _png(self, pixels: Tensor, latent: Tensor) -> dict[str, Tensor]:
-        """The parts of a PNG file of pixels [1, H, W, 3], if they can be made here; else the pixels."""
+        """Returns the parts of a PNG file of pixels [1, H, W, 3]; without graphs the pixels."""
         if self._runners is None:
             return {"pixels": pixels[0]}
         words, facts = self._runners.png({"pixels": pixels}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
         return {"words": words[0], "facts": facts[0]}
 
-    def _read(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
-        """The chain's inputs of the texts; graphs have one length, that of the longest prompt."""
+    def _text_inputs(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
+        """Returns the text inputs of Denoise; for graphs padded to the longest allowed prompt."""
         if self._runners is None:
             text, mask = join(embeddings)
             text = text.to(self._space.dtype)
@@ -267,14 +270,16 @@ class SprintEngine:
         states = [embedding.states for embedding in embeddings]
         shape = (len(states), self._info.max_prompt_tokens)
         text = torch.zeros(*shape, states[0].shape[1], dtype=self._space.dtype, device=self._space.device)
-        for row, one in zip(text, states, strict=True):
-            row[: one.shape[0]] = one
-        lengths = torch.tensor([one.shape[0] for one in states])
+        for row, embedding in zip(text, states, strict=True):
+            row[: embedding.shape[0]] = embedding
+        lengths = torch.tensor([embedding.shape[0] for embedding in states])
         return {"text": text, "text_mask": torch.arange(shape[1]) < lengths[:, None]}
 
-    def _start(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
-        """Samples at the first angle, then the noise of each further step [steps, B, C, h, w]; angles [steps, B]. Both
-        on the host, ready to be copied while it goes on; on the device where a sample begins from an image."""
+    def _noise_and_angles(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """Returns noise [steps, B, C, h, w], the sample at the first angle first, and angles [steps, B].
+
+        Both are on the host; on the device if the jobs start from images.
+        """
         key, space = jobs[0].key, self._space
         shape = (space.channels, key.height // space.compression, key.width // space.compression)
         noise = torch.stack([job_noise(job.seed, shape, key.steps) for job in jobs], dim=1)
@@ -284,31 +289,31 @@ class SprintEngine:
             return noise, torch.tensor(base)[:, None].expand(-1, len(jobs))
         starts = [angles_from_image(job.strength, base) for job in jobs]
         angles, noise = torch.tensor(starts, device=space.device).T, noise.to(space.device)
-        noise[0] = mix(self._encoded(images, key), noise[0], angles[0])
+        noise[0] = mix(self._image_latents(images, key), noise[0], angles[0])
         return noise, angles
 
-    def _drawn(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
-        """The chain's inputs of the drawings; none where the jobs have none."""
+    def _control_inputs(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """Returns the inputs of Denoise for drawings; empty without any."""
         drawings = [job.control_image for job in jobs if job.control_image is not None]
         if not drawings:
             return {}
         scale = torch.tensor([job.control_scale for job in jobs], dtype=torch.float32)
-        return {"control": self._encoded(drawings, jobs[0].key).to(self._space.dtype), "control_scale": scale}
+        return {"control": self._image_latents(drawings, jobs[0].key).to(self._space.dtype), "control_scale": scale}
 
-    def _adapters(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
-        """The chain's inputs of the adapters: as many places as a graph has, or else as the jobs need."""
-        places = max(len(job.lora) for job in jobs) if self._runners is None else self._limits.max_adapters
-        if not places:
+    def _adapter_inputs(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """Returns the inputs of Denoise for adapters, with as many slots as graphs have or the jobs need."""
+        slots = max(len(job.lora) for job in jobs) if self._runners is None else self._limits.max_adapters
+        if not slots:
             return {}
-        index = torch.zeros(len(jobs), places, dtype=torch.int64)
-        scale = torch.zeros(len(jobs), places)
+        index = torch.zeros(len(jobs), slots, dtype=torch.int64)
+        scale = torch.zeros(len(jobs), slots)
         for row, job in enumerate(jobs):
-            for place, (name, strength) in enumerate(job.lora):
-                index[row, place], scale[row, place] = self._limits.adapters.index(name), strength
+            for slot, (name, strength) in enumerate(job.lora):
+                index[row, slot], scale[row, slot] = self._limits.adapters.index(name), strength
         return {"lora_index": index, "lora_scale": scale}
 
-    def _encoded(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
-        """Latents [B, C, h, w] of RGB images of any size."""
+    def _image_latents(self, images: Sequence[Pixels], key: BatchKey) -> Tensor:
+        """Returns the latents [B, C, h, w] of RGB images of any size."""
         return self._images.latents(images, lambda image: resized(image, key.width, key.height), key[:2])
 
     def _check(self, jobs: Sequence[Job]) -> None:

@@ -1,41 +1,38 @@
-"""Latents of images that came before, so that a drawing or a picture is encoded once."""
+"""A cache of the latents of input images, so that the engine encodes each image once."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.pipeline.lru_cache import LruCache
 from engines.types import Pixels
 
 
 class LatentCache:
-    """Latents by the pixels that they were encoded from: least recently used go first, bounded in bytes."""
+    """Latents of images by their pixels, bounded in bytes."""
 
     def __init__(self, encode: Callable[[Tensor], Tensor], max_bytes: int = 64 * 2**20):
-        self._encode, self._max_bytes = encode, max_bytes
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._encode = encode
+        self._cache: LruCache[bytes, Tensor] = LruCache(lambda latent: latent.nbytes, max_bytes)
 
     def latents(self, images: Sequence[Pixels], prepare: Callable[[Pixels], Tensor], size: tuple[int, int]) -> Tensor:
-        """[B, C, h, w] of RGB images of any size; `prepare` makes each the [H, W, 3] that is encoded, of `size`."""
+        """Returns [B, C, h, w] of RGB images of any size; `prepare` turns each into [H, W, 3] of `size`."""
         keys = [_digest(image, size) for image in images]
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._kept}
-        found = {key: self._kept[key] for key in keys if key in self._kept}
+        latents = {key: latent for key in keys if (latent := self._cache.get(key)) is not None}
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in latents}
         if missing:
             encoded = self._encode(torch.stack([prepare(image) for image in missing.values()]))
-            found |= dict(zip(missing, encoded.unbind(), strict=True))
-        for key, latent in found.items():
-            self._kept[key] = latent.clone() if key in missing else latent
-            self._kept.move_to_end(key)
-        while sum(latent.nbytes for latent in self._kept.values()) > self._max_bytes:
-            self._kept.popitem(last=False)
-        return torch.stack([found[key] for key in keys])
+            for key, latent in zip(missing, encoded.unbind(), strict=True):
+                latents[key] = latent
+                self._cache.put(key, latent.clone())
+        return torch.stack([latents[key] for key in keys])
 
 
 def resized(image: Pixels, width: int, height: int) -> Tensor:
-    """RGB [H, W, 3] of any size stretched to [height, width, 3] uint8, bicubic with antialiasing."""
+    """Returns RGB [H, W, 3] of any size stretched to [height, width, 3] uint8, bicubic with antialiasing."""
     if image.shape[:2] == (height, width):
         return torch.tensor(image)
     planes = torch.tensor(image).permute(2, 0, 1)[None].float()

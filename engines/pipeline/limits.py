@@ -1,4 +1,4 @@
-"""What an engine of a checkpoint can run, and the space of its latents."""
+"""Limits of an engine of a checkpoint, and its latent space."""
 
 import math
 from dataclasses import replace
@@ -19,9 +19,9 @@ def limits_of(
     adapters: tuple[str, ...] = (),
     sizes: tuple[tuple[int, int], ...] = (),
 ) -> Limits:
-    """Sides up to twice the size that the checkpoint was trained at; beyond it pictures repeat themselves.
+    """Returns the limits. Sides reach twice the training size, beyond which images repeat themselves.
 
-    sizes: (width, height) in pixels that alone are served; empty: what the checkpoint says. Raises CheckpointError.
+    sizes: the allowed (width, height) in pixels; empty: those of the checkpoint. Raises CheckpointError.
     """
     settings = checkpoint.settings
     width, height = settings.default_size

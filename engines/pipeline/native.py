@@ -1,4 +1,4 @@
-"""Modules of a checkpoint on an NVIDIA GPU by engines.kernels: what `--backend cuda-graph` captures."""
+"""The backend of our own kernels (engines.kernels) on an NVIDIA GPU, whose graphs `--backend cuda-graph` captures."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,20 +34,23 @@ from engines.sampler import angles_for, job_noise
 class NativeBackend:
     """A backend (engines.backends.base) whose modules share one set of operations.
 
-    reasons: what runs as PyTorch has it, and why.
+    reasons: module -> reason why PyTorch runs it.
     """
 
     def __init__(self, ops: Ops, autoencoder: AutoencoderConfig, proof: Path | None = None):
-        """proof: the file that says which kernels equal their references here (engines.backends.cuda.proof)."""
+        """proof: file of the kernels that equal their references on this GPU (engines.backends.cuda.proof)."""
         self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
-        self._against_decoder, self._against_encoder = why_not(autoencoder), why_not_encode(autoencoder)
+        self._decoder_reason, self._encoder_reason = why_not(autoencoder), why_not_encode(autoencoder)
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
     @classmethod
     def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "NativeBackend":
-        """For a GPU. cache: the folder of proofs, of which none is kept for a user without a home directory; shapes:
-        what kernels are run at, in words."""
+        """Returns the backend for a GPU.
+
+        cache: folder of proofs; a user without a home directory gets no proof. shapes: text that identifies the shapes
+        of the kernels' inputs.
+        """
         try:
             proof = proof_file(cache.expanduser(), device, f"{autoencoder} {shapes}")
         except RuntimeError:  # pathlib's
@@ -66,30 +69,32 @@ class NativeBackend:
             assert self._transformer is not None
             return CudaControlled(module, self.ops, self._transformer)
         if isinstance(module, PixelDecoder):
-            if self._against_decoder is None:
+            if self._decoder_reason is None:
                 self._decoder = CudaDecoder(module, self.ops)
                 return self._decoder
-            self.reasons["decoder"] = f"PyTorch's modules: {self._against_decoder}"
+            self.reasons["decoder"] = f"PyTorch's modules: {self._decoder_reason}"
         if isinstance(module, PixelEncoder):
-            if self._against_encoder is None:
+            if self._encoder_reason is None:
                 return CudaEncoder(module, self.ops)
-            self.reasons["encoder"] = f"PyTorch's modules: {self._against_encoder}"
+            self.reasons["encoder"] = f"PyTorch's modules: {self._encoder_reason}"
         return laid_out(module, spec)
 
     def text(self, stage: TextStage) -> TextStage:
-        """The same with an encoder of kernels."""
+        """Returns the text stage with an encoder of our kernels, or `stage` if they cannot run it."""
         assert isinstance(stage.encoder, TextEncoder)
         try:
             encoder = CudaTextEncoder(stage.encoder, self.ops)
         except ValueError as error:
             self.reasons["text"] = f"PyTorch's modules: {error}"
             return stage
-        return TextStage(stage.tokenizer, encoder, stage.cache)
+        return TextStage(stage.tokenizer, encoder)
 
     @torch.inference_mode()
     def to_fp8(self, checkpoint: Checkpoint, text: TextStage, size: tuple[int, int], device: torch.device) -> None:
-        """Turns the decoder to 8 bits, with scales for what one step makes of the calibration's prompts at `size`
-        (width, height in pixels). Raises BackendError where the decoder is PyTorch's."""
+        """Quantises the decoder to fp8, with scales from one step of the calibration prompts.
+
+        size: (width, height) in pixels. Raises BackendError if PyTorch runs the decoder.
+        """
         if self._decoder is None or self._transformer is None:
             raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
         config = checkpoint.transformer
@@ -99,13 +104,13 @@ class NativeBackend:
         texts = calibration_prompts(checkpoint, text)
         denoise = Denoise(self._transformer, self._transformer.dtype)
         for index in range(texts.states.shape[0]):
-            one = slice(index, index + 1)
+            row = slice(index, index + 1)
             inputs = {
                 "noise": job_noise(index, shape, 1)[:, None],
                 "angles": torch.tensor([angles_for(1)]),
                 "guidance": torch.tensor([guidance]),
-                "text": texts.states[one].to(self._transformer.dtype),
-                "text_mask": texts.mask[one],
+                "text": texts.states[row].to(self._transformer.dtype),
+                "text_mask": texts.mask[row],
             }
             [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
             self._decoder.calibrate(latent)
@@ -113,11 +118,11 @@ class NativeBackend:
 
     @property
     def replaced(self) -> Mapping[str, str]:
-        """Kernel -> why its reference runs in its place."""
+        """Returns kernel -> reason why its reference runs instead."""
         return self.ops.replaced
 
     def compare(self, work: Callable[[], object]) -> None:
-        """Runs `work` with each kernel beside its reference; `reasons` says which are replaced."""
+        """Runs `work` and compares each kernel with its reference; `reasons` names the replaced ones."""
         replaced = compare(self.ops, work, self._proof)
-        told = "; ".join(f"{name}: {why}" for name, why in sorted(replaced.items()))
-        self.reasons["kernels"] = f"replaced by their references: {told}" if replaced else "all equal their references"
+        text = "; ".join(f"{name}: {why}" for name, why in sorted(replaced.items()))
+        self.reasons["kernels"] = f"replaced by their references: {text}" if replaced else "all equal their references"

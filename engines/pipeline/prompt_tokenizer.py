@@ -1,9 +1,8 @@
-"""A prompt's way to token ids: the text that goes around it, what is kept of it, and where it is cut.
+"""Turns prompts into token ids: adds the instruction and truncates. Knows no tensors.
 
-Follows diffusers token for token (pipelines/sana/pipeline_sana_sprint.py, encode_prompt): the prompt is lower-cased and
-stripped, an instruction is put before it, the whole is cut to the instruction's length plus `max_tokens` - 2, and of
-the hidden states only the first and the last `max_tokens` - 1 positions are used. Padding, which upstream masks, does
-not exist here. Knows no tensors.
+Follows diffusers token for token (pipelines/sana/pipeline_sana_sprint.py, encode_prompt). It lower-cases and strips the
+prompt, puts an instruction before it, and truncates to the instruction's length plus `max_tokens` - 2. Of the hidden
+states it uses the first and the last `max_tokens` - 1 positions. It never pads, while upstream masks padding.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from engines.models.text_encoder import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt ready for the text encoder; prompts of equal `text` have equal embeddings."""
+    """A tokenised prompt. Prompts of equal `text` have equal embeddings."""
 
     text: str
     tokens: Tokens
@@ -24,10 +23,10 @@ class Prompt:
 
 
 class PromptTokenizer:
-    """Prompts to token ids, with one instruction (or none) and one limit.
+    """Turns prompts into token ids, with one instruction (or none) and one limit.
 
-    `prefix` holds the ids that every prompt starts with: those of the instruction, or only the first token (BOS).
-    Raises CheckpointError where the tokenizer adds no BOS, on which Sprint's choice of positions relies.
+    `prefix` holds the first ids of every prompt: those of the instruction, or only BOS. Raises CheckpointError if the
+    tokenizer adds no BOS, on which Sprint's choice of positions relies.
     """
 
     def __init__(self, tokenizer: Tokenizer, instruction: str, max_tokens: int):
@@ -47,11 +46,11 @@ class PromptTokenizer:
 
     @staticmethod
     def normalise(prompt: str) -> str:
-        """The text that is encoded, as diffusers has it (NVlabs' own pipeline does not lower the case)."""
+        """Returns the text to encode, as diffusers does (NVlabs' own pipeline keeps the case)."""
         return prompt.lower().strip()
 
     def encode(self, prompt: str) -> Prompt:
-        """The ids of instruction and prompt together, for tokens may join where the two meet."""
+        """Encodes instruction and prompt together, as a token may span their border."""
         text = self.normalise(prompt)
         encoding = self._tokenizer.encode(self._instruction + text)
         tokens = Tokens(tuple(encoding.ids), self._start)

@@ -1,4 +1,4 @@
-"""Which graphs are captured in place of the plain chains: of what, for which batches, sizes and steps."""
+"""Chooses the CUDA graphs of an engine: stages, batches, sizes and steps."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,7 +22,7 @@ def runners_of(
     recorder: GraphCapture | None,
     reasons: dict[str, str],
 ) -> GraphRunners | None:
-    """Graphs to capture for `buckets` at every size of the checkpoint, or its own one; None without a recorder."""
+    """Returns the graphs for `buckets` at every size of the limits, or their default one; None without a recorder."""
     if recorder is None:
         return None
     unit, steps = space.compression, tuple(steps)
@@ -30,8 +30,8 @@ def runners_of(
 
     def denoise(*, drawing: bool) -> GraphRunner:
         def chain() -> Denoise:
-            made = modules()
-            transformer = made.controlled if drawing else made.transformer
+            replica = modules()
+            transformer = replica.controlled if drawing else replica.transformer
             assert transformer is not None
             return Denoise(transformer, space.dtype)
 
@@ -39,7 +39,7 @@ def runners_of(
         specs = input_specs(space.channels, tokens, width, space.dtype, drawing=drawing, adapters=limits.max_adapters)
         return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
 
-    # One picture at a time: each is handed out when it is done, and memory does not grow with the batch.
+    # One image at a time: the engine delivers each when it is done, and memory does not grow with the batch.
     decode = GraphRunner(
         lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
     )

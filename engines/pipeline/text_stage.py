@@ -1,9 +1,10 @@
-"""The text stage: prompts in, the transformer's text input out, with embeddings kept by prompt.
+"""The text stage: from prompts to the transformer's text input, with a cache of embeddings.
 
-Only prompts that are not in the cache are tokenised and run, each once, in one batch.
+It tokenises and encodes the prompts that the cache lacks, each once, in one batch.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,12 +14,23 @@ from engines.backends.cuda.graphs import GraphCapture
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder, Tokens
-from engines.pipeline.embedding_cache import EmbeddingCache, TextEmbedding
+from engines.pipeline.lru_cache import LruCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
+
+CACHE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """The transformer's text input for one prompt. `cached`: nothing ran for it."""
+
+    states: Tensor  # [T, D], without padding
+    truncated: bool
+    cached: bool
 
 
 class Encoder(Protocol):
-    """engines.models.text_encoder.TextEncoder, or what a backend has in its place."""
+    """engines.models.text_encoder.TextEncoder or its replacement by a backend."""
 
     @property
     def prefix(self) -> tuple[int, ...]: ...
@@ -34,14 +46,17 @@ class Captures(Protocol):
 
 
 class TextStage:
-    """Tokenizer, encoder and cache together."""
+    """Tokenizer, encoder and a cache of embeddings by prompt, bounded in bytes and entries."""
 
-    def __init__(self, tokenizer: PromptTokenizer, encoder: Encoder, cache: EmbeddingCache):
-        self.tokenizer, self.encoder, self.cache = tokenizer, encoder, cache
+    def __init__(self, tokenizer: PromptTokenizer, encoder: Encoder, max_cached: int = 4096):
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.cache: LruCache[str, TextEmbedding] = LruCache(lambda one: one.states.nbytes, CACHE_BYTES, max_cached)
 
     def capture(self, recorder: GraphCapture) -> None:
-        """Has the encoder's graphs captured, where it has any; without, runs it once at each power of two of lengths,
-        so that no request pays for loading kernels."""
+        """Captures the graphs of an encoder that has them.
+
+        Otherwise runs the encoder once at each power of two of lengths, so that no request waits for its kernels.
+        """
         if isinstance(self.encoder, Captures):
             self.encoder.capture(recorder)
             return
@@ -51,34 +66,34 @@ class TextStage:
             length *= 2
 
     def encode(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """One embedding per prompt, in order. `cached` says that nothing was run for that prompt."""
+        """Returns one embedding per prompt, in order."""
         texts = [self.tokenizer.normalise(prompt) for prompt in prompts]
-        found: dict[str, TextEmbedding] = {}
+        embeddings: dict[str, TextEmbedding] = {}
         missing = []
         for text in dict.fromkeys(texts):
-            hit = self.cache.get(text)
-            if hit is None:
+            cached = self.cache.get(text)
+            if cached is None:
                 missing.append(self.tokenizer.encode(text))
             else:
-                found[text] = hit
+                embeddings[text] = cached
         encoded = self.encoder.encode([prompt.tokens for prompt in missing]) if missing else []
         for prompt, states in zip(missing, encoded, strict=True):
-            found[prompt.text] = TextEmbedding(states, prompt.truncated, cached=False)
-            self.cache.put(prompt.text, found[prompt.text])
-        return [found[text] for text in texts]
+            embeddings[prompt.text] = TextEmbedding(states, prompt.truncated, cached=False)
+            # A clone, so that an entry does not keep the memory of its batch.
+            self.cache.put(prompt.text, TextEmbedding(states.clone(), prompt.truncated, cached=True))
+        return [embeddings[text] for text in texts]
 
 
 def load_text_stage(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextStage:
-    """The text stage of a checkpoint, with an empty cache. Raises CheckpointError."""
+    """Loads the text stage of a checkpoint, with an empty cache. Raises CheckpointError."""
     settings = checkpoint.settings
     instruction = INSTRUCTION if settings.instruction else ""
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
-    encoder = TextEncoder(checkpoint.load_text_body(dtype, device), tokenizer.prefix)
-    return TextStage(tokenizer, encoder, EmbeddingCache())
+    return TextStage(tokenizer, TextEncoder(checkpoint.load_text_body(dtype, device), tokenizer.prefix))
 
 
 def join(embeddings: Sequence[TextEmbedding]) -> tuple[Tensor, Tensor | None]:
-    """One batch of texts: states [B, T, D] padded to the longest, and a mask [B, T] where lengths differ, else None."""
+    """Returns states [B, T, D] padded to the longest, and a mask [B, T] if lengths differ, else None."""
     lengths = [embedding.states.shape[0] for embedding in embeddings]
     states = torch.nn.utils.rnn.pad_sequence([embedding.states for embedding in embeddings], batch_first=True)
     if min(lengths) == max(lengths):

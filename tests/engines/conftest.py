@@ -41,6 +41,6 @@ def upstream(folder: Path) -> object:
 
 
 @pytest.fixture(scope="session")
-def small_pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_checkpoint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights, made for 64x64."""
     return with_settings(folder, tmp_path_factory.mktemp("settings") / "sprint", '{"default_size": [64, 64]}')

@@ -13,7 +13,7 @@ from engines.types import Job, Pixels
 JOB = Job("a red circle", seed=7, width=64, height=32)
 
 
-def picture(value: int, height: int = 16, width: int = 16) -> Pixels:
+def solid(value: int, height: int = 16, width: int = 16) -> Pixels:
     return np.full((height, width, 3), value, dtype=np.uint8)
 
 
@@ -33,10 +33,10 @@ def test_pixels_are_the_foretold_ones_in_order() -> None:
         replace(JOB, seed=8),
         replace(JOB, steps=2),
         replace(JOB, guidance_scale=5.0),
-        replace(JOB, image=picture(255)),
-        replace(JOB, image=picture(255), strength=0.9),
-        replace(JOB, control_image=picture(200)),
-        replace(JOB, control_image=picture(200), control_scale=0.9),
+        replace(JOB, image=solid(255)),
+        replace(JOB, image=solid(255), strength=0.9),
+        replace(JOB, control_image=solid(200)),
+        replace(JOB, control_image=solid(200), control_scale=0.9),
     ],
 )
 def test_whatever_a_job_says_shows(other: Job) -> None:
@@ -45,11 +45,11 @@ def test_whatever_a_job_says_shows(other: Job) -> None:
 
 
 def test_strength_and_strokes_have_their_ends() -> None:
-    whole = replace(JOB, image=picture(200), strength=1.0)
+    whole = replace(JOB, image=solid(200), strength=1.0)
     np.testing.assert_array_equal(expected_pixels(whole), expected_pixels(JOB))
-    none = replace(JOB, image=picture(200), strength=0.0)
+    none = replace(JOB, image=solid(200), strength=0.0)
     assert (expected_pixels(none) == 200).all()
-    assert (expected_pixels(replace(JOB, control_image=picture(255))) == 255).all()
+    assert (expected_pixels(replace(JOB, control_image=solid(255))) == 255).all()
 
 
 def test_batches_run_in_padded_buckets_and_prompts_are_cached() -> None:
@@ -86,7 +86,7 @@ def test_jobs_outside_the_limits_are_refused(jobs: list[Job], words: str) -> Non
 def test_conditioning_is_honoured() -> None:
     text_only = FakeEngine(conditioning=frozenset({"text"}))
     with pytest.raises(JobError, match="conditioning"):
-        text_only.generate([replace(JOB, image=picture(1))])
+        text_only.generate([replace(JOB, image=solid(1))])
 
 
 def test_faults_come_as_planned() -> None:

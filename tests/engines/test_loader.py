@@ -52,29 +52,29 @@ def test_sides_may_double_within_four_times_the_area(folder: Path, tmp_path: Pat
     assert not engine.limits.allows_size(288, 32)
 
 
-def test_memory_is_reported_where_there_is_a_gpu(small_pictures: Path) -> None:
-    engine = load_engine(str(small_pictures), device="cpu")
+def test_memory_is_reported_where_there_is_a_gpu(small_checkpoint: Path) -> None:
+    engine = load_engine(str(small_checkpoint), device="cpu")
     assert isinstance(engine, ReportsMemory)
     assert engine.memory_bytes() == {}
 
 
 @pytest.mark.gpu
-def test_runs_on_a_gpu_in_bf16(small_pictures: Path) -> None:
+def test_runs_on_a_gpu_in_bf16(small_checkpoint: Path) -> None:
     jobs = [Job("a red circle", seed=seed, width=64, height=64) for seed in range(2)]
-    engine = load_engine(str(small_pictures))
+    engine = load_engine(str(small_checkpoint))
     assert engine.info.precision == "bf16"
     assert engine.info.device.startswith("cuda")
     assert isinstance(engine, ReportsMemory)
     assert 0 < engine.memory_bytes()["used"] < engine.memory_bytes()["total"]
-    reference = load_engine(str(small_pictures), device="cpu")
+    reference = load_engine(str(small_checkpoint), device="cpu")
     for rounded, exact in zip(engine.generate(jobs), reference.generate(jobs), strict=True):
         assert 0 < abs(exact.pixels.astype(int) - rounded.pixels.astype(int)).mean() < 12
         assert rounded.stages.denoise > 0
 
 
-def test_bf16_runs_near_fp32(small_pictures: Path) -> None:
+def test_bf16_runs_near_fp32(small_checkpoint: Path) -> None:
     jobs = [Job("a red circle", seed=seed, width=64, height=64) for seed in range(2)]
-    engines = [load_engine(str(small_pictures), precision=precision, device="cpu") for precision in ("fp32", "bf16")]
+    engines = [load_engine(str(small_checkpoint), precision=precision, device="cpu") for precision in ("fp32", "bf16")]
     assert engines[1].info.precision == "bf16"
     for exact, rounded in zip(*(engine.generate(jobs) for engine in engines), strict=True):
         difference = abs(exact.pixels.astype(int) - rounded.pixels.astype(int))

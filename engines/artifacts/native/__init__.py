@@ -1,1 +1,1 @@
-"""Native engines on disk: modules laid out for our kernels, and the kernels compiled ahead for their card."""
+"""Native engines on disk: modules laid out for our kernels, and kernels compiled ahead of time for a GPU."""

@@ -1,7 +1,7 @@
-"""The kernels of an engine, compiled by processes of their own: `python -m engines.artifacts.native.compiling JSON`.
+"""Compiles the kernels of an engine in worker processes: `python -m engines.artifacts.native.compiling JSON`.
 
-Each makes the engine's skeleton, runs on it whatever the server captures, and compiles its share of what was launched.
-Processes, because turning Triton to another card is for all of a process, and compiling keeps a core busy.
+Each worker makes the engine's skeleton, launches on it all that the server captures, and compiles its share. They are
+processes because Triton's target is one per process, and because a compilation keeps a core busy.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What is to be compiled: sizes (width, height) in pixels, the card, and of all kernels every `of`-th."""
+    """A set of kernels to compile: sizes (width, height) in pixels, the GPU, and every `of`-th of all kernels."""
 
     model: str
     decoder: str | None
@@ -50,7 +50,7 @@ class CompileRequest:
 
 
 def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: CompileRequest) -> None:
-    """Launches what the server will: text, denoising, encoding and decoding of every bucket and size."""
+    """Launches the kernels of a server: text, denoising, encoding and decoding of every bucket and size."""
     parts = skeleton(checkpoint, NativeBackend(Ops(launcher), checkpoint.autoencoder), request.ranges)
     unit, config = checkpoint.autoencoder.compression, checkpoint.transformer
     tokens = checkpoint.settings.max_prompt_tokens
@@ -69,16 +69,16 @@ def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: CompileReque
 
 
 def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
-    """Fills request.cache by `jobs` processes; gives the kernels that the card has no room for, and why.
+    """Fills request.cache with `jobs` processes. Returns kernel -> reason for those that do not fit the GPU.
 
     Raises BuildError.
     """
     with tempfile.TemporaryDirectory() as folder:
         capability = (request.capability[0], request.capability[1])
-        model, decoder = _from_anywhere(request.model), request.decoder and _from_anywhere(request.decoder)
+        model, decoder = _absolute(request.model), request.decoder and _absolute(request.decoder)
         request = replace(request, model=model, decoder=decoder, libcuda=str(stub_libcuda(Path(folder), capability)))
         shares = [replace(request, index=request.index + request.of * job, of=request.of * jobs) for job in range(jobs)]
-        # Under the interpreter, which tests use, nothing is compiled.
+        # Triton's interpreter, which tests use, compiles nothing.
         start = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-m", "engines.artifacts.native.compiling"]
         running = [
             subprocess.Popen(
@@ -91,27 +91,27 @@ def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
             for share in shares
         ]
         try:
-            said = [process.communicate() for process in running]
+            outputs = [process.communicate() for process in running]
         finally:
             for process in running:
                 process.kill()
     failed: dict[str, str] = {}
-    for process, (out, complaint) in zip(running, said, strict=True):
+    for process, (out, err) in zip(running, outputs, strict=True):
         if process.returncode:
-            last = (complaint.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
+            last = (err.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
             raise BuildError(f"build: kernels were not compiled: {last.removeprefix('build: ')}")
         failed |= json.loads(out.splitlines()[-1])
     return failed
 
 
-def _from_anywhere(name: str) -> str:
-    """The checkpoint's name as a process with another working directory finds it."""
+def _absolute(name: str) -> str:
+    """Returns the checkpoint's name for a process with another working directory."""
     return str(Path(name).absolute()) if name != "tiny" and Path(name).is_dir() else name
 
 
 @torch.inference_mode()
 def main(line: str) -> int:
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # with the build, however that ends
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)  # ends with the build
     request = CompileRequest(**json.loads(line))
     capability = (request.capability[0], request.capability[1])
     try:

@@ -1,8 +1,7 @@
-"""Kernels that were compiled ahead, found again where they run: no compiler is asked there.
+"""Makes Triton find kernels that were compiled ahead of time, without ptxas or a C compiler.
 
-Triton keeps a folder of what it compiled, by a key of its own files, the kernel's text, the architecture, and the types
-of the arguments. A native engine brings such a folder (engines.artifacts.native.offline fills it); `use_compiled` makes
-a process look there first, so that it needs neither ptxas nor a C compiler.
+Triton caches compiled kernels by a key of its own files, the kernel's source, the architecture and the argument types.
+A native engine ships such a cache (engines.artifacts.native.offline fills it); `use_compiled_kernels` reads it first.
 """
 
 import hashlib
@@ -24,11 +23,11 @@ import engines.kernels
 
 
 def use_compiled_kernels(folder: Path) -> None:
-    """From now on Triton takes kernels from `folder`, which is only read, before it looks where it looked before."""
+    """Makes Triton look for kernels in `folder` first, which it only reads, and in its own cache after that."""
     stable_cache_keys()
-    before = knobs.cache.manager_class or FileCacheManager
+    configured = knobs.cache.manager_class or FileCacheManager
 
-    class Compiled(before):  # type: ignore[misc,valid-type]  # whatever class Triton was told of
+    class Compiled(configured):  # type: ignore[misc,valid-type]  # a class known at run time only
         def __init__(self, key: str, override: bool = False, dump: bool = False):
             shipped = not override and not dump and (folder / key).is_dir()
             self._own: Path | None = folder / key if shipped else None
@@ -38,23 +37,23 @@ def use_compiled_kernels(folder: Path) -> None:
 
         def get_file(self, filename: str) -> str | None:
             if self._own is None:
-                found: str | None = super().get_file(filename)
-                return found
+                path: str | None = super().get_file(filename)
+                return path
             return str(self._own / filename) if (self._own / filename).is_file() else None
 
         def get_group(self, filename: str) -> dict[str, str] | None:
-            """As the group's file has it, but here: it was written where the folder was built."""
+            """Returns the files of the group by name, in this folder: the stored paths are those of the build."""
             if self._own is None:
                 group: dict[str, str] | None = super().get_group(filename)
                 return group
-            listed = self._own / f"__grp__{filename}"
-            if not listed.is_file():
+            record = self._own / f"__grp__{filename}"
+            if not record.is_file():
                 return None
-            names = json.loads(listed.read_text())["child_paths"]
+            names = json.loads(record.read_text())["child_paths"]
             return {name: str(self._own / name) for name in names}
 
         def put(self, data: Any, filename: str, binary: bool = True) -> str:
-            if self._own is not None:  # what was found could not be used: make it anew beside the other ones
+            if self._own is not None:  # the shipped kernel is unusable: Triton compiles it into its own cache
                 super().__init__(self.key)
                 self._own = None
             path: str = super().put(data, filename, binary)
@@ -64,14 +63,14 @@ def use_compiled_kernels(folder: Path) -> None:
 
 
 def stable_cache_keys() -> None:
-    """Makes Triton's keys the same in every process that calls this before it launches.
+    """Makes Triton's keys the same in every process that calls this before its first launch.
 
-    Its key of what it compiles from C asks platform.architecture, whose answer depends on whether the machine has the
-    program `file`; what is compiled does not. Its key of a kernel holds the constants of those functions alone that
-    happened to have a key before (DependenciesFinder._update_hash), so all get theirs here, in one order.
+    Triton's key of compiled C holds platform.architecture, which depends on the presence of the program `file`. Its key
+    of a kernel holds the constants of functions that already have a key (DependenciesFinder._update_hash); so all
+    functions get one here, in one order.
     """
     build.platform_key = lambda: f"{platform.machine()},{platform.system()}"
-    names = [found.name for found in pkgutil.walk_packages(engines.kernels.__path__, "engines.kernels.")]
+    names = [module.name for module in pkgutil.walk_packages(engines.kernels.__path__, "engines.kernels.")]
     for module in map(importlib.import_module, sorted(names)):
         for _, value in sorted(vars(module).items()):
             if isinstance(value, JITFunction):
@@ -79,7 +78,6 @@ def stable_cache_keys() -> None:
 
 
 def cache_key_versions() -> dict[str, str]:
-    """Of what decides the keys of the folder, and whether its C parts can be loaded; of Triton also which build it is,
-    as each has keys of its own."""
+    """Returns the versions on which the cache's keys and C modules depend; each build of Triton has its own keys."""
     build = hashlib.sha256(triton_key().encode()).hexdigest()[:12]
     return {"triton": f"{triton.__version__} ({build})", "python": f"{sys.version_info.major}.{sys.version_info.minor}"}

@@ -1,7 +1,7 @@
-"""A native engine from its folder: checked, and its memory read straight to the card.
+"""Loads a native engine: checks its folder and reads the memory of its modules to the GPU.
 
-The folder holds the memory of each part (`storages`), the compiled kernels of one kind of card, and native.json: what
-the skeleton is made with, and of what code. Whatever of that is another here is refused in one line.
+The folder holds the memory of each component (`storages`), the compiled kernels of one GPU type, and native.json with
+the inputs of the skeleton and the hash of the code. An ArtifactError names the first difference.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from engines.pipeline import native as pipeline_native
 from engines.pipeline.native import NativeBackend
 
 NATIVE_FILE = "native.json"
-KERNELS = "kernels"  # folder of what Triton compiled
+KERNELS = "kernels"  # folder of compiled kernels
 
 
 @dataclass(frozen=True)
 class NativeInfo:
-    """native.json. ranges: the largest input and hidden value of each ResBlock of a decoder in 8 bits, else empty."""
+    """native.json. ranges: largest input and hidden value of each ResBlock of an fp8 decoder; else empty."""
 
     code: str
     stamps: Sequence[Sequence[object]]
@@ -57,10 +57,10 @@ def load_native(
     cache: Path,
     native: NativeBackend | None = None,
 ) -> NativeModules:
-    """The engine in `folder`, checked and on the device.
+    """Checks the engine in `folder` and loads it to the device.
 
-    cache: folder of the proofs that kernels equal their references. native: whose operations run; None takes those of
-    the card, which must be of the kind that the engine is for. Raises ArtifactError.
+    cache: folder of the proofs that kernels equal their references. native: the operations that run; None takes those
+    of the GPU, which must be of the engine's type. Raises ArtifactError.
     """
     if native is None:
         check_fit(manifest, device)
@@ -70,12 +70,12 @@ def load_native(
     for record in weights:
         manifest.check_size(folder, record)
     try:
-        about = NativeInfo(**json.loads((folder / NATIVE_FILE).read_text(encoding="utf-8")))
+        info = NativeInfo(**json.loads((folder / NATIVE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise manifest.refusal(f"{folder / NATIVE_FILE} is damaged ({error})") from error
-    if about.code != code_digest():
+    if info.code != code_digest():
         raise manifest.refusal("built by another version of this code")
-    if not about.stamps or [list(stamp) for stamp in about.stamps] != file_stamps(checkpoint.weights):
+    if not info.stamps or [list(stamp) for stamp in info.stamps] != file_stamps(checkpoint.weights):
         manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
     if native is None:
         use_compiled_kernels((folder / KERNELS).absolute())
@@ -83,21 +83,21 @@ def load_native(
         native = NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
     with ThreadPoolExecutor(1) as reader:
         reading = reader.submit(read_weights, [(folder / record.name, record.sha256) for record in weights], device)
-        made = skeleton(checkpoint, native, about.ranges)
+        modules = skeleton(checkpoint, native, info.ranges)
         try:
-            attach_memory(made.memory, reading.result(), device)
+            attach_memory(modules.memory, reading.result(), device)
         except (ValueError, ArtifactError) as error:
             raise manifest.refusal(str(error)) from error
-    return made
+    return modules
 
 
 def package_versions() -> dict[str, str]:
-    """A CPU's torch may build for a GPU's: what follows the + in its version is left out."""
+    """Returns the versions that must agree; without the +suffix of torch, as its CPU wheel may build for a GPU."""
     return {"torch": torch.__version__.partition("+")[0], **cache_key_versions()}
 
 
 def code_digest() -> str:
-    """Of everything that decides what a skeleton is and which kernels it launches."""
+    """Returns the hash of all sources that decide the skeleton and the kernels that it launches."""
     digest = hashlib.sha256()
     for path in _sources():
         digest.update(path.name.encode() + path.read_bytes())
@@ -112,20 +112,22 @@ def _sources() -> Iterator[Path]:
 
 
 def file_stamps(weights: WeightSource) -> list[list[object]]:
-    """Name, size and time of change of each file; equal ones need not be read to know that they are the same. Empty
-    for weights that are no files."""
+    """Returns name, size and modification time of each file; files of equal stamps need no new hash.
+
+    Empty for weights that are no files.
+    """
     if not isinstance(weights, FolderWeights):
         return []
-    found: list[list[object]] = []
+    stamps: list[list[object]] = []
     for part in sorted(weights.folders.keys() - {"tokenizer"}):
         for path in weight_files(weights.folders[part], weights.variant):
-            about = path.stat()
-            found.append([f"{part}/{path.name}", about.st_size, about.st_mtime_ns])
-    return found
+            status = path.stat()
+            stamps.append([f"{part}/{path.name}", status.st_size, status.st_mtime_ns])
+    return stamps
 
 
 def _split(files: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord]]:
-    """Weights, largest first, so that threads end together; and the small files that are checked before."""
-    own = [file for file in files if file.name.split("-")[0] in MODULE_NAMES]
+    """Returns the weights, largest first so that threads end together, and the small files that are checked first."""
+    weights = [file for file in files if file.name.split("-")[0] in MODULE_NAMES]
     small = [file for file in files if file.name == NATIVE_FILE or file.name.startswith(f"{KERNELS}/")]
-    return sorted(own, key=lambda file: file.bytes, reverse=True), small
+    return sorted(weights, key=lambda file: file.bytes, reverse=True), small

@@ -1,8 +1,7 @@
-"""Kernels compiled without the card that they are for, by launching them where nothing runs.
+"""Compiles kernels without their GPU, by launches on the meta device that run nothing.
 
-A process that is `offline` launches kernels on tensors of the meta device, through Triton's own driver on a libcuda
-that does nothing: what a launch needs of a compiler, be it a kernel, Triton's utilities in C or (Triton 3.6) a launcher
-for each signature, lies in Triton's folder then.
+In offline mode a process launches kernels through Triton's own driver on a stub of libcuda. All that a launch compiles
+lands in Triton's cache: kernels, Triton's utilities in C, and (Triton 3.6) a launcher for each signature.
 """
 
 import ctypes
@@ -23,10 +22,10 @@ from engines.artifacts.native.kernel_cache import stable_cache_keys
 from engines.errors import BuildError
 from engines.kernels.op import Launcher
 
-# Of the cards that kernels are compiled for: shared memory of a program in bytes, processors.
+# Compute capability -> shared memory of a program in bytes, number of processors.
 CARDS = {(9, 0): (232448, 132), (8, 9): (101376, 128)}
 
-# What Triton reads of a card before it launches; every other function of libcuda does nothing and succeeds.
+# The functions whose results Triton reads before a launch. Every other function of libcuda does nothing and succeeds.
 _STUB = """
 int cuDeviceGetAttribute(int *value) { *value = SHARED; return 0; }
 int cuFuncGetAttribute(int *value, int which) { *value = which ? 0 : 1024; return 0; }  /* 0: threads of a program */
@@ -43,15 +42,15 @@ int launches(void) { return launched; }
 
 
 def c_compiler() -> str:
-    """Raises BuildError where there is none of those that Triton looks for."""
-    found = shutil.which("gcc") or shutil.which("clang")
-    if found is None:
+    """Returns the path of a C compiler that Triton looks for. Raises BuildError without one."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
         raise BuildError("build: no C compiler is found, and kernels are launched through C; install gcc and try again")
-    return found
+    return compiler
 
 
 def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
-    """Makes libcuda.so.1 in `folder`, as Triton needs it to link and launch where no card is. Raises BuildError."""
+    """Compiles a libcuda.so.1 into `folder` with which Triton links and launches without a GPU. Raises BuildError."""
     compiler = c_compiler()
     nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
     named = set(re.findall(r"\bcu[A-Z]\w+\b", (nvidia / "driver.c").read_text() + (nvidia / "driver.py").read_text()))
@@ -68,10 +67,10 @@ def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
 
 
 def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path | None = None) -> Callable[[], int]:
-    """Turns this process, for good, into one that launches kernels for `capability` and runs none.
+    """Makes this process launch kernels for `capability` without running them, until it ends.
 
-    libcuda: of stub_libcuda. cache: folder for what is compiled; without, nothing is changed in where Triton looks.
-    Gives what counts the launches. Raises BuildError where Triton cannot be set up so.
+    libcuda: of stub_libcuda. cache: folder for compiled kernels; None keeps Triton's own. Returns a function that
+    counts the launches. Raises BuildError.
     """
     if knobs.runtime.interpret:
         raise BuildError("build: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
@@ -96,9 +95,9 @@ def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path |
 
 
 class ShareLauncher(Launcher):
-    """One process's part of what several launch: every `of`-th kind of launch, each once.
+    """A launcher for one of several processes: it launches every `of`-th distinct signature, once.
 
-    failed: kernel -> why its card has no room for it; the server computes it by its reference.
+    failed: kernel -> reason why it does not fit the GPU; the server runs its reference instead.
     """
 
     def __init__(self, capability: tuple[int, int], index: int = 0, of: int = 1):
@@ -112,7 +111,11 @@ class ShareLauncher(Launcher):
     _turn: tuple[int, int]
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        key = (kernel.__name__, *map(_kind, args), *((name, str(value)) for name, value in sorted(constants.items())))
+        key = (
+            kernel.__name__,
+            *map(_signature, args),
+            *((name, str(value)) for name, value in sorted(constants.items())),
+        )
         if key in self._seen:
             return
         index, of = self._turn
@@ -126,8 +129,8 @@ class ShareLauncher(Launcher):
             self.failed[kernel.__name__] = str(error)
 
 
-def _kind(arg: Any) -> object:
-    """At least what Triton tells kinds of arguments apart by."""
+def _signature(arg: Any) -> object:
+    """Returns the properties of an argument by which Triton specialises a kernel."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, bool) or arg is None:

@@ -1,6 +1,6 @@
-"""Weights from a disk to the device in one pass, their hash taken on the read_into: files side by side, no copy kept.
+"""Reads weights from disk to the device and hashes them in the same pass, several files in parallel.
 
-On a GPU each thread reads into two pinned buffers in turn: one is on its way to the card while the other fills.
+On a GPU each thread alternates between two pinned buffers: one uploads while the other fills.
 """
 
 import hashlib
@@ -28,14 +28,13 @@ _TYPES = {
 
 
 class _Reader(Protocol):
-    """From an open file into one tensor."""
+    """Reads from an open file into one tensor."""
 
     def __call__(self, file: Any, into: Tensor, digest: Any) -> None: ...
 
 
 def read_weights(files: Sequence[tuple[Path, str]], device: torch.device) -> dict[str, Tensor]:
-    """The flat tensors of safetensors files, each given with its sha256. Raises ValueError naming a file that is not
-    what it was."""
+    """Returns the flat tensors of safetensors files, given as (path, sha256). Raises ValueError for a changed file."""
     found: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for tensors in pool.map(lambda file: _read(file[0], file[1], device), files):
@@ -44,22 +43,22 @@ def read_weights(files: Sequence[tuple[Path, str]], device: torch.device) -> dic
 
 
 def _read(path: Path, sha256: str, device: torch.device) -> dict[str, Tensor]:
-    digest, found = hashlib.sha256(), {}
+    digest, weights = hashlib.sha256(), {}
     read_into: _Reader = _PinnedReader(device) if device.type == "cuda" else _read_to_host
     try:
         with path.open("rb", buffering=0) as file:
             length = file.read(8)
             header = file.read(int.from_bytes(length, "little"))
             digest.update(length + header)
-            listed = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
-            for name, value in sorted(listed.items(), key=lambda item: item[1]["data_offsets"]):
-                found[name] = torch.empty(value["shape"], dtype=_TYPES[value["dtype"]], device=device)
-                read_into(file, found[name], digest)
+            entries = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
+            for name, value in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                weights[name] = torch.empty(value["shape"], dtype=_TYPES[value["dtype"]], device=device)
+                read_into(file, weights[name], digest)
     except (ValueError, KeyError, TypeError, OverflowError, EOFError):
         digest.update(b"unreadable")
     if digest.hexdigest() != sha256:
         raise ValueError(f"{path} was changed since it was built")
-    return found
+    return weights
 
 
 def _read_to_host(file: Any, into: Tensor, digest: Any) -> None:
@@ -70,7 +69,7 @@ def _read_to_host(file: Any, into: Tensor, digest: Any) -> None:
 
 
 class _PinnedReader:
-    """Of one thread."""
+    """Reads to a GPU through two pinned buffers; for one thread."""
 
     def __init__(self, device: torch.device):
         self._buffers = [torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
@@ -80,7 +79,7 @@ class _PinnedReader:
 
     def __call__(self, file: Any, into: Tensor, digest: Any) -> None:
         flat = into.view(torch.uint8)
-        self._stream.wait_stream(torch.cuda.current_stream(into.device))  # which the memory was taken from
+        self._stream.wait_stream(torch.cuda.current_stream(into.device))  # on which torch allocated the memory
         for start in range(0, flat.numel(), _CHUNK):
             self._turn ^= 1
             to = flat[start : start + _CHUNK]
@@ -96,7 +95,7 @@ class _PinnedReader:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a flat tensor on the host."""
+    """Returns the memory of a flat tensor on the host."""
     memory: Any = tensor.view(torch.uint8).numpy()
     return memoryview(memory)
 

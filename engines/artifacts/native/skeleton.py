@@ -1,4 +1,4 @@
-"""The parts of a native engine, made of a checkpoint: with values to be built, without them to be loaded."""
+"""The modules of a native engine, from a checkpoint: with values for a build, without values for a load."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from engines.pipeline.native import NativeBackend
 from engines.pipeline.text_stage import TextStage, load_text_stage
 
 DTYPE = torch.bfloat16
-MODULE_NAMES = ("text", "transformer", "decoder", "encoder")  # by which their files begin
+MODULE_NAMES = ("text", "transformer", "decoder", "encoder")  # prefixes of their files
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class NativeModules:
 
     @property
     def memory(self) -> dict[str, object]:
-        """By the stem of its files, what a part consists of."""
+        """Returns prefix of files -> module."""
         return dict(zip(MODULE_NAMES, (self.text.encoder, self.transformer, self.decoder, self.encoder), strict=True))
 
     def controlled(self, branch: ControlNet) -> Callable[..., Any]:
-        """With a ControlNet, whose weights are laid out here."""
+        """Returns the transformer with a ControlNet, whose weights it lays out."""
         spec = _spec("controlled", next(branch.parameters()).device)
         return self.kernels(ControlledTransformer(self.transformer._module, branch), spec)
 
     def new_context(self) -> "NativeModules":
-        """As of engines.artifacts.loading.LoadedModules; kernels keep nothing between two launches."""
+        """Returns these modules, as kernels hold no state between launches (see LoadedModules.new_context)."""
         return self
 
 
 @dataclass(frozen=True)
 class ShapesOnly:
-    """In place of a checkpoint's weights: shapes and types alone, on the meta device."""
+    """A WeightSource without values: shapes and dtypes on the meta device."""
 
     real: WeightSource
 
@@ -70,7 +70,7 @@ class ShapesOnly:
 def modules_of(
     checkpoint: Checkpoint, kernels: NativeBackend, device: torch.device
 ) -> dict[ModuleName, Callable[..., Any]]:
-    """All but the text encoder, laid out in DTYPE."""
+    """Returns all modules but the text encoder, laid out in DTYPE."""
     autoencoder = checkpoint.load_autoencoder(DTYPE, device)
     return {
         "transformer": kernels(checkpoint.load_transformer(DTYPE, device), _spec("transformer", device)),
@@ -80,7 +80,7 @@ def modules_of(
 
 
 def skeleton(checkpoint: Checkpoint, kernels: NativeBackend, ranges: Sequence[Sequence[float]]) -> NativeModules:
-    """All parts on the meta device, in 8 bits where there are ranges; reads the tokenizer, and no weights."""
+    """Returns all modules on the meta device, the decoder in fp8 if there are ranges. Reads no weights."""
     blank = replace(checkpoint, weights=ShapesOnly(checkpoint.weights))
     text = kernels.text(load_text_stage(blank, DTYPE, META))
     modules = modules_of(blank, kernels, META)

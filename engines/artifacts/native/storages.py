@@ -1,8 +1,8 @@
-"""What laid-out modules hold in memory, to files and back: bytes as the kernels read them, without laying out again.
+"""Saves the memory of laid-out modules to files and attaches it again, without a second layout.
 
-A *skeleton* is the same objects made on the meta device, where it costs nothing to make them: it says which tensors
-there are and which of them share memory. A *storage* is such a piece of memory. Every storage is written once, named
-after the first tensor in it; a load makes each on the device, reads it there, and puts views into the skeleton.
+A *skeleton* is the same object on the meta device: it lists the tensors and shows which of them share memory. A
+*storage* is one piece of memory, named after its first tensor. A save writes each storage once; a load reads it to the
+device and puts views of it into the skeleton.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from engines.errors import ArtifactError
 
-_FILE_BYTES = 2**29  # of a file, unless one storage is larger; files are read side by side
+_FILE_BYTES = 2**29  # of a file, unless one storage is larger; a load reads files in parallel
 META = torch.device("meta")
 
 
 class TensorView(NamedTuple):
-    """Where a tensor is found in its storage."""
+    """A tensor of a skeleton and its path in the object."""
 
     path: str
     tensor: Tensor  # on the meta device
@@ -29,7 +29,7 @@ class TensorView(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A piece of memory of a skeleton, and all tensors in it."""
+    """One piece of memory of a skeleton, with all tensors in it."""
 
     name: str
     bytes: int
@@ -37,7 +37,7 @@ class Storage:
 
 
 def storages_of(skeleton: object) -> list[Storage]:
-    """In the order in which a walk through the objects meets them."""
+    """Returns the storages of an object in the order of a walk through its attributes."""
     found: dict[int, list[TensorView]] = {}
     for path, tensor in _tensors(skeleton):
         found.setdefault(tensor.untyped_storage()._cdata, []).append(TensorView(path, tensor))
@@ -47,16 +47,19 @@ def storages_of(skeleton: object) -> list[Storage]:
 
 
 @torch.inference_mode()
-def save(skeleton: object, made: object, folder: Path, stem: str) -> list[Path]:
-    """Writes what `made` holds, which is the skeleton's like with values: the files <stem>-<number>.safetensors."""
-    values = dict(_tensors(made))
+def save(skeleton: object, filled: object, folder: Path, stem: str) -> list[Path]:
+    """Writes the values of `filled`, which has the skeleton's structure, to <stem>-<number>.safetensors.
+
+    Returns the paths.
+    """
+    values = dict(_tensors(filled))
     files: list[Path] = []
     waiting: dict[str, Tensor] = {}
 
     def write() -> None:
         path = folder / f"{stem}-{len(files) + 1}.safetensors"
         save_file(waiting, path)
-        path.chmod(0o644)  # safetensors leaves it to its owner alone; who serves may be another
+        path.chmod(0o644)  # safetensors makes it private; the server may run as another user
         files.append(path)
         waiting.clear()
 
@@ -76,8 +79,7 @@ def save(skeleton: object, made: object, folder: Path, stem: str) -> list[Path]:
 
 
 def attach_memory(skeleton: Any, memory: dict[str, Tensor], device: torch.device) -> Any:
-    """The skeleton with views of `memory` (flat, by storage) in place of its tensors. Raises ArtifactError where the
-    two do not fit."""
+    """Returns the skeleton with views of `memory` (storage -> flat tensor) as its tensors. Raises ArtifactError."""
     views: dict[int, Tensor] = {}
     for storage in storages_of(skeleton):
         flat = memory.pop(storage.name, None)
@@ -101,7 +103,7 @@ def _view(memory: Tensor, like: Tensor) -> Tensor:
 
 
 def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each once, with the path of attributes, keys and indices that leads to it."""
+    """Yields each tensor once, with its path of attributes, keys and indices."""
     seen: set[int] = set()
     paths: list[tuple[str, Any]] = [("", value)]
     while paths:
@@ -119,7 +121,7 @@ def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(value: Any) -> list[tuple[object, Any]] | None:
-    """What an object consists of, by name; None for what is looked at no further."""
+    """Returns (name, value) of the members of an object; None for an object without members."""
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, list | tuple):
@@ -130,7 +132,7 @@ def _parts(value: Any) -> list[tuple[object, Any]] | None:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any], known: dict[int, Any]) -> Any:
-    """`value` with `change` made to all that has no parts; objects, lists and dicts stay themselves."""
+    """Applies `change` to all leaves of `value`; objects, lists and dicts keep their identity."""
     parts = None if isinstance(value, Tensor) else _parts(value)
     if parts is None:
         return change(value)

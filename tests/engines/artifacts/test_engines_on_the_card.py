@@ -55,7 +55,7 @@ def test_the_manifest_names_the_card_and_what_its_layers_compute_in(engines: Pat
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("count", [1, 2])
-def test_pictures_keep_the_gate_out_of_captured_graphs(count: int, steps: int, served: Engine) -> None:
+def test_images_keep_the_gate_out_of_captured_graphs(count: int, steps: int, served: Engine) -> None:
     assert isinstance(served, SprintEngine)
     assert served._runners is not None
     assert served._runners.plain.ready
@@ -66,7 +66,7 @@ def test_pictures_keep_the_gate_out_of_captured_graphs(count: int, steps: int, s
     eager = load_engine(MODEL, backend="eager", precision="fp32")
     gate = PICTURE_GATES[served.info.precision]
     if steps == 1:  # later steps amplify what the gate allows the first
-        gate.check("picture", difference(stacked(eager.generate(jobs(count, steps))), stacked(found)))
+        gate.check("image", difference(stacked(eager.generate(jobs(count, steps))), stacked(found)))
 
 
 def test_an_unseen_number_of_steps_runs_as_it_is(served: Engine) -> None:

@@ -69,10 +69,10 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engines(small_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engines(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only by agreement: a test that breaks it copies it first."""
     out = tmp_path_factory.mktemp("built") / "engines"
-    assert build(spec(small_pictures, out)).changed
+    assert build(spec(small_checkpoint, out)).changed
     return out
 
 
@@ -90,8 +90,8 @@ def levels(one: NDArray, other: NDArray) -> NDArray:
     return abs(one.astype(int) - other.astype(int))
 
 
-def test_pictures_of_built_engines_equal_eager(engines: Path, small_pictures: Path) -> None:
-    built, eager = load_engine(str(small_pictures), engine_dir=str(engines)), load_engine(str(small_pictures))
+def test_images_of_built_engines_equal_eager(engines: Path, small_checkpoint: Path) -> None:
+    built, eager = load_engine(str(small_checkpoint), engine_dir=str(engines)), load_engine(str(small_checkpoint))
     built.warmup()
     for count in (1, 2):
         for ours, theirs in zip(built.generate(jobs(count)), eager.generate(jobs(count)), strict=True):
@@ -103,12 +103,12 @@ def test_pictures_of_built_engines_equal_eager(engines: Path, small_pictures: Pa
     assert levels(*changed).max() <= 2
 
 
-def test_built_engines_run_in_captured_graphs(engines: Path, small_pictures: Path) -> None:
+def test_built_engines_run_in_captured_graphs(engines: Path, small_checkpoint: Path) -> None:
     """On a recorder without a device; the graphs are those that were asked for when they were built."""
-    built = load_engine(str(small_pictures), engine_dir=str(engines), recorder=EagerReplay())
+    built = load_engine(str(small_checkpoint), engine_dir=str(engines), recorder=EagerReplay())
     assert isinstance(built, SprintEngine)
     built.warmup()
-    plain = load_engine(str(small_pictures), engine_dir=str(engines))
+    plain = load_engine(str(small_checkpoint), engine_dir=str(engines))
     for steps in (1, 2, 3):
         for count in (1, 2):
             found = built.generate(jobs(count, steps))
@@ -120,11 +120,11 @@ def test_built_engines_run_in_captured_graphs(engines: Path, small_pictures: Pat
 
 
 def test_on_the_card_engines_are_compared_there_and_inspected(
-    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Target("native", "tensorrt", "tensorrt", (9, 0), executable=True)
     work = _Build(
-        spec(small_pictures, tmp_path, "fp16"), open_checkpoint(str(small_pictures)), target, tmp_path, no_progress
+        spec(small_checkpoint, tmp_path, "fp16"), open_checkpoint(str(small_checkpoint)), target, tmp_path, no_progress
     )
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
@@ -146,17 +146,17 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
 
 
 @needs_bf16
-def test_bf16_engines_stay_near(small_pictures: Path, tmp_path: Path) -> None:
-    build(spec(small_pictures, tmp_path / "bf16", "bf16"))
-    built = load_engine(str(small_pictures), engine_dir=str(tmp_path / "bf16"), backend="openvino")
-    exact = load_engine(str(small_pictures))
+def test_bf16_engines_stay_near(small_checkpoint: Path, tmp_path: Path) -> None:
+    build(spec(small_checkpoint, tmp_path / "bf16", "bf16"))
+    built = load_engine(str(small_checkpoint), engine_dir=str(tmp_path / "bf16"), backend="openvino")
+    exact = load_engine(str(small_checkpoint))
     for ours, theirs in zip(built.generate(jobs(2, 1)), exact.generate(jobs(2, 1)), strict=True):
         noise = float((levels(ours.pixels, theirs.pixels) ** 2).mean())
         assert 0 < noise <= 255**2 / 10**3.5, "PSNR below 35 dB, or not rounded at all"
 
 
-def test_the_engine_says_what_it_runs(engines: Path, small_pictures: Path) -> None:
-    engine = load_engine(str(small_pictures), engine_dir=str(engines))
+def test_the_engine_says_what_it_runs(engines: Path, small_checkpoint: Path) -> None:
+    engine = load_engine(str(small_checkpoint), engine_dir=str(engines))
     assert (engine.info.backend, engine.info.precision) == ("openvino", "fp32")
     assert "what" in engine.info.reasons["backend"]
     assert engine.info.manifest is not None
@@ -164,9 +164,9 @@ def test_the_engine_says_what_it_runs(engines: Path, small_pictures: Path) -> No
     assert (engine.limits.sizes, engine.limits.max_batch) == (((64, 64),), 2)
 
 
-def test_the_manifest_names_what_decides(engines: Path, small_pictures: Path) -> None:
+def test_the_manifest_names_what_decides(engines: Path, small_checkpoint: Path) -> None:
     manifest = read_manifest(engines)
-    assert manifest.checkpoint == str(small_pictures)
+    assert manifest.checkpoint == str(small_checkpoint)
     assert {artifact.module for artifact in manifest.artifacts} == {"transformer", "decoder", "encoder"}
     assert manifest.versions.keys() >= {"torch", "onnx", "openvino"}
     assert manifest.executed
@@ -192,19 +192,19 @@ def test_an_unchanged_build_does_nothing_and_says_so(
 @pytest.mark.parametrize(
     "change", [{"batches": (1,)}, {"steps": (1,)}, pytest.param({"precision": "bf16"}, marks=needs_bf16)]
 )
-def test_any_change_builds_again(change: dict[str, object], copy: Path, small_pictures: Path) -> None:
+def test_any_change_builds_again(change: dict[str, object], copy: Path, small_checkpoint: Path) -> None:
     with pytest.raises(StartedError):
-        build(replace(spec(small_pictures, copy), **change), stop)
+        build(replace(spec(small_checkpoint, copy), **change), stop)
     assert read_manifest(copy).precision == "fp32", "a build that fails leaves the old engines"
 
 
 def test_a_change_in_any_room_is_another_fingerprint(
-    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = shutil.copytree(ROOT / "engines", tmp_path / "engines", ignore=shutil.ignore_patterns("__pycache__"))
     assert building_spec.ENGINES == ROOT / "engines"
     monkeypatch.setattr(building_spec, "ENGINES", engines)
-    asked, target = spec(small_pictures, tmp_path / "out"), resolve("cpu", "fp32", Machine("a CPU"))
+    asked, target = spec(small_checkpoint, tmp_path / "out"), resolve("cpu", "fp32", Machine("a CPU"))
 
     def fingerprint() -> str:
         return fingerprint_of(asked, target, "weights", {})
@@ -225,10 +225,10 @@ def test_a_change_in_any_room_is_another_fingerprint(
     assert fingerprint() != before
 
 
-def test_a_damaged_folder_is_built_again(copy: Path, small_pictures: Path) -> None:
+def test_a_damaged_folder_is_built_again(copy: Path, small_checkpoint: Path) -> None:
     os.truncate(copy / "decoder-64x64.bin", 10)
     with pytest.raises(StartedError):
-        build(spec(small_pictures, copy), stop)
+        build(spec(small_checkpoint, copy), stop)
 
 
 class StartedError(Exception):
@@ -269,19 +269,19 @@ def edit(folder: Path, key: str, value: object) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_does_not_fit_is_refused_in_one_line_with_the_remedy(
-    damage: str, copy: Path, small_pictures: Path
+    damage: str, copy: Path, small_checkpoint: Path
 ) -> None:
     break_it, message = DAMAGES[damage]
     break_it(copy)
     with pytest.raises(ArtifactError, match=message) as caught:
-        load_engine(str(small_pictures), engine_dir=str(copy), device="cpu")
+        load_engine(str(small_checkpoint), engine_dir=str(copy), device="cpu")
     assert "\n" not in str(caught.value)
     assert "build_engine.py" in str(caught.value) or "build it again" in str(caught.value)
 
 
-def test_engines_that_never_ran_are_compared_when_they_are_first_loaded(copy: Path, small_pictures: Path) -> None:
+def test_engines_that_never_ran_are_compared_when_they_are_first_loaded(copy: Path, small_checkpoint: Path) -> None:
     edit(copy, "executed", False)
-    load_engine(str(small_pictures), engine_dir=str(copy))
+    load_engine(str(small_checkpoint), engine_dir=str(copy))
     path = copy / "reference-64x64.safetensors"
     tensors = load_file(path)
     tensors["velocity"][0, 0, 0, 0] += 1
@@ -290,16 +290,16 @@ def test_engines_that_never_ran_are_compared_when_they_are_first_loaded(copy: Pa
     with pytest.raises(
         ParityError, match=r"first run on this machine: transformer at 64x64: too far .*build_engine\.py"
     ):
-        load_engine(str(small_pictures), engine_dir=str(copy))
+        load_engine(str(small_checkpoint), engine_dir=str(copy))
     path.write_bytes(b"not tensors")
     edit(copy, "references", {"64x64": asdict(FileRecord.of(path))})
     with pytest.raises(ArtifactError, match=r"reference-64x64\.safetensors cannot be read"):
-        load_engine(str(small_pictures), engine_dir=str(copy))
+        load_engine(str(small_checkpoint), engine_dir=str(copy))
 
 
-def test_what_was_compiled_earlier_is_compared_whenever_it_is_loaded(copy: Path, small_pictures: Path) -> None:
+def test_what_was_compiled_earlier_is_compared_whenever_it_is_loaded(copy: Path, small_checkpoint: Path) -> None:
     def load() -> None:
-        load_engine(str(small_pictures), engine_dir=str(copy))
+        load_engine(str(small_checkpoint), engine_dir=str(copy))
 
     load()
     path = copy / "reference-64x64.safetensors"
@@ -347,17 +347,17 @@ def test_a_decoder_that_overflows_on_the_card_is_told(engines: Path) -> None:
     ],
 )
 def test_a_wish_that_contradicts_the_engines_is_refused(
-    asked: dict[str, str], message: str, engines: Path, small_pictures: Path
+    asked: dict[str, str], message: str, engines: Path, small_checkpoint: Path
 ) -> None:
     with pytest.raises(BackendError, match=message):
-        load_engine(str(small_pictures), engine_dir=str(engines), **asked)
+        load_engine(str(small_checkpoint), engine_dir=str(engines), **asked)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"precision": "fp8"}, "precision: got 'fp8', a CPU engine is built in fp32, bf16"),
-        ({"gpu": "native"}, "gpu: native means the card of this machine, which has no NVIDIA GPU"),
+        ({"gpu": "native"}, "--gpu native needs an NVIDIA GPU and none was found; use"),
         ({"gpu": "h100", "precision": "fp16"}, "TensorRT builds for an H100 on an H100 only"),
         ({"sizes": ((64, 40),)}, "sizes: got 64x40, both sides must be multiples of 32"),
         ({"batches": ()}, "batches: got none, allowed 1 to 64"),
@@ -366,15 +366,15 @@ def test_a_wish_that_contradicts_the_engines_is_refused(
     ],
 )
 def test_what_cannot_be_built_is_refused(
-    change: dict[str, object], message: str, small_pictures: Path, tmp_path: Path
+    change: dict[str, object], message: str, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SprintError, match=message):
-        build(replace(spec(small_pictures, tmp_path / "out"), **change))
+        build(replace(spec(small_checkpoint, tmp_path / "out"), **change))
     assert not list(tmp_path.iterdir())
 
 
 def test_engines_too_far_from_the_reference_are_not_kept(
-    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(module: nn.Module, name: str, inputs: dict[str, Tensor], path: Path) -> None:
         if name == "transformer":
@@ -384,16 +384,16 @@ def test_engines_too_far_from_the_reference_are_not_kept(
     export = building.export_onnx
     monkeypatch.setattr(building, "export_onnx", forgetful)
     with pytest.raises(ParityError, match="transformer at 64x64: too far from its reference: relative error"):
-        build(spec(small_pictures, tmp_path / "out"))
+        build(spec(small_checkpoint, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_autoencoder_that_overflows_fp16_runs_in_bf16_and_a_transformer_is_refused(
-    small_pictures: Path, tmp_path: Path
+    small_checkpoint: Path, tmp_path: Path
 ) -> None:
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False)
     work = _Build(
-        spec(small_pictures, tmp_path, "fp8"), open_checkpoint(str(small_pictures)), target, tmp_path, no_progress
+        spec(small_checkpoint, tmp_path, "fp8"), open_checkpoint(str(small_checkpoint)), target, tmp_path, no_progress
     )
     work.choose_precision("decoder", {"up_blocks.0": 30_000.0})
     assert work.precisions == {"decoder": "fp16"}
@@ -406,7 +406,7 @@ def test_an_autoencoder_that_overflows_fp16_runs_in_bf16_and_a_transformer_is_re
 
 
 def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
-    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.dtype] = []
     told: list[str] = []
@@ -417,8 +417,8 @@ def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
 
     monkeypatch.setattr(building, "quantize", calibrated)
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False)
-    checkpoint = open_checkpoint(str(small_pictures))
-    asked = replace(spec(small_pictures, tmp_path, "fp8"), sizes=((64, 64),))
+    checkpoint = open_checkpoint(str(small_checkpoint))
+    asked = replace(spec(small_checkpoint, tmp_path, "fp8"), sizes=((64, 64),))
     work = _Build(asked, checkpoint, target, tmp_path, lambda *step: told.append(str(step)))
     work.precisions["transformer"] = "fp8"
     assert next(work.module("transformer").parameters()).dtype == torch.float16
@@ -426,11 +426,11 @@ def test_fp8_is_calibrated_in_fp32_which_every_cpu_is_fast_in(
     assert told == ["(0, 11, 'calibration of the transformer')"]
 
 
-def test_the_autoencoders_batches_leave_the_card_room(small_pictures: Path, tmp_path: Path) -> None:
+def test_the_autoencoders_batches_leave_the_card_room(small_checkpoint: Path, tmp_path: Path) -> None:
     target = Target("rtx4090", "tensorrt", "tensorrt_rtx", (8, 9), executable=False, memory=24e9)
     checkpoint = open_checkpoint("random:sprint-0.6b")
     work = _Build(
-        replace(spec(small_pictures, tmp_path), batches=(1, 2, 4, 8)), checkpoint, target, tmp_path, no_progress
+        replace(spec(small_checkpoint, tmp_path), batches=(1, 2, 4, 8)), checkpoint, target, tmp_path, no_progress
     )
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     assert work.batches("decoder", (1024, 1024)) == (1, 2)
@@ -449,26 +449,26 @@ def command(model: Path, out: Path) -> list[str]:
 
 
 def test_a_killed_build_leaves_nothing_that_loads_and_the_next_one_cleans_up(
-    small_pictures: Path, tmp_path: Path
+    small_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "engines"
-    with subprocess.Popen(command(small_pictures, out), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command(small_checkpoint, out), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not list(tmp_path.glob(".engines.building-*/*.safetensors")):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
-        load_engine(str(small_pictures), engine_dir=str(out))
+        load_engine(str(small_checkpoint), engine_dir=str(out))
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(StartedError):
-        build(spec(small_pictures, out), stop)
+        build(spec(small_checkpoint, out), stop)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(small_pictures: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(small_checkpoint: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        command(small_pictures, tmp_path / "engines"),
+        command(small_checkpoint, tmp_path / "engines"),
         cwd=ROOT,
         capture_output=True,
         text=True,

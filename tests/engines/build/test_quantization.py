@@ -118,7 +118,7 @@ def test_the_table_decides_about_every_layer_of_the_published_sizes(config: obje
 
 
 def test_a_layer_without_a_row_is_an_error() -> None:
-    with pytest.raises(BuildError, match=r"no row of engines\.build\.quantization\.TABLE decides about 'lora_a'"):
+    with pytest.raises(BuildError, match=r"no row of engines\.build\.quantization\.FP8_RULES decides about 'lora_a'"):
         quantised_layers(nn.ModuleDict({"lora_a": nn.Linear(2, 2)}))
 
 

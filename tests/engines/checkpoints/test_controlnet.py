@@ -76,7 +76,7 @@ def test_a_controlnet_in_the_folder_is_offered(engine: Engine, folder: Path) -> 
     assert load_engine(str(folder)).limits.conditioning == {"text", "image"}
 
 
-def test_the_picture_is_what_the_modules_make_one_after_the_other(engine: Engine, drawable: Path) -> None:
+def test_the_image_is_what_the_modules_make_one_after_the_other(engine: Engine, drawable: Path) -> None:
     checkpoint = open_checkpoint(str(drawable))
     transformer = checkpoint.load_transformer(FP32, CPU)
     written = drawable / "controlnet"

@@ -48,14 +48,14 @@ def shard(folder: Path, part: str, names: Sequence[str], index: str) -> None:
 
 
 def drawn(model: str, *flags: str, **environment: str) -> tuple[Pixels, dict[str, str]]:
-    """A picture of a served checkpoint, and the reasons of its server."""
+    """An image of a served checkpoint, and the reasons of its server."""
     server = Server("--model", model, *flags, **environment)
     try:
         url = server.wait_ready()
-        picture = httpx.post(f"{url}/generate", json=BODY, timeout=60)
-        assert picture.status_code == 200
+        image = httpx.post(f"{url}/generate", json=BODY, timeout=60)
+        assert image.status_code == 200
         reasons: dict[str, str] = httpx.get(f"{url}/v1/info").json()["reasons"]
-        return read_image(picture.content), reasons
+        return read_image(image.content), reasons
     finally:
         server.process.terminate()
         server.wait_end()
@@ -63,9 +63,9 @@ def drawn(model: str, *flags: str, **environment: str) -> tuple[Pixels, dict[str
 
 @pytest.fixture(scope="module")
 def plain() -> Pixels:
-    picture, reasons = drawn("tiny")
+    image, reasons = drawn("tiny")
     assert "variant" not in reasons
-    return picture
+    return image
 
 
 def same(one: Pixels, other: Pixels) -> bool:
@@ -79,8 +79,8 @@ def test_the_only_variant_is_taken_and_named(plain: Pixels, tmp_path: Path) -> N
         if part == "vae":
             names = [f"{stem}.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
         shard(folder, part, names, f"{stem}.safetensors.index.fp16.json")
-    picture, reasons = drawn(str(folder))
-    assert same(picture, plain)
+    image, reasons = drawn(str(folder))
+    assert same(image, plain)
     assert reasons["variant"] == "fp16: the only weights there, of text_encoder, transformer, vae"
 
 
@@ -99,8 +99,8 @@ def test_what_diffusers_writes_draws_the_same(plain: Pixels, tmp_path: Path) -> 
         (folder / part / "diffusion_pytorch_model.safetensors").unlink()
     subprocess.run([sys.executable, "-c", code, str(TINY), str(folder)], check=True, cwd=ROOT, capture_output=True)
     assert len(list((folder / "transformer").glob("*fp16*.safetensors"))) > 1
-    picture, reasons = drawn(str(folder))
-    assert same(picture, plain)
+    image, reasons = drawn(str(folder))
+    assert same(image, plain)
     assert reasons["variant"] == "fp16: the only weights there, of transformer, vae"
 
 
@@ -108,8 +108,8 @@ def test_of_several_the_plain_one_or_the_one_that_is_asked_for(plain: Pixels, tm
     folder = with_variant(tmp_path / "c", ["transformer"], "ema", plain=True)
     path = folder / "transformer/diffusion_pytorch_model.ema.safetensors"
     save_file({key: value * 1.01 for key, value in load_file(path).items()}, path)
-    picture, reasons = drawn(str(folder))
-    assert same(picture, plain)
+    image, reasons = drawn(str(folder))
+    assert same(image, plain)
     assert "variant" not in reasons
     other, reasons = drawn(str(folder), "--variant", "ema")
     assert not np.array_equal(other, plain)
@@ -149,17 +149,17 @@ def test_of_a_hub_only_what_is_read_is_downloaded(plain: Pixels, hub: Hub, tmp_p
     (folder / "whole.safetensors").write_bytes(b"large")
     (folder / "vae/diffusion_pytorch_model.bin").write_bytes(b"large")
     hub.files = files_of(folder)
-    picture, _ = drawn("org/model", **hub.environment(tmp_path / "home"))
-    assert same(picture, plain)
+    image, _ = drawn("org/model", **hub.environment(tmp_path / "home"))
+    assert same(image, plain)
     weights = sorted(name for name, _ in hub.asked if not name.endswith(".json"))
     assert weights == ["controlnet/diffusion_pytorch_model.safetensors"] + [
         f"{part}/{PARTS[part]}.safetensors" for part in sorted(PARTS)
     ]
     hub.asked.clear()
-    picture, _ = drawn(
+    image, _ = drawn(
         "org/model", **hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1")
     )  # what was kept serves without the hub
-    assert same(picture, plain)
+    assert same(image, plain)
     assert hub.asked == []
 
 
@@ -172,8 +172,8 @@ def test_of_a_hub_with_one_variant_that_is_downloaded(plain: Pixels, hub: Hub, t
         "diffusion_pytorch_model.safetensors.index.fp16.json",
     )
     hub.files = files_of(folder)
-    picture, reasons = drawn("org/model", **hub.environment(tmp_path / "home"))
-    assert same(picture, plain)
+    image, reasons = drawn("org/model", **hub.environment(tmp_path / "home"))
+    assert same(image, plain)
     assert reasons["variant"] == "fp16: the only weights there, of text_encoder, transformer, vae"
 
 

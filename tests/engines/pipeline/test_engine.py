@@ -170,9 +170,9 @@ def test_reports_what_happened(engine: Engine) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_jobs_outside_the_limits_are_refused(jobs: list[Job], message: str, small_pictures: Path) -> None:
+def test_jobs_outside_the_limits_are_refused(jobs: list[Job], message: str, small_checkpoint: Path) -> None:
     with pytest.raises(JobError, match=message):
-        load_engine(str(small_pictures)).generate(jobs)
+        load_engine(str(small_checkpoint)).generate(jobs)
 
 
 def broken(engine: Engine, **modules: Callable[..., object]) -> SprintEngine:

@@ -31,8 +31,8 @@ def options(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Adap
 
 
 @pytest.fixture(scope="module")
-def engine(small_pictures: Path, options: list[AdapterOption]) -> Iterator[Engine]:
-    engine = load_engine(str(small_pictures), precision="fp32", lora=options)
+def engine(small_checkpoint: Path, options: list[AdapterOption]) -> Iterator[Engine]:
+    engine = load_engine(str(small_checkpoint), precision="fp32", lora=options)
     yield engine
     engine.close()
 
@@ -57,29 +57,29 @@ def test_jobs_with_two_with_one_and_with_none_share_a_batch(engine: Engine) -> N
 
 
 def test_a_job_by_request_equals_the_adapter_fused(
-    engine: Engine, small_pictures: Path, options: list[AdapterOption]
+    engine: Engine, small_checkpoint: Path, options: list[AdapterOption]
 ) -> None:
     (plain,) = pixels(engine, PLAIN)
     for lora in CHOICES[1:4]:
         scales = dict(lora)
         fixed = [one._replace(scale=scales[one.name]) for one in options if one.name in scales]
-        (expected,) = pixels(load_engine(str(small_pictures), precision="fp32", lora=fixed), PLAIN)
+        (expected,) = pixels(load_engine(str(small_checkpoint), precision="fp32", lora=fixed), PLAIN)
         (found,) = pixels(engine, replace(PLAIN, lora=lora))
         assert apart(expected, found) <= 1
         assert apart(plain, found) > 20
 
 
-def test_without_a_choice_it_draws_as_without_adapters(engine: Engine, small_pictures: Path) -> None:
-    (expected,) = pixels(load_engine(str(small_pictures), precision="fp32"), PLAIN)
+def test_without_a_choice_it_draws_as_without_adapters(engine: Engine, small_checkpoint: Path) -> None:
+    (expected,) = pixels(load_engine(str(small_checkpoint), precision="fp32"), PLAIN)
     pixels(engine, replace(PLAIN, lora=(("one", 1.0),)))  # leaves nothing behind, whatever caches keep
     (found,) = pixels(engine, PLAIN)
     assert apart(expected, found) == 0
 
 
-def test_bf16_on_a_cpu_and_captured_graphs_take_them_too(small_pictures: Path, options: list[AdapterOption]) -> None:
-    mixed(load_engine(str(small_pictures), precision="bf16", lora=options))
+def test_bf16_on_a_cpu_and_captured_graphs_take_them_too(small_checkpoint: Path, options: list[AdapterOption]) -> None:
+    mixed(load_engine(str(small_checkpoint), precision="bf16", lora=options))
     captured = load_engine(
-        str(small_pictures), precision="fp32", backend="cuda-graph", recorder=EagerReplay(), max_batch=8, lora=options
+        str(small_checkpoint), precision="fp32", backend="cuda-graph", recorder=EagerReplay(), max_batch=8, lora=options
     )
     captured.warmup()
     mixed(captured)
@@ -103,7 +103,7 @@ def test_a_choice_that_cannot_be_is_refused(engine: Engine, lora: tuple[tuple[st
 
 
 def test_backends_that_fuse_alone_refuse_one_without_a_scale(
-    small_pictures: Path, options: list[AdapterOption]
+    small_checkpoint: Path, options: list[AdapterOption]
 ) -> None:
     with pytest.raises(BackendError, match=r"lora one: compiled takes adapters with a scale alone.*one\.safetensors:1"):
-        load_engine(str(small_pictures), backend="compiled", lora=options)
+        load_engine(str(small_checkpoint), backend="compiled", lora=options)

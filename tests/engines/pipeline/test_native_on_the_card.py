@@ -84,7 +84,7 @@ def test_text(ops: Ops) -> None:
 
 
 @torch.inference_mode()
-def test_a_picture_comes_whole_and_as_a_file() -> None:
+def test_an_image_comes_whole_and_as_a_file() -> None:
     ramp = torch.arange(64, dtype=torch.uint8, device="cuda")
     pixels = torch.stack([ramp.repeat(48, 1), ramp.repeat(48, 1) * 2, ramp.repeat(48, 1) * 3], dim=2)
     card = CudaDownloader(jpeg_on_card())

@@ -1,4 +1,4 @@
-"""PNG by tensor operations: any picture comes back whole, and photographs are smaller than fpng makes them."""
+"""PNG by tensor operations: any image comes back whole, and photographs are smaller than fpng makes them."""
 
 import io
 import zlib
@@ -27,14 +27,14 @@ def made(encoder: PngEncoder, pixels: Pixels) -> tuple[bytes, tuple[int, int, in
 def photograph(side: int) -> Pixels:
     """Shapes of all sizes and some grain, as photographs have them."""
     rng = np.random.default_rng(5)
-    picture = rng.normal(0, 2, (side, side, 3))
+    image = rng.normal(0, 2, (side, side, 3))
     for cells in (3, 6, 12, 24, 48):
         coarse = [Image.fromarray(rng.normal(0, 100 / cells**0.8, (cells, cells)).astype("f4")) for _ in range(3)]
-        picture += np.stack([np.asarray(one.resize((side, side), Image.Resampling.BICUBIC)) for one in coarse], axis=2)
-    return (picture + 128).clip(0, 255).astype(np.uint8)
+        image += np.stack([np.asarray(one.resize((side, side), Image.Resampling.BICUBIC)) for one in coarse], axis=2)
+    return (image + 128).clip(0, 255).astype(np.uint8)
 
 
-PICTURES = {
+IMAGES = {
     "photograph": photograph(128),
     "noise": np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8),
     "white": np.full((32, 64, 3), 255, np.uint8),
@@ -44,10 +44,10 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_comes_back_whole(encoder: PngEncoder, name: str) -> None:
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_comes_back_whole(encoder: PngEncoder, name: str) -> None:
     """Pillow checks the sums of every chunk; Adler-32 is zlib's to check."""
-    pixels = PICTURES[name]
+    pixels = IMAGES[name]
     content, facts = made(encoder, pixels)
     with Image.open(io.BytesIO(content)) as image:
         assert image.mode == "RGB"
@@ -59,7 +59,7 @@ def test_a_picture_comes_back_whole(encoder: PngEncoder, name: str) -> None:
 
 def test_sizes(encoder: PngEncoder) -> None:
     """A photograph takes less than from fpng; noise hardly more than its pixels."""
-    photo, noise = PICTURES["photograph"], PICTURES["noise"]
+    photo, noise = IMAGES["photograph"], IMAGES["noise"]
     assert len(made(encoder, photo)[0]) < 0.9 * len(fpng.from_bytes(photo.tobytes(), photo.shape[1], photo.shape[0], 3))
     assert len(made(encoder, noise)[0]) < 1.02 * noise.nbytes
 

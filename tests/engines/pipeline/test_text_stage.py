@@ -1,4 +1,4 @@
-"""The cache of embeddings and the joining of texts into one batch."""
+"""The text stage: its cache of embeddings, and the batch of texts of different lengths."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import torch
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
-from engines.pipeline.embedding_cache import EmbeddingCache, TextEmbedding
+from engines.pipeline.lru_cache import LruCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
-from engines.pipeline.text_stage import TextStage, join
+from engines.pipeline.text_stage import TextEmbedding, TextStage, join
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def stage(folder: Path) -> TextStage:
     checkpoint = open_checkpoint(str(folder))
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), INSTRUCTION, 300)
     body = checkpoint.load_text_body(torch.float32, torch.device("cpu"))
-    return TextStage(tokenizer, TextEncoder(body, tokenizer.prefix), EmbeddingCache(max_entries=3))
+    return TextStage(tokenizer, TextEncoder(body, tokenizer.prefix), max_cached=3)
 
 
 def test_a_prompt_is_run_once(stage: TextStage) -> None:
@@ -31,7 +31,6 @@ def test_a_prompt_is_run_once(stage: TextStage) -> None:
     assert torch.equal(again[1].states, first[0].states)
     assert torch.equal(first[2].states, first[0].states)
     assert runs == [2, 1]
-    assert (stage.cache.hits, stage.cache.misses) == (2, 3)
 
 
 def test_the_least_recently_used_prompt_is_dropped(stage: TextStage) -> None:
@@ -43,23 +42,21 @@ def test_the_least_recently_used_prompt_is_dropped(stage: TextStage) -> None:
 
 
 def test_bytes_are_bounded_and_counted() -> None:
-    cache = EmbeddingCache(max_entries=100, max_bytes=1000)
+    cache: LruCache[str, bytes] = LruCache(len, max_bytes=1000, max_entries=100)
     for index in range(10):
-        cache.put(str(index), TextEmbedding(torch.zeros(10, 8), truncated=False, cached=False))  # 320 bytes
+        cache.put(str(index), bytes(320))
     assert (len(cache), cache.bytes) == (3, 960)
-    cache.put("9", TextEmbedding(torch.zeros(1, 8), truncated=True, cached=False))
+    cache.put("9", bytes(32))
     assert (len(cache), cache.bytes) == (3, 672)
-    cache.put("large", TextEmbedding(torch.zeros(100, 8), truncated=False, cached=False))
+    cache.put("large", bytes(3200))
     assert (len(cache), cache.bytes) == (0, 0)
 
 
-def test_an_entry_does_not_hold_its_batch_alive() -> None:
-    cache = EmbeddingCache()
-    batch = torch.zeros(8, 100, 16)
-    cache.put("row", TextEmbedding(batch[0, :5], truncated=False, cached=False))
-    kept = cache.get("row")
-    assert kept is not None
-    assert kept.states.untyped_storage().nbytes() == 5 * 16 * 4
+def test_an_entry_does_not_keep_the_memory_of_its_batch(stage: TextStage) -> None:
+    stage.encode(["a cat", "three green triangles on a white background"])
+    cached = stage.cache.get("a cat")
+    assert cached is not None
+    assert cached.states.untyped_storage().nbytes() == cached.states.nbytes
 
 
 def test_a_mask_is_made_only_where_lengths_differ() -> None:

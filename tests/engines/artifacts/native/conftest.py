@@ -39,10 +39,10 @@ def for_hopper(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def for_ada(small_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def for_ada(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its decoder is one that the kernels cannot run; its checkpoint was named by a relative path."""
-    asked = spec(Path(small_pictures.name), tmp_path_factory.mktemp("ada") / "engine", "rtx4090")
-    return built(asked, small_pictures.parent)
+    asked = spec(Path(small_checkpoint.name), tmp_path_factory.mktemp("ada") / "engine", "rtx4090")
+    return built(asked, small_checkpoint.parent)
 
 
 @pytest.fixture

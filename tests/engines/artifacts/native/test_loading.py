@@ -98,32 +98,32 @@ def test_another_card_code_or_checkpoint_is_refused(
 
 @pytest.mark.usefixtures("not_compiled")
 def test_what_cannot_be_built_is_refused_and_leaves_nothing(
-    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BuildError, match=r"precision: fp8 needs a decoder .* multiples of 32 are needed; use bf16"):
-        build(spec(small_pictures, tmp_path / "engine", precision="fp8"))
+        build(spec(small_checkpoint, tmp_path / "engine", precision="fp8"))
     monkeypatch.setattr(
         "engines.backends.cuda.text.CudaTextBody.__call__", lambda _, ids, __: torch.ones(*ids.shape, 48)
     )
     with pytest.raises(BuildError, match="text encoder: too far from its reference: SQNR"):
-        build(spec(small_pictures, tmp_path / "engine"))
+        build(spec(small_checkpoint, tmp_path / "engine"))
     assert not list(tmp_path.iterdir())
 
 
 def test_without_a_c_compiler_the_build_says_so(
-    small_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(BuildError, match="no C compiler is found, and kernels are launched through C; install gcc"):
-        build(spec(small_pictures, tmp_path / "engine"))
+        build(spec(small_checkpoint, tmp_path / "engine"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_build_leaves_nothing_that_loads_and_no_process(small_pictures: Path, tmp_path: Path) -> None:
+def test_a_killed_build_leaves_nothing_that_loads_and_no_process(small_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     words = [
         "--model",
-        str(small_pictures),
+        str(small_checkpoint),
         "--gpu",
         "h100",
         "--vendor",
@@ -141,11 +141,11 @@ def test_a_killed_build_leaves_nothing_that_loads_and_no_process(small_pictures:
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
-        load_engine(str(small_pictures), engine_dir=str(out))
+        load_engine(str(small_checkpoint), engine_dir=str(out))
     while compiling(tmp_path):
         time.sleep(0.05)
     with pytest.raises(StartedError):
-        build(spec(small_pictures, out), stop)
+        build(spec(small_checkpoint, out), stop)
     assert not list(tmp_path.iterdir())
 
 

@@ -36,9 +36,9 @@ def test_the_engine_draws_what_the_checkpoint_draws(ours: Path, for_hopper: Path
     assert engine.limits.sizes == ((64, 64),)
 
 
-def test_a_decoder_that_the_kernels_cannot_run_is_kept_as_pytorch_has_it(small_pictures: Path, for_ada: Path) -> None:
-    engine = loaded(small_pictures, for_ada)
-    for found, expected in zip(drawn(engine), drawn(loaded(small_pictures)), strict=True):
+def test_a_decoder_that_the_kernels_cannot_run_is_kept_as_pytorch_has_it(small_checkpoint: Path, for_ada: Path) -> None:
+    engine = loaded(small_checkpoint, for_ada)
+    for found, expected in zip(drawn(engine), drawn(loaded(small_checkpoint)), strict=True):
         np.testing.assert_array_equal(found.pixels, expected.pixels)
     assert "multiples of 32 are needed" in engine.info.reasons["decoder"]
     [decoder] = [made for made in read_manifest(for_ada).artifacts if made.module == "decoder"]

@@ -109,7 +109,7 @@ def test_a_damaged_program_and_a_refused_one_are_told(tmp_path: Path, monkeypatc
     assert not list(tmp_path.glob("*/*.ep"))
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, small_pictures: Path) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path) -> None:
     def absent(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -117,7 +117,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, small_pictu
     with pytest.raises(
         BackendError, match=r"^torch-tensorrt: the package is missing; pip install '\.\[torch-tensorrt\]'$"
     ):
-        load_engine(str(small_pictures), backend="torch-tensorrt", device="cpu")
+        load_engine(str(small_checkpoint), backend="torch-tensorrt", device="cpu")
 
 
 @pytest.mark.parametrize(
