@@ -26,7 +26,7 @@ from engines.device.hardware import why_no_gpu
 from engines.device.phases import Phases
 from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
-from engines.models.lora import Adapted, adapt
+from engines.models.lora import AdaptedTransformer, add_adapters
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline.engine import Modules, SprintEngine
 from engines.pipeline.limits import limits_of, space_of
@@ -131,8 +131,11 @@ def load_engine(
     whole: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
     chosen: nn.Module = transformer
     if free:
-        choice = adapt(transformer, [adapter.factors for adapter in free])
-        chosen, whole = Adapted(transformer, choice), None if whole is None else Adapted(whole, choice)
+        choice = add_adapters(transformer, [adapter.factors for adapter in free])
+        chosen, whole = (
+            AdaptedTransformer(transformer, choice),
+            None if whole is None else AdaptedTransformer(whole, choice),
+        )
     modules = Modules(
         text,
         prepared("transformer", chosen),

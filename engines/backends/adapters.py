@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engines.errors import BackendError
 
-Side = tuple[int, int]  # height, width: of the latent in cells, or of the picture in pixels
+HeightWidth = tuple[int, int]  # height, width: of the latent in cells, or of the picture in pixels
 
 
 class Graph(Protocol):
@@ -33,19 +33,19 @@ class ModuleGraph:
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
-GraphLookup = Callable[[Side], Graph]
+GraphLookup = Callable[[HeightWidth], Graph]
 
 
-def only_built_sizes(graphs: Mapping[Side, Graph]) -> GraphLookup:
+def only_built_sizes(graphs: Mapping[HeightWidth, Graph]) -> GraphLookup:
     """Those `graphs` alone; for another size a BackendError that names them."""
 
-    def at(side: Side) -> Graph:
+    def lookup(side: HeightWidth) -> Graph:
         if side not in graphs:
             built = ", ".join(f"{height}x{width}" for height, width in sorted(graphs))
             raise BackendError(f"size: got {side[0]}x{side[1]} (height x width), this engine was built for {built}")
         return graphs[side]
 
-    return at
+    return lookup
 
 
 class TransformerAdapter:
@@ -108,7 +108,7 @@ class EncoderAdapter:
         return latent
 
 
-def padded(value: Tensor, batch: int) -> Tensor:
+def pad_batch(value: Tensor, batch: int) -> Tensor:
     """`value` [B, ...] filled up to `batch` rows by its last one, contiguous."""
     missing = batch - value.shape[0]
     filled = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) if missing else value

@@ -29,7 +29,7 @@ class ModuleSpec:
     int8: bool = False  # the decoder's wide convolutions in 8 bits, where the backend can
 
     @property
-    def sides(self) -> frozenset[tuple[int, int]]:
+    def input_sizes(self) -> frozenset[tuple[int, int]]:
         """(height, width) of its input at each of `sizes`: cells, or pixels for the encoder."""
         unit = 1 if self.name == "encoder" else self.compression
         return frozenset((height // unit, width // unit) for width, height in self.sizes)

@@ -16,13 +16,13 @@ from engines.backends.adapters import (
     DecoderAdapter,
     EncoderAdapter,
     Graph,
+    HeightWidth,
     ModuleGraph,
-    Side,
     TransformerAdapter,
-    padded,
+    pad_batch,
 )
 from engines.backends.base import ModuleSpec
-from engines.backends.eager import laid_out
+from engines.backends.eager import to_channels_last
 from engines.backends.parity import check_compiled
 from engines.types import powers_of_two, smallest_fitting
 
@@ -31,36 +31,38 @@ _SHAPES = 64  # compiled per module at most; torch's own limit of 8 counts all m
 
 def compiled(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     """A drop-in for `module` whose first call at each bucket of a size in `spec.sizes` takes seconds to minutes."""
-    module = laid_out(module, spec)
-    plain, fast = ModuleGraph(module), _Compiled(module, spec)
-    sides = spec.sides
+    module = to_channels_last(module, spec)
+    eager_graph, compiled_graph = ModuleGraph(module), _CompiledGraph(module, spec)
+    prepared = spec.input_sizes
 
-    def at(side: Side) -> Graph:
-        return fast if side in sides else plain
+    def graph_at(side: HeightWidth) -> Graph:
+        return compiled_graph if side in prepared else eager_graph
 
     if spec.name in ("transformer", "controlled"):
-        return TransformerAdapter(at, spec.tokens)
-    return DecoderAdapter(at) if spec.name == "decoder" else EncoderAdapter(at)
+        return TransformerAdapter(graph_at, spec.tokens)
+    return DecoderAdapter(graph_at) if spec.name == "decoder" else EncoderAdapter(graph_at)
 
 
-class _Compiled(ModuleGraph):
+class _CompiledGraph(ModuleGraph):
     def __init__(self, module: nn.Module, spec: ModuleSpec):
         mode = "max-autotune-no-cudagraphs" if spec.device.type == "cuda" else None
-        fast: Any = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
-        super().__init__(fast)
-        self._plain, self._name, self._dtype = module, spec.name, spec.dtype
+        compiled_graph: Any = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+        super().__init__(compiled_graph)
+        self._eager_module, self._name, self._dtype = module, spec.name, spec.dtype
         self._buckets = powers_of_two(spec.max_batch)
         self._checked: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
-        held = {name: padded(value, bucket) for name, value in inputs.items()}
-        shapes = tuple(value.shape for value in held.values())
+        bucket_inputs = {name: pad_batch(value, bucket) for name, value in inputs.items()}
+        shapes = tuple(value.shape for value in bucket_inputs.values())
         if shapes not in self._checked:
-            check_compiled(f"{self._name} in batches of {bucket}", self._plain, self._run, held, self._dtype)
+            check_compiled(
+                f"{self._name} in batches of {bucket}", self._eager_module, self._run, bucket_inputs, self._dtype
+            )
             self._checked.add(shapes)
-        return [output[:batch] for output in self._run(held)]
+        return [output[:batch] for output in self._run(bucket_inputs)]
 
     def _run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         import torch._dynamo as dynamo  # a second of every start, for those who compile

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engines.backends.adapters import padded
+from engines.backends.adapters import pad_batch
 from engines.device.hardware import cpu_flags
 from engines.errors import ArtifactError, BackendError
 from engines.types import smallest_fitting
@@ -77,10 +77,10 @@ class OpenVinoGraph:
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
-        feed = {name: padded(value, bucket).numpy() for name, value in inputs.items()}
+        feed = {name: pad_batch(value, bucket).numpy() for name, value in inputs.items()}
         request = self._requests[bucket]
-        found = request.infer(feed, share_inputs=True)
-        return [torch.from_numpy(found[port][:batch]) for port in request.model_outputs]
+        outputs = request.infer(feed, share_inputs=True)
+        return [torch.from_numpy(outputs[port][:batch]) for port in request.model_outputs]
 
     @staticmethod
     def _compile(core: Any, xml: Path, batch: int, settings: Mapping[str, Any]) -> Any:
@@ -95,8 +95,8 @@ class OpenVinoGraph:
 def _cache_key(vendor: Any, core: Any, settings: Mapping[str, Any]) -> str:
     """A folder's name, of everything beside the model and the CPU's name that decides what is compiled."""
     capabilities = sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    told = repr((vendor.__version__, capabilities, cpu_flags(), sorted(settings.items())))
-    return f"{settings['INFERENCE_PRECISION_HINT']}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    identity = repr((vendor.__version__, capabilities, cpu_flags(), sorted(settings.items())))
+    return f"{settings['INFERENCE_PRECISION_HINT']}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _first_line(error: Exception) -> str:

@@ -43,14 +43,16 @@ class Gate:
             if found.psnr_db is None
             else [("levels of 255", found.max_abs, self.levels, False), ("PSNR", found.psnr_db, self.psnr_db, True)]
         )
-        for what, value, bound, at_least in bounds:
+        for quantity, value, bound, at_least in bounds:
             if bound is None:
                 continue
             kept = value >= bound if at_least else value <= bound
-            asked = f"{what} {'>=' if at_least else '<='} {bound:g}{' dB' if at_least else ''}"
+            requirement = f"{quantity} {'>=' if at_least else '<='} {bound:g}{' dB' if at_least else ''}"
             if not kept:  # NaN too
-                raise ParityError(f"{name}: too far from its reference: {what} is {value:.4g}, needed {asked}")
-            return asked
+                raise ParityError(
+                    f"{name}: too far from its reference: {quantity} is {value:.4g}, needed {requirement}"
+                )
+            return requirement
         raise ValueError(f"{name}: the gate bounds nothing of this kind")
 
 
@@ -71,7 +73,7 @@ COMPILED_GATES: Mapping[torch.dtype, Gate] = {
     torch.bfloat16: Gate(sqnr_db=25, psnr_db=30),
 }
 # Of transformer and decoder in a row.
-PICTURE_GATES: Mapping[str, Gate] = {
+IMAGE_GATES: Mapping[str, Gate] = {
     "fp32": Gate(levels=2),
     "fp16": Gate(psnr_db=40),
     "bf16": Gate(psnr_db=35),

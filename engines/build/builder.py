@@ -20,7 +20,7 @@ from engines.artifacts.precision import module_dtype, module_precision
 from engines.artifacts.reference import MODULES, Reference, clean_latent, load_reference, peaks, starting_point
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
-from engines.backends.parity import GATES, PICTURE_GATES
+from engines.backends.parity import GATES, IMAGE_GATES
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.build.atomic_directory import staging
 from engines.build.compilation import compile_graph
@@ -295,7 +295,7 @@ class _Work:
             for name, distance in found.items():
                 gate = GATES[self.precisions[name]].check(f"{name} at {words(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
-            gate = PICTURE_GATES[self.spec.precision].check(f"picture at {words(size)}", picture)
+            gate = IMAGE_GATES[self.spec.precision].check(f"picture at {words(size)}", picture)
             pictures[words(size)] = {**picture.to_dict(), "gate": gate, "of": of}
         return modules, pictures
 

@@ -17,7 +17,7 @@ from engines.artifacts.manifest import Artifact, FileRecord
 from engines.artifacts.reference import MODULES, load_reference
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
-from engines.backends.parity import GATES, INT8_GATE, PICTURE_GATES, Gate, difference
+from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, difference
 from engines.build.spec import BuildSpec, Size, words
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
@@ -68,13 +68,13 @@ def native_pieces(work: Work, references: Mapping[Size, Path]) -> Pieces:
     from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save
-    from engines.backends.cuda.decoder import CudaDecoder, why_not
+    from engines.backends.cuda.decoder import CudaDecoder, unsupported_decoder
     from engines.kernels.op import Ops
     from engines.pipeline.native import Native
 
     c_compiler()  # missed now, not after an hour
     spec, checkpoint, folder = work.spec, work.checkpoint, work.folder
-    against = why_not(checkpoint.autoencoder)
+    against = unsupported_decoder(checkpoint.autoencoder)
     if spec.precision == "fp8" and against is not None:
         raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {against}; use bf16")
     started, kernels = time.perf_counter(), Native(Ops(None), checkpoint.autoencoder)
@@ -151,7 +151,7 @@ def _parity(
             gate = INT8_GATE if _precision(work.spec, name) == "fp8" else GATES["bf16"]
             kept = gate.check(f"{name} at {words(size)}", distance)
             found[name, size] = {**distance.to_dict(), "gate": kept, "of": _OF}
-        kept = PICTURE_GATES[work.spec.precision].check(f"picture at {words(size)}", picture)
+        kept = IMAGE_GATES[work.spec.precision].check(f"picture at {words(size)}", picture)
         pictures[words(size)] = {**picture.to_dict(), "gate": kept, "of": _OF}
     return found, pictures
 

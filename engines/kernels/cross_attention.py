@@ -31,10 +31,10 @@ def _key_norm(kv, weight, D, BLOCKS, eps, NORMED: tl.constexpr, BC: tl.constexpr
 
 
 @triton.jit
-def _seen(q, scale, k, v, seen, top, total, acc, PRECISION: tl.constexpr):
+def _softmax_step(q, scale, k, v, visible, top, total, acc, PRECISION: tl.constexpr):
     """One step of a softmax over blocks of keys: its largest score, its sum, and the weighted sum of values."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
-    s = tl.where(seen[None, :], s, -1e30)
+    s = tl.where(visible[None, :], s, -1e30)
     higher = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - higher[:, None])
     fade = tl.exp2(top - higher)
@@ -64,12 +64,12 @@ def _cross_attention(
     at = kv + (image * T + t)[:, None] * KV_ROW + AT + head * HD + d[None, :]
     inside = (t < T)[:, None] & (d < HD)[None, :]  # most texts end within the first block, whose loads wait for nothing
     k, v = tl.load(at, mask=inside, other=0.0), tl.load(at + D, mask=inside, other=0.0)
-    top, total, acc = _seen(q, scale, k, v, t < length, top, total, acc, PRECISION)
+    top, total, acc = _softmax_step(q, scale, k, v, t < length, top, total, acc, PRECISION)
     for start in range(BT, length, BT):
         at += BT * KV_ROW
         inside = (start + t < length)[:, None] & (d < HD)[None, :]
         k, v = tl.load(at, mask=inside, other=0.0), tl.load(at + D, mask=inside, other=0.0)
-        top, total, acc = _seen(q, scale, k, v, start + t < length, top, total, acc, PRECISION)
+        top, total, acc = _softmax_step(q, scale, k, v, start + t < length, top, total, acc, PRECISION)
     to = out + row[:, None] * D + head * HD + d[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 

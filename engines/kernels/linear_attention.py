@@ -20,7 +20,7 @@ from torch import Tensor
 from engines.kernels.op import Launcher, Op
 
 EPS = 1e-15
-_TOGETHER = 8  # contexts of parts that are loaded at once
+_CONTEXTS_PER_LOAD = 8  # contexts of parts that are loaded at once
 
 
 @triton.jit
@@ -153,16 +153,16 @@ def _attend(
     ctx = torch.empty((batch, heads, parts, padded + 1, padded), dtype=torch.float32, device=first.device)
     out = torch.empty((rows, heads * head_dim), dtype=first.dtype, device=first.device)
     grid = (heads, parts, batch)
-    given = first if rms is None else rms, first if weight is None else weight
+    norm_operands = first if rms is None else rms, first if weight is None else weight
     second_mix = first if mix is None else mix
     launch(
-        _context, grid, first, second, second_mix, *given, ctx, tokens, width, split, step, part, chunk,
+        _context, grid, first, second, second_mix, *norm_operands, ctx, tokens, width, split, step, part, chunk,
         HD=head_dim, HP=padded, BN=128, NORMED=rms is not None, MIXED=mix is not None, FAST=fast,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
     launch(
         _apply, grid, first, second, second_mix, ctx, out, tokens, width, split, step, parts, chunk,
-        HD=head_dim, HP=padded, BN=128, BS=_TOGETHER, MIXED=mix is not None, FAST=fast,
+        HD=head_dim, HP=padded, BN=128, BS=_CONTEXTS_PER_LOAD, MIXED=mix is not None, FAST=fast,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
     return out

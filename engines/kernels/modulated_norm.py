@@ -53,7 +53,7 @@ def _run(
     to_h = x if scale is None else torch.empty_like(x)
     wide = triton.next_power_of_2(width)
     launch(
-        _modulated_norm, (rows,), x, *(x if given is None else given for given in (y, extra, gate, scale, shift)),
+        _modulated_norm, (rows,), x, *(x if operand is None else operand for operand in (y, extra, gate, scale, shift)),
         to_x, to_h, rows // batch, width, *(0 if row is None else row.stride(0) for row in (gate, scale)), eps,
         ADDED=y is not None, GATED=gate is not None, EXTRA=extra is not None, NORMED=scale is not None,
         BC=wide, num_warps=max(1, min(8, wide // 512)),

@@ -81,15 +81,17 @@ class Ops:
         if key in self._checked:
             return op.run(self._launcher, *args)
         self._checked.add(key)
-        kept = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # an operation may write into one
-        expected = op.reference(*kept)
+        reference_args = [
+            arg.clone() if isinstance(arg, Tensor) else arg for arg in args
+        ]  # an operation may write into one
+        expected = op.reference(*reference_args)
         try:
-            found = op.run(self._launcher, *args)
-            gap = _first_gap(_tensors(expected), _tensors(found))
+            actual = op.run(self._launcher, *args)
+            gap = _first_gap(_tensors(expected), _tensors(actual))
         except Exception as error:  # whatever a compiler or a driver raises: the reference goes on
             gap = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         if gap is None:
-            return found
+            return actual
         self.replaced[op.name] = gap
         return expected
 
@@ -98,26 +100,27 @@ def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _first_gap(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> str | None:
-    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
-        if want.shape != got.shape or want.dtype != got.dtype:
+def _first_gap(expected_outputs: tuple[Tensor, ...], actual_outputs: tuple[Tensor, ...]) -> str | None:
+    for index, (expected, actual) in enumerate(zip(expected_outputs, actual_outputs, strict=True)):
+        if expected.shape != actual.shape or expected.dtype != actual.dtype:
             return (
-                f"output {index}: {list(got.shape)} of {got.dtype}, its reference has {list(want.shape)} {want.dtype}"
+                f"output {index}: {list(actual.shape)} of {actual.dtype}, "
+                f"its reference has {list(expected.shape)} {expected.dtype}"
             )
-        bound = FP8_SQNR_DB if want.dtype.itemsize == 1 and want.dtype.is_floating_point else SQNR_DB
-        reached = sqnr_db(want, got)
+        bound = FP8_SQNR_DB if expected.dtype.itemsize == 1 and expected.dtype.is_floating_point else SQNR_DB
+        reached = sqnr_db(expected, actual)
         if not reached >= bound:
             return f"output {index}: {reached:.1f} dB to its reference, needed are {bound:g}"
     return None
 
 
-def sqnr_db(expected: Tensor, found: Tensor) -> float:
+def sqnr_db(expected: Tensor, actual: Tensor) -> float:
     """10 log10 of the reference's power over the error's, at most 200; NaN where `found` is not finite."""
-    want, got = expected.double(), found.double()
-    error = (want - got).square().sum()
+    signal = expected.double()
+    error = (signal - actual.double()).square().sum()
     if not bool(error.isfinite()):
         return float("nan")
-    ratio = want.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)
+    ratio = signal.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)
     return min(200.0, 10 * float(torch.log10(ratio)))
 
 

@@ -107,16 +107,16 @@ def run(launch: Launcher, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.element_size() == 4:
         tile = _FP32
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
-    given: tuple[object, ...] = (x, weight, bias, out)
+    operands: tuple[object, ...] = (x, weight, bias, out)
     if tma:
-        given = (
+        operands = (
             TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             TensorDescriptor.from_tensor(weight, [tile.cols, tile.depth]),
             bias,
             TensorDescriptor.from_tensor(out, [tile.rows, tile.cols]),
         )
     launch(
-        _silu_product, (min(tiles, launch.processors) if tile.persistent else tiles,), *given, rows, cols, depth,
+        _silu_product, (min(tiles, launch.processors) if tile.persistent else tiles,), *operands, rows, cols, depth,
         BM=tile.rows, BN=tile.cols, BK=tile.depth, GROUP=_GROUP, TMA=tma, PERSISTENT=tile.persistent,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -44,11 +44,11 @@ class ControlConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "ControlConfig":
         """Reads a diffusers controlnet/config.json. Raises ValueError, naming the key, for what is not supported."""
-        given = {"num_layers": _LAYERS, **config}
-        injection = given.pop("injection", "diffusers")
+        values = {"num_layers": _LAYERS, **config}
+        injection = values.pop("injection", "diffusers")
         if injection not in get_args(Injection):
             raise ValueError(f"injection: got {injection!r}, supported: {', '.join(get_args(Injection))}")
-        return cls(TransformerConfig.from_dict(given), cast(Injection, injection))
+        return cls(TransformerConfig.from_dict(values), cast(Injection, injection))
 
     def to_dict(self) -> dict[str, object]:
         """The config.json that `from_dict` reads back."""
@@ -73,11 +73,11 @@ class ControlNet(nn.Module):
     @classmethod
     def of(cls, transformer: SprintTransformer, copies: int, injection: Injection = "diffusers") -> "ControlNet":
         """As training begins: the transformer's first blocks and embeddings, copied, and projections of zero."""
-        own = cls(ControlConfig(replace(transformer.config, num_layers=copies), injection))
-        theirs = transformer.state_dict()
-        weights = {name: theirs.get(name, torch.zeros_like(value)) for name, value in own.state_dict().items()}
-        own.load_state_dict(weights)
-        return own
+        controlnet = cls(ControlConfig(replace(transformer.config, num_layers=copies), injection))
+        copied = transformer.state_dict()
+        own = controlnet.state_dict()
+        controlnet.load_state_dict({name: copied.get(name, torch.zeros_like(value)) for name, value in own.items()})
+        return controlnet
 
     def residuals(
         self,
@@ -104,11 +104,11 @@ class ControlNet(nn.Module):
         else:
             hint = self.patch_embed.proj(control).flatten(2).transpose(1, 2)
         x = x + self.input_block(hint)
-        found = []
+        residuals = []
         for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             x = block(x, projected, modulation, bias, (control.shape[-2], control.shape[-1]))
-            found.append(project(x))
-        return found
+            residuals.append(project(x))
+        return residuals
 
 
 class ControlledTransformer(nn.Module):
@@ -137,16 +137,16 @@ class ControlledTransformer(nn.Module):
         scale = control_scale.to(dtype)[:, None, None]
         modulation, embedded = base.conditioning(timestep, guidance)
 
-        def residuals(x: Tensor) -> list[Tensor]:
-            found = self.controlnet.residuals(x, control, text, timestep, guidance, text_mask)
-            return [residual * scale for residual in found]
+        def scaled_residuals(x: Tensor) -> list[Tensor]:
+            residuals = self.controlnet.residuals(x, control, text, timestep, guidance, text_mask)
+            return [residual * scale for residual in residuals]
 
         def after_own_block(index: int, x: Tensor) -> Tensor:
             if index == 0:
-                made.extend(residuals(x))
-            return x + made[index] if index < len(made) else x
+                residuals.extend(scaled_residuals(x))
+            return x + residuals[index] if index < len(residuals) else x
 
-        made: list[Tensor] = []
+        residuals: list[Tensor] = []
         diffusers = self.controlnet.config.injection == "diffusers"
-        inject = after_next_block(residuals(latent)) if diffusers else after_own_block
+        inject = after_next_block(scaled_residuals(latent)) if diffusers else after_own_block
         return base.velocity(latent, base.project_text(text), modulation, embedded, text_mask, inject)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engines.errors import CheckpointError
 from engines.models.layers import GLUMBConv, RMSNorm
 
-BlockKind = Literal["ResBlock", "EfficientViTBlock"]
+BlockType = Literal["ResBlock", "EfficientViTBlock"]
 
 ATTENTION_EPS = 1e-15
 
@@ -30,8 +30,8 @@ class AutoencoderConfig:
     in_channels: int = 3
     latent_channels: int = 32
     attention_head_dim: int = 32
-    encoder_block_types: tuple[BlockKind, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    decoder_block_types: tuple[BlockKind, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    encoder_block_types: tuple[BlockType, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    decoder_block_types: tuple[BlockType, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
@@ -60,15 +60,15 @@ class AutoencoderConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
         """From vae/config.json. Raises CheckpointError naming a key that this code does not know or cannot run."""
         known = {field.name for field in fields(cls)}
-        given = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
-        unknown = sorted(given.keys() - known)
+        values = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(values.keys() - known)
         if unknown:
             raise CheckpointError(f"autoencoder config: unknown keys {', '.join(unknown)}; known are {sorted(known)}")
-        stages = len(given.get("decoder_block_out_channels", cls.decoder_block_out_channels))
+        stages = len(values.get("decoder_block_out_channels", cls.decoder_block_out_channels))
         for key in ("encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns"):
-            if isinstance(given.get(key), str):
-                given[key] = (given[key],) * stages
-        made = cls(**({"decoder_norm_types": ("rms_norm",) * stages, "decoder_act_fns": ("silu",) * stages} | given))
+            if isinstance(values.get(key), str):
+                values[key] = (values[key],) * stages
+        parsed = cls(**({"decoder_norm_types": ("rms_norm",) * stages, "decoder_act_fns": ("silu",) * stages} | values))
         for key, allowed in {
             "decoder_norm_types": {"rms_norm"},
             "decoder_act_fns": {"silu"},
@@ -78,11 +78,13 @@ class AutoencoderConfig:
             "downsample_block_type": {"Conv", "conv", "pixel_unshuffle"},
             "decoder_conv_act_fn": {"relu", "silu"},
         }.items():
-            value = getattr(made, key)
-            odd = (set(value) if isinstance(value, tuple) else {value}) - allowed
-            if odd:
-                raise CheckpointError(f"autoencoder config: {key} is {sorted(odd)}, supported are {sorted(allowed)}")
-        return made
+            value = getattr(parsed, key)
+            unsupported = (set(value) if isinstance(value, tuple) else {value}) - allowed
+            if unsupported:
+                raise CheckpointError(
+                    f"autoencoder config: {key} is {sorted(unsupported)}, supported are {sorted(allowed)}"
+                )
+        return parsed
 
 
 def _tuples(value: Any) -> Any:
@@ -223,7 +225,7 @@ def _group_mean(x: Tensor, group: int) -> Tensor:
     return x.reshape(batch, channels // group, group, height, width).mean(dim=2)
 
 
-def _block(kind: BlockKind, channels: int, head_dim: int, kernels: tuple[int, ...]) -> nn.Module:
+def _block(kind: BlockType, channels: int, head_dim: int, kernels: tuple[int, ...]) -> nn.Module:
     return ResBlock(channels) if kind == "ResBlock" else EfficientViTBlock(channels, head_dim, kernels)
 
 

@@ -27,8 +27,8 @@ def positions(dim: int, height: int, width: int, base: int, scale: float, device
     omega = torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4)
 
     def axis(size: int) -> Tensor:  # [size, dim/2]
-        place = torch.arange(size, dtype=torch.float32, device=device) / (size / base) / scale
-        angle = place[:, None] * (1.0 / 10000**omega)
+        position = torch.arange(size, dtype=torch.float32, device=device) / (size / base) / scale
+        angle = position[:, None] * (1.0 / 10000**omega)
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     column = axis(width)[None].expand(height, -1, -1)

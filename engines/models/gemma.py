@@ -18,7 +18,7 @@ from torch import Tensor, nn
 # What one layer keeps of the tokens that it has seen: keys and values [B, K, P, d] each.
 Past = tuple[Tensor, Tensor]
 
-_KINDS = ("sliding_attention", "full_attention")
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 # Keys of config.json that must hold one value here, because no Gemma-2 has another.
 _FIXED: Mapping[str, tuple[object, ...]] = {
     "model_type": ("gemma2",),
@@ -49,9 +49,11 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         if not self.layer_types:
-            object.__setattr__(self, "layer_types", tuple(islice(cycle(_KINDS), self.num_hidden_layers)))
-        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(_KINDS):
-            raise ValueError(f"layer_types: got {self.layer_types}, needed are {self.num_hidden_layers} of {_KINDS}")
+            object.__setattr__(self, "layer_types", tuple(islice(cycle(_LAYER_TYPES), self.num_hidden_layers)))
+        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(_LAYER_TYPES):
+            raise ValueError(
+                f"layer_types: got {self.layer_types}, needed are {self.num_hidden_layers} of {_LAYER_TYPES}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: got {self.num_attention_heads}, needed is a multiple of num_key_value_heads, "
@@ -69,20 +71,20 @@ class GemmaConfig:
         rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", cls.rope_theta)}
         if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters: got {rope!r}, supported: rope_type 'default'")
-        given = {**config, "rope_theta": rope.get("rope_theta", cls.rope_theta)}
+        values = {**config, "rope_theta": rope.get("rope_theta", cls.rope_theta)}
         for key, allowed in _FIXED.items():
-            if given.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{key}: got {given[key]!r}, supported: {allowed[0]!r}")
-        found: dict[str, object] = {field.name: given[field.name] for field in fields(cls) if field.name in given}
-        for key, value in found.items():
+            if values.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"{key}: got {values[key]!r}, supported: {allowed[0]!r}")
+        known: dict[str, object] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        for key, value in known.items():
             like = getattr(cls, key)
             number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
             if isinstance(like, int | float) and not number and (value, key) != (None, "attn_logit_softcapping"):
                 raise ValueError(f"{key}: got {value!r}, needed is a positive number like {like!r}")
-        kinds = found.pop("layer_types", None) or ()
+        kinds = known.pop("layer_types", None) or ()
         if not isinstance(kinds, Sequence):
-            raise ValueError(f"layer_types: got {kinds!r}, needed is a list of {_KINDS}")
-        return cls(layer_types=tuple(kinds), **found)  # type: ignore[arg-type]  # checked above
+            raise ValueError(f"layer_types: got {kinds!r}, needed is a list of {_LAYER_TYPES}")
+        return cls(layer_types=tuple(kinds), **known)  # type: ignore[arg-type]  # checked above
 
 
 class Norm(nn.Module):

@@ -46,17 +46,17 @@ class TextEncoder:
         groups: defaultdict[int, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[self._shared(prompt)].append(index)
-        kept: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
         for shared, members in groups.items():
             for index, hidden in zip(members, self._encode_after(shared, [prompts[i] for i in members]), strict=True):
-                kept[index] = torch.cat([self._first, hidden[prompts[index].start - shared :]])
-        return [kept[index] for index in range(len(prompts))]
+                states[index] = torch.cat([self._first, hidden[prompts[index].start - shared :]])
+        return [states[index] for index in range(len(prompts))]
 
     def _shared(self, prompt: Tokens) -> int:
         """How many leading tokens the prompt has in common with the prefix and need not be run."""
         shared = 0
-        for mine, prefix in zip(prompt.ids[: prompt.start], self.prefix, strict=False):
-            if mine != prefix:
+        for own, prefix in zip(prompt.ids[: prompt.start], self.prefix, strict=False):
+            if own != prefix:
                 break
             shared += 1
         return shared

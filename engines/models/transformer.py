@@ -67,10 +67,10 @@ class TransformerConfig:
     def from_dict(cls, config: Mapping[str, object]) -> "TransformerConfig":
         """Reads a diffusers transformer/config.json. Raises ValueError, naming the key, for what is not supported."""
         known = {field.name for field in fields(cls)}
-        given = dict(config)
-        if given.get("out_channels", 0) is None:
-            given["out_channels"] = given.get("in_channels", cls.in_channels)
-        for key, value in given.items():
+        values = dict(config)
+        if values.get("out_channels", 0) is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
+        for key, value in values.items():
             if key in _FIXED and value != _FIXED[key]:
                 raise ValueError(f"{key}: got {value!r}, supported: {_FIXED[key]!r}")
             if key not in known | _FIXED.keys() | _IGNORED | {"cross_attention_dim"} and not key.startswith("_"):
@@ -78,7 +78,7 @@ class TransformerConfig:
             kind = type(getattr(cls, key, None))
             if kind in (bool, int, float) and type(value) is not kind and (kind, type(value)) != (float, int):
                 raise ValueError(f"{key}: got {value!r}, needed is a value like {getattr(cls, key)!r}")
-        parsed = cls(**{key: value for key, value in given.items() if key in known})  # type: ignore[arg-type]  # checked
+        parsed = cls(**{key: value for key, value in values.items() if key in known})  # type: ignore[arg-type]  # checked
         cross_dim = config.get("cross_attention_dim", parsed.dim)
         if cross_dim != parsed.dim:
             raise ValueError(f"cross_attention_dim: got {cross_dim!r}, supported: {parsed.dim}, the width")

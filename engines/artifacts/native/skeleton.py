@@ -86,7 +86,7 @@ def skeleton(checkpoint: Checkpoint, kernels: Native, ranges: Sequence[Sequence[
     assert isinstance(transformer, CudaTransformer)
     if ranges:
         assert isinstance(decoder, CudaDecoder)
-        decoder.widen(ranges)
+        decoder.include_ranges(ranges)
         decoder.to_fp8()
     return Parts(kernels, text, transformer, decoder, modules["encoder"])
 

@@ -11,10 +11,12 @@ Shapes: [B, C, H, W], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu.convolution import TYPICAL, Edges, rows_of, slices_of
+from engines.backends.cpu.convolution import TYPICAL_SIZE, Edges, cache_sized_slices, pixel_rows
 
 _LEVELS = 254  # of 256: the zero is rounded, which may shift the range by half a level
-_ROUNDER = 1.5 * 2**23  # added to a small number in fp32, leaves it rounded in the lowest bits: fp32 has 24 of them
+_ROUNDING_OFFSET = (
+    1.5 * 2**23
+)  # added to a small number in fp32, leaves it rounded in the lowest bits: fp32 has 24 of them
 
 
 def has_int8() -> bool:
@@ -34,7 +36,7 @@ class Int8Conv:
         # Rows of zeros are added where x is rounded anyway.
         self._geometry = ([1, 1], [0, columns], [1, 1], conv.groups)
         self._weight = torch.ops.onednn.qconv_prepack(
-            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *TYPICAL]
+            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *TYPICAL_SIZE]
         )
         self._zeros = torch.zeros(len(self._scales), dtype=torch.int32)
         self._bias = None if conv.bias is None else conv.bias.detach().float()
@@ -42,12 +44,12 @@ class Int8Conv:
 
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor:
         edges = (self._rows, self._rows) if edges is None else edges
-        made = [self._one(picture, edges) for picture in torch.split(x, 1)]
-        return made[0] if len(made) == 1 else torch.cat(made)
+        results = [self._convolve(image, edges) for image in torch.split(x, 1)]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _one(self, x: Tensor, edges: Edges) -> Tensor:
+    def _convolve(self, x: Tensor, edges: Edges) -> Tensor:
         """One picture or strip [1, C, H, W]. What is not finite comes out as NaN everywhere."""
-        low, high = (float(bound) for bound in torch.aminmax(rows_of(x)))  # of x itself it makes a copy first
+        low, high = (float(bound) for bound in torch.aminmax(pixel_rows(x)))  # of x itself it makes a copy first
         scale = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         finite = abs(scale) < float("inf")  # false for NaN too
         zero = round(-min(low, 0.0) / scale) if finite else 0
@@ -79,11 +81,11 @@ def quantised(x: Tensor, scale: float, zero: int, edges: Edges) -> Tensor:
     above, below = edges
     size = (1, channels, height + above + below, width)
     out = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
-    rows = rows_of(out)
+    rows = pixel_rows(out)
     first, last = above * width, (above + height) * width
     rows[:first].fill_(zero)
     rows[last:].fill_(zero)
-    rounder = torch.tensor(_ROUNDER + zero)
-    for given, made in slices_of(rows_of(x), rows[first:last]):
-        made.copy_(torch.add(rounder, given.float(), alpha=1 / scale).view(torch.int32))  # of which a byte is kept
+    rounder = torch.tensor(_ROUNDING_OFFSET + zero)
+    for source, results in cache_sized_slices(pixel_rows(x), rows[first:last]):
+        results.copy_(torch.add(rounder, source.float(), alpha=1 / scale).view(torch.int32))  # of which a byte is kept
     return out

@@ -6,27 +6,27 @@ from torch import Tensor
 
 from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.transformer import CudaTransformer
-from engines.models.lora import Choice, Chosen
+from engines.models.lora import ActiveAdapters, AdapterSelection
 from engines.sampler import Denoiser
 
 
 class CudaAdapted:
-    """Called as engines.models.lora.Adapted is; `choice` is that of the modules that `inner` was made of."""
+    """Called as engines.models.lora.AdaptedTransformer is; `choice` is that of the modules that `inner` was made of."""
 
-    def __init__(self, inner: CudaTransformer | CudaControlled, choice: Choice):
-        self.inner, self._choice = inner, choice
+    def __init__(self, inner: CudaTransformer | CudaControlled, active: ActiveAdapters):
+        self.inner, self._active = inner, active
 
-    def __call__(self, *arguments: Any, chosen: Chosen | None = None) -> Tensor:
-        with self._choice.of(chosen):
+    def __call__(self, *arguments: Any, chosen: AdapterSelection | None = None) -> Tensor:
+        with self._active.use(chosen):
             return self.inner(*arguments)
 
-    def denoiser(self, *arguments: Any, chosen: Chosen | None = None) -> Denoiser:
+    def denoiser(self, *arguments: Any, chosen: AdapterSelection | None = None) -> Denoiser:
         """As CudaTransformer.denoiser and CudaControlled.denoiser."""
-        with self._choice.of(chosen):
+        with self._active.use(chosen):
             inner = self.inner.denoiser(*arguments)
 
         def velocity(latent: Tensor, timestep: Tensor) -> Tensor:
-            with self._choice.of(chosen):
+            with self._active.use(chosen):
                 return inner(latent, timestep)
 
         return velocity

@@ -25,12 +25,12 @@ from engines.models.dcae import EfficientViTBlock, ResBlock
 from engines.models.layers import RMSNorm
 
 _HEADROOM = 2.0  # of an activation's scale over the largest value that calibration saw
-WHOLE = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
+NORM_WIDTHS = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
 
 
-def why_not_blocks(
+def unsupported_blocks(
     side: str,
-    kinds: Sequence[str],
+    types: Sequence[str],
     depths: Sequence[int],
     widths: Sequence[int],
     scales: Sequence[tuple[int, ...]],
@@ -38,10 +38,10 @@ def why_not_blocks(
 ) -> str | None:
     """Why these blocks cannot run the encoder or the decoder (`side`) of such an architecture, highest resolution
     first; None where they can."""
-    residual = sum(kind == "ResBlock" for kind in kinds)
-    if any(kind == "ResBlock" for kind in kinds[residual:]) or residual in (0, len(kinds)) or not all(depths):
+    residual = sum(kind == "ResBlock" for kind in types)
+    if any(kind == "ResBlock" for kind in types[residual:]) or residual in (0, len(types)) or not all(depths):
         return (
-            f"{side}_block_types are {tuple(kinds)} of {tuple(depths)} layers; blocks at every resolution, ResBlocks "
+            f"{side}_block_types are {tuple(types)} of {tuple(depths)} layers; blocks at every resolution, ResBlocks "
             "at the high and EfficientViT blocks at the low ones are needed"
         )
     if any(width % 32 for width in widths) or head_dim % 8:
@@ -51,23 +51,23 @@ def why_not_blocks(
     return None
 
 
-def blocks_of(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
+def make_blocks(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
     """The blocks of one resolution, without what comes before or behind them."""
-    found: list[ResidualBlock | VitBlock] = []
+    blocks: list[ResidualBlock | VitBlock] = []
     for part in stage.children():
         if isinstance(part, ResBlock):
-            found.append(ResidualBlock(part))
+            blocks.append(ResidualBlock(part))
         elif isinstance(part, EfficientViTBlock):
-            found.append(VitBlock(part))
-    return found
+            blocks.append(VitBlock(part))
+    return blocks
 
 
 @dataclass(frozen=True)
-class Stream:
+class BorderedImage:
     """A zero-bordered image [P, C]: in full, and in e4m3 where the next convolution reads that."""
 
     full: Tensor
-    small: Tensor
+    conv_input: Tensor
 
 
 class Norm:
@@ -78,7 +78,7 @@ class Norm:
         self.gain, self.bias, self.eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
 
 
-class Kernel:
+class ConvWeight:
     """The weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row."""
 
     def __init__(self, conv: nn.Conv2d):
@@ -96,33 +96,33 @@ class ResidualBlock:
     """dcae.ResBlock on a Stream."""
 
     def __init__(self, block: ResBlock):
-        self.conv1, self.conv2, self.norm = Kernel(block.conv1), Kernel(block.conv2), Norm(block.norm)
-        self.whole = block.conv2.out_channels in WHOLE
+        self.conv1, self.conv2, self.norm = ConvWeight(block.conv1), ConvWeight(block.conv2), Norm(block.norm)
+        self.fuses_norm = block.conv2.out_channels in NORM_WIDTHS
         self.input_scale: float | None = None
         self.hidden_scale: float | None = None
-        self.seen = [0.0, 0.0]  # largest input and hidden value of a calibration
+        self.max_values = [0.0, 0.0]  # largest input and hidden value of a calibration
 
     def to_fp8(self) -> None:
-        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.seen)
+        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.max_values)
         self.conv1.to_fp8(self.input_scale)
         self.conv2.to_fp8(self.hidden_scale)
 
-    def hidden(self, ops: Ops, x: Stream, grid: Grid) -> Tensor:
+    def hidden(self, ops: Ops, x: BorderedImage, grid: Grid) -> Tensor:
         conv, scale = self.conv1, self.hidden_scale or 1.0
-        made: Tensor = ops(CONVOLUTION_SILU, x.small, conv.weight, conv.scale, conv.bias, scale, grid)
-        return made
+        output: Tensor = ops(CONVOLUTION_SILU, x.conv_input, conv.weight, conv.scale, conv.bias, scale, grid)
+        return output
 
-    def __call__(self, ops: Ops, x: Stream, grid: Grid, next_scale: float | None) -> Stream:
+    def __call__(self, ops: Ops, x: BorderedImage, grid: Grid, next_scale: float | None) -> BorderedImage:
         hidden, conv, norm = self.hidden(ops, x, grid), self.conv2, self.norm
-        if self.whole:
-            made = ops(
+        if self.fuses_norm:
+            output = ops(
                 CONVOLUTION_NORM,
                 *(hidden, conv.weight, conv.scale, norm.gain, norm.bias, x.full, norm.eps, next_scale, grid),
             )
         else:
             y = ops(CONVOLUTION, hidden, conv.weight, conv.scale, grid)
-            made = ops(RMS_NORM, y, norm.gain, norm.bias, x.full, norm.eps, "bordered", next_scale, grid)
-        return Stream(made[0], made[-1])
+            output = ops(RMS_NORM, y, norm.gain, norm.bias, x.full, norm.eps, "bordered", next_scale, grid)
+        return BorderedImage(output[0], output[-1])
 
 
 class VitBlock:
@@ -152,5 +152,5 @@ class VitBlock:
         wide = ops(SILU_PRODUCT, x, self.inverted, self.inverted_bias)
         y = F.linear(ops(GATED_DEPTHWISE, wide, self.depth, self.depth_bias, *grid), self.point)
         norm = self.norm2
-        made: Tensor = ops(RMS_NORM, y, norm.gain, norm.bias, x, norm.eps, layout, None, grid)[0]
-        return made
+        output: Tensor = ops(RMS_NORM, y, norm.gain, norm.bias, x, norm.eps, layout, None, grid)[0]
+        return output

@@ -25,21 +25,21 @@ from engines.kernels.op import Ops
 from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, positions
 from engines.models.layers import RMSNorm
-from engines.models.lora import Stack
+from engines.models.lora import AdapterStack
 from engines.models.transformer import TransformerConfig
 
-_WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
+_FREQUENCIES = 128  # frequencies of a time embedding, each as a cosine and a sine
 
 
-class Layer(NamedTuple):
+class LinearLayer(NamedTuple):
     """Weight [out, in] and bias [out] of a product; stacks: what jobs add to it, each from an output on."""
 
     weight: Tensor
     bias: Tensor | None
-    stacks: tuple[tuple[int, Stack], ...] = ()
+    stacks: tuple[tuple[int, AdapterStack], ...] = ()
 
 
-class Prepared(NamedTuple):
+class PreparedText(NamedTuple):
     """What blocks read of a prompt: keys (normalised) and values [B*T, L*2*D]; lengths [B] int32."""
 
     kv: Tensor
@@ -55,15 +55,15 @@ class Pending(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    qkv: Layer
+    qkv: LinearLayer
     key_weight: Tensor | None  # [D] fp32: of k's norm, times the size of q's
-    out: Layer
-    query: Layer
-    cross_out: Layer
-    expand: Layer
+    out: LinearLayer
+    query: LinearLayer
+    cross_out: LinearLayer
+    expand: LinearLayer
     taps: Tensor  # [9, 2*hidden]
     taps_bias: Tensor
-    project: Layer
+    project: LinearLayer
 
 
 # (index of a block, what is due to be added to its input, that input) -> the same, with more to add.
@@ -75,27 +75,27 @@ class Blocks:
 
     def __init__(self, blocks: nn.ModuleList, config: TransformerConfig, ops: Ops):
         self._ops, self._config = ops, config
-        self._normed = config.qk_norm is not None
+        self._has_qk_norm = config.qk_norm is not None
         modules: list[Any] = list(blocks)
         crosses = [block.attn2 for block in modules]
-        self.keys_values = _stacked([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
+        self.keys_values = _fuse_layers([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
         scale = config.cross_attention_head_dim**-0.5
         self._key_weights = torch.stack([_norm_weights(cross, config.dim) * scale for cross in crosses])
         self.tables = torch.stack([block.scale_shift_table.detach() for block in modules])  # [L, 6, D]
         for block, table in zip(modules, self.tables, strict=True):
             block.scale_shift_table = nn.Parameter(table, requires_grad=False)
-        self._weights = [self._laid_out(block) for block in modules]
+        self._weights = [self._block_weights(block) for block in modules]
         first = modules[0]
         self._norm_eps: float = first.norm1.eps
-        self._rms_eps: float = first.attn1.norm_k.eps if self._normed else 0.0
+        self._rms_eps: float = first.attn1.norm_k.eps if self._has_qk_norm else 0.0
 
     def __len__(self) -> int:
         return len(self._weights)
 
-    def _laid_out(self, block: Any) -> _Weights:
+    def _block_weights(self, block: Any) -> _Weights:
         own, cross, ff = block.attn1, block.attn2, block.ff
         key_weight = None
-        if self._normed:
+        if self._has_qk_norm:
             # relu(q * w) . relu(k) = relu(q * sign w) . (|w| * relu(k)): exact, and the module computes as before.
             key_weight = own.norm_k.weight.detach().float() * own.norm_q.weight.detach().float().abs()
             sign = torch.where(own.norm_q.weight.detach() < 0, -1, 1).to(own.to_q.weight.dtype)
@@ -106,7 +106,7 @@ class Blocks:
             for _, stack in _stacks(own.to_q):
                 stack.up.mul_(sign[:, None])
         return _Weights(
-            qkv=_stacked([own.to_q, own.to_k, own.to_v]),
+            qkv=_fuse_layers([own.to_q, own.to_k, own.to_v]),
             key_weight=key_weight,
             out=layer_of(own.to_out[0]),
             query=layer_of(cross.to_q),
@@ -117,28 +117,34 @@ class Blocks:
             project=layer_of(ff.conv_point),
         )
 
-    def product(self, x: Tensor, layer: Layer) -> Tensor:
+    def product(self, x: Tensor, layer: LinearLayer) -> Tensor:
         """x [M, in] to [M, out]; every product but the expansion's goes through here."""
         return product(x, layer)
 
-    def expansion(self, x: Tensor, layer: Layer) -> Tensor:
+    def expansion(self, x: Tensor, layer: LinearLayer) -> Tensor:
         """silu of the product: x [M, in] to [M, out]."""
         if layer.stacks:
             return F.silu(product(x, layer))
         expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias)
         return expanded
 
-    def keys(self, projected: Tensor, lengths: Tensor) -> Prepared:
+    def keys(self, projected: Tensor, lengths: Tensor) -> PreparedText:
         """From projected text [B, T, D]."""
         kv = self.product(projected.flatten(0, 1), self.keys_values)
-        return Prepared(self._ops(KEY_NORM, kv, self._key_weights, self._normed, self._rms_eps), lengths)
+        return PreparedText(self._ops(KEY_NORM, kv, self._key_weights, self._has_qk_norm, self._rms_eps), lengths)
 
     def modulations(self, modulation: Tensor) -> Tensor:
         """What blocks share [B, 6, D], with each block's own table added: [B, L, 6, D]."""
         return self.tables + modulation[:, None]
 
     def block(
-        self, index: int, x: Tensor, pending: Pending | None, modulations: Tensor, text: Prepared, size: tuple[int, int]
+        self,
+        index: int,
+        x: Tensor,
+        pending: Pending | None,
+        modulations: Tensor,
+        text: PreparedText,
+        size: tuple[int, int],
     ) -> tuple[Tensor, Pending]:
         """Block `index` on x + pending: the residual stream [B*N, D], and what it lacks of the block's output."""
         ops, weights, batch = self._ops, self._weights[index], modulations.shape[0]
@@ -153,7 +159,7 @@ class Blocks:
         x = ops(RESIDUAL, x, self.product(attended, weights.out), gate1, None, batch)
         query = self.product(x, weights.query)
         heads = self._config.num_cross_attention_heads
-        attended = ops(CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._normed, self._rms_eps)
+        attended = ops(CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._has_qk_norm, self._rms_eps)
         y = self.product(attended, weights.cross_out)
         x, h = ops(RESIDUAL_NORM, x, y, None, None, scale2, shift2, batch, self._norm_eps)
         expanded = self.expansion(h, weights.expand)
@@ -167,25 +173,25 @@ class Conditioning:
     def __init__(self, embed: TimeGuidanceEmbed | TimeEmbed):
         self._guided = isinstance(embed, TimeGuidanceEmbed)
         if isinstance(embed, TimeGuidanceEmbed):
-            both: list[Any] = [embed.timestep_embedder, embed.guidance_embedder]
+            embedders: list[Any] = [embed.timestep_embedder, embed.guidance_embedder]
         else:
-            both = [embed.emb["timestep_embedder"]]
+            embedders = [embed.emb["timestep_embedder"]]
         self._first, self._second = (
-            _stacked([getattr(embedder, name) for embedder in both]) for name in ("linear_1", "linear_2")
+            _fuse_layers([getattr(embedder, name) for embedder in embedders]) for name in ("linear_1", "linear_2")
         )
         self._last = layer_of(embed.linear)
-        steps = torch.arange(_WAVES, dtype=torch.float32, device=self._last.weight.device)
-        self._frequencies = torch.exp(steps * (-math.log(10000.0) / _WAVES))
+        steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=self._last.weight.device)
+        self._frequencies = torch.exp(steps * (-math.log(10000.0) / _FREQUENCIES))
 
     def __call__(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
         """timestep, guidance [B]: the modulation [B, 6, D] and the embedding [B, D] of the output, as
         SprintTransformer.conditioning gives them, and raises ValueError where guidance is missing or not embedded."""
         if (guidance is None) == self._guided:
             raise ValueError(f"guidance: got {guidance!r}; needed is a tensor [B] where it is embedded, else None")
-        given = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
-        angle = given[..., None].float() * self._frequencies
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
-        embedded = _each(F.silu(_each(wave, self._first)), self._second).sum(0)
+        conditions = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
+        angle = conditions[..., None].float() * self._frequencies
+        sinusoids = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
+        embedded = _grouped_product(F.silu(_grouped_product(sinusoids, self._first)), self._second).sum(0)
         modulation = product(F.silu(embedded), self._last)
         return torch.unflatten(modulation, 1, (6, -1)), embedded
 
@@ -197,12 +203,12 @@ def lengths_of(text: Tensor, text_mask: Tensor | None) -> Tensor:
     return text_mask.sum(1, dtype=torch.int32)
 
 
-def tokens(embed: PatchEmbed, latent: Tensor, placed: bool = True) -> Tensor:
+def image_tokens(embed: PatchEmbed, latent: Tensor, with_positions: bool = True) -> Tensor:
     """Latent [B, C, h, w] to tokens [B*N, D], as PatchEmbed does; placed False: without its positional embedding."""
     batch, channels, height, width = latent.shape
     flat = latent.permute(0, 2, 3, 1).reshape(-1, channels)
     x = product(flat, layer_of(embed.proj))
-    if embed.scale is None or embed.pos_embed is None or not placed:
+    if embed.scale is None or embed.pos_embed is None or not with_positions:
         return x
     table = embed.pos_embed
     if (height, width) != (embed.base, embed.base):
@@ -210,13 +216,13 @@ def tokens(embed: PatchEmbed, latent: Tensor, placed: bool = True) -> Tensor:
     return (torch.unflatten(x, 0, (batch, -1)) + table).to(x.dtype).flatten(0, 1)
 
 
-def projected(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
+def project_text(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
     """Text [B, T, caption_channels] to the [B, T, D] that keys and values are made of."""
     projected: Tensor = projection(text)
     return F.rms_norm(projected, projected.shape[-1:], norm.weight, norm.eps)
 
 
-def product(x: Tensor, layer: Layer) -> Tensor:
+def product(x: Tensor, layer: LinearLayer) -> Tensor:
     """x [M, in] to [M, out]; the rows of a job lie together."""
     y = F.linear(x, layer.weight, layer.bias)
     for start, stack in layer.stacks:
@@ -225,7 +231,7 @@ def product(x: Tensor, layer: Layer) -> Tensor:
     return y
 
 
-def _each(x: Tensor, layer: Layer) -> Tensor:
+def _grouped_product(x: Tensor, layer: LinearLayer) -> Tensor:
     """x [G, B, in] through G linear maps one below the other [G*out, in]: [G, B, out]."""
     weight = torch.unflatten(layer.weight, 0, (x.shape[0], -1))
     assert layer.bias is not None
@@ -236,30 +242,30 @@ def _each(x: Tensor, layer: Layer) -> Tensor:
     return y
 
 
-def checked_dtype(module: nn.Module) -> torch.dtype:
+def supported_dtype(module: nn.Module) -> torch.dtype:
     dtype = next(module.parameters()).dtype
     if dtype not in (torch.bfloat16, torch.float32):
         raise BackendError(f"CUDA transformer: weights are {dtype}; supported are torch.bfloat16 and torch.float32")
     return dtype
 
 
-def layer_of(module: nn.Module) -> Layer:
+def layer_of(module: nn.Module) -> LinearLayer:
     """A linear map or a 1x1 convolution, without a copy."""
     weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
-    return Layer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
+    return LinearLayer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
 
 
-def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, Stack], ...]:
+def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, AdapterStack], ...]:
     stack = getattr(module, "stack", None)
-    return ((start, stack),) if isinstance(stack, Stack) else ()
+    return ((start, stack),) if isinstance(stack, AdapterStack) else ()
 
 
-def _stacked(layers: Iterable[Any]) -> Layer:
+def _fuse_layers(layers: Iterable[Any]) -> LinearLayer:
     """Linear maps one below the other; their parameters become views of the result."""
     layers = list(layers)
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    start, stacks = 0, list[tuple[int, Stack]]()
+    start, stacks = 0, list[tuple[int, AdapterStack]]()
     for layer in layers:
         rows = layer.weight.shape[0]
         stacks += _stacks(layer, start)
@@ -267,7 +273,7 @@ def _stacked(layers: Iterable[Any]) -> Layer:
         if bias is not None:
             layer.bias = nn.Parameter(bias[start : start + rows], requires_grad=False)
         start += rows
-    return Layer(weight, bias, tuple(stacks))
+    return LinearLayer(weight, bias, tuple(stacks))
 
 
 def _norm_weights(cross: Any, dim: int) -> Tensor:

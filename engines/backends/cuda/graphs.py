@@ -63,7 +63,7 @@ class _Captured:
     inputs: Inputs  # views of the shared buffers
     outputs: tuple[Tensor, ...]
     replay: Replay
-    chain: Capturable  # what the graph runs through
+    computation: Capturable  # what the graph runs through
 
 
 class GraphRunner:
@@ -75,18 +75,18 @@ class GraphRunner:
 
     def __init__(
         self,
-        make_chain: Callable[[], Capturable],
+        make_computation: Callable[[], Capturable],
         inputs: Mapping[str, InputSpec],
         buckets: Sequence[int],
-        sides: Iterable[tuple[int, int]],
+        latent_sizes: Iterable[tuple[int, int]],
         steps: Iterable[int],
         recorder: GraphCapture,
         device: torch.device,
     ):
-        self._make_chain, self._specs, self._recorder, self._device = make_chain, inputs, recorder, device
-        self._plain = make_chain()
+        self._make_computation, self._specs, self._recorder, self._device = make_computation, inputs, recorder, device
+        self._eager = make_computation()
         self._buckets = tuple(sorted(buckets))
-        keys = {GraphKey(b, *side, s) for b in self._buckets for side in sides for s in steps}
+        keys = {GraphKey(b, *size, s) for b in self._buckets for size in latent_sizes for s in steps}
         self.capture_order = tuple(
             sorted(keys, key=lambda key: (key.bucket * key.height * key.width, key.steps), reverse=True)
         )
@@ -124,7 +124,7 @@ class GraphRunner:
         key = self.graph_for(*shape)
         if key is None:
             self.uncaptured[shape] += 1
-            return self._plain({name: value.to(self._device) for name, value in inputs.items()})
+            return self._eager({name: value.to(self._device) for name, value in inputs.items()})
         return self._replay(self._captured[key], inputs, shape.bucket)
 
     def _capture(self, key: GraphKey) -> _Captured:
@@ -132,16 +132,16 @@ class GraphRunner:
             name: self._buffers[name][: prod(spec.shape(key))].view(spec.shape(key))
             for name, spec in self._specs.items()
         }
-        chain = self._make_chain()
+        computation = self._make_computation()
         for _ in range(WARM_UPS):
-            self._recorder.warm(lambda: chain(views))
-        replay, outputs = self._recorder.record(lambda: chain(views))
-        return _Captured(views, outputs, replay, chain)
+            self._recorder.warm(lambda: computation(views))
+        replay, outputs = self._recorder.record(lambda: computation(views))
+        return _Captured(views, outputs, replay, computation)
 
     def _replay(self, captured: _Captured, inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
         for name, view in captured.inputs.items():
             dim = self._specs[name].batch_dim
-            view.narrow(dim, 0, batch).copy_(_fast_to_copy(inputs[name], view), non_blocking=True)
+            view.narrow(dim, 0, batch).copy_(_pinned_for_copy(inputs[name], view), non_blocking=True)
             # The rest of the bucket repeats the last job: rows never meet, and what is left over may be no number.
             missing = view.shape[dim] - batch
             if missing:
@@ -151,7 +151,7 @@ class GraphRunner:
         return tuple(output[:batch].clone() for output in captured.outputs)
 
 
-def _fast_to_copy(value: Tensor, view: Tensor) -> Tensor:
+def _pinned_for_copy(value: Tensor, view: Tensor) -> Tensor:
     """`value`, in pinned memory where it lies on the host and `view` on a card: its copy does not stop this thread."""
     if value.device.type == "cpu" and view.device.type == "cuda":
         return value.contiguous().pin_memory()
@@ -200,7 +200,7 @@ class EagerReplay:
         outputs = launch()
 
         def replay() -> None:
-            for kept, fresh in zip(outputs, launch(), strict=True):
-                kept.copy_(fresh)
+            for output, fresh in zip(outputs, launch(), strict=True):
+                output.copy_(fresh)
 
         return replay, outputs

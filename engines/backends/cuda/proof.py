@@ -26,7 +26,7 @@ def proof_file(folder: Path, device: torch.device, shapes: str) -> Path:
     card = torch.cuda.get_device_properties(device)
     digest = hashlib.sha256(f"{card.name} {card.major}.{card.minor} {torch.__version__} {triton.__version__}".encode())
     digest.update(shapes.encode())
-    for path in sorted(path for place in _SOURCES for path in place.rglob("*.py")):
+    for path in sorted(path for folder_of_sources in _SOURCES for path in folder_of_sources.rglob("*.py")):
         digest.update(path.read_bytes())
     return folder / f"kernels-{digest.hexdigest()[:24]}.json"
 

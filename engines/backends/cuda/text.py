@@ -71,12 +71,12 @@ class CudaTextBody:
         self._embed_scale = float(torch.tensor(config.hidden_size**0.5, dtype=weight.dtype))
         layers = [layer for layer in body.layers if isinstance(layer, Layer)]
         self._layers = [
-            _laid_out(layer, kept, config.sliding_window if kind == "sliding_attention" else 2**30)
+            _layer_weights(layer, kept, config.sliding_window if kind == "sliding_attention" else 2**30)
             for layer, kept, kind in zip(layers, past, config.layer_types, strict=True)
         ]
         # The norm that follows a layer is the next one's first, or the last of all.
-        self._first, *rest = [_plus_one(layer.input_layernorm) for layer in layers]
-        self._next = [*rest, _plus_one(body.norm)]
+        self._first, *rest = [_norm_weight(layer.input_layernorm) for layer in layers]
+        self._next = [*rest, _norm_weight(body.norm)]
         even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=weight.device)
         position = torch.arange(past[0][0].shape[2] + longest, dtype=torch.float32, device=weight.device)
         angle = position[:, None] * (1.0 / config.rope_theta ** (even / config.head_dim))
@@ -87,45 +87,47 @@ class CudaTextBody:
         ops, eps = self._ops, self._eps
         x = F.embedding(ids.flatten(), self._embedding) * self._embed_scale  # [M, D]
         h: Tensor = ops(GEMMA_NORM, x, self._first, eps)
-        few = h.shape[0] <= MAX_ROWS
+        is_skinny = h.shape[0] <= MAX_ROWS
         afterwards = [*self._layers[1:], None]
         for layer, following, after in zip(self._layers, self._next, afterwards, strict=True):
             # With few rows each small kernel also asks for the weights that are read after it.
             qkv = F.linear(h, layer.qkv).view(*ids.shape, -1)
-            mixed = ops(
+            attended = ops(
                 CAPPED_ATTENTION, qkv, layer.key, layer.value, shared, self._cosine, self._sine,
-                self._scale, self._cap, layer.window, layer.out if few else None,
+                self._scale, self._cap, layer.window, layer.out if is_skinny else None,
             )  # fmt: skip
-            mixed = mixed.flatten(0, 1)
-            y = ops(SKINNY_PRODUCT, mixed, layer.out) if few else F.linear(mixed, layer.out)  # [S, M, D] or [M, D]
+            attended = attended.flatten(0, 1)
+            y = (
+                ops(SKINNY_PRODUCT, attended, layer.out) if is_skinny else F.linear(attended, layer.out)
+            )  # [S, M, D] or [M, D]
             x, h = ops(
-                SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, layer.gate_up if few else None
+                SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, layer.gate_up if is_skinny else None
             )
-            if few:
+            if is_skinny:
                 y = ops(SKINNY_PRODUCT, ops(GATED_PRODUCT, h, layer.gate_up, layer.down), layer.down)
             else:
                 y = F.linear(ops(GELU_GATE, F.linear(h, layer.gate_up)), layer.down)
-            x, h = ops(SANDWICH_NORM, y, x, layer.after_mlp, following, eps, after.qkv if few and after else None)
+            x, h = ops(SANDWICH_NORM, y, x, layer.after_mlp, following, eps, after.qkv if is_skinny and after else None)
         return h.view(*ids.shape, -1)
 
 
-def _laid_out(layer: Layer, past: Past, window: int) -> _Layer:
+def _layer_weights(layer: Layer, past: Past, window: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
-        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
         out=attention.o_proj.weight,
-        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        gate_up=_fuse(mlp.gate_proj, mlp.up_proj),
         down=mlp.down_proj.weight,
-        after_attention=_plus_one(layer.post_attention_layernorm),
-        before_mlp=_plus_one(layer.pre_feedforward_layernorm),
-        after_mlp=_plus_one(layer.post_feedforward_layernorm),
+        after_attention=_norm_weight(layer.post_attention_layernorm),
+        before_mlp=_norm_weight(layer.pre_feedforward_layernorm),
+        after_mlp=_norm_weight(layer.post_feedforward_layernorm),
         key=past[0][0].contiguous(),
         value=past[1][0].contiguous(),
         window=window,
     )
 
 
-def _fused(*linears: nn.Linear) -> Tensor:
+def _fuse(*linears: nn.Linear) -> Tensor:
     """Their weights above each other, as one matrix of which theirs are views from now on."""
     fused = torch.cat([linear.weight for linear in linears])
     first = 0
@@ -136,7 +138,7 @@ def _fused(*linears: nn.Linear) -> Tensor:
     return fused
 
 
-def _plus_one(norm: Norm) -> Tensor:
+def _norm_weight(norm: Norm) -> Tensor:
     return 1.0 + norm.weight.float()
 
 
@@ -174,7 +176,7 @@ class CudaTextEncoder:
         self._device = encoder.body.embed_tokens.weight.device
         self._packed = torch.zeros(max(_size(key) for key in keys), dtype=torch.long, device=self._device)
         self._captured: dict[TextKey, _Captured] = {}
-        self.plain: Counter[TextKey] = Counter()
+        self.uncaptured: Counter[TextKey] = Counter()
 
     @property
     def ready(self) -> bool:
@@ -197,13 +199,13 @@ class CudaTextEncoder:
     def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]:
         """The kept hidden states of each prompt: [T, D], T differing."""
         shared = [self._encoder._shared(prompt) for prompt in prompts]
-        runs = [max(1, len(prompt.ids) - start) for prompt, start in zip(prompts, shared, strict=True)]
+        run_lengths = [max(1, len(prompt.ids) - start) for prompt, start in zip(prompts, shared, strict=True)]
         kept: dict[int, Tensor] = {}
-        fitting = [index for index, run in enumerate(runs) if run <= self._lengths[-1]]
+        fitting = [index for index, run in enumerate(run_lengths) if run <= self._lengths[-1]]
         for index in set(range(len(prompts))) - set(fitting):
-            self.plain[TextKey(0, runs[index])] += 1
+            self.uncaptured[TextKey(0, run_lengths[index])] += 1
             [kept[index]] = self._encoder.encode([prompts[index]])
-        for key, members in self._groups({index: runs[index] for index in fitting}):
+        for key, members in self._groups({index: run_lengths[index] for index in fitting}):
             self._fill(key, [shared[index] for index in members], [prompts[index].ids for index in members])
             hidden = self._hidden(key)
             for row, index in enumerate(members):
@@ -213,15 +215,15 @@ class CudaTextEncoder:
                 )
         return [kept[index] for index in range(len(prompts))]
 
-    def _groups(self, runs: dict[int, int]) -> Iterator[tuple[TextKey, list[int]]]:
+    def _groups(self, run_lengths: dict[int, int]) -> Iterator[tuple[TextKey, list[int]]]:
         """Batches, the longest prompts first; a shorter one joins as long as its padding is for nothing."""
-        waiting = sorted(runs, key=lambda index: runs[index], reverse=True)
+        waiting = sorted(run_lengths, key=lambda index: run_lengths[index], reverse=True)
         while waiting:
-            length = smallest_fitting(runs[waiting[0]], self._lengths)
+            length = smallest_fitting(run_lengths[waiting[0]], self._lengths)
             members: list[int] = []
             for index in waiting[: self._batches[-1]]:
                 batch = smallest_fitting(len(members) + 1, self._batches)
-                if smallest_fitting(runs[index], self._lengths) < length and batch * length > _FREE_ROWS:
+                if smallest_fitting(run_lengths[index], self._lengths) < length and batch * length > _FREE_ROWS:
                     break
                 members.append(index)
             waiting = waiting[len(members) :]
@@ -242,7 +244,7 @@ class CudaTextEncoder:
         """Hidden states [B, L, D] of what was filled in, to be copied before the next replay."""
         captured = self._captured.get(key)
         if captured is None:
-            self.plain[key] += 1
+            self.uncaptured[key] += 1
             return self._run(key)
         captured.replay()
         return captured.hidden

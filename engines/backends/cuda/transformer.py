@@ -9,12 +9,12 @@ from engines.backends.cuda.blocks import (
     Blocks,
     Conditioning,
     Inject,
-    Prepared,
-    checked_dtype,
+    PreparedText,
+    image_tokens,
     layer_of,
     lengths_of,
-    projected,
-    tokens,
+    project_text,
+    supported_dtype,
 )
 from engines.kernels.modulated_norm import RESIDUAL_NORM
 from engines.kernels.op import Ops
@@ -29,7 +29,7 @@ class CudaTransformer:
 
     def __init__(self, transformer: SprintTransformer, ops: Ops):
         """Takes over the module's weights. Raises BackendError for fp16, in which sums of the residual overflow."""
-        self.dtype = checked_dtype(transformer)
+        self.dtype = supported_dtype(transformer)
         self.config = transformer.config
         self._module, self._ops = transformer, ops
         self.blocks = Blocks(transformer.transformer_blocks, transformer.config, ops)
@@ -53,16 +53,18 @@ class CudaTransformer:
         return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance)
 
     @torch.no_grad()
-    def prepare(self, text: Tensor, lengths: Tensor) -> Prepared:
+    def prepare(self, text: Tensor, lengths: Tensor) -> PreparedText:
         """text [B, T, caption_channels], of which the first lengths[b] tokens count (int32, on the device)."""
         module = self._module
-        return self.blocks.keys(projected(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths)
+        return self.blocks.keys(
+            project_text(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths
+        )
 
     @torch.no_grad()
     def velocity(
         self,
         latent: Tensor,
-        prepared: Prepared,
+        prepared: PreparedText,
         timestep: Tensor,
         guidance: Tensor | None,
         residuals: Sequence[Tensor] | None = None,
@@ -72,7 +74,7 @@ class CudaTransformer:
         batch, size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
         modulation, embedded = self._conditioning(timestep, guidance)
         modulations = self.blocks.modulations(modulation)
-        x, pending = tokens(self._module.patch_embed, latent.to(self.dtype)), None
+        x, pending = image_tokens(self._module.patch_embed, latent.to(self.dtype)), None
         for index in range(len(self.blocks)):
             x, due = self.blocks.block(index, x, pending, modulations, prepared, size)
             if inject is not None:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.backends.tensorrt.log import Log, tidy, uncollected
+from engines.backends.tensorrt.log import Log, paused_garbage_collection, summarise
 from engines.device.hardware import Capability
 from engines.errors import BuildError
 
 
-@uncollected()
+@paused_garbage_collection()
 def build_engine(
     trt: Any,
     graph: Path,
@@ -63,7 +63,7 @@ def _parser_error(parser: Any, log: Log) -> str:
     error = parser.get_error(0)
     name, kind = error.node_name(), error.node_operator()
     where = f"node {name} ({kind}): " if name or kind else ""
-    return where + tidy(error.desc())
+    return where + summarise(error.desc())
 
 
 def _ahead_of_time(trt: Any) -> bool:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-_SEVERE, _TOLD = 1, 3  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3, verbose 4
+_SEVERE, _LOGGED = 1, 3  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3, verbose 4
 
 
 @dataclass
@@ -19,12 +19,12 @@ class Log:
     def first_error(self) -> str:
         """The first, for the ones behind it are its consequences (or of a GPU that is not there)."""
         errors = [line for severity, line in self.lines if severity <= _SEVERE]
-        return tidy(errors[0]) if errors else "no reason given"
+        return summarise(errors[0]) if errors else "no reason given"
 
     def activation_bytes(self) -> int | None:
         """The largest activation memory that the builder planned; None where it said nothing."""
-        found = [re.search(r"Total Activation Memory: (\d+) bytes", line) for _, line in self.lines]
-        return max((int(match[1]) for match in found if match), default=None)
+        matches = [re.search(r"Total Activation Memory: (\d+) bytes", line) for _, line in self.lines]
+        return max((int(match[1]) for match in matches if match), default=None)
 
     def attach(self, trt: Any) -> Any:
         """A logger object of `trt` that writes here."""
@@ -35,13 +35,13 @@ class Log:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                if int(severity) <= _TOLD:
+                if int(severity) <= _LOGGED:
                     lines.append((int(severity), message))
 
         return Logger()
 
 
-def tidy(message: str) -> str:
+def summarise(message: str) -> str:
     """What TensorRT means, in one line, without its source positions, error codes and consequences."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     line = next((line for line in lines if not line.startswith("Invalid Node")), message.strip())
@@ -56,7 +56,7 @@ def tidy(message: str) -> str:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def paused_garbage_collection() -> Iterator[None]:
     """Within the block Python collects no cycles.
 
     TensorRT calls the logger with a lock held that the destructor of a builder takes too. A collection in the logger

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.backends.adapters import padded
-from engines.backends.tensorrt.log import Log, uncollected
+from engines.backends.adapters import pad_batch
+from engines.backends.tensorrt.log import Log, paused_garbage_collection
 from engines.errors import ArtifactError, BackendError, OutOfMemoryError
 from engines.types import smallest_fitting
 
@@ -23,7 +23,13 @@ _DTYPES = {
     "BOOL": torch.bool,
     "INT64": torch.int64,
 }
-_INSPECTED = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "E4M3": "FP8", "Float8": "FP8"}  # one name for each
+_PRECISION_NAMES = {
+    "Half": "FP16",
+    "Float": "FP32",
+    "BFloat16": "BF16",
+    "E4M3": "FP8",
+    "Float8": "FP8",
+}  # one name for each
 
 
 class _JitCache:
@@ -35,7 +41,7 @@ class _JitCache:
 
     def __init__(self, trt: Any, engine: Any, path: Path):
         self._engine, self._path = engine, path
-        self._kept: set[int] = set()
+        self._saved: set[int] = set()
         self._settings: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         self._cache: Any = None
         self.loaded = False  # whether kernels came out of the file
@@ -54,11 +60,11 @@ class _JitCache:
         self._settings.set_execution_context_allocation_strategy(strategy)
         return self._engine.create_execution_context(self._settings)
 
-    def keep(self, bucket: int) -> None:
+    def save(self, bucket: int) -> None:
         """Writes what was compiled, once `bucket` has run; a folder that cannot be written costs only time."""
-        if self._cache is None or bucket in self._kept:
+        if self._cache is None or bucket in self._saved:
             return
-        self._kept.add(bucket)
+        self._saved.add(bucket)
         with suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)
             self._path.write_bytes(self._cache.serialize())
@@ -79,17 +85,17 @@ class Scratch:
     def reserve(self, size: int) -> None:
         self._bytes = max(self._bytes, size)
 
-    def lend(self, size: int) -> Tensor:
+    def block(self, size: int) -> Tensor:
         """At least `size` bytes, to be held as long as a context uses them."""
         if self._block is None or self._block.numel() < size:
             self._block = torch.empty(max(self._bytes, size, 1), dtype=torch.uint8, device=self._device)
         return self._block
 
 
-def _kind(text: str) -> str:
+def _precision_of(text: str) -> str:
     """The type in the inspector's words, such as "Row major linear FP16 format" or "Half"."""
-    found = re.search(r"FP8|Float8|E4M3|BF16|BFloat16|FP16|Half|FP32|Float|Int8|UInt8|Int32|Int64|Bool", text)
-    return _INSPECTED.get(found[0], found[0]) if found else "unknown"
+    match = re.search(r"FP8|Float8|E4M3|BF16|BFloat16|FP16|Half|FP32|Float|Int8|UInt8|Int32|Int64|Bool", text)
+    return _PRECISION_NAMES.get(match[0], match[0]) if match else "unknown"
 
 
 class TensorRtGraph:
@@ -113,7 +119,7 @@ class TensorRtGraph:
     ):
         self._trt, self._buckets, self._stream, self._scratch = trt, tuple(buckets), stream, scratch
         self._log = Log()
-        with uncollected():
+        with paused_garbage_collection():
             self._runtime = trt.Runtime(self._log.attach(trt))
             self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
@@ -163,11 +169,11 @@ class TensorRtGraph:
         counts: dict[str, int] = {}
         for layer in (one for one in layers if isinstance(one, dict)):  # the others are names alone
             tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])]
-            kinds = {_kind(tensor.get("Format/Datatype", "")) for tensor in tensors}
+            precisions = {_precision_of(tensor.get("Format/Datatype", "")) for tensor in tensors}
             if re.search("e4m3|fp8", str(layer.get("TacticName")), re.IGNORECASE):
-                kinds.add("FP8")
-            for kind in kinds:
-                counts[kind] = counts.get(kind, 0) + 1
+                precisions.add("FP8")
+            for precision in precisions:
+                counts[precision] = counts.get(precision, 0) + 1
         return counts
 
     def _context(self, bucket: int) -> Any:
@@ -177,7 +183,7 @@ class TensorRtGraph:
                 raise OutOfMemoryError(f"engine: {self._name}: no memory for a context; {self._log.first_error()}")
             if not context.set_optimization_profile_async(self._buckets.index(bucket), self._stream()):
                 raise BackendError(f"{self._name}: no profile for a batch of {bucket}: {self._log.first_error()}")
-            block = self._scratch.lend(self._engine.device_memory_size_v2)
+            block = self._scratch.block(self._engine.device_memory_size_v2)
             context.set_device_memory(block.data_ptr(), block.numel())
             self._contexts[bucket] = context, block
         return self._contexts[bucket][0]
@@ -185,12 +191,12 @@ class TensorRtGraph:
     def _run(self, inputs: Mapping[str, Tensor], batch: int) -> list[Tensor]:
         bucket = smallest_fitting(batch, self._buckets)
         context = self._context(bucket)
-        held = {name: padded(inputs[name].to(self._types[name]), bucket) for name in self._inputs}
-        for name, value in held.items():
+        bucket_inputs = {name: pad_batch(inputs[name].to(self._types[name]), bucket) for name in self._inputs}
+        for name, value in bucket_inputs.items():
             if not context.set_input_shape(name, tuple(value.shape)):
                 raise BackendError(f"{self._name}: {name} of shape {list(value.shape)} is not what it was built for")
             context.set_tensor_address(name, value.data_ptr())
-        device = next(iter(held.values())).device
+        device = next(iter(bucket_inputs.values())).device
         outputs = {}
         for name in self._outputs:
             shape = tuple(context.get_tensor_shape(name))
@@ -198,5 +204,5 @@ class TensorRtGraph:
             context.set_tensor_address(name, outputs[name].data_ptr())
         if not context.execute_async_v3(self._stream()):
             raise BackendError(f"{self._name}: {self._trt.__name__} failed: {self._log.first_error()}")
-        self._jit.keep(bucket)
+        self._jit.save(bucket)
         return [value[:batch] for value in outputs.values()]

@@ -21,10 +21,10 @@ from engines.backends.adapters import (
     DecoderAdapter,
     EncoderAdapter,
     Graph,
+    HeightWidth,
     ModuleGraph,
-    Side,
     TransformerAdapter,
-    padded,
+    pad_batch,
 )
 from engines.backends.base import ModuleSpec
 from engines.backends.parity import check_compiled
@@ -46,12 +46,12 @@ def torch_tensorrt(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     vendor = load_vendor()
     if spec.device.type != "cuda":
         raise BackendError(f"torch-tensorrt: needs an NVIDIA GPU, and the device is {spec.device}; use eager")
-    return drop_in(vendor, module, spec)
+    return compile_with(vendor, module, spec)
 
 
-def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
+def compile_with(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
     """`torch_tensorrt` with the package as an argument, on any device that it works on."""
-    plain = ModuleGraph(module)
+    eager_graph = ModuleGraph(module)
     remedy = "give --cache DIR, or set HOME or XDG_CACHE_HOME to a folder that can be written"
     folder = (
         expanded(spec.cache, BackendError, remedy)
@@ -59,16 +59,16 @@ def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., A
     )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{spec.name}-{_digest(module)}"
-    fast: Mapping[Side, Graph] = {
-        side: Programs(vendor, module, folder, f"{name}-{side[0]}x{side[1]}", spec) for side in spec.sides
+    compiled_graphs: Mapping[HeightWidth, Graph] = {
+        side: CompiledPrograms(vendor, module, folder, f"{name}-{side[0]}x{side[1]}", spec) for side in spec.input_sizes
     }
 
-    def at(side: Side) -> Graph:
-        return fast.get(side, plain)
+    def graph_at(side: HeightWidth) -> Graph:
+        return compiled_graphs.get(side, eager_graph)
 
     if spec.name in ("transformer", "controlled"):
-        return TransformerAdapter(at, spec.tokens)
-    return DecoderAdapter(at) if spec.name == "decoder" else EncoderAdapter(at)
+        return TransformerAdapter(graph_at, spec.tokens)
+    return DecoderAdapter(graph_at) if spec.name == "decoder" else EncoderAdapter(graph_at)
 
 
 def load_vendor() -> Any:
@@ -86,7 +86,7 @@ def load_vendor() -> Any:
         raise BackendError(f"torch-tensorrt: the package cannot be used here: {_first_line(error)}") from error
 
 
-class Programs:
+class CompiledPrograms:
     """engines.backends.adapters.Graph of one module at one size: a compiled program per batch bucket."""
 
     def __init__(self, vendor: Any, module: nn.Module, folder: Path, name: str, spec: ModuleSpec):
@@ -97,10 +97,10 @@ class Programs:
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
-        held = {name: padded(value, bucket) for name, value in inputs.items()}
+        bucket_inputs = {name: pad_batch(value, bucket) for name, value in inputs.items()}
         if bucket not in self._programs:
-            self._programs[bucket] = self._program(bucket, held)
-        return [output[:batch] for output in ModuleGraph(self._programs[bucket])(held)]
+            self._programs[bucket] = self._program(bucket, bucket_inputs)
+        return [output[:batch] for output in ModuleGraph(self._programs[bucket])(bucket_inputs)]
 
     def _program(self, bucket: int, inputs: Mapping[str, Tensor]) -> Callable[..., Any]:
         """Raises BackendError where the program cannot be compiled, or one that was saved is damaged; ParityError where
@@ -140,12 +140,12 @@ class Programs:
                 )
             except RuntimeError as error:
                 raise BackendError(f"torch-tensorrt: {path.stem} cannot be compiled: {_first_line(error)}") from error
-            begun = path.with_suffix(f".{os.getpid()}.ep")
+            unfinished = path.with_suffix(f".{os.getpid()}.ep")
             try:
-                self._vendor.save(compiled, str(begun), kwarg_inputs=examples)
-                begun.rename(path)
+                self._vendor.save(compiled, str(unfinished), kwarg_inputs=examples)
+                unfinished.rename(path)
             finally:
-                begun.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
 
 
 def _digest(module: nn.Module) -> str:

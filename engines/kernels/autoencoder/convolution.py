@@ -140,8 +140,8 @@ def _convolution(
             given = tl.dot(left.to(w_left.dtype), w_left, input_precision="ieee")
             given = tl.dot(right.to(w_right.dtype), w_right, given, input_precision="ieee")
             given = tl.where(keep, tl.minimum(tl.maximum(given, -65504.0), 65504.0), 0.0)
-            there = columns[None, :].to(tl.int64) * P + rows[:, None]
-            tl.store(taps + there, given.to(tl.float16), mask=(rows < P)[:, None] & (columns < 27)[None, :])
+            target = columns[None, :].to(tl.int64) * P + rows[:, None]
+            tl.store(taps + target, given.to(tl.float16), mask=(rows < P)[:, None] & (columns < 27)[None, :])
 
 
 def _launch(

@@ -11,7 +11,7 @@ from torch import Tensor
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.op import Launcher, Op
 
-_AT_ONCE = 512
+_PIXELS_PER_PROGRAM = 512
 
 
 @triton.jit
@@ -37,17 +37,29 @@ def _pixels(taps, bias, out, broken, P, H, W, BW: tl.constexpr):
 def run(launch: Launcher, taps: Tensor, bias: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     out = torch.empty(grid.batch, grid.height, grid.width, 3, dtype=torch.uint8, device=taps.device)
     broken = torch.zeros(grid.batch, dtype=torch.int32, device=taps.device)
-    blocks = (triton.cdiv(grid.height * grid.width, _AT_ONCE), grid.batch)
-    launch(_pixels, blocks, taps, bias, out, broken, taps.shape[1], grid.height, grid.width, BW=_AT_ONCE, num_warps=4)
+    blocks = (triton.cdiv(grid.height * grid.width, _PIXELS_PER_PROGRAM), grid.batch)
+    launch(
+        _pixels,
+        blocks,
+        taps,
+        bias,
+        out,
+        broken,
+        taps.shape[1],
+        grid.height,
+        grid.width,
+        BW=_PIXELS_PER_PROGRAM,
+        num_warps=4,
+    )
     return out, broken
 
 
 def reference(taps: Tensor, bias: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    given = taps.float().view(3, 3, 3, grid.batch, grid.height + 2, grid.width + 2)  # dy, dx, channel
+    planes = taps.float().view(3, 3, 3, grid.batch, grid.height + 2, grid.width + 2)  # dy, dx, channel
     total = bias[:, None, None, None].float()
     for dy in range(3):
         for dx in range(3):
-            total = total + given[dy, dx, :, :, dy : dy + grid.height, dx : dx + grid.width]
+            total = total + planes[dy, dx, :, :, dy : dy + grid.height, dx : dx + grid.width]
     sound = total.isfinite()
     broken = (~sound).sum((0, 2, 3)).to(torch.int32)
     level = torch.where(sound, total * 127.5 + 127.5, 0.0).clamp(0, 255)

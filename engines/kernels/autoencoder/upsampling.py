@@ -21,12 +21,12 @@ from engines.kernels.op import Launcher, Op
 
 
 @triton.jit
-def _write(y, acc, m0, n0, there, fits, D: tl.constexpr, BH: tl.constexpr, LINES: tl.constexpr):
+def _write(y, acc, m0, n0, pixel, fits, D: tl.constexpr, BH: tl.constexpr, LINES: tl.constexpr):
     """BH columns from n0 on; LINES: by a descriptor whose rows are pairs of pixels, else by pointers."""
     if LINES:
         y.store([m0, n0], acc.to(y.dtype))
     else:
-        at = there[:, None] * D + (n0 % D + tl.arange(0, BH))[None, :]
+        at = pixel[:, None] * D + (n0 % D + tl.arange(0, BH))[None, :]
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=fits[:, None])
 
 
@@ -61,10 +61,10 @@ def _upsampling(
     along = tl.cdiv(W, BM)
     for tile in tl.range(tl.program_id(0), images * H * along * across, tl.num_programs(0)):
         n0 = (tile % across) * BN
-        place = tile // across
-        c0 = (place % along) * BM
-        line = (place // along) % H
-        image = place // (along * H)
+        position = tile // across
+        c0 = (position % along) * BM
+        line = (position // along) % H
+        image = position // (along * H)
         phase = n0 // D
         down = phase // 2
         right = phase % 2
@@ -83,18 +83,18 @@ def _upsampling(
         fits = columns < W
         if BORDERED:
             first = (image * (2 * H + 2) + 2 * line + down + 1) * (W + 1) + c0 + right  # of pairs of pixels
-            there = 2 * (first - c0 - right + columns).to(tl.int64) + 1 + right
+            pixel = 2 * (first - c0 - right + columns).to(tl.int64) + 1 + right
             left_at = (1 - right) * D + n0 % D
         else:
             first = (image * 2 * H + 2 * line + down) * W + c0
-            there = 2 * (first - c0 + columns).to(tl.int64) + right
+            pixel = 2 * (first - c0 + columns).to(tl.int64) + right
             left_at = right * D + n0 % D
         left, rest = halves(acc, BM, BN)
-        _write(y, left, first, left_at, there, fits, D, half, LINES)
-        _write(y, rest, first, left_at + half, there, fits, D, half, LINES)
+        _write(y, left, first, left_at, pixel, fits, D, half, LINES)
+        _write(y, rest, first, left_at + half, pixel, fits, D, half, LINES)
         if SECOND:
-            _write(y8, as_fp8(left, per_scale), first, left_at, there, fits, D, half, LINES)
-            _write(y8, as_fp8(rest, per_scale), first, left_at + half, there, fits, D, half, LINES)
+            _write(y8, as_fp8(left, per_scale), first, left_at, pixel, fits, D, half, LINES)
+            _write(y8, as_fp8(rest, per_scale), first, left_at + half, pixel, fits, D, half, LINES)
 
 
 def run(
@@ -161,8 +161,8 @@ def reference(
     ]
     doubled = F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
     wide = pad(doubled) if bordered else doubled.permute(0, 2, 3, 1).reshape(-1, doubled.shape[1])
-    made = wide.to(x.dtype).contiguous()
-    return (made,) if out_scale is None else (made, quantised(wide, out_scale))
+    output = wide.to(x.dtype).contiguous()
+    return (output,) if out_scale is None else (output, quantised(wide, out_scale))
 
 
 UPSAMPLING = Op("upsampling", run, reference)

@@ -19,18 +19,18 @@ _FETCHERS = 64  # programs that fetch ahead, at least
 
 
 @triton.jit
-def _turned(first, second, cosine, sine):
+def _rotate(first, second, cosine, sine):
     return first * cosine - second * sine, second * cosine + first * sine
 
 
 @triton.jit
-def _weights(q1, q2, k1, k2, seen, scale, cap):
+def _softmax_weights(q1, q2, k1, k2, visible, scale, cap):
     """exp of capped logits, 0 where not seen; scale holds 1 / cap. tanh by an exp of at most 0, which stays finite."""
     logits = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     logits = tl.dot(q2, tl.trans(k2), logits, input_precision="ieee") * scale
     small = tl.exp(-2.0 * tl.abs(logits))
     capped = cap * (1.0 - small) / (1.0 + small)
-    return tl.where(seen, tl.exp(tl.where(logits < 0, -capped, capped)), 0.0)
+    return tl.where(visible, tl.exp(tl.where(logits < 0, -capped, capped)), 0.0)
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _capped_attention(
     head = tl.program_id(1) // SLICES  # of the keys
     batch = tl.program_id(2).to(tl.int64)
     start = tl.load(shared + batch).to(tl.int32)
-    mine = qkv + batch * L * WIDTH
+    row_qkv = qkv + batch * L * WIDTH
     half = tl.arange(0, HALF)
     in_half = half < HD
     column = (tl.program_id(1) % SLICES) * BV + tl.arange(0, BV)
@@ -62,19 +62,19 @@ def _capped_attention(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     token = row // G
     query = head * G + row % G
-    there = (token < L)[:, None] & in_half[None, :]
+    in_query = (token < L)[:, None] & in_half[None, :]
     at = token[:, None] * WIDTH + query[:, None] * DIM + half[None, :]
-    q1 = tl.load(mine + at, mask=there, other=0.0)
-    q2 = tl.load(mine + at + HD, mask=there, other=0.0)
+    q1 = tl.load(row_qkv + at, mask=in_query, other=0.0)
+    q2 = tl.load(row_qkv + at + HD, mask=in_query, other=0.0)
     angle = tl.minimum(start + token, positions - 1)[:, None] * HD + half[None, :]
-    cos = tl.load(cosine + angle, mask=there, other=0.0)
-    sin = tl.load(sine + angle, mask=there, other=0.0)
-    r1, r2 = _turned(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
+    cos = tl.load(cosine + angle, mask=in_query, other=0.0)
+    sin = tl.load(sine + angle, mask=in_query, other=0.0)
+    r1, r2 = _rotate(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
     q1, q2 = r1.to(q1.dtype), r2.to(q2.dtype)
 
     mixed = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    seen_by = (start + token)[:, None]
+    query_position = (start + token)[:, None]
 
     # The prefix.
     key_base = past_key + head * P * DIM
@@ -87,10 +87,10 @@ def _capped_attention(
         k2 = tl.load(key_base + key_at + HD, mask=inside[:, None] & in_half[None, :], other=0.0)
         value_at = key[:, None] * DIM + column[None, :]
         v = tl.load(value_base + value_at, mask=inside[:, None] & in_column[None, :], other=0.0)
-        seen = inside[None, :]
+        visible = inside[None, :]
         if WINDOW > 0:
-            seen = seen & (seen_by - key[None, :] < WINDOW)
-        weight = _weights(q1, q2, k1, k2, seen, scale, cap)
+            visible = visible & (query_position - key[None, :] < WINDOW)
+        weight = _softmax_weights(q1, q2, k1, k2, visible, scale, cap)
         weight = weight.to(v.dtype)
         total += tl.sum(weight.to(tl.float32), 1)  # of what is summed up, so that rounded weights add up to 1
         mixed = tl.dot(weight, v, mixed, input_precision="ieee")
@@ -101,18 +101,18 @@ def _capped_attention(
         own = n + tl.arange(0, BL)
         is_there = (own < L)[:, None]
         own_at = own[:, None] * WIDTH + (H + head) * DIM + half[None, :]
-        own1 = tl.load(mine + own_at, mask=is_there & in_half[None, :], other=0.0)
-        own2 = tl.load(mine + own_at + HD, mask=is_there & in_half[None, :], other=0.0)
+        own1 = tl.load(row_qkv + own_at, mask=is_there & in_half[None, :], other=0.0)
+        own2 = tl.load(row_qkv + own_at + HD, mask=is_there & in_half[None, :], other=0.0)
         value_own_at = own[:, None] * WIDTH + (H + K + head) * DIM + column[None, :]
-        value = tl.load(mine + value_own_at, mask=is_there & in_column[None, :], other=0.0)
+        value = tl.load(row_qkv + value_own_at, mask=is_there & in_column[None, :], other=0.0)
         own_angle = tl.minimum(start + own, positions - 1)[:, None] * HD + half[None, :]
         own_cos = tl.load(cosine + own_angle, mask=in_half[None, :], other=0.0)
         own_sin = tl.load(sine + own_angle, mask=in_half[None, :], other=0.0)
-        own_r1, own_r2 = _turned(own1.to(tl.float32), own2.to(tl.float32), own_cos, own_sin)
-        seen_own = own[None, :] <= token[:, None]
+        own_r1, own_r2 = _rotate(own1.to(tl.float32), own2.to(tl.float32), own_cos, own_sin)
+        visible_own = own[None, :] <= token[:, None]
         if WINDOW > 0:
-            seen_own = seen_own & (token[:, None] - own[None, :] < WINDOW)
-        share = _weights(q1, q2, own_r1.to(own1.dtype), own_r2.to(own2.dtype), seen_own, scale, cap)
+            visible_own = visible_own & (token[:, None] - own[None, :] < WINDOW)
+        share = _softmax_weights(q1, q2, own_r1.to(own1.dtype), own_r2.to(own2.dtype), visible_own, scale, cap)
         share = share.to(value.dtype)
         total += tl.sum(share.to(tl.float32), 1)  # of what is summed up, so that rounded weights add up to 1
         mixed = tl.dot(share, value, mixed, input_precision="ieee")
@@ -180,8 +180,8 @@ def reference(
     at = torch.cat([before, position], dim=1)  # [B, P + L]
     valid = torch.cat([before < shared[:, None], torch.ones_like(position, dtype=torch.bool)], dim=1)[:, None]
     distance = position[:, :, None] - at[:, None]  # [B, L, P + L]
-    seen = valid & (distance >= 0) & (distance < window)
-    mixed = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) @ value
+    visible = valid & (distance >= 0) & (distance < window)
+    mixed = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1) @ value
     return mixed.flatten(1, 2).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 

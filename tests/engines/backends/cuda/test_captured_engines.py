@@ -53,40 +53,40 @@ def job(seed: int, **changes: Any) -> Job:
     return replace(Job(words[seed % 2], seed=seed, width=64, height=64, guidance_scale=4 + seed), **changes)
 
 
-def assert_equal(found: list[RawImage], expected: list[RawImage]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_equal(images: list[RawImage], expected: list[RawImage]) -> None:
+    for one, other in zip(images, expected, strict=True):
         assert np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max() <= 1
         assert one.pixels.std() > 10
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2])
-def test_pictures_of_graphs_equal_eager(count: int, steps: int, captured: SprintEngine, eager: Engine) -> None:
+def test_images_of_graphs_equal_eager(count: int, steps: int, captured: SprintEngine, eager: Engine) -> None:
     jobs = [job(seed, steps=steps) for seed in range(count)]
-    found = captured.generate(jobs)
-    assert_equal(found, eager.generate(jobs))
-    assert {image.bucket for image in found} == {count}
-    assert not any(image.uncaptured for image in found)
-    assert min(found[0].stages.denoise, found[0].stages.decode) > 0, "each stage has its own time"
+    images = captured.generate(jobs)
+    assert_equal(images, eager.generate(jobs))
+    assert {image.bucket for image in images} == {count}
+    assert not any(image.uncaptured for image in images)
+    assert min(images[0].stages.denoise, images[0].stages.decode) > 0, "each stage has its own time"
 
 
-def test_a_png_is_the_picture(captured: SprintEngine, eager: Engine) -> None:
+def test_a_png_is_the_image(captured: SprintEngine, eager: Engine) -> None:
     """Made by the engine itself where it has graphs; left to the server where it has none."""
     jobs = [job(seed, png=True) for seed in range(2)]
     pixels = captured.generate([job(seed) for seed in range(2)])
-    for found, expected in zip(captured.generate(jobs), pixels, strict=True):
-        assert found.file is not None
-        assert found.pixels.size == 0
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.file))), expected.pixels)
+    for images, expected in zip(captured.generate(jobs), pixels, strict=True):
+        assert images.file is not None
+        assert images.pixels.size == 0
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(images.file))), expected.pixels)
     assert [image.file for image in eager.generate(jobs)] == [None, None]
 
 
 def test_image_to_image_runs_in_the_same_graphs(captured: SprintEngine, eager: Engine) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     jobs = [job(seed, image=photo, strength=0.4, steps=2) for seed in range(2)]
-    found = captured.generate(jobs)
-    assert_equal(found, eager.generate(jobs))
-    assert not found[0].uncaptured
+    images = captured.generate(jobs)
+    assert_equal(images, eager.generate(jobs))
+    assert not images[0].uncaptured
 
 
 def test_everything_is_captured_before_the_first_request_and_nothing_later(captured: SprintEngine) -> None:
@@ -123,10 +123,10 @@ def test_drawings_have_graphs_of_their_own(tmp_path: Path) -> None:
     graphs = load_engine(str(model), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
     assert isinstance(graphs, SprintEngine)
     graphs.warmup()
-    found = graphs.generate(jobs)
-    assert not found[0].uncaptured
-    assert_equal(found, load_engine(str(model)).generate(jobs))
-    assert np.abs(found[0].pixels.astype(int) - graphs.generate([job(0, steps=2)])[0].pixels).max() > 1
+    images = graphs.generate(jobs)
+    assert not images[0].uncaptured
+    assert_equal(images, load_engine(str(model)).generate(jobs))
+    assert np.abs(images[0].pixels.astype(int) - graphs.generate([job(0, steps=2)])[0].pixels).max() > 1
 
 
 def add_controlnet(model: Path) -> None:
@@ -163,8 +163,8 @@ class NoHost(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [value for value in (*args, *(kwargs or {}).values(), out) if isinstance(value, Tensor)]
         # A CPU number of no dimension is an argument of a kernel; anything else would be a copy.
-        places = {value.device.type for value in tensors if value.ndim}
-        assert len(places) <= 1, f"{name} moves values between {places}"
+        devices = {value.device.type for value in tensors if value.ndim}
+        assert len(devices) <= 1, f"{name} moves values between {devices}"
         return out
 
 
@@ -212,7 +212,7 @@ def test_graphs_on_the_card_equal_eager_there(backend: str, model: str, monkeypa
     eager = load_engine(model, backend="eager", max_batch=2, precision="fp32")
     for steps in (1, 2, 4):
         jobs = [job(seed, steps=steps) for seed in range(2)]
-        found = graphs.generate(jobs)
-        assert not found[0].uncaptured
-        assert_equal(found, eager.generate(jobs))
-        assert min(found[0].stages.denoise, found[0].stages.decode) > 0
+        images = graphs.generate(jobs)
+        assert not images[0].uncaptured
+        assert_equal(images, eager.generate(jobs))
+        assert min(images[0].stages.denoise, images[0].stages.decode) > 0

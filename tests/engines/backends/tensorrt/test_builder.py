@@ -15,7 +15,7 @@ from hot_modules import SHAPE, hot_module
 
 from engines.backends.base import ModuleName
 from engines.backends.tensorrt.builder import build_engine
-from engines.backends.tensorrt.log import Log, tidy
+from engines.backends.tensorrt.log import Log, summarise
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.backends.tensorrt.vendor import vendor
 from engines.build.example_inputs import probe_inputs
@@ -76,8 +76,8 @@ def quantised() -> Model:
     return model([*nodes, make("MatMul", ["xd", "wd"], ["y"], name="product")], weights)
 
 
-def compile_model(made: Model, capability: tuple[int, int], folder: Path) -> Path:
-    onnx.save(made, folder / "graph.onnx")
+def compile_model(graph: Model, capability: tuple[int, int], folder: Path) -> Path:
+    onnx.save(graph, folder / "graph.onnx")
     build_engine(trt, folder / "graph.onnx", folder / "graph.engine", (1,), capability, folder / "timing")
     return folder / "graph.engine"
 
@@ -87,7 +87,7 @@ def relu(kind: int) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("made", "capability", "message"),
+    ("graph", "capability", "message"),
     [
         (
             lambda: model([onnx.helper.make_node("Sparkle", ["x"], ["y"], name="shine", domain="acme")], []),
@@ -111,10 +111,10 @@ def relu(kind: int) -> Model:
     ids=["unknown operator", "mixed types", "wrong shape", "fp8 on 8.6", "bf16 on 7.5", "Hopper"],
 )
 def test_what_cannot_run_is_refused_by_name(
-    made: Any, capability: tuple[int, int], message: str, tmp_path: Path
+    graph: Any, capability: tuple[int, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BuildError, match=message) as caught:
-        compile_model(made(), capability, tmp_path)
+        compile_model(graph(), capability, tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "graph.engine").exists()
 
@@ -162,4 +162,4 @@ def test_silence_is_told_as_such() -> None:
     assert Log().first_error() == "no reason given"
     assert Log().activation_bytes() is None
     assert Log([(3, "fine"), (1, "[E] [x] broken."), (1, "later")]).first_error() == "broken"
-    assert tidy("") == ""
+    assert summarise("") == ""

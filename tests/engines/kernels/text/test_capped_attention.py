@@ -42,15 +42,15 @@ def test_equals_its_reference(
     shared: list[int], length: int, prefix: int, heads: int, keys: int, dim: int, window: int, dtype: torch.dtype
 ) -> None:
     args = (*operands(shared, length, prefix, heads, keys, dim, dtype), dim**-0.5, 50.0, window, AHEAD)
-    found = CAPPED_ATTENTION.run(LAUNCHER, *args)
-    assert found.dtype == dtype
-    assert sqnr_db(CAPPED_ATTENTION.reference(*args), found) > BOUNDS[dtype]
+    actual = CAPPED_ATTENTION.run(LAUNCHER, *args)
+    assert actual.dtype == dtype
+    assert sqnr_db(CAPPED_ATTENTION.reference(*args), actual) > BOUNDS[dtype]
 
 
 def test_equals_its_reference_in_the_tiles_of_a_larger_card() -> None:
     args = (*operands([80, 9], 19, 90, 4, 2, 12, torch.float32), 12**-0.5, 50.0, 4096, AHEAD)
-    found = CAPPED_ATTENTION.run(Launcher(tma=True, processors=3), *args)
-    assert sqnr_db(CAPPED_ATTENTION.reference(*args), found) > 100
+    actual = CAPPED_ATTENTION.run(Launcher(tma=True, processors=3), *args)
+    assert sqnr_db(CAPPED_ATTENTION.reference(*args), actual) > 100
 
 
 def test_largest_logits_stay_finite() -> None:

@@ -28,8 +28,8 @@ def test_sandwich_equals_its_reference(parts: int, rows: int, width: int, dtype:
     y = torch.randn(*([parts] if parts else []), rows, width, generator=generator).to(torch.float32 if parts else dtype)
     post, pre = (torch.rand(width, generator=generator) + 0.5 for _ in range(2))
     x_kept = x.clone()
-    found = SANDWICH_NORM.run(LAUNCHER, y, x, post, pre, 1e-3, y)
-    for want, got in zip(SANDWICH_NORM.reference(y, x, post, pre, 1e-3, y), found, strict=True):
+    actual = SANDWICH_NORM.run(LAUNCHER, y, x, post, pre, 1e-3, y)
+    for want, got in zip(SANDWICH_NORM.reference(y, x, post, pre, 1e-3, y), actual, strict=True):
         assert got.dtype == dtype
         assert sqnr_db(want, got) > BOUNDS[dtype]
     assert torch.equal(x, x_kept)
