@@ -1,7 +1,7 @@
-"""PyTorch as it is: any shape, any batch, no preparation beyond the layout of weights.
+"""Backend that runs modules eagerly in PyTorch: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu.decoder), in 8 bits where that is asked
-for, and in bf16 the transformer takes jobs one by one, so that a picture is the same in any batch.
+On a CPU engines.backends.cpu.decoder replaces the decoder, in 8 bits if the spec asks for it. In bf16 on a CPU the
+transformer runs job by job, so that an image is the same in any batch.
 """
 
 import torch
@@ -17,25 +17,22 @@ from engines.models.folding import fold
 from engines.models.lora import AdapterSelection
 from engines.models.pixels import PixelDecoder
 
-_WIDE = 256  # channels; a narrower decoder is bound by its calls, and a packed one costs 0.2 ms more
-_PROBE = (8, 8)  # cells of the latent that 8 bits are held to the gate on; noise, which uses all of a decoder
+_WIDE = 256  # channels; in narrower decoders calls dominate, and packing costs 0.2 ms
+_PROBE = (8, 8)  # cells of the noise latent on which the decoder in 8 bits must pass its gate
 
 
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """A module that computes the same; of a PixelDecoder the decoder is replaced, and its weights with it.
+    """Returns a module that computes as `module`; replaces the decoder of a PixelDecoder and its weights.
 
-    Raises BackendError, and ParityError where 8 bits cost this decoder more than its gate allows.
+    Raises BackendError without 8-bit products, ParityError if the decoder in 8 bits misses its gate.
     """
     if isinstance(module, PixelDecoder) and spec.int8:
         return _with_int8_convolutions(module, spec)
-    if (
-        isinstance(module, PixelDecoder)
-        and spec.device.type == "cpu"
-        and _gains_from_packing(_loaded_decoder(module), spec.dtype)
-    ):
+    on_cpu = spec.device.type == "cpu"
+    if isinstance(module, PixelDecoder) and on_cpu and _gains_from_packing(_loaded_decoder(module), spec.dtype):
         module.decoder = CpuDecoder(_loaded_decoder(module))
         return module
-    if spec.name in ("transformer", "controlled") and spec.device.type == "cpu" and spec.dtype == torch.bfloat16:
+    if spec.name in ("transformer", "controlled") and on_cpu and spec.dtype == torch.bfloat16:
         return PerJobTransformer(module)
     return to_channels_last(module, spec)
 
@@ -55,7 +52,7 @@ def _with_int8_convolutions(module: PixelDecoder, spec: ModuleSpec) -> PixelDeco
 
 
 def to_channels_last(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """The autoencoder in channels-last, which convolutions read fastest, its upsampling folded; others as they are."""
+    """Converts an autoencoder module to channels-last and folds its upsampling; returns transformers unchanged."""
     if spec.name in ("transformer", "controlled"):
         return module
     if isinstance(module, PixelDecoder):
@@ -65,22 +62,22 @@ def to_channels_last(module: nn.Module, spec: ModuleSpec) -> nn.Module:
 
 
 def _loaded_decoder(module: PixelDecoder) -> Decoder:
-    assert isinstance(module.decoder, Decoder)  # and not prepared before
+    assert isinstance(module.decoder, Decoder)  # not prepared before
     return module.decoder
 
 
 def _gains_from_packing(decoder: Decoder, dtype: torch.dtype) -> bool:
-    """Whether packed convolutions are faster, and oneDNN is there and computes in `dtype` on this CPU."""
+    """Returns whether packed convolutions are faster and oneDNN computes in `dtype` on this CPU."""
     if decoder.conv_in.weight.shape[0] < _WIDE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class PerJobTransformer(nn.Module):
-    """A transformer, run for one job at a time, with that job's text alone.
+    """Runs a transformer for one job at a time, with that job's unpadded text.
 
-    In bf16 on a CPU the kernels of the cross-attention sum in an order that depends on how far texts are padded, so a
-    longer prompt in the same batch would move pixels by up to 26/255. A core is busy with one job as with eight.
+    In bf16 on a CPU the order of sums in cross-attention depends on the padding of texts: a longer prompt in the batch
+    would change pixels by up to 26/255. One job occupies a core as fully as eight do.
     """
 
     def __init__(self, module: nn.Module):
@@ -97,7 +94,7 @@ class PerJobTransformer(nn.Module):
         *control: Tensor,
         chosen: AdapterSelection | None = None,
     ) -> Tensor:
-        """chosen: for an engines.models.lora.AdaptedTransformer alone."""
+        """chosen: only for an engines.models.lora.AdaptedTransformer."""
         rows = []
         for index in range(latent.shape[0]):
             row = slice(index, index + 1)

@@ -1,12 +1,12 @@
-"""Convolutions as oneDNN wants them, over a picture or over strips of its rows; what walks over such strips.
+"""Convolutions by oneDNN over an image or over strips of its rows.
 
-A strip is as many rows as a core's share of the last cache holds, and what lies between two convolutions of a block is
-made for one strip at a time: it is read where it was just written, and its memory, small enough for malloc to keep, is
-used again for the next strip instead of being asked of the system page by page.
+A strip has as many rows as fit a core's share of the last-level cache. A block computes the tensor between its two
+convolutions one strip at a time, so it is read from the cache. Its memory is small enough for malloc to reuse; larger
+blocks would be mapped by the system page by page.
 
 The operators are those that torch.compile's CPU backend calls (torch/_inductor/fx_passes/mkldnn_fusion.py).
 
-Shapes: [B, C, H, W], channels-last in memory; a picture has B = 1.
+Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,34 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TYPICAL_SIZE = (
-    64,
-    64,
-)  # the layout of weights is chosen for a picture, and fits others; chosen for none, 1x1 is 8x slower
+# oneDNN chooses the layout of weights for an input size. It fits other sizes; without one, 1x1 is 8 times slower.
+TYPICAL_SIZE = (64, 64)
 _SLICE_NUMEL = 2**19  # numbers in one slice: 2 MiB in fp32, the L2 caches of two cores
 STRIP_NUMEL = 2**23  # numbers in one strip: 16 MiB in bf16
 
-Edges = tuple[int, int]  # rows of zeros above and below what is given
+Edges = tuple[int, int]  # rows of zeros above and below the input
 
 
 class Conv(Protocol):
     """A convolution of stride 1 from [B, C, H, W] to [B, D, H, W].
 
-    `edges` says how many rows of zeros lie above and below `x`; by default as many as the convolution pads with. Fewer
-    where `x` is a strip that comes with its neighbours.
+    `edges`: rows of zeros to add above and below `x`; by default the convolution's padding. A strip that includes its
+    neighbours needs fewer.
     """
 
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor: ...
 
 
 class ConvFactory(Protocol):
-    """Makes what computes a convolution of stride 1, with SiLU behind it where asked for."""
+    """Builds a Conv from a convolution of stride 1; with `silu` it applies SiLU to the result."""
 
     def __call__(self, conv: nn.Conv2d, *, silu: bool = False) -> Conv: ...
 
 
 class PackedConv:
-    """A convolution of stride 1 over weights that are laid out for oneDNN, with SiLU behind it where asked for."""
+    """Conv with weights packed for oneDNN."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         assert not isinstance(conv.padding, str)
@@ -66,14 +64,14 @@ class PackedConv:
 
 
 def pack_weight(weight: Tensor, padding: list[int], groups: int = 1) -> Tensor:
-    """Weights [D, C / groups, k, l] of a convolution of stride 1, laid out for oneDNN."""
+    """Returns the weights [D, C / groups, k, l] of a convolution of stride 1 in oneDNN's layout."""
     size = [1, groups * weight.shape[1], *TYPICAL_SIZE]
-    made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], groups, size)
-    return made
+    reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], groups, size)
+    return reordered
 
 
 def make_conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2d:
-    """A convolution over these weights [D, C, k, k] themselves."""
+    """Returns a convolution that holds the weights [D, C, k, k] without a copy."""
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, padding=padding, device="meta")
     conv.weight = nn.Parameter(weight, requires_grad=False)
     conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -81,19 +79,19 @@ def make_conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2
 
 
 def pixel_rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] as [B*H*W, C]: one row a pixel, without a copy."""
+    """Views [B, C, H, W] as [B*H*W, C], one row per pixel."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def cache_sized_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all `tensors` at once, as many as fit a cache."""
+    """Yields slices of the rows of all `tensors`, as many rows as fit the L2 caches."""
     step = max(1, _SLICE_NUMEL // tensors[0].shape[1])
     yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
 
 
 @dataclass(frozen=True)
 class RowStrip:
-    """Rows `start` to `stop` of a picture of so many rows."""
+    """Rows `start` to `stop` of an image with `height` rows."""
 
     start: int
     stop: int
@@ -101,24 +99,24 @@ class RowStrip:
 
     @property
     def edges(self) -> Edges:
-        """For a kernel of three rows that makes this strip from the strip and its neighbours."""
+        """Rows of zeros that a kernel of three rows needs around the strip with its neighbours."""
         return int(self.start == 0), int(self.stop == self.height)
 
     def with_neighbours(self) -> "RowStrip":
-        """With the row above and the row below, where there are any."""
+        """Adds the row above and the row below, where they exist."""
         return RowStrip(max(self.start - 1, 0), min(self.stop + 1, self.height), self.height)
 
     def view(self, image: Tensor) -> Tensor:
-        """These rows [1, C, h, W], a view. Its strides are those of a picture of its own, which oneDNN looks at."""
+        """Views these rows of `image` as [1, C, h, W], with the strides of a separate image, which oneDNN checks."""
         _, channels, _, width = image.shape
         rows = pixel_rows(image)[self.start * width : self.stop * width]
         return rows.view(1, -1, width, channels).permute(0, 3, 1, 2)
 
 
 def split_into_strips(image: Tensor, max_channels: int) -> list[RowStrip]:
-    """All rows of a picture, as many at once as hold some millions of numbers at so many channels, the most on the way.
+    """Splits the rows of an image into strips of at most STRIP_NUMEL numbers at `max_channels` channels.
 
-    Fours of them, as engines.backends.cpu.winograd makes them.
+    Strips have a multiple of four rows, because engines.backends.cpu.winograd computes four at a time.
     """
     height, width = image.shape[2:]
     step = max(1, STRIP_NUMEL // (max_channels * width) // 4) * 4
@@ -130,21 +128,21 @@ WriteStrip = Callable[[Tensor, RowStrip, Tensor], None]
 
 
 def update_in_strips(x: Tensor, max_channels: int, read: ReadRows, write: WriteStrip) -> Tensor:
-    """x, changed in place strip by strip by way of another tensor, of which each row is made once.
+    """Changes x in place, strip by strip, through an intermediate tensor whose rows are computed once.
 
-    read(picture, rows) makes rows of that tensor, for which it looks at the picture's and one more on each side;
-    write(picture, strip, y) changes a strip, given that strip of the tensor with its neighbours. No row is looked at
-    once it is written.
+    read(image, rows) returns those rows of the intermediate tensor; it reads the same rows of the image and one more on
+    each side. write(image, strip, y) changes a strip; y is that strip of the intermediate tensor with its neighbours.
+    No row is read after it is written.
     """
     for image in torch.split(x, 1):
         parts: list[Tensor] = []
-        made = 0
+        rows_read = 0
         for strip in split_into_strips(image, max_channels):
-            rows = RowStrip(made, strip.with_neighbours().stop, strip.height)
+            rows = RowStrip(rows_read, strip.with_neighbours().stop, strip.height)
             if rows.start < rows.stop:
                 parts.append(read(image, rows))
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-            parts = [y[:, :, -2:].clone(memory_format=torch.channels_last)]  # the next strip's neighbour and first row
+            parts = [y[:, :, -2:].clone(memory_format=torch.channels_last)]  # neighbour and first row of the next strip
             write(image, strip, y)
-            made = rows.stop
+            rows_read = rows.stop
     return x

@@ -1,12 +1,14 @@
-"""The decoder on a CPU: its convolutions as oneDNN wants them, and few passes over memory between them.
+"""The decoder on a CPU, with convolutions by oneDNN and few passes over memory between them.
 
-Weights are packed once instead of at every call, SiLU is computed inside the convolution before it, upsampling is
-folded (engines.models.folding), 3x3 convolutions take half of their products (engines.backends.cpu.winograd), a block
-is computed strip by strip (engines.backends.cpu.convolution) and added to its picture in place, and norm and attention
-run slice by slice, so that their fp32 intermediates stay in the cache. All tensors are channels-last, in which a norm
-over channels needs no transposition.
+- Weights are packed once, not at every call.
+- oneDNN applies SiLU inside the convolution.
+- Upsampling is folded (engines.models.folding).
+- 3x3 convolutions need half of the products (engines.backends.cpu.winograd).
+- Blocks run strip by strip (engines.backends.cpu.convolution) and add to the image in place.
+- Norm and attention run in slices, so that their fp32 intermediates stay in the cache.
+- All tensors are channels-last, so a norm over channels needs no transposition.
 
-Shapes: [B, C, H, W], channels-last in memory; a picture has B = 1.
+Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 """
 
 from dataclasses import dataclass
@@ -34,21 +36,20 @@ from engines.models.layers import GLUMBConv, RMSNorm
 
 @dataclass(frozen=True)
 class WideConvolutions:
-    """What computes the wide convolutions: 3x3 in ResBlocks, and the others, of gated blocks and upsampling."""
+    """Factories of the wide convolutions: 3x3 in ResBlocks, and the others, in gated blocks and upsampling."""
 
     conv3x3: ConvFactory
     other: ConvFactory
-    exact_shortcut: bool  # a 1 among small weights stays a 1, and leaves them their precision
+    exact_shortcut: bool  # weights hold a shortcut's 1 exactly, beside small weights
 
 
 FLOAT_CONVOLUTIONS = WideConvolutions(WinogradConv, PackedConv, exact_shortcut=True)
-INT8_CONVOLUTIONS = WideConvolutions(
-    Int8Conv, Int8Conv, exact_shortcut=False
-)  # sums of rows would take more than 8 bits
+# Int8Conv for 3x3 too: Winograd's sums of rows would need more than 8 bits.
+INT8_CONVOLUTIONS = WideConvolutions(Int8Conv, Int8Conv, exact_shortcut=False)
 
 
 class _Norm:
-    """RMSNorm of [N, C] rows, in fp32."""
+    """RMSNorm of rows [N, C], in fp32."""
 
     def __init__(self, norm: RMSNorm) -> None:
         assert norm.bias is not None
@@ -85,11 +86,8 @@ class _Attention:
         weights = [attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]
         self._project = PackedConv(make_conv(torch.cat(weights)[:, :, None, None], None))
         self._scales = [
-            (
-                PackedConv(_as_conv2d(one.get_submodule("proj_in"))),
-                PackedConv(_as_conv2d(one.get_submodule("proj_out"))),
-            )
-            for one in attention.to_qkv_multiscale
+            [PackedConv(_as_conv2d(scale.get_submodule(name))) for name in ("proj_in", "proj_out")]
+            for scale in attention.to_qkv_multiscale
         ]
         self._head_dim, self._attend_quadratic = attention.head_dim, attention.attend
         self._out = PackedConv(make_conv(attention.to_out.weight[:, :, None, None], None))
@@ -102,9 +100,9 @@ class _Attention:
         return x
 
     def _attend_scales(self, scales: list[Tensor]) -> Tensor:
-        """Queries, keys and values of each scale [B, 3C, H, W] to what they attend to, [B, C*S, H, W]."""
+        """Attends within each of S scales: queries, keys and values [B, 3C, H, W] each to [B, C*S, H, W]."""
         batch, channels, height, width = scales[0].shape
-        if height * width <= self._head_dim:  # another order of products
+        if height * width <= self._head_dim:  # quadratic order, as MultiscaleLinearAttention
             return self._attend_quadratic(torch.cat(scales, dim=1)).contiguous(memory_format=torch.channels_last)
         size = (batch, len(scales) * channels // 3, height, width)
         out = torch.empty(size, dtype=scales[0].dtype, memory_format=torch.channels_last)
@@ -116,9 +114,9 @@ class _Attention:
 
 
 def _attend(rows: Tensor, out: Tensor, head_dim: int) -> None:
-    """Linear attention over the pixels of one picture, as MultiscaleLinearAttention.attend; [N, 3C] to [N, C].
+    """Writes linear attention over the pixels of one image to `out` [N, C], as MultiscaleLinearAttention.attend.
 
-    Each run of 3 * head_dim channels is a query, a key and a value; all in fp32.
+    rows [N, 3C]: each run of 3 * head_dim channels is a query, a key and a value. Computes in fp32.
     """
     heads = rows.shape[1] // (3 * head_dim)
     context, total = torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim, 1)
@@ -133,7 +131,7 @@ def _attend(rows: Tensor, out: Tensor, head_dim: int) -> None:
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
-    """[n, heads * c] as [heads, n, c], a view."""
+    """Views [n, heads * c] as [heads, n, c]."""
     return torch.unflatten(rows, 1, (heads, -1)).transpose(0, 1)
 
 
@@ -155,18 +153,19 @@ class _GatedConv:
 
 
 def _gated(x: Tensor) -> Tensor:
-    """The first half of the channels times the SiLU of the second."""
+    """Returns the first half of the channels times the SiLU of the second half."""
     value, gate = (half.permute(0, 2, 3, 1).flatten(0, 2) for half in x.chunk(2, dim=1))
     gated = torch.empty((1, value.shape[1], *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
-    for out, one, other in cache_sized_slices(pixel_rows(gated), value, gate):
-        torch.mul(one, F.silu(other), out=out)
+    for out, value_rows, gate_rows in cache_sized_slices(pixel_rows(gated), value, gate):
+        torch.mul(value_rows, F.silu(gate_rows), out=out)
     return gated
 
 
 class _Upsample:
     def __init__(self, upsample: Upsample, convolutions: WideConvolutions) -> None:
-        # A 1 among the weights is free, but 8 bits with one scale per channel would hold that 1 and little else.
-        self._repeats = 0 if convolutions.exact_shortcut else upsample.repeats  # of a shortcut that is added apart
+        # Folded into float weights, the shortcut costs nothing. In 8 bits its 1 would set the channel's scale and
+        # leave little precision to the other weights, so the shortcut is added separately.
+        self._repeats = 0 if convolutions.exact_shortcut else upsample.repeats
         weight, bias = folded_kernel(upsample, shortcut=not self._repeats)
         self._conv, self._channels = convolutions.other(make_conv(weight, bias, padding=1)), len(weight) // 4
 
@@ -193,7 +192,7 @@ class _Upsample:
 
 
 class CpuDecoder(nn.Module):
-    """As dcae.Decoder.forward, of a loaded `decoder` on the CPU, whose weights it copies; fp32 or bf16."""
+    """Computes as dcae.Decoder.forward. Copies the weights of a loaded `decoder` on the CPU; fp32 or bf16."""
 
     def __init__(self, decoder: Decoder, convolutions: WideConvolutions = FLOAT_CONVOLUTIONS) -> None:
         super().__init__()

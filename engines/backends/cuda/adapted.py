@@ -1,4 +1,4 @@
-"""A transformer of the GPU path whose call also takes what each job chose (engines.models.lora)."""
+"""The GPU path's transformer with an adapter selection per job (engines.models.lora)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from engines.sampler import Denoiser
 
 
 class CudaAdapted:
-    """Called as engines.models.lora.AdaptedTransformer is; `choice` is that of the modules that `inner` was made of."""
+    """Replaces engines.models.lora.AdaptedTransformer; `active` belongs to the modules that `inner` was made of."""
 
     def __init__(self, inner: CudaTransformer | CudaControlled, active: ActiveAdapters):
         self.inner, self._active = inner, active
@@ -21,7 +21,7 @@ class CudaAdapted:
             return self.inner(*arguments)
 
     def denoiser(self, *arguments: Any, chosen: AdapterSelection | None = None) -> Denoiser:
-        """As CudaTransformer.denoiser and CudaControlled.denoiser."""
+        """Returns the denoiser of `inner` with the adapters of `chosen`."""
         with self._active.use(chosen):
             inner = self.inner.denoiser(*arguments)
 

@@ -1,4 +1,4 @@
-"""What decoder and encoder are made of on a GPU: ResBlocks on zero-bordered images, EfficientViT blocks on plain."""
+"""Blocks of decoder and encoder on a GPU: ResBlocks on zero-bordered images, EfficientViT blocks on plain ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.kernels.autoencoder.convolution import (
-    CONVOLUTION,
-    CONVOLUTION_NORM,
-    CONVOLUTION_SILU,
-)
+from engines.kernels.autoencoder.convolution import CONVOLUTION, CONVOLUTION_NORM, CONVOLUTION_SILU
 from engines.kernels.autoencoder.depthwise import DEPTHWISE, SIDE
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.autoencoder.rms_norm import RMS_NORM, Layout
@@ -24,8 +20,8 @@ from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.dcae import EfficientViTBlock, ResBlock
 from engines.models.layers import RMSNorm
 
-_HEADROOM = 2.0  # of an activation's scale over the largest value that calibration saw
-NORM_WIDTHS = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
+_HEADROOM = 2.0  # an activation's range over the largest value in calibration
+NORM_WIDTHS = (32, 64, 128, 256)  # channels that one tile spans, so that the convolution's kernel can apply the norm
 
 
 def unsupported_blocks(
@@ -36,8 +32,10 @@ def unsupported_blocks(
     scales: Sequence[tuple[int, ...]],
     head_dim: int,
 ) -> str | None:
-    """Why these blocks cannot run the encoder or the decoder (`side`) of such an architecture, highest resolution
-    first; None where they can."""
+    """Returns the reason why these blocks cannot run the encoder or the decoder (`side`); None if they can.
+
+    Sequences begin with the highest resolution.
+    """
     residual = sum(kind == "ResBlock" for kind in types)
     if any(kind == "ResBlock" for kind in types[residual:]) or residual in (0, len(types)) or not all(depths):
         return (
@@ -52,7 +50,7 @@ def unsupported_blocks(
 
 
 def make_blocks(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
-    """The blocks of one resolution, without what comes before or behind them."""
+    """Returns the blocks of one resolution, without its up- or downsampling."""
     blocks: list[ResidualBlock | VitBlock] = []
     for part in stage.children():
         if isinstance(part, ResBlock):
@@ -64,14 +62,14 @@ def make_blocks(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
 
 @dataclass(frozen=True)
 class BorderedImage:
-    """A zero-bordered image [P, C]: in full, and in e4m3 where the next convolution reads that."""
+    """Zero-bordered image [P, C]: in full, and as the next convolution reads it (e4m3, or the same tensor)."""
 
     full: Tensor
     conv_input: Tensor
 
 
 class Norm:
-    """The parameters of an RMSNorm, in fp32."""
+    """Parameters of an RMSNorm, in fp32."""
 
     def __init__(self, norm: RMSNorm):
         assert norm.bias is not None
@@ -79,12 +77,12 @@ class Norm:
 
 
 class ConvWeight:
-    """The weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row."""
+    """Weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row after `to_fp8`."""
 
     def __init__(self, conv: nn.Conv2d):
         self.weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
         self.bias = None if conv.bias is None else conv.bias.detach().float()
-        self.scale: Tensor | None = None  # of the product of an 8-bit input and these weights
+        self.scale: Tensor | None = None  # scale of the product of an 8-bit input and these weights
 
     def to_fp8(self, input_scale: float) -> None:
         scale = self.weight.float().abs().amax(1).clamp_min(1e-12) / FP8_MAX
@@ -93,14 +91,14 @@ class ConvWeight:
 
 
 class ResidualBlock:
-    """dcae.ResBlock on a Stream."""
+    """Computes dcae.ResBlock on a BorderedImage."""
 
     def __init__(self, block: ResBlock):
         self.conv1, self.conv2, self.norm = ConvWeight(block.conv1), ConvWeight(block.conv2), Norm(block.norm)
         self.fuses_norm = block.conv2.out_channels in NORM_WIDTHS
         self.input_scale: float | None = None
         self.hidden_scale: float | None = None
-        self.max_values = [0.0, 0.0]  # largest input and hidden value of a calibration
+        self.max_values = [0.0, 0.0]  # largest input and hidden value in calibration
 
     def to_fp8(self) -> None:
         self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.max_values)
@@ -126,7 +124,7 @@ class ResidualBlock:
 
 
 class VitBlock:
-    """dcae.EfficientViTBlock on [B*H*W, C]."""
+    """Computes dcae.EfficientViTBlock on [B*H*W, C]."""
 
     def __init__(self, block: EfficientViTBlock):
         attention, glu = block.attn, block.conv_out

@@ -1,8 +1,13 @@
-"""What the transformer and a ControlNet's copies of it are made of: blocks, their conditioning, tokens and prompts.
+"""Blocks of the transformer and of a ControlNet's copies, with their conditioning, image tokens and prompts.
 
-The same numbers as engines.models.transformer, by exact algebra with less work: q, k and v are one product; the rms of
-a linear attention's query cancels in its quotient; keys and values of all blocks are one product a prompt; all
-modulations are one addition. Sums are in fp32 within a kernel and rounded at its end.
+They compute what engines.models.transformer computes, by exact algebra with less work:
+
+- q, k and v are one product.
+- The rms of a linear attention's query cancels in its quotient.
+- Keys and values of all blocks are one product per prompt.
+- All modulations are one addition.
+
+A kernel sums in fp32 and rounds once, at its end.
 
 Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, L blocks, D width. Tokens are
 [B*N, D] between kernels.
@@ -28,11 +33,11 @@ from engines.models.layers import RMSNorm
 from engines.models.lora import AdapterStack
 from engines.models.transformer import TransformerConfig
 
-_FREQUENCIES = 128  # frequencies of a time embedding, each as a cosine and a sine
+_FREQUENCIES = 128  # of a time embedding, each as a cosine and a sine
 
 
 class LinearLayer(NamedTuple):
-    """Weight [out, in] and bias [out] of a product; stacks: what jobs add to it, each from an output on."""
+    """Weight [out, in] and bias [out] of a product; stacks: (first output, adapters of the jobs)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -40,14 +45,14 @@ class LinearLayer(NamedTuple):
 
 
 class PreparedText(NamedTuple):
-    """What blocks read of a prompt: keys (normalised) and values [B*T, L*2*D]; lengths [B] int32."""
+    """Prompts as the blocks read them: normalised keys and values [B*T, L*2*D]; lengths [B] int32."""
 
     kv: Tensor
     lengths: Tensor
 
 
 class Pending(NamedTuple):
-    """gate * y + extra, still to be added to the residual stream: y, extra [B*N, D], gate [B, D]."""
+    """Term gate * y + extra that is not yet added to the residual stream: y, extra [B*N, D], gate [B, D]."""
 
     y: Tensor
     gate: Tensor | None = None
@@ -56,7 +61,7 @@ class Pending(NamedTuple):
 
 class _Weights(NamedTuple):
     qkv: LinearLayer
-    key_weight: Tensor | None  # [D] fp32: of k's norm, times the size of q's
+    key_weight: Tensor | None  # [D] fp32: k's norm weight times |q's norm weight|
     out: LinearLayer
     query: LinearLayer
     cross_out: LinearLayer
@@ -66,12 +71,12 @@ class _Weights(NamedTuple):
     project: LinearLayer
 
 
-# (index of a block, what is due to be added to its input, that input) -> the same, with more to add.
+# (index of a block, its residual stream, its pending term) -> both, with additions.
 Inject = Callable[[int, Tensor, Pending], tuple[Tensor, Pending]]
 
 
 class Blocks:
-    """Transformer blocks with their weights as the kernels read them; the modules' parameters become views of them."""
+    """Transformer blocks with weights laid out for the kernels; the modules' parameters become views of these."""
 
     def __init__(self, blocks: nn.ModuleList, config: TransformerConfig, ops: Ops):
         self._ops, self._config = ops, config
@@ -96,7 +101,7 @@ class Blocks:
         own, cross, ff = block.attn1, block.attn2, block.ff
         key_weight = None
         if self._has_qk_norm:
-            # relu(q * w) . relu(k) = relu(q * sign w) . (|w| * relu(k)): exact, and the module computes as before.
+            # relu(q * w) . relu(k) = relu(q * sign w) . (|w| * relu(k)): exact. The module computes the same as before.
             key_weight = own.norm_k.weight.detach().float() * own.norm_q.weight.detach().float().abs()
             sign = torch.where(own.norm_q.weight.detach() < 0, -1, 1).to(own.to_q.weight.dtype)
             own.norm_q.weight = nn.Parameter(own.norm_q.weight.detach().abs(), requires_grad=False)
@@ -118,23 +123,23 @@ class Blocks:
         )
 
     def product(self, x: Tensor, layer: LinearLayer) -> Tensor:
-        """x [M, in] to [M, out]; every product but the expansion's goes through here."""
+        """Returns x [M, in] times `layer`, [M, out]; every product but the expansion's comes here."""
         return product(x, layer)
 
     def expansion(self, x: Tensor, layer: LinearLayer) -> Tensor:
-        """silu of the product: x [M, in] to [M, out]."""
+        """Returns the SiLU of x [M, in] times `layer`, [M, out]."""
         if layer.stacks:
             return F.silu(product(x, layer))
         expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias)
         return expanded
 
     def keys(self, projected: Tensor, lengths: Tensor) -> PreparedText:
-        """From projected text [B, T, D]."""
+        """Returns keys and values of all blocks for projected text [B, T, D]."""
         kv = self.product(projected.flatten(0, 1), self.keys_values)
         return PreparedText(self._ops(KEY_NORM, kv, self._key_weights, self._has_qk_norm, self._rms_eps), lengths)
 
     def modulations(self, modulation: Tensor) -> Tensor:
-        """What blocks share [B, 6, D], with each block's own table added: [B, L, 6, D]."""
+        """Returns the shared modulation [B, 6, D] plus each block's table: [B, L, 6, D]."""
         return self.tables + modulation[:, None]
 
     def block(
@@ -146,7 +151,7 @@ class Blocks:
         text: PreparedText,
         size: tuple[int, int],
     ) -> tuple[Tensor, Pending]:
-        """Block `index` on x + pending: the residual stream [B*N, D], and what it lacks of the block's output."""
+        """Runs block `index` on x + pending; returns the residual stream [B*N, D] and its pending term."""
         ops, weights, batch = self._ops, self._weights[index], modulations.shape[0]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations[:, index].unbind(1)
         if pending is None:
@@ -168,7 +173,7 @@ class Blocks:
 
 
 class Conditioning:
-    """Time and guidance to the modulation of all blocks, with both embedders' products as one."""
+    """Embeds time and guidance to the modulation of all blocks, with both embedders' products as one."""
 
     def __init__(self, embed: TimeGuidanceEmbed | TimeEmbed):
         self._guided = isinstance(embed, TimeGuidanceEmbed)
@@ -184,8 +189,10 @@ class Conditioning:
         self._frequencies = torch.exp(steps * (-math.log(10000.0) / _FREQUENCIES))
 
     def __call__(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """timestep, guidance [B]: the modulation [B, 6, D] and the embedding [B, D] of the output, as
-        SprintTransformer.conditioning gives them, and raises ValueError where guidance is missing or not embedded."""
+        """Returns modulation [B, 6, D] and output embedding [B, D], as SprintTransformer.conditioning.
+
+        timestep, guidance [B]. Raises ValueError if guidance is missing or not embedded.
+        """
         if (guidance is None) == self._guided:
             raise ValueError(f"guidance: got {guidance!r}; needed is a tensor [B] where it is embedded, else None")
         conditions = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
@@ -197,14 +204,14 @@ class Conditioning:
 
 
 def lengths_of(text: Tensor, text_mask: Tensor | None) -> Tensor:
-    """Tokens that count in each text [B, T, ...], int32 on its device; text_mask [B, T] keeps a first part of each."""
+    """Returns the length of each text [B, T, ...], int32 on its device; text_mask [B, T] keeps a first part of each."""
     if text_mask is None:
         return torch.full((text.shape[0],), text.shape[1], dtype=torch.int32, device=text.device)
     return text_mask.sum(1, dtype=torch.int32)
 
 
 def image_tokens(embed: PatchEmbed, latent: Tensor, with_positions: bool = True) -> Tensor:
-    """Latent [B, C, h, w] to tokens [B*N, D], as PatchEmbed does; placed False: without its positional embedding."""
+    """Embeds a latent [B, C, h, w] as tokens [B*N, D], as PatchEmbed, optionally without its positions."""
     batch, channels, height, width = latent.shape
     flat = latent.permute(0, 2, 3, 1).reshape(-1, channels)
     x = product(flat, layer_of(embed.proj))
@@ -217,13 +224,13 @@ def image_tokens(embed: PatchEmbed, latent: Tensor, with_positions: bool = True)
 
 
 def project_text(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
-    """Text [B, T, caption_channels] to the [B, T, D] that keys and values are made of."""
+    """Projects text [B, T, caption_channels] to [B, T, D], from which keys and values are computed."""
     projected: Tensor = projection(text)
     return F.rms_norm(projected, projected.shape[-1:], norm.weight, norm.eps)
 
 
 def product(x: Tensor, layer: LinearLayer) -> Tensor:
-    """x [M, in] to [M, out]; the rows of a job lie together."""
+    """Returns x [M, in] times `layer`, [M, out]; the rows of a job are adjacent."""
     y = F.linear(x, layer.weight, layer.bias)
     for start, stack in layer.stacks:
         part = y[:, start : start + stack.up.shape[1]]
@@ -232,7 +239,7 @@ def product(x: Tensor, layer: LinearLayer) -> Tensor:
 
 
 def _grouped_product(x: Tensor, layer: LinearLayer) -> Tensor:
-    """x [G, B, in] through G linear maps one below the other [G*out, in]: [G, B, out]."""
+    """Applies G linear maps, stacked as [G*out, in], to x [G, B, in]; returns [G, B, out]."""
     weight = torch.unflatten(layer.weight, 0, (x.shape[0], -1))
     assert layer.bias is not None
     y = torch.baddbmm(torch.unflatten(layer.bias, 0, (x.shape[0], 1, -1)), x, weight.mT)
@@ -243,6 +250,7 @@ def _grouped_product(x: Tensor, layer: LinearLayer) -> Tensor:
 
 
 def supported_dtype(module: nn.Module) -> torch.dtype:
+    """Returns the type of the module's weights. Raises BackendError unless it is bf16 or fp32."""
     dtype = next(module.parameters()).dtype
     if dtype not in (torch.bfloat16, torch.float32):
         raise BackendError(f"CUDA transformer: weights are {dtype}; supported are torch.bfloat16 and torch.float32")
@@ -250,7 +258,7 @@ def supported_dtype(module: nn.Module) -> torch.dtype:
 
 
 def layer_of(module: nn.Module) -> LinearLayer:
-    """A linear map or a 1x1 convolution, without a copy."""
+    """Returns a linear map or 1x1 convolution as LinearLayer, without a copy."""
     weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
     return LinearLayer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
 
@@ -261,7 +269,7 @@ def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, AdapterStack]
 
 
 def _fuse_layers(layers: Iterable[Any]) -> LinearLayer:
-    """Linear maps one below the other; their parameters become views of the result."""
+    """Concatenates the outputs of linear maps; their parameters become views of the result."""
     layers = list(layers)
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
@@ -277,7 +285,7 @@ def _fuse_layers(layers: Iterable[Any]) -> LinearLayer:
 
 
 def _norm_weights(cross: Any, dim: int) -> Tensor:
-    """Weights of the query's and the key's norm, one times the other: [D] fp32."""
+    """Returns the product of the query's and the key's norm weights: [D] fp32."""
     if isinstance(cross.norm_q, nn.Identity):
         return torch.ones(dim, device=cross.to_q.weight.device)
     product: Tensor = cross.norm_q.weight.detach().float() * cross.norm_k.weight.detach().float()

@@ -1,4 +1,4 @@
-"""The transformer with a ControlNet (engines.models.controlnet, both injections) by the same blocks."""
+"""The transformer with a ControlNet (engines.models.controlnet, both injections) on engines.backends.cuda.blocks."""
 
 from typing import NamedTuple
 
@@ -22,11 +22,9 @@ from engines.kernels.op import Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.sampler import Denoiser
 
-_WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
-
 
 class PreparedControl(NamedTuple):
-    """Of a prompt, what the transformer's and the copied blocks read; of a drawing the tokens [B*N, D] to add."""
+    """Prompts as transformer and copied blocks read them; hint: the drawing's tokens [B*N, D] to add."""
 
     base: PreparedText
     copies: PreparedText
@@ -34,7 +32,7 @@ class PreparedControl(NamedTuple):
 
 
 class CudaControlled:
-    """Transformer and ControlNet, called as ControlledTransformer is. base: made of the same transformer already."""
+    """Replaces ControlledTransformer; base: the CudaTransformer of the same transformer, if it exists."""
 
     def __init__(self, controlled: ControlledTransformer, ops: Ops, base: CudaTransformer | None = None):
         supported_dtype(controlled.controlnet)
@@ -57,20 +55,20 @@ class CudaControlled:
         control: Tensor,
         control_scale: Tensor,
     ) -> Tensor:
-        """As ControlledTransformer.forward; text_mask [B, T] keeps a first part of each text."""
+        """Computes ControlledTransformer.forward; text_mask [B, T] keeps a first part of each text."""
         prepared = self.prepare(text, lengths_of(text, text_mask), control)
         return self.velocity(latent, prepared, timestep, guidance, control_scale)
 
     def denoiser(
         self, text: Tensor, text_mask: Tensor | None, guidance: Tensor | None, control: Tensor, control_scale: Tensor
     ) -> Denoiser:
-        """As CudaTransformer.denoiser, with the drawing read once too."""
+        """Returns the velocity of (latent, timestep); text and drawing are read once for all steps."""
         prepared = self.prepare(text, lengths_of(text, text_mask), control)
         return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance, control_scale)
 
     @torch.no_grad()
     def prepare(self, text: Tensor, lengths: Tensor, control: Tensor) -> PreparedControl:
-        """text and lengths as of CudaTransformer.prepare; control: the drawing's latent [B, C, h, w]."""
+        """Prepares text as CudaTransformer.prepare; control: the drawing's latent [B, C, h, w]."""
         net, dtype = self._net, self.base.dtype
         base = self.base.prepare(text, lengths)
         text_tokens = project_text(net.caption_projection, net.caption_norm, text.to(dtype))
@@ -87,7 +85,7 @@ class CudaControlled:
         guidance: Tensor | None,
         control_scale: Tensor,
     ) -> Tensor:
-        """v [B, C, h, w] of latent [B, C, h, w]; control_scale [B]."""
+        """Returns v [B, C, h, w] of a latent [B, C, h, w]; control_scale [B]."""
         latent = latent.to(self.base.dtype)
         size = (latent.shape[-2], latent.shape[-1])
 
@@ -116,7 +114,7 @@ class CudaControlled:
         control_scale: Tensor,
         size: tuple[int, int],
     ) -> list[Tensor]:
-        """One residual [B*N, D] for each copied block, from its first input [B*N, D]."""
+        """Returns one residual [B*N, D] per copied block; x [B*N, D]: input of the first."""
         batch = timestep.shape[0]
         modulation, _ = self._conditioning(timestep, guidance if self._embeds else None)
         modulations = self.copies.modulations(modulation)

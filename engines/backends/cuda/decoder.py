@@ -1,10 +1,10 @@
-"""DC-AE's decoder from engines.kernels: latents in, uint8 pixels out, in NHWC throughout.
+"""DC-AE's decoder from engines.kernels: latents to uint8 pixels, in NHWC throughout.
 
-The stages of EfficientViT blocks keep plain [B*H*W, C] matrices; from the first stage of ResBlocks on, matrices have
-zero borders (engines.kernels.autoencoder.padded), in which convolutions are products. Equal to
-engines.models.pixels.PixelDecoder, but for rounding: sums and norms are fp32, and each kernel rounds once. In fp8 the
-convolutions of the ResBlocks multiply e4m3 numbers, one scale for a tensor of activations and one for each output
-channel of weights; the residual stream stays bf16.
+Stages of EfficientViT blocks hold plain [B*H*W, C] matrices. From the first stage of ResBlocks on, matrices have zero
+borders (engines.kernels.autoencoder.padded), so that convolutions are products. The result equals
+engines.models.pixels.PixelDecoder up to rounding: sums and norms are fp32, and each kernel rounds once. In fp8 the
+ResBlocks' convolutions multiply e4m3 numbers, with one scale per activation tensor and one per output channel of
+weights; the residual stream stays bf16.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,7 @@ from engines.backends.cuda.autoencoder_blocks import (
     make_blocks,
     unsupported_blocks,
 )
-from engines.kernels.autoencoder.convolution import (
-    CONVOLUTION_TAPS,
-    tap_weight,
-)
+from engines.kernels.autoencoder.convolution import CONVOLUTION_TAPS, tap_weight
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.autoencoder.pixels import PIXELS
 from engines.kernels.autoencoder.upsampling import UPSAMPLING
@@ -37,7 +34,7 @@ from engines.models.pixels import PixelDecoder
 
 
 def unsupported_decoder(config: AutoencoderConfig) -> str | None:
-    """Why these kernels cannot run a decoder of this architecture; None where they can."""
+    """Returns the reason why these kernels cannot run a decoder of this architecture; None if they can."""
     reason = unsupported_blocks(
         "decoder",
         config.decoder_block_types,
@@ -59,13 +56,13 @@ def unsupported_decoder(config: AutoencoderConfig) -> str | None:
 
 
 class _Upsampling:
-    """dcae.Upsample from a zero-bordered matrix."""
+    """Computes dcae.Upsample on a zero-bordered matrix."""
 
     def __init__(self, upsample: Upsample):
         weight, bias = folded_kernel(upsample)
         self.weight = weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
         assert bias is not None
-        self.bias = bias.detach()[: bias.shape[0] // 4].float()  # that of a phase, which is that of all four
+        self.bias = bias.detach()[: bias.shape[0] // 4].float()  # all four phases have the same bias
 
     def __call__(self, ops: Ops, x: Tensor, grid: Grid, bordered: bool, next_scale: float | None) -> tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = ops(UPSAMPLING, x, self.weight, self.bias, bordered, next_scale, grid)
@@ -73,10 +70,10 @@ class _Upsampling:
 
 
 class CudaDecoder:
-    """Called like PixelDecoder: latents [B, C, h, w] fp32 to pixels [B, H, W, 3] uint8, and whether each was finite.
+    """Replaces PixelDecoder: latents [B, C, h, w] fp32 to pixels [B, H, W, 3] uint8, and whether each is finite.
 
-    Made from a PixelDecoder whose architecture `why_not` has nothing against; its weights are taken over. `calibrate`
-    and `to_fp8` turn the ResBlocks to 8 bits.
+    Takes the weights of a PixelDecoder that `unsupported_decoder` accepts. `calibrate` and then `to_fp8` convert the
+    ResBlocks to 8 bits.
     """
 
     def __init__(self, module: PixelDecoder, ops: Ops):
@@ -84,7 +81,7 @@ class CudaDecoder:
         assert isinstance(decoder, Decoder)
         self._ops, self._factor = ops, module.scaling_factor
         self._conv_in = decoder.conv_in.weight.detach().clone()
-        if decoder.repeats:  # the shortcut, a 1 at each kernel's centre
+        if decoder.repeats:  # folds the shortcut: a 1 at the centre of each kernel
             channels = torch.arange(self._conv_in.shape[0], device=self._conv_in.device)
             self._conv_in[channels, channels // decoder.repeats, 1, 1] += 1
         self._conv_in_bias = decoder.conv_in.bias
@@ -114,28 +111,29 @@ class CudaDecoder:
         return pixels, broken == 0
 
     def calibrate(self, latents: Tensor) -> None:
-        """Widens what each convolution's input has been seen to hold by these latents [B, C, h, w]."""
+        """Extends each convolution's input range by the values of these latents [B, C, h, w]."""
         x, grid = self._low_stages(latents)
         for upsampling, blocks in self._high_resolution:
             stream, grid = self._upsample(upsampling, x, grid, None)
             for block in blocks:
                 hidden = block.hidden(self._ops, stream, grid)
-                found = (float(stream.full.abs().amax()), float(hidden.abs().amax()))
-                block.max_values = [max(pair) for pair in zip(block.max_values, found, strict=True)]
+                largest = (float(stream.full.abs().amax()), float(hidden.abs().amax()))
+                block.max_values = [max(pair) for pair in zip(block.max_values, largest, strict=True)]
                 stream = block(self._ops, stream, grid, None)
             x = stream.full
 
     @property
     def ranges(self) -> list[list[float]]:
-        """The largest input and hidden value of each ResBlock that `calibrate` has seen."""
+        """The largest input and hidden value of each ResBlock in calibration."""
         return [block.max_values for block in self._residual()]
 
     def include_ranges(self, ranges: Sequence[Sequence[float]]) -> None:
-        """As `calibrate` on what gave these ranges."""
-        for block, found in zip(self._residual(), ranges, strict=True):
-            block.max_values = [max(pair) for pair in zip(block.max_values, found, strict=True)]
+        """Extends the ranges by those of another calibration."""
+        for block, largest in zip(self._residual(), ranges, strict=True):
+            block.max_values = [max(pair) for pair in zip(block.max_values, largest, strict=True)]
 
     def to_fp8(self) -> None:
+        """Converts the ResBlocks to 8 bits, with scales from the ranges."""
         for block in self._residual():
             block.to_fp8()
 
@@ -168,5 +166,5 @@ class CudaDecoder:
 
 
 def _upsampling_of(stage: nn.Module) -> _Upsampling | None:
-    """The upsampling of a stage; the first has none."""
+    """Returns the upsampling of a stage; None for the first."""
     return next((_Upsampling(part) for part in stage.children() if isinstance(part, Upsample)), None)

@@ -1,8 +1,8 @@
-"""DC-AE's encoder from engines.kernels: uint8 pixels in, latents out; what drawings and image-to-image wait for.
+"""DC-AE's encoder from engines.kernels: uint8 pixels to latents, for drawings and image-to-image.
 
-The blocks are the decoder's (engines.backends.cuda.decoder). Downsampling is one strided convolution by cuDNN, and its
-averaging shortcut is a part of its weights; so is that of the last convolution. Equal to engines.models.pixels.
-PixelEncoder, but for rounding.
+The blocks are the decoder's (engines.backends.cuda.decoder). Downsampling is one strided convolution by cuDNN, whose
+weights include the averaging shortcut; the last convolution's weights include theirs too. The result equals
+engines.models.pixels.PixelEncoder up to rounding.
 """
 
 import torch
@@ -21,11 +21,11 @@ from engines.kernels.op import Ops
 from engines.models.dcae import AutoencoderConfig, Downsample, Encoder
 from engines.models.pixels import PixelEncoder
 
-_INPUTS = 8  # channels of the first convolution: RGB, one that is 1 and carries the bias, and zeros
+_INPUTS = 8  # channels of the first convolution: RGB, a constant 1 that carries the bias, and zeros
 
 
 def unsupported_encoder(config: AutoencoderConfig) -> str | None:
-    """Why these kernels cannot run an encoder of this architecture; None where they can."""
+    """Returns the reason why these kernels cannot run an encoder of this architecture; None if they can."""
     reason = unsupported_blocks(
         "encoder",
         config.encoder_block_types,
@@ -42,7 +42,7 @@ def unsupported_encoder(config: AutoencoderConfig) -> str | None:
 
 
 class _Downsampling:
-    """dcae.Downsample, its shortcut in its weights."""
+    """Computes dcae.Downsample, with the shortcut folded into the weights."""
 
     def __init__(self, down: Downsample):
         weight = down.conv.weight.detach().float().clone()
@@ -53,7 +53,7 @@ class _Downsampling:
         self.bias = down.conv.bias
 
     def __call__(self, ops: Ops, x: Tensor, grid: Grid, bordered: bool, next_bordered: bool) -> tuple[Tensor, Grid]:
-        """From and to a matrix, zero-bordered or plain."""
+        """Halves a matrix, zero-bordered or plain, to a matrix, zero-bordered or plain."""
         halved = Grid(grid.batch, grid.height // 2, grid.width // 2)
         around = 2 if bordered else 0
         image = x.view(grid.batch, grid.height + around, grid.width + around, x.shape[1]).permute(0, 3, 1, 2)
@@ -65,7 +65,7 @@ class _Downsampling:
 
 
 class CudaEncoder:
-    """Called like PixelEncoder: pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
+    """Replaces PixelEncoder: pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
 
     def __init__(self, module: PixelEncoder, ops: Ops):
         encoder = module.encoder
@@ -106,7 +106,7 @@ class CudaEncoder:
         return latent.float() * self._factor
 
     def _first_convolution(self, pixels: Tensor, grid: Grid) -> Tensor:
-        """The first convolution's result as a zero-bordered matrix."""
+        """Returns the first convolution's result as a zero-bordered matrix."""
         wide = torch.zeros(
             grid.batch, grid.height + 4, grid.width + 4, _INPUTS, dtype=self._dtype, device=pixels.device
         )
@@ -119,5 +119,5 @@ class CudaEncoder:
 
 
 def _downsampling_of(stage: nn.Module) -> _Downsampling | None:
-    """The downsampling behind a stage; the last has none."""
+    """Returns the downsampling after a stage; None for the last."""
     return next((_Downsampling(part) for part in stage.children() if isinstance(part, Downsample)), None)

@@ -21,14 +21,12 @@ from engines.kernels.op import Ops
 from engines.models.transformer import SprintTransformer
 from engines.sampler import Denoiser
 
-_WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
-
 
 class CudaTransformer:
-    """Called as SprintTransformer is; `prepare` once a request and `velocity` once a step do the same with less."""
+    """Replaces SprintTransformer; `prepare` once per request and `velocity` once per step save work."""
 
     def __init__(self, transformer: SprintTransformer, ops: Ops):
-        """Takes over the module's weights. Raises BackendError for fp16, in which sums of the residual overflow."""
+        """Takes the module's weights. Raises BackendError for fp16, in which the residual stream overflows."""
         self.dtype = supported_dtype(transformer)
         self.config = transformer.config
         self._module, self._ops = transformer, ops
@@ -44,17 +42,17 @@ class CudaTransformer:
         guidance: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """As SprintTransformer.forward; text_mask [B, T] keeps a first part of each text."""
+        """Computes SprintTransformer.forward; text_mask [B, T] keeps a first part of each text."""
         return self.velocity(latent, self.prepare(text, lengths_of(text, text_mask)), timestep, guidance)
 
     def denoiser(self, text: Tensor, text_mask: Tensor | None, guidance: Tensor | None) -> Denoiser:
-        """The velocity of (latent, timestep), with the text read once for all steps; arguments as of a call."""
+        """Returns the velocity of (latent, timestep); the text is read once for all steps."""
         prepared = self.prepare(text, lengths_of(text, text_mask))
         return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance)
 
     @torch.no_grad()
     def prepare(self, text: Tensor, lengths: Tensor) -> PreparedText:
-        """text [B, T, caption_channels], of which the first lengths[b] tokens count (int32, on the device)."""
+        """Prepares text [B, T, caption_channels], whose first lengths[b] tokens count (int32, on the device)."""
         module = self._module
         return self.blocks.keys(
             project_text(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths
@@ -70,7 +68,7 @@ class CudaTransformer:
         residuals: Sequence[Tensor] | None = None,
         inject: Inject | None = None,
     ) -> Tensor:
-        """v [B, C, h, w]. residuals [B, N, D]: the i-th is added to the output of block i + 1."""
+        """Returns v [B, C, h, w]. residuals [B, N, D]: the i-th is added to the output of block i + 1."""
         batch, size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
         modulation, embedded = self._conditioning(timestep, guidance)
         modulations = self.blocks.modulations(modulation)
