@@ -1,8 +1,8 @@
 """DC-AE, the deep-compression autoencoder of SANA: pixels <-> 32-channel latents at 1/32 of the side (f32c32).
 
 Deterministic (no KL). Stages are ResBlocks (high resolution) or EfficientViT blocks (low resolution: multi-scale ReLU
-linear attention and a gated convolution). Covers dc-ae-f32c32-sana-1.0/1.1 ("interpolate" upsampling) and DC-AE-Lite
-("pixel_shuffle", no full-resolution stage), and the tiny one trained here.
+linear attention and a gated convolution). Covers dc-ae-f32c32-sana-1.0/1.1 ("interpolate" upsampling), DC-AE-Lite
+("pixel_shuffle", no full-resolution stage) and the tiny autoencoder trained here.
 
 Sources: DC-AE (arXiv 2410.10733); diffusers models/autoencoders/autoencoder_dc.py, whose parameter names these are.
 """
@@ -25,7 +25,7 @@ ATTENTION_EPS = 1e-15
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Numbers of the architecture, highest resolution first; defaults are dc-ae-f32c32-sana-1.1."""
+    """Configuration of the architecture, highest resolution first; defaults are dc-ae-f32c32-sana-1.1."""
 
     in_channels: int = 3
     latent_channels: int = 32
@@ -53,12 +53,12 @@ class AutoencoderConfig:
         return 1 << (len(self.decoder_block_out_channels) - 1)
 
     def to_dict(self) -> dict[str, object]:
-        """The vae/config.json that diffusers and `from_dict` read back."""
+        """Returns the vae/config.json that diffusers and `from_dict` read."""
         return {"_class_name": "AutoencoderDC", "_diffusers_version": "0.42.1", **asdict(self)}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
-        """From vae/config.json. Raises CheckpointError naming a key that this code does not know or cannot run."""
+        """Reads vae/config.json. Raises CheckpointError with the key that is unknown or not supported."""
         known = {field.name for field in fields(cls)}
         values = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
         unknown = sorted(values.keys() - known)
@@ -148,7 +148,7 @@ class MultiscaleLinearAttention(nn.Module):
         return x + y
 
     def attend(self, scales: Tensor) -> Tensor:
-        """Queries, keys and values of all scales [B,3C*S,H,W] to what they attend to, [B,C*S,H,W]."""
+        """Attends within each scale: queries, keys and values [B,3C*S,H,W] of S scales to [B,C*S,H,W]."""
         batch, _, height, width = scales.shape
         # Upstream's grouping: the concatenated channels are cut into runs of 3*head_dim, each run a (q, k, v).
         grouped = scales.reshape(batch, -1, 3 * self.head_dim, height * width)
@@ -159,7 +159,9 @@ class MultiscaleLinearAttention(nn.Module):
         q, k = F.relu(q), F.relu(k)
         if linear:
             out = torch.matmul(torch.matmul(v, k.transpose(-1, -2)), q)
-            total = torch.matmul(k.sum(dim=-1, keepdim=True).transpose(-1, -2), q)  # the row of ones, not materialised
+            total = torch.matmul(
+                k.sum(dim=-1, keepdim=True).transpose(-1, -2), q
+            )  # upstream's row of ones, without materialising it
             out = (out / (total + ATTENTION_EPS)).to(scales.dtype)
         else:
             scores = torch.matmul(k.transpose(-1, -2), q).float()
@@ -220,7 +222,7 @@ class Upsample(nn.Module):
 
 
 def _group_mean(x: Tensor, group: int) -> Tensor:
-    """Mean over runs of `group` channels. [B,C,H,W] -> [B,C/group,H,W]."""
+    """Averages runs of `group` channels. [B,C,H,W] -> [B,C/group,H,W]."""
     batch, channels, height, width = x.shape
     return x.reshape(batch, channels // group, group, height, width).mean(dim=2)
 
@@ -295,7 +297,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder as they lie in vae/ of a checkpoint. Serving loads the decoder alone where it can."""
+    """Encoder and decoder of a checkpoint's vae/ folder. Serving loads only the decoder where possible."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

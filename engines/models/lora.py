@@ -1,7 +1,7 @@
-"""Low-rank additions to linear maps and 1x1 convolutions, chosen anew for each job of a batch.
+"""LoRA adapters of linear maps and 1x1 convolutions, selected per job of a batch.
 
-All adapters of a module lie in one stack, padded to one rank; a job gathers by index those it asked for. So one module,
-and one captured graph, serves jobs with any of them beside jobs with none.
+A stack holds all adapters of a module, padded to one rank; each job gathers its adapters by index. So one module, and
+one captured graph, serves a batch of jobs with any adapters or none.
 
 Source: Hu et al., "LoRA" (2021); a batch of different adapters as in Punica (2023) and S-LoRA (2023).
 Shapes: B jobs, N rows of a job, K adapters, S of them at once for a job, R the padded rank.
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 
 class Factors(NamedTuple):
-    """down [rank, in] and up [out, rank], whose product is added to a weight [out, in]."""
+    """Factors down [rank, in] and up [out, rank], whose product is added to a weight [out, in]."""
 
     down: Tensor
     up: Tensor
 
 
 class AdapterSelection(NamedTuple):
-    """What each job asked for: places in the stack [B, S] int64, and scales [B, S] fp32, 0 where a place is unused."""
+    """Adapters of each job: indices in the stack [B, S] int64 and scales [B, S] fp32, 0 for an unused slot."""
 
     indices: Tensor
     scale: Tensor
@@ -33,13 +33,13 @@ class AdapterSelection(NamedTuple):
 
 @dataclass
 class ActiveAdapters:
-    """What the modules of one transformer add at this moment; None: nothing."""
+    """The selection that the modules of one transformer apply now; None: no adapters."""
 
     selection: AdapterSelection | None = None
 
     @contextmanager
     def use(self, chosen: AdapterSelection | None) -> Iterator[None]:
-        """`chosen` for as long as the block lasts."""
+        """Applies `chosen` within the block."""
         previous, self.selection = self.selection, chosen
         try:
             yield
@@ -48,7 +48,7 @@ class ActiveAdapters:
 
 
 class AdapterStack(nn.Module):
-    """The factors of one module: down [K, R, in] and up [K, out, R]."""
+    """Factors of all adapters of one module: down [K, R, in] and up [K, out, R]."""
 
     down: Tensor
     up: Tensor
@@ -67,7 +67,7 @@ class AdapterStack(nn.Module):
         self.active = active
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [B*N, out], or any shape whose rows are in that order, with what the jobs' adapters make of x [B*N, in]."""
+        """Returns y [B*N, out], or another shape with rows in this order, plus the adapters' terms of x [B*N, in]."""
         chosen = self.active.selection
         if chosen is None:
             return y
@@ -78,7 +78,7 @@ class AdapterStack(nn.Module):
         return torch.baddbmm(rows, low, up.mT).view(y.shape)
 
     def add_columns(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `add`, of pictures x [B, in, h, w] and y [B, out, h, w]."""
+        """Does the same as `add` for images x [B, in, h, w] and y [B, out, h, w]."""
         chosen = self.active.selection
         if chosen is None:
             return y
@@ -87,14 +87,14 @@ class AdapterStack(nn.Module):
         return torch.baddbmm(y.flatten(2), up, low).view(y.shape)
 
     def _gathered(self, chosen: AdapterSelection, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Each job's factors side by side: down [B, S*R, in], up [B, out, S*R], and their scales [B, S*R]."""
+        """Gathers each job's factors: down [B, S*R, in], up [B, out, S*R] and scales [B, S*R]."""
         down = self.down[chosen.indices].flatten(1, 2)
         up = self.up[chosen.indices].transpose(1, 2).flatten(2)
         return down, up, chosen.scale.to(dtype).repeat_interleave(self.down.shape[1], 1)
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear map with a stack; its parameters are those of the map it replaces."""
+    """Linear map with an adapter stack; shares the parameters of the map it replaces."""
 
     def __init__(self, replaced: nn.Linear, stack: AdapterStack):
         nn.Module.__init__(self)
@@ -106,7 +106,7 @@ class AdaptedLinear(nn.Linear):
 
 
 class AdaptedConv2d(nn.Module):
-    """A 1x1 convolution with a stack; its parameters are those of the one it replaces."""
+    """1x1 convolution with an adapter stack; shares the parameters of the one it replaces."""
 
     def __init__(self, replaced: nn.Conv2d, stack: AdapterStack):
         super().__init__()
@@ -117,7 +117,7 @@ class AdaptedConv2d(nn.Module):
 
 
 class AdaptedTransformer(nn.Module):
-    """A transformer, or one with a ControlNet, whose call also takes what each job chose."""
+    """Transformer, with or without ControlNet, whose call also takes an adapter selection per job."""
 
     def __init__(self, module: nn.Module, active_adapters: ActiveAdapters):
         super().__init__()
@@ -129,15 +129,18 @@ class AdaptedTransformer(nn.Module):
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether it is a linear map or a 1x1 convolution of all channels."""
+    """Returns whether `module` is a linear map or an ungrouped 1x1 convolution of stride 1."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1 and module.stride == (1, 1)
     return isinstance(module, nn.Linear)
 
 
 def add_adapters(transformer: nn.Module, adapters: Sequence[Mapping[str, Factors]]) -> ActiveAdapters:
-    """Puts a stack into every module that one of `adapters` (factors by name) touches, in place; the order of adapters
-    is that of the stacks. `transformer` must have its weights already."""
+    """Replaces every module that one of `adapters` changes with one that has a stack, in place.
+
+    adapters: factors by module name; their order is the stacks' order. `transformer` must be loaded. Returns the
+    selection that all stacks read.
+    """
     active = ActiveAdapters()
     for name in sorted(set().union(*adapters)):
         replaced = transformer.get_submodule(name)

@@ -9,8 +9,9 @@ makes the CUDA calls and decides nothing. Rules, from PyTorch's notes on CUDA gr
 - Graphs of one pool never run at the same time.
 - Copy results before the next replay.
 
-All graphs are captured before the engine is ready. No request captures: an uncaptured shape runs eagerly and is counted.
-A graph owns the computation that it captured, because it reads that computation's execution contexts and buffers.
+All graphs are captured before the engine is ready. No request captures: it runs an uncaptured shape eagerly and counts
+it. A graph owns the computation that it captured, because it reads that computation's execution contexts and
+buffers.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
-"""Doubling of a zero-bordered NHWC image by folded convolutions (engines.models.folding), one product a phase.
+"""Doubles a zero-bordered NHWC image by folded convolutions (engines.models.folding), one product per phase.
 
-x [P, C] zero-bordered, weight [4*D, S*S*C] with k = tap*C + channel and rows by phase, bias [D]: each pixel gives four,
-at (2r + p//2, 2c + p%2). S 2: nearest + 3x3 folded; S 3: 3x3 and pixel shuffle. Gives [.., D] zero-bordered, and in
-e4m3 besides where asked for; or plain NHWC [B*2H*2W, D].
+x [P, C] zero-bordered, weight [4*D, S*S*C] with k = tap*C + channel and rows by phase, bias [D]. Each pixel gives four,
+at (2r + p//2, 2c + p%2). S = 2: folded nearest + 3x3; S = 3: 3x3 and pixel shuffle. Returns [.., D] zero-bordered, and
+optionally also in e4m3; or plain NHWC [B*2H*2W, D].
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from engines.kernels.op import Launcher, Op
 
 @triton.jit
 def _write(y, acc, m0, n0, pixel, fits, D: tl.constexpr, BH: tl.constexpr, LINES: tl.constexpr):
-    """BH columns from n0 on; LINES: by a descriptor whose rows are pairs of pixels, else by pointers."""
+    """Writes BH columns from n0 on; LINES: by a descriptor whose rows are pairs of pixels, else by pointers."""
     if LINES:
         y.store([m0, n0], acc.to(y.dtype))
     else:
@@ -53,7 +53,7 @@ def _upsampling(
     TMA: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """A tile lies in one line of the image and in one phase."""
+    """Computes tiles; each lies in one line of the image and in one phase."""
     across: tl.constexpr = 4 * D // BN
     steps: tl.constexpr = C // BK
     taps: tl.constexpr = SIDE * SIDE

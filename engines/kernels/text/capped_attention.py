@@ -1,9 +1,9 @@
-"""Gemma's attention in one launch: L new tokens against a prefix that all prompts share, and causally each other.
+"""Gemma's attention in one launch: L new tokens attend to a prefix that all prompts share, and causally to each other.
 
-qkv [B, L, (H + 2K)*d], as the fused product gives it, to [B, L, H*d]. Fused: rotation of queries and new keys, capped
-logits, softmax, sliding window. With |logit| <= cap the softmax needs no maximum: exp(50) is in reach of fp32 and bf16,
-so keys are summed in any number of tiles without rescaling. The H/K queries of a key head are stacked as rows; programs
-divide rows, key heads and columns of the values, so nothing is left to be combined.
+Maps qkv [B, L, (H + 2K)*d] of the fused product to [B, L, H*d]. Fused: rotation of queries and new keys, capped logits,
+softmax, sliding window. With |logit| <= cap the softmax needs no maximum, because fp32 and bf16 hold exp(50). So tiles
+of keys add up without rescaling. The H/K queries of a key head are stacked as rows. Programs split rows, key heads and
+value columns, so no result needs combining.
 """
 
 import torch
@@ -15,7 +15,7 @@ from engines.kernels.op import Launcher, Op
 from engines.kernels.text.prefetch import prefetch, share
 
 MAX_CAP = 60.0  # exp(60) * 10^5 keys is 1e31
-_FETCHERS = 64  # programs that fetch ahead, at least
+_FETCHERS = 64  # least number of programs that prefetch
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _rotate(first, second, cosine, sine):
 
 @triton.jit
 def _softmax_weights(q1, q2, k1, k2, visible, scale, cap):
-    """exp of capped logits, 0 where not seen; scale holds 1 / cap. tanh by an exp of at most 0, which stays finite."""
+    """Returns exp of capped logits, 0 if not visible. scale includes 1 / cap; tanh by exp of x <= 0 stays finite."""
     logits = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     logits = tl.dot(q2, tl.trans(k2), logits, input_precision="ieee") * scale
     small = tl.exp(-2.0 * tl.abs(logits))
@@ -39,7 +39,7 @@ def _capped_attention(
     H: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, HALF: tl.constexpr, BV: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    if STEP > 0:  # noqa: SIM102  # known when compiled, the other when run
+    if STEP > 0:  # noqa: SIM102  # the first is known at compile time
         if tl.program_id(2) >= B:
             plane = tl.num_programs(0) * tl.num_programs(1)
             index = (tl.program_id(2) - B) * plane + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -58,7 +58,7 @@ def _capped_attention(
     column = (tl.program_id(1) % SLICES) * BV + tl.arange(0, BV)
     in_column = column < DIM
 
-    # Rows are tokens, and the query heads of each.
+    # A row is one query head of one token.
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     token = row // G
     query = head * G + row % G
@@ -76,7 +76,7 @@ def _capped_attention(
     total = tl.zeros((BM,), tl.float32)
     query_position = (start + token)[:, None]
 
-    # The prefix.
+    # Keys of the prefix.
     key_base = past_key + head * P * DIM
     value_base = past_value + head * P * DIM
     for n in range(0, start, BN):
@@ -92,10 +92,10 @@ def _capped_attention(
             visible = visible & (query_position - key[None, :] < WINDOW)
         weight = _softmax_weights(q1, q2, k1, k2, visible, scale, cap)
         weight = weight.to(v.dtype)
-        total += tl.sum(weight.to(tl.float32), 1)  # of what is summed up, so that rounded weights add up to 1
+        total += tl.sum(weight.to(tl.float32), 1)  # of the rounded weights, so that they add up to 1
         mixed = tl.dot(weight, v, mixed, input_precision="ieee")
 
-    # The new tokens, up to the last of these rows.
+    # Keys of the new tokens, up to the last of these rows.
     last = tl.minimum((tl.program_id(0) * BM + BM - 1) // G + 1, L)
     for n in range(0, last, BL):
         own = n + tl.arange(0, BL)
@@ -114,7 +114,7 @@ def _capped_attention(
             visible_own = visible_own & (token[:, None] - own[None, :] < WINDOW)
         share = _softmax_weights(q1, q2, own_r1.to(own1.dtype), own_r2.to(own2.dtype), visible_own, scale, cap)
         share = share.to(value.dtype)
-        total += tl.sum(share.to(tl.float32), 1)  # of what is summed up, so that rounded weights add up to 1
+        total += tl.sum(share.to(tl.float32), 1)  # of the rounded weights, so that they add up to 1
         mixed = tl.dot(share, value, mixed, input_precision="ieee")
 
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
@@ -132,7 +132,7 @@ def run(
     heads = width // dim - 2 * keys
     group = heads // keys
     out = torch.empty(batch, length, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    # Few rows a program while there are few: the more programs, the shorter each one's chain of tiles waits.
+    # Few rows per program if there are few tokens: more programs run shorter chains of tiles.
     if length > 128:
         tall, tile, own, warps, stages = 64, 64, 32, 8, 2
     elif launch.tma:
@@ -158,9 +158,9 @@ def reference(
     qkv: Tensor, past_key: Tensor, past_value: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor,
     scale: float, cap: float, window: int, _ahead: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Row b at positions shared[b] and on, behind the first shared[b] of the P keys and values [K, P, d] of the prefix.
+    """Attends as Gemma. Row b follows the first shared[b] of the prefix's P keys and values [K, P, d].
 
-    cosine, sine [positions, d/2] fp32; logits are cap * tanh(q k * scale / cap) and hidden at a distance of `window`.
+    cosine, sine [positions, d/2] fp32. Logits are cap * tanh(q k * scale / cap), masked from a distance of `window` on.
     """
     batch, length, width = qkv.shape
     keys, prefix, dim = past_key.shape

@@ -1,4 +1,4 @@
-"""torch.compile's drop-in: equal to the module, in buckets, and plain at sizes it was not prepared for."""
+"""The compiled backend equals the module, runs in buckets, and runs eagerly at other sizes."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def spec(name: ModuleName) -> ModuleSpec:
     return ModuleSpec(name, torch.float32, CPU, 2, SHAPE.tokens, (SIZE,), SHAPE.compression)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses deprecated parts of torch
 def test_compiled_transformer_equals_the_module() -> None:
     config = replace(TRANSFORMER, num_layers=1)
     run = compiled(hot_transformer(config), spec("transformer"))
@@ -34,7 +34,7 @@ def test_compiled_transformer_equals_the_module() -> None:
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the first input that reach what torch.compile made, which stays the module itself."""
+    """Returns the shapes of the first input of each compiled call; 'compiled' modules are the modules themselves."""
     shapes: list[tuple[int, ...]] = []
 
     def traced(module: torch.nn.Module, **flags: object) -> object:

@@ -1,4 +1,4 @@
-"""OpenVINO's drop-ins against the torch modules."""
+"""OpenVINO's graphs equal the torch modules within the gates."""
 
 import os
 import sys
@@ -117,7 +117,7 @@ def test_what_came_out_of_the_cache_is_told(converted: Converted, tmp_path: Path
 
 
 class Recording:
-    """Compiles nothing; keeps what it was told."""
+    """Compiles nothing; records the cache folders."""
 
     def __init__(self) -> None:
         self.capabilities = ["FP32", "BF16"]
@@ -143,8 +143,10 @@ class Recording:
 def test_each_thing_that_openvinos_key_leaves_out_has_its_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On every CPU; on one with bf16 the wrong model came out
-    (docs/understand/decisions/0011-compiled-models-on-disk.md)."""
+    """On a CPU with bf16, one folder for all returned a wrong model.
+
+    See docs/understand/decisions/0011-compiled-models-on-disk.md.
+    """
     vendor = Recording()
     monkeypatch.setattr(backend, "_openvino", lambda: vendor)
 

@@ -1,4 +1,4 @@
-"""The gates let rounding pass and nothing else: a transformer without any one of its modules fails them all."""
+"""The gates pass rounding errors only: a transformer that lacks any one of its modules fails them all."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from engines.backends.parity import GATES, Gate, difference
 from engines.build.example_inputs import probe_inputs
 from engines.errors import ParityError
 
-# Module of a block -> what is left in its place.
+# Modules of a block that the test replaces by zeros, or bypasses.
 ZEROED = ("attn1", "attn2", "ff")
 BYPASSED = (
     *("norm1", "norm2", "attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k"),
@@ -25,7 +25,7 @@ class Zero(nn.Module):
 @pytest.mark.parametrize(("block", "gates"), [(0, ["fp32", "fp16", "bf16", "fp8"]), (1, ["fp32", "fp16", "bf16"])])
 @pytest.mark.parametrize("path", [*ZEROED, *BYPASSED])
 def test_removing_any_module_of_a_block_fails_the_gates(path: str, block: int, gates: list[str]) -> None:
-    """fp8's in the first block only: behind it linear attention averages so much that its queries hardly show."""
+    """fp8's gate only in the first block: after it, linear attention averages so much that queries hardly matter."""
     module = hot_transformer()
     inputs = probe_inputs("transformer", SHAPE, 2, torch.float32)
     reference = module(**inputs)

@@ -1,4 +1,4 @@
-"""Attention over text: kernels against references, and references against torch's attention, in the interpreter."""
+"""Attention over text: interpreted kernels equal their references, and these equal torch's attention."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Linear attention of transformer and decoder: kernels against references, in Triton's interpreter."""
+"""Linear attention of transformer and decoder: interpreted kernels equal their references."""
 
 import pytest
 import torch
@@ -39,10 +39,10 @@ def test_decoders_form_equals_its_reference(
     expected = MULTISCALE_ATTENTION.reference(*pair, mix, batch, head_dim)
     actual = MULTISCALE_ATTENTION.run(LAUNCHER, *pair, mix, batch, head_dim)
     assert actual.shape == (batch * tokens, 2 * groups * head_dim)
-    assert sqnr_db(expected, actual) > FLOORS[dtype] - 6  # it rounds once more, and the interpreter cuts
+    assert sqnr_db(expected, actual) > FLOORS[dtype] - 6  # it rounds once more, and the interpreter truncates
 
 
-@pytest.mark.parametrize(("height", "width"), [(5, 7), (2, 3)])  # more and fewer tokens than a head is wide
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (2, 3)])  # more and fewer tokens than head_dim
 def test_decoders_reference_is_the_modules(height: int, width: int) -> None:
     module = MultiscaleLinearAttention(32, 16, (5,))
     qkv, deep = draw(2, 96, height, width), draw(2, 96, height, width, seed=1)

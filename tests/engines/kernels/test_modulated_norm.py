@@ -1,4 +1,4 @@
-"""Residual, LayerNorm and modulation: kernels against references, in Triton's interpreter."""
+"""Residual, LayerNorm and modulation: interpreted kernels equal their references."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
-"""What the transformer's kernels take of an H100 and of an Ada card at the published sizes: nothing spills, and each
-fits its shared memory. Compiled without a card, in a process that has no interpreter."""
+"""The transformer's kernels at the published sizes spill no registers and fit the shared memory of H100 and Ada.
+
+Compiles without a card, in a process without the interpreter.
+"""
 
 import json
 import os
@@ -9,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {90: 232448, 89: 101376}  # bytes that one program may have
+SHARED = {90: 232448, 89: 101376}  # bytes per program
 ROOT = Path(__file__).parents[3]
 
 
 def cases(target: int) -> list[tuple[str, dict[str, str], dict[str, object], int, int]]:
-    """Module and kernel, types of those arguments that are no bf16 pointer, constexprs, warps, stages."""
+    """Returns module and kernel, types of arguments other than bf16 pointers, constexprs, warps and stages."""
     ints = dict.fromkeys(("N", "T", "D", "H", "W", "M", "K", "ROW", "OFFSET", "SPLIT", "STEP", "PART", "PARTS"), "i32")
     ints |= dict.fromkeys(("CHUNK", "GATE_ROW", "SCALE_ROW", "KV_ROW", "AT", "BLOCKS"), "i32")
     floats = {"eps": "fp32", "rms": "*fp32", "ctx": "*fp32", "lengths": "*i32"}

@@ -1,4 +1,4 @@
-"""Product with bias and SiLU: kernel against reference, by pointers and by descriptors, in Triton's interpreter."""
+"""Product with bias and SiLU: the interpreted kernel equals its reference, by pointers and by descriptors."""
 
 import pytest
 import torch

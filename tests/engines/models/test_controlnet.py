@@ -1,4 +1,4 @@
-"""The control branch against diffusers' SanaControlNetModel, and NVlabs' graph written with diffusers' blocks."""
+"""The ControlNet equals diffusers' SanaControlNetModel, and NVlabs' graph of diffusers' blocks."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from engines.models.transformer import SPRINT_0_6B, SprintTransformer, Transform
 
 GATE = 1e-4  # largest error, relative to the output's largest value
 
-BASE_0_6B = replace(SPRINT_0_6B, guidance_embeds=False, qk_norm=None)  # what diffusers' ControlNet was written for
+BASE_0_6B = replace(SPRINT_0_6B, guidance_embeds=False, qk_norm=None)  # the base model of diffusers' ControlNet
 SMALL = replace(
     SPRINT_0_6B,
     num_attention_heads=2,
@@ -31,7 +31,7 @@ PLAIN_SMALL = replace(SMALL, guidance_embeds=False, qk_norm=None)
 
 
 def upstream(config: TransformerConfig, copies: int) -> tuple[nn.Module, nn.Module]:
-    """diffusers' transformer and ControlNet, every part of which matters."""
+    """Returns diffusers' transformer and ControlNet with weights that all matter."""
     transformer = heat(SanaTransformer2DModel.from_config(config.to_dict()), 1)
     numbers = {key: value for key, value in replace(config, num_layers=copies).to_dict().items() if key[0] != "_"}
     for key in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale"):
@@ -71,7 +71,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def diffusers_velocity(transformer: nn.Module, controlnet: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """Job by job, since upstream has one scale for a batch."""
+    """Runs diffusers job by job, because it has one scale per batch."""
     rows = []
     for row in range(len(arguments["latent"])):
         latent, text, time, mask, control, scale = (
@@ -93,7 +93,7 @@ def diffusers_velocity(transformer: nn.Module, controlnet: nn.Module, arguments:
 
 
 def nvlabs_velocity(transformer: nn.Module, controlnet: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """The forward pass of NVlabs' SanaMSControlNet, of diffusers' blocks."""
+    """Runs the forward pass of NVlabs' SanaMSControlNet with diffusers' blocks."""
     latent, mask = arguments["latent"], arguments["text_mask"]
     batch, _, height, width = latent.shape
     bias = ((1 - mask) * -10000.0)[:, None, :]
@@ -144,7 +144,7 @@ def test_the_graphs_differ_and_both_equal_upstream(scale: float | None) -> None:
 
 
 def sprint(injection: Injection = "diffusers") -> ControlledTransformer:
-    """Ours alone: guidance and QK-norm, which upstream's ControlNet lacks."""
+    """Returns our model with guidance and QK-norm, which upstream's ControlNet lacks."""
     transformer = SprintTransformer(SMALL)
     heat(transformer, 1)
     return ControlledTransformer(transformer, ControlNet.of(transformer, 2, injection)).eval()

@@ -1,4 +1,4 @@
-"""The decoder made faster: folded upsampling and the CPU's own decoder against the module that they replace."""
+"""Folded upsampling and the CPU's decoder equal the modules that they replace."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ needs_bf16 = pytest.mark.skipif(
 
 SPEC = ModuleSpec("decoder", torch.float32, torch.device("cpu"), max_batch=4)
 
-# Six stages as published and narrow, five without the finest as DC-AE-Lite and the tiny one have it, by shuffling too.
+# Narrow variants: six stages as published, five without the finest as DC-AE-Lite and tiny, and with pixel shuffle.
 WHOLE = AutoencoderConfig(
     attention_head_dim=8,
     encoder_block_out_channels=(8, 8, 16, 16, 32, 32),
@@ -64,12 +64,12 @@ def test_folded_upsampling_is_exact(interpolate: bool, channels: tuple[int, int]
 @pytest.mark.parametrize("size", [(1, 5, 3), (2, 6, 8)], ids=str)
 @torch.inference_mode()
 def test_equals_the_decoder(config: AutoencoderConfig, size: tuple[int, int, int]) -> None:
-    """In fp32; 5x3 cells take the quadratic order of the attention, 6x8 the linear one."""
+    """Attention takes the quadratic order at 5x3 cells and the linear one at 6x8; fp32."""
     x = latents(config, *size)
     expected = autoencoder(config).decoder(x)
     for decoder in (CpuDecoder(autoencoder(config).decoder), fold(autoencoder(config).decoder)):
         assert (decoder(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
-        assert torch.equal(decoder(x), decoder(x))  # nothing that is kept is written to
+        assert torch.equal(decoder(x), decoder(x))  # no call changes the state
 
 
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
@@ -79,7 +79,7 @@ def test_equals_the_decoder(config: AutoencoderConfig, size: tuple[int, int, int
 def test_strips_change_nothing(
     config: AutoencoderConfig, cells: tuple[int, int], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As few rows at a time as may be, and a few more, so that the last strip is shorter, down to one row."""
+    """Tries the smallest strips and larger ones, so that the last strip is shorter, down to one row."""
     x = latents(config, 2, *cells)
     expected = autoencoder(config).decoder(x)
     monkeypatch.setattr("engines.backends.cpu.convolution.STRIP_NUMEL", numbers)

@@ -1,4 +1,4 @@
-"""Our transformer against diffusers' with the same weights, and the uses that training and export make of it."""
+"""Our transformer equals diffusers' with the same weights, and supports training and export."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ SMALL = replace(SMALL_TRANSFORMER, out_channels=4, sample_size=8)
 
 
 def pair(config: TransformerConfig) -> tuple[nn.Module, SprintTransformer]:
-    """Upstream's model and ours on the same tensors."""
+    """Returns upstream's model and ours with the same weights."""
     reference = heat(SanaTransformer2DModel.from_config(config.to_dict()))
     with torch.device("meta"):
         ours = SprintTransformer(config)
@@ -59,7 +59,7 @@ def test_two_blocks_at_true_width_equal_upstream(config: TransformerConfig) -> N
 
 
 def test_tokens_keep_one_layout() -> None:
-    """Sums take the layout of what they start from; transposed tokens would be copied by every norm of every block."""
+    """Sums take their first operand's layout; every norm of every block would copy transposed tokens."""
     _, ours = pair(SMALL)
     layouts: list[bool] = []
 
@@ -138,7 +138,7 @@ def test_pieces_make_the_whole() -> None:
     torch.testing.assert_close(parts, ours(**arguments), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, once, inside jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, inside jvp
 def test_forward_derivative_equals_difference_quotient() -> None:
     _, ours = pair(SMALL)
     arguments = inputs(SMALL, (8, 8))
@@ -151,11 +151,11 @@ def test_forward_derivative_equals_difference_quotient() -> None:
     direction = (torch.randn_like(x), torch.ones_like(time))
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(velocity, (x, time), direction)
-        step = 3e-4  # the fp32 islands limit how small it may be
+        step = 3e-4  # the fp32 parts of the network limit it
         ahead = velocity(x + step * direction[0], time + step)
         behind = velocity(x - step * direction[0], time - step)
     quotient = (ahead - behind) / (2 * step)
-    # By the median, because the ReLU of the attention has a kink within some steps.
+    # The median, because some steps cross the kink of the attention's ReLU.
     assert (tangent - quotient).abs().median() < 5e-3 * quotient.abs().median()
     assert tangent.requires_grad
 

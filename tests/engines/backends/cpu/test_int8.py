@@ -1,4 +1,4 @@
-"""Convolutions in 8 bits: near the exact ones, the same in any batch, and never a picture of what was not finite."""
+"""8-bit convolutions are near the exact ones, independent of the batch, and keep values that are not finite visible."""
 
 from pathlib import Path
 
@@ -32,13 +32,13 @@ def seeded_conv(kernel: int, *, bias: bool = True) -> nn.Conv2d:
 
 
 def activations(count: int = 1) -> torch.Tensor:
-    """Positive for the most part, as behind SiLU, so that zero lies far from the middle of their range."""
+    """Returns mostly positive values, as after SiLU, so that zero is far from the middle of their range."""
     return (torch.randn(count, 64, 12, 20) + 1.5).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 100, 254])
 def test_rounds_to_the_nearest_level(zero: int) -> None:
-    """From half a level below the lowest, which a rounded zero may ask for, to the highest; a half goes to the even."""
+    """Covers half a level below the lowest, which a rounded zero point needs, to the highest; halves round to even."""
     scale = 2.0**-7
     levels = torch.linspace(-0.5, 254.5, 2041)  # eighths of a level, which fp32 holds exactly
     actual = quantised(((levels - zero) * scale).view(1, 1, -1, 1), scale, zero, (1, 2)).flatten()
@@ -82,7 +82,7 @@ def test_what_is_not_finite_stays_not_finite(odd: float) -> None:
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 def test_strips_join_into_the_image(kernel: int) -> None:
-    """Each with its neighbours and a scale of its own; a kernel of two rows makes one row more at the end."""
+    """Each strip has its neighbours and its own scale; a kernel of two rows computes one more row at the end."""
     conv = seeded_conv(kernel)
     x, halo = activations(), kernel // 2
     converted = Int8Conv(conv)
@@ -114,7 +114,7 @@ def test_the_shipped_checkpoint_keeps_its_images() -> None:
         images.append(torch.stack([torch.tensor(image.pixels) for image in converted]))
     actual = difference(images[0], images[1]).psnr_db
     assert actual is not None
-    assert 35 < actual < 60  # a perfect one would not have been computed in 8 bits
+    assert 35 < actual < 60  # an exact result would not be 8-bit
 
 
 def test_a_decoder_that_8_bits_ruin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

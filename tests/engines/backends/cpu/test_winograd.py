@@ -1,4 +1,4 @@
-"""Winograd's filtering along the rows against the convolution itself."""
+"""Winograd's minimal filtering along the rows equals the convolution."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_a_strip_with_its_neighbours_gives_its_own_rows(edges: tuple[int, int], 
 
 @needs_bf16
 def test_in_bf16_a_convolution_keeps_38_db() -> None:
-    """Of plain bf16's 52: small beside the rounding of the pictures that it is added to (test_decoder.py)."""
+    """Plain bf16 keeps 52 dB; the loss is small beside the rounding of the images it adds to (test_decoder.py)."""
     conv, x = seeded_conv().bfloat16(), images(16).bfloat16()
     assert conv.bias is not None
     exact = nn.functional.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1)

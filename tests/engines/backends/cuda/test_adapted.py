@@ -1,4 +1,4 @@
-"""Adapters by request on the GPU path, by references on the CPU: as the modules with the same stacks."""
+"""Adapters per job on the GPU path, by references on the CPU, equal the modules with the same stacks."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The decoder of a GPU, by its references on a CPU, against the PyTorch module; 8 bits as a card would round them."""
+"""The GPU decoder, by references on a CPU, equals the PyTorch module; in 8 bits it stays near."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from engines.models.pixels import PixelDecoder
 
 
 def decoders(dtype: torch.dtype = torch.float32) -> tuple[PixelDecoder, CudaDecoder]:
-    module = PixelDecoder(heat(Autoencoder(SMALL)).to(dtype))  # type: ignore[arg-type]  # heat gives what it is given
+    module = PixelDecoder(heat(Autoencoder(SMALL)).to(dtype))  # type: ignore[arg-type]  # heat returns its argument's type
     return module, CudaDecoder(module, Ops(None))
 
 
@@ -55,7 +55,7 @@ def test_8_bits_stay_near(latent: torch.Tensor) -> None:
     decoder.calibrate(latent)
     decoder.to_fp8()
     reached = sqnr_db(exact(latent)[0], decoder(latent)[0])
-    assert 20 < reached < 60  # and is not bf16
+    assert 20 < reached < 60  # 60 would be bf16
 
 
 def test_says_what_it_cannot_run() -> None:

@@ -1,4 +1,4 @@
-"""The encoder of a GPU, by its references on a CPU, against the PyTorch module."""
+"""The GPU encoder, by references on a CPU, equals the PyTorch module."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The runner of CUDA graphs on a recorder that works on the CPU: a graph there is a launch on fixed memory."""
+"""GraphRunner with a recorder on the CPU, whose graph is a launch on fixed memory."""
 
 import gc
 import weakref
@@ -30,7 +30,7 @@ SPECS = {
 
 
 class CountingRecorder(EagerReplay):
-    """Remembers what was asked of it."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -45,7 +45,7 @@ class CountingRecorder(EagerReplay):
 
 
 class Computations:
-    """Makes chains and remembers which was called with what memory."""
+    """Makes computations and records the memory of their inputs."""
 
     def __init__(self) -> None:
         self.calls: list[list[dict[str, int]]] = []
@@ -145,7 +145,7 @@ def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(
 
 
 def test_a_graph_keeps_what_it_runs_through() -> None:
-    """CUDA's recorder keeps no reference to the launch, and a context that nobody holds is destroyed."""
+    """CUDA's recorder holds no reference to the launch, and Python destroys an unreferenced context."""
     references: list[weakref.ref[Capturable]] = []
 
     def make() -> Capturable:

@@ -1,4 +1,4 @@
-"""Gemma-2 as the GPU runs it, against the module that it is made of: by references, and by kernels interpreted."""
+"""The GPU's Gemma-2 equals the module it is made of, by references and by interpreted kernels."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ PREFIX = (2, *(5 * at % 61 + 3 for at in range(19)))
 def gemma_body(dtype: torch.dtype = torch.float32, config: GemmaConfig = CONFIG) -> GemmaBody:
     body = heat(GemmaBody(config))
     with torch.no_grad():
-        for layer in body.layers:  # so that the cap on the logits bends them
+        for layer in body.layers:  # so that the cap changes the logits
             layer.self_attn.q_proj.weight.mul_(6)
     return body.to(dtype).requires_grad_(False)
 
@@ -38,7 +38,7 @@ def some_ids(batch: int, length: int) -> Tensor:
 
 
 def run_module(body: GemmaBody, ids: Tensor, shared: Sequence[int]) -> Tensor:
-    """What the module itself gives, row by row."""
+    """Runs the module itself, row by row."""
     with torch.inference_mode():
         _, past = body(torch.tensor([PREFIX]))
         rows = [
@@ -57,7 +57,7 @@ def cuda_body(body: GemmaBody, ops: Ops) -> CudaTextBody:
 @pytest.mark.parametrize("shared", [[19], [20, 3, 11]])
 @pytest.mark.parametrize("length", [1, 16, 90])
 def test_body_equals_the_module(length: int, shared: list[int], window: int) -> None:
-    """With up to 64 rows the products are skinny, with more they are PyTorch's."""
+    """Up to 64 rows use the skinny products, more use PyTorch's."""
     body = gemma_body(config=GemmaConfig(**{**vars(CONFIG), "sliding_window": window}))
     ids = some_ids(len(shared), length)
     expected = run_module(body, ids, shared)
@@ -103,7 +103,7 @@ def test_what_the_kernels_do_not_compute_is_refused(
         cuda_body(body, Ops(None))
 
 
-START = 19  # of the 20 tokens that prompts share, one is kept
+START = 19  # prompts share 20 tokens, of which the transformer reads the last
 PROMPTS = {
     "short": Tokens((*PREFIX, 9, 8, 7), START),
     "longer": Tokens((*PREFIX, *range(3, 30)), START),
@@ -162,7 +162,7 @@ def test_results_are_the_callers_own(encoder: CudaTextEncoder) -> None:
 
 
 def run_keys(encoder: CudaTextEncoder, runs: Sequence[int]) -> list[TextKey]:
-    """The buckets that prompts of so many tokens behind the shared ones run in."""
+    """Returns the buckets in which prompts with `runs` own tokens run."""
     encoder.uncaptured.clear()
     encoder.encode([Tokens((*PREFIX[:START], *[60] * run), START) for run in runs])
     return sorted(encoder.uncaptured.elements())
@@ -206,8 +206,8 @@ def test_captures_largest_first_and_once(encoder: CudaTextEncoder) -> None:
     assert Counter(sizes) == Counter(batch * length for batch in BATCHES for length in LENGTHS)
 
 
-# At Gemma-2 2B's sizes, 32 tokens: what the compiler refuses and the interpreter does not; with 99 KB of shared memory
-# for a program on compute capability 8.9, and three programs of a product at once on 9.0.
+# Compiles at Gemma-2 2B's sizes and 32 tokens, because the compiler has limits that the interpreter lacks: 99 KB of
+# shared memory per program on compute capability 8.9, and three programs of a product at once on 9.0.
 COMPILING = """
 from compiling import compiled
 from engines.kernels.text import capped_attention, gemma_norm, skinny_product

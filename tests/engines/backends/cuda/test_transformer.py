@@ -1,4 +1,4 @@
-"""The transformer of the GPU path against the module, by references on the CPU and by kernels in the interpreter."""
+"""The GPU's transformer equals the module, by references on the CPU and by kernels in the interpreter."""
 
 import copy
 from dataclasses import replace
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def make_transformer(config: TransformerConfig) -> SprintTransformer:
-    """With weights that all matter, among them negative ones of norms."""
+    """Returns a transformer with weights that all matter, including negative norm weights."""
     torch.manual_seed(0)
     transformer: SprintTransformer = heat(SprintTransformer(config))
     for name, weight in transformer.named_parameters():
@@ -62,7 +62,7 @@ def test_equals_the_module(kind: str, size: tuple[int, int], batch: int) -> None
     actual = fast(**arguments)
     assert actual.shape == (batch, 6, *size)
     assert sqnr_db(expected, actual) > 90
-    assert sqnr_db(expected, transformer(**arguments)) > 90  # whose parameters are views by now
+    assert sqnr_db(expected, transformer(**arguments)) > 90  # its parameters are now views
 
 
 def test_masked_text_is_not_seen_and_a_prompt_is_prepared_once() -> None:

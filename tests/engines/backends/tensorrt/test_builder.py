@@ -1,7 +1,7 @@
-"""TensorRT for RTX compiles our graphs for a card that is not here, and refuses what it must, in our words.
+"""TensorRT for RTX compiles our graphs ahead of time, and its errors become ours.
 
-What is proved by this is that the graphs parse, that types and shapes are legal, and that the compiler accepts them for
-compute capability 8.9; not that they run, nor how fast (docs/understand/gpu-proof.md).
+The tests prove that the graphs parse, that types and shapes are legal, and that the compiler accepts them for compute
+capability 8.9. They do not prove that the engines run, nor how fast (docs/understand/gpu-proof.md).
 """
 
 import gc
@@ -49,7 +49,7 @@ Model = Any  # onnx.ModelProto
 
 
 def model(nodes: list[Any], weights: list[Any], kind: int = HALF) -> Model:
-    """A graph of `nodes` from x [b, 4] to y [b, 4]."""
+    """Returns a graph of `nodes` from x [b, 4] to y [b, 4]."""
     x, y = (onnx.helper.make_tensor_value_info(name, kind, ["b", 4]) for name in "xy")
     opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("acme", 1)]
     return onnx.helper.make_model(
@@ -130,7 +130,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_cycle_is_collected_while_a_vendor_holds_its_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logger is called under a lock that the destructor of a builder takes."""
+    """TensorRT calls the logger under a lock that a builder's destructor takes."""
     collecting = []
 
     class Told(list[tuple[int, str]]):

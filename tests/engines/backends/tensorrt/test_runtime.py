@@ -1,4 +1,4 @@
-"""TensorRT's side of a card, on a stand-in for its module that reads and writes the addresses it is given."""
+"""TensorRT engines at run time, on a fake module that reads and writes the addresses it receives."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +131,7 @@ def test_the_inspector_counts_layers_by_what_they_read_and_write(tmp_path: Path)
 
 
 class JitEngine(fake_tensorrt.Engine):
-    """As tensorrt_rtx: kernels are compiled when an engine is loaded, and can be kept."""
+    """Behaves as tensorrt_rtx, which compiles kernels when it loads an engine and can save them."""
 
     def create_runtime_config(self) -> Any:
         cache = SimpleNamespace(content=b"", serialize=lambda: b"kernels")

@@ -1,4 +1,4 @@
-"""torch-tensorrt, which cannot be imported without a GPU: its calls on a stand-in, its refusals, the card's part."""
+"""torch-tensorrt, which only a GPU host can import: calls on a fake, errors, and programs on the card."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def forget() -> None:
 @pytest.mark.parametrize("name", ["transformer", "decoder"])
 def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_path: Path) -> None:
     module = hot_module(name)
-    with torch.inference_mode():  # as an engine calls
+    with torch.inference_mode():  # as in an engine
         for start in range(2):
             run = compile_with(fake, module, spec(name, tmp_path))
             for batch in (2, 1, 2):
@@ -153,5 +153,5 @@ def test_programs_on_the_card_equal_the_module(name: ModuleName, tmp_path: Path)
         inputs = {key: value.cuda() for key, value in probe_inputs(name, SHAPE, 2, torch.float32).items()}
         actual, expected = run(**inputs), module(**inputs)
         actual, expected = (actual[0], expected[0]) if name == "decoder" else (actual, expected)
-        # TF32 rounds what both multiply; of pixels, which are whole numbers, that moves some by one.
+        # TF32 rounds the factors, which changes some of the pixels by one.
         torch.testing.assert_close(actual.float(), expected.float(), atol=2 if name == "decoder" else 2e-2, rtol=2e-2)

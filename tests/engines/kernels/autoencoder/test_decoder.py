@@ -1,4 +1,4 @@
-"""Kernels of the decoder against their references, in Triton's interpreter: borders, ragged sizes, batches, 8 bits."""
+"""The decoder's interpreted kernels equal their references: borders, odd sizes, batches, 8 bits."""
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ from engines.kernels.autoencoder.upsampling import UPSAMPLING
 from engines.kernels.op import Launcher, Op, sqnr_db
 
 GRIDS = (Grid(1, 5, 7), Grid(2, 4, 3))
-DTYPES = {torch.float32: 90.0, torch.bfloat16: 40.0, FP8: 20.0}  # the interpreter cuts where a card rounds
+DTYPES = {torch.float32: 90.0, torch.bfloat16: 40.0, FP8: 20.0}  # the interpreter truncates where a card rounds
 
 
 class RandomTensors:
-    """Random tensors, one after the other."""
+    """Returns seeded random tensors in sequence."""
 
     def __init__(self, seed: int = 0):
         self._generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def agree(op: Op, tma: bool, dtype: torch.dtype, *args: object) -> None:
 
 
 def operands(dtype: torch.dtype, grid: Grid, channels: int, columns: int, random: RandomTensors) -> tuple[object, ...]:
-    """x, weight, scale and grid of a convolution."""
+    """Returns x, weight and scale of a convolution."""
     x = pad(random(grid.batch, channels, grid.height, grid.width)).to(dtype)
     weight = random(columns, 9 * channels, scale=(9 * channels) ** -0.5)
     if dtype != FP8:
@@ -74,7 +74,7 @@ def test_convolutions(grid: Grid, dtype: torch.dtype, tma: bool) -> None:
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("bordered", [False, True], ids=["plain", "bordered"])
 @pytest.mark.parametrize("side", [2, 3])
-@pytest.mark.parametrize("grid", [*GRIDS, Grid(2, 2, 64)], ids=str)  # the last fills tiles, which go out by descriptors
+@pytest.mark.parametrize("grid", [*GRIDS, Grid(2, 2, 64)], ids=str)  # the last fills tiles, so descriptors write them
 def test_upsampling(grid: Grid, side: int, bordered: bool, tma: bool) -> None:
     random, channels, columns = RandomTensors(), 32, 32
     x = pad(random(grid.batch, channels, grid.height, grid.width))

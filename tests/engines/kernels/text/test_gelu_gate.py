@@ -1,4 +1,4 @@
-"""GELU of one half times the other: kernel against reference, in Triton's interpreter."""
+"""GELU of one half times the other: the interpreted kernel equals its reference."""
 
 import pytest
 import torch

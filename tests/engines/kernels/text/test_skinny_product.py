@@ -1,4 +1,4 @@
-"""Products of few rows: kernels against references, in Triton's interpreter."""
+"""Products of few rows: interpreted kernels equal their references."""
 
 import pytest
 import torch
@@ -41,6 +41,6 @@ def test_rows_do_not_depend_on_how_many_there_are() -> None:
 
 
 def test_parts_of_gemmas_products() -> None:
-    """288 programs for what goes back to 2304: two or three on each of 132 processors."""
+    """Products to width 2304 get 288 programs, two or three per each of 132 processors."""
     assert parts_of(2304, 2048) == parts_of(2304, 9216) == 8
     assert parts_of(16384, 4096) == 2
