@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from distill.world.rendering import World
 from engines.models.controlnet import Injection
-from engines.models.dcae import AutoencoderConfig, BlockKind
+from engines.models.dcae import AutoencoderConfig, BlockType
 from engines.models.transformer import TransformerConfig
 
 
@@ -170,7 +170,7 @@ class Recipe:
 
 
 def _tiny_autoencoder() -> AutoencoderConfig:
-    blocks: tuple[BlockKind, ...] = ("ResBlock",) * 5 + ("EfficientViTBlock",)
+    blocks: tuple[BlockType, ...] = ("ResBlock",) * 5 + ("EfficientViTBlock",)
     scales: tuple[tuple[int, ...], ...] = ((), (), (), (), (), (5,))
     return AutoencoderConfig(
         encoder_block_types=blocks,

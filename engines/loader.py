@@ -26,7 +26,7 @@ from engines.device.hardware import why_no_gpu
 from engines.device.phases import Phases
 from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
-from engines.models.lora import Adapted, adapt
+from engines.models.lora import AdaptedTransformer, add_adapters
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.pipeline.engine import Modules, SprintEngine
 from engines.pipeline.limits import limits_of, space_of
@@ -156,8 +156,11 @@ def _load_modules(options: _Options) -> Engine:
     controlled: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
     plain: nn.Module = transformer
     if selectable:
-        choice = adapt(transformer, [adapter.factors for adapter in selectable])
-        plain, controlled = Adapted(transformer, choice), None if controlled is None else Adapted(controlled, choice)
+        choice = add_adapters(transformer, [adapter.factors for adapter in selectable])
+        plain, controlled = (
+            AdaptedTransformer(transformer, choice),
+            None if controlled is None else AdaptedTransformer(controlled, choice),
+        )
     modules = Modules(
         text,
         prepare("transformer", plain),

@@ -23,7 +23,7 @@ from distill.evaluation.scores import evaluation_prompts
 from engines.artifacts.manifest import NATIVE
 from engines.artifacts.reference import max_activations
 from engines.backends.cuda.graphs import CudaGraphCapture, EagerReplay
-from engines.backends.parity import PICTURE_GATES, difference
+from engines.backends.parity import IMAGE_GATES, difference
 from engines.build.builder import build
 from engines.build.quantization import run_calibration
 from engines.build.spec import BuildSpec
@@ -157,7 +157,7 @@ def _pictures(plan: Plan, precision: str, step: Step) -> None:
         "same_twice": bool((_stack(first) == _stack(again)).all()),
         "alone_max_abs": difference(_stack(alone), _stack(first)).max_abs,
     }
-    step.figures["gate"] = PICTURE_GATES[precision].check("picture", found)
+    step.figures["gate"] = IMAGE_GATES[precision].check("picture", found)
     if not step.figures["same_twice"]:
         raise BenchError("the same jobs twice gave different bytes")
 

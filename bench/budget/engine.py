@@ -17,7 +17,7 @@ from engines.artifacts.loading import LoadedModules
 from engines.artifacts.manifest import Manifest
 from engines.backends.adapters import Graph, ModuleGraph
 from engines.backends.base import ModuleName, ModuleSpec
-from engines.backends.eager import laid_out
+from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.weights import Component, WeightSource, load_strict
 from engines.kernels.op import Ops
@@ -149,7 +149,7 @@ def _of_built_engines(card: Card, checkpoint: Checkpoint, size: tuple[int, int],
 
     def graphs(name: ModuleName, module: nn.Module, side: tuple[int, int]) -> dict[tuple[int, int], Graph]:
         spec = ModuleSpec(name, dtype, device, batch, manifest.tokens, (size,), unit)
-        return {side: _Fused(card, name, laid_out(module, spec))}
+        return {side: _Fused(card, name, to_channels_last(module, spec))}
 
     latent = (height // unit, width // unit)
     loaded = LoadedModules(

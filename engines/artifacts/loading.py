@@ -16,14 +16,14 @@ from engines.backends.adapters import (
     DecoderAdapter,
     EncoderAdapter,
     Graph,
-    Side,
+    HeightWidth,
     TransformerAdapter,
     only_built_sizes,
-    padded,
+    pad_batch,
 )
 from engines.backends.base import ModuleName
 from engines.backends.openvino import CpuPrecision, OpenVinoGraph
-from engines.backends.parity import GATES, PICTURE_GATES, difference
+from engines.backends.parity import GATES, IMAGE_GATES, difference
 from engines.backends.tensorrt import vendor as vendors
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ class LoadedModules:
 
     manifest: Manifest
     dtype: torch.dtype  # of the transformer's inputs
-    graphs: Mapping[ModuleName, Mapping[Side, Graph]]
+    graphs: Mapping[ModuleName, Mapping[HeightWidth, Graph]]
 
     def new_context(self) -> EngineModules:
         """Returns modules with execution contexts of their own, which each CUDA graph needs, on the same weights."""
@@ -89,7 +89,7 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     check_fit(manifest, device)
     manifest.check_files(folder)
     manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
-    graphs: dict[ModuleName, dict[Side, Graph]] = {name: {} for name in MODULES}
+    graphs: dict[ModuleName, dict[HeightWidth, Graph]] = {name: {} for name in MODULES}
     scratch = Scratch(device)
     cached: list[tuple[Artifact, OpenVinoGraph | TensorRtGraph]] = []
     for artifact in manifest.artifacts:
@@ -119,7 +119,7 @@ def check_fit(manifest: Manifest, device: torch.device) -> None:
 def _check_first_run(
     manifest: Manifest,
     folder: Path,
-    graphs: Mapping[ModuleName, Mapping[Side, Graph]],
+    graphs: Mapping[ModuleName, Mapping[HeightWidth, Graph]],
     dtype: torch.dtype,
     device: torch.device,
     compression: int,
@@ -137,7 +137,7 @@ def _check_first_run(
         try:
             for name, distance in modules.items():
                 GATES[precisions[name, (width, height)]].check(f"{name} at {size}", distance)
-            PICTURE_GATES[manifest.precision].check(f"image at {size}", image)
+            IMAGE_GATES[manifest.precision].check(f"image at {size}", image)
         except ParityError as error:
             raise ParityError(
                 f"engine: first run on this machine: {error}; build it again: {manifest.command}"
@@ -166,4 +166,4 @@ def _check_cached(
 
 
 def _rows(value: Tensor, count: int) -> Tensor:
-    return padded(value, count) if value.shape[0] < count else value[:count]
+    return pad_batch(value, count) if value.shape[0] < count else value[:count]

@@ -1,1 +1,1 @@
-"""How one module is executed: each backend is a drop-in callable for the module it replaces."""
+"""Backends: each executes one module and returns a callable that replaces it."""

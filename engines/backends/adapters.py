@@ -1,7 +1,7 @@
-"""Callables in place of the modules, over graphs whose height, width and text length are fixed.
+"""Adapters that replace the modules and run graphs of fixed height, width and text length.
 
-A graph is whatever runs one module at one size: it takes named tensors and gives the outputs in order. What a
-TensorRT engine, an OpenVINO model and a compiled module have in common ends here.
+A graph runs one module at one size: it takes named tensors and returns the outputs in order. TensorRT engines, OpenVINO
+models and compiled modules are graphs.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.backends.base import ModuleName
 from engines.errors import BackendError
 
-Side = tuple[int, int]  # height, width: of the latent in cells, or of the picture in pixels
+HeightWidth = tuple[int, int]  # of the latent in cells, or of the image in pixels
 
 
 class Graph(Protocol):
-    """One module at one size."""
+    """Runs one module at one size."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]: ...
 
 
 class ModuleGraph:
-    """A Graph over a module, called by the names of its arguments."""
+    """Graph that calls a module with keyword arguments."""
 
     def __init__(self, module: Callable[..., Any]):
         self._module = module
@@ -33,25 +34,25 @@ class ModuleGraph:
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
-GraphLookup = Callable[[Side], Graph]
+GraphLookup = Callable[[HeightWidth], Graph]
 
 
-def only_built_sizes(graphs: Mapping[Side, Graph]) -> GraphLookup:
-    """Those `graphs` alone; for another size a BackendError that names them."""
+def only_built_sizes(graphs: Mapping[HeightWidth, Graph]) -> GraphLookup:
+    """Returns a lookup in `graphs` that raises BackendError, with the sizes built, for any other size."""
 
-    def at(side: Side) -> Graph:
+    def lookup(side: HeightWidth) -> Graph:
         if side not in graphs:
             built = ", ".join(f"{height}x{width}" for height, width in sorted(graphs))
             raise BackendError(f"size: got {side[0]}x{side[1]} (height x width), this engine was built for {built}")
         return graphs[side]
 
-    return at
+    return lookup
 
 
 class TransformerAdapter:
-    """Called like SprintTransformer.forward, or ControlledTransformer's where a drawing comes along.
+    """Replaces SprintTransformer, or ControlledTransformer where `control` is passed.
 
-    Graphs by (h, w) of the latent, all with text of `tokens` positions.
+    Looks graphs up by (h, w) of the latent and pads text to `tokens` positions.
     """
 
     def __init__(self, graph_at: GraphLookup, tokens: int):
@@ -87,7 +88,7 @@ class TransformerAdapter:
 
 
 class DecoderAdapter:
-    """Called like PixelDecoder.forward; graphs by (h, w) of the latent."""
+    """Replaces PixelDecoder; looks graphs up by (h, w) of the latent."""
 
     def __init__(self, graph_at: GraphLookup):
         self._graph_at = graph_at
@@ -98,7 +99,7 @@ class DecoderAdapter:
 
 
 class EncoderAdapter:
-    """Called like PixelEncoder.forward; graphs by (height, width) of the picture."""
+    """Replaces PixelEncoder; looks graphs up by (height, width) of the image."""
 
     def __init__(self, graph_at: GraphLookup):
         self._graph_at = graph_at
@@ -108,8 +109,17 @@ class EncoderAdapter:
         return latent
 
 
-def padded(value: Tensor, batch: int) -> Tensor:
-    """`value` [B, ...] filled up to `batch` rows by its last one, contiguous."""
+def adapter_for(
+    name: ModuleName, graph_at: GraphLookup, tokens: int
+) -> TransformerAdapter | DecoderAdapter | EncoderAdapter:
+    """Returns the adapter that replaces module `name`."""
+    if name in ("transformer", "controlled"):
+        return TransformerAdapter(graph_at, tokens)
+    return DecoderAdapter(graph_at) if name == "decoder" else EncoderAdapter(graph_at)
+
+
+def pad_batch(value: Tensor, batch: int) -> Tensor:
+    """Returns `value` [B, ...] with its last row repeated up to `batch` rows, contiguous."""
     missing = batch - value.shape[0]
     filled = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) if missing else value
     return filled.contiguous()

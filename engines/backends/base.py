@@ -1,4 +1,4 @@
-"""The contract of a backend: a module goes in, a drop-in that is called and answers exactly like it comes out."""
+"""The contract of a backend: it takes a module and returns a callable with the same arguments and results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ CACHE = Path("~/.cache/sana-sprint")
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """What a backend is told about the module it is to execute."""
+    """Name, type, device and shapes of the module that a backend executes."""
 
     name: ModuleName
     dtype: torch.dtype
     device: torch.device
     max_batch: int
-    tokens: int = 300  # positions of the text, which backends with fixed shapes pad to
-    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels that it is prepared for
+    tokens: int = 300  # text positions; backends with fixed shapes pad to them
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels to prepare for
     compression: int = 32  # pixels per cell of the latent
-    cache: Path = CACHE  # folder for what is compiled when it is loaded
-    int8: bool = False  # the decoder's wide convolutions in 8 bits, where the backend can
+    cache: Path = CACHE  # folder for modules that are compiled at load time
+    int8: bool = False  # run the decoder's wide convolutions in 8 bits
 
     @property
-    def sides(self) -> frozenset[tuple[int, int]]:
-        """(height, width) of its input at each of `sizes`: cells, or pixels for the encoder."""
+    def input_sizes(self) -> frozenset[tuple[int, int]]:
+        """(height, width) of the module's input at each of `sizes`: latent cells, or pixels for the encoder."""
         unit = 1 if self.name == "encoder" else self.compression
         return frozenset((height // unit, width // unit) for width, height in self.sizes)
 

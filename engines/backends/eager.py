@@ -1,82 +1,83 @@
-"""PyTorch as it is: any shape, any batch, no preparation beyond the layout of weights.
+"""Backend that runs modules eagerly in PyTorch: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU the decoder's convolutions are packed for oneDNN (engines.backends.cpu.decoder), in 8 bits where that is asked
-for, and in bf16 the transformer takes jobs one by one, so that a picture is the same in any batch.
+On a CPU engines.backends.cpu.decoder replaces the decoder, in 8 bits if the spec asks for it. In bf16 on a CPU the
+transformer runs job by job, so that an image is the same in any batch.
 """
 
 import torch
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleSpec
-from engines.backends.cpu.decoder import IN_8_BITS, CpuDecoder
+from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder
 from engines.backends.cpu.int8 import has_int8
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
 from engines.models.dcae import Decoder
 from engines.models.folding import fold
-from engines.models.lora import Chosen
+from engines.models.lora import AdapterSelection
 from engines.models.pixels import PixelDecoder
 
-_WIDE = 256  # channels; a narrower decoder is bound by its calls, and a packed one costs 0.2 ms more
-_PROBE = (8, 8)  # cells of the latent that 8 bits are held to the gate on; noise, which uses all of a decoder
+_WIDE = 256  # channels; in narrower decoders calls dominate, and packing costs 0.2 ms
+_PROBE = (8, 8)  # cells of the noise latent on which the decoder in 8 bits must pass its gate
 
 
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """A module that computes the same; of a PixelDecoder the decoder is replaced, and its weights with it.
+    """Returns a module that computes as `module`; replaces the decoder of a PixelDecoder and its weights.
 
-    Raises BackendError, and ParityError where 8 bits cost this decoder more than its gate allows.
+    Raises BackendError without 8-bit products, ParityError if the decoder in 8 bits misses its gate.
     """
     if isinstance(module, PixelDecoder) and spec.int8:
-        return _in_8_bits(module, spec)
-    if isinstance(module, PixelDecoder) and spec.device.type == "cpu" and _packs(_loaded(module), spec.dtype):
-        module.decoder = CpuDecoder(_loaded(module))
+        return _with_int8_convolutions(module, spec)
+    on_cpu = spec.device.type == "cpu"
+    if isinstance(module, PixelDecoder) and on_cpu and _gains_from_packing(_loaded_decoder(module), spec.dtype):
+        module.decoder = CpuDecoder(_loaded_decoder(module))
         return module
-    if spec.name in ("transformer", "controlled") and spec.device.type == "cpu" and spec.dtype == torch.bfloat16:
-        return RowByRow(module)
-    return laid_out(module, spec)
+    if spec.name in ("transformer", "controlled") and on_cpu and spec.dtype == torch.bfloat16:
+        return PerJobTransformer(module)
+    return to_channels_last(module, spec)
 
 
-def _in_8_bits(module: PixelDecoder, spec: ModuleSpec) -> PixelDecoder:
+def _with_int8_convolutions(module: PixelDecoder, spec: ModuleSpec) -> PixelDecoder:
     if spec.device.type != "cpu" or not has_int8():
         raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
-    decoder = _loaded(module)
+    decoder = _loaded_decoder(module)
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
     with torch.inference_mode():
         expected, _ = module(latent)
-        module.decoder = CpuDecoder(decoder, IN_8_BITS)
-        found, _ = module(latent)
-    INT8_GATE.check("decoder in int8", difference(expected, found))
+        module.decoder = CpuDecoder(decoder, INT8_CONVOLUTIONS)
+        actual, _ = module(latent)
+    INT8_GATE.check("decoder in int8", difference(expected, actual))
     return module
 
 
-def laid_out(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """The autoencoder in channels-last, which convolutions read fastest, its upsampling folded; others as they are."""
+def to_channels_last(module: nn.Module, spec: ModuleSpec) -> nn.Module:
+    """Converts an autoencoder module to channels-last and folds its upsampling; returns transformers unchanged."""
     if spec.name in ("transformer", "controlled"):
         return module
     if isinstance(module, PixelDecoder):
-        fold(_loaded(module))
-    made: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
-    return made
+        fold(_loaded_decoder(module))
+    converted: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
+    return converted
 
 
-def _loaded(module: PixelDecoder) -> Decoder:
-    assert isinstance(module.decoder, Decoder)  # and not prepared before
+def _loaded_decoder(module: PixelDecoder) -> Decoder:
+    assert isinstance(module.decoder, Decoder)  # not prepared before
     return module.decoder
 
 
-def _packs(decoder: Decoder, dtype: torch.dtype) -> bool:
-    """Whether packed convolutions are faster, and oneDNN is there and computes in `dtype` on this CPU."""
+def _gains_from_packing(decoder: Decoder, dtype: torch.dtype) -> bool:
+    """Returns whether packed convolutions are faster and oneDNN computes in `dtype` on this CPU."""
     if decoder.conv_in.weight.shape[0] < _WIDE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class RowByRow(nn.Module):
-    """A transformer, run for one job at a time, with that job's text alone.
+class PerJobTransformer(nn.Module):
+    """Runs a transformer for one job at a time, with that job's unpadded text.
 
-    In bf16 on a CPU the kernels of the cross-attention sum in an order that depends on how far texts are padded, so a
-    longer prompt in the same batch would move pixels by up to 26/255. A core is busy with one job as with eight.
+    In bf16 on a CPU the order of sums in cross-attention depends on the padding of texts: a longer prompt in the batch
+    would change pixels by up to 26/255. One job occupies a core as fully as eight do.
     """
 
     def __init__(self, module: nn.Module):
@@ -90,16 +91,16 @@ class RowByRow(nn.Module):
         timestep: Tensor,
         guidance: Tensor,
         text_mask: Tensor | None = None,
-        *drawing: Tensor,
-        chosen: Chosen | None = None,
+        *control: Tensor,
+        chosen: AdapterSelection | None = None,
     ) -> Tensor:
-        """chosen: for an engines.models.lora.Adapted alone."""
+        """chosen: only for an engines.models.lora.AdaptedTransformer."""
         rows = []
         for index in range(latent.shape[0]):
-            one = slice(index, index + 1)
+            row = slice(index, index + 1)
             length = text.shape[1] if text_mask is None else int(text_mask[index].sum())
-            drawn = [value[one] for value in drawing]
-            own = {} if chosen is None else {"chosen": Chosen(chosen.places[one], chosen.scale[one])}
-            arguments = (latent[one], text[one, :length], timestep[one], guidance[one], None, *drawn)
-            rows.append(self.module(*arguments, **own))
+            row_control = [value[row] for value in control]
+            row_chosen = {} if chosen is None else {"chosen": AdapterSelection(chosen.indices[row], chosen.scale[row])}
+            arguments = (latent[row], text[row, :length], timestep[row], guidance[row], None, *row_control)
+            rows.append(self.module(*arguments, **row_chosen))
         return torch.cat(rows)

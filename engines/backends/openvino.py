@@ -1,11 +1,10 @@
-"""Exported graphs on the CPU through OpenVINO: one compiled model per batch bucket, kept on disk once compiled.
+"""Exported graphs on the CPU through OpenVINO: one compiled model per batch bucket, cached on disk.
 
-f32 computes as the graph says; bf16 lets OpenVINO round what it multiplies to bf16, on CPUs that have it. A model with
-a fixed batch runs up to twice as fast here as one with an open batch, hence one per bucket.
+f32 computes as the graph says; with bf16 OpenVINO rounds factors to bf16, on CPUs that have it. A model with a fixed
+batch runs up to twice as fast as one with an open batch, hence one per bucket.
 
-OpenVINO keeps compiled models under a key of the model (its weights and batch too) and of the CPU's name, but not of
-the precision, the threads or the instructions of the CPU: docs/understand/decisions/0011-compiled-models-on-disk.md. So
-each of those has a folder of its own here.
+OpenVINO's cache key holds the model (with weights and batch) and the CPU's name, but not precision, threads or CPU
+instructions (docs/understand/decisions/0011-compiled-models-on-disk.md). So each combination of these has a folder.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engines.backends.adapters import padded
+from engines.backends.adapters import pad_batch
 from engines.device.hardware import cpu_flags
 from engines.errors import ArtifactError, BackendError
 from engines.types import smallest_fitting
@@ -26,7 +25,7 @@ _HINT = {"fp32": "f32", "bf16": "bf16"}
 
 
 def convert(onnx_path: Path, target: Path) -> list[Path]:
-    """Writes the graph as OpenVINO's own format (`target`.xml and .bin), weights as they are; gives the files."""
+    """Writes the graph in OpenVINO's format (`target`.xml and .bin) with unchanged weights; returns both files."""
     vendor = _openvino()
     xml = target.with_suffix(".xml")
     vendor.save_model(vendor.Core().read_model(onnx_path), xml, compress_to_fp16=False)
@@ -34,23 +33,24 @@ def convert(onnx_path: Path, target: Path) -> list[Path]:
 
 
 def has_bf16() -> bool:
-    """Whether OpenVINO multiplies in bf16 on this CPU. Raises BackendError where openvino is missing."""
+    """Returns whether OpenVINO multiplies in bf16 on this CPU. Raises BackendError without openvino."""
     return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def check_cpu(precision: CpuPrecision) -> None:
-    """Raises BackendError where this CPU cannot multiply in `precision`."""
+    """Raises BackendError if this CPU cannot multiply in `precision`."""
     if precision == "bf16" and not has_bf16():
         raise BackendError("openvino: this CPU has no bf16 instructions; build with --precision fp32")
 
 
 class OpenVinoGraph:
-    """engines.backends.adapters.Graph over one .xml of `convert`.
+    """engines.backends.adapters.Graph of one .xml that `convert` wrote.
 
-    buckets: ascending batch sizes; a batch runs in the smallest that holds it, padded by its last row. cache: folder
-    for compiled models, in one folder for each set of what OpenVINO's key leaves out; one that cannot be written, or
-    holds damaged files, costs time only. `from_cache`: the buckets whose model was not compiled here but found there.
-    Raises BackendError without openvino or on a CPU without `precision`, ArtifactError where the file cannot be read.
+    buckets: ascending batch sizes; a batch runs in the smallest that holds it, padded with its last row. cache: folder
+    for compiled models; if it cannot be written or holds damaged files, models are compiled again. `from_cache`: the
+    buckets whose model came from the cache.
+
+    Raises BackendError without openvino or on a CPU without `precision`, ArtifactError if the file cannot be read.
     """
 
     def __init__(self, xml: Path, precision: CpuPrecision, buckets: Sequence[int], cache: Path):
@@ -61,7 +61,7 @@ class OpenVinoGraph:
             "INFERENCE_PRECISION_HINT": _HINT[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "ENABLE_CPU_PINNING": False,  # the process may be bound to some cores by its owner
+            "ENABLE_CPU_PINNING": False,  # the operator may have bound the process to some cores
         }
         core = vendor.Core()
         settings["CACHE_DIR"] = str(cache / _cache_key(vendor, core, settings))
@@ -77,10 +77,10 @@ class OpenVinoGraph:
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
-        feed = {name: padded(value, bucket).numpy() for name, value in inputs.items()}
+        feed = {name: pad_batch(value, bucket).numpy() for name, value in inputs.items()}
         request = self._requests[bucket]
-        found = request.infer(feed, share_inputs=True)
-        return [torch.from_numpy(found[port][:batch]) for port in request.model_outputs]
+        outputs = request.infer(feed, share_inputs=True)
+        return [torch.from_numpy(outputs[port][:batch]) for port in request.model_outputs]
 
     @staticmethod
     def _compile(core: Any, xml: Path, batch: int, settings: Mapping[str, Any]) -> Any:
@@ -93,10 +93,10 @@ class OpenVinoGraph:
 
 
 def _cache_key(vendor: Any, core: Any, settings: Mapping[str, Any]) -> str:
-    """A folder's name, of everything beside the model and the CPU's name that decides what is compiled."""
+    """Returns a folder name from everything that decides the compiled model and is not in OpenVINO's key."""
     capabilities = sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    told = repr((vendor.__version__, capabilities, cpu_flags(), sorted(settings.items())))
-    return f"{settings['INFERENCE_PRECISION_HINT']}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    identity = repr((vendor.__version__, capabilities, cpu_flags(), sorted(settings.items())))
+    return f"{settings['INFERENCE_PRECISION_HINT']}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""How far an engine is from the fp32 reference, and how far it may be.
+"""Differences between an engine and its fp32 reference, and the gates that bound them.
 
-Distances are taken over all outputs together. SQNR is the reference's power over the error's, in dB: a cosine close to
-one lets a transformer without its feed-forwards pass, SQNR does not. Pictures are compared in levels of uint8.
+Differences are taken over all outputs together. SQNR is the reference's power over the error's, in dB. A bound on the
+cosine would pass a transformer without its feed-forwards; one on the SQNR does not. Images are compared in uint8
+levels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,13 @@ from engines.errors import ParityError
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one module's outputs. `relative` is max_abs over the reference's largest value; PSNR is against 255 levels."""
+    """Difference of one module's outputs. `relative`: max_abs over the reference's largest value; PSNR: peak 255."""
 
     max_abs: float
     mean_abs: float
     relative: float
     sqnr_db: float
-    psnr_db: float | None = None  # of pixels only
+    psnr_db: float | None = None  # None unless pixels
 
     def to_dict(self) -> dict[str, float]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -29,49 +30,57 @@ class Difference:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a module of some precision must keep: latents by `relative` or `sqnr_db`, pixels by `levels`, `psnr_db`."""
+    """Bounds for one precision: `relative` or `sqnr_db` for latents, `levels` or `psnr_db` for pixels."""
 
     relative: float | None = None
     sqnr_db: float | None = None
     levels: int | None = None
     psnr_db: float | None = None
 
-    def check(self, name: str, found: Difference) -> str:
-        """The bound that was kept, in words. Raises ParityError where it was not."""
+    def check(self, name: str, measured: Difference) -> str:
+        """Returns the bound that `measured` keeps, as text. Raises ParityError if it does not keep it."""
         bounds = (
-            [("relative error", found.relative, self.relative, False), ("SQNR", found.sqnr_db, self.sqnr_db, True)]
-            if found.psnr_db is None
-            else [("levels of 255", found.max_abs, self.levels, False), ("PSNR", found.psnr_db, self.psnr_db, True)]
+            [
+                ("relative error", measured.relative, self.relative, False),
+                ("SQNR", measured.sqnr_db, self.sqnr_db, True),
+            ]
+            if measured.psnr_db is None
+            else [
+                ("levels of 255", measured.max_abs, self.levels, False),
+                ("PSNR", measured.psnr_db, self.psnr_db, True),
+            ]
         )
-        for what, value, bound, at_least in bounds:
+        for quantity, value, bound, at_least in bounds:
             if bound is None:
                 continue
-            kept = value >= bound if at_least else value <= bound
-            asked = f"{what} {'>=' if at_least else '<='} {bound:g}{' dB' if at_least else ''}"
-            if not kept:  # NaN too
-                raise ParityError(f"{name}: too far from its reference: {what} is {value:.4g}, needed {asked}")
-            return asked
+            passed = value >= bound if at_least else value <= bound
+            requirement = f"{quantity} {'>=' if at_least else '<='} {bound:g}{' dB' if at_least else ''}"
+            if not passed:  # NaN too
+                raise ParityError(
+                    f"{name}: too far from its reference: {quantity} is {value:.4g}, needed {requirement}"
+                )
+            return requirement
         raise ValueError(f"{name}: the gate bounds nothing of this kind")
 
 
-# fp16 has 11 bits and bf16 has 8, 6 dB each; fp8's bound is for random weights, which have no outliers.
+# fp16 has 11 bits and bf16 has 8, 6 dB each. fp8's bound is for random weights, which have no outliers.
 GATES: Mapping[str, Gate] = {
     "fp32": Gate(relative=1e-4, levels=1),
     "fp16": Gate(sqnr_db=55, psnr_db=45),
     "bf16": Gate(sqnr_db=35, psnr_db=35),
     "fp8": Gate(sqnr_db=25),
 }
-# Of the decoder with its wide convolutions in 8 bits, against itself in bf16; by the same measure bf16 is at 49 dB.
+# The decoder with its wide convolutions in 8 bits against itself in bf16; bf16 itself reaches 49 dB.
 INT8_GATE = Gate(psnr_db=30)
-# Of a module that was compiled, here or in an earlier process, against the module itself in the same type. Both round,
-# each in its own order, so the bounds are wide; what a wrong entry of a cache gives is off by everything.
+# A compiled module, built by this or an earlier process, against the module in the same type. Both round, in different
+# orders, so the bounds are wide; a wrong cache entry misses them by far.
 COMPILED_GATES: Mapping[torch.dtype, Gate] = {
     torch.float32: Gate(sqnr_db=40, psnr_db=40),
     torch.float16: Gate(sqnr_db=40, psnr_db=40),
     torch.bfloat16: Gate(sqnr_db=25, psnr_db=30),
 }
-# Of transformer and decoder in a row.
-PICTURE_GATES: Mapping[str, Gate] = {
+# Transformer and decoder in sequence.
+IMAGE_GATES: Mapping[str, Gate] = {
     "fp32": Gate(levels=2),
     "fp16": Gate(psnr_db=40),
     "bf16": Gate(psnr_db=35),
@@ -79,12 +88,15 @@ PICTURE_GATES: Mapping[str, Gate] = {
 }
 
 
-def difference(reference: Tensor, found: Tensor) -> Difference:
-    """Both of one shape and kind: floats, or uint8 pixels. An output that is not finite is infinitely far."""
-    if reference.shape != found.shape:
-        raise ParityError(f"shape: got {list(found.shape)}, the reference has {list(reference.shape)}")
+def difference(reference: Tensor, actual: Tensor) -> Difference:
+    """Returns the difference of two tensors of one shape, floats or uint8 pixels; infinite if `actual` is not finite.
+
+    Raises ParityError if the shapes differ.
+    """
+    if reference.shape != actual.shape:
+        raise ParityError(f"shape: got {list(actual.shape)}, the reference has {list(reference.shape)}")
     pixels = reference.dtype == torch.uint8
-    expected, got = reference.cpu().double(), found.cpu().double()
+    expected, got = reference.cpu().double(), actual.cpu().double()
     if not bool(got.isfinite().all()):
         nothing = float("-inf")
         return Difference(float("inf"), float("inf"), float("inf"), nothing, nothing if pixels else None)
@@ -107,9 +119,9 @@ def check_compiled(
     inputs: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """Holds `run`, compiled from `module` in `dtype`, to it, on noise in the shapes of `inputs` [B, ...].
+    """Compares `run`, compiled from `module` in `dtype`, with the module on noise shaped as `inputs` [B, ...].
 
-    The module runs row by row, so that it needs no more memory than one job. Raises ParityError.
+    Runs the module row by row, so that it needs the memory of one job. Raises ParityError if the gate is missed.
     """
     probe = {key: _noise_like(value, seed) for seed, (key, value) in enumerate(sorted(inputs.items()))}
     rows = [
@@ -129,7 +141,7 @@ def _rows(inputs: Mapping[str, Tensor]) -> int:
 
 
 def _noise_like(value: Tensor, seed: int) -> Tensor:
-    """Masks with everything kept, pixels of any level, times and scales between 0 and 1, the rest N(0, 1)."""
+    """Returns a mask of ones, random pixels, times and scales in [0, 1), or N(0, 1), by the type of `value`."""
     generator = torch.Generator().manual_seed(seed)
     if value.dtype == torch.bool:
         return torch.ones_like(value)
@@ -140,5 +152,5 @@ def _noise_like(value: Tensor, seed: int) -> Tensor:
 
 
 def _decibels(power: float, noise: float) -> float:
-    """10 log10 of the ratio, at most 200, so that equality can be written as JSON."""
+    """Returns 10 log10 of the ratio, at most 200, because JSON has no infinity."""
     return min(200.0, 10 * float(torch.tensor(power / max(noise, 1e-300), dtype=torch.float64).log10()))

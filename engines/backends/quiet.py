@@ -1,4 +1,4 @@
-"""Libraries that talk while they are imported or work, kept quiet."""
+"""Suppresses warnings and logs of libraries."""
 
 import logging
 import warnings
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what torch's exporter says of its own internals (deprecations, absent torchvision); errors pass."""
+    """Suppresses the exporter's warnings and logs (deprecations, missing torchvision); errors still log."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

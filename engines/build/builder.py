@@ -27,7 +27,7 @@ from engines.artifacts.reference import (
 )
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
-from engines.backends.parity import GATES, PICTURE_GATES
+from engines.backends.parity import GATES, IMAGE_GATES
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.build.atomic_directory import atomic_directory
 from engines.build.compilation import compile_graph
@@ -303,7 +303,7 @@ class _Build:
             for name, distance in distances.items():
                 gate = GATES[self.precisions[name]].check(f"{name} at {size_label(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
-            gate = PICTURE_GATES[self.spec.precision].check(f"image at {size_label(size)}", image)
+            gate = IMAGE_GATES[self.spec.precision].check(f"image at {size_label(size)}", image)
             image_parity[size_label(size)] = {**image.to_dict(), "gate": gate, "of": of}
         return modules, image_parity
 

@@ -17,7 +17,7 @@ from engines.artifacts.manifest import Artifact, FileRecord
 from engines.artifacts.reference import MODULES, load_reference
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
-from engines.backends.parity import GATES, INT8_GATE, PICTURE_GATES, Gate, difference
+from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, difference
 from engines.build.spec import BuildSpec, Size, size_label
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
@@ -68,13 +68,13 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save
-    from engines.backends.cuda.decoder import CudaDecoder, why_not
+    from engines.backends.cuda.decoder import CudaDecoder, unsupported_decoder
     from engines.kernels.op import Ops
     from engines.pipeline.native import NativeBackend
 
     c_compiler()  # fails now, not after an hour
     spec, checkpoint, folder = build.spec, build.checkpoint, build.folder
-    reason = why_not(checkpoint.autoencoder)
+    reason = unsupported_decoder(checkpoint.autoencoder)
     if spec.precision == "fp8" and reason is not None:
         raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {reason}; use bf16")
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
@@ -151,7 +151,7 @@ def _parity(
             gate = INT8_GATE if _precision(build.spec, name) == "fp8" else GATES["bf16"]
             passed = gate.check(f"{name} at {size_label(size)}", distance)
             parity[name, size] = {**distance.to_dict(), "gate": passed, "of": _OF}
-        passed = PICTURE_GATES[build.spec.precision].check(f"image at {size_label(size)}", image)
+        passed = IMAGE_GATES[build.spec.precision].check(f"image at {size_label(size)}", image)
         image_parity[size_label(size)] = {**image.to_dict(), "gate": passed, "of": _OF}
     return parity, image_parity
 

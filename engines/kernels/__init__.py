@@ -1,1 +1,1 @@
-"""Triton kernels of the GPU path, one file each, beside the PyTorch reference that they are compared with."""
+"""Triton kernels of the GPU path, one file each, with their PyTorch references."""

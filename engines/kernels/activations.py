@@ -1,4 +1,4 @@
-"""Activations inside of kernels: SiLU by one instruction of the special function unit instead of two and a division."""
+"""Activations for kernels: SiLU by one special-function instruction instead of two and a division."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ _INSTRUCTIONS = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x) of fp32; tanh.approx is off by 2**-11 at most, a quarter of what bf16 rounds away."""
+    """Returns x * sigmoid(x) of fp32; tanh.approx errs by at most 2**-11, a quarter of bf16's rounding."""
     half = 0.5 * x
     if _INSTRUCTIONS:
         turned = tl.inline_asm_elementwise(

@@ -1,8 +1,8 @@
 """Softmax attention of image tokens over text, with keys and values of all blocks in one matrix.
 
-kv [B*T, L*2*D] holds, for each of L blocks, keys [D] and values [D]. KEY_NORM brings all keys into the form that
-CROSS_ATTENTION reads, once for a prompt: RMSNorm over D, times the weights of both norms and d^-0.5. Of the query's
-norm there remains one number a token, 1 / rms. Of text only the first lengths[b] tokens are seen, and read.
+kv [B*T, L*2*D] holds, for each of L blocks, keys [D] and values [D]. KEY_NORM normalises all keys once per prompt:
+RMSNorm over D, times the weights of both norms and d^-0.5. So the query's norm is one number per token, 1 / rms.
+CROSS_ATTENTION reads only the first lengths[b] tokens of a text.
 
 Shapes: B images, N image tokens, T text tokens, H heads of d, D = H*d.
 """
@@ -18,7 +18,7 @@ from engines.kernels.op import Launcher, Op
 
 @triton.jit
 def _key_norm(kv, weight, D, BLOCKS, eps, NORMED: tl.constexpr, BC: tl.constexpr):
-    """In place, a program for one text token of one block."""
+    """Normalises in place the key of one text token of one block per program."""
     row, block = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, BC)
     keep = cols < D
@@ -31,10 +31,10 @@ def _key_norm(kv, weight, D, BLOCKS, eps, NORMED: tl.constexpr, BC: tl.constexpr
 
 
 @triton.jit
-def _seen(q, scale, k, v, seen, top, total, acc, PRECISION: tl.constexpr):
-    """One step of a softmax over blocks of keys: its largest score, its sum, and the weighted sum of values."""
+def _softmax_step(q, scale, k, v, visible, top, total, acc, PRECISION: tl.constexpr):
+    """Adds a block of keys to an online softmax; returns largest score, sum, and weighted sum of values."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
-    s = tl.where(seen[None, :], s, -1e30)
+    s = tl.where(visible[None, :], s, -1e30)
     higher = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - higher[:, None])
     fade = tl.exp2(top - higher)
@@ -48,7 +48,7 @@ def _cross_attention(
     HD: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
     NORMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BM tokens of one head; AT: where the block's keys begin in a row of kv."""
+    """Attends with BM tokens of one head per program; AT: offset of the block's keys in a row of kv."""
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d, t = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, HP), tl.arange(0, BT)
     row = image * N + n
@@ -62,14 +62,14 @@ def _cross_attention(
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, HP), tl.float32)
     at = kv + (image * T + t)[:, None] * KV_ROW + AT + head * HD + d[None, :]
-    inside = (t < T)[:, None] & (d < HD)[None, :]  # most texts end within the first block, whose loads wait for nothing
+    inside = (t < T)[:, None] & (d < HD)[None, :]  # most texts fit the first block, whose loads start at once
     k, v = tl.load(at, mask=inside, other=0.0), tl.load(at + D, mask=inside, other=0.0)
-    top, total, acc = _seen(q, scale, k, v, t < length, top, total, acc, PRECISION)
+    top, total, acc = _softmax_step(q, scale, k, v, t < length, top, total, acc, PRECISION)
     for start in range(BT, length, BT):
         at += BT * KV_ROW
         inside = (start + t < length)[:, None] & (d < HD)[None, :]
         k, v = tl.load(at, mask=inside, other=0.0), tl.load(at + D, mask=inside, other=0.0)
-        top, total, acc = _seen(q, scale, k, v, start + t < length, top, total, acc, PRECISION)
+        top, total, acc = _softmax_step(q, scale, k, v, start + t < length, top, total, acc, PRECISION)
     to = out + row[:, None] * D + head * HD + d[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
@@ -82,7 +82,7 @@ def run_key_norm(launch: Launcher, kv: Tensor, weight: Tensor, normed: bool, eps
 
 
 def reference_key_norm(kv: Tensor, weight: Tensor, normed: bool, eps: float) -> Tensor:
-    """kv [rows, L*2*D] in place: its keys over their rms (where normed), times weight [L, D] (fp32)."""
+    """Divides the keys of kv [rows, L*2*D] by their rms (if normed) and multiplies by weight [L, D] fp32, in place."""
     keys = kv.view(kv.shape[0], -1, 2, weight.shape[1])[:, :, 0]
     wide = keys.float()
     if normed:
@@ -114,8 +114,10 @@ def run(
 
 
 def reference(query: Tensor, kv: Tensor, lengths: Tensor, block: int, heads: int, normed: bool, eps: float) -> Tensor:
-    """query [B*N, D] (over its rms where normed) on block `block` of kv behind KEY_NORM; lengths [B] int32. The
-    scores are not scaled here. In fp32, rounded once."""
+    """Attends with query [B*N, D] (over its rms if normed) to block `block` of kv after KEY_NORM; lengths [B] int32.
+
+    KEY_NORM already scaled the scores. Computes in fp32 and rounds once.
+    """
     (rows, dim), batch = query.shape, lengths.shape[0]
     q = query.float()
     if normed:

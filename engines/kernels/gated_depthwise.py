@@ -1,8 +1,8 @@
-"""Depthwise 3x3 and gate of a GLUMBConv: x [B*H*W, 2C] behind SiLU -> value * silu(gate) [B*H*W, C]; bias fused.
+"""Depthwise 3x3 and gate of a GLUMBConv: x [B*H*W, 2C] after SiLU -> value * silu(gate) [B*H*W, C]; bias fused.
 
-A program takes BW columns of BC channels, of value and gate alike, and goes down R rows of output: the weights stay in
-registers, and each row of input is loaded and widened once for the three rows of output that it adds to. With a tile of
-8 x 64 and 4 warps a thread has four channels of one pixel, whose 72 weights and 24 sums fit its registers.
+A program takes BW columns of BC channels of value and gate and computes R rows of output. The weights stay in
+registers; each input row is loaded and converted once for the three output rows that it affects. With a tile of 8 x 64
+and 4 warps a thread has four channels of one pixel, whose 72 weights and 24 sums fit its registers.
 """
 
 import torch
@@ -26,7 +26,7 @@ def _taps(at, STEP: tl.constexpr, real):
 
 @triton.jit
 def _pixels(at, STEP: tl.constexpr, left, middle, right):
-    """Three neighbours in a row, each [BW, BC], by the masks of where they are within the image."""
+    """Loads three neighbours in a row, each [BW, BC]; the masks say which are inside of the image."""
     first = tl.load(at - STEP, mask=left, other=0.0).to(tl.float32)
     second = tl.load(at, mask=middle, other=0.0).to(tl.float32)
     return first, second, tl.load(at + STEP, mask=right, other=0.0).to(tl.float32)
@@ -61,7 +61,11 @@ def _gated_depthwise(
     nothing = tl.zeros((BW, BC), tl.float32)
     value_bias = nothing + tl.load(bias + ch, mask=real, other=0.0).to(tl.float32)[None, :]
     gate_bias = nothing + tl.load(bias + C + ch, mask=real, other=0.0).to(tl.float32)[None, :]
-    value_a, value_b, value_c = value_bias, value_bias, value_bias  # of the rows above, at and below the one loaded
+    value_a, value_b, value_c = (
+        value_bias,
+        value_bias,
+        value_bias,
+    )  # sums of the rows above, at and below the row loaded
     gate_a, gate_b, gate_c = gate_bias, gate_bias, gate_bias
     first = (tl.program_id(2).to(tl.int64) * H + top) * W
     for step in tl.static_range(R + 2):
@@ -102,8 +106,10 @@ def run(launch: Launcher, x: Tensor, taps: Tensor, bias: Tensor, batch: int, hei
 
 
 def reference(x: Tensor, taps: Tensor, bias: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """x [B*H*W, 2C], taps [9, 2C] (row after row of the 3x3), bias [2C]: zero-padded depthwise convolution plus bias,
-    its first C channels times silu of the others; in fp32, rounded once."""
+    """Returns the zero-padded depthwise convolution plus bias, its first C channels times SiLU of the others.
+
+    x [B*H*W, 2C], taps [9, 2C] (row by row of the 3x3), bias [2C]. Computes in fp32 and rounds once.
+    """
     channels = x.shape[1]
     grid = x.float().reshape(batch, height, width, channels).permute(0, 3, 1, 2)
     weight = taps.float().t().reshape(channels, 1, 3, 3)

@@ -1,14 +1,14 @@
 """ReLU linear attention as two kernels, context (split over tokens) and apply: [B*N, 3D] -> [B*N, D].
 
-Two forms of one computation, out = (relu(q) @ ctx) / (relu(q) . ksum + 1e-15), where ctx = sum over tokens of
-relu(k) (x) v and ksum that of relu(k), per image and head:
+Both forms compute out = (relu(q) @ ctx) / (relu(q) . ksum + 1e-15) per image and head, where ctx is the sum over tokens
+of relu(k) (x) v, and ksum that of relu(k):
 
 - the transformer's: q, k, v are the thirds of a row; k is first divided by the rms of its whole row and multiplied by
   norm weights (q's rms cancels in the quotient, and its weight is folded into the projection);
-- the decoder's: a row is cut into runs of 3d, each a (q, k, v), over two tensors one after the other; those of the
-  second are first multiplied by a matrix [d, d] each, a 1x1 convolution in groups.
+- the decoder's: a row is a sequence of (q, k, v) of 3d, in two tensors; those of the second are first multiplied by a
+  matrix [d, d] each, a grouped 1x1 convolution.
 
-The parts' contexts are added in a fixed order that depends on N alone: an image does not depend on its batch.
+The order in which the parts' contexts are added depends only on N, so an image does not depend on its batch.
 Shapes: B images, N tokens, H heads of d, D = H*d, S parts of the tokens, P = d padded to 16.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from engines.kernels.op import Launcher, Op
 
 EPS = 1e-15
-_TOGETHER = 8  # contexts of parts that are loaded at once
+_CONTEXTS_PER_LOAD = 8
 
 
 @triton.jit
 def _row_rms(x, out, ROW, OFFSET, D, eps, BC: tl.constexpr):
-    """out[row] = 1 / rms of D values that begin at OFFSET of a row of ROW."""
+    """Writes out[row] = 1 / rms of D values, from OFFSET on in a row of ROW."""
     row = tl.program_id(0)
     cols = tl.arange(0, BC)
     part = tl.load(x + row.to(tl.int64) * ROW + OFFSET + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -34,7 +34,7 @@ def _row_rms(x, out, ROW, OFFSET, D, eps, BC: tl.constexpr):
 
 @triton.jit
 def _mixing(mix, local, part, HD: tl.constexpr, HP: tl.constexpr, MIXED: tl.constexpr):
-    """Of a head's group of q (0), k (1) or v (2) the matrix [in, out]; anything where there is none."""
+    """Loads the matrix [in, out] of a head's q (0), k (1) or v (2); zeros if not MIXED."""
     d = tl.arange(0, HP)
     square = tl.zeros((HP, HP), tl.float32)
     if MIXED:
@@ -50,7 +50,7 @@ def _context(
     HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr,
     NORMED: tl.constexpr, MIXED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ctx [B, H, S, HP + 1, HP] fp32: of each part the context [k, v], and in its last row the sum of k."""
+    """Writes ctx [B, H, S, HP + 1, HP] fp32: each part's context [k, v], with the sum of k in the last row."""
     head, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, parts = tl.num_programs(0), tl.num_programs(1)
     source, local = first, head
@@ -73,7 +73,7 @@ def _context(
         mask = inside[:, None] & keep[None, :]
         k = tl.load(at + PART, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(at + 2 * PART, mask=mask, other=0.0).to(kind)
-        if MIXED:  # noqa: SIM102  # one is decided when it is compiled, the other when it runs
+        if MIXED:  # noqa: SIM102  # the first is known at compile time, the second at run time
             if head >= SPLIT:
                 k = tl.dot(k.to(kind), mix_k.to(kind), input_precision=PRECISION)
                 v = tl.dot(v, mix_v.to(kind), input_precision=PRECISION).to(kind)
@@ -93,7 +93,7 @@ def _apply(
     HD: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     MIXED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [B*N, H*HD] from the parts' contexts; a program takes CHUNK tokens of one head."""
+    """Writes out [B*N, H*HD] from the parts' contexts; a program takes CHUNK tokens of one head."""
     head, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(0)
     source, local = first, head
@@ -104,7 +104,9 @@ def _apply(
     row, last = image.to(tl.int64) * N, tl.minimum(N, (part + 1) * CHUNK)
     n = part * CHUNK + tl.arange(0, BN)
     at_query = source + (row + n)[:, None] * ROW + local * STEP + d[None, :]
-    q = tl.load(at_query, mask=(n < last)[:, None] & (d < HD)[None, :], other=0.0)  # on its way before the contexts are
+    q = tl.load(
+        at_query, mask=(n < last)[:, None] & (d < HD)[None, :], other=0.0
+    )  # loads start before those of the contexts
     context = tl.zeros((HP, HP), tl.float32)
     total = tl.zeros((HP,), tl.float32)
     of_head = ctx + ((image * heads + head) * PARTS).to(tl.int64) * (HP + 1) * HP
@@ -118,7 +120,7 @@ def _apply(
     mix_q = _mixing(mix, local, 0, HD, HP, MIXED)
     for _ in range(0, CHUNK, BN):
         wide = q.to(tl.float32)
-        if MIXED:  # noqa: SIM102  # the same
+        if MIXED:  # noqa: SIM102  # as above
             if head >= SPLIT:
                 wide = tl.dot(q.to(kind), mix_q.to(kind), input_precision=PRECISION)
         wide = tl.maximum(wide, 0.0)
@@ -126,14 +128,14 @@ def _apply(
         to = out + (row + n)[:, None] * (heads * HD) + head * HD + d[None, :]
         n += BN
         at_query += BN * ROW
-        q = tl.load(at_query, mask=(n < last)[:, None] & (d < HD)[None, :], other=0.0)  # the next
+        q = tl.load(at_query, mask=(n < last)[:, None] & (d < HD)[None, :], other=0.0)  # for the next step
         y = tl.dot(wide.to(kind), context, input_precision=PRECISION)
         y = y / (tl.sum(wide * total[None, :], 1) + 1e-15)[:, None]
         tl.store(to, y.to(out.dtype.element_ty), mask=mask)
 
 
 def _chunk(tokens: int) -> int:
-    """Tokens of a part. A function of the image's size alone, so that sums do not depend on the batch."""
+    """Returns the tokens per part, from the image's size alone, so that sums do not depend on the batch."""
     return 128 if tokens <= 1024 else 512 if tokens <= 8192 else 1024
 
 
@@ -141,8 +143,10 @@ def _attend(
     launch: Launcher, first: Tensor, second: Tensor, mix: Tensor | None, rms: Tensor | None, weight: Tensor | None,
     batch: int, heads: int, split: int, head_dim: int, step: int, part: int,
 ) -> Tensor:  # fmt: skip
-    """Heads below `split` lie in `first`, the others in `second`, where `mix` multiplies each part of each; `step` from
-    head to head, `part` from q to k to v."""
+    """Runs both kernels. Heads below `split` are in `first`, the others in `second`, whose q, k, v `mix` multiplies.
+
+    step: distance from head to head; part: from q to k to v.
+    """
     rows, width = first.shape
     tokens = rows // batch
     padded = max(16, triton.next_power_of_2(head_dim))
@@ -153,16 +157,16 @@ def _attend(
     ctx = torch.empty((batch, heads, parts, padded + 1, padded), dtype=torch.float32, device=first.device)
     out = torch.empty((rows, heads * head_dim), dtype=first.dtype, device=first.device)
     grid = (heads, parts, batch)
-    given = first if rms is None else rms, first if weight is None else weight
+    norm_operands = first if rms is None else rms, first if weight is None else weight
     second_mix = first if mix is None else mix
     launch(
-        _context, grid, first, second, second_mix, *given, ctx, tokens, width, split, step, part, chunk,
+        _context, grid, first, second, second_mix, *norm_operands, ctx, tokens, width, split, step, part, chunk,
         HD=head_dim, HP=padded, BN=128, NORMED=rms is not None, MIXED=mix is not None, FAST=fast,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
     launch(
         _apply, grid, first, second, second_mix, ctx, out, tokens, width, split, step, parts, chunk,
-        HD=head_dim, HP=padded, BN=128, BS=_TOGETHER, MIXED=mix is not None, FAST=fast,
+        HD=head_dim, HP=padded, BN=128, BS=_CONTEXTS_PER_LOAD, MIXED=mix is not None, FAST=fast,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
     return out
@@ -181,7 +185,7 @@ def run_linear(launch: Launcher, qkv: Tensor, weight: Tensor | None, batch: int,
 
 
 def reference_linear(qkv: Tensor, weight: Tensor | None, batch: int, head_dim: int, eps: float) -> Tensor:
-    """qkv [B*N, 3D] to [B*N, D], in fp32, rounded once; weight [D]: k's RMSNorm over all heads, None without it."""
+    """Maps qkv [B*N, 3D] to [B*N, D] in fp32, rounded once; weight [D]: k's RMSNorm over all heads, or None."""
     q, k, v = qkv.float().chunk(3, 1)
     if weight is not None:
         k = k * torch.rsqrt(k.square().mean(1, keepdim=True) + eps) * weight.float()
@@ -190,7 +194,7 @@ def reference_linear(qkv: Tensor, weight: Tensor | None, batch: int, head_dim: i
 
 
 def _quotient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, H, N, d], q and k already behind relu."""
+    """Returns the attention of [B, H, N, d]; q and k are after ReLU."""
     weight = (k.sum(2, keepdim=True) @ q.transpose(2, 3)).transpose(2, 3)  # [B, H, N, 1]
     return (q @ (k.transpose(2, 3) @ v)) / (weight + EPS)
 
@@ -204,9 +208,10 @@ def run_multiscale(launch: Launcher, qkv: Tensor, deep: Tensor, mix: Tensor, bat
 
 
 def reference_multiscale(qkv: Tensor, deep: Tensor, mix: Tensor, batch: int, head_dim: int) -> Tensor:
-    """qkv and deep [B*N, 3C] to [B*N, 2C], in fp32; groups of (q, k, v) as `attend` of engines.models.dcae cuts them,
-    and its quadratic order where N <= head_dim. deep: what the depthwise convolution gave, still to be multiplied by
-    mix [3C/d, d, d] (group, out, in), a 1x1 convolution in groups."""
+    """Maps qkv and deep [B*N, 3C] to [B*N, 2C] in fp32, with groups and order of `attend` in engines.models.dcae.
+
+    deep: output of the depthwise convolution; mix [3C/d, d, d] (group, out, in): the grouped 1x1 convolution after it.
+    """
     grouped = deep.float().view(deep.shape[0], -1, head_dim)
     scaled = torch.einsum("ngi,goi->ngo", grouped, mix.float()).flatten(1).to(deep.dtype)
     both = torch.cat([qkv, scaled], 1).float().reshape(batch, -1, 2 * qkv.shape[1] // (3 * head_dim), 3, head_dim)

@@ -2,9 +2,9 @@
 
     x_new = x + gate * y + extra        h = LN(x_new) * (1 + scale) + shift
 
-as three operations: MODULATED_NORM gives h of x as it is, RESIDUAL_NORM (x_new, h), RESIDUAL x_new alone. gate, scale
-and shift are rows [B, D] of a larger modulation (last dimension contiguous); gate None stands for 1, extra (the
-ControlNet's [B*N, D]) None for 0. A program takes one token.
+as three operations: MODULATED_NORM returns h of x, RESIDUAL_NORM (x_new, h), RESIDUAL x_new. gate, scale and shift are
+rows [B, D] of a larger modulation (last dimension contiguous). gate None means 1. extra is the ControlNet's residual
+[B*N, D]; None means 0. A program takes one token.
 """
 
 import torch
@@ -53,7 +53,7 @@ def _run(
     to_h = x if scale is None else torch.empty_like(x)
     wide = triton.next_power_of_2(width)
     launch(
-        _modulated_norm, (rows,), x, *(x if given is None else given for given in (y, extra, gate, scale, shift)),
+        _modulated_norm, (rows,), x, *(x if operand is None else operand for operand in (y, extra, gate, scale, shift)),
         to_x, to_h, rows // batch, width, *(0 if row is None else row.stride(0) for row in (gate, scale)), eps,
         ADDED=y is not None, GATED=gate is not None, EXTRA=extra is not None, NORMED=scale is not None,
         BC=wide, num_warps=max(1, min(8, wide // 512)),
@@ -94,7 +94,7 @@ def _normed(x: Tensor, scale: Tensor, shift: Tensor, batch: int, eps: float) -> 
 
 
 def reference_norm(x: Tensor, scale: Tensor, shift: Tensor, batch: int, eps: float) -> Tensor:
-    """LN(x) * (1 + scale) + shift in fp32, rounded once."""
+    """Returns LN(x) * (1 + scale) + shift in fp32, rounded once."""
     return _normed(x.float(), scale, shift, batch, eps).to(x.dtype)
 
 
@@ -108,13 +108,13 @@ def reference_residual_norm(
     batch: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """x_new = x + gate * y + extra, and LN(x_new) * (1 + scale) + shift of the sum before it is rounded."""
+    """Returns x_new = x + gate * y + extra, and LN(x_new) * (1 + scale) + shift of the unrounded x_new."""
     added = _added(x, y, gate, extra, batch)
     return added.to(x.dtype), _normed(added, scale, shift, batch, eps).to(x.dtype)
 
 
 def reference_residual(x: Tensor, y: Tensor, gate: Tensor | None, extra: Tensor | None, batch: int) -> Tensor:
-    """x + gate * y + extra in fp32, rounded once."""
+    """Returns x + gate * y + extra in fp32, rounded once."""
     return _added(x, y, gate, extra, batch).to(x.dtype)
 
 

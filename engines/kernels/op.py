@@ -1,8 +1,7 @@
-"""An operation that exists twice, as a Triton kernel and as its PyTorch reference, and what decides which one runs.
+"""Operations with a Triton kernel and a PyTorch reference, and the choice between the two.
 
-`run` and `reference` of an Op take the same arguments and give new tensors of the same shapes and types; `run` takes
-the Launcher first. The reference says what is computed, is what a CPU runs, and replaces a kernel that a card cannot
-run or computes wrongly.
+`run` and `reference` of an Op take the same arguments, `run` a Launcher first, and return tensors of the same shapes
+and types. The reference defines the result. It runs on a CPU, and on a card if the kernel fails or is wrong.
 """
 
 from collections.abc import Callable
@@ -12,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A kernel may round where its reference does not (bf16 keeps 8 bits); a wrong kernel is below 10 dB.
+# A kernel may round where its reference does not (bf16 has 8 bits); a wrong kernel is below 10 dB.
 SQNR_DB = 30.0
-FP8_SQNR_DB = 22.0  # e4m3 keeps 4 bits
+FP8_SQNR_DB = 22.0  # e4m3 has 4 bits
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """How kernels are launched on one card.
+    """Launches kernels on one card.
 
-    tma: the card has the bulk tensor copy engine (compute capability 9.0 and newer), so tiles come by tensor
-    descriptors; otherwise by pointers. processors: streaming multiprocessors, the grid of a persistent kernel.
+    tma: the card has the tensor memory accelerator (compute capability 9.0 and newer), so kernels load tiles by tensor
+    descriptors, otherwise by pointers. processors: streaming multiprocessors, the grid of a persistent kernel.
     """
 
     tma: bool
@@ -40,7 +39,7 @@ class Launcher:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. Outputs are a tensor or a tuple of tensors."""
+    """One operation, which returns a tensor or a tuple of tensors."""
 
     name: str
     run: Callable[..., Any]
@@ -48,9 +47,9 @@ class Op:
 
 
 class Ops:
-    """Runs operations: by their kernels where there is a launcher and nothing speaks against it, else by reference.
+    """Runs operations by their kernels; by their references without a launcher or if `replaced` names the operation.
 
-    replaced: operation -> why its reference runs in its place.
+    replaced: operation -> reason.
     """
 
     def __init__(self, launcher: Launcher | None):
@@ -66,8 +65,10 @@ class Ops:
         return op.run(self._launcher, *args)
 
     def compare(self, work: Callable[[], object]) -> None:
-        """Runs `work`, in which each operation is computed both ways, once for each set of shapes; what differs, or
-        cannot run, is replaced by its reference from then on."""
+        """Runs `work` and compares each operation's kernel with its reference, once per set of shapes.
+
+        An operation that differs or fails goes to `replaced`.
+        """
         self._checked = set()
         try:
             work()
@@ -81,15 +82,16 @@ class Ops:
         if key in self._checked:
             return op.run(self._launcher, *args)
         self._checked.add(key)
-        kept = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # an operation may write into one
-        expected = op.reference(*kept)
+        # The kernel gets the originals, because an operation may write into its arguments.
+        reference_args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        expected = op.reference(*reference_args)
         try:
-            found = op.run(self._launcher, *args)
-            gap = _first_gap(_tensors(expected), _tensors(found))
-        except Exception as error:  # whatever a compiler or a driver raises: the reference goes on
+            actual = op.run(self._launcher, *args)
+            gap = _first_gap(_tensors(expected), _tensors(actual))
+        except Exception as error:  # a compiler or driver may raise anything; the reference's result is used
             gap = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         if gap is None:
-            return found
+            return actual
         self.replaced[op.name] = gap
         return expected
 
@@ -98,26 +100,27 @@ def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _first_gap(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> str | None:
-    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
-        if want.shape != got.shape or want.dtype != got.dtype:
+def _first_gap(expected_outputs: tuple[Tensor, ...], actual_outputs: tuple[Tensor, ...]) -> str | None:
+    for index, (expected, actual) in enumerate(zip(expected_outputs, actual_outputs, strict=True)):
+        if expected.shape != actual.shape or expected.dtype != actual.dtype:
             return (
-                f"output {index}: {list(got.shape)} of {got.dtype}, its reference has {list(want.shape)} {want.dtype}"
+                f"output {index}: {list(actual.shape)} of {actual.dtype}, "
+                f"its reference has {list(expected.shape)} {expected.dtype}"
             )
-        bound = FP8_SQNR_DB if want.dtype.itemsize == 1 and want.dtype.is_floating_point else SQNR_DB
-        reached = sqnr_db(want, got)
+        bound = FP8_SQNR_DB if expected.dtype.itemsize == 1 and expected.dtype.is_floating_point else SQNR_DB
+        reached = sqnr_db(expected, actual)
         if not reached >= bound:
             return f"output {index}: {reached:.1f} dB to its reference, needed are {bound:g}"
     return None
 
 
-def sqnr_db(expected: Tensor, found: Tensor) -> float:
-    """10 log10 of the reference's power over the error's, at most 200; NaN where `found` is not finite."""
-    want, got = expected.double(), found.double()
-    error = (want - got).square().sum()
+def sqnr_db(expected: Tensor, actual: Tensor) -> float:
+    """Returns 10 log10 of the reference's power over the error's, at most 200; NaN if `actual` is not finite."""
+    signal = expected.double()
+    error = (signal - actual.double()).square().sum()
     if not bool(error.isfinite()):
         return float("nan")
-    ratio = want.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)
+    ratio = signal.square().sum().clamp_min(1e-300) / error.clamp_min(1e-320)
     return min(200.0, 10 * float(torch.log10(ratio)))
 
 

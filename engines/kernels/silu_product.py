@@ -1,7 +1,7 @@
 """Matrix product with bias and SiLU fused: x [M, K], weight [N, K], bias [N] -> silu(x @ weight.T + bias) [M, N].
 
-Output tiles are taken in an order that keeps GROUP rows of tiles in the L2 cache. Operands come by the bulk copy engine
-(descriptors) where the card has it, else by pointers.
+Programs take output tiles in an order that keeps GROUP rows of tiles in the L2 cache. They load operands by tensor
+descriptors if the card supports them, else by pointers.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,11 @@ from engines.kernels.op import Launcher, Op
 
 
 class Tile(NamedTuple):
-    """rows x cols of an output tile, depth of one step; persistent: one program a processor takes tile after tile,
-    and loads the next one's first steps while it writes. Else there is a program for each tile."""
+    """Output tile of rows x cols with steps of `depth`, and warps and stages of its program.
+
+    persistent: each processor's program takes several tiles and loads the next one while it writes. Otherwise each tile
+    has its own program.
+    """
 
     rows: int
     cols: int
@@ -29,9 +32,9 @@ class Tile(NamedTuple):
     persistent: bool
 
 
-# 132 processors: 1024 x 5760 in tiles of 128 x 256 is 1.4 waves (two, 70 % full); in 128 x 128 it is 2.7 (91 %), and
-# two programs on a processor (98 KB of shared memory each) hide each other's ends. Where there are many waves the
-# large tile reads a quarter less.
+# On 132 processors, 1024 x 5760 in tiles of 128 x 256 takes 1.4 waves (two, 70 % full). Tiles of 128 x 128 take 2.7
+# (91 %), and two programs on a processor (98 KB of shared memory each) overlap their ends. With many waves the large
+# tile wins, because it reads a quarter less.
 _LARGE = Tile(128, 256, 64, 8, 3, True)
 _SMALL = Tile(128, 128, 64, 4, 3, False)
 _POINTERS = Tile(128, 128, 32, 8, 4, False)  # sm_89: 100 KB of shared memory
@@ -81,7 +84,7 @@ def _silu_product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """TMA: x, weight and out are tensor descriptors, else pointers."""
+    """Computes output tiles. TMA: x, weight and out are tensor descriptors, else pointers."""
     if PERSISTENT:
         tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -107,16 +110,16 @@ def run(launch: Launcher, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.element_size() == 4:
         tile = _FP32
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
-    given: tuple[object, ...] = (x, weight, bias, out)
+    operands: tuple[object, ...] = (x, weight, bias, out)
     if tma:
-        given = (
+        operands = (
             TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             TensorDescriptor.from_tensor(weight, [tile.cols, tile.depth]),
             bias,
             TensorDescriptor.from_tensor(out, [tile.rows, tile.cols]),
         )
     launch(
-        _silu_product, (min(tiles, launch.processors) if tile.persistent else tiles,), *given, rows, cols, depth,
+        _silu_product, (min(tiles, launch.processors) if tile.persistent else tiles,), *operands, rows, cols, depth,
         BM=tile.rows, BN=tile.cols, BK=tile.depth, GROUP=_GROUP, TMA=tma, PERSISTENT=tile.persistent,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -124,7 +127,7 @@ def run(launch: Launcher, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """silu(x @ weight.T + bias) in fp32, rounded once."""
+    """Returns silu(x @ weight.T + bias) in fp32, rounded once."""
     return F.silu(F.linear(x.float(), weight.float(), bias.float())).to(x.dtype)
 
 

@@ -1,1 +1,1 @@
-"""The networks, one printable file each."""
+"""The networks, one file each."""

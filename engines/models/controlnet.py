@@ -1,8 +1,8 @@
-"""ControlNet on the Sprint transformer: copies of its first blocks turn the latent of a drawing into residuals.
+"""ControlNet for the Sprint transformer: copies of its first blocks turn the latent of a drawing into residuals.
 
-Parameter names are those of diffusers' SanaControlNetModel, whose layout is loaded as it is; the keys guidance_embeds,
-qk_norm and injection of its config.json are ours, since upstream's has no Sprint. Two graphs are published for the same
-weights, and they differ (n copies, x is what the transformer computes, h the drawing through the patch embedding):
+Parameter names are those of diffusers' SanaControlNetModel, so its checkpoints load unchanged. The keys
+guidance_embeds, qk_norm and injection of config.json are ours, because upstream has no Sprint ControlNet. Two different
+graphs are published for the same weights (x: the transformer's input or stream, h: the drawing, i: index of a copy):
 
     diffusers  c = patches(x) + input(h);  c = copy_i(c);  zero_i(c) is added to the output of block i + 1
     nvlabs     c = block_0(patches(x)) + input(h), h without positions;  zero_i(c) is added to the output of block i
@@ -36,27 +36,27 @@ _LAYERS = 7  # upstream's default
 
 @dataclass(frozen=True)
 class ControlConfig:
-    """The copied blocks in numbers (`copies.num_layers` of them), and which graph the weights were trained in."""
+    """Configuration of the copied blocks (`copies.num_layers` of them), and the graph that the weights need."""
 
     copies: TransformerConfig
     injection: Injection = "diffusers"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "ControlConfig":
-        """Reads a diffusers controlnet/config.json. Raises ValueError, naming the key, for what is not supported."""
-        given = {"num_layers": _LAYERS, **config}
-        injection = given.pop("injection", "diffusers")
+        """Reads a diffusers controlnet/config.json. Raises ValueError with the key of an unsupported value."""
+        values = {"num_layers": _LAYERS, **config}
+        injection = values.pop("injection", "diffusers")
         if injection not in get_args(Injection):
             raise ValueError(f"injection: got {injection!r}, supported: {', '.join(get_args(Injection))}")
-        return cls(TransformerConfig.from_dict(given), cast(Injection, injection))
+        return cls(TransformerConfig.from_dict(values), cast(Injection, injection))
 
     def to_dict(self) -> dict[str, object]:
-        """The config.json that `from_dict` reads back."""
+        """Returns the config.json that `from_dict` reads."""
         return {**self.copies.to_dict(), "_class_name": "SanaControlNetModel", "injection": self.injection}
 
 
 class ControlNet(nn.Module):
-    """The copied blocks with their own embeddings, and the projections that begin as zero."""
+    """The copied blocks with their own embeddings, and projections that are zero before training."""
 
     def __init__(self, config: ControlConfig):
         super().__init__()
@@ -72,12 +72,12 @@ class ControlNet(nn.Module):
 
     @classmethod
     def of(cls, transformer: SprintTransformer, copies: int, injection: Injection = "diffusers") -> "ControlNet":
-        """As training begins: the transformer's first blocks and embeddings, copied, and projections of zero."""
-        own = cls(ControlConfig(replace(transformer.config, num_layers=copies), injection))
-        theirs = transformer.state_dict()
-        weights = {name: theirs.get(name, torch.zeros_like(value)) for name, value in own.state_dict().items()}
-        own.load_state_dict(weights)
-        return own
+        """Returns a ControlNet to train: copies of the transformer's first blocks and embeddings, zero projections."""
+        controlnet = cls(ControlConfig(replace(transformer.config, num_layers=copies), injection))
+        copied = transformer.state_dict()
+        own = controlnet.state_dict()
+        controlnet.load_state_dict({name: copied.get(name, torch.zeros_like(value)) for name, value in own.items()})
+        return controlnet
 
     def residuals(
         self,
@@ -88,10 +88,10 @@ class ControlNet(nn.Module):
         guidance: Tensor | None,
         text_mask: Tensor | None,
     ) -> list[Tensor]:
-        """One residual [B, N, D] for each copy.
+        """Returns one residual [B, N, D] per copy.
 
-        x: the noisy latent [B, C, h, w] ("diffusers"), or the tokens [B, N, D] behind the transformer's first block
-        ("nvlabs"); control: the drawing's latent [B, C, h, w]; the rest as in SprintTransformer.forward.
+        x: the noisy latent [B, C, h, w] ("diffusers"), or the tokens [B, N, D] after the transformer's first block
+        ("nvlabs"); control: the drawing's latent [B, C, h, w]; other arguments as in SprintTransformer.forward.
         """
         if not self.config.copies.guidance_embeds:
             guidance = None
@@ -104,15 +104,15 @@ class ControlNet(nn.Module):
         else:
             hint = self.patch_embed.proj(control).flatten(2).transpose(1, 2)
         x = x + self.input_block(hint)
-        found = []
+        residuals = []
         for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             x = block(x, projected, modulation, bias, (control.shape[-2], control.shape[-1]))
-            found.append(project(x))
-        return found
+            residuals.append(project(x))
+        return residuals
 
 
 class ControlledTransformer(nn.Module):
-    """Transformer and ControlNet as one module, which a backend executes in one graph."""
+    """Transformer and ControlNet as one module, which a backend executes as one graph."""
 
     def __init__(self, transformer: SprintTransformer, controlnet: ControlNet):
         super().__init__()
@@ -129,24 +129,27 @@ class ControlledTransformer(nn.Module):
         control: Tensor,
         control_scale: Tensor,
     ) -> Tensor:
-        """The flow velocity v [B, C, h, w]. control: the drawing's latent [B, C, h, w]; control_scale [B], 0 gives what
-        the transformer gives alone, to the bit; the rest as in SprintTransformer.forward."""
+        """Returns the flow velocity v [B, C, h, w].
+
+        control: the drawing's latent [B, C, h, w]; control_scale [B]: 0 gives exactly the transformer's own velocity;
+        other arguments as in SprintTransformer.forward.
+        """
         base = self.transformer
-        dtype = base.proj_out.weight.dtype  # not always that of the engine, whose other modules may be built ones
+        dtype = base.proj_out.weight.dtype  # may differ from the engine's, whose other modules may be built artifacts
         latent, text, control = latent.to(dtype), text.to(dtype), control.to(dtype)
         scale = control_scale.to(dtype)[:, None, None]
         modulation, embedded = base.conditioning(timestep, guidance)
 
-        def residuals(x: Tensor) -> list[Tensor]:
-            found = self.controlnet.residuals(x, control, text, timestep, guidance, text_mask)
-            return [residual * scale for residual in found]
+        def scaled_residuals(x: Tensor) -> list[Tensor]:
+            residuals = self.controlnet.residuals(x, control, text, timestep, guidance, text_mask)
+            return [residual * scale for residual in residuals]
 
         def after_own_block(index: int, x: Tensor) -> Tensor:
             if index == 0:
-                made.extend(residuals(x))
-            return x + made[index] if index < len(made) else x
+                residuals.extend(scaled_residuals(x))
+            return x + residuals[index] if index < len(residuals) else x
 
-        made: list[Tensor] = []
+        residuals: list[Tensor] = []
         diffusers = self.controlnet.config.injection == "diffusers"
-        inject = after_next_block(residuals(latent)) if diffusers else after_own_block
+        inject = after_next_block(scaled_residuals(latent)) if diffusers else after_own_block
         return base.velocity(latent, base.project_text(text), modulation, embedded, text_mask, inject)

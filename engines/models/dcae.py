@@ -1,8 +1,8 @@
 """DC-AE, the deep-compression autoencoder of SANA: pixels <-> 32-channel latents at 1/32 of the side (f32c32).
 
 Deterministic (no KL). Stages are ResBlocks (high resolution) or EfficientViT blocks (low resolution: multi-scale ReLU
-linear attention and a gated convolution). Covers dc-ae-f32c32-sana-1.0/1.1 ("interpolate" upsampling) and DC-AE-Lite
-("pixel_shuffle", no full-resolution stage), and the tiny one trained here.
+linear attention and a gated convolution). Covers dc-ae-f32c32-sana-1.0/1.1 ("interpolate" upsampling), DC-AE-Lite
+("pixel_shuffle", no full-resolution stage) and the tiny autoencoder trained here.
 
 Sources: DC-AE (arXiv 2410.10733); diffusers models/autoencoders/autoencoder_dc.py, whose parameter names these are.
 """
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from engines.errors import CheckpointError
 from engines.models.layers import GLUMBConv, RMSNorm
 
-BlockKind = Literal["ResBlock", "EfficientViTBlock"]
+BlockType = Literal["ResBlock", "EfficientViTBlock"]
 
 ATTENTION_EPS = 1e-15
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Numbers of the architecture, highest resolution first; defaults are dc-ae-f32c32-sana-1.1."""
+    """Configuration of the architecture, highest resolution first; defaults are dc-ae-f32c32-sana-1.1."""
 
     in_channels: int = 3
     latent_channels: int = 32
     attention_head_dim: int = 32
-    encoder_block_types: tuple[BlockKind, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    decoder_block_types: tuple[BlockKind, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    encoder_block_types: tuple[BlockType, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    decoder_block_types: tuple[BlockType, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
@@ -53,22 +53,22 @@ class AutoencoderConfig:
         return 1 << (len(self.decoder_block_out_channels) - 1)
 
     def to_dict(self) -> dict[str, object]:
-        """The vae/config.json that diffusers and `from_dict` read back."""
+        """Returns the vae/config.json that diffusers and `from_dict` read."""
         return {"_class_name": "AutoencoderDC", "_diffusers_version": "0.42.1", **asdict(self)}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
-        """From vae/config.json. Raises CheckpointError naming a key that this code does not know or cannot run."""
+        """Reads vae/config.json. Raises CheckpointError with the key that is unknown or not supported."""
         known = {field.name for field in fields(cls)}
-        given = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
-        unknown = sorted(given.keys() - known)
+        values = {key: _tuples(value) for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(values.keys() - known)
         if unknown:
             raise CheckpointError(f"autoencoder config: unknown keys {', '.join(unknown)}; known are {sorted(known)}")
-        stages = len(given.get("decoder_block_out_channels", cls.decoder_block_out_channels))
+        stages = len(values.get("decoder_block_out_channels", cls.decoder_block_out_channels))
         for key in ("encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns"):
-            if isinstance(given.get(key), str):
-                given[key] = (given[key],) * stages
-        made = cls(**({"decoder_norm_types": ("rms_norm",) * stages, "decoder_act_fns": ("silu",) * stages} | given))
+            if isinstance(values.get(key), str):
+                values[key] = (values[key],) * stages
+        parsed = cls(**({"decoder_norm_types": ("rms_norm",) * stages, "decoder_act_fns": ("silu",) * stages} | values))
         for key, allowed in {
             "decoder_norm_types": {"rms_norm"},
             "decoder_act_fns": {"silu"},
@@ -78,11 +78,13 @@ class AutoencoderConfig:
             "downsample_block_type": {"Conv", "conv", "pixel_unshuffle"},
             "decoder_conv_act_fn": {"relu", "silu"},
         }.items():
-            value = getattr(made, key)
-            odd = (set(value) if isinstance(value, tuple) else {value}) - allowed
-            if odd:
-                raise CheckpointError(f"autoencoder config: {key} is {sorted(odd)}, supported are {sorted(allowed)}")
-        return made
+            value = getattr(parsed, key)
+            unsupported = (set(value) if isinstance(value, tuple) else {value}) - allowed
+            if unsupported:
+                raise CheckpointError(
+                    f"autoencoder config: {key} is {sorted(unsupported)}, supported are {sorted(allowed)}"
+                )
+        return parsed
 
 
 def _tuples(value: Any) -> Any:
@@ -146,7 +148,7 @@ class MultiscaleLinearAttention(nn.Module):
         return x + y
 
     def attend(self, scales: Tensor) -> Tensor:
-        """Queries, keys and values of all scales [B,3C*S,H,W] to what they attend to, [B,C*S,H,W]."""
+        """Attends within each scale: queries, keys and values [B,3C*S,H,W] of S scales to [B,C*S,H,W]."""
         batch, _, height, width = scales.shape
         # Upstream's grouping: the concatenated channels are cut into runs of 3*head_dim, each run a (q, k, v).
         grouped = scales.reshape(batch, -1, 3 * self.head_dim, height * width)
@@ -157,7 +159,9 @@ class MultiscaleLinearAttention(nn.Module):
         q, k = F.relu(q), F.relu(k)
         if linear:
             out = torch.matmul(torch.matmul(v, k.transpose(-1, -2)), q)
-            total = torch.matmul(k.sum(dim=-1, keepdim=True).transpose(-1, -2), q)  # the row of ones, not materialised
+            total = torch.matmul(
+                k.sum(dim=-1, keepdim=True).transpose(-1, -2), q
+            )  # upstream's row of ones, without materialising it
             out = (out / (total + ATTENTION_EPS)).to(scales.dtype)
         else:
             scores = torch.matmul(k.transpose(-1, -2), q).float()
@@ -218,12 +222,12 @@ class Upsample(nn.Module):
 
 
 def _group_mean(x: Tensor, group: int) -> Tensor:
-    """Mean over runs of `group` channels. [B,C,H,W] -> [B,C/group,H,W]."""
+    """Averages runs of `group` channels. [B,C,H,W] -> [B,C/group,H,W]."""
     batch, channels, height, width = x.shape
     return x.reshape(batch, channels // group, group, height, width).mean(dim=2)
 
 
-def _block(kind: BlockKind, channels: int, head_dim: int, kernels: tuple[int, ...]) -> nn.Module:
+def _block(kind: BlockType, channels: int, head_dim: int, kernels: tuple[int, ...]) -> nn.Module:
     return ResBlock(channels) if kind == "ResBlock" else EfficientViTBlock(channels, head_dim, kernels)
 
 
@@ -293,7 +297,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder as they lie in vae/ of a checkpoint. Serving loads the decoder alone where it can."""
+    """Encoder and decoder of a checkpoint's vae/ folder. Serving loads only the decoder where possible."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What goes into the transformer's blocks: patches, positions, time, guidance.
+"""Embeddings of the transformer's inputs: patches, positions, time, guidance.
 
 Parameter names are those of diffusers models/embeddings.py and models/normalization.py (AdaLayerNormSingle).
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 
 def sinusoid(position: Tensor, channels: int = 256) -> Tensor:
-    """Cosines then sines of position [B] at `channels`/2 frequencies from 1 to 1/10000: [B, channels], fp32."""
+    """Returns cosines, then sines of position [B] at `channels`/2 frequencies from 1 to 1e-4: [B, channels], fp32."""
     steps = torch.arange(channels // 2, dtype=torch.float32, device=position.device)
     angle = position[:, None].float() * torch.exp(steps * (-math.log(10000.0) / (channels // 2)))
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def positions(dim: int, height: int, width: int, base: int, scale: float, device: torch.device | str) -> Tensor:
-    """Sincos embedding [1, height*width, dim] in fp32: first half from the column, second from the row.
+    """Returns the sincos embedding [1, height*width, dim], fp32: first half from the column, second from the row.
 
-    A grid of any size spans [0, base/scale), as diffusers' PatchEmbed without a maximum size.
+    A grid of any size spans [0, base/scale), as in diffusers' PatchEmbed without a maximum size.
     """
     omega = torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4)
 
     def axis(size: int) -> Tensor:  # [size, dim/2]
-        place = torch.arange(size, dtype=torch.float32, device=device) / (size / base) / scale
-        angle = place[:, None] * (1.0 / 10000**omega)
+        position = torch.arange(size, dtype=torch.float32, device=device) / (size / base) / scale
+        angle = position[:, None] * (1.0 / 10000**omega)
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     column = axis(width)[None].expand(height, -1, -1)
@@ -37,9 +37,9 @@ def positions(dim: int, height: int, width: int, base: int, scale: float, device
 
 
 class PatchEmbed(nn.Module):
-    """Latent [B, C, h, w] to tokens [B, N, D]; with a positional embedding where `scale` is a number.
+    """Embeds a latent [B, C, h, w] as tokens [B, N, D]; adds a positional embedding unless `scale` is None.
 
-    `base` is the side of the latent that the network was trained at (sample_size).
+    `base` is the side of the latent in training (sample_size).
     """
 
     pos_embed: Tensor | None
@@ -50,14 +50,14 @@ class PatchEmbed(nn.Module):
         self.base = base
         self.scale = scale
         table = None
-        if scale is not None:  # on the CPU even where parameters are built on the meta device
+        if scale is not None:  # on the CPU even if parameters are on the meta device
             table = positions(dim, base, base, base, scale, "cpu")
         self.register_buffer("pos_embed", table, persistent=False)
 
     def forward(self, latent: Tensor) -> Tensor:
         height, width = latent.shape[-2:]
         patches: Tensor = self.proj(latent)
-        x = patches.flatten(2).transpose(1, 2).contiguous()  # what is added to it takes its layout, in every block
+        x = patches.flatten(2).transpose(1, 2).contiguous()  # later sums take this layout, in every block
         if self.scale is None or self.pos_embed is None:
             return x
         table = self.pos_embed
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, activation, Linear; named as diffusers' TimestepEmbedding and PixArtAlphaTextProjection."""
+    """Linear, activation, Linear; named as in diffusers' TimestepEmbedding and PixArtAlphaTextProjection."""
 
     def __init__(self, channels: int, dim: int, activation: nn.Module):
         super().__init__()
@@ -81,7 +81,7 @@ class MLP(nn.Module):
 
 
 class TimeGuidanceEmbed(nn.Module):
-    """Time [B] and guidance [B] to the vector that all blocks share."""
+    """Embeds time [B] and guidance [B]; returns the modulation [B, 6*D] of all blocks and the embedding [B, D]."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -99,7 +99,7 @@ class TimeGuidanceEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """Time [B] alone, as in base Sana (AdaLayerNormSingle)."""
+    """Embeds time [B] alone, as in base Sana (AdaLayerNormSingle)."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Upsampling of the decoder with less arithmetic, exactly: nearest + 3x3 as one 2x2 convolution at the low resolution.
+"""Folds the decoder's nearest upsampling and 3x3 convolution into one 2x2 convolution at the low resolution, exactly.
 
-A 3x3 window on a picture whose pixels are doubled sees only 2x2 different ones, and which of its taps fall together
-depends on whether row and column of the result are even or odd: four 2x2 kernels, whose results are interleaved. That
-is 16/36 of the multiplications. The repeating shortcut adds to each result one channel of the pixel that it grew from,
-so it is a 1 in the same kernels and is never made. Upsampling by pixel shuffle gains the shortcut alone.
+A 3x3 window on an image with doubled pixels covers only 2x2 distinct pixels. The parity of the result's row and column
+decides which taps coincide. This gives four 2x2 kernels with interleaved results and 16/36 of the multiplications. The
+repeating shortcut adds one channel of the source pixel to each result: a 1 in the same kernels, at no cost.
+Upsampling by pixel shuffle gains only the folded shortcut.
 
 Shapes: C channels in, D out; phase p = 2 * (odd row) + (odd column).
 """
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from engines.models.dcae import Decoder, Upsample
 
-# By the parity of a row: which of the three taps fall on the earlier and on the later of the two pixels that it sees.
+# By the parity of a row: the taps on the earlier and on the later of the two pixels in its window.
 _TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
 def folded_kernel(upsample: Upsample, *, shortcut: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Weight [4D, C, k, k], ordered by phase and then by channel, and bias [4D]; k is 2, or 3 for a pixel shuffle.
+    """Returns weight [4D, C, k, k], ordered by phase, then channel, and bias [4D]; k is 2, or 3 for a pixel shuffle.
 
-    shortcut False leaves it out, for weights that are rounded too coarsely to hold a 1 (`shortcuts_of` adds it).
+    shortcut=False omits the shortcut, for weights too coarse to hold a 1; `shortcuts_of` returns what to add.
     """
-    weight = upsample.conv.weight  # summed in a precision higher than its own
+    weight = upsample.conv.weight  # taps are summed in higher precision
     weight = weight.double() if weight.dtype in (torch.float32, torch.float64) else weight.float()
     bias = upsample.conv.bias
     if upsample.interpolate:
@@ -44,8 +44,8 @@ def folded_kernel(upsample: Upsample, *, shortcut: bool = True) -> tuple[Tensor,
 
 
 def phases_of(y: Tensor, height: int, width: int) -> list[Tensor]:
-    """The four [B, D, H, W] of the folded convolution's result [B, 4D, H or H+1, W or W+1], by phase."""
-    shift = y.shape[2] - height  # 1 where the kernel has two taps: an odd row sees its pixel and the next
+    """Returns the four phases [B, D, H, W] of the folded convolution's result [B, 4D, H or H+1, W or W+1]."""
+    shift = y.shape[2] - height  # 1 for two taps: an odd row reads its pixel and the next
     parts = y.chunk(4, dim=1)
     return [
         parts[p][:, :, shift * (p // 2) : shift * (p // 2) + height, shift * (p % 2) : shift * (p % 2) + width]
@@ -54,12 +54,12 @@ def phases_of(y: Tensor, height: int, width: int) -> list[Tensor]:
 
 
 def shortcuts_of(x: Tensor, repeats: int) -> list[Tensor]:
-    """What a shortcut of so many `repeats` adds to each phase: four views [B, D, H, W] of x [B, C, H, W]."""
+    """Returns the shortcut of each phase: four views [B, D, H, W] of x [B, C, H, W]."""
     return [x[:, phase // repeats :: 4 // repeats] for phase in range(4)]
 
 
 class FoldedUpsample(nn.Module):
-    """As dcae.Upsample: [B, C, H, W] -> [B, D, 2H, 2W]."""
+    """Computes dcae.Upsample with a folded kernel: [B, C, H, W] -> [B, D, 2H, 2W]."""
 
     def __init__(self, upsample: Upsample) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class FoldedUpsample(nn.Module):
 
 
 def fold(decoder: Decoder) -> Decoder:
-    """Puts folded upsampling into a loaded decoder, in place; its state dict is upstream's no longer."""
+    """Folds the upsampling of a loaded decoder in place; its state dict no longer matches upstream's."""
     for path, part in list(decoder.named_modules()):
         if isinstance(part, Upsample):
             parent, _, name = path.rpartition(".")

@@ -1,7 +1,7 @@
-"""Gemma-2 without its language head: token ids in, hidden states out, and the keys and values to go on from.
+"""Gemma-2 without its language head: token ids to hidden states, and the keys and values to continue from.
 
-Inference only. Parameter names are those of transformers' Gemma2Model, so a published checkpoint loads strictly as it
-is; transformers itself, whose import takes longer than all else of a start, is not needed. Source: Gemma 2 (arXiv
+Inference only. Parameter names are those of transformers' Gemma2Model, so a published checkpoint loads strictly and
+unchanged. It does without transformers, whose import takes longer than the rest of a start. Source: Gemma 2 (arXiv
 2408.00118); transformers models/gemma2/modeling_gemma2.py.
 
 Shapes: B prompts, L tokens to run, P tokens before them, S = P + L, D hidden size, H query heads and K key heads of d.
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What one layer keeps of the tokens that it has seen: keys and values [B, K, P, d] each.
+# Keys and values of a layer's past tokens, [B, K, P, d] each.
 Past = tuple[Tensor, Tensor]
 
-_KINDS = ("sliding_attention", "full_attention")
-# Keys of config.json that must hold one value here, because no Gemma-2 has another.
+_LAYER_TYPES = ("sliding_attention", "full_attention")
+# Keys of config.json with one supported value, which every Gemma-2 has.
 _FIXED: Mapping[str, tuple[object, ...]] = {
     "model_type": ("gemma2",),
     "hidden_activation": ("gelu_pytorch_tanh",),
@@ -31,7 +31,7 @@ _FIXED: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """The architecture in numbers, named as in config.json; defaults are Gemma-2 2B, transformers' own."""
+    """Configuration, named as in config.json; defaults are those of transformers, Gemma-2 2B."""
 
     vocab_size: int = 256000
     hidden_size: int = 2304
@@ -49,9 +49,11 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         if not self.layer_types:
-            object.__setattr__(self, "layer_types", tuple(islice(cycle(_KINDS), self.num_hidden_layers)))
-        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(_KINDS):
-            raise ValueError(f"layer_types: got {self.layer_types}, needed are {self.num_hidden_layers} of {_KINDS}")
+            object.__setattr__(self, "layer_types", tuple(islice(cycle(_LAYER_TYPES), self.num_hidden_layers)))
+        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(_LAYER_TYPES):
+            raise ValueError(
+                f"layer_types: got {self.layer_types}, needed are {self.num_hidden_layers} of {_LAYER_TYPES}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: got {self.num_attention_heads}, needed is a multiple of num_key_value_heads, "
@@ -60,33 +62,33 @@ class GemmaConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "GemmaConfig":
-        """Reads text_encoder/config.json; keys of other tasks (generation, training) are passed over.
+        """Reads text_encoder/config.json; ignores keys of other tasks (generation, training).
 
-        Raises ValueError, naming the key, for a model that is not Gemma-2 or a value that is not supported.
+        Raises ValueError with the key, for another model than Gemma-2 or an unsupported value.
         """
         if "model_type" not in config:
             raise ValueError("model_type: got nothing, supported: 'gemma2'")
         rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", cls.rope_theta)}
         if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters: got {rope!r}, supported: rope_type 'default'")
-        given = {**config, "rope_theta": rope.get("rope_theta", cls.rope_theta)}
+        values = {**config, "rope_theta": rope.get("rope_theta", cls.rope_theta)}
         for key, allowed in _FIXED.items():
-            if given.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{key}: got {given[key]!r}, supported: {allowed[0]!r}")
-        found: dict[str, object] = {field.name: given[field.name] for field in fields(cls) if field.name in given}
-        for key, value in found.items():
+            if values.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"{key}: got {values[key]!r}, supported: {allowed[0]!r}")
+        known: dict[str, object] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        for key, value in known.items():
             like = getattr(cls, key)
             number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
             if isinstance(like, int | float) and not number and (value, key) != (None, "attn_logit_softcapping"):
                 raise ValueError(f"{key}: got {value!r}, needed is a positive number like {like!r}")
-        kinds = found.pop("layer_types", None) or ()
+        kinds = known.pop("layer_types", None) or ()
         if not isinstance(kinds, Sequence):
-            raise ValueError(f"layer_types: got {kinds!r}, needed is a list of {_KINDS}")
-        return cls(layer_types=tuple(kinds), **found)  # type: ignore[arg-type]  # checked above
+            raise ValueError(f"layer_types: got {kinds!r}, needed is a list of {_LAYER_TYPES}")
+        return cls(layer_types=tuple(kinds), **known)  # type: ignore[arg-type]  # checked above
 
 
 class Norm(nn.Module):
-    """x / rms(x) * (1 + weight) in fp32, given back in the type of x."""
+    """Computes x / rms(x) * (1 + weight) in fp32; returns the type of x."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -111,7 +113,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """x [B, L, D]; rotary: cosines and sines [L, d]; bias [L, S]. Gives [B, L, D] and what to keep of S tokens."""
+        """Returns [B, L, D] and the past of all S tokens. x [B, L, D]; rotary: cosines, sines [L, d]; bias [L, S]."""
         query = rotated(self._heads(self.q_proj(x)), *rotary)
         key, value = rotated(self._heads(self.k_proj(x)), *rotary), self._heads(self.v_proj(x))
         if past is not None:
@@ -127,12 +129,12 @@ class Attention(nn.Module):
         return out, (key, value)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, L, heads*d] to [B, heads, L, d]."""
+        """Views [B, L, heads*d] as [B, heads, L, d]."""
         return torch.unflatten(x, 2, (-1, self.head_dim)).transpose(1, 2)
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """[..., L, d] turned by the angles of its positions; the halves of d are the planes' two axes."""
+    """Rotates x [..., L, d] by the angles of its positions; the halves of d are the planes' two axes."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
@@ -152,7 +154,7 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then MLP; each between two norms, and added to what came in."""
+    """Attention, then MLP; each between two norms and added to its input."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -164,9 +166,9 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        attended, kept = self.self_attn(self.input_layernorm(x), rotary, bias, past)
+        attended, states = self.self_attn(self.input_layernorm(x), rotary, bias, past)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), kept
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), states
 
 
 class GemmaBody(nn.Module):
@@ -180,30 +182,30 @@ class GemmaBody(nn.Module):
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids: Tensor, past: Sequence[Past] | None = None) -> tuple[Tensor, list[Past]]:
-        """Hidden states [B, L, D] of ids [B, L] behind the P tokens of `past`, and the past of all S by layer."""
+        """Returns hidden states [B, L, D] of ids [B, L] after the P tokens of `past`, and each layer's new past."""
         start = 0 if past is None else past[0][0].shape[2]
         x = self.embed_tokens(ids)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded as upstream rounds it
-        seen = start + ids.shape[1]
-        position = torch.arange(start, seen, device=ids.device)
-        rotary, biases = self._rotary(position, x.dtype), self._biases(position, seen, x.dtype)
-        kept = []
+        total = start + ids.shape[1]
+        position = torch.arange(start, total, device=ids.device)
+        rotary, biases = self._rotary(position, x.dtype), self._biases(position, total, x.dtype)
+        pasts = []
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             x, states = layer(x, rotary, biases[kind], None if past is None else past[index])
-            kept.append(states)
-        return self.norm(x), kept
+            pasts.append(states)
+        return self.norm(x), pasts
 
     def _rotary(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [L, d] of the angles of `position` [L], computed in fp32."""
+        """Returns cosines and sines [L, d] of the angles of `position` [L], computed in fp32."""
         dim = self.config.head_dim
         even = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device)
         angle = position[:, None].float() * (1.0 / self.config.rope_theta ** (even / dim))
         angle = torch.cat([angle, angle], dim=1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def _biases(self, position: Tensor, seen: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """By kind of layer, what hides of S = `seen` tokens the later ones and those outside of the window: [L, S]."""
-        distance = position[:, None] - torch.arange(seen, device=position.device)
+    def _biases(self, position: Tensor, total: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns a mask bias [L, S] per layer type; it hides later tokens and those outside of the window."""
+        distance = position[:, None] - torch.arange(total, device=position.device)
         hidden = {"full_attention": distance < 0}
         hidden["sliding_attention"] = hidden["full_attention"] | (distance >= self.config.sliding_window)
         blank = torch.zeros(distance.shape, dtype=dtype, device=position.device)

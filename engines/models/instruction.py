@@ -1,7 +1,7 @@
-"""The instruction that stands before every prompt of the published checkpoints."""
+"""The instruction that precedes every prompt of the published checkpoints."""
 
-# Written for a language model that expands prompts; Sprint only reads the hidden states behind it. Verbatim, since
-# every character decides token ids (NVlabs' own files differ from these in the quotes around "Enhanced prompt").
+# It asks a language model to expand the prompt; Sprint only reads the hidden states after it. It is verbatim, because
+# every character changes token ids (NVlabs' files differ from it in the quotes around "Enhanced prompt").
 INSTRUCTION = "\n".join(
     (
         "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for "

@@ -1,6 +1,6 @@
-"""Pieces that the transformer and the autoencoder share.
+"""Layers that the transformer and the autoencoder share.
 
-Parameter names are upstream's (diffusers), so that a published checkpoint loads by an identity map.
+Parameter names are those of diffusers, so that published checkpoints load unchanged.
 
 Shape legend: B batch, C channels, H W height and width, N tokens (H*W), D width.
 """
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (+ bias) over one dimension; the mean of squares is taken in float32.
+    """x / rms(x) * weight (+ bias) over one dimension; the mean of squares is fp32.
 
-    `dim` is the dimension that is normalised: -1 for [B, N, D], 1 for [B, C, H, W] (no transposition needed).
+    `dim` is the normalised dimension: -1 for [B, N, D], 1 for [B, C, H, W] (no transposition needed).
     Source: diffusers models/normalization.py RMSNorm.
     """
 

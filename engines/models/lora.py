@@ -1,7 +1,7 @@
-"""Low-rank additions to linear maps and 1x1 convolutions, chosen anew for each job of a batch.
+"""LoRA adapters of linear maps and 1x1 convolutions, selected per job of a batch.
 
-All adapters of a module lie in one stack, padded to one rank; a job gathers by index those it asked for. So one module,
-and one captured graph, serves jobs with any of them beside jobs with none.
+A stack holds all adapters of a module, padded to one rank; each job gathers its adapters by index. So one module, and
+one captured graph, serves a batch of jobs with any adapters or none.
 
 Source: Hu et al., "LoRA" (2021); a batch of different adapters as in Punica (2023) and S-LoRA (2023).
 Shapes: B jobs, N rows of a job, K adapters, S of them at once for a job, R the padded rank.
@@ -18,132 +18,135 @@ from torch import Tensor, nn
 
 
 class Factors(NamedTuple):
-    """down [rank, in] and up [out, rank], whose product is added to a weight [out, in]."""
+    """Factors down [rank, in] and up [out, rank], whose product is added to a weight [out, in]."""
 
     down: Tensor
     up: Tensor
 
 
-class Chosen(NamedTuple):
-    """What each job asked for: places in the stack [B, S] int64, and scales [B, S] fp32, 0 where a place is unused."""
+class AdapterSelection(NamedTuple):
+    """Adapters of each job: indices in the stack [B, S] int64 and scales [B, S] fp32, 0 for an unused slot."""
 
-    places: Tensor
+    indices: Tensor
     scale: Tensor
 
 
 @dataclass
-class Choice:
-    """What the modules of one transformer add at this moment; None: nothing."""
+class ActiveAdapters:
+    """The selection that the modules of one transformer apply now; None: no adapters."""
 
-    now: Chosen | None = None
+    selection: AdapterSelection | None = None
 
     @contextmanager
-    def of(self, chosen: Chosen | None) -> Iterator[None]:
-        """`chosen` for as long as the block lasts."""
-        before, self.now = self.now, chosen
+    def use(self, chosen: AdapterSelection | None) -> Iterator[None]:
+        """Applies `chosen` within the block."""
+        previous, self.selection = self.selection, chosen
         try:
             yield
         finally:
-            self.now = before
+            self.selection = previous
 
 
-class Stack(nn.Module):
-    """The factors of one module: down [K, R, in] and up [K, out, R]."""
+class AdapterStack(nn.Module):
+    """Factors of all adapters of one module: down [K, R, in] and up [K, out, R]."""
 
     down: Tensor
     up: Tensor
 
-    def __init__(self, factors: Sequence[Factors | None], like: Tensor, choice: Choice):
+    def __init__(self, factors: Sequence[Factors | None], like: Tensor, active: ActiveAdapters):
         super().__init__()
         out, inputs = like.shape[:2]
-        rank = max(one.down.shape[0] for one in factors if one is not None)
+        rank = max(factor.down.shape[0] for factor in factors if factor is not None)
         down, up = torch.zeros(len(factors), rank, inputs), torch.zeros(len(factors), out, rank)
-        for place, one in enumerate(factors):
-            if one is not None:
-                down[place, : one.down.shape[0]] = one.down
-                up[place, :, : one.up.shape[1]] = one.up
+        for index, factor in enumerate(factors):
+            if factor is not None:
+                down[index, : factor.down.shape[0]] = factor.down
+                up[index, :, : factor.up.shape[1]] = factor.up
         self.register_buffer("down", down.to(like.device, like.dtype), persistent=False)
         self.register_buffer("up", up.to(like.device, like.dtype), persistent=False)
-        self.choice = choice
+        self.active = active
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [B*N, out], or any shape whose rows are in that order, with what the jobs' adapters make of x [B*N, in]."""
-        chosen = self.choice.now
+        """Returns y [B*N, out], or another shape with rows in this order, plus the adapters' terms of x [B*N, in]."""
+        chosen = self.active.selection
         if chosen is None:
             return y
-        jobs = len(chosen.places)
+        jobs = len(chosen.indices)
         down, up, scale = self._gathered(chosen, x.dtype)
         low = torch.bmm(x.reshape(jobs, -1, x.shape[-1]), down.mT) * scale[:, None]
         rows = y.reshape(jobs, -1, y.shape[-1])
         return torch.baddbmm(rows, low, up.mT).view(y.shape)
 
     def add_columns(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `add`, of pictures x [B, in, h, w] and y [B, out, h, w]."""
-        chosen = self.choice.now
+        """Does the same as `add` for images x [B, in, h, w] and y [B, out, h, w]."""
+        chosen = self.active.selection
         if chosen is None:
             return y
         down, up, scale = self._gathered(chosen, x.dtype)
         low = torch.bmm(down, x.flatten(2)) * scale[:, :, None]
         return torch.baddbmm(y.flatten(2), up, low).view(y.shape)
 
-    def _gathered(self, chosen: Chosen, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Each job's factors side by side: down [B, S*R, in], up [B, out, S*R], and their scales [B, S*R]."""
-        down = self.down[chosen.places].flatten(1, 2)
-        up = self.up[chosen.places].transpose(1, 2).flatten(2)
+    def _gathered(self, chosen: AdapterSelection, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Gathers each job's factors: down [B, S*R, in], up [B, out, S*R] and scales [B, S*R]."""
+        down = self.down[chosen.indices].flatten(1, 2)
+        up = self.up[chosen.indices].transpose(1, 2).flatten(2)
         return down, up, chosen.scale.to(dtype).repeat_interleave(self.down.shape[1], 1)
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear map with a stack; its parameters are those of the map it replaces."""
+    """Linear map with an adapter stack; shares the parameters of the map it replaces."""
 
-    def __init__(self, plain: nn.Linear, stack: Stack):
+    def __init__(self, replaced: nn.Linear, stack: AdapterStack):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.weight, self.bias, self.stack = plain.weight, plain.bias, stack
+        self.in_features, self.out_features = replaced.in_features, replaced.out_features
+        self.weight, self.bias, self.stack = replaced.weight, replaced.bias, stack
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stack.add(x, F.linear(x, self.weight, self.bias))
 
 
 class AdaptedConv2d(nn.Module):
-    """A 1x1 convolution with a stack; its parameters are those of the one it replaces."""
+    """1x1 convolution with an adapter stack; shares the parameters of the one it replaces."""
 
-    def __init__(self, plain: nn.Conv2d, stack: Stack):
+    def __init__(self, replaced: nn.Conv2d, stack: AdapterStack):
         super().__init__()
-        self.weight, self.bias, self.stack = plain.weight, plain.bias, stack
+        self.weight, self.bias, self.stack = replaced.weight, replaced.bias, stack
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stack.add_columns(x, F.conv2d(x, self.weight, self.bias))
 
 
-class Adapted(nn.Module):
-    """A transformer, or one with a ControlNet, whose call also takes what each job chose."""
+class AdaptedTransformer(nn.Module):
+    """Transformer, with or without ControlNet, whose call also takes an adapter selection per job."""
 
-    def __init__(self, module: nn.Module, choice: Choice):
+    def __init__(self, module: nn.Module, active_adapters: ActiveAdapters):
         super().__init__()
-        self.module, self.choice = module, choice
+        self.module, self.active_adapters = module, active_adapters
 
-    def forward(self, *arguments: Any, chosen: Chosen | None = None) -> Tensor:
-        with self.choice.of(chosen):
+    def forward(self, *arguments: Any, chosen: AdapterSelection | None = None) -> Tensor:
+        with self.active_adapters.use(chosen):
             return cast(Tensor, self.module(*arguments))
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether it is a linear map or a 1x1 convolution of all channels."""
+    """Returns whether `module` is a linear map or an ungrouped 1x1 convolution of stride 1."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1 and module.stride == (1, 1)
     return isinstance(module, nn.Linear)
 
 
-def adapt(transformer: nn.Module, adapters: Sequence[Mapping[str, Factors]]) -> Choice:
-    """Puts a stack into every module that one of `adapters` (factors by name) touches, in place; the order of adapters
-    is that of the stacks. `transformer` must have its weights already."""
-    choice = Choice()
+def add_adapters(transformer: nn.Module, adapters: Sequence[Mapping[str, Factors]]) -> ActiveAdapters:
+    """Replaces every module that one of `adapters` changes with one that has a stack, in place.
+
+    adapters: factors by module name; their order is the stacks' order. `transformer` must be loaded. Returns the
+    selection that all stacks read.
+    """
+    active = ActiveAdapters()
     for name in sorted(set().union(*adapters)):
-        plain = transformer.get_submodule(name)
-        assert isinstance(plain, nn.Linear | nn.Conv2d)
-        stack = Stack([adapter.get(name) for adapter in adapters], plain.weight, choice)
-        made = AdaptedLinear(plain, stack) if isinstance(plain, nn.Linear) else AdaptedConv2d(plain, stack)
+        replaced = transformer.get_submodule(name)
+        assert isinstance(replaced, nn.Linear | nn.Conv2d)
+        stack = AdapterStack([adapter.get(name) for adapter in adapters], replaced.weight, active)
+        adapted = AdaptedLinear(replaced, stack) if isinstance(replaced, nn.Linear) else AdaptedConv2d(replaced, stack)
         parent, _, last = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), last, made)
-    return choice
+        setattr(transformer.get_submodule(parent), last, adapted)
+    return active

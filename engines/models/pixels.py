@@ -1,6 +1,6 @@
-"""The autoencoder as the engine uses it: unit-variance latents on one side, uint8 RGB on the other.
+"""The autoencoder between unit-variance latents and uint8 RGB.
 
-Scaling and conversion are inside the modules, so that an exported graph holds them too. Conversion as in diffusers'
+The modules include scaling and conversion, so that an exported graph includes them. Conversion is that of diffusers'
 VaeImageProcessor: x/2 + 0.5, clamped, times 255, rounded.
 """
 
@@ -11,7 +11,7 @@ from engines.models.dcae import Autoencoder
 
 
 class PixelDecoder(nn.Module):
-    """Latent [B, C, h, w] of unit variance (fp32) to pixels [B, H, W, 3] uint8, and whether each was finite [B]."""
+    """Decodes latents [B, C, h, w] of unit variance, fp32, to pixels [B, H, W, 3] uint8 and flags [B]: all finite."""
 
     def __init__(self, autoencoder: Autoencoder):
         super().__init__()
@@ -22,14 +22,14 @@ class PixelDecoder(nn.Module):
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         image: Tensor = self.decoder(latent.to(self.dtype) / self.scaling_factor)
         image = image.float()
-        finite = image.sum((1, 2, 3)).abs() < float("inf")  # false for NaN too, which uint8 cannot say
+        finite = image.sum((1, 2, 3)).abs() < float("inf")  # false for NaN too, which uint8 cannot represent
         pixels = (image / 2 + 0.5).clamp(0, 1).mul(255).round()
-        # The cast stands at the very end: TensorRT knows uint8 only as the type of an input or output.
+        # The cast is last: TensorRT supports uint8 only for inputs and outputs.
         return pixels.permute(0, 2, 3, 1).to(torch.uint8), finite
 
 
 class PixelEncoder(nn.Module):
-    """Pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
+    """Encodes pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
 
     def __init__(self, autoencoder: Autoencoder):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Gemma-2 as Sprint's text encoder: token ids in, the hidden states that the transformer attends to out.
+"""Gemma-2 as Sprint's text encoder: token ids to the hidden states that the transformer attends to.
 
-Gemma is causal and every prompt follows the same instruction, so the instruction's keys and values are computed once
-and only the prompt's own tokens are run; right padding in a batch cannot reach real tokens. Equal to running all of it,
-padded and masked, as diffusers does (pipelines/sana/pipeline_sana_sprint.py). Knows no text.
+Gemma is causal and every prompt follows the same instruction. So the instruction's keys and values are computed once,
+and only the prompt's own tokens run. Right padding in a batch cannot affect real tokens. The result equals diffusers',
+which runs everything, padded and masked (pipelines/sana/pipeline_sana_sprint.py).
 
-Shapes: B prompts, P prefix tokens, T tokens of a prompt that are kept, D hidden size.
+Shapes: B prompts, P prefix tokens, T tokens of a prompt that the transformer reads, D hidden size.
 """
 
 from collections import defaultdict
@@ -19,17 +19,17 @@ from engines.models.gemma import GemmaBody, Past
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All ids of a prompt, instruction included. The hidden states kept are the first's and those from `start` on."""
+    """Ids of a prompt with its instruction. The transformer reads the first hidden state and those from `start` on."""
 
     ids: tuple[int, ...]
     start: int
 
 
 class TextEncoder:
-    """A loaded Gemma-2 body together with the keys and values of the prefix that prompts share.
+    """Encodes prompts with a loaded Gemma-2 body and the keys and values of their shared prefix.
 
-    prefix: ids that begin (nearly) all prompts, at least one; a prompt that departs from it earlier is still exact,
-    and reuses what it shares.
+    prefix: first ids of nearly all prompts, at least one. A prompt that differs earlier is still exact and reuses the
+    part that it shares.
     """
 
     @torch.inference_mode()
@@ -38,31 +38,31 @@ class TextEncoder:
         self._device = body.embed_tokens.weight.device
         self.prefix = tuple(prefix)
         hidden, self._past = body(torch.tensor([self.prefix], device=self._device))
-        self._first = hidden[0, :1]  # [1, D]: the first token sees itself alone, so it is the same for all prompts
+        self._first = hidden[0, :1]  # [1, D]: the first token attends only to itself, so it is the same for all prompts
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]:
-        """The kept hidden states of each prompt: [T, D], T differing."""
+        """Returns the hidden states of each prompt that the transformer reads: [T, D], T differing."""
         groups: defaultdict[int, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[self._shared(prompt)].append(index)
-        kept: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
         for shared, members in groups.items():
             for index, hidden in zip(members, self._encode_after(shared, [prompts[i] for i in members]), strict=True):
-                kept[index] = torch.cat([self._first, hidden[prompts[index].start - shared :]])
-        return [kept[index] for index in range(len(prompts))]
+                states[index] = torch.cat([self._first, hidden[prompts[index].start - shared :]])
+        return [states[index] for index in range(len(prompts))]
 
     def _shared(self, prompt: Tokens) -> int:
-        """How many leading tokens the prompt has in common with the prefix and need not be run."""
+        """Counts the leading tokens that the prompt shares with the prefix, which need not run."""
         shared = 0
-        for mine, prefix in zip(prompt.ids[: prompt.start], self.prefix, strict=False):
-            if mine != prefix:
+        for own, prefix in zip(prompt.ids[: prompt.start], self.prefix, strict=False):
+            if own != prefix:
                 break
             shared += 1
         return shared
 
     def _encode_after(self, shared: int, prompts: Sequence[Tokens]) -> list[Tensor]:
-        """Hidden states of the tokens behind the `shared` ones, per prompt."""
+        """Returns each prompt's hidden states after the `shared` tokens."""
         lengths = [len(prompt.ids) - shared for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):

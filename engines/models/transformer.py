@@ -1,8 +1,8 @@
-"""The Sprint transformer: noisy latent, text and time in; flow velocity out.
+"""The Sprint transformer: noisy latent, text and time to flow velocity.
 
-Parameter names are those of diffusers' SanaTransformer2DModel, so a published checkpoint loads strictly as it is.
-Knows no schedule, no tokenizer and no batching. Source: the paper's section 3 and diffusers
-models/transformers/sana_transformer.py; self-attention after SanaLinearAttnProcessor2_0.
+Parameter names are those of diffusers' SanaTransformer2DModel, so a published checkpoint loads strictly and unchanged.
+Source: the paper's section 3 and diffusers models/transformers/sana_transformer.py; self-attention after
+SanaLinearAttnProcessor2_0.
 
 Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, H heads of d, D = H*d.
 """
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from engines.models.embeddings import MLP, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
 from engines.models.layers import GLUMBConv, RMSNorm
 
-# Keys of a diffusers config.json that must hold one value here, because no Sprint checkpoint has another.
+# Keys of a diffusers config.json with one supported value, which every Sprint checkpoint has.
 _FIXED = {"dropout": 0.0, "patch_size": 1, "norm_elementwise_affine": False}
-# Written by diffusers into config.json, without influence on the forward pass.
+# Diffusers writes these keys; they do not affect the forward pass.
 _IGNORED = {"timestep_scale"}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The architecture in numbers, named as in diffusers' transformer/config.json (defaults as there)."""
+    """Configuration, with names and defaults of diffusers' transformer/config.json."""
 
     in_channels: int = 32
     out_channels: int = 32
@@ -65,12 +65,12 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "TransformerConfig":
-        """Reads a diffusers transformer/config.json. Raises ValueError, naming the key, for what is not supported."""
+        """Reads a diffusers transformer/config.json. Raises ValueError with the key of an unsupported value."""
         known = {field.name for field in fields(cls)}
-        given = dict(config)
-        if given.get("out_channels", 0) is None:
-            given["out_channels"] = given.get("in_channels", cls.in_channels)
-        for key, value in given.items():
+        values = dict(config)
+        if values.get("out_channels", 0) is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
+        for key, value in values.items():
             if key in _FIXED and value != _FIXED[key]:
                 raise ValueError(f"{key}: got {value!r}, supported: {_FIXED[key]!r}")
             if key not in known | _FIXED.keys() | _IGNORED | {"cross_attention_dim"} and not key.startswith("_"):
@@ -78,14 +78,14 @@ class TransformerConfig:
             kind = type(getattr(cls, key, None))
             if kind in (bool, int, float) and type(value) is not kind and (kind, type(value)) != (float, int):
                 raise ValueError(f"{key}: got {value!r}, needed is a value like {getattr(cls, key)!r}")
-        parsed = cls(**{key: value for key, value in given.items() if key in known})  # type: ignore[arg-type]  # checked
+        parsed = cls(**{key: value for key, value in values.items() if key in known})  # type: ignore[arg-type]  # checked
         cross_dim = config.get("cross_attention_dim", parsed.dim)
         if cross_dim != parsed.dim:
             raise ValueError(f"cross_attention_dim: got {cross_dim!r}, supported: {parsed.dim}, the width")
         return parsed
 
     def to_dict(self) -> dict[str, object]:
-        """The config.json that diffusers and `from_dict` read back."""
+        """Returns the config.json that diffusers and `from_dict` read."""
         head = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": "0.42.1"}
         return {**head, **asdict(self), **_FIXED, "cross_attention_dim": self.dim, "timestep_scale": 1.0}
 
@@ -101,12 +101,12 @@ SPRINT_0_6B = TransformerConfig(
 )
 
 
-# (index of a block, its output [B, N, D]) -> what the next block reads.
+# (index of a block, its output [B, N, D]) -> input of the next block.
 Inject = Callable[[int, Tensor], Tensor]
 
 
 def after_next_block(residuals: Sequence[Tensor]) -> Inject:
-    """Adds the i-th residual to the output of block i + 1, as diffusers' SanaTransformer2DModel does."""
+    """Returns an Inject that adds the i-th residual to the output of block i + 1, as SanaTransformer2DModel."""
 
     def inject(index: int, x: Tensor) -> Tensor:
         return x + residuals[index - 1] if 0 < index <= len(residuals) else x
@@ -115,12 +115,12 @@ def after_next_block(residuals: Sequence[Tensor]) -> Inject:
 
 
 def attention_bias(text_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask [B, T], 1 keeps a token and 0 drops it, as what is added to attention scores: [B, 1, 1, T]."""
+    """Returns a mask [B, T], 1 keeps a token and 0 drops it, as a bias of attention scores: [B, 1, 1, T]."""
     return ((1 - text_mask.to(dtype)) * -10000.0)[:, None, None, :]
 
 
 class Projections(nn.Module):
-    """What both attentions have: four linear maps, and RMS norms of query and key over all heads together."""
+    """Linear maps of both attentions, and RMS norms of query and key over all heads together."""
 
     def __init__(self, dim: int, head_dim: int, bias: bool, qk_norm: bool):
         super().__init__()
@@ -133,16 +133,16 @@ class Projections(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x [B, N, D], keys and values of source [B, S, D]: [B, H, N or S, d]."""
+        """Returns queries of x [B, N, D], keys and values of source [B, S, D]: [B, H, N or S, d]."""
         query, key, value = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(source)), self.to_v(source)
         return self.heads(query), self.heads(key), self.heads(value)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, H, N, d]."""
+        """Views [B, N, D] as [B, H, N, d]."""
         return torch.unflatten(x, 2, (-1, self.head_dim)).transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
-        """[B, H, N, d] to [B, N, D], through the output map."""
+        """Merges [B, H, N, d] to [B, N, D] and applies the output map."""
         merged: Tensor = self.to_out[0](x.transpose(1, 2).flatten(2))
         return merged
 
@@ -154,7 +154,7 @@ class LinearAttention(Projections):
         query, key, value = self.project(x, x)
         query, key, value = F.relu(query).float(), F.relu(key).float(), value.float()
         context = key.transpose(2, 3) @ value  # [B, H, d, d]
-        # Upstream's row of ones in the padded value. A row times a matrix: a matrix times a column is slow on CPUs.
+        # Upstream's row of ones in the padded value. As row times matrix, because matrix times column is slow on CPUs.
         weight = (key.sum(2, keepdim=True) @ query.transpose(2, 3)).transpose(2, 3)  # [B, H, N, 1]
         out = self.merge(((query @ context) / (weight + 1e-15)).to(x.dtype))
         # Base Sana reaches 1e6 here, and its fp16 weights rely on the clip (diffusers issue 10336).
@@ -195,8 +195,8 @@ class Block(nn.Module):
 class SprintTransformer(nn.Module):
     """The velocity network v(x, t | text, guidance).
 
-    `conditioning` and `project_text` are separate because with a fixed schedule the first is a constant per
-    (timestep, guidance) and the second one per prompt; `velocity` is what remains per step.
+    With a fixed schedule `conditioning` is constant per (timestep, guidance) and `project_text` per prompt, so they are
+    separate; `velocity` is the work per step.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -212,16 +212,16 @@ class SprintTransformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.out_channels)
 
     def conditioning(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Flow time [B] in [0, 1] and guidance [B] (already times guidance_embeds_scale) to what all blocks share.
+        """Embeds flow time [B] in [0, 1] and guidance [B] (already times guidance_embeds_scale).
 
-        Returns the modulation [B, 6, D] (shift, scale, gate of attention, then of the GLUMBConv) and the
-        embedding [B, D] that modulates the output. Raises ValueError where guidance is missing or not embedded.
+        Returns the modulation [B, 6, D] of all blocks (shift, scale, gate of attention, then of the GLUMBConv) and the
+        embedding [B, D] that modulates the output. Raises ValueError if guidance is missing or not embedded.
         """
         modulation, embedded = self.time_embed(timestep, guidance)
         return torch.unflatten(modulation, 1, (6, -1)), embedded
 
     def project_text(self, text: Tensor) -> Tensor:
-        """Text embeddings [B, T, caption_channels] to the [B, T, D] that every cross-attention reads."""
+        """Projects text embeddings [B, T, caption_channels] to [B, T, D], which every cross-attention reads."""
         projected: Tensor = self.caption_norm(self.caption_projection(text))
         return projected
 
@@ -234,7 +234,7 @@ class SprintTransformer(nn.Module):
         text_mask: Tensor | None = None,
         inject: Inject | None = None,
     ) -> Tensor:
-        """As `forward`, from the results of `project_text` and `conditioning`."""
+        """Computes `forward` from the results of `project_text` and `conditioning`."""
         bias = None if text_mask is None else attention_bias(text_mask, latent.dtype)
         size = (latent.shape[-2], latent.shape[-1])
         x: Tensor = self.patch_embed(latent)
@@ -255,10 +255,10 @@ class SprintTransformer(nn.Module):
         text_mask: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """The flow velocity v [B, C, h, w] of `latent` [B, C, h, w].
+        """Returns the flow velocity v [B, C, h, w] of `latent` [B, C, h, w].
 
         text [B, T, caption_channels]; timestep [B] in [0, 1]; guidance [B], already times guidance_embeds_scale, or
-        None where the architecture does not embed it; text_mask [B, T], 1 keeps a token, None keeps all;
+        None if the architecture does not embed it; text_mask [B, T], 1 keeps a token, None keeps all;
         control: residuals [B, N, D], the i-th added to the output of block i + 1.
         """
         modulation, embedded = self.conditioning(timestep, guidance)

@@ -7,7 +7,7 @@ They never wait for the device or exchange a value with the host. Inputs of deno
     guidance       [B]                  times guidance_embeds_scale; fp32
     text           [B, T, D]            in the transformer's dtype
     text_mask      [B, T]               bool; absent without padding
-    lora_index     [B, S] int64, lora_scale [B, S] fp32    engines.models.lora.Chosen; absent without adapters
+    lora_index     [B, S] int64, lora_scale [B, S] fp32    engines.models.lora.AdapterSelection; absent without adapters
     control        [B, C, h, w]         latent of the drawing, in the transformer's dtype; control_scale [B], fp32
 
 Input of decode: latent [B, C, h, w], fp32.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.cuda.graphs import InputSpec
-from engines.models.lora import Chosen
+from engines.models.lora import AdapterSelection
 from engines.sampler import Denoiser, sample
 
 Inputs = Mapping[str, Tensor]
@@ -33,7 +33,7 @@ class ReadsTextOnce(Protocol):
     def __call__(self, *args: Any) -> Tensor: ...
 
     def denoiser(
-        self, text: Tensor, text_mask: Tensor | None, guidance: Tensor, *drawing: Tensor, **chosen: Chosen
+        self, text: Tensor, text_mask: Tensor | None, guidance: Tensor, *drawing: Tensor, **chosen: AdapterSelection
     ) -> Denoiser: ...
 
 
@@ -46,9 +46,9 @@ class Denoise:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         text, guidance, mask = inputs["text"], inputs["guidance"], inputs.get("text_mask")
         drawing = [inputs["control"], inputs["control_scale"]] if "control" in inputs else []
-        noise, chosen = inputs["noise"], dict[str, Chosen]()
+        noise, chosen = inputs["noise"], dict[str, AdapterSelection]()
         if "lora_index" in inputs:
-            chosen["chosen"] = Chosen(inputs["lora_index"], inputs["lora_scale"])
+            chosen["chosen"] = AdapterSelection(inputs["lora_index"], inputs["lora_scale"])
 
         def velocity(x: Tensor, flow_time: Tensor) -> Tensor:
             return self._transformer(x.to(self._dtype), text, flow_time, guidance, mask, *drawing, **chosen)

@@ -10,18 +10,18 @@ from torch import nn
 from engines.backends.base import ModuleSpec
 from engines.backends.cuda.adapted import CudaAdapted
 from engines.backends.cuda.controlled import CudaControlled
-from engines.backends.cuda.decoder import CudaDecoder, why_not
-from engines.backends.cuda.encoder import CudaEncoder, why_not_encode
+from engines.backends.cuda.decoder import CudaDecoder, unsupported_decoder
+from engines.backends.cuda.encoder import CudaEncoder, unsupported_encoder
 from engines.backends.cuda.proof import compare, proof_file
 from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
-from engines.backends.eager import laid_out
+from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
-from engines.models.lora import Adapted
+from engines.models.lora import AdaptedTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
@@ -40,7 +40,7 @@ class NativeBackend:
     def __init__(self, ops: Ops, autoencoder: AutoencoderConfig, proof: Path | None = None):
         """proof: file of the kernels that equal their references on this GPU (engines.backends.cuda.proof)."""
         self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
-        self._decoder_reason, self._encoder_reason = why_not(autoencoder), why_not_encode(autoencoder)
+        self._decoder_reason, self._encoder_reason = unsupported_decoder(autoencoder), unsupported_encoder(autoencoder)
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
@@ -58,10 +58,10 @@ class NativeBackend:
         return cls(Ops(Launcher.of(device)), autoencoder, proof)
 
     def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
-        if isinstance(module, Adapted):
+        if isinstance(module, AdaptedTransformer):
             inner = self(module.module, spec)
             assert isinstance(inner, CudaTransformer | CudaControlled)
-            return CudaAdapted(inner, module.choice)
+            return CudaAdapted(inner, module.active_adapters)
         if isinstance(module, SprintTransformer):
             self._transformer = CudaTransformer(module, self.ops)
             return self._transformer
@@ -77,7 +77,7 @@ class NativeBackend:
             if self._encoder_reason is None:
                 return CudaEncoder(module, self.ops)
             self.reasons["encoder"] = f"PyTorch's modules: {self._encoder_reason}"
-        return laid_out(module, spec)
+        return to_channels_last(module, spec)
 
     def text(self, stage: TextStage) -> TextStage:
         """Returns the text stage with an encoder of our kernels, or `stage` if they cannot run it."""

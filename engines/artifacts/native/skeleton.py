@@ -88,7 +88,7 @@ def skeleton(checkpoint: Checkpoint, kernels: NativeBackend, ranges: Sequence[Se
     assert isinstance(transformer, CudaTransformer)
     if ranges:
         assert isinstance(decoder, CudaDecoder)
-        decoder.widen(ranges)
+        decoder.include_ranges(ranges)
         decoder.to_fp8()
     return NativeModules(kernels, text, transformer, decoder, modules["encoder"])
 

@@ -1,1 +1,1 @@
-"""The decoder on a CPU: convolutions packed for oneDNN, in 8 bits, and with half of the products."""
+"""The decoder on a CPU: convolutions packed for oneDNN, in 8 bits, or by Winograd's minimal filtering."""

@@ -1,12 +1,12 @@
-"""Convolutions as oneDNN wants them, over a picture or over strips of its rows; what walks over such strips.
+"""Convolutions by oneDNN over an image or over strips of its rows.
 
-A strip is as many rows as a core's share of the last cache holds, and what lies between two convolutions of a block is
-made for one strip at a time: it is read where it was just written, and its memory, small enough for malloc to keep, is
-used again for the next strip instead of being asked of the system page by page.
+A strip has as many rows as fit a core's share of the last-level cache. A block computes the tensor between its two
+convolutions one strip at a time, so it is read from the cache. Its memory is small enough for malloc to reuse; larger
+blocks would be mapped by the system page by page.
 
 The operators are those that torch.compile's CPU backend calls (torch/_inductor/fx_passes/mkldnn_fusion.py).
 
-Shapes: [B, C, H, W], channels-last in memory; a picture has B = 1.
+Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,31 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TYPICAL = (64, 64)  # the layout of weights is chosen for a picture, and fits others; chosen for none, 1x1 is 8x slower
-_SLICE = 2**19  # numbers in one slice: 2 MiB in fp32, the L2 caches of two cores
-STRIP = 2**23  # numbers in one strip: 16 MiB in bf16
+# oneDNN chooses the layout of weights for an input size. It fits other sizes; without one, 1x1 is 8 times slower.
+TYPICAL_SIZE = (64, 64)
+_SLICE_NUMEL = 2**19  # numbers in one slice: 2 MiB in fp32, the L2 caches of two cores
+STRIP_NUMEL = 2**23  # numbers in one strip: 16 MiB in bf16
 
-Edges = tuple[int, int]  # rows of zeros above and below what is given
+Edges = tuple[int, int]  # rows of zeros above and below the input
 
 
 class Conv(Protocol):
     """A convolution of stride 1 from [B, C, H, W] to [B, D, H, W].
 
-    `edges` says how many rows of zeros lie above and below `x`; by default as many as the convolution pads with. Fewer
-    where `x` is a strip that comes with its neighbours.
+    `edges`: rows of zeros to add above and below `x`; by default the convolution's padding. A strip that includes its
+    neighbours needs fewer.
     """
 
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor: ...
 
 
-class WideConv(Protocol):
-    """Makes what computes a convolution of stride 1, with SiLU behind it where asked for."""
+class ConvFactory(Protocol):
+    """Builds a Conv from a convolution of stride 1; with `silu` it applies SiLU to the result."""
 
     def __call__(self, conv: nn.Conv2d, *, silu: bool = False) -> Conv: ...
 
 
 class PackedConv:
-    """A convolution of stride 1 over weights that are laid out for oneDNN, with SiLU behind it where asked for."""
+    """Conv with weights packed for oneDNN."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         assert not isinstance(conv.padding, str)
@@ -49,7 +50,7 @@ class PackedConv:
         self._groups = conv.groups
         self._activation = "swish" if silu else "none"
         self._bias = conv.bias
-        self._weight = packed(conv.weight, list(conv.padding), self._groups)
+        self._weight = pack_weight(conv.weight, list(conv.padding), self._groups)
 
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor:
         rows = self._rows
@@ -62,35 +63,35 @@ class PackedConv:
         return y
 
 
-def packed(weight: Tensor, padding: list[int], groups: int = 1) -> Tensor:
-    """Weights [D, C / groups, k, l] of a convolution of stride 1, laid out for oneDNN."""
-    size = [1, groups * weight.shape[1], *TYPICAL]
-    made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], groups, size)
-    return made
+def pack_weight(weight: Tensor, padding: list[int], groups: int = 1) -> Tensor:
+    """Returns the weights [D, C / groups, k, l] of a convolution of stride 1 in oneDNN's layout."""
+    size = [1, groups * weight.shape[1], *TYPICAL_SIZE]
+    reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], groups, size)
+    return reordered
 
 
-def conv_of(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2d:
-    """A convolution over these weights [D, C, k, k] themselves."""
+def make_conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2d:
+    """Returns a convolution that holds the weights [D, C, k, k] without a copy."""
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, padding=padding, device="meta")
     conv.weight = nn.Parameter(weight, requires_grad=False)
     conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return conv
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """[B, C, H, W] as [B*H*W, C]: one row a pixel, without a copy."""
+def pixel_rows(x: Tensor) -> Tensor:
+    """Views [B, C, H, W] as [B*H*W, C], one row per pixel."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def slices_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all `tensors` at once, as many as fit a cache."""
-    step = max(1, _SLICE // tensors[0].shape[1])
+def cache_sized_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields slices of the rows of all `tensors`, as many rows as fit the L2 caches."""
+    step = max(1, _SLICE_NUMEL // tensors[0].shape[1])
     yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Rows `start` to `stop` of a picture of so many rows."""
+class RowStrip:
+    """Rows `start` to `stop` of an image with `height` rows."""
 
     start: int
     stop: int
@@ -98,50 +99,50 @@ class Strip:
 
     @property
     def edges(self) -> Edges:
-        """For a kernel of three rows that makes this strip from the strip and its neighbours."""
+        """Rows of zeros that a kernel of three rows needs around the strip with its neighbours."""
         return int(self.start == 0), int(self.stop == self.height)
 
-    def and_neighbours(self) -> "Strip":
-        """With the row above and the row below, where there are any."""
-        return Strip(max(self.start - 1, 0), min(self.stop + 1, self.height), self.height)
+    def with_neighbours(self) -> "RowStrip":
+        """Adds the row above and the row below, where they exist."""
+        return RowStrip(max(self.start - 1, 0), min(self.stop + 1, self.height), self.height)
 
-    def of(self, picture: Tensor) -> Tensor:
-        """These rows [1, C, h, W], a view. Its strides are those of a picture of its own, which oneDNN looks at."""
-        _, channels, _, width = picture.shape
-        rows = rows_of(picture)[self.start * width : self.stop * width]
+    def view(self, image: Tensor) -> Tensor:
+        """Views these rows of `image` as [1, C, h, W], with the strides of a separate image, which oneDNN checks."""
+        _, channels, _, width = image.shape
+        rows = pixel_rows(image)[self.start * width : self.stop * width]
         return rows.view(1, -1, width, channels).permute(0, 3, 1, 2)
 
 
-def strips_of(picture: Tensor, widest: int) -> list[Strip]:
-    """All rows of a picture, as many at once as hold some millions of numbers at so many channels, the most on the way.
+def split_into_strips(image: Tensor, max_channels: int) -> list[RowStrip]:
+    """Splits the rows of an image into strips of at most STRIP_NUMEL numbers at `max_channels` channels.
 
-    Fours of them, as engines.backends.cpu.winograd makes them.
+    Strips have a multiple of four rows, because engines.backends.cpu.winograd computes four at a time.
     """
-    height, width = picture.shape[2:]
-    step = max(1, STRIP // (widest * width) // 4) * 4
-    return [Strip(start, min(start + step, height), height) for start in range(0, height, step)]
+    height, width = image.shape[2:]
+    step = max(1, STRIP_NUMEL // (max_channels * width) // 4) * 4
+    return [RowStrip(start, min(start + step, height), height) for start in range(0, height, step)]
 
 
-Read = Callable[[Tensor, Strip], Tensor]
-Write = Callable[[Tensor, Strip, Tensor], None]
+ReadRows = Callable[[Tensor, RowStrip], Tensor]
+WriteStrip = Callable[[Tensor, RowStrip, Tensor], None]
 
 
-def change(x: Tensor, widest: int, read: Read, write: Write) -> Tensor:
-    """x, changed in place strip by strip by way of another tensor, of which each row is made once.
+def update_in_strips(x: Tensor, max_channels: int, read: ReadRows, write: WriteStrip) -> Tensor:
+    """Changes x in place, strip by strip, through an intermediate tensor whose rows are computed once.
 
-    read(picture, rows) makes rows of that tensor, for which it looks at the picture's and one more on each side;
-    write(picture, strip, y) changes a strip, given that strip of the tensor with its neighbours. No row is looked at
-    once it is written.
+    read(image, rows) returns those rows of the intermediate tensor; it reads the same rows of the image and one more on
+    each side. write(image, strip, y) changes a strip; y is that strip of the intermediate tensor with its neighbours.
+    No row is read after it is written.
     """
-    for picture in torch.split(x, 1):
+    for image in torch.split(x, 1):
         parts: list[Tensor] = []
-        made = 0
-        for strip in strips_of(picture, widest):
-            rows = Strip(made, strip.and_neighbours().stop, strip.height)
+        rows_read = 0
+        for strip in split_into_strips(image, max_channels):
+            rows = RowStrip(rows_read, strip.with_neighbours().stop, strip.height)
             if rows.start < rows.stop:
-                parts.append(read(picture, rows))
+                parts.append(read(image, rows))
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-            parts = [y[:, :, -2:].clone(memory_format=torch.channels_last)]  # the next strip's neighbour and first row
-            write(picture, strip, y)
-            made = rows.stop
+            parts = [y[:, :, -2:].clone(memory_format=torch.channels_last)]  # neighbour and first row of the next strip
+            write(image, strip, y)
+            rows_read = rows.stop
     return x

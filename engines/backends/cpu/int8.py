@@ -1,9 +1,9 @@
 """Convolutions in 8 bits on a CPU with VNNI: twice the rate of bf16, at about 39 dB each.
 
-Weights are rounded once, with a scale per output channel. Activations are rounded at every call with a scale and a zero
-of their own per picture, so that no calibration is needed and a picture does not depend on its batch. Sums are exact
-(int32), bias and SiLU are applied to them in fp32 inside the kernel. The operators are those that torch.compile's CPU
-backend calls for quantised models (torch/_inductor/fx_passes/quantization.py).
+Weights are rounded once, with a scale per output channel. Activations are rounded at every call, with a scale and zero
+point per image: this needs no calibration, and an image does not depend on its batch. Sums are exact (int32); the
+kernel applies bias and SiLU to them in fp32. The operators are those that torch.compile's CPU backend calls for
+quantised models (torch/_inductor/fx_passes/quantization.py).
 
 Shapes: [B, C, H, W], channels-last in memory.
 """
@@ -11,19 +11,19 @@ Shapes: [B, C, H, W], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu.convolution import TYPICAL, Edges, rows_of, slices_of
+from engines.backends.cpu.convolution import TYPICAL_SIZE, Edges, cache_sized_slices, pixel_rows
 
-_LEVELS = 254  # of 256: the zero is rounded, which may shift the range by half a level
-_ROUNDER = 1.5 * 2**23  # added to a small number in fp32, leaves it rounded in the lowest bits: fp32 has 24 of them
+_LEVELS = 254  # of 256: rounding the zero point may shift the range by half a level
+_ROUNDING_OFFSET = 1.5 * 2**23  # added to a small fp32 number, it rounds it into the lowest of fp32's 24 bits
 
 
 def has_int8() -> bool:
-    """Whether this CPU multiplies 8-bit numbers without overflow in between, and torch has the operators."""
+    """Returns whether this CPU multiplies 8-bit numbers without intermediate overflow and torch has the operators."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()  # type: ignore[no-untyped-call]  # torch's own
 
 
 class Int8Conv:
-    """A convolution of stride 1 as `engines.backends.cpu.convolution.PackedConv`, computed in 8 bits."""
+    """Conv as engines.backends.cpu.convolution.PackedConv, computed in 8 bits."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         assert not isinstance(conv.padding, str)
@@ -31,10 +31,10 @@ class Int8Conv:
         self._scales = weight.abs().amax((1, 2, 3)).clamp_(min=torch.finfo(torch.float32).tiny) / 127
         rounded = (weight / self._scales[:, None, None, None]).round().to(torch.int8)
         self._rows, columns = conv.padding
-        # Rows of zeros are added where x is rounded anyway.
+        # `quantised` adds the rows of zeros while it rounds x.
         self._geometry = ([1, 1], [0, columns], [1, 1], conv.groups)
         self._weight = torch.ops.onednn.qconv_prepack(
-            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *TYPICAL]
+            rounded, self._scales, 1.0, 0, *self._geometry, [1, conv.in_channels, *TYPICAL_SIZE]
         )
         self._zeros = torch.zeros(len(self._scales), dtype=torch.int32)
         self._bias = None if conv.bias is None else conv.bias.detach().float()
@@ -42,12 +42,14 @@ class Int8Conv:
 
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor:
         edges = (self._rows, self._rows) if edges is None else edges
-        made = [self._one(picture, edges) for picture in torch.split(x, 1)]
-        return made[0] if len(made) == 1 else torch.cat(made)
+        results = [self._convolve(image, edges) for image in torch.split(x, 1)]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _one(self, x: Tensor, edges: Edges) -> Tensor:
-        """One picture or strip [1, C, H, W]. What is not finite comes out as NaN everywhere."""
-        low, high = (float(bound) for bound in torch.aminmax(rows_of(x)))  # of x itself it makes a copy first
+    def _convolve(self, x: Tensor, edges: Edges) -> Tensor:
+        """Convolves one image or strip [1, C, H, W]; returns NaN everywhere if any value is not finite."""
+        low, high = (
+            float(bound) for bound in torch.aminmax(pixel_rows(x))
+        )  # of the rows, because aminmax copies x first
         scale = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         finite = abs(scale) < float("inf")  # false for NaN too
         zero = round(-min(low, 0.0) / scale) if finite else 0
@@ -71,19 +73,19 @@ class Int8Conv:
 
 
 def quantised(x: Tensor, scale: float, zero: int, edges: Edges) -> Tensor:
-    """round(x / scale) + zero as uint8 [1, C, H + edges, W] of x [1, C, H, W], with rows of 0 around it.
+    """Returns round(x / scale) + zero as uint8 [1, C, H + edges, W] of x [1, C, H, W], with rows of `zero` around it.
 
-    By slices, so that fp32 stays in the cache.
+    Works in slices, so that the fp32 intermediates stay in the cache.
     """
     _, channels, height, width = x.shape
     above, below = edges
     size = (1, channels, height + above + below, width)
     out = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
-    rows = rows_of(out)
+    rows = pixel_rows(out)
     first, last = above * width, (above + height) * width
     rows[:first].fill_(zero)
     rows[last:].fill_(zero)
-    rounder = torch.tensor(_ROUNDER + zero)
-    for given, made in slices_of(rows_of(x), rows[first:last]):
-        made.copy_(torch.add(rounder, given.float(), alpha=1 / scale).view(torch.int32))  # of which a byte is kept
+    offset = torch.tensor(_ROUNDING_OFFSET + zero)
+    for source, target in cache_sized_slices(pixel_rows(x), rows[first:last]):
+        target.copy_(torch.add(offset, source.float(), alpha=1 / scale).view(torch.int32))  # uint8 keeps the low byte
     return out

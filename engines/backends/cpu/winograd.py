@@ -1,12 +1,12 @@
-"""3x3 convolutions on a CPU as six of 1x3 for every four rows: half of the products, in the same kernels.
+"""3x3 convolutions on a CPU as six 1x3 convolutions for every four rows, which halves the products.
 
-Winograd's minimal filtering F(4, 3) (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, section 4.3)
-along the rows alone. Six rows d0..d5 of the picture and the three of the kernel are read as polynomials, multiplied at
-0, a, -a, b, -b and infinity, and four rows of the result are combined from the six products, each a convolution along
-the columns.
+This is Winograd's minimal filtering F(4, 3) along the rows alone (Lavin and Gray, Fast Algorithms for Convolutional
+Neural Networks, section 4.3). Six rows d0..d5 of the image and the three rows of the kernel are taken as polynomials
+and evaluated at 0, a, -a, b, -b and infinity. Each of the six products is a convolution along the columns; four rows of
+the result are combined from them.
 
-The points a = 3/2 and b = 2/3 cost 3 dB less in bf16 than the usual 1 and 2, and a * b = 1 saves factors. Working in
-both directions at once, F(2, 3) would save about as many products for twice the sums, each a pass over memory.
+The points a = 3/2 and b = 2/3 lose 3 dB less in bf16 than the usual 1 and 2, and a * b = 1 saves factors. F(2, 3) in
+both directions would save about as many products for twice the sums, each of which is a pass over memory.
 
 Shapes: [B, C, H, W], channels-last in memory.
 """
@@ -17,21 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu.convolution import Edges, packed
+from engines.backends.cpu.convolution import Edges, pack_weight
 
-_AT_ONCE = 4  # rows of the result
+_ROWS_AT_ONCE = 4  # rows of the result
 _A, _B = 3 / 2, 2 / 3
 _PADDING = [0, 1]  # of a 1x3 convolution
-_ALONG = (_PADDING, [1, 1], [1, 1], 1)  # and its stride, dilation and groups
+_GEOMETRY = (_PADDING, [1, 1], [1, 1], 1)  # and its stride, dilation and groups
 
 
 class WinogradConv:
-    """A 3x3 convolution of stride 1, padded by one, as `engines.backends.cpu.convolution.PackedConv`."""
+    """Conv of 3x3 kernels, stride 1 and padding 1, as engines.backends.cpu.convolution.PackedConv."""
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         weight = conv.weight.detach()
         self._at_0, *self._at_points, self._at_infinity = (
-            packed(kernel.to(weight.dtype).contiguous(), _PADDING) for kernel in _kernels(weight.float())
+            pack_weight(kernel.to(weight.dtype).contiguous(), _PADDING) for kernel in _kernels(weight.float())
         )
         self._bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
         self._silu = silu
@@ -39,55 +39,55 @@ class WinogradConv:
     def __call__(self, x: Tensor, edges: Edges | None = None) -> Tensor:
         above, below = (1, 1) if edges is None else edges
         height = x.shape[2] + above + below - 2
-        below += -height % _AT_ONCE
+        below += -height % _ROWS_AT_ONCE
         if above or below:
             x = F.pad(x, (0, 0, above, below))
         size = (x.shape[0], len(self._bias), height, x.shape[3])
-        made = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        output = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
         for index, rows in enumerate(self._rows(x)):
-            target = made[:, :, index::_AT_ONCE]
-            wanted = rows[:, :, : target.shape[2]]
-            torch.ops.aten.silu.out(wanted, out=target) if self._silu else target.copy_(wanted)
-        return made
+            target = output[:, :, index::_ROWS_AT_ONCE]
+            valid = rows[:, :, : target.shape[2]]
+            torch.ops.aten.silu.out(valid, out=target) if self._silu else target.copy_(valid)
+        return output
 
     def _rows(self, x: Tensor) -> Iterator[Tensor]:
-        """Rows 0, 4, 8... of the result, then rows 1, 5, 9..., and so on; x has one row more above and below."""
-        d0, d1, d2, d3 = (x[:, :, first:-2:_AT_ONCE] for first in range(_AT_ONCE))
-        d4, d5 = x[:, :, 4::_AT_ONCE], x[:, :, 5::_AT_ONCE]
+        """Yields rows 0, 4, 8... of the result, then rows 1, 5, 9..., and so on; x has one more row above and below."""
+        d0, d1, d2, d3 = (x[:, :, first:-2:_ROWS_AT_ONCE] for first in range(_ROWS_AT_ONCE))
+        d4, d5 = x[:, :, 4::_ROWS_AT_ONCE], x[:, :, 5::_ROWS_AT_ONCE]
         inner = (d1, d2, d3, d4)
         sum_a, difference_a = self._at_pair(inner, _A, _B, self._at_points[:2])
         sum_b, difference_b = self._at_pair(inner, _B, _A, self._at_points[2:])
         bias = self._bias.view(1, -1, 1, 1)
         both = _A**2 + _B**2
-        yield self._added(sum_a + sum_b, torch.sub(d4, d2, alpha=both).add_(d0), self._at_0)
+        yield self._add_product(sum_a + sum_b, torch.sub(d4, d2, alpha=both).add_(d0), self._at_0)
         yield torch.add(bias, difference_a, alpha=_A).add_(difference_b, alpha=_B)
         yield torch.add(bias, sum_a, alpha=_A**2).add_(sum_b, alpha=_B**2)
         cubes = difference_a.mul_(_A**3).add_(difference_b, alpha=_B**3)
-        yield self._added(cubes, torch.sub(d5, d3, alpha=both).add_(d1), self._at_infinity)
+        yield self._add_product(cubes, torch.sub(d5, d3, alpha=both).add_(d1), self._at_infinity)
 
     def _at_pair(
         self, inner: tuple[Tensor, ...], point: float, other: float, kernels: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Sum and difference of the products at a point and at its negative."""
+        """Returns sum and difference of the products at a point and at its negative."""
         d1, d2, d3, d4 = inner
         even, odd = torch.sub(d4, d2, alpha=other**2), torch.sub(d3, d1, alpha=other**2)
         at_plus, at_minus = torch.add(even, odd, alpha=point), even.sub_(odd, alpha=point)
         plus, minus = (
-            torch.ops.mkldnn._convolution_pointwise(rows, kernel, None, *_ALONG, "none", [], "")
+            torch.ops.mkldnn._convolution_pointwise(rows, kernel, None, *_GEOMETRY, "none", [], "")
             for rows, kernel in zip((at_plus, at_minus), kernels, strict=True)
         )
         return plus + minus, plus.sub_(minus)
 
-    def _added(self, others: Tensor, rows: Tensor, kernel: Tensor) -> Tensor:
-        """The product, plus what the other points give, plus the bias."""
+    def _add_product(self, others: Tensor, rows: Tensor, kernel: Tensor) -> Tensor:
+        """Returns the product plus `others`, the sum over the other points, plus the bias."""
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-            rows, others, kernel, self._bias, *_ALONG, "add", 1.0, None, [], ""
+            rows, others, kernel, self._bias, *_GEOMETRY, "add", 1.0, None, [], ""
         )
         return y
 
 
 def _kernels(weight: Tensor) -> Iterator[Tensor]:
-    """What the kernel's rows [D, C, 3, 3] are at 0, a, -a, b, -b and infinity: six of [D, C, 1, 3]."""
+    """Yields the kernel [D, C, 3, 3] evaluated at 0, a, -a, b, -b and infinity: six of [D, C, 1, 3]."""
     above, at, below = (row.unsqueeze(2) for row in weight.unbind(2))
     yield above
     for point, other in ((_A, _B), (_B, _A)):

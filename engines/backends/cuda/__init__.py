@@ -1,1 +1,1 @@
-"""The model on NVIDIA GPUs without a vendor's compiler: cuBLAS for products, engines.kernels for the rest, graphs."""
+"""The model on NVIDIA GPUs without a vendor's compiler: cuBLAS products, engines.kernels and CUDA graphs."""

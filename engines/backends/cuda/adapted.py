@@ -1,4 +1,4 @@
-"""A transformer of the GPU path whose call also takes what each job chose (engines.models.lora)."""
+"""The GPU path's transformer with an adapter selection per job (engines.models.lora)."""
 
 from typing import Any
 
@@ -6,27 +6,27 @@ from torch import Tensor
 
 from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.transformer import CudaTransformer
-from engines.models.lora import Choice, Chosen
+from engines.models.lora import ActiveAdapters, AdapterSelection
 from engines.sampler import Denoiser
 
 
 class CudaAdapted:
-    """Called as engines.models.lora.Adapted is; `choice` is that of the modules that `inner` was made of."""
+    """Replaces engines.models.lora.AdaptedTransformer; `active` belongs to the modules that `inner` was made of."""
 
-    def __init__(self, inner: CudaTransformer | CudaControlled, choice: Choice):
-        self.inner, self._choice = inner, choice
+    def __init__(self, inner: CudaTransformer | CudaControlled, active: ActiveAdapters):
+        self.inner, self._active = inner, active
 
-    def __call__(self, *arguments: Any, chosen: Chosen | None = None) -> Tensor:
-        with self._choice.of(chosen):
+    def __call__(self, *arguments: Any, chosen: AdapterSelection | None = None) -> Tensor:
+        with self._active.use(chosen):
             return self.inner(*arguments)
 
-    def denoiser(self, *arguments: Any, chosen: Chosen | None = None) -> Denoiser:
-        """As CudaTransformer.denoiser and CudaControlled.denoiser."""
-        with self._choice.of(chosen):
+    def denoiser(self, *arguments: Any, chosen: AdapterSelection | None = None) -> Denoiser:
+        """Returns the denoiser of `inner` with the adapters of `chosen`."""
+        with self._active.use(chosen):
             inner = self.inner.denoiser(*arguments)
 
         def velocity(latent: Tensor, timestep: Tensor) -> Tensor:
-            with self._choice.of(chosen):
+            with self._active.use(chosen):
                 return inner(latent, timestep)
 
         return velocity

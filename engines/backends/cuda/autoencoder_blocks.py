@@ -1,4 +1,4 @@
-"""What decoder and encoder are made of on a GPU: ResBlocks on zero-bordered images, EfficientViT blocks on plain."""
+"""Blocks of decoder and encoder on a GPU: ResBlocks on zero-bordered images, EfficientViT blocks on plain ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.kernels.autoencoder.convolution import (
-    CONVOLUTION,
-    CONVOLUTION_NORM,
-    CONVOLUTION_SILU,
-)
+from engines.kernels.autoencoder.convolution import CONVOLUTION, CONVOLUTION_NORM, CONVOLUTION_SILU
 from engines.kernels.autoencoder.depthwise import DEPTHWISE, SIDE
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.autoencoder.rms_norm import RMS_NORM, Layout
@@ -24,24 +20,26 @@ from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.dcae import EfficientViTBlock, ResBlock
 from engines.models.layers import RMSNorm
 
-_HEADROOM = 2.0  # of an activation's scale over the largest value that calibration saw
-WHOLE = (32, 64, 128, 256)  # channels that one tile spans, so that a convolution's kernel can norm over them
+_HEADROOM = 2.0  # an activation's range over the largest value in calibration
+NORM_WIDTHS = (32, 64, 128, 256)  # channels that one tile spans, so that the convolution's kernel can apply the norm
 
 
-def why_not_blocks(
+def unsupported_blocks(
     side: str,
-    kinds: Sequence[str],
+    types: Sequence[str],
     depths: Sequence[int],
     widths: Sequence[int],
     scales: Sequence[tuple[int, ...]],
     head_dim: int,
 ) -> str | None:
-    """Why these blocks cannot run the encoder or the decoder (`side`) of such an architecture, highest resolution
-    first; None where they can."""
-    residual = sum(kind == "ResBlock" for kind in kinds)
-    if any(kind == "ResBlock" for kind in kinds[residual:]) or residual in (0, len(kinds)) or not all(depths):
+    """Returns the reason why these blocks cannot run the encoder or the decoder (`side`); None if they can.
+
+    Sequences begin with the highest resolution.
+    """
+    residual = sum(kind == "ResBlock" for kind in types)
+    if any(kind == "ResBlock" for kind in types[residual:]) or residual in (0, len(types)) or not all(depths):
         return (
-            f"{side}_block_types are {tuple(kinds)} of {tuple(depths)} layers; blocks at every resolution, ResBlocks "
+            f"{side}_block_types are {tuple(types)} of {tuple(depths)} layers; blocks at every resolution, ResBlocks "
             "at the high and EfficientViT blocks at the low ones are needed"
         )
     if any(width % 32 for width in widths) or head_dim % 8:
@@ -51,40 +49,40 @@ def why_not_blocks(
     return None
 
 
-def blocks_of(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
-    """The blocks of one resolution, without what comes before or behind them."""
-    found: list[ResidualBlock | VitBlock] = []
+def make_blocks(stage: nn.Module) -> "list[ResidualBlock | VitBlock]":
+    """Returns the blocks of one resolution, without its up- or downsampling."""
+    blocks: list[ResidualBlock | VitBlock] = []
     for part in stage.children():
         if isinstance(part, ResBlock):
-            found.append(ResidualBlock(part))
+            blocks.append(ResidualBlock(part))
         elif isinstance(part, EfficientViTBlock):
-            found.append(VitBlock(part))
-    return found
+            blocks.append(VitBlock(part))
+    return blocks
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A zero-bordered image [P, C]: in full, and in e4m3 where the next convolution reads that."""
+class BorderedImage:
+    """Zero-bordered image [P, C]: in full, and as the next convolution reads it (e4m3, or the same tensor)."""
 
     full: Tensor
-    small: Tensor
+    conv_input: Tensor
 
 
 class Norm:
-    """The parameters of an RMSNorm, in fp32."""
+    """Parameters of an RMSNorm, in fp32."""
 
     def __init__(self, norm: RMSNorm):
         assert norm.bias is not None
         self.gain, self.bias, self.eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
 
 
-class Kernel:
-    """The weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row."""
+class ConvWeight:
+    """Weight of a 3x3 convolution as a matrix [N, 9*C]; in e4m3 with a scale for each row after `to_fp8`."""
 
     def __init__(self, conv: nn.Conv2d):
         self.weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
         self.bias = None if conv.bias is None else conv.bias.detach().float()
-        self.scale: Tensor | None = None  # of the product of an 8-bit input and these weights
+        self.scale: Tensor | None = None  # scale of the product of an 8-bit input and these weights
 
     def to_fp8(self, input_scale: float) -> None:
         scale = self.weight.float().abs().amax(1).clamp_min(1e-12) / FP8_MAX
@@ -93,40 +91,40 @@ class Kernel:
 
 
 class ResidualBlock:
-    """dcae.ResBlock on a Stream."""
+    """Computes dcae.ResBlock on a BorderedImage."""
 
     def __init__(self, block: ResBlock):
-        self.conv1, self.conv2, self.norm = Kernel(block.conv1), Kernel(block.conv2), Norm(block.norm)
-        self.whole = block.conv2.out_channels in WHOLE
+        self.conv1, self.conv2, self.norm = ConvWeight(block.conv1), ConvWeight(block.conv2), Norm(block.norm)
+        self.fuses_norm = block.conv2.out_channels in NORM_WIDTHS
         self.input_scale: float | None = None
         self.hidden_scale: float | None = None
-        self.seen = [0.0, 0.0]  # largest input and hidden value of a calibration
+        self.max_values = [0.0, 0.0]  # largest input and hidden value in calibration
 
     def to_fp8(self) -> None:
-        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.seen)
+        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.max_values)
         self.conv1.to_fp8(self.input_scale)
         self.conv2.to_fp8(self.hidden_scale)
 
-    def hidden(self, ops: Ops, x: Stream, grid: Grid) -> Tensor:
+    def hidden(self, ops: Ops, x: BorderedImage, grid: Grid) -> Tensor:
         conv, scale = self.conv1, self.hidden_scale or 1.0
-        made: Tensor = ops(CONVOLUTION_SILU, x.small, conv.weight, conv.scale, conv.bias, scale, grid)
-        return made
+        output: Tensor = ops(CONVOLUTION_SILU, x.conv_input, conv.weight, conv.scale, conv.bias, scale, grid)
+        return output
 
-    def __call__(self, ops: Ops, x: Stream, grid: Grid, next_scale: float | None) -> Stream:
+    def __call__(self, ops: Ops, x: BorderedImage, grid: Grid, next_scale: float | None) -> BorderedImage:
         hidden, conv, norm = self.hidden(ops, x, grid), self.conv2, self.norm
-        if self.whole:
-            made = ops(
+        if self.fuses_norm:
+            output = ops(
                 CONVOLUTION_NORM,
                 *(hidden, conv.weight, conv.scale, norm.gain, norm.bias, x.full, norm.eps, next_scale, grid),
             )
         else:
             y = ops(CONVOLUTION, hidden, conv.weight, conv.scale, grid)
-            made = ops(RMS_NORM, y, norm.gain, norm.bias, x.full, norm.eps, "bordered", next_scale, grid)
-        return Stream(made[0], made[-1])
+            output = ops(RMS_NORM, y, norm.gain, norm.bias, x.full, norm.eps, "bordered", next_scale, grid)
+        return BorderedImage(output[0], output[-1])
 
 
 class VitBlock:
-    """dcae.EfficientViTBlock on [B*H*W, C]."""
+    """Computes dcae.EfficientViTBlock on [B*H*W, C]."""
 
     def __init__(self, block: EfficientViTBlock):
         attention, glu = block.attn, block.conv_out
@@ -152,5 +150,5 @@ class VitBlock:
         wide = ops(SILU_PRODUCT, x, self.inverted, self.inverted_bias)
         y = F.linear(ops(GATED_DEPTHWISE, wide, self.depth, self.depth_bias, *grid), self.point)
         norm = self.norm2
-        made: Tensor = ops(RMS_NORM, y, norm.gain, norm.bias, x, norm.eps, layout, None, grid)[0]
-        return made
+        output: Tensor = ops(RMS_NORM, y, norm.gain, norm.bias, x, norm.eps, layout, None, grid)[0]
+        return output

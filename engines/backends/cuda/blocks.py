@@ -1,8 +1,13 @@
-"""What the transformer and a ControlNet's copies of it are made of: blocks, their conditioning, tokens and prompts.
+"""Blocks of the transformer and of a ControlNet's copies, with their conditioning, image tokens and prompts.
 
-The same numbers as engines.models.transformer, by exact algebra with less work: q, k and v are one product; the rms of
-a linear attention's query cancels in its quotient; keys and values of all blocks are one product a prompt; all
-modulations are one addition. Sums are in fp32 within a kernel and rounded at its end.
+They compute what engines.models.transformer computes, by exact algebra with less work:
+
+- q, k and v are one product.
+- The rms of a linear attention's query cancels in its quotient.
+- Keys and values of all blocks are one product per prompt.
+- All modulations are one addition.
+
+A kernel sums in fp32 and rounds once, at its end.
 
 Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, L blocks, D width. Tokens are
 [B*N, D] between kernels.
@@ -25,29 +30,29 @@ from engines.kernels.op import Ops
 from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, positions
 from engines.models.layers import RMSNorm
-from engines.models.lora import Stack
+from engines.models.lora import AdapterStack
 from engines.models.transformer import TransformerConfig
 
-_WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
+_FREQUENCIES = 128  # of a time embedding, each as a cosine and a sine
 
 
-class Layer(NamedTuple):
-    """Weight [out, in] and bias [out] of a product; stacks: what jobs add to it, each from an output on."""
+class LinearLayer(NamedTuple):
+    """Weight [out, in] and bias [out] of a product; stacks: (first output, adapters of the jobs)."""
 
     weight: Tensor
     bias: Tensor | None
-    stacks: tuple[tuple[int, Stack], ...] = ()
+    stacks: tuple[tuple[int, AdapterStack], ...] = ()
 
 
-class Prepared(NamedTuple):
-    """What blocks read of a prompt: keys (normalised) and values [B*T, L*2*D]; lengths [B] int32."""
+class PreparedText(NamedTuple):
+    """Prompts as the blocks read them: normalised keys and values [B*T, L*2*D]; lengths [B] int32."""
 
     kv: Tensor
     lengths: Tensor
 
 
 class Pending(NamedTuple):
-    """gate * y + extra, still to be added to the residual stream: y, extra [B*N, D], gate [B, D]."""
+    """Term gate * y + extra that is not yet added to the residual stream: y, extra [B*N, D], gate [B, D]."""
 
     y: Tensor
     gate: Tensor | None = None
@@ -55,48 +60,48 @@ class Pending(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    qkv: Layer
-    key_weight: Tensor | None  # [D] fp32: of k's norm, times the size of q's
-    out: Layer
-    query: Layer
-    cross_out: Layer
-    expand: Layer
+    qkv: LinearLayer
+    key_weight: Tensor | None  # [D] fp32: k's norm weight times |q's norm weight|
+    out: LinearLayer
+    query: LinearLayer
+    cross_out: LinearLayer
+    expand: LinearLayer
     taps: Tensor  # [9, 2*hidden]
     taps_bias: Tensor
-    project: Layer
+    project: LinearLayer
 
 
-# (index of a block, what is due to be added to its input, that input) -> the same, with more to add.
+# (index of a block, its residual stream, its pending term) -> both, with additions.
 Inject = Callable[[int, Tensor, Pending], tuple[Tensor, Pending]]
 
 
 class Blocks:
-    """Transformer blocks with their weights as the kernels read them; the modules' parameters become views of them."""
+    """Transformer blocks with weights laid out for the kernels; the modules' parameters become views of these."""
 
     def __init__(self, blocks: nn.ModuleList, config: TransformerConfig, ops: Ops):
         self._ops, self._config = ops, config
-        self._normed = config.qk_norm is not None
+        self._has_qk_norm = config.qk_norm is not None
         modules: list[Any] = list(blocks)
         crosses = [block.attn2 for block in modules]
-        self.keys_values = _stacked([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
+        self.keys_values = _fuse_layers([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
         scale = config.cross_attention_head_dim**-0.5
         self._key_weights = torch.stack([_norm_weights(cross, config.dim) * scale for cross in crosses])
         self.tables = torch.stack([block.scale_shift_table.detach() for block in modules])  # [L, 6, D]
         for block, table in zip(modules, self.tables, strict=True):
             block.scale_shift_table = nn.Parameter(table, requires_grad=False)
-        self._weights = [self._laid_out(block) for block in modules]
+        self._weights = [self._block_weights(block) for block in modules]
         first = modules[0]
         self._norm_eps: float = first.norm1.eps
-        self._rms_eps: float = first.attn1.norm_k.eps if self._normed else 0.0
+        self._rms_eps: float = first.attn1.norm_k.eps if self._has_qk_norm else 0.0
 
     def __len__(self) -> int:
         return len(self._weights)
 
-    def _laid_out(self, block: Any) -> _Weights:
+    def _block_weights(self, block: Any) -> _Weights:
         own, cross, ff = block.attn1, block.attn2, block.ff
         key_weight = None
-        if self._normed:
-            # relu(q * w) . relu(k) = relu(q * sign w) . (|w| * relu(k)): exact, and the module computes as before.
+        if self._has_qk_norm:
+            # relu(q * w) . relu(k) = relu(q * sign w) . (|w| * relu(k)): exact. The module computes the same as before.
             key_weight = own.norm_k.weight.detach().float() * own.norm_q.weight.detach().float().abs()
             sign = torch.where(own.norm_q.weight.detach() < 0, -1, 1).to(own.to_q.weight.dtype)
             own.norm_q.weight = nn.Parameter(own.norm_q.weight.detach().abs(), requires_grad=False)
@@ -106,7 +111,7 @@ class Blocks:
             for _, stack in _stacks(own.to_q):
                 stack.up.mul_(sign[:, None])
         return _Weights(
-            qkv=_stacked([own.to_q, own.to_k, own.to_v]),
+            qkv=_fuse_layers([own.to_q, own.to_k, own.to_v]),
             key_weight=key_weight,
             out=layer_of(own.to_out[0]),
             query=layer_of(cross.to_q),
@@ -117,30 +122,36 @@ class Blocks:
             project=layer_of(ff.conv_point),
         )
 
-    def product(self, x: Tensor, layer: Layer) -> Tensor:
-        """x [M, in] to [M, out]; every product but the expansion's goes through here."""
+    def product(self, x: Tensor, layer: LinearLayer) -> Tensor:
+        """Returns x [M, in] times `layer`, [M, out]; every product but the expansion's comes here."""
         return product(x, layer)
 
-    def expansion(self, x: Tensor, layer: Layer) -> Tensor:
-        """silu of the product: x [M, in] to [M, out]."""
+    def expansion(self, x: Tensor, layer: LinearLayer) -> Tensor:
+        """Returns the SiLU of x [M, in] times `layer`, [M, out]."""
         if layer.stacks:
             return F.silu(product(x, layer))
         expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias)
         return expanded
 
-    def keys(self, projected: Tensor, lengths: Tensor) -> Prepared:
-        """From projected text [B, T, D]."""
+    def keys(self, projected: Tensor, lengths: Tensor) -> PreparedText:
+        """Returns keys and values of all blocks for projected text [B, T, D]."""
         kv = self.product(projected.flatten(0, 1), self.keys_values)
-        return Prepared(self._ops(KEY_NORM, kv, self._key_weights, self._normed, self._rms_eps), lengths)
+        return PreparedText(self._ops(KEY_NORM, kv, self._key_weights, self._has_qk_norm, self._rms_eps), lengths)
 
     def modulations(self, modulation: Tensor) -> Tensor:
-        """What blocks share [B, 6, D], with each block's own table added: [B, L, 6, D]."""
+        """Returns the shared modulation [B, 6, D] plus each block's table: [B, L, 6, D]."""
         return self.tables + modulation[:, None]
 
     def block(
-        self, index: int, x: Tensor, pending: Pending | None, modulations: Tensor, text: Prepared, size: tuple[int, int]
+        self,
+        index: int,
+        x: Tensor,
+        pending: Pending | None,
+        modulations: Tensor,
+        text: PreparedText,
+        size: tuple[int, int],
     ) -> tuple[Tensor, Pending]:
-        """Block `index` on x + pending: the residual stream [B*N, D], and what it lacks of the block's output."""
+        """Runs block `index` on x + pending; returns the residual stream [B*N, D] and its pending term."""
         ops, weights, batch = self._ops, self._weights[index], modulations.shape[0]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations[:, index].unbind(1)
         if pending is None:
@@ -153,7 +164,7 @@ class Blocks:
         x = ops(RESIDUAL, x, self.product(attended, weights.out), gate1, None, batch)
         query = self.product(x, weights.query)
         heads = self._config.num_cross_attention_heads
-        attended = ops(CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._normed, self._rms_eps)
+        attended = ops(CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._has_qk_norm, self._rms_eps)
         y = self.product(attended, weights.cross_out)
         x, h = ops(RESIDUAL_NORM, x, y, None, None, scale2, shift2, batch, self._norm_eps)
         expanded = self.expansion(h, weights.expand)
@@ -162,47 +173,49 @@ class Blocks:
 
 
 class Conditioning:
-    """Time and guidance to the modulation of all blocks, with both embedders' products as one."""
+    """Embeds time and guidance to the modulation of all blocks, with both embedders' products as one."""
 
     def __init__(self, embed: TimeGuidanceEmbed | TimeEmbed):
         self._guided = isinstance(embed, TimeGuidanceEmbed)
         if isinstance(embed, TimeGuidanceEmbed):
-            both: list[Any] = [embed.timestep_embedder, embed.guidance_embedder]
+            embedders: list[Any] = [embed.timestep_embedder, embed.guidance_embedder]
         else:
-            both = [embed.emb["timestep_embedder"]]
+            embedders = [embed.emb["timestep_embedder"]]
         self._first, self._second = (
-            _stacked([getattr(embedder, name) for embedder in both]) for name in ("linear_1", "linear_2")
+            _fuse_layers([getattr(embedder, name) for embedder in embedders]) for name in ("linear_1", "linear_2")
         )
         self._last = layer_of(embed.linear)
-        steps = torch.arange(_WAVES, dtype=torch.float32, device=self._last.weight.device)
-        self._frequencies = torch.exp(steps * (-math.log(10000.0) / _WAVES))
+        steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=self._last.weight.device)
+        self._frequencies = torch.exp(steps * (-math.log(10000.0) / _FREQUENCIES))
 
     def __call__(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """timestep, guidance [B]: the modulation [B, 6, D] and the embedding [B, D] of the output, as
-        SprintTransformer.conditioning gives them, and raises ValueError where guidance is missing or not embedded."""
+        """Returns modulation [B, 6, D] and output embedding [B, D], as SprintTransformer.conditioning.
+
+        timestep, guidance [B]. Raises ValueError if guidance is missing or not embedded.
+        """
         if (guidance is None) == self._guided:
             raise ValueError(f"guidance: got {guidance!r}; needed is a tensor [B] where it is embedded, else None")
-        given = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
-        angle = given[..., None].float() * self._frequencies
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
-        embedded = _each(F.silu(_each(wave, self._first)), self._second).sum(0)
+        conditions = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
+        angle = conditions[..., None].float() * self._frequencies
+        sinusoids = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
+        embedded = _grouped_product(F.silu(_grouped_product(sinusoids, self._first)), self._second).sum(0)
         modulation = product(F.silu(embedded), self._last)
         return torch.unflatten(modulation, 1, (6, -1)), embedded
 
 
 def lengths_of(text: Tensor, text_mask: Tensor | None) -> Tensor:
-    """Tokens that count in each text [B, T, ...], int32 on its device; text_mask [B, T] keeps a first part of each."""
+    """Returns the length of each text [B, T, ...], int32 on its device; text_mask [B, T] keeps a first part of each."""
     if text_mask is None:
         return torch.full((text.shape[0],), text.shape[1], dtype=torch.int32, device=text.device)
     return text_mask.sum(1, dtype=torch.int32)
 
 
-def tokens(embed: PatchEmbed, latent: Tensor, placed: bool = True) -> Tensor:
-    """Latent [B, C, h, w] to tokens [B*N, D], as PatchEmbed does; placed False: without its positional embedding."""
+def image_tokens(embed: PatchEmbed, latent: Tensor, with_positions: bool = True) -> Tensor:
+    """Embeds a latent [B, C, h, w] as tokens [B*N, D], as PatchEmbed, optionally without its positions."""
     batch, channels, height, width = latent.shape
     flat = latent.permute(0, 2, 3, 1).reshape(-1, channels)
     x = product(flat, layer_of(embed.proj))
-    if embed.scale is None or embed.pos_embed is None or not placed:
+    if embed.scale is None or embed.pos_embed is None or not with_positions:
         return x
     table = embed.pos_embed
     if (height, width) != (embed.base, embed.base):
@@ -210,14 +223,14 @@ def tokens(embed: PatchEmbed, latent: Tensor, placed: bool = True) -> Tensor:
     return (torch.unflatten(x, 0, (batch, -1)) + table).to(x.dtype).flatten(0, 1)
 
 
-def projected(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
-    """Text [B, T, caption_channels] to the [B, T, D] that keys and values are made of."""
+def project_text(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
+    """Projects text [B, T, caption_channels] to [B, T, D], from which keys and values are computed."""
     projected: Tensor = projection(text)
     return F.rms_norm(projected, projected.shape[-1:], norm.weight, norm.eps)
 
 
-def product(x: Tensor, layer: Layer) -> Tensor:
-    """x [M, in] to [M, out]; the rows of a job lie together."""
+def product(x: Tensor, layer: LinearLayer) -> Tensor:
+    """Returns x [M, in] times `layer`, [M, out]; the rows of a job are adjacent."""
     y = F.linear(x, layer.weight, layer.bias)
     for start, stack in layer.stacks:
         part = y[:, start : start + stack.up.shape[1]]
@@ -225,8 +238,8 @@ def product(x: Tensor, layer: Layer) -> Tensor:
     return y
 
 
-def _each(x: Tensor, layer: Layer) -> Tensor:
-    """x [G, B, in] through G linear maps one below the other [G*out, in]: [G, B, out]."""
+def _grouped_product(x: Tensor, layer: LinearLayer) -> Tensor:
+    """Applies G linear maps, stacked as [G*out, in], to x [G, B, in]; returns [G, B, out]."""
     weight = torch.unflatten(layer.weight, 0, (x.shape[0], -1))
     assert layer.bias is not None
     y = torch.baddbmm(torch.unflatten(layer.bias, 0, (x.shape[0], 1, -1)), x, weight.mT)
@@ -236,30 +249,31 @@ def _each(x: Tensor, layer: Layer) -> Tensor:
     return y
 
 
-def checked_dtype(module: nn.Module) -> torch.dtype:
+def supported_dtype(module: nn.Module) -> torch.dtype:
+    """Returns the type of the module's weights. Raises BackendError unless it is bf16 or fp32."""
     dtype = next(module.parameters()).dtype
     if dtype not in (torch.bfloat16, torch.float32):
         raise BackendError(f"CUDA transformer: weights are {dtype}; supported are torch.bfloat16 and torch.float32")
     return dtype
 
 
-def layer_of(module: nn.Module) -> Layer:
-    """A linear map or a 1x1 convolution, without a copy."""
+def layer_of(module: nn.Module) -> LinearLayer:
+    """Returns a linear map or 1x1 convolution as LinearLayer, without a copy."""
     weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
-    return Layer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
+    return LinearLayer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
 
 
-def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, Stack], ...]:
+def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, AdapterStack], ...]:
     stack = getattr(module, "stack", None)
-    return ((start, stack),) if isinstance(stack, Stack) else ()
+    return ((start, stack),) if isinstance(stack, AdapterStack) else ()
 
 
-def _stacked(layers: Iterable[Any]) -> Layer:
-    """Linear maps one below the other; their parameters become views of the result."""
+def _fuse_layers(layers: Iterable[Any]) -> LinearLayer:
+    """Concatenates the outputs of linear maps; their parameters become views of the result."""
     layers = list(layers)
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    start, stacks = 0, list[tuple[int, Stack]]()
+    start, stacks = 0, list[tuple[int, AdapterStack]]()
     for layer in layers:
         rows = layer.weight.shape[0]
         stacks += _stacks(layer, start)
@@ -267,11 +281,11 @@ def _stacked(layers: Iterable[Any]) -> Layer:
         if bias is not None:
             layer.bias = nn.Parameter(bias[start : start + rows], requires_grad=False)
         start += rows
-    return Layer(weight, bias, tuple(stacks))
+    return LinearLayer(weight, bias, tuple(stacks))
 
 
 def _norm_weights(cross: Any, dim: int) -> Tensor:
-    """Weights of the query's and the key's norm, one times the other: [D] fp32."""
+    """Returns the product of the query's and the key's norm weights: [D] fp32."""
     if isinstance(cross.norm_q, nn.Identity):
         return torch.ones(dim, device=cross.to_q.weight.device)
     product: Tensor = cross.norm_q.weight.detach().float() * cross.norm_k.weight.detach().float()

@@ -1,27 +1,32 @@
-"""DC-AE's encoder from engines.kernels: uint8 pixels in, latents out; what drawings and image-to-image wait for.
+"""DC-AE's encoder from engines.kernels: uint8 pixels to latents, for drawings and image-to-image.
 
-The blocks are the decoder's (engines.backends.cuda.decoder). Downsampling is one strided convolution by cuDNN, and its
-averaging shortcut is a part of its weights; so is that of the last convolution. Equal to engines.models.pixels.
-PixelEncoder, but for rounding.
+The blocks are the decoder's (engines.backends.cuda.decoder). Downsampling is one strided convolution by cuDNN, whose
+weights include the averaging shortcut; the last convolution's weights include theirs too. The result equals
+engines.models.pixels.PixelEncoder up to rounding.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cuda.autoencoder_blocks import ResidualBlock, Stream, blocks_of, why_not_blocks
+from engines.backends.cuda.autoencoder_blocks import (
+    BorderedImage,
+    ResidualBlock,
+    make_blocks,
+    unsupported_blocks,
+)
 from engines.kernels.autoencoder.border import ZERO_BORDER
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.op import Ops
 from engines.models.dcae import AutoencoderConfig, Downsample, Encoder
 from engines.models.pixels import PixelEncoder
 
-_INPUTS = 8  # channels of the first convolution: RGB, one that is 1 and carries the bias, and zeros
+_INPUTS = 8  # channels of the first convolution: RGB, a constant 1 that carries the bias, and zeros
 
 
-def why_not_encode(config: AutoencoderConfig) -> str | None:
-    """Why these kernels cannot run an encoder of this architecture; None where they can."""
-    why = why_not_blocks(
+def unsupported_encoder(config: AutoencoderConfig) -> str | None:
+    """Returns the reason why these kernels cannot run an encoder of this architecture; None if they can."""
+    reason = unsupported_blocks(
         "encoder",
         config.encoder_block_types,
         config.encoder_layers_per_block,
@@ -29,15 +34,15 @@ def why_not_encode(config: AutoencoderConfig) -> str | None:
         config.encoder_qkv_multiscales,
         config.attention_head_dim,
     )
-    if why is not None:
-        return why
+    if reason is not None:
+        return reason
     if config.downsample_block_type == "pixel_unshuffle" or config.in_channels != 3:
         return f"downsample_block_type is {config.downsample_block_type}; strided convolutions of RGB are needed"
     return None
 
 
-class _Down:
-    """dcae.Downsample, its shortcut in its weights."""
+class _Downsampling:
+    """Computes dcae.Downsample, with the shortcut folded into the weights."""
 
     def __init__(self, down: Downsample):
         weight = down.conv.weight.detach().float().clone()
@@ -48,19 +53,19 @@ class _Down:
         self.bias = down.conv.bias
 
     def __call__(self, ops: Ops, x: Tensor, grid: Grid, bordered: bool, next_bordered: bool) -> tuple[Tensor, Grid]:
-        """From and to a matrix, zero-bordered or plain."""
+        """Halves a matrix, zero-bordered or plain, to a matrix, zero-bordered or plain."""
         halved = Grid(grid.batch, grid.height // 2, grid.width // 2)
         around = 2 if bordered else 0
         image = x.view(grid.batch, grid.height + around, grid.width + around, x.shape[1]).permute(0, 3, 1, 2)
         padding = (0 if bordered else 1) + (2 if next_bordered else 0)
         y = F.conv2d(image, self.weight, self.bias, stride=2, padding=padding)
         flat = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous()
-        made: Tensor = ops(ZERO_BORDER, flat, halved) if next_bordered else flat
-        return made, halved
+        output: Tensor = ops(ZERO_BORDER, flat, halved) if next_bordered else flat
+        return output, halved
 
 
 class CudaEncoder:
-    """Called like PixelEncoder: pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
+    """Replaces PixelEncoder: pixels [B, H, W, 3] uint8 to the latent [B, C, h, w] of unit variance, fp32."""
 
     def __init__(self, module: PixelEncoder, ops: Ops):
         encoder = module.encoder
@@ -74,7 +79,7 @@ class CudaEncoder:
         assert encoder.conv_in.bias is not None
         self._conv_in[:, 3, 1, 1] = encoder.conv_in.bias.detach()
         self._conv_in = self._conv_in.to(memory_format=torch.channels_last)
-        self._stages = [(blocks_of(stage), _down_of(stage)) for stage in encoder.down_blocks]
+        self._stages = [(make_blocks(stage), _downsampling_of(stage)) for stage in encoder.down_blocks]
         last = encoder.conv_out.weight.detach().float().clone()
         if encoder.group:
             channel = torch.arange(last.shape[1], device=last.device)
@@ -85,12 +90,12 @@ class CudaEncoder:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         grid = Grid(*pixels.shape[:3])
-        x = self._first(pixels, grid)
+        x = self._first_convolution(pixels, grid)
         for index, (blocks, down) in enumerate(self._stages):
             bordered = isinstance(blocks[0], ResidualBlock)
             for block in blocks:
                 if isinstance(block, ResidualBlock):
-                    x = block(self._ops, Stream(x, x), grid, None).full
+                    x = block(self._ops, BorderedImage(x, x), grid, None).full
                 else:
                     x = block(self._ops, x, grid, "plain")
             if down is not None:
@@ -100,8 +105,8 @@ class CudaEncoder:
         latent = F.conv2d(image, self._conv_out, self._conv_out_bias, padding=1)
         return latent.float() * self._factor
 
-    def _first(self, pixels: Tensor, grid: Grid) -> Tensor:
-        """The first convolution's result as a zero-bordered matrix."""
+    def _first_convolution(self, pixels: Tensor, grid: Grid) -> Tensor:
+        """Returns the first convolution's result as a zero-bordered matrix."""
         wide = torch.zeros(
             grid.batch, grid.height + 4, grid.width + 4, _INPUTS, dtype=self._dtype, device=pixels.device
         )
@@ -109,10 +114,10 @@ class CudaEncoder:
         inner[..., :3] = pixels.float() / 127.5 - 1
         inner[..., 3] = 1
         y = F.conv2d(wide.permute(0, 3, 1, 2), self._conv_in)
-        made: Tensor = self._ops(ZERO_BORDER, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous(), grid)
-        return made
+        output: Tensor = self._ops(ZERO_BORDER, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous(), grid)
+        return output
 
 
-def _down_of(stage: nn.Module) -> _Down | None:
-    """The downsampling behind a stage; the last has none."""
-    return next((_Down(part) for part in stage.children() if isinstance(part, Downsample)), None)
+def _downsampling_of(stage: nn.Module) -> _Downsampling | None:
+    """Returns the downsampling after a stage; None for the last."""
+    return next((_Downsampling(part) for part in stage.children() if isinstance(part, Downsample)), None)

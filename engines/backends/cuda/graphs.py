@@ -1,11 +1,17 @@
 """One CUDA graph per (bucket, height, width, steps): all steps, or decode and conversion to uint8, as one launch.
 
-The bookkeeping (GraphRunner: which bucket, padding, order, buffers, what was not captured) knows nothing of CUDA; the
-calls (CudaGraphCapture) decide nothing. Rules, from PyTorch's notes on CUDA graphs and NVIDIA's guide: largest shape
-first and one shared memory pool, so that smaller graphs fit into its blocks; static inputs; warm-ups on a side stream
-before each capture; graphs of a pool never run at once; results are copied before the next replay. Everything is
-captured before the engine is ready: a shape that was not runs as it is and is counted, never captured inside a request.
-A graph owns what it runs through: its chain, whose execution contexts and buffers it reads, lives as long as it does.
+GraphRunner chooses bucket, padding, order and buffers and counts uncaptured shapes, without CUDA. CudaGraphCapture
+makes the CUDA calls and decides nothing. Rules, from PyTorch's notes on CUDA graphs and NVIDIA's guide:
+
+- Capture the largest shape first, into one memory pool, so that smaller graphs fit into its blocks.
+- Inputs have static addresses.
+- Warm up on a side stream before each capture.
+- Graphs of one pool never run at the same time.
+- Copy results before the next replay.
+
+All graphs are captured before the engine is ready. No request captures: it runs an uncaptured shape eagerly and counts
+it. A graph owns the computation that it captured, because it reads that computation's execution contexts and
+buffers.
 """
 
 from collections import Counter
@@ -23,7 +29,7 @@ WARM_UPS = 2
 
 
 class GraphKey(NamedTuple):
-    """What a graph is captured for; height and width are the latent's."""
+    """Shape of a captured graph; height and width are the latent's."""
 
     bucket: int
     height: int
@@ -33,7 +39,7 @@ class GraphKey(NamedTuple):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a chain: its type, its shape for a key, and the dimension that is the batch."""
+    """One input of a computation: its type, its shape for a key, and its batch dimension."""
 
     dtype: torch.dtype
     shape: Callable[[GraphKey], tuple[int, ...]]
@@ -45,13 +51,13 @@ Replay = Callable[[], None]
 
 
 class Capturable(Protocol):
-    """Denoise or Decode (engines.pipeline.denoise_decode); outputs have the batch first."""
+    """A computation to capture, such as engines.pipeline.denoise_decode.Denoise; outputs have the batch first."""
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]: ...
 
 
 class GraphCapture(Protocol):
-    """What a device does. `record` runs `launch` once more and gives what runs it again on the same memory."""
+    """Captures on a device. `record` runs `launch` and returns a replay on the same memory, with the outputs."""
 
     def warm(self, launch: Callable[[], object]) -> None: ...
 
@@ -63,30 +69,30 @@ class _Captured:
     inputs: Inputs  # views of the shared buffers
     outputs: tuple[Tensor, ...]
     replay: Replay
-    chain: Capturable  # what the graph runs through
+    computation: Capturable  # held, because the graph reads its memory
 
 
 class GraphRunner:
-    """Callable like the chain it captures.
+    """Runs a computation through its captured graphs.
 
-    make_chain: called once per graph and once for what is not captured, so that each may hold an execution context of
-    its own. inputs: every input of the chain by name.
+    make_computation: called once per graph and once for uncaptured shapes, so that each can hold its own execution
+    context. inputs: every input of the computation by name.
     """
 
     def __init__(
         self,
-        make_chain: Callable[[], Capturable],
+        make_computation: Callable[[], Capturable],
         inputs: Mapping[str, InputSpec],
         buckets: Sequence[int],
-        sides: Iterable[tuple[int, int]],
+        latent_sizes: Iterable[tuple[int, int]],
         steps: Iterable[int],
         recorder: GraphCapture,
         device: torch.device,
     ):
-        self._make_chain, self._specs, self._recorder, self._device = make_chain, inputs, recorder, device
-        self._plain = make_chain()
+        self._make_computation, self._specs, self._recorder, self._device = make_computation, inputs, recorder, device
+        self._eager = make_computation()
         self._buckets = tuple(sorted(buckets))
-        keys = {GraphKey(b, *side, s) for b in self._buckets for side in sides for s in steps}
+        keys = {GraphKey(b, *size, s) for b in self._buckets for size in latent_sizes for s in steps}
         self.capture_order = tuple(
             sorted(keys, key=lambda key: (key.bucket * key.height * key.width, key.steps), reverse=True)
         )
@@ -95,7 +101,7 @@ class GraphRunner:
             for name, spec in inputs.items()
         }
         self._captured: dict[GraphKey, _Captured] = {}
-        self.uncaptured: Counter[GraphKey] = Counter()  # runs of shapes that no graph was captured for
+        self.uncaptured: Counter[GraphKey] = Counter()  # runs by uncaptured shape
 
     @property
     def ready(self) -> bool:
@@ -106,25 +112,25 @@ class GraphRunner:
         return self._buckets
 
     def capture(self) -> None:
-        """Captures every graph, largest first; again does nothing."""
+        """Captures every missing graph, largest first."""
         for key in self.capture_order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key)
         self.uncaptured.clear()
 
     def graph_for(self, batch: int, height: int, width: int, steps: int) -> GraphKey | None:
-        """The captured graph that `batch` jobs run in; None where they run as they are."""
+        """Returns the captured graph that `batch` jobs run in; None if they run eagerly."""
         if batch > self._buckets[-1]:
             return None
         key = GraphKey(smallest_fitting(batch, self._buckets), height, width, steps)
         return key if key in self._captured else None
 
     def __call__(self, inputs: Inputs, shape: GraphKey) -> tuple[Tensor, ...]:
-        """The chain's outputs, which are the caller's own, for `inputs` of this shape (`bucket` is their batch)."""
+        """Returns the outputs, copied, for `inputs` of this shape (`bucket` is their batch)."""
         key = self.graph_for(*shape)
         if key is None:
             self.uncaptured[shape] += 1
-            return self._plain({name: value.to(self._device) for name, value in inputs.items()})
+            return self._eager({name: value.to(self._device) for name, value in inputs.items()})
         return self._replay(self._captured[key], inputs, shape.bucket)
 
     def _capture(self, key: GraphKey) -> _Captured:
@@ -132,17 +138,17 @@ class GraphRunner:
             name: self._buffers[name][: prod(spec.shape(key))].view(spec.shape(key))
             for name, spec in self._specs.items()
         }
-        chain = self._make_chain()
+        computation = self._make_computation()
         for _ in range(WARM_UPS):
-            self._recorder.warm(lambda: chain(views))
-        replay, outputs = self._recorder.record(lambda: chain(views))
-        return _Captured(views, outputs, replay, chain)
+            self._recorder.warm(lambda: computation(views))
+        replay, outputs = self._recorder.record(lambda: computation(views))
+        return _Captured(views, outputs, replay, computation)
 
     def _replay(self, captured: _Captured, inputs: Inputs, batch: int) -> tuple[Tensor, ...]:
         for name, view in captured.inputs.items():
             dim = self._specs[name].batch_dim
-            view.narrow(dim, 0, batch).copy_(_fast_to_copy(inputs[name], view), non_blocking=True)
-            # The rest of the bucket repeats the last job: rows never meet, and what is left over may be no number.
+            view.narrow(dim, 0, batch).copy_(_pinned_for_copy(inputs[name], view), non_blocking=True)
+            # Pad with the last job: rows are independent, and stale buffer contents may be NaN.
             missing = view.shape[dim] - batch
             if missing:
                 last = view.narrow(dim, batch - 1, 1)
@@ -151,17 +157,17 @@ class GraphRunner:
         return tuple(output[:batch].clone() for output in captured.outputs)
 
 
-def _fast_to_copy(value: Tensor, view: Tensor) -> Tensor:
-    """`value`, in pinned memory where it lies on the host and `view` on a card: its copy does not stop this thread."""
+def _pinned_for_copy(value: Tensor, view: Tensor) -> Tensor:
+    """Pins a host `value` that goes to a `view` on a card, so that the copy does not block this thread."""
     if value.device.type == "cpu" and view.device.type == "cuda":
         return value.contiguous().pin_memory()
     return value
 
 
 class CudaGraphCapture:
-    """The CUDA calls: one memory pool, one side stream, errors of other threads' CUDA use kept out of a capture.
+    """Captures CUDA graphs with one memory pool and one side stream; CUDA calls of other threads do not disturb it.
 
-    What a warm-up took is given back before a capture takes its own, so that the two never stand side by side.
+    Releases the memory of a warm-up before the capture, so that the two never add up.
     """
 
     def __init__(self) -> None:
@@ -190,8 +196,10 @@ class CudaGraphCapture:
 
 
 class EagerReplay:
-    """A recorder without a device: a graph is the launch, run again into the same memory. It saves nothing; it lets
-    everything but the CUDA calls run, and be checked, on any machine."""
+    """Captures without a device: a replay launches again and copies into the same outputs.
+
+    It saves no time; it lets tests run everything but the CUDA calls on any machine.
+    """
 
     def warm(self, launch: Callable[[], object]) -> None:
         launch()
@@ -200,7 +208,7 @@ class EagerReplay:
         outputs = launch()
 
         def replay() -> None:
-            for kept, fresh in zip(outputs, launch(), strict=True):
-                kept.copy_(fresh)
+            for output, fresh in zip(outputs, launch(), strict=True):
+                output.copy_(fresh)
 
         return replay, outputs

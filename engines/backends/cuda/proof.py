@@ -1,6 +1,6 @@
-"""That each kernel equals its reference on this card: found once, kept in a file, and found anew when anything changes.
+"""Checks that each kernel equals its reference on this card, and caches the result in a file.
 
-What counts is the card, the versions of torch and Triton, the kernels' own sources, and what shapes they are run at.
+The file's name depends on the card, the versions of torch and Triton, the kernels' sources and the shapes.
 """
 
 import hashlib
@@ -22,23 +22,27 @@ _SOURCES = (Path(__file__).parent, Path(__file__).parents[2] / "kernels")
 
 
 def proof_file(folder: Path, device: torch.device, shapes: str) -> Path:
-    """Where the proof for `device` lies in `folder`; shapes: architecture, sizes and precision in words."""
+    """Returns the path of the proof for `device` in `folder`; shapes: architecture, sizes and precision as text."""
     card = torch.cuda.get_device_properties(device)
     digest = hashlib.sha256(f"{card.name} {card.major}.{card.minor} {torch.__version__} {triton.__version__}".encode())
     digest.update(shapes.encode())
-    for path in sorted(path for place in _SOURCES for path in place.rglob("*.py")):
+    for path in sorted(path for source in _SOURCES for path in source.rglob("*.py")):
         digest.update(path.read_bytes())
     return folder / f"kernels-{digest.hexdigest()[:24]}.json"
 
 
 def compare(ops: Ops, work: Callable[[], object], proof: Path | None) -> Mapping[str, str]:
-    """What is replaced by its reference, and why. Runs `work` and compares, unless `proof` says what came of it before;
-    it is written otherwise. None: no proof is kept."""
+    """Returns the operations that their references replace, with reasons.
+
+    Reads the file `proof` if it exists. Otherwise runs `work`, compares each kernel and writes the file; None: no file.
+    """
     if proof is not None and proof.is_file():
         ops.replaced.update(json.loads(proof.read_text()))
         return ops.replaced
     ops.compare(work)
-    if any(NO_COMPILER in why for why in ops.replaced.values()):  # says nothing of the kernels, so it is not kept
+    if any(
+        NO_COMPILER in why for why in ops.replaced.values()
+    ):  # tells nothing about the kernels, so it is not written
         logger.warning(
             "kernels: Triton finds no C compiler for its launchers, so PyTorch runs in their place, several times "
             "slower; give --engine a folder of build_engine.py --vendor native, which needs none"
@@ -47,13 +51,13 @@ def compare(ops: Ops, work: Callable[[], object], proof: Path | None) -> Mapping
     if proof is not None:
         try:
             _write(proof, json.dumps(ops.replaced))
-        except OSError as error:  # a read-only container, a full disk: the next start compares again
-            logger.warning("kernels: what was found equal cannot be kept in %s: %s", proof, error)
+        except OSError as error:  # read-only container or full disk: the next start compares again
+            logger.warning("kernels: the result of the comparison cannot be written to %s: %s", proof, error)
     return ops.replaced
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(text)

@@ -1,8 +1,8 @@
-"""Gemma-2 on a GPU: seven launches a layer, and one CUDA graph per (prompts, tokens) for an encode.
+"""Gemma-2 on a GPU: seven launches per layer, and one CUDA graph per (prompts, tokens).
 
-Bound by reading the weights once, so the products of few rows have kernels of their own, and all else between two
-products is one kernel. Says nothing else than engines.models.gemma and engines.models.text_encoder, which run whatever
-fits no bucket.
+Reading the weights bounds the time. So products of few rows have their own kernels, and one kernel does all work
+between two products. Results equal those of engines.models.gemma and engines.models.text_encoder, which run prompts
+that fit no bucket.
 
 Shapes: B prompts, L tokens to run, M = B*L rows, P prefix tokens, D hidden size, H query and K key heads of d.
 """
@@ -28,13 +28,13 @@ from engines.types import smallest_fitting
 
 BATCHES = (1, 2, 4, 8)
 LENGTHS = (16, 32, 64, 128, 304)
-# Up to about this many rows a product takes as long as reading its weights, so another prompt's rows cost nothing.
+# Up to about this many rows a product takes no longer than reading its weights, so further rows are free.
 _FREE_ROWS = 256
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's weights as the kernels read them; norms are 1 + weight [D] in fp32."""
+    """Weights of one layer as the kernels read them; norms are 1 + weight [D] in fp32."""
 
     qkv: Tensor  # [(H + 2K)*d, D]
     out: Tensor  # [D, H*d]
@@ -49,11 +49,12 @@ class _Layer:
 
 
 class CudaTextBody:
-    """A loaded body behind a prefix.
+    """Runs a loaded body after a prefix.
 
-    The fused matrices replace the module's own, which become views of them: it computes as before and takes no memory.
-    past: keys and values of the prefix, [1, K, P, d] each. longest: tokens of a prompt behind the prefix, at most.
-    Raises ValueError for an architecture that the kernels do not compute.
+    The module's weights become views of the fused matrices, so it computes as before and needs no further memory.
+    past: keys and values of the prefix, [1, K, P, d] each. longest: most tokens of a prompt after the prefix.
+
+    Raises ValueError for an architecture that the kernels do not support.
     """
 
     @torch.no_grad()
@@ -67,66 +68,68 @@ class CudaTextBody:
             raise ValueError(f"type of the text encoder: got {weight.dtype}, needed is bfloat16 or float32")
         self._ops, self._embedding, self._eps = ops, weight, config.rms_norm_eps
         self._cap, self._scale = config.attn_logit_softcapping, config.query_pre_attn_scalar**-0.5
-        # The product of two numbers of one type is rounded once, so the scale must be of that type, as upstream's is.
+        # Upstream rounds the scale to the weights' type before it multiplies.
         self._embed_scale = float(torch.tensor(config.hidden_size**0.5, dtype=weight.dtype))
         layers = [layer for layer in body.layers if isinstance(layer, Layer)]
         self._layers = [
-            _laid_out(layer, kept, config.sliding_window if kind == "sliding_attention" else 2**30)
-            for layer, kept, kind in zip(layers, past, config.layer_types, strict=True)
+            _layer_weights(layer, prefix, config.sliding_window if kind == "sliding_attention" else 2**30)
+            for layer, prefix, kind in zip(layers, past, config.layer_types, strict=True)
         ]
-        # The norm that follows a layer is the next one's first, or the last of all.
-        self._first, *rest = [_plus_one(layer.input_layernorm) for layer in layers]
-        self._next = [*rest, _plus_one(body.norm)]
+        # The norm after a layer is the next layer's first norm, or the final norm.
+        self._first, *rest = [_norm_weight(layer.input_layernorm) for layer in layers]
+        self._next = [*rest, _norm_weight(body.norm)]
         even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=weight.device)
         position = torch.arange(past[0][0].shape[2] + longest, dtype=torch.float32, device=weight.device)
         angle = position[:, None] * (1.0 / config.rope_theta ** (even / config.head_dim))
         self._cosine, self._sine = angle.cos(), angle.sin()  # [positions, d/2]
 
     def __call__(self, ids: Tensor, shared: Tensor) -> Tensor:
-        """Hidden states [B, L, D] of ids [B, L], row b behind the first shared[b] tokens of the prefix."""
+        """Returns hidden states [B, L, D] of ids [B, L]; row b follows the first shared[b] tokens of the prefix."""
         ops, eps = self._ops, self._eps
         x = F.embedding(ids.flatten(), self._embedding) * self._embed_scale  # [M, D]
         h: Tensor = ops(GEMMA_NORM, x, self._first, eps)
-        few = h.shape[0] <= MAX_ROWS
+        is_skinny = h.shape[0] <= MAX_ROWS
         afterwards = [*self._layers[1:], None]
         for layer, following, after in zip(self._layers, self._next, afterwards, strict=True):
-            # With few rows each small kernel also asks for the weights that are read after it.
+            # With few rows, each small kernel also prefetches the weights that the next product reads.
             qkv = F.linear(h, layer.qkv).view(*ids.shape, -1)
-            mixed = ops(
+            attended = ops(
                 CAPPED_ATTENTION, qkv, layer.key, layer.value, shared, self._cosine, self._sine,
-                self._scale, self._cap, layer.window, layer.out if few else None,
+                self._scale, self._cap, layer.window, layer.out if is_skinny else None,
             )  # fmt: skip
-            mixed = mixed.flatten(0, 1)
-            y = ops(SKINNY_PRODUCT, mixed, layer.out) if few else F.linear(mixed, layer.out)  # [S, M, D] or [M, D]
+            attended = attended.flatten(0, 1)
+            y = (
+                ops(SKINNY_PRODUCT, attended, layer.out) if is_skinny else F.linear(attended, layer.out)
+            )  # [S, M, D] or [M, D]
             x, h = ops(
-                SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, layer.gate_up if few else None
+                SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, layer.gate_up if is_skinny else None
             )
-            if few:
+            if is_skinny:
                 y = ops(SKINNY_PRODUCT, ops(GATED_PRODUCT, h, layer.gate_up, layer.down), layer.down)
             else:
                 y = F.linear(ops(GELU_GATE, F.linear(h, layer.gate_up)), layer.down)
-            x, h = ops(SANDWICH_NORM, y, x, layer.after_mlp, following, eps, after.qkv if few and after else None)
+            x, h = ops(SANDWICH_NORM, y, x, layer.after_mlp, following, eps, after.qkv if is_skinny and after else None)
         return h.view(*ids.shape, -1)
 
 
-def _laid_out(layer: Layer, past: Past, window: int) -> _Layer:
+def _layer_weights(layer: Layer, past: Past, window: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
-        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
         out=attention.o_proj.weight,
-        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        gate_up=_fuse(mlp.gate_proj, mlp.up_proj),
         down=mlp.down_proj.weight,
-        after_attention=_plus_one(layer.post_attention_layernorm),
-        before_mlp=_plus_one(layer.pre_feedforward_layernorm),
-        after_mlp=_plus_one(layer.post_feedforward_layernorm),
+        after_attention=_norm_weight(layer.post_attention_layernorm),
+        before_mlp=_norm_weight(layer.pre_feedforward_layernorm),
+        after_mlp=_norm_weight(layer.post_feedforward_layernorm),
         key=past[0][0].contiguous(),
         value=past[1][0].contiguous(),
         window=window,
     )
 
 
-def _fused(*linears: nn.Linear) -> Tensor:
-    """Their weights above each other, as one matrix of which theirs are views from now on."""
+def _fuse(*linears: nn.Linear) -> Tensor:
+    """Concatenates the weights into one matrix; the modules' weights become views of it."""
     fused = torch.cat([linear.weight for linear in linears])
     first = 0
     for linear in linears:
@@ -136,12 +139,12 @@ def _fused(*linears: nn.Linear) -> Tensor:
     return fused
 
 
-def _plus_one(norm: Norm) -> Tensor:
+def _norm_weight(norm: Norm) -> Tensor:
     return 1.0 + norm.weight.float()
 
 
 class TextKey(NamedTuple):
-    """What a graph is captured for."""
+    """Shape of a captured graph."""
 
     prompts: int
     tokens: int
@@ -154,10 +157,10 @@ class _Captured:
 
 
 class CudaTextEncoder:
-    """Encodes as the TextEncoder that it is made of.
+    """Replaces the TextEncoder that it is made of.
 
-    Every bucket that is captured runs as a graph, others as they are; `plain` counts those by bucket, with prompts of 0
-    for one that is longer than any bucket and goes the TextEncoder's way. Not for two threads at once.
+    Captured buckets run as graphs, others eagerly; the TextEncoder runs a prompt longer than any bucket. `uncaptured`
+    counts eager runs by bucket, with 0 prompts for a longer prompt. Not safe for concurrent calls.
     """
 
     @torch.inference_mode()
@@ -170,11 +173,11 @@ class CudaTextEncoder:
         self._body = CudaTextBody(encoder.body, encoder._past, ops, self._lengths[-1])
         keys = [TextKey(batch, length) for batch in self._batches for length in self._lengths]
         self.capture_order = tuple(sorted(keys, key=lambda key: (key.prompts * key.tokens, key.tokens), reverse=True))
-        # One copy brings a batch: first how much of the prefix each row shares [B], then the ids [B, L].
+        # One copy transfers a batch: shared prefix lengths [B], then ids [B, L].
         self._device = encoder.body.embed_tokens.weight.device
         self._packed = torch.zeros(max(_size(key) for key in keys), dtype=torch.long, device=self._device)
         self._captured: dict[TextKey, _Captured] = {}
-        self.plain: Counter[TextKey] = Counter()
+        self.uncaptured: Counter[TextKey] = Counter()
 
     @property
     def ready(self) -> bool:
@@ -182,54 +185,54 @@ class CudaTextEncoder:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Runs every bucket once, largest first: compiles what is compiled at first use."""
+        """Runs every bucket once, largest first, which compiles the kernels."""
         for key in self.capture_order:
             self._run(key)
 
     @torch.inference_mode()
     def capture(self, recorder: GraphCapture) -> None:
-        """Captures every bucket, largest first; again does nothing."""
+        """Captures every missing bucket, largest first."""
         for key in self.capture_order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key, recorder)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]:
-        """The kept hidden states of each prompt: [T, D], T differing."""
+        """Returns the hidden states of each prompt that the transformer reads: [T, D], T differing."""
         shared = [self._encoder._shared(prompt) for prompt in prompts]
-        runs = [max(1, len(prompt.ids) - start) for prompt, start in zip(prompts, shared, strict=True)]
-        kept: dict[int, Tensor] = {}
-        fitting = [index for index, run in enumerate(runs) if run <= self._lengths[-1]]
+        run_lengths = [max(1, len(prompt.ids) - start) for prompt, start in zip(prompts, shared, strict=True)]
+        states: dict[int, Tensor] = {}
+        fitting = [index for index, run in enumerate(run_lengths) if run <= self._lengths[-1]]
         for index in set(range(len(prompts))) - set(fitting):
-            self.plain[TextKey(0, runs[index])] += 1
-            [kept[index]] = self._encoder.encode([prompts[index]])
-        for key, members in self._groups({index: runs[index] for index in fitting}):
+            self.uncaptured[TextKey(0, run_lengths[index])] += 1
+            [states[index]] = self._encoder.encode([prompts[index]])
+        for key, members in self._groups({index: run_lengths[index] for index in fitting}):
             self._fill(key, [shared[index] for index in members], [prompts[index].ids for index in members])
             hidden = self._hidden(key)
             for row, index in enumerate(members):
                 start, ids = shared[index], prompts[index].ids
-                kept[index] = torch.cat(
+                states[index] = torch.cat(
                     [self._encoder._first, hidden[row, prompts[index].start - start : max(0, len(ids) - start)]]
                 )
-        return [kept[index] for index in range(len(prompts))]
+        return [states[index] for index in range(len(prompts))]
 
-    def _groups(self, runs: dict[int, int]) -> Iterator[tuple[TextKey, list[int]]]:
-        """Batches, the longest prompts first; a shorter one joins as long as its padding is for nothing."""
-        waiting = sorted(runs, key=lambda index: runs[index], reverse=True)
+    def _groups(self, run_lengths: dict[int, int]) -> Iterator[tuple[TextKey, list[int]]]:
+        """Yields batches, longest prompts first; a shorter prompt joins while its padding costs nothing."""
+        waiting = sorted(run_lengths, key=lambda index: run_lengths[index], reverse=True)
         while waiting:
-            length = smallest_fitting(runs[waiting[0]], self._lengths)
+            length = smallest_fitting(run_lengths[waiting[0]], self._lengths)
             members: list[int] = []
             for index in waiting[: self._batches[-1]]:
                 batch = smallest_fitting(len(members) + 1, self._batches)
-                if smallest_fitting(runs[index], self._lengths) < length and batch * length > _FREE_ROWS:
+                if smallest_fitting(run_lengths[index], self._lengths) < length and batch * length > _FREE_ROWS:
                     break
                 members.append(index)
             waiting = waiting[len(members) :]
             yield TextKey(smallest_fitting(len(members), self._batches), length), members
 
     def _fill(self, key: TextKey, shared: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
-        """One copy to the device; rows beyond the prompts are one token each, which nobody reads."""
-        # A new pinned buffer each time: the allocator keeps the old one until its copy is over, and then reuses it.
+        """Copies a batch to the device; rows beyond the prompts hold zeros, and their results are not read."""
+        # A new pinned buffer per copy: torch's allocator reuses one only after its copy is done.
         packed = torch.zeros(_size(key), dtype=torch.long, pin_memory=self._device.type == "cuda")
         starts, rows = packed[: key.prompts], packed[key.prompts :].view(key)
         for row, (start, tokens) in enumerate(zip(shared, ids, strict=True)):
@@ -239,10 +242,10 @@ class CudaTextEncoder:
         self._packed[: len(packed)].copy_(packed, non_blocking=True)
 
     def _hidden(self, key: TextKey) -> Tensor:
-        """Hidden states [B, L, D] of what was filled in, to be copied before the next replay."""
+        """Returns hidden states [B, L, D] of the filled batch; copy them before the next replay."""
         captured = self._captured.get(key)
         if captured is None:
-            self.plain[key] += 1
+            self.uncaptured[key] += 1
             return self._run(key)
         captured.replay()
         return captured.hidden

@@ -9,27 +9,25 @@ from engines.backends.cuda.blocks import (
     Blocks,
     Conditioning,
     Inject,
-    Prepared,
-    checked_dtype,
+    PreparedText,
+    image_tokens,
     layer_of,
     lengths_of,
-    projected,
-    tokens,
+    project_text,
+    supported_dtype,
 )
 from engines.kernels.modulated_norm import RESIDUAL_NORM
 from engines.kernels.op import Ops
 from engines.models.transformer import SprintTransformer
 from engines.sampler import Denoiser
 
-_WAVES = 128  # frequencies of a time embedding, each as a cosine and a sine
-
 
 class CudaTransformer:
-    """Called as SprintTransformer is; `prepare` once a request and `velocity` once a step do the same with less."""
+    """Replaces SprintTransformer; `prepare` once per request and `velocity` once per step save work."""
 
     def __init__(self, transformer: SprintTransformer, ops: Ops):
-        """Takes over the module's weights. Raises BackendError for fp16, in which sums of the residual overflow."""
-        self.dtype = checked_dtype(transformer)
+        """Takes the module's weights. Raises BackendError for fp16, in which the residual stream overflows."""
+        self.dtype = supported_dtype(transformer)
         self.config = transformer.config
         self._module, self._ops = transformer, ops
         self.blocks = Blocks(transformer.transformer_blocks, transformer.config, ops)
@@ -44,35 +42,37 @@ class CudaTransformer:
         guidance: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """As SprintTransformer.forward; text_mask [B, T] keeps a first part of each text."""
+        """Computes SprintTransformer.forward; text_mask [B, T] keeps a first part of each text."""
         return self.velocity(latent, self.prepare(text, lengths_of(text, text_mask)), timestep, guidance)
 
     def denoiser(self, text: Tensor, text_mask: Tensor | None, guidance: Tensor | None) -> Denoiser:
-        """The velocity of (latent, timestep), with the text read once for all steps; arguments as of a call."""
+        """Returns the velocity of (latent, timestep); the text is read once for all steps."""
         prepared = self.prepare(text, lengths_of(text, text_mask))
         return lambda latent, timestep: self.velocity(latent, prepared, timestep, guidance)
 
     @torch.no_grad()
-    def prepare(self, text: Tensor, lengths: Tensor) -> Prepared:
-        """text [B, T, caption_channels], of which the first lengths[b] tokens count (int32, on the device)."""
+    def prepare(self, text: Tensor, lengths: Tensor) -> PreparedText:
+        """Prepares text [B, T, caption_channels], whose first lengths[b] tokens count (int32, on the device)."""
         module = self._module
-        return self.blocks.keys(projected(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths)
+        return self.blocks.keys(
+            project_text(module.caption_projection, module.caption_norm, text.to(self.dtype)), lengths
+        )
 
     @torch.no_grad()
     def velocity(
         self,
         latent: Tensor,
-        prepared: Prepared,
+        prepared: PreparedText,
         timestep: Tensor,
         guidance: Tensor | None,
         residuals: Sequence[Tensor] | None = None,
         inject: Inject | None = None,
     ) -> Tensor:
-        """v [B, C, h, w]. residuals [B, N, D]: the i-th is added to the output of block i + 1."""
+        """Returns v [B, C, h, w]. residuals [B, N, D]: the i-th is added to the output of block i + 1."""
         batch, size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
         modulation, embedded = self._conditioning(timestep, guidance)
         modulations = self.blocks.modulations(modulation)
-        x, pending = tokens(self._module.patch_embed, latent.to(self.dtype)), None
+        x, pending = image_tokens(self._module.patch_embed, latent.to(self.dtype)), None
         for index in range(len(self.blocks)):
             x, due = self.blocks.block(index, x, pending, modulations, prepared, size)
             if inject is not None:

@@ -1,21 +1,21 @@
-"""Strongly typed ONNX to a TensorRT engine.
+"""Compiles strongly typed ONNX to a TensorRT engine.
 
-One builder serves both vendors, given as a module: `tensorrt` (10 and 11, on the card) and `tensorrt_rtx` (ahead of
-time, for a compute capability that need not be here). Precision lives in the graph alone; no flag of TensorRT 10's weak
-typing is used, because 11 has none. One optimisation profile per batch bucket, min = best = max: kernels are chosen for
-the very shapes that run, and a CUDA graph's context never changes shape.
+One builder serves both vendor modules: `tensorrt` (10 and 11, on the card itself) and `tensorrt_rtx` (ahead of time,
+for any compute capability). The graph alone sets the precision; TensorRT 10's flags for weak typing are unused, because
+11 lacks them. Each batch bucket has an optimisation profile with min = best = max: TensorRT chooses kernels for exactly
+these shapes, and the context of a CUDA graph never changes shape.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.backends.tensorrt.log import Log, tidy, uncollected
+from engines.backends.tensorrt.log import Log, paused_garbage_collection, summarise
 from engines.device.hardware import Capability
 from engines.errors import BuildError
 
 
-@uncollected()
+@paused_garbage_collection()
 def build_engine(
     trt: Any,
     graph: Path,
@@ -24,11 +24,12 @@ def build_engine(
     capability: Capability,
     timing_cache: Path,
 ) -> dict[str, object]:
-    """Compiles the ONNX file `graph` into `target`; gives what is worth telling of it.
+    """Compiles the ONNX file `graph` into `target`; returns layer count, activation bytes and batches.
 
-    batches: the buckets, each with a profile of its own. capability: of the card that is to run it, which only
-    tensorrt_rtx may differ from the card that is here. timing_cache: read and written, where the vendor has one.
-    Raises BuildError with the node that is refused, or the first error.
+    batches: the buckets, one profile each. capability: that of the target card; only tensorrt_rtx builds for another
+    card than this machine's. timing_cache: file to read and update, if the vendor times kernels.
+
+    Raises BuildError with the node that TensorRT rejects, or with its first error.
     """
     log = Log()
     logger = log.attach(trt)
@@ -38,7 +39,9 @@ def build_engine(
     if not parser.parse_from_file(str(graph)):
         raise BuildError(f"{graph.stem}: {trt.__name__} refuses the graph: {_parser_error(parser, log)}")
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that an inspector can tell layers' precisions
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # the inspector needs it to report the layers' precisions
     _set_target(trt, config, capability)
     for batch in batches:
         profile = builder.create_optimization_profile()
@@ -63,16 +66,16 @@ def _parser_error(parser: Any, log: Log) -> str:
     error = parser.get_error(0)
     name, kind = error.node_name(), error.node_operator()
     where = f"node {name} ({kind}): " if name or kind else ""
-    return where + tidy(error.desc())
+    return where + summarise(error.desc())
 
 
 def _ahead_of_time(trt: Any) -> bool:
-    """Whether `trt` is tensorrt_rtx, which builds for cards that are not here; tensorrt builds for the one that is."""
+    """Returns whether `trt` is tensorrt_rtx; tensorrt builds only for this machine's card."""
     return hasattr(trt, "ComputeCapability")
 
 
 def _set_target(trt: Any, config: Any, capability: Capability) -> None:
-    """tensorrt_rtx is told its target always: without one it accepts fp8 for cards that have none."""
+    """Sets the target of tensorrt_rtx, which without one accepts fp8 for cards that lack it."""
     if not _ahead_of_time(trt):
         return
     name = f"SM{capability[0]}{capability[1]}"
@@ -83,9 +86,9 @@ def _set_target(trt: Any, config: Any, capability: Capability) -> None:
 
 
 def _load_timing(trt: Any, config: Any, path: Path) -> bool:
-    """Gives `config` the kernels' timings of earlier builds; tensorrt_rtx times nothing when it builds.
+    """Loads the kernel timings of earlier builds into `config`; returns whether `config` has a timing cache.
 
-    Those of another card or version are refused, and an empty cache takes their place.
+    Starts an empty cache if TensorRT rejects the file, as for another card or version.
     """
     if _ahead_of_time(trt):
         return False

@@ -1,4 +1,4 @@
-"""What TensorRT says while it works, kept for our errors, and the care that its logger needs."""
+"""TensorRT's log messages, collected for our errors, and a guard for its logger's lock."""
 
 import gc
 import re
@@ -7,27 +7,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-_SEVERE, _TOLD = 1, 3  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3, verbose 4
+_ERROR, _INFO = 1, 3  # of trt.ILogger.Severity: internal error 0, error 1, warning 2, info 3, verbose 4
 
 
 @dataclass
 class Log:
-    """What TensorRT says, kept: its exceptions carry no text. Not what is verbose: a line for every kernel."""
+    """Log lines of TensorRT, whose exceptions carry no text. Skips verbose lines, of which every kernel has one."""
 
     lines: list[tuple[int, str]] = field(default_factory=list)
 
     def first_error(self) -> str:
-        """The first, for the ones behind it are its consequences (or of a GPU that is not there)."""
-        errors = [line for severity, line in self.lines if severity <= _SEVERE]
-        return tidy(errors[0]) if errors else "no reason given"
+        """Returns the first error; later ones are its consequences, or come from a missing GPU."""
+        errors = [line for severity, line in self.lines if severity <= _ERROR]
+        return summarise(errors[0]) if errors else "no reason given"
 
     def activation_bytes(self) -> int | None:
-        """The largest activation memory that the builder planned; None where it said nothing."""
-        found = [re.search(r"Total Activation Memory: (\d+) bytes", line) for _, line in self.lines]
-        return max((int(match[1]) for match in found if match), default=None)
+        """Returns the largest activation memory that the builder reported; None without a report."""
+        matches = [re.search(r"Total Activation Memory: (\d+) bytes", line) for _, line in self.lines]
+        return max((int(match[1]) for match in matches if match), default=None)
 
     def attach(self, trt: Any) -> Any:
-        """A logger object of `trt` that writes here."""
+        """Returns a logger object of `trt` that appends to `lines`."""
         lines = self.lines
 
         class Logger(trt.ILogger):  # type: ignore[misc]  # trt is a module known at run time only
@@ -35,14 +35,14 @@ class Log:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                if int(severity) <= _TOLD:
+                if int(severity) <= _INFO:
                     lines.append((int(severity), message))
 
         return Logger()
 
 
-def tidy(message: str) -> str:
-    """What TensorRT means, in one line, without its source positions, error codes and consequences."""
+def summarise(message: str) -> str:
+    """Returns the message as one line without source positions, error codes and consequences."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     line = next((line for line in lines if not line.startswith("Invalid Node")), message.strip())
     if "Plugin not found" in line:
@@ -56,11 +56,11 @@ def tidy(message: str) -> str:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Within the block Python collects no cycles.
+def paused_garbage_collection() -> Iterator[None]:
+    """Disables Python's cycle collector within the block.
 
-    TensorRT calls the logger with a lock held that the destructor of a builder takes too. A collection in the logger
-    that finds a builder, left in the traceback of an earlier refusal, would wait for itself for ever.
+    TensorRT calls the logger while it holds a lock that a builder's destructor needs. A collection inside the logger
+    may find the builder of an earlier error's traceback; its destructor would then deadlock.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,10 +1,10 @@
-"""torch-tensorrt: TensorRT engines made in the process that serves, for GPU hosts that want no build step.
+"""Backend torch-tensorrt: compiles TensorRT engines in the serving process, without a build step.
 
-One exported program per size and batch bucket, with fixed shapes, so that a CUDA graph has an execution context whose
-shapes never change. A program is compiled when it first runs, saved, and loaded by later starts; each is held to its
-module when it is loaded. Engines and timings that TensorRT makes on the way go to caches in the same folder. Types are
-those of the module: TensorRT 11 has strong typing only. Source: torch_tensorrt 2.14, dynamo.compile, save, load, and
-its page "Engine Caching", by which the engine cache works for refittable engines only (immutable_weights=False).
+Each size and batch bucket has one exported program of fixed shapes, so that the execution context of a CUDA graph never
+changes shape. A program is compiled at its first run, saved, and loaded by later starts; each loaded program is
+compared with its module. TensorRT's engine and timing caches are in the same folder. Types are those of the module:
+TensorRT 11 has strong typing only. Source: torch_tensorrt 2.14, dynamo.compile, save, load, and its page "Engine
+Caching", by which the engine cache needs refittable engines (immutable_weights=False).
 """
 
 import hashlib
@@ -17,15 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.adapters import (
-    DecoderAdapter,
-    EncoderAdapter,
-    Graph,
-    ModuleGraph,
-    Side,
-    TransformerAdapter,
-    padded,
-)
+from engines.backends.adapters import Graph, HeightWidth, ModuleGraph, adapter_for, pad_batch
 from engines.backends.base import ModuleSpec
 from engines.backends.parity import check_compiled
 from engines.backends.quiet import quiet
@@ -34,24 +26,24 @@ from engines.device.hardware import capability_text, this_machine
 from engines.errors import BackendError, ParityError
 from engines.types import powers_of_two, smallest_fitting
 
-CACHE_BYTES = 20 * 2**30  # of engines; the oldest go first
+CACHE_BYTES = 20 * 2**30  # size of the engine cache; the oldest engines are removed first
 
 
 def torch_tensorrt(module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
-    """A drop-in for `module` whose first call at each bucket of a size in `spec.sizes` takes minutes, once per card.
+    """Returns a replacement for `module`; its first call at each bucket and size takes minutes, once per card.
 
-    Other sizes run as they are. Programs lie in `spec.cache`. Raises BackendError where the package is missing, cannot
-    be used, or the device is no GPU.
+    Sizes outside of `spec.sizes` run eagerly. Programs are saved in `spec.cache`. Raises BackendError if the package is
+    missing or unusable, or the device is not a GPU.
     """
     vendor = load_vendor()
     if spec.device.type != "cuda":
         raise BackendError(f"torch-tensorrt: needs an NVIDIA GPU, and the device is {spec.device}; use eager")
-    return drop_in(vendor, module, spec)
+    return compile_with(vendor, module, spec)
 
 
-def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
-    """`torch_tensorrt` with the package as an argument, on any device that it works on."""
-    plain = ModuleGraph(module)
+def compile_with(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:
+    """Does what `torch_tensorrt` does, with the package as an argument and on any device."""
+    eager_graph = ModuleGraph(module)
     remedy = "give --cache DIR, or set HOME or XDG_CACHE_HOME to a folder that can be written"
     folder = (
         expand_home(spec.cache, BackendError, remedy)
@@ -59,20 +51,18 @@ def drop_in(vendor: Any, module: nn.Module, spec: ModuleSpec) -> Callable[..., A
     )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{spec.name}-{_digest(module)}"
-    fast: Mapping[Side, Graph] = {
-        side: Programs(vendor, module, folder, f"{name}-{side[0]}x{side[1]}", spec) for side in spec.sides
+    compiled_graphs: Mapping[HeightWidth, Graph] = {
+        side: CompiledPrograms(vendor, module, folder, f"{name}-{side[0]}x{side[1]}", spec) for side in spec.input_sizes
     }
 
-    def at(side: Side) -> Graph:
-        return fast.get(side, plain)
+    def graph_at(side: HeightWidth) -> Graph:
+        return compiled_graphs.get(side, eager_graph)
 
-    if spec.name in ("transformer", "controlled"):
-        return TransformerAdapter(at, spec.tokens)
-    return DecoderAdapter(at) if spec.name == "decoder" else EncoderAdapter(at)
+    return adapter_for(spec.name, graph_at, spec.tokens)
 
 
 def load_vendor() -> Any:
-    """The package. Raises BackendError; importing it fails in many ways where there is no driver."""
+    """Imports the package. Raises BackendError; without a driver the import fails in many ways."""
     try:
         with quiet():
             return import_module("torch_tensorrt")
@@ -86,8 +76,8 @@ def load_vendor() -> Any:
         raise BackendError(f"torch-tensorrt: the package cannot be used here: {_first_line(error)}") from error
 
 
-class Programs:
-    """engines.backends.adapters.Graph of one module at one size: a compiled program per batch bucket."""
+class CompiledPrograms:
+    """engines.backends.adapters.Graph of one module at one size, with a compiled program per batch bucket."""
 
     def __init__(self, vendor: Any, module: nn.Module, folder: Path, name: str, spec: ModuleSpec):
         self._vendor, self._module, self._folder, self._name = vendor, module, folder, name
@@ -97,14 +87,16 @@ class Programs:
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         batch = next(iter(inputs.values())).shape[0]
         bucket = smallest_fitting(batch, self._buckets)
-        held = {name: padded(value, bucket) for name, value in inputs.items()}
+        bucket_inputs = {name: pad_batch(value, bucket) for name, value in inputs.items()}
         if bucket not in self._programs:
-            self._programs[bucket] = self._program(bucket, held)
-        return [output[:batch] for output in ModuleGraph(self._programs[bucket])(held)]
+            self._programs[bucket] = self._program(bucket, bucket_inputs)
+        return [output[:batch] for output in ModuleGraph(self._programs[bucket])(bucket_inputs)]
 
     def _program(self, bucket: int, inputs: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """Raises BackendError where the program cannot be compiled, or one that was saved is damaged; ParityError where
-        it is not what the module computes."""
+        """Loads the program of `bucket`, compiling it first if its file is missing.
+
+        Raises BackendError if it cannot be compiled or loaded, ParityError if it differs from the module.
+        """
         path = self._folder / f"{self._name}-b{bucket}.ep"
         if not path.exists():
             self._compile(path, inputs)
@@ -120,8 +112,8 @@ class Programs:
         return module
 
     def _compile(self, path: Path, inputs: Mapping[str, Tensor]) -> None:
-        """Leaves the whole file or none."""
-        # Export cannot trace inference tensors, which is what an engine's calls hold.
+        """Compiles the module and writes the complete file, or none."""
+        # An engine's calls hold inference tensors, which export cannot trace.
         with quiet(), torch.inference_mode(mode=False), torch.no_grad():
             examples = {name: value.clone() for name, value in inputs.items()}
             program = torch.export.export(self._module, (), examples)
@@ -140,16 +132,16 @@ class Programs:
                 )
             except RuntimeError as error:
                 raise BackendError(f"torch-tensorrt: {path.stem} cannot be compiled: {_first_line(error)}") from error
-            begun = path.with_suffix(f".{os.getpid()}.ep")
+            unfinished = path.with_suffix(f".{os.getpid()}.ep")
             try:
-                self._vendor.save(compiled, str(begun), kwarg_inputs=examples)
-                begun.rename(path)
+                self._vendor.save(compiled, str(unfinished), kwarg_inputs=examples)
+                unfinished.rename(path)
             finally:
-                begun.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
 
 
 def _digest(module: nn.Module) -> str:
-    """Of the weights and the kind of the module."""
+    """Returns a digest of the module's structure and weights."""
     digest = hashlib.blake2b(repr(module).encode(), digest_size=8)
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""The vendor's module, `tensorrt` or `tensorrt_rtx`."""
+"""Imports the vendor's module, `tensorrt` or `tensorrt_rtx`."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ from engines.errors import BackendError
 
 
 def vendor(name: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`. Raises BackendError where it is not installed."""
+    """Imports the module `tensorrt` or `tensorrt_rtx`. Raises BackendError if it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""What the autoencoder alone needs, on pictures with a border: their layout, and tiles of convolutions."""
+"""Kernels of the autoencoder: convolutions and norms on zero-bordered images."""

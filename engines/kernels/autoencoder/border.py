@@ -1,4 +1,4 @@
-"""Zeros for the border of images as matrices (see padded.py), in place: y [grid.padded, C] -> y."""
+"""Writes zeros to the border of images as matrices (see padded.py), in place: y [grid.padded, C] -> y."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from engines.kernels.op import Launcher, Op
 
 @triton.jit
 def zero_border(y, y8, H, W, D: tl.constexpr, BC: tl.constexpr, SECOND: tl.constexpr):
-    """Of images of H x W pixels, one pixel a program."""
+    """Zeros one border pixel per program, for images of H x W pixels."""
     number = tl.program_id(0)
     image = tl.program_id(1)
     if number < 2 * (W + 2):
@@ -28,7 +28,7 @@ def zero_border(y, y8, H, W, D: tl.constexpr, BC: tl.constexpr, SECOND: tl.const
 
 
 def write_border(launch: Launcher, y: Tensor, second: Tensor | None, grid: Grid) -> None:
-    """Launches it for `y`, and for the same image in e4m3 where there is one."""
+    """Zeros the border of `y` and of `second`, the same image in e4m3, if any."""
     around = 2 * (grid.width + 2) + 2 * grid.height
     channels = y.shape[1]
     launch(

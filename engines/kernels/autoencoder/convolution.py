@@ -1,13 +1,13 @@
-"""3x3 convolution of zero-bordered NHWC images (see padded.py) as nine shifted products, with what follows it:
+"""3x3 convolution of zero-bordered NHWC images (see padded.py) as nine shifted products, with a fused epilogue:
 
-    CONVOLUTION        nothing
+    CONVOLUTION        none
     CONVOLUTION_SILU   + bias, SiLU; to bf16, or to e4m3 for the next convolution
-    CONVOLUTION_NORM   RMSNorm over channels, weight, bias, + residual; to bf16, and to e4m3 besides where asked for
-    CONVOLUTION_TAPS   the same, then a second RMSNorm and ReLU, and what each pixel gives to its nine neighbours in a
-                       3x3 convolution to 3 channels (pixels.py adds them up): the image itself is not kept
+    CONVOLUTION_NORM   RMSNorm over channels, weight, bias, + residual; to bf16, and optionally to e4m3 too
+    CONVOLUTION_TAPS   the same, then a second RMSNorm, ReLU and a product with the taps of a 3x3 convolution to 3
+                       channels: each pixel's terms for its nine neighbours, which pixels.py sums; no image is written
 
-x [P, C] in bf16 or e4m3, weight [N, 9*C] of the same type, k = tap*C + channel; P = grid.padded. scale [N] fp32 turns
-8-bit products into numbers; None for bf16. Borders are written as zeros. Source of the form: implicit GEMM.
+x [P, C] in bf16 or e4m3, weight [N, 9*C] of the same type, k = tap*C + channel; P = grid.padded. scale [N] fp32
+dequantises 8-bit products; None for bf16. Borders are written as zeros. Source of the form: implicit GEMM.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from engines.kernels.autoencoder.tiles import FP8, as_fp8, halves, inside, matri
 from engines.kernels.op import Launcher, Op
 
 TAP_OUTPUTS = 27  # 9 taps of 3 channels
-_TAP_COLUMNS = 32  # the same, as a product's tile
+_TAP_COLUMNS = 32  # TAP_OUTPUTS padded to a product's tile
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _finish(
     N: tl.constexpr, BH: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """What follows the sums of BH columns from n0 on; a norm's division is done already."""
+    """Applies the epilogue to the sums of BH columns from n0 on; a norm's division is already done."""
     cols = n0 + tl.arange(0, BH)
     at = rows[:, None].to(tl.int64) * N + cols[None, :]
     fits = (rows < P)[:, None]
@@ -137,20 +137,20 @@ def _convolution(
             columns = tl.arange(0, 32)
             w_left = tl.load(w2 + near[:, None] * 32 + columns[None, :])
             w_right = tl.load(w2 + far[:, None] * 32 + columns[None, :])
-            given = tl.dot(left.to(w_left.dtype), w_left, input_precision="ieee")
-            given = tl.dot(right.to(w_right.dtype), w_right, given, input_precision="ieee")
-            given = tl.where(keep, tl.minimum(tl.maximum(given, -65504.0), 65504.0), 0.0)
-            there = columns[None, :].to(tl.int64) * P + rows[:, None]
-            tl.store(taps + there, given.to(tl.float16), mask=(rows < P)[:, None] & (columns < 27)[None, :])
+            terms = tl.dot(left.to(w_left.dtype), w_left, input_precision="ieee")
+            terms = tl.dot(right.to(w_right.dtype), w_right, terms, input_precision="ieee")
+            terms = tl.where(keep, tl.minimum(tl.maximum(terms, -65504.0), 65504.0), 0.0)
+            target = columns[None, :].to(tl.int64) * P + rows[:, None]
+            tl.store(taps + target, terms.to(tl.float16), mask=(rows < P)[:, None] & (columns < 27)[None, :])
 
 
 def _launch(
-    launch: Launcher, x: Tensor, w: Tensor, y: Tensor, grid: Grid, kind: int, whole: bool, **given: Any
+    launch: Launcher, x: Tensor, w: Tensor, y: Tensor, grid: Grid, kind: int, whole: bool, **operands: Any
 ) -> None:
     channels, columns = x.shape[1], w.shape[0]
     fp8 = x.dtype == FP8
     tile = tile_for(channels, columns, fp8, whole, launch.tma)
-    second = given.get("y8")
+    second = operands.get("y8")
 
     def half(t: Tensor) -> Any:
         return matrix(t, tile.rows, tile.columns // 2, launch.tma)
@@ -164,18 +164,18 @@ def _launch(
         y if kind == 3 else half(y),
         y if second is None else half(second),
         y,
-        given.get("scale", x),
-        given.get("bias", x),
-        given.get("gain", x),
-        half(given["residual"]) if "residual" in given else x,
-        given.get("gain2", x),
-        given.get("bias2", x),
-        given.get("w2", x),
+        operands.get("scale", x),
+        operands.get("bias", x),
+        operands.get("gain", x),
+        half(operands["residual"]) if "residual" in operands else x,
+        operands.get("gain2", x),
+        operands.get("bias2", x),
+        operands.get("w2", x),
         grid.padded,
         grid.height + 2,
         grid.width + 2,
-        given.get("eps", 0.0),
-        1 / given.get("out_scale", 1.0),
+        operands.get("eps", 0.0),
+        1 / operands.get("out_scale", 1.0),
         C=channels,
         N=columns,
         BM=tile.rows,
@@ -271,26 +271,26 @@ def run_taps(
 
 
 def tap_weight(weight: Tensor) -> Tensor:
-    """The weight [3, C, 3, 3] of a convolution as the [C, 32] that CONVOLUTION_TAPS multiplies by: 9 taps of 3."""
+    """Returns a convolution's weight [3, C, 3, 3] as [C, 32] for CONVOLUTION_TAPS: 9 taps of 3 channels, padded."""
     rows = weight.permute(1, 2, 3, 0).reshape(weight.shape[1], TAP_OUTPUTS)
     return F.pad(rows, (0, _TAP_COLUMNS - TAP_OUTPUTS)).contiguous()
 
 
 def products(x: Tensor, weight: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
-    """The convolution alone, in fp32: [B, N, H, W]."""
+    """Returns the convolution without epilogue, in fp32: [B, N, H, W]."""
     kernel = weight.float().view(weight.shape[0], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
     y = F.conv2d(image_of(x.float(), grid), kernel, padding=1)
     return y if scale is None else y * scale[:, None, None]
 
 
 def normed(y: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """RMSNorm of [B, N, H, W] over its channels, in fp32."""
+    """Returns the RMSNorm of [B, N, H, W] over channels, in fp32."""
     y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + eps)
     return y * gain[:, None, None] + bias[:, None, None]
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The type of sums: bf16 for products in 8 bits."""
+    """Returns the output type: bf16 for 8-bit products, else the input's."""
     return torch.bfloat16 if x.dtype == FP8 else x.dtype
 
 
@@ -337,8 +337,8 @@ def reference_taps(
 ) -> Tensor:
     y = normed(products(x, weight, scale, grid), gain, bias, eps) + image_of(residual.float(), grid)
     y = F.relu(normed(y, gain2, bias2, eps)).to(out_weight.dtype).float()
-    given = torch.einsum("bchw,cn->bnhw", y, out_weight.float())[:, :TAP_OUTPUTS]
-    return pad(given.clamp(-65504, 65504)).t().to(torch.float16).contiguous()
+    terms = torch.einsum("bchw,cn->bnhw", y, out_weight.float())[:, :TAP_OUTPUTS]
+    return pad(terms.clamp(-65504, 65504)).t().to(torch.float16).contiguous()
 
 
 CONVOLUTION = Op("convolution", run, reference)

@@ -1,7 +1,7 @@
 """Depthwise 5x5 over NHWC: x [B*H*W, C], taps [25, C] -> [B*H*W, C]; the second scale of the decoder's attention.
 
-As in engines.kernels.gated_depthwise a program takes 8 columns of 64 channels and goes down R rows of output: the 25
-weights of four channels stay in a thread's registers, and each row of input is read once for the five that it adds to.
+As in engines.kernels.gated_depthwise, a program takes 8 columns of 64 channels and computes R rows of output. The 25
+weights of four channels stay in a thread's registers, and each input row is read once for the five rows it affects.
 """
 
 import torch
@@ -19,7 +19,7 @@ _ROWS, _COLUMNS, _CHANNELS = 8, 8, 64
 
 @triton.jit
 def _taps(at, C: tl.constexpr, real):
-    """Five weights of a line, each [1, BC]."""
+    """Loads the five weights of a kernel row, each [1, BC]."""
     a = tl.load(at, mask=real, other=0.0).to(tl.float32)[None, :]
     b = tl.load(at + C, mask=real, other=0.0).to(tl.float32)[None, :]
     c = tl.load(at + 2 * C, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -55,7 +55,13 @@ def _depthwise(x, taps, out, H, W, C: tl.constexpr, R: tl.constexpr, BW: tl.cons
         _taps(taps + 20 * C + ch, C, real),
     )
     nothing = tl.zeros((BW, BC), tl.float32)
-    a, b, c, d, e = nothing, nothing, nothing, nothing, nothing  # of the rows from two above to two below the one read
+    a, b, c, d, e = (
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+    )  # sums of the rows from two above to two below the row read
     first = (tl.program_id(2).to(tl.int64) * H + top) * W
     for step in tl.static_range(R + 4):
         row = top + (step - 2)

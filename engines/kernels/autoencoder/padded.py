@@ -1,7 +1,6 @@
-"""Images as zero-bordered NHWC matrices: [B*(H+2)*(W+2), C], in which a 3x3 convolution is nine shifted products.
+"""Images as zero-bordered NHWC matrices [B*(H+2)*(W+2), C], in which a 3x3 convolution is nine shifted products.
 
-A neighbour of a pixel is a row at a fixed distance, whichever image and line it lies in, because a border of zeros
-stands between all of them.
+Zero borders separate all images and lines, so each neighbour of a pixel is a row at a fixed distance.
 """
 
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """So many images of one size in pixels, without their borders."""
+    """Number and size in pixels of images, without their borders."""
 
     batch: int
     height: int
@@ -32,11 +31,11 @@ class Grid(NamedTuple):
 
 
 def pad(image: Tensor) -> Tensor:
-    """[B, C, H, W] to the zero-bordered matrix."""
+    """Converts [B, C, H, W] to a zero-bordered matrix."""
     return F.pad(image, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, image.shape[1]).contiguous()
 
 
 def image_of(matrix: Tensor, grid: Grid) -> Tensor:
-    """The zero-bordered matrix to [B, C, H, W], a view."""
+    """Views a zero-bordered matrix as [B, C, H, W]."""
     bordered = matrix.view(grid.batch, grid.height + 2, grid.width + 2, matrix.shape[1])
     return bordered[:, 1:-1, 1:-1].permute(0, 3, 1, 2)

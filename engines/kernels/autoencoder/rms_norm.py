@@ -1,6 +1,6 @@
-"""RMSNorm over channels with weight, bias and residual, from plain or zero-bordered NHWC to either, and to e4m3 too.
+"""RMSNorm over channels with weight, bias and residual, from plain or zero-bordered NHWC to either, optionally in e4m3.
 
-y, residual [M, C] with M = grid.pixels or grid.padded; from plain to zero-bordered the border is written as zeros.
+y, residual [M, C] with M = grid.pixels or grid.padded; borders are written as zeros.
 """
 
 from typing import Literal
@@ -114,7 +114,7 @@ def reference(
     out_scale: float | None,
     grid: Grid,
 ) -> tuple[Tensor, ...]:
-    """residual + bias + gain * y / sqrt(mean(y²) + eps), in fp32, rounded once."""
+    """Returns residual + bias + gain * y / sqrt(mean(y²) + eps), in fp32, rounded once."""
     x = y.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain + bias + residual.float()
     if layout == "bordered":

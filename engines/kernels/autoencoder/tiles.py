@@ -1,4 +1,4 @@
-"""What products of shifted matrices share: their tiles, how these are read and halved, and numbers in e4m3."""
+"""Tiles of the products of shifted matrices: their sizes, loads and halves, and conversion to e4m3."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ FP8_MAX = 448.0
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, depth and columns of a product's tile, and how a program runs it."""
+    """Rows, depth and columns of a product's tile, with warps and pipeline stages of its program."""
 
     rows: int
     depth: int
@@ -25,10 +25,10 @@ class Tile:
 
 
 def tile_for(channels: int, columns: int, fp8: bool, whole: bool, tma: bool) -> Tile:
-    """The tile for C input and N output channels; whole: a tile spans all N, as a norm over them needs.
+    """Returns the tile for C input and N output channels; whole: a tile spans all N, for a norm over them.
 
-    By descriptors as measured on an H100 (bench/LOG.md): 256x128 for 128 channels, 128x256 for wider ones; deeper steps
-    in 8 bits. By pointers for the 100 KB of shared memory of sm_89.
+    With descriptors (tma), tiles are those measured on an H100 (bench/LOG.md): 256x128 for 128 channels, 128x256 for
+    more, with deeper steps in 8 bits. With pointers they fit sm_89's 100 KB of shared memory.
     """
     depth = min(128 if fp8 else 64, channels & -channels)
     wide = columns if whole else min(256, columns & -columns)
@@ -41,7 +41,7 @@ def tile_for(channels: int, columns: int, fp8: bool, whole: bool, tma: bool) -> 
 
 @triton.jit
 def tile_at(x, row, column, ROWS, COLUMNS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """A tile of a matrix [ROWS, COLUMNS]; rows outside are zero."""
+    """Loads a tile of a matrix [ROWS, COLUMNS]; rows outside are zero."""
     if TMA:
         tile = x.load([row, column])
     else:
@@ -54,7 +54,7 @@ def tile_at(x, row, column, ROWS, COLUMNS: tl.constexpr, BM: tl.constexpr, BK: t
 
 @triton.jit
 def inside(rows, P, HP, WP):
-    """Which rows of a zero-bordered matrix are pixels."""
+    """Returns the mask of rows of a zero-bordered matrix that are pixels."""
     column = rows % WP
     line = (rows // WP) % HP
     return (column > 0) & (column < WP - 1) & (line > 0) & (line < HP - 1) & (rows < P)
@@ -62,21 +62,21 @@ def inside(rows, P, HP, WP):
 
 @triton.jit
 def halves(x, BM: tl.constexpr, BN: tl.constexpr):
-    """[BM, BN] as its left and its right half: pointers of a whole tile would not fit into registers."""
+    """Splits [BM, BN] into left and right half, because a whole tile's pointers do not fit into registers."""
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def as_fp8(x, per_scale):
-    """x * per_scale within e4m3's range; a division of each number would cost more than a convolution's half."""
+    """Returns x * per_scale, clamped to e4m3's range; a division per number would cost half a convolution or more."""
     return tl.minimum(tl.maximum(x * per_scale, -448.0), 448.0)
 
 
 def matrix(t: Tensor, rows: int, columns: int, tma: bool) -> Any:
-    """What `tile_at` reads: a descriptor of tiles, or the tensor itself."""
+    """Returns what `tile_at` reads: a descriptor of tiles with tma, else the tensor."""
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if tma else t
 
 
 def quantised(x: Tensor, scale: float) -> Tensor:
-    """x / scale in e4m3, held within its range."""
+    """Returns x / scale in e4m3, clamped to its range."""
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)

@@ -1,8 +1,8 @@
-"""Doubling of a zero-bordered NHWC image by folded convolutions (engines.models.folding), one product a phase.
+"""Doubles a zero-bordered NHWC image by folded convolutions (engines.models.folding), one product per phase.
 
-x [P, C] zero-bordered, weight [4*D, S*S*C] with k = tap*C + channel and rows by phase, bias [D]: each pixel gives four,
-at (2r + p//2, 2c + p%2). S 2: nearest + 3x3 folded; S 3: 3x3 and pixel shuffle. Gives [.., D] zero-bordered, and in
-e4m3 besides where asked for; or plain NHWC [B*2H*2W, D].
+x [P, C] zero-bordered, weight [4*D, S*S*C] with k = tap*C + channel and rows by phase, bias [D]. Each pixel gives four,
+at (2r + p//2, 2c + p%2). S = 2: folded nearest + 3x3; S = 3: 3x3 and pixel shuffle. Returns [.., D] zero-bordered, and
+optionally also in e4m3; or plain NHWC [B*2H*2W, D].
 """
 
 from dataclasses import replace
@@ -21,12 +21,12 @@ from engines.kernels.op import Launcher, Op
 
 
 @triton.jit
-def _write(y, acc, m0, n0, there, fits, D: tl.constexpr, BH: tl.constexpr, LINES: tl.constexpr):
-    """BH columns from n0 on; LINES: by a descriptor whose rows are pairs of pixels, else by pointers."""
+def _write(y, acc, m0, n0, pixel, fits, D: tl.constexpr, BH: tl.constexpr, LINES: tl.constexpr):
+    """Writes BH columns from n0 on; LINES: by a descriptor whose rows are pairs of pixels, else by pointers."""
     if LINES:
         y.store([m0, n0], acc.to(y.dtype))
     else:
-        at = there[:, None] * D + (n0 % D + tl.arange(0, BH))[None, :]
+        at = pixel[:, None] * D + (n0 % D + tl.arange(0, BH))[None, :]
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=fits[:, None])
 
 
@@ -53,7 +53,7 @@ def _upsampling(
     TMA: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """A tile lies in one line of the image and in one phase."""
+    """Computes tiles; each lies in one line of the image and in one phase."""
     across: tl.constexpr = 4 * D // BN
     steps: tl.constexpr = C // BK
     taps: tl.constexpr = SIDE * SIDE
@@ -61,10 +61,10 @@ def _upsampling(
     along = tl.cdiv(W, BM)
     for tile in tl.range(tl.program_id(0), images * H * along * across, tl.num_programs(0)):
         n0 = (tile % across) * BN
-        place = tile // across
-        c0 = (place % along) * BM
-        line = (place // along) % H
-        image = place // (along * H)
+        position = tile // across
+        c0 = (position % along) * BM
+        line = (position // along) % H
+        image = position // (along * H)
         phase = n0 // D
         down = phase // 2
         right = phase % 2
@@ -83,18 +83,18 @@ def _upsampling(
         fits = columns < W
         if BORDERED:
             first = (image * (2 * H + 2) + 2 * line + down + 1) * (W + 1) + c0 + right  # of pairs of pixels
-            there = 2 * (first - c0 - right + columns).to(tl.int64) + 1 + right
+            pixel = 2 * (first - c0 - right + columns).to(tl.int64) + 1 + right
             left_at = (1 - right) * D + n0 % D
         else:
             first = (image * 2 * H + 2 * line + down) * W + c0
-            there = 2 * (first - c0 + columns).to(tl.int64) + right
+            pixel = 2 * (first - c0 + columns).to(tl.int64) + right
             left_at = right * D + n0 % D
         left, rest = halves(acc, BM, BN)
-        _write(y, left, first, left_at, there, fits, D, half, LINES)
-        _write(y, rest, first, left_at + half, there, fits, D, half, LINES)
+        _write(y, left, first, left_at, pixel, fits, D, half, LINES)
+        _write(y, rest, first, left_at + half, pixel, fits, D, half, LINES)
         if SECOND:
-            _write(y8, as_fp8(left, per_scale), first, left_at, there, fits, D, half, LINES)
-            _write(y8, as_fp8(rest, per_scale), first, left_at + half, there, fits, D, half, LINES)
+            _write(y8, as_fp8(left, per_scale), first, left_at, pixel, fits, D, half, LINES)
+            _write(y8, as_fp8(rest, per_scale), first, left_at + half, pixel, fits, D, half, LINES)
 
 
 def run(
@@ -161,8 +161,8 @@ def reference(
     ]
     doubled = F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
     wide = pad(doubled) if bordered else doubled.permute(0, 2, 3, 1).reshape(-1, doubled.shape[1])
-    made = wide.to(x.dtype).contiguous()
-    return (made,) if out_scale is None else (made, quantised(wide, out_scale))
+    output = wide.to(x.dtype).contiguous()
+    return (output,) if out_scale is None else (output, quantised(wide, out_scale))
 
 
 UPSAMPLING = Op("upsampling", run, reference)

@@ -1,1 +1,1 @@
-"""What the text encoder alone needs."""
+"""Kernels of the text encoder."""

@@ -1,9 +1,9 @@
-"""Gemma's attention in one launch: L new tokens against a prefix that all prompts share, and causally each other.
+"""Gemma's attention in one launch: L new tokens attend to a prefix that all prompts share, and causally to each other.
 
-qkv [B, L, (H + 2K)*d], as the fused product gives it, to [B, L, H*d]. Fused: rotation of queries and new keys, capped
-logits, softmax, sliding window. With |logit| <= cap the softmax needs no maximum: exp(50) is in reach of fp32 and bf16,
-so keys are summed in any number of tiles without rescaling. The H/K queries of a key head are stacked as rows; programs
-divide rows, key heads and columns of the values, so nothing is left to be combined.
+Maps qkv [B, L, (H + 2K)*d] of the fused product to [B, L, H*d]. Fused: rotation of queries and new keys, capped logits,
+softmax, sliding window. With |logit| <= cap the softmax needs no maximum, because fp32 and bf16 hold exp(50). So tiles
+of keys add up without rescaling. The H/K queries of a key head are stacked as rows. Programs split rows, key heads and
+value columns, so no result needs combining.
 """
 
 import torch
@@ -15,22 +15,22 @@ from engines.kernels.op import Launcher, Op
 from engines.kernels.text.prefetch import prefetch, share
 
 MAX_CAP = 60.0  # exp(60) * 10^5 keys is 1e31
-_FETCHERS = 64  # programs that fetch ahead, at least
+_FETCHERS = 64  # least number of programs that prefetch
 
 
 @triton.jit
-def _turned(first, second, cosine, sine):
+def _rotate(first, second, cosine, sine):
     return first * cosine - second * sine, second * cosine + first * sine
 
 
 @triton.jit
-def _weights(q1, q2, k1, k2, seen, scale, cap):
-    """exp of capped logits, 0 where not seen; scale holds 1 / cap. tanh by an exp of at most 0, which stays finite."""
+def _softmax_weights(q1, q2, k1, k2, visible, scale, cap):
+    """Returns exp of capped logits, 0 if not visible. scale includes 1 / cap; tanh by exp of x <= 0 stays finite."""
     logits = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     logits = tl.dot(q2, tl.trans(k2), logits, input_precision="ieee") * scale
     small = tl.exp(-2.0 * tl.abs(logits))
     capped = cap * (1.0 - small) / (1.0 + small)
-    return tl.where(seen, tl.exp(tl.where(logits < 0, -capped, capped)), 0.0)
+    return tl.where(visible, tl.exp(tl.where(logits < 0, -capped, capped)), 0.0)
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _capped_attention(
     H: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, HALF: tl.constexpr, BV: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    if STEP > 0:  # noqa: SIM102  # known when compiled, the other when run
+    if STEP > 0:  # noqa: SIM102  # the first is known at compile time
         if tl.program_id(2) >= B:
             plane = tl.num_programs(0) * tl.num_programs(1)
             index = (tl.program_id(2) - B) * plane + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -52,31 +52,31 @@ def _capped_attention(
     head = tl.program_id(1) // SLICES  # of the keys
     batch = tl.program_id(2).to(tl.int64)
     start = tl.load(shared + batch).to(tl.int32)
-    mine = qkv + batch * L * WIDTH
+    row_qkv = qkv + batch * L * WIDTH
     half = tl.arange(0, HALF)
     in_half = half < HD
     column = (tl.program_id(1) % SLICES) * BV + tl.arange(0, BV)
     in_column = column < DIM
 
-    # Rows are tokens, and the query heads of each.
+    # A row is one query head of one token.
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     token = row // G
     query = head * G + row % G
-    there = (token < L)[:, None] & in_half[None, :]
+    in_query = (token < L)[:, None] & in_half[None, :]
     at = token[:, None] * WIDTH + query[:, None] * DIM + half[None, :]
-    q1 = tl.load(mine + at, mask=there, other=0.0)
-    q2 = tl.load(mine + at + HD, mask=there, other=0.0)
+    q1 = tl.load(row_qkv + at, mask=in_query, other=0.0)
+    q2 = tl.load(row_qkv + at + HD, mask=in_query, other=0.0)
     angle = tl.minimum(start + token, positions - 1)[:, None] * HD + half[None, :]
-    cos = tl.load(cosine + angle, mask=there, other=0.0)
-    sin = tl.load(sine + angle, mask=there, other=0.0)
-    r1, r2 = _turned(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
+    cos = tl.load(cosine + angle, mask=in_query, other=0.0)
+    sin = tl.load(sine + angle, mask=in_query, other=0.0)
+    r1, r2 = _rotate(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
     q1, q2 = r1.to(q1.dtype), r2.to(q2.dtype)
 
     mixed = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    seen_by = (start + token)[:, None]
+    query_position = (start + token)[:, None]
 
-    # The prefix.
+    # Keys of the prefix.
     key_base = past_key + head * P * DIM
     value_base = past_value + head * P * DIM
     for n in range(0, start, BN):
@@ -87,34 +87,34 @@ def _capped_attention(
         k2 = tl.load(key_base + key_at + HD, mask=inside[:, None] & in_half[None, :], other=0.0)
         value_at = key[:, None] * DIM + column[None, :]
         v = tl.load(value_base + value_at, mask=inside[:, None] & in_column[None, :], other=0.0)
-        seen = inside[None, :]
+        visible = inside[None, :]
         if WINDOW > 0:
-            seen = seen & (seen_by - key[None, :] < WINDOW)
-        weight = _weights(q1, q2, k1, k2, seen, scale, cap)
+            visible = visible & (query_position - key[None, :] < WINDOW)
+        weight = _softmax_weights(q1, q2, k1, k2, visible, scale, cap)
         weight = weight.to(v.dtype)
-        total += tl.sum(weight.to(tl.float32), 1)  # of what is summed up, so that rounded weights add up to 1
+        total += tl.sum(weight.to(tl.float32), 1)  # of the rounded weights, so that they add up to 1
         mixed = tl.dot(weight, v, mixed, input_precision="ieee")
 
-    # The new tokens, up to the last of these rows.
+    # Keys of the new tokens, up to the last of these rows.
     last = tl.minimum((tl.program_id(0) * BM + BM - 1) // G + 1, L)
     for n in range(0, last, BL):
         own = n + tl.arange(0, BL)
         is_there = (own < L)[:, None]
         own_at = own[:, None] * WIDTH + (H + head) * DIM + half[None, :]
-        own1 = tl.load(mine + own_at, mask=is_there & in_half[None, :], other=0.0)
-        own2 = tl.load(mine + own_at + HD, mask=is_there & in_half[None, :], other=0.0)
+        own1 = tl.load(row_qkv + own_at, mask=is_there & in_half[None, :], other=0.0)
+        own2 = tl.load(row_qkv + own_at + HD, mask=is_there & in_half[None, :], other=0.0)
         value_own_at = own[:, None] * WIDTH + (H + K + head) * DIM + column[None, :]
-        value = tl.load(mine + value_own_at, mask=is_there & in_column[None, :], other=0.0)
+        value = tl.load(row_qkv + value_own_at, mask=is_there & in_column[None, :], other=0.0)
         own_angle = tl.minimum(start + own, positions - 1)[:, None] * HD + half[None, :]
         own_cos = tl.load(cosine + own_angle, mask=in_half[None, :], other=0.0)
         own_sin = tl.load(sine + own_angle, mask=in_half[None, :], other=0.0)
-        own_r1, own_r2 = _turned(own1.to(tl.float32), own2.to(tl.float32), own_cos, own_sin)
-        seen_own = own[None, :] <= token[:, None]
+        own_r1, own_r2 = _rotate(own1.to(tl.float32), own2.to(tl.float32), own_cos, own_sin)
+        visible_own = own[None, :] <= token[:, None]
         if WINDOW > 0:
-            seen_own = seen_own & (token[:, None] - own[None, :] < WINDOW)
-        share = _weights(q1, q2, own_r1.to(own1.dtype), own_r2.to(own2.dtype), seen_own, scale, cap)
+            visible_own = visible_own & (token[:, None] - own[None, :] < WINDOW)
+        share = _softmax_weights(q1, q2, own_r1.to(own1.dtype), own_r2.to(own2.dtype), visible_own, scale, cap)
         share = share.to(value.dtype)
-        total += tl.sum(share.to(tl.float32), 1)  # of what is summed up, so that rounded weights add up to 1
+        total += tl.sum(share.to(tl.float32), 1)  # of the rounded weights, so that they add up to 1
         mixed = tl.dot(share, value, mixed, input_precision="ieee")
 
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
@@ -132,7 +132,7 @@ def run(
     heads = width // dim - 2 * keys
     group = heads // keys
     out = torch.empty(batch, length, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    # Few rows a program while there are few: the more programs, the shorter each one's chain of tiles waits.
+    # Few rows per program if there are few tokens: more programs run shorter chains of tiles.
     if length > 128:
         tall, tile, own, warps, stages = 64, 64, 32, 8, 2
     elif launch.tma:
@@ -158,9 +158,9 @@ def reference(
     qkv: Tensor, past_key: Tensor, past_value: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor,
     scale: float, cap: float, window: int, _ahead: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Row b at positions shared[b] and on, behind the first shared[b] of the P keys and values [K, P, d] of the prefix.
+    """Attends as Gemma. Row b follows the first shared[b] of the prefix's P keys and values [K, P, d].
 
-    cosine, sine [positions, d/2] fp32; logits are cap * tanh(q k * scale / cap) and hidden at a distance of `window`.
+    cosine, sine [positions, d/2] fp32. Logits are cap * tanh(q k * scale / cap), masked from a distance of `window` on.
     """
     batch, length, width = qkv.shape
     keys, prefix, dim = past_key.shape
@@ -180,8 +180,8 @@ def reference(
     at = torch.cat([before, position], dim=1)  # [B, P + L]
     valid = torch.cat([before < shared[:, None], torch.ones_like(position, dtype=torch.bool)], dim=1)[:, None]
     distance = position[:, :, None] - at[:, None]  # [B, L, P + L]
-    seen = valid & (distance >= 0) & (distance < window)
-    mixed = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) @ value
+    visible = valid & (distance >= 0) & (distance < window)
+    mixed = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1) @ value
     return mixed.flatten(1, 2).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 

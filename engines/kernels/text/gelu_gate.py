@@ -1,4 +1,4 @@
-"""gelu_tanh(gate) * up of one fused product: y [M, 2N], gate before up, to [M, N]; see `reference`."""
+"""gelu_tanh(gate) * up of one fused product: y [M, 2N], gate before up, to [M, N]."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from engines.kernels.op import Launcher, Op
 
 @triton.jit
 def gelu_tanh(x):
-    """x / 2 * (1 + tanh(z)) = x * sigmoid(2z), z = sqrt(2/pi) * (x + 0.044715 x³); below -80 it is 0 in any type."""
+    """Returns x / 2 * (1 + tanh(z)) = x * sigmoid(2z), z = sqrt(2/pi) * (x + 0.044715 x³), with 2z clamped at -80."""
     return x * tl.sigmoid(tl.maximum(1.5957691216057308 * (x + 0.044715 * x * x * x), -80.0))
 
 
@@ -34,7 +34,7 @@ def run(launch: Launcher, y: Tensor) -> Tensor:
 
 
 def reference(y: Tensor) -> Tensor:
-    """GELU (tanh form) of the first half times the second, in fp32, rounded once."""
+    """Returns GELU (tanh form) of the first half times the second, in fp32, rounded once."""
     gate, up = y.float().chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(y.dtype)
 

@@ -1,5 +1,7 @@
-"""Gemma's norms of x [M, D], fp32 inside: alone, or as x + norm(y) * post with the next norm, y [M, D] or its partial
-sums [S, M, D] of a split product; see the references. One launch, a program a row, and those that fetch ahead."""
+"""Gemma's norms of x [M, D] in fp32: alone, or x + norm(y) * post followed by the next norm.
+
+y is [M, D], or the partial sums [S, M, D] of a split product. One program per row; further programs prefetch weights.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 from engines.kernels.op import Launcher, Op
 from engines.kernels.text.prefetch import prefetch, share
 
-_FETCHERS = 96  # programs, on processors without a row
+_FETCHERS = 96  # programs that prefetch, on processors without a row
 
 
 @triton.jit
@@ -18,7 +20,7 @@ def _gemma_norm(
     y, x, post, pre, x_new, h, ahead, lines, M, D, eps,
     PARTS: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr, FETCHERS: tl.constexpr,
 ):  # fmt: skip
-    if STEP > 0:  # noqa: SIM102  # known when compiled, the other when run
+    if STEP > 0:  # noqa: SIM102  # the first is known at compile time
         if tl.program_id(0) >= M:
             prefetch(ahead, lines, tl.program_id(0) - M, FETCHERS, STEP)
             return
@@ -53,7 +55,7 @@ def run(launch: Launcher, x: Tensor, pre: Tensor, eps: float) -> Tensor:
 
 
 def reference(x: Tensor, pre: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * pre; pre [D] fp32 is 1 + weight."""
+    """Returns x / sqrt(mean(x²) + eps) * pre; pre [D] fp32 is 1 + weight."""
     return F.rms_norm(x.float(), pre.shape, pre, eps).to(x.dtype)
 
 
@@ -76,7 +78,7 @@ def run_sandwich(
 def reference_sandwich(
     y: Tensor, x: Tensor, post: Tensor, pre: Tensor, eps: float, _ahead: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x_new = x + norm(y) * post, rounded to x's type, and norm(x_new) * pre; post, pre [D] fp32 are 1 + weight."""
+    """Returns x_new = x + norm(y) * post in x's type, and norm(x_new) * pre; post, pre [D] fp32 are 1 + weight."""
     added = y.float().sum(0) if y.dim() == 3 else y.float()
     x_new = (x.float() + F.rms_norm(added, post.shape, post, eps)).to(x.dtype)
     return x_new, reference(x_new, pre, eps)

@@ -1,7 +1,7 @@
-"""Part of the next product's weights on their way to the L2 cache while a small kernel leaves the memory idle.
+"""Prefetches part of the next product's weights to the L2 cache while a small kernel leaves the memory idle.
 
-No values are read, so nothing that is computed depends on it. On cards with a cache that is large enough, which are
-those with the bulk copy engine (an H100 has 50 MB); nowhere else, and never in the interpreter.
+It reads no values, so results do not depend on it. Only cards with tensor descriptors prefetch, because their cache is
+large enough (50 MB on an H100); the interpreter does not.
 """
 
 import triton
@@ -11,12 +11,12 @@ from torch import Tensor
 from engines.kernels.op import Launcher
 
 LINE = 64  # bf16 numbers of 128 bytes
-BYTES = 10 * 2**20  # what memory brings in the 3 to 4 microseconds of such a kernel
+BYTES = 10 * 2**20  # what memory delivers in the 3 to 4 microseconds of such a kernel
 
 
 @triton.jit
 def prefetch(weight, lines, index, many, STEP: tl.constexpr):
-    """Asks, as program `index` of `many`, for its share of the lines: two of every 2 * STEP."""
+    """Prefetches the lines of program `index` of `many`: two of every 2 * STEP."""
     lane = tl.arange(0, 512)
     for first in range(index * 512, lines, many * 512):
         line = tl.minimum(first + lane, lines - 1)
@@ -27,8 +27,10 @@ def prefetch(weight, lines, index, many, STEP: tl.constexpr):
 
 
 def share(launch: Launcher, weight: Tensor | None) -> tuple[int, int]:
-    """Lines to ask for and STEP, evenly over all of `weight`, so that every program of the product finds its part.
-    STEP is 0 where nothing is asked for."""
+    """Returns the number of lines and STEP, which spread the lines evenly over `weight`; STEP 0: no prefetch.
+
+    Spread evenly, every program of the product finds a part of its weights in the cache.
+    """
     if not launch.tma or weight is None or weight.numel() < 2 * LINE:
         return 0, 0
     step = max(1, -(-weight.nbytes // BYTES))

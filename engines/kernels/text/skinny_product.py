@@ -1,7 +1,7 @@
 """Products of few rows by large weights, x [M <= 64, K] and w [N, K]: partial sums [S, M, N] in fp32, or gated [M, N].
 
-Bound by reading w once, so: many small programs (S parts of K by tiles of 64 rows of w), w as the tall operand of the
-tensor cores, and what sums up the parts is the kernel that follows (gemma_norm). The parts depend on N and K alone.
+Reading w once bounds the time. So many small programs run (S parts of K by tiles of 64 rows of w), w is the tall
+operand of the tensor cores, and the next kernel (gemma_norm) sums the parts. S depends only on N and K.
 """
 
 import torch
@@ -15,7 +15,7 @@ from engines.kernels.text.gelu_gate import gelu_tanh
 from engines.kernels.text.prefetch import prefetch, share
 
 MAX_ROWS = 64
-PROGRAMS = 264  # two for each processor of an H100
+PROGRAMS = 264  # two per processor of an H100
 _BN, _BK = 64, 128
 
 
@@ -28,7 +28,7 @@ def _skinny_product(
     row = tl.arange(0, BM)
     tile = tl.arange(0, BN)
     WIDE: tl.constexpr = BN // 2 if GATED else BN
-    if GATED:  # half of the tile's rows from the gate, half from what it gates
+    if GATED:  # half of the tile's rows are of the gate, half of the values
         of_w = (tl.program_id(0) * WIDE + tile % WIDE) % N + tl.where(tile < WIDE, 0, N)
     else:
         of_w = (tl.program_id(0) * WIDE + tile) % N
@@ -57,7 +57,7 @@ def _skinny_product(
 
 
 def parts_of(width: int, inner: int) -> int:
-    """S for w [width, inner]: enough programs for the card, but each with something to sum."""
+    """Returns S for w [width, inner]: enough programs for the card, each with at least one tile of K."""
     return max(1, min(-(-PROGRAMS // -(-width // _BN)), -(-inner // _BK)))
 
 
@@ -76,7 +76,7 @@ def _launch(launch: Launcher, x: Tensor, w: Tensor, out: Tensor, parts: int, gat
 
 
 def _part(inner: int, parts: int) -> int:
-    """How much of K one part sums up, in whole tiles."""
+    """Returns the length of a part of K, a multiple of the tile."""
     return -(-inner // (_BK * parts)) * _BK
 
 
@@ -88,7 +88,7 @@ def run(launch: Launcher, x: Tensor, w: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T in fp32 as `parts_of` sums over equal parts of K (the last ones shorter, or empty): [S, M, N]."""
+    """Returns x w^T in fp32 as partial sums over S parts of K (the last ones shorter, or empty): [S, M, N]."""
     parts = parts_of(*w.shape)
     part = _part(x.shape[1], parts)
     sums = [x[:, at : at + part].float() @ w[:, at : at + part].float().T for at in range(0, parts * part, part)]
@@ -102,7 +102,7 @@ def run_gated(launch: Launcher, x: Tensor, w: Tensor, ahead: Tensor | None) -> T
 
 
 def reference_gated(x: Tensor, w: Tensor, _ahead: Tensor | None) -> Tensor:
-    """gelu_tanh(x w1^T) * (x w2^T), w [2N, K] being w1 above w2, in fp32, rounded once."""
+    """Returns gelu_tanh(x w1^T) * (x w2^T) in fp32, rounded once; w [2N, K] is w1 above w2."""
     gate, up = (x.float() @ w.float().T).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 

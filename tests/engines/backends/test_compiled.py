@@ -1,4 +1,4 @@
-"""torch.compile's drop-in: equal to the module, in buckets, and plain at sizes it was not prepared for."""
+"""The compiled backend equals the module, runs in buckets, and runs eagerly at other sizes."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def spec(name: ModuleName) -> ModuleSpec:
     return ModuleSpec(name, torch.float32, CPU, 2, SHAPE.tokens, (SIZE,), SHAPE.compression)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses deprecated parts of torch
 def test_compiled_transformer_equals_the_module() -> None:
     config = replace(TRANSFORMER, num_layers=1)
     run = compiled(hot_transformer(config), spec("transformer"))
@@ -34,15 +34,15 @@ def test_compiled_transformer_equals_the_module() -> None:
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the first input that reach what torch.compile made, which stays the module itself."""
-    seen: list[tuple[int, ...]] = []
+    """Returns the shapes of the first input of each compiled call; 'compiled' modules are the modules themselves."""
+    shapes: list[tuple[int, ...]] = []
 
     def traced(module: torch.nn.Module, **flags: object) -> object:
         assert flags == {"fullgraph": True, "dynamic": False, "mode": None}
-        return lambda **inputs: seen.append(tuple(next(iter(inputs.values())).shape)) or module(**inputs)
+        return lambda **inputs: shapes.append(tuple(next(iter(inputs.values())).shape)) or module(**inputs)
 
     monkeypatch.setattr(torch, "compile", traced)
-    return seen
+    return shapes
 
 
 @pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
@@ -50,8 +50,8 @@ def test_batches_run_in_buckets_and_other_sizes_run_plain(name: ModuleName, comp
     run, module = compiled(hot_module(name), replace(spec(name), max_batch=4)), hot_module(name)
     for batch, shape in ((3, SHAPE), (1, SHAPE), (1, replace(SHAPE, width=4))):
         inputs = example_inputs(name, shape, batch, torch.float32)
-        expected, found = module(**inputs), run(**inputs)
-        pair = (expected[0], found[0]) if name == "decoder" else (expected, found)
+        expected, actual = module(**inputs), run(**inputs)
+        pair = (expected[0], actual[0]) if name == "decoder" else (expected, actual)
         GATES["fp32"].check(name, difference(*pair))
     assert [shape[0] for shape in compiles] == [4, 4, 1, 1], "each shape is held to the module once, then runs"
 

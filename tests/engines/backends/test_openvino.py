@@ -1,4 +1,4 @@
-"""OpenVINO's drop-ins against the torch modules."""
+"""OpenVINO's graphs equal the torch modules within the gates."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 
 needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
 
-LATENT, PICTURE = (SHAPE.height, SHAPE.width), SHAPE.pixels
+LATENT, IMAGE = (SHAPE.height, SHAPE.width), SHAPE.pixels
 
 
 class Converted(NamedTuple):
@@ -51,19 +51,19 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     return Converted(folder)
 
 
-def drop_in(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
-    made: dict[ModuleName, Callable[..., Tensor]] = {
+def adapter(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
+    adapters: dict[ModuleName, Callable[..., Tensor]] = {
         "transformer": TransformerAdapter(only_built_sizes({LATENT: graph}), SHAPE.tokens),
         "decoder": lambda latent: DecoderAdapter(only_built_sizes({LATENT: graph}))(latent)[0],
-        "encoder": EncoderAdapter(only_built_sizes({PICTURE: graph})),
+        "encoder": EncoderAdapter(only_built_sizes({IMAGE: graph})),
     }
-    return made[name]
+    return adapters[name]
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
 def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, converted: Converted) -> None:
-    module, run = hot_module(name), drop_in(name, converted.graph(name, precision, (1, 4)))
+    module, run = hot_module(name), adapter(name, converted.graph(name, precision, (1, 4)))
     for batch in (1, 3):
         inputs = example_inputs(name, SHAPE, batch, torch.float32)
         expected = module(**inputs)
@@ -72,26 +72,26 @@ def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, conve
 
 
 def test_text_of_any_length_and_no_mask_equal_the_module(converted: Converted) -> None:
-    run = drop_in("transformer", converted.graph("transformer"))
+    run = adapter("transformer", converted.graph("transformer"))
     inputs = example_inputs("transformer", SHAPE, 2, torch.float32)
     del inputs["text_mask"]
     for length in (1, 5, SHAPE.tokens):
         shorter = {**inputs, "text": inputs["text"][:, :length]}
-        found = difference(hot_module("transformer")(**shorter), run(**shorter))
-        GATES["fp32"].check("transformer", found)
+        distance = difference(hot_module("transformer")(**shorter), run(**shorter))
+        GATES["fp32"].check("transformer", distance)
 
 
 def test_results_are_the_callers_own(converted: Converted) -> None:
-    run = drop_in("decoder", converted.graph("decoder"))
+    run = adapter("decoder", converted.graph("decoder"))
     first, second = (example_inputs("decoder", SHAPE, 1, torch.float32, seed) for seed in (0, 1))
-    kept = run(**first)
-    before = kept.clone()
+    cached = run(**first)
+    before = cached.clone()
     run(**second)
-    assert torch.equal(kept, before)
+    assert torch.equal(cached, before)
 
 
 def test_a_row_does_not_depend_on_what_fills_its_bucket(converted: Converted) -> None:
-    run = drop_in("transformer", converted.graph("transformer", buckets=(4,)))
+    run = adapter("transformer", converted.graph("transformer", buckets=(4,)))
     inputs = example_inputs("transformer", SHAPE, 3, torch.float32)
     alone = run(**{key: value[:1] for key, value in inputs.items()})
     assert torch.equal(run(**inputs)[:1], alone)
@@ -100,12 +100,12 @@ def test_a_row_does_not_depend_on_what_fills_its_bucket(converted: Converted) ->
 def test_compiled_models_are_kept_and_a_damaged_one_costs_only_time(converted: Converted) -> None:
     cache = converted.folder / "cache"
     inputs = example_inputs("decoder", SHAPE, 1, torch.float32)
-    expected = drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs)
-    kept = sorted(cache.rglob("*.blob"))
-    assert kept
-    for blob in kept:
+    expected = adapter("decoder", converted.graph("decoder", buckets=(1,)))(**inputs)
+    cached = sorted(cache.rglob("*.blob"))
+    assert cached
+    for blob in cached:
         os.truncate(blob, blob.stat().st_size // 2)
-    assert torch.equal(drop_in("decoder", converted.graph("decoder", buckets=(1,)))(**inputs), expected)
+    assert torch.equal(adapter("decoder", converted.graph("decoder", buckets=(1,)))(**inputs), expected)
 
 
 def test_what_came_out_of_the_cache_is_told(converted: Converted, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_what_came_out_of_the_cache_is_told(converted: Converted, tmp_path: Path
 
 
 class Recording:
-    """Compiles nothing; keeps what it was told."""
+    """Compiles nothing; records the cache folders."""
 
     def __init__(self) -> None:
         self.capabilities = ["FP32", "BF16"]
@@ -143,8 +143,10 @@ class Recording:
 def test_each_thing_that_openvinos_key_leaves_out_has_its_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On every CPU; on one with bf16 the wrong model came out
-    (docs/understand/decisions/0011-compiled-models-on-disk.md)."""
+    """On a CPU with bf16, one folder for all returned a wrong model.
+
+    See docs/understand/decisions/0011-compiled-models-on-disk.md.
+    """
     vendor = Recording()
     monkeypatch.setattr(backend, "_openvino", lambda: vendor)
 
@@ -175,7 +177,7 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_shapes_that_were_not_built_are_refused(converted: Converted) -> None:
-    run = drop_in("transformer", converted.graph("transformer"))
+    run = adapter("transformer", converted.graph("transformer"))
     inputs = example_inputs("transformer", SHAPE, 1, torch.float32)
     with pytest.raises(BackendError, match=r"size: got 4x4 .*built for 4x8"):
         run(**{**inputs, "latent": inputs["latent"][..., :4]})

@@ -1,4 +1,4 @@
-"""Attention over text: kernels against references, and references against torch's attention, in the interpreter."""
+"""Attention over text: interpreted kernels equal their references, and these equal torch's attention."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def test_equal_their_references(
     batch, dim = len(lengths), heads * head_dim
     kv, weight = draw(batch * text, BLOCKS * 2 * dim).to(dtype), draw(BLOCKS, dim, seed=1)
     expected = KEY_NORM.reference(kv.clone(), weight, normed, 1e-5)
-    found = KEY_NORM.run(LAUNCHER, kv.clone(), weight, normed, 1e-5)
-    assert sqnr_db(expected, found) > FLOORS[dtype]
+    actual = KEY_NORM.run(LAUNCHER, kv.clone(), weight, normed, 1e-5)
+    assert sqnr_db(expected, actual) > FLOORS[dtype]
     query = draw(batch * tokens, dim, seed=2).to(dtype) / head_dim**0.5
     args = (query, expected, torch.tensor(lengths, dtype=torch.int32), 1, heads, normed, 1e-5)
-    expected, found = CROSS_ATTENTION.reference(*args), CROSS_ATTENTION.run(LAUNCHER, *args)
-    assert found.dtype == dtype
-    assert sqnr_db(expected, found) > FLOORS[dtype]
+    expected, actual = CROSS_ATTENTION.reference(*args), CROSS_ATTENTION.run(LAUNCHER, *args)
+    assert actual.dtype == dtype
+    assert sqnr_db(expected, actual) > FLOORS[dtype]
 
 
 def test_references_are_torchs_attention() -> None:
@@ -42,9 +42,9 @@ def test_references_are_torchs_attention() -> None:
     kv, query = draw(2 * text, BLOCKS * 32), draw(2 * 5, 16, seed=1)
     keys, values = kv.view(2, text, BLOCKS, 2, heads, head_dim)[:, :, 1].permute(2, 0, 3, 1, 4)
     mask = torch.arange(text)[None] < torch.tensor([[4], [6]])
-    asked = query.view(2, 5, heads, head_dim).transpose(1, 2)
-    expected = F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask[:, None, None])
+    queries = query.view(2, 5, heads, head_dim).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None])
     scaled = KEY_NORM.reference(kv.clone(), torch.full((BLOCKS, 16), head_dim**-0.5), False, 1e-5)
     lengths = torch.tensor([4, 6], dtype=torch.int32)
-    found = CROSS_ATTENTION.reference(query, scaled, lengths, 1, heads, False, 1e-5)
-    assert sqnr_db(expected.transpose(1, 2).reshape(10, 16), found) > 100
+    actual = CROSS_ATTENTION.reference(query, scaled, lengths, 1, heads, False, 1e-5)
+    assert sqnr_db(expected.transpose(1, 2).reshape(10, 16), actual) > 100

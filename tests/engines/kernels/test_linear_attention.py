@@ -1,4 +1,4 @@
-"""Linear attention of transformer and decoder: kernels against references, in Triton's interpreter."""
+"""Linear attention of transformer and decoder: interpreted kernels equal their references."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def test_transformers_form_equals_its_reference(
     dim = heads * head_dim
     qkv = draw(batch * tokens, 3 * dim).to(dtype)
     args = (qkv, draw(dim, seed=1).to(dtype) if normed else None, batch, head_dim, 1e-5)
-    expected, found = LINEAR_ATTENTION.reference(*args), LINEAR_ATTENTION.run(LAUNCHER, *args)
-    assert found.dtype == dtype
-    assert sqnr_db(expected, found) > FLOORS[dtype]
+    expected, actual = LINEAR_ATTENTION.reference(*args), LINEAR_ATTENTION.run(LAUNCHER, *args)
+    assert actual.dtype == dtype
+    assert sqnr_db(expected, actual) > FLOORS[dtype]
 
 
 @pytest.mark.parametrize("dtype", FLOORS)
@@ -37,12 +37,12 @@ def test_decoders_form_equals_its_reference(
     pair = [draw(batch * tokens, 3 * groups * head_dim, seed=seed).to(dtype) for seed in range(2)]
     mix = (draw(3 * groups, head_dim, head_dim, seed=2) * head_dim**-0.5).to(dtype)
     expected = MULTISCALE_ATTENTION.reference(*pair, mix, batch, head_dim)
-    found = MULTISCALE_ATTENTION.run(LAUNCHER, *pair, mix, batch, head_dim)
-    assert found.shape == (batch * tokens, 2 * groups * head_dim)
-    assert sqnr_db(expected, found) > FLOORS[dtype] - 6  # it rounds once more, and the interpreter cuts
+    actual = MULTISCALE_ATTENTION.run(LAUNCHER, *pair, mix, batch, head_dim)
+    assert actual.shape == (batch * tokens, 2 * groups * head_dim)
+    assert sqnr_db(expected, actual) > FLOORS[dtype] - 6  # it rounds once more, and the interpreter truncates
 
 
-@pytest.mark.parametrize(("height", "width"), [(5, 7), (2, 3)])  # more and fewer tokens than a head is wide
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (2, 3)])  # more and fewer tokens than head_dim
 def test_decoders_reference_is_the_modules(height: int, width: int) -> None:
     module = MultiscaleLinearAttention(32, 16, (5,))
     qkv, deep = draw(2, 96, height, width), draw(2, 96, height, width, seed=1)
@@ -50,16 +50,16 @@ def test_decoders_reference_is_the_modules(height: int, width: int) -> None:
     with torch.no_grad():
         expected = module.attend(torch.cat([qkv, mixing(deep)], 1))
         flat = [part.permute(0, 2, 3, 1).reshape(-1, 96) for part in (qkv, deep)]
-        found = MULTISCALE_ATTENTION.reference(*flat, mixing.weight.view(6, 16, 16), 2, 16)
-    assert sqnr_db(expected.permute(0, 2, 3, 1).reshape(-1, 64), found) > 100
+        actual = MULTISCALE_ATTENTION.reference(*flat, mixing.weight.view(6, 16, 16), 2, 16)
+    assert sqnr_db(expected.permute(0, 2, 3, 1).reshape(-1, 64), actual) > 100
 
 
 def test_a_query_without_positive_value_gives_zero() -> None:
     qkv = draw(40, 96)
     qkv[3, :32] = -1
-    found = LINEAR_ATTENTION.run(LAUNCHER, qkv, None, 1, 32, 1e-5)
-    assert not found[3].any()
-    assert found.isfinite().all()
+    actual = LINEAR_ATTENTION.run(LAUNCHER, qkv, None, 1, 32, 1e-5)
+    assert not actual[3].any()
+    assert actual.isfinite().all()
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:

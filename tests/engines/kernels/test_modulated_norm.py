@@ -1,4 +1,4 @@
-"""Residual, LayerNorm and modulation: kernels against references, in Triton's interpreter."""
+"""Residual, LayerNorm and modulation: interpreted kernels equal their references."""
 
 import pytest
 import torch
@@ -17,17 +17,17 @@ def test_equal_their_references(batch: int, tokens: int, dim: int, dtype: torch.
     x, y, extra = (torch.randn(batch * tokens, dim, generator=generator).add(1).to(dtype) for _ in range(3))
     modulation = torch.randn(batch, 4, 6, dim, generator=generator).to(dtype)
     shift, scale, gate = modulation[:, 2, :3].unbind(1)  # rows of a larger tensor
-    kinds = [(MODULATED_NORM, (x, scale, shift, batch, 1e-6))]
+    calls = [(MODULATED_NORM, (x, scale, shift, batch, 1e-6))]
     for given_gate, given_extra in ((gate, extra), (gate, None), (None, None)):
-        kinds.append((RESIDUAL_NORM, (x, y, given_gate, given_extra, scale, shift, batch, 1e-6)))
-        kinds.append((RESIDUAL, (x, y, given_gate, given_extra, batch)))
-    kept = x.clone()
-    for op, args in kinds:
-        expected, found = op.reference(*args), op.run(LAUNCHER, *args)
-        for want, got in zip(*(out if isinstance(out, tuple) else (out,) for out in (expected, found)), strict=True):
+        calls.append((RESIDUAL_NORM, (x, y, given_gate, given_extra, scale, shift, batch, 1e-6)))
+        calls.append((RESIDUAL, (x, y, given_gate, given_extra, batch)))
+    before = x.clone()
+    for op, args in calls:
+        expected, actual = op.reference(*args), op.run(LAUNCHER, *args)
+        for want, got in zip(*(out if isinstance(out, tuple) else (out,) for out in (expected, actual)), strict=True):
             assert got.dtype == dtype
             assert sqnr_db(want, got) > FLOORS[dtype]
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before)
 
 
 def test_rows_of_different_modulations_are_refused() -> None:

@@ -1,5 +1,7 @@
-"""What the transformer's kernels take of an H100 and of an Ada card at the published sizes: nothing spills, and each
-fits its shared memory. Compiled without a card, in a process that has no interpreter."""
+"""The transformer's kernels at the published sizes spill no registers and fit the shared memory of H100 and Ada.
+
+Compiles without a card, in a process without the interpreter.
+"""
 
 import json
 import os
@@ -9,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {90: 232448, 89: 101376}  # bytes that one program may have
+SHARED = {90: 232448, 89: 101376}  # bytes per program
 ROOT = Path(__file__).parents[3]
 
 
 def cases(target: int) -> list[tuple[str, dict[str, str], dict[str, object], int, int]]:
-    """Module and kernel, types of those arguments that are no bf16 pointer, constexprs, warps, stages."""
+    """Returns module and kernel, types of arguments other than bf16 pointers, constexprs, warps and stages."""
     ints = dict.fromkeys(("N", "T", "D", "H", "W", "M", "K", "ROW", "OFFSET", "SPLIT", "STEP", "PART", "PARTS"), "i32")
     ints |= dict.fromkeys(("CHUNK", "GATE_ROW", "SCALE_ROW", "KV_ROW", "AT", "BLOCKS"), "i32")
     floats = {"eps": "fp32", "rms": "*fp32", "ctx": "*fp32", "lengths": "*i32"}
     types = ints | floats
     attention = {"HD": 32, "HP": 32, "BN": 128, "FAST": True, "PRECISION": "tf32"}
-    found: list[tuple[str, dict[str, str], dict[str, object], int, int]] = [
+    kernels: list[tuple[str, dict[str, str], dict[str, object], int, int]] = [
         ("linear_attention._row_rms", types | {"out": "*fp32"}, {"BC": 2048}, 2, 3),
         ("linear_attention._context", types, attention | {"NORMED": True}, 4, 3),
         ("linear_attention._context", types, attention | {"NORMED": False}, 4, 3),
@@ -29,9 +31,9 @@ def cases(target: int) -> list[tuple[str, dict[str, str], dict[str, object], int
         ("cross_attention._key_norm", types | {"weight": "*fp32"}, {"NORMED": True, "BC": 2048}, 4, 3),
     ]
     norm = dict.fromkeys(("ADDED", "GATED", "EXTRA", "NORMED"), True)
-    found.append(("modulated_norm._modulated_norm", types, norm | {"BC": 4096}, 8, 3))
+    kernels.append(("modulated_norm._modulated_norm", types, norm | {"BC": 4096}, 8, 3))
     cross = {"HP": 128, "BM": 64, "BT": 32, "NORMED": True, "PRECISION": "tf32"}
-    found += [("cross_attention._cross_attention", types, cross | {"HD": dim}, 4, 2) for dim in (72, 112)]
+    kernels += [("cross_attention._cross_attention", types, cross | {"HD": dim}, 4, 2) for dim in (72, 112)]
     tiles = (
         ((128, 256, 64, 8, 3, True), (128, 128, 64, 4, 3, False)) if target == 90 else ((128, 128, 32, 8, 4, False),)
     )
@@ -39,10 +41,10 @@ def cases(target: int) -> list[tuple[str, dict[str, str], dict[str, object], int
         blocks = {"x": (rows, depth), "weight": (cols, depth), "out": (rows, cols)} if target == 90 else {}
         tma = {name: f"tensordesc<bf16[{block[0]},{block[1]}]>" for name, block in blocks.items()}
         shape = {"BM": rows, "BN": cols, "BK": depth, "GROUP": 8, "PERSISTENT": persistent, "PRECISION": "tf32"}
-        found.append(
+        kernels.append(
             ("silu_product._silu_product", types | {"N": "i32"} | tma, shape | {"TMA": target == 90}, warps, stages)
         )
-    return found
+    return kernels
 
 
 def compile_all(target: int) -> list[tuple[str, int, int, int]]:
@@ -62,12 +64,12 @@ def compile_all(target: int) -> list[tuple[str, int, int, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
 def test_nothing_spills_and_all_fits(target: int) -> None:
-    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    given["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "helpers"), str(ROOT)])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "helpers"), str(ROOT)])
     command = [sys.executable, str(Path(__file__)), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, env=given)
-    assert done.returncode == 0, done.stderr
-    for name, registers, spills, shared in json.loads(done.stdout):
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert completed.returncode == 0, completed.stderr
+    for name, registers, spills, shared in json.loads(completed.stdout):
         print(target, name, registers, spills, shared)
         assert spills == 0, name
         assert shared <= SHARED[target], name

@@ -1,4 +1,4 @@
-"""Product with bias and SiLU: kernel against reference, by pointers and by descriptors, in Triton's interpreter."""
+"""Product with bias and SiLU: the interpreted kernel equals its reference, by pointers and by descriptors."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ def test_equals_its_reference(rows: int, depth: int, cols: int, tma: bool, dtype
     generator = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, depth, generator=generator), torch.randn(cols, depth, generator=generator)
     args = (x.to(dtype), weight.to(dtype) / depth**0.5, torch.randn(cols, generator=generator).to(dtype))
-    expected, found = SILU_PRODUCT.reference(*args), SILU_PRODUCT.run(Launcher(tma, 1), *args)
-    assert found.dtype == dtype
-    assert sqnr_db(expected, found) > FLOORS[dtype]
+    expected, actual = SILU_PRODUCT.reference(*args), SILU_PRODUCT.run(Launcher(tma, 1), *args)
+    assert actual.dtype == dtype
+    assert sqnr_db(expected, actual) > FLOORS[dtype]
 
 
-def test_small_pictures_get_tiles_that_fill_the_card() -> None:
+def test_small_images_get_tiles_that_fill_the_card() -> None:
     assert tile_for(1024, 5760, 132, tma=True).cols == 128
     assert tile_for(16384, 4096, 132, tma=True).cols == 256

@@ -1,4 +1,4 @@
-"""The control branch against diffusers' SanaControlNetModel, and NVlabs' graph written with diffusers' blocks."""
+"""The ControlNet equals diffusers' SanaControlNetModel, and NVlabs' graph of diffusers' blocks."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from engines.models.transformer import SPRINT_0_6B, SprintTransformer, Transform
 
 GATE = 1e-4  # largest error, relative to the output's largest value
 
-BASE_0_6B = replace(SPRINT_0_6B, guidance_embeds=False, qk_norm=None)  # what diffusers' ControlNet was written for
+BASE_0_6B = replace(SPRINT_0_6B, guidance_embeds=False, qk_norm=None)  # the base model of diffusers' ControlNet
 SMALL = replace(
     SPRINT_0_6B,
     num_attention_heads=2,
@@ -31,7 +31,7 @@ PLAIN_SMALL = replace(SMALL, guidance_embeds=False, qk_norm=None)
 
 
 def upstream(config: TransformerConfig, copies: int) -> tuple[nn.Module, nn.Module]:
-    """diffusers' transformer and ControlNet, every part of which matters."""
+    """Returns diffusers' transformer and ControlNet with weights that all matter."""
     transformer = heat(SanaTransformer2DModel.from_config(config.to_dict()), 1)
     numbers = {key: value for key, value in replace(config, num_layers=copies).to_dict().items() if key[0] != "_"}
     for key in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale"):
@@ -43,10 +43,10 @@ def ours(transformer: nn.Module, controlnet: nn.Module, injection: Injection) ->
     config = TransformerConfig.from_dict(dict(transformer.config))
     control = ControlConfig.from_dict({**controlnet.config, "injection": injection})
     with torch.device("meta"):
-        made = ControlledTransformer(SprintTransformer(config), ControlNet(control))
-    made.transformer.load_state_dict(transformer.state_dict(), strict=True, assign=True)
-    made.controlnet.load_state_dict(controlnet.state_dict(), strict=True, assign=True)
-    return made.eval()
+        model = ControlledTransformer(SprintTransformer(config), ControlNet(control))
+    model.transformer.load_state_dict(transformer.state_dict(), strict=True, assign=True)
+    model.controlnet.load_state_dict(controlnet.state_dict(), strict=True, assign=True)
+    return model.eval()
 
 
 def inputs(
@@ -66,16 +66,16 @@ def inputs(
     }
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def diffusers_velocity(transformer: nn.Module, controlnet: nn.Module, given: dict[str, Any]) -> Tensor:
-    """Job by job, since upstream has one scale for a batch."""
+def diffusers_velocity(transformer: nn.Module, controlnet: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Runs diffusers job by job, because it has one scale per batch."""
     rows = []
-    for row in range(len(given["latent"])):
+    for row in range(len(arguments["latent"])):
         latent, text, time, mask, control, scale = (
-            given[name][row : row + 1]
+            arguments[name][row : row + 1]
             for name in ("latent", "text", "timestep", "text_mask", "control", "control_scale")
         )
         samples = controlnet(latent, text, time, control, float(scale), mask, return_dict=False)[0]
@@ -92,21 +92,21 @@ def diffusers_velocity(transformer: nn.Module, controlnet: nn.Module, given: dic
     return torch.cat(rows)
 
 
-def nvlabs_velocity(transformer: nn.Module, controlnet: nn.Module, given: dict[str, Any]) -> Tensor:
-    """The forward pass of NVlabs' SanaMSControlNet, of diffusers' blocks."""
-    latent, mask = given["latent"], given["text_mask"]
+def nvlabs_velocity(transformer: nn.Module, controlnet: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Runs the forward pass of NVlabs' SanaMSControlNet with diffusers' blocks."""
+    latent, mask = arguments["latent"], arguments["text_mask"]
     batch, _, height, width = latent.shape
     bias = ((1 - mask) * -10000.0)[:, None, :]
 
     def prepared(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        time, embedded = model.time_embed(given["timestep"], batch_size=batch, hidden_dtype=latent.dtype)
-        return model.caption_norm(model.caption_projection(given["text"])), time, embedded
+        time, embedded = model.time_embed(arguments["timestep"], batch_size=batch, hidden_dtype=latent.dtype)
+        return model.caption_norm(model.caption_projection(arguments["text"])), time, embedded
 
     def run(block: nn.Module, x: Tensor, model: nn.Module) -> Tensor:
         text, time, _ = prepared(model)
         return block(x, None, text, bias, time, height, width)
 
-    control = controlnet.patch_embed.proj(given["control"]).flatten(2).transpose(1, 2)
+    control = controlnet.patch_embed.proj(arguments["control"]).flatten(2).transpose(1, 2)
     blocks = transformer.transformer_blocks
     x = run(blocks[0], transformer.patch_embed(latent), transformer)
     for i, (copied, after) in enumerate(
@@ -115,7 +115,7 @@ def nvlabs_velocity(transformer: nn.Module, controlnet: nn.Module, given: dict[s
         if i == 1:
             control = x + controlnet.input_block(control)
         control = run(copied, control, controlnet)
-        x = run(blocks[i], x + given["control_scale"][:, None, None] * after(control), transformer)
+        x = run(blocks[i], x + arguments["control_scale"][:, None, None] * after(control), transformer)
     for block in blocks[len(controlnet.transformer_blocks) + 1 :]:
         x = run(block, x, transformer)
     x = transformer.proj_out(transformer.norm_out(x, prepared(transformer)[2], transformer.scale_shift_table))
@@ -127,24 +127,24 @@ def nvlabs_velocity(transformer: nn.Module, controlnet: nn.Module, given: dict[s
 def test_true_width_equals_upstream(injection: Injection) -> None:
     config = replace(BASE_0_6B, num_layers=3)
     reference = upstream(config, 2)
-    given = inputs(config)
-    expected = (diffusers_velocity if injection == "diffusers" else nvlabs_velocity)(*reference, given)
-    assert distance(ours(*reference, injection)(**given), expected) <= GATE
+    arguments = inputs(config)
+    expected = (diffusers_velocity if injection == "diffusers" else nvlabs_velocity)(*reference, arguments)
+    assert distance(ours(*reference, injection)(**arguments), expected) <= GATE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [None, 1.0], ids=["no positions", "positions"])
 def test_the_graphs_differ_and_both_equal_upstream(scale: float | None) -> None:
     config = replace(PLAIN_SMALL, interpolation_scale=scale)
-    reference, given = upstream(config, 2), inputs(config, (6, 10))
-    diffusers, nvlabs = diffusers_velocity(*reference, given), nvlabs_velocity(*reference, given)
-    assert distance(ours(*reference, "diffusers")(**given), diffusers) <= GATE
-    assert distance(ours(*reference, "nvlabs")(**given), nvlabs) <= GATE
+    reference, arguments = upstream(config, 2), inputs(config, (6, 10))
+    diffusers, nvlabs = diffusers_velocity(*reference, arguments), nvlabs_velocity(*reference, arguments)
+    assert distance(ours(*reference, "diffusers")(**arguments), diffusers) <= GATE
+    assert distance(ours(*reference, "nvlabs")(**arguments), nvlabs) <= GATE
     assert distance(diffusers, nvlabs) > 100 * GATE
 
 
 def sprint(injection: Injection = "diffusers") -> ControlledTransformer:
-    """Ours alone: guidance and QK-norm, which upstream's ControlNet lacks."""
+    """Returns our model with guidance and QK-norm, which upstream's ControlNet lacks."""
     transformer = SprintTransformer(SMALL)
     heat(transformer, 1)
     return ControlledTransformer(transformer, ControlNet.of(transformer, 2, injection)).eval()
@@ -153,38 +153,38 @@ def sprint(injection: Injection = "diffusers") -> ControlledTransformer:
 @torch.no_grad()
 @pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])
 def test_an_untrained_controlnet_changes_nothing(injection: Injection) -> None:
-    model, given = sprint(injection), inputs(SMALL)
-    plain = {name: given[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
-    assert torch.equal(model(**given), model.transformer(**plain))
+    model, arguments = sprint(injection), inputs(SMALL)
+    plain = {name: arguments[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
+    assert torch.equal(model(**arguments), model.transformer(**plain))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])
 def test_scale_zero_is_no_control_and_each_job_has_its_own(injection: Injection) -> None:
-    model, given = sprint(injection), inputs(SMALL)
+    model, arguments = sprint(injection), inputs(SMALL)
     heat(model.controlnet, 3)
-    plain = {name: given[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
+    plain = {name: arguments[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
     without = model.transformer(**plain)
-    found = model(**{**given, "control_scale": torch.tensor([0.0, 1.0])})
-    assert torch.equal(found[0], without[0])
-    assert distance(found[1], without[1]) > 0.01
+    actual = model(**{**arguments, "control_scale": torch.tensor([0.0, 1.0])})
+    assert torch.equal(actual[0], without[0])
+    assert distance(actual[1], without[1]) > 0.01
 
 
 @torch.no_grad()
 def test_guidance_and_every_weight_of_the_branch_matter() -> None:
-    model, given = sprint(), inputs(SMALL)
+    model, arguments = sprint(), inputs(SMALL)
     heat(model.controlnet, 3)
-    expected = model(**given)
+    expected = model(**arguments)
     for name, parameter in model.controlnet.named_parameters():
-        kept = parameter.data
-        parameter.data = kept + 0.1 * kept.abs().mean() * torch.sign(torch.randn_like(kept))
-        changed = distance(model(**given), expected)
-        parameter.data = kept
+        original = parameter.data
+        parameter.data = original + 0.1 * original.abs().mean() * torch.sign(torch.randn_like(original))
+        changed = distance(model(**arguments), expected)
+        parameter.data = original
         assert changed > 1e-6, name
-    moved = {**given, "guidance": given["guidance"] + 0.3}
+    moved = {**arguments, "guidance": arguments["guidance"] + 0.3}
     alone = {name: moved[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
     residual = model(**moved) - model.transformer(**alone)
-    alone = {name: given[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
+    alone = {name: arguments[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
     assert distance(residual, expected - model.transformer(**alone)) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The decoder made faster: folded upsampling and the CPU's own decoder against the module that they replace."""
+"""Folded upsampling and the CPU's decoder equal the modules that they replace."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ needs_bf16 = pytest.mark.skipif(
 
 SPEC = ModuleSpec("decoder", torch.float32, torch.device("cpu"), max_batch=4)
 
-# Six stages as published and narrow, five without the finest as DC-AE-Lite and the tiny one have it, by shuffling too.
+# Narrow variants: six stages as published, five without the finest as DC-AE-Lite and tiny, and with pixel shuffle.
 WHOLE = AutoencoderConfig(
     attention_head_dim=8,
     encoder_block_out_channels=(8, 8, 16, 16, 32, 32),
@@ -42,9 +42,9 @@ ARCHITECTURES = {
 def autoencoder(config: AutoencoderConfig, dtype: torch.dtype = torch.float32) -> Autoencoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = heat(Autoencoder(config)).to(dtype).requires_grad_(False)
-    assert isinstance(made, Autoencoder)
-    return made
+        decoder = heat(Autoencoder(config)).to(dtype).requires_grad_(False)
+    assert isinstance(decoder, Autoencoder)
+    return decoder
 
 
 def latents(config: AutoencoderConfig, *shape: int) -> torch.Tensor:
@@ -55,21 +55,21 @@ def latents(config: AutoencoderConfig, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [(16, 16), (16, 8), (32, 8), (8, 16)], ids=str)
 @pytest.mark.parametrize("shortcut", [True, False], ids=["shortcut", "plain"])
 def test_folded_upsampling_is_exact(interpolate: bool, channels: tuple[int, int], shortcut: bool) -> None:
-    plain = Upsample(*channels, interpolate, shortcut).double().requires_grad_(False)
+    reference = Upsample(*channels, interpolate, shortcut).double().requires_grad_(False)
     x = torch.randn(2, channels[0], 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(FoldedUpsample(plain)(x), plain(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(FoldedUpsample(reference)(x), reference(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 @pytest.mark.parametrize("size", [(1, 5, 3), (2, 6, 8)], ids=str)
 @torch.inference_mode()
 def test_equals_the_decoder(config: AutoencoderConfig, size: tuple[int, int, int]) -> None:
-    """In fp32; 5x3 cells take the quadratic order of the attention, 6x8 the linear one."""
+    """Attention takes the quadratic order at 5x3 cells and the linear one at 6x8; fp32."""
     x = latents(config, *size)
     expected = autoencoder(config).decoder(x)
-    for made in (CpuDecoder(autoencoder(config).decoder), fold(autoencoder(config).decoder)):
-        assert (made(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
-        assert torch.equal(made(x), made(x))  # nothing that is kept is written to
+    for decoder in (CpuDecoder(autoencoder(config).decoder), fold(autoencoder(config).decoder)):
+        assert (decoder(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert torch.equal(decoder(x), decoder(x))  # no call changes the state
 
 
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
@@ -79,12 +79,12 @@ def test_equals_the_decoder(config: AutoencoderConfig, size: tuple[int, int, int
 def test_strips_change_nothing(
     config: AutoencoderConfig, cells: tuple[int, int], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As few rows at a time as may be, and a few more, so that the last strip is shorter, down to one row."""
+    """Tries the smallest strips and larger ones, so that the last strip is shorter, down to one row."""
     x = latents(config, 2, *cells)
     expected = autoencoder(config).decoder(x)
-    monkeypatch.setattr("engines.backends.cpu.convolution.STRIP", numbers)
-    found = CpuDecoder(autoencoder(config).decoder)(x)
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    monkeypatch.setattr("engines.backends.cpu.convolution.STRIP_NUMEL", numbers)
+    actual = CpuDecoder(autoencoder(config).decoder)(x)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @needs_bf16
@@ -94,26 +94,26 @@ def test_in_bf16_as_near_as_the_decoder_itself(config: AutoencoderConfig) -> Non
     rounded = autoencoder(config, torch.bfloat16)
     x = latents(config, 2, 6, 8)
     expected = PixelDecoder(autoencoder(config, torch.bfloat16).float())(x)[0]
-    plain = difference(expected, PixelDecoder(rounded)(x)[0]).psnr_db
+    reference = difference(expected, PixelDecoder(rounded)(x)[0]).psnr_db
     packed = PixelDecoder(rounded)
     packed.decoder = CpuDecoder(rounded.decoder)
     fast = difference(expected, packed(x)[0]).psnr_db
-    assert plain is not None
+    assert reference is not None
     assert fast is not None
-    assert fast >= plain - 1.5
+    assert fast >= reference - 1.5
 
 
 @torch.inference_mode()
-def test_eager_packs_wide_decoders_on_a_cpu_and_keeps_each_picture_its_own() -> None:
+def test_eager_packs_wide_decoders_on_a_cpu_and_keeps_images_independent() -> None:
     wide = replace(WHOLE, decoder_block_out_channels=(8, 16, 32, 32, 64, 256))
-    made = eager(PixelDecoder(autoencoder(wide)), SPEC)
-    assert isinstance(made.get_submodule("decoder"), CpuDecoder)
+    decoder = eager(PixelDecoder(autoencoder(wide)), SPEC)
+    assert isinstance(decoder.get_submodule("decoder"), CpuDecoder)
     assert not isinstance(eager(PixelDecoder(autoencoder(AUTOENCODER)), SPEC).get_submodule("decoder"), CpuDecoder)
     x = latents(wide, 3, 4, 6)
-    together, finite = made(x)
+    together, finite = decoder(x)
     assert finite.tolist() == [True, True, True]
     for index in range(3):
-        alone, _ = made(x[index : index + 1])
+        alone, _ = decoder(x[index : index + 1])
         assert (alone[0].int() - together[index].int()).abs().max() <= 1
     x[1] = float("nan")
-    assert made(x)[1].tolist() == [True, False, True]
+    assert decoder(x)[1].tolist() == [True, False, True]

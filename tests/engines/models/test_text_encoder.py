@@ -1,4 +1,4 @@
-"""The text path against SanaSprintPipeline.encode_prompt, which runs instruction, prompt and padding in full."""
+"""The text path equals SanaSprintPipeline.encode_prompt, which runs instruction, prompt and padding in full."""
 
 import inspect
 from pathlib import Path
@@ -38,7 +38,7 @@ PROMPTS = {
 
 
 def reference(pipeline: SanaSprintPipeline, prompt: str, instruction: list[str] | None, limit: int = 300) -> Tensor:
-    """Upstream's embedding without the positions that its mask hides: [T, D]."""
+    """Returns upstream's embedding without masked positions: [T, D]."""
     with torch.no_grad():
         states, mask = pipeline.encode_prompt(
             prompt, max_sequence_length=limit, complex_human_instruction=instruction, device=torch.device("cpu")
@@ -103,7 +103,7 @@ def test_says_when_a_prompt_was_cut(ours: tuple[PromptTokenizer, TextEncoder]) -
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE without pre-tokenisation, so that tokens join across the end of the instruction, several deep."""
+    """Returns a BPE without pre-tokenisation, so that several merges cross the end of the instruction."""
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=200, show_progress=False, special_tokens=["<pad>", "<eos>", "<bos>"])
     tokenizer.train_from_iterator(["draw: a red circle", "draw: a cat", "xdraw: a catz a red"] * 3, trainer)
@@ -118,7 +118,7 @@ def test_tokens_that_join_across_the_boundary(prompt: str, instruction: str, ups
     pipeline = SanaSprintPipeline(
         wrapped, upstream.text_encoder, upstream.vae, upstream.transformer, upstream.scheduler
     )
-    # A copy, because upstream's calls leave truncation and padding set in theirs.
+    # A copy, because upstream sets truncation and padding in its own tokenizer.
     tokenizer = PromptTokenizer(Tokenizer.from_str(wrapped.backend_tokenizer.to_str()), instruction, 6)
     encoder = TextEncoder(same_weights(upstream.text_encoder), tokenizer.prefix)
     [states] = encoder.encode([tokenizer.encode(prompt).tokens])
@@ -141,9 +141,9 @@ def test_tokenizer_without_bos_is_refused() -> None:
         PromptTokenizer(bare, INSTRUCTION, 300)
 
 
-def same_weights(theirs: Gemma2Model) -> GemmaBody:
-    body = GemmaBody(GemmaConfig.from_dict(theirs.config.to_dict()))
-    body.load_state_dict(theirs.state_dict())
+def same_weights(upstream_body: Gemma2Model) -> GemmaBody:
+    body = GemmaBody(GemmaConfig.from_dict(upstream_body.config.to_dict()))
+    body.load_state_dict(upstream_body.state_dict())
     return body.eval()
 
 
@@ -166,21 +166,21 @@ SMALL = {
     ids=lambda changed: next(iter(changed), "as published"),
 )
 def test_body_equals_transformers(changed: dict[str, object]) -> None:
-    """Whole, and cut in two with the past kept between; in bf16 as near as upstream is to itself in fp32."""
-    theirs = heat(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
+    """Runs whole, and in two pieces with a past; in bf16 the error to fp32 is near upstream's own."""
+    upstream_body = heat(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
     with torch.no_grad():
-        for layer in theirs.layers:  # so that the cap on the logits bends them
+        for layer in upstream_body.layers:  # so that the cap changes the logits
             layer.self_attn.q_proj.weight.mul_(12)
-    ours = same_weights(theirs)
+    ours = same_weights(upstream_body)
     ids = torch.randint(0, 32, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = theirs(ids).last_hidden_state
+        expected = upstream_body(ids).last_hidden_state
         whole, _ = ours(ids)
         first, past = ours(ids[:, :7])
         second, _ = ours(ids[:, 7:], past)
         torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-4)
-        distance = (theirs.bfloat16()(ids).last_hidden_state - expected).abs().mean()
+        distance = (upstream_body.bfloat16()(ids).last_hidden_state - expected).abs().mean()
         assert (ours.bfloat16()(ids)[0] - expected).abs().mean() <= 1.5 * distance
 
 
@@ -189,9 +189,9 @@ def test_config_as_older_releases_wrote_it() -> None:
         "model_type": "gemma2", "architectures": ["Gemma2Model"], "torch_dtype": "bfloat16", "rope_theta": 500.0,
         "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", **SMALL,
     }  # fmt: skip
-    found = GemmaConfig.from_dict(config)
-    assert (found.rope_theta, found.hidden_size) == (500.0, 24)
-    assert found.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
+    parsed = GemmaConfig.from_dict(config)
+    assert (parsed.rope_theta, parsed.hidden_size) == (500.0, 24)
+    assert parsed.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
 
 
 def test_defaults_are_gemma_2_2b() -> None:

@@ -1,4 +1,4 @@
-"""Our transformer against diffusers' with the same weights, and the uses that training and export make of it."""
+"""Our transformer equals diffusers' with the same weights, and supports training and export."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ SMALL = replace(SMALL_TRANSFORMER, out_channels=4, sample_size=8)
 
 
 def pair(config: TransformerConfig) -> tuple[nn.Module, SprintTransformer]:
-    """Upstream's model and ours on the same tensors."""
+    """Returns upstream's model and ours with the same weights."""
     reference = heat(SanaTransformer2DModel.from_config(config.to_dict()))
     with torch.device("meta"):
         ours = SprintTransformer(config)
@@ -38,17 +38,17 @@ def inputs(
 
 
 @torch.no_grad()
-def error(reference: nn.Module, ours: nn.Module, given: dict[str, Tensor | None], **more: object) -> float:
+def error(reference: nn.Module, ours: nn.Module, arguments: dict[str, Tensor | None], **more: object) -> float:
     expected = reference(
-        given["latent"],
-        encoder_hidden_states=given["text"],
-        timestep=given["timestep"],
-        guidance=given["guidance"],
+        arguments["latent"],
+        encoder_hidden_states=arguments["text"],
+        timestep=arguments["timestep"],
+        guidance=arguments["guidance"],
         encoder_attention_mask=more.get("text_mask"),
         controlnet_block_samples=more.get("control"),
         return_dict=False,
     )[0]
-    return float((ours(**given, **more) - expected).abs().max() / expected.abs().max())
+    return float((ours(**arguments, **more) - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("config", [SPRINT_0_6B, SPRINT_1_6B], ids=["0.6B", "1.6B"])
@@ -59,12 +59,12 @@ def test_two_blocks_at_true_width_equal_upstream(config: TransformerConfig) -> N
 
 
 def test_tokens_keep_one_layout() -> None:
-    """Sums take the layout of what they start from; transposed tokens would be copied by every norm of every block."""
+    """Sums take their first operand's layout; every norm of every block would copy transposed tokens."""
     _, ours = pair(SMALL)
     layouts: list[bool] = []
 
-    def note(_: nn.Module, given: tuple[Tensor, ...], x: Tensor) -> None:
-        layouts.extend([given[0].is_contiguous(), x.is_contiguous()])
+    def note(_: nn.Module, arguments: tuple[Tensor, ...], x: Tensor) -> None:
+        layouts.extend([arguments[0].is_contiguous(), x.is_contiguous()])
 
     for block in ours.transformer_blocks:
         block.register_forward_hook(note)
@@ -74,18 +74,25 @@ def test_tokens_keep_one_layout() -> None:
 
 def test_no_part_can_be_left_out() -> None:
     reference, ours = pair(SMALL)
-    given = inputs(SMALL, (8, 8))
-    assert error(reference, ours, given) <= GATE
-    seen = set()
+    arguments = inputs(SMALL, (8, 8))
+    assert error(reference, ours, arguments) <= GATE
+    parts = set()
     for name, parameter in ours.named_parameters():
         if name.endswith("bias"):
             continue
-        kept = parameter.data
-        parameter.data = torch.zeros_like(kept)
-        assert error(reference, ours, given) > GATE, f"{name} does not matter"
-        parameter.data = kept
-        seen.add(name.split(".")[0])
-    assert seen >= {"patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks", "proj_out"}
+        original = parameter.data
+        parameter.data = torch.zeros_like(original)
+        assert error(reference, ours, arguments) > GATE, f"{name} does not matter"
+        parameter.data = original
+        parts.add(name.split(".")[0])
+    assert parts >= {
+        "patch_embed",
+        "time_embed",
+        "caption_projection",
+        "caption_norm",
+        "transformer_blocks",
+        "proj_out",
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,36 +114,36 @@ def test_variants_and_sizes_equal_upstream(config: TransformerConfig, size: tupl
 def test_control_residuals_equal_upstream() -> None:
     reference, ours = pair(SMALL)
     control = [torch.randn(2, 64, SMALL.dim) for _ in range(2)]
-    given = inputs(SMALL, (8, 8))
-    assert error(reference, ours, given, control=control) <= GATE
-    assert not torch.allclose(ours(**given, control=control), ours(**given))
+    arguments = inputs(SMALL, (8, 8))
+    assert error(reference, ours, arguments, control=control) <= GATE
+    assert not torch.allclose(ours(**arguments, control=control), ours(**arguments))
 
 
 def test_masked_text_equals_upstream_and_absent_text() -> None:
     reference, ours = pair(SMALL)
-    given = inputs(SMALL, (8, 8))
+    arguments = inputs(SMALL, (8, 8))
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-    assert error(reference, ours, given, text_mask=mask) <= GATE
-    masked = ours(**given, text_mask=mask)
-    alone = ours(**{key: value[:1, :3] if key == "text" else value[:1] for key, value in given.items()})
+    assert error(reference, ours, arguments, text_mask=mask) <= GATE
+    masked = ours(**arguments, text_mask=mask)
+    alone = ours(**{key: value[:1, :3] if key == "text" else value[:1] for key, value in arguments.items()})
     torch.testing.assert_close(masked[:1], alone, rtol=0, atol=1e-5)
 
 
 def test_pieces_make_the_whole() -> None:
     _, ours = pair(SMALL)
-    given = inputs(SMALL, (8, 8))
-    modulation, embedded = ours.conditioning(given["timestep"], given["guidance"])
+    arguments = inputs(SMALL, (8, 8))
+    modulation, embedded = ours.conditioning(arguments["timestep"], arguments["guidance"])
     assert modulation.shape == (2, 6, SMALL.dim)
-    parts = ours.velocity(given["latent"], ours.project_text(given["text"]), modulation, embedded)
-    torch.testing.assert_close(parts, ours(**given), rtol=0, atol=0)
+    parts = ours.velocity(arguments["latent"], ours.project_text(arguments["text"]), modulation, embedded)
+    torch.testing.assert_close(parts, ours(**arguments), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, once, inside jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, inside jvp
 def test_forward_derivative_equals_difference_quotient() -> None:
     _, ours = pair(SMALL)
-    given = inputs(SMALL, (8, 8))
+    arguments = inputs(SMALL, (8, 8))
     ours.double()
-    x, time, text, guidance = (given[key].double() for key in ("latent", "timestep", "text", "guidance"))
+    x, time, text, guidance = (arguments[key].double() for key in ("latent", "timestep", "text", "guidance"))
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         return ours(x, text, time, guidance)
@@ -144,21 +151,21 @@ def test_forward_derivative_equals_difference_quotient() -> None:
     direction = (torch.randn_like(x), torch.ones_like(time))
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(velocity, (x, time), direction)
-        step = 3e-4  # the fp32 islands limit how small it may be
+        step = 3e-4  # the fp32 parts of the network limit it
         ahead = velocity(x + step * direction[0], time + step)
         behind = velocity(x - step * direction[0], time - step)
     quotient = (ahead - behind) / (2 * step)
-    # By the median, because the ReLU of the attention has a kink within some steps.
+    # The median, because some steps cross the kink of the attention's ReLU.
     assert (tangent - quotient).abs().median() < 5e-3 * quotient.abs().median()
     assert tangent.requires_grad
 
 
 def test_exports_with_batch_and_text_length_open() -> None:
     _, ours = pair(replace(SMALL, num_layers=1))
-    given = inputs(SMALL, (8, 8))
+    arguments = inputs(SMALL, (8, 8))
     batch, tokens = torch.export.Dim("batch", min=1, max=16), torch.export.Dim("tokens", min=2, max=300)
     shapes = {"latent": {0: batch}, "text": {0: batch, 1: tokens}, "timestep": {0: batch}, "guidance": {0: batch}}
-    exported = torch.export.export(ours, (), given, dynamic_shapes=shapes).module()
+    exported = torch.export.export(ours, (), arguments, dynamic_shapes=shapes).module()
     other = inputs(SMALL, (8, 8), tokens=12, batch=5)
     torch.testing.assert_close(exported(**other), ours(**other))
 

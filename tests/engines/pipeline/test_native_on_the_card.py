@@ -77,10 +77,10 @@ def test_text(ops: Ops) -> None:
     ops.compare(lambda: fast.encode(prompts))
     assert ops.replaced == {}
     fast.capture(CudaGraphCapture())
-    fast.plain.clear()
+    fast.uncaptured.clear()
     for want, got in zip(expected, fast.encode(prompts), strict=True):
         assert sqnr_db(want, got) > 30
-    assert not fast.plain
+    assert not fast.uncaptured
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Convolutions in 8 bits: near the exact ones, the same in any batch, and never a picture of what was not finite."""
+"""8-bit convolutions are near the exact ones, independent of the batch, and keep values that are not finite visible."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends.cpu.decoder import IN_8_BITS, CpuDecoder
+from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder
 from engines.backends.cpu.int8 import Int8Conv, has_int8, quantised
 from engines.backends.parity import difference
 from engines.errors import BackendError, ParityError
@@ -32,17 +32,17 @@ def seeded_conv(kernel: int, *, bias: bool = True) -> nn.Conv2d:
 
 
 def activations(count: int = 1) -> torch.Tensor:
-    """Positive for the most part, as behind SiLU, so that zero lies far from the middle of their range."""
+    """Returns mostly positive values, as after SiLU, so that zero is far from the middle of their range."""
     return (torch.randn(count, 64, 12, 20) + 1.5).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 100, 254])
 def test_rounds_to_the_nearest_level(zero: int) -> None:
-    """From half a level below the lowest, which a rounded zero may ask for, to the highest; a half goes to the even."""
+    """Covers half a level below the lowest, which a rounded zero point needs, to the highest; halves round to even."""
     scale = 2.0**-7
     levels = torch.linspace(-0.5, 254.5, 2041)  # eighths of a level, which fp32 holds exactly
-    found = quantised(((levels - zero) * scale).view(1, 1, -1, 1), scale, zero, (1, 2)).flatten()
-    assert found.tolist() == [zero, *(round(level) for level in levels.tolist()), zero, zero]
+    actual = quantised(((levels - zero) * scale).view(1, 1, -1, 1), scale, zero, (1, 2)).flatten()
+    assert actual.tolist() == [zero, *(round(level) for level in levels.tolist()), zero, zero]
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
@@ -51,14 +51,14 @@ def test_is_near_the_convolution_up_to_its_edges(kernel: int, silu: bool) -> Non
     conv = seeded_conv(kernel)
     x = activations()
     exact = nn.functional.silu(conv(x)) if silu else conv(x)
-    found = Int8Conv(conv, silu=silu)(x)
-    assert found.shape == exact.shape
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert difference(exact, found).sqnr_db > 35
-    assert difference(exact[:, :, 0], found[:, :, 0]).sqnr_db > 35  # padded by zeros, which are not 0 in 8 bits
+    actual = Int8Conv(conv, silu=silu)(x)
+    assert actual.shape == exact.shape
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert difference(exact, actual).sqnr_db > 35
+    assert difference(exact[:, :, 0], actual[:, :, 0]).sqnr_db > 35  # padded by zeros, which are not 0 in 8 bits
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     conv = Int8Conv(seeded_conv(3, bias=False))
     x = activations(3) * torch.tensor([1.0, 50.0, 0.01])[:, None, None, None]
     together = conv(x)
@@ -69,8 +69,8 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 def test_nothing_but_zeros_gives_the_bias() -> None:
     conv = seeded_conv(3)
     assert conv.bias is not None
-    found = Int8Conv(conv)(torch.zeros(1, 64, 4, 4))
-    torch.testing.assert_close(found, conv.bias[None, :, None, None].expand(1, 96, 4, 4))
+    actual = Int8Conv(conv)(torch.zeros(1, 64, 4, 4))
+    torch.testing.assert_close(actual, conv.bias[None, :, None, None].expand(1, 96, 4, 4))
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
@@ -81,40 +81,40 @@ def test_what_is_not_finite_stays_not_finite(odd: float) -> None:
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
-def test_strips_join_into_the_picture(kernel: int) -> None:
-    """Each with its neighbours and a scale of its own; a kernel of two rows makes one row more at the end."""
+def test_strips_join_into_the_image(kernel: int) -> None:
+    """Each strip has its neighbours and its own scale; a kernel of two rows computes one more row at the end."""
     conv = seeded_conv(kernel)
     x, halo = activations(), kernel // 2
-    made = Int8Conv(conv)
-    upper = made(x[:, :, : 5 + halo].contiguous(memory_format=torch.channels_last), (halo, 0))
-    lower = made(x[:, :, 5 - halo :].contiguous(memory_format=torch.channels_last), (0, halo))
-    found = torch.cat([upper[:, :, :5], lower], dim=2)
-    assert difference(conv(x), found).sqnr_db > 35
+    converted = Int8Conv(conv)
+    upper = converted(x[:, :, : 5 + halo].contiguous(memory_format=torch.channels_last), (halo, 0))
+    lower = converted(x[:, :, 5 - halo :].contiguous(memory_format=torch.channels_last), (0, halo))
+    actual = torch.cat([upper[:, :, :5], lower], dim=2)
+    assert difference(conv(x), actual).sqnr_db > 35
 
 
 @pytest.mark.parametrize("numbers", [2**23, 2**13])
 @pytest.mark.parametrize("upsampling", ["interpolate", "pixel_shuffle"])
 def test_a_decoder_keeps_its_shortcuts_exact(upsampling: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.backends.cpu.convolution.STRIP", numbers)
+    monkeypatch.setattr("engines.backends.cpu.convolution.STRIP_NUMEL", numbers)
     config = AutoencoderConfig.from_dict({**WIDE.to_dict(), "upsample_block_type": upsampling})
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
     latent = torch.randn(1, config.latent_channels, 6, 5)
-    assert difference(decoder(latent), CpuDecoder(decoder, IN_8_BITS)(latent)).sqnr_db > 25
+    assert difference(decoder(latent), CpuDecoder(decoder, INT8_CONVOLUTIONS)(latent)).sqnr_db > 25
 
 
-def test_the_shipped_checkpoint_keeps_its_pictures() -> None:
+def test_the_shipped_checkpoint_keeps_its_images() -> None:
     prompts = ["two purple circles to the left of a green triangle on a black background", "a red square"]
-    pictures = []
+    images = []
     for precision in ("fp32", "int8"):
         engine = load_engine("tiny", precision=precision, device="cpu")
         assert engine.info.precision == precision
         width, height = engine.limits.default_size
-        made = engine.generate([Job(prompt, seed, width, height, 1) for seed, prompt in enumerate(prompts)])
-        pictures.append(torch.stack([torch.tensor(image.pixels) for image in made]))
-    found = difference(pictures[0], pictures[1]).psnr_db
-    assert found is not None
-    assert 35 < found < 60  # a perfect one would not have been computed in 8 bits
+        converted = engine.generate([Job(prompt, seed, width, height, 1) for seed, prompt in enumerate(prompts)])
+        images.append(torch.stack([torch.tensor(image.pixels) for image in converted]))
+    actual = difference(images[0], images[1]).psnr_db
+    assert actual is not None
+    assert 35 < actual < 60  # an exact result would not be 8-bit
 
 
 def test_a_decoder_that_8_bits_ruin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The whole engine through captured graphs, on a recorder without a device; and that a chain can be captured at all."""
+"""The whole engine through captured graphs, recorded without a device, and computations that can be captured."""
 
 import io
 import json
@@ -53,40 +53,40 @@ def job(seed: int, **changes: Any) -> Job:
     return replace(Job(words[seed % 2], seed=seed, width=64, height=64, guidance_scale=4 + seed), **changes)
 
 
-def assert_equal(found: list[RawImage], expected: list[RawImage]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_equal(images: list[RawImage], expected: list[RawImage]) -> None:
+    for one, other in zip(images, expected, strict=True):
         assert np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max() <= 1
         assert one.pixels.std() > 10
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2])
-def test_pictures_of_graphs_equal_eager(count: int, steps: int, captured: SprintEngine, eager: Engine) -> None:
+def test_images_of_graphs_equal_eager(count: int, steps: int, captured: SprintEngine, eager: Engine) -> None:
     jobs = [job(seed, steps=steps) for seed in range(count)]
-    found = captured.generate(jobs)
-    assert_equal(found, eager.generate(jobs))
-    assert {image.bucket for image in found} == {count}
-    assert not any(image.uncaptured for image in found)
-    assert min(found[0].stages.denoise, found[0].stages.decode) > 0, "each stage has its own time"
+    images = captured.generate(jobs)
+    assert_equal(images, eager.generate(jobs))
+    assert {image.bucket for image in images} == {count}
+    assert not any(image.uncaptured for image in images)
+    assert min(images[0].stages.denoise, images[0].stages.decode) > 0, "each stage has its own time"
 
 
-def test_a_png_is_the_picture(captured: SprintEngine, eager: Engine) -> None:
-    """Made by the engine itself where it has graphs; left to the server where it has none."""
+def test_a_png_is_the_image(captured: SprintEngine, eager: Engine) -> None:
+    """The engine encodes PNG if it has graphs; otherwise it leaves that to the server."""
     jobs = [job(seed, png=True) for seed in range(2)]
     pixels = captured.generate([job(seed) for seed in range(2)])
-    for found, expected in zip(captured.generate(jobs), pixels, strict=True):
-        assert found.file is not None
-        assert found.pixels.size == 0
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.file))), expected.pixels)
+    for images, expected in zip(captured.generate(jobs), pixels, strict=True):
+        assert images.file is not None
+        assert images.pixels.size == 0
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(images.file))), expected.pixels)
     assert [image.file for image in eager.generate(jobs)] == [None, None]
 
 
 def test_image_to_image_runs_in_the_same_graphs(captured: SprintEngine, eager: Engine) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     jobs = [job(seed, image=photo, strength=0.4, steps=2) for seed in range(2)]
-    found = captured.generate(jobs)
-    assert_equal(found, eager.generate(jobs))
-    assert not found[0].uncaptured
+    images = captured.generate(jobs)
+    assert_equal(images, eager.generate(jobs))
+    assert not images[0].uncaptured
 
 
 def test_everything_is_captured_before_the_first_request_and_nothing_later(captured: SprintEngine) -> None:
@@ -107,7 +107,7 @@ def test_an_unseen_shape_runs_as_it_is_and_says_so(folder: Path) -> None:
     assert isinstance(engine, SprintEngine)
     assert engine._runners is not None
     runner = engine._runners.plain
-    [image] = engine.generate([job(0)])  # graphs are of 1024x1024, and nothing was captured
+    [image] = engine.generate([job(0)])  # graphs are for 1024x1024, and none is captured
     assert image.uncaptured
     assert runner.uncaptured == {GraphKey(1, 8, 8, 1): 1}
     assert_equal([image], load_engine(str(folder)).generate([job(0)]))
@@ -123,10 +123,10 @@ def test_drawings_have_graphs_of_their_own(tmp_path: Path) -> None:
     graphs = load_engine(str(model), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
     assert isinstance(graphs, SprintEngine)
     graphs.warmup()
-    found = graphs.generate(jobs)
-    assert not found[0].uncaptured
-    assert_equal(found, load_engine(str(model)).generate(jobs))
-    assert np.abs(found[0].pixels.astype(int) - graphs.generate([job(0, steps=2)])[0].pixels).max() > 1
+    images = graphs.generate(jobs)
+    assert not images[0].uncaptured
+    assert_equal(images, load_engine(str(model)).generate(jobs))
+    assert np.abs(images[0].pixels.astype(int) - graphs.generate([job(0, steps=2)])[0].pixels).max() > 1
 
 
 def add_controlnet(model: Path) -> None:
@@ -155,30 +155,30 @@ def test_no_room_for_the_graphs_is_told(model: str) -> None:
 
 
 class NoHost(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: values that travel between host and device, and shapes made of values."""
+    """Rejects what a CUDA graph cannot hold: values that move between host and device, and shapes from values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "item"}, name
         out = func(*args, **(kwargs or {}))
         tensors = [value for value in (*args, *(kwargs or {}).values(), out) if isinstance(value, Tensor)]
-        # A CPU number of no dimension is an argument of a kernel; anything else would be a copy.
-        places = {value.device.type for value in tensors if value.ndim}
-        assert len(places) <= 1, f"{name} moves values between {places}"
+        # A CPU tensor without dimensions is a kernel argument; anything else would be a copy.
+        devices = {value.device.type for value in tensors if value.ndim}
+        assert len(devices) <= 1, f"{name} moves values between {devices}"
         return out
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("drawing", [False, True])
 def test_a_chain_never_touches_the_host(drawing: bool, steps: int) -> None:
-    """The meta device stands for the card: what would wait for it, or copy to it, fails there or is seen."""
+    """The meta device stands for the card: a wait for it or a copy to it fails or is detected."""
     dtype, key = torch.bfloat16, GraphKey(2, SHAPE.height, SHAPE.width, steps)
     transformer = hot_transformer(dtype=dtype)
     module = ControlledTransformer(transformer, ControlNet.of(transformer, 1).to(dtype)) if drawing else transformer
     denoise, decode = Denoise(module.to("meta"), dtype), Decode(hot_module("decoder", dtype).to("meta"))
     specs = {**input_specs(32, SHAPE.tokens, 128, dtype, drawing=drawing), **latent_spec(32)}
     inputs = {name: torch.empty(spec.shape(key), dtype=spec.dtype, device="meta") for name, spec in specs.items()}
-    with torch.no_grad(), NoHost():  # inference mode would hide what is inside of composite operators
+    with torch.no_grad(), NoHost():  # inference mode would hide the parts of composite operators
         [latent] = denoise(inputs)
         pixels, finite = decode({"latent": latent})
     assert (pixels.shape, pixels.dtype, pixels.device.type) == ((2, 128, 256, 3), torch.uint8, "meta")
@@ -192,7 +192,7 @@ def test_a_chain_never_touches_the_host(drawing: bool, steps: int) -> None:
         lambda x, *_: x * float(x.sum()),
         lambda x, *_: x[x > 0],
     ],
-    ids=["made on the host", "read by the host", "shape of a value"],
+    ids=["made on the host", "read by the host", "shape from a value"],
 )
 def test_a_careless_chain_is_seen(careless: Any) -> None:
     key = GraphKey(1, 4, 4, 1)
@@ -212,7 +212,7 @@ def test_graphs_on_the_card_equal_eager_there(backend: str, model: str, monkeypa
     eager = load_engine(model, backend="eager", max_batch=2, precision="fp32")
     for steps in (1, 2, 4):
         jobs = [job(seed, steps=steps) for seed in range(2)]
-        found = graphs.generate(jobs)
-        assert not found[0].uncaptured
-        assert_equal(found, eager.generate(jobs))
-        assert min(found[0].stages.denoise, found[0].stages.decode) > 0
+        images = graphs.generate(jobs)
+        assert not images[0].uncaptured
+        assert_equal(images, eager.generate(jobs))
+        assert min(images[0].stages.denoise, images[0].stages.decode) > 0

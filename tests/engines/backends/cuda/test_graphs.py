@@ -1,4 +1,4 @@
-"""The runner of CUDA graphs on a recorder that works on the CPU: a graph there is a launch on fixed memory."""
+"""GraphRunner with a recorder on the CPU, whose graph is a launch on fixed memory."""
 
 import gc
 import weakref
@@ -29,8 +29,8 @@ SPECS = {
 }
 
 
-class CpuRecorder(EagerReplay):
-    """Remembers what was asked of it."""
+class CountingRecorder(EagerReplay):
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -44,23 +44,23 @@ class CpuRecorder(EagerReplay):
         return super().record(launch)
 
 
-class Chains:
-    """Makes chains and remembers which was called with what memory."""
+class Computations:
+    """Makes computations and records the memory of their inputs."""
 
     def __init__(self) -> None:
         self.calls: list[list[dict[str, int]]] = []
 
     def make(self) -> Capturable:
-        seen: list[dict[str, int]] = []
-        self.calls.append(seen)
+        calls: list[dict[str, int]] = []
+        self.calls.append(calls)
 
-        def chain(inputs: Inputs) -> tuple[Tensor, ...]:
-            seen.append({name: value.data_ptr() for name, value in inputs.items()})
+        def computation(inputs: Inputs) -> tuple[Tensor, ...]:
+            calls.append({name: value.data_ptr() for name, value in inputs.items()})
             guidance = inputs["guidance"][:, None, None, None]
             clean = sample(lambda x, _: guidance * x.cos(), inputs["noise"][0], inputs["angles"], inputs["noise"][1:])
             return clean, clean.isfinite().all((1, 2, 3))
 
-        return chain
+        return computation
 
 
 def inputs(batch: int, side: tuple[int, int] = (4, 4), steps: int = 1) -> dict[str, Tensor]:
@@ -70,48 +70,48 @@ def inputs(batch: int, side: tuple[int, int] = (4, 4), steps: int = 1) -> dict[s
     return {"noise": noise, "angles": angles, "guidance": torch.rand(batch, generator=generator)}
 
 
-def shape(given: dict[str, Tensor]) -> GraphKey:
-    steps, batch, _, height, width = given["noise"].shape
+def shape(arguments: dict[str, Tensor]) -> GraphKey:
+    steps, batch, _, height, width = arguments["noise"].shape
     return GraphKey(batch, height, width, steps)
 
 
-def run(runner: GraphRunner, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return runner(given, shape(given))
+def run(runner: GraphRunner, arguments: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return runner(arguments, shape(arguments))
 
 
 @pytest.fixture
-def chains() -> Chains:
-    return Chains()
+def computations() -> Computations:
+    return Computations()
 
 
 @pytest.fixture
-def recorder() -> CpuRecorder:
-    return CpuRecorder()
+def recorder() -> CountingRecorder:
+    return CountingRecorder()
 
 
 @pytest.fixture
-def runner(chains: Chains, recorder: CpuRecorder) -> GraphRunner:
-    made = GraphRunner(chains.make, SPECS, (1, 2, 4), SIDES, (1, 2), recorder, torch.device("cpu"))
-    made.capture()
-    return made
+def runner(computations: Computations, recorder: CountingRecorder) -> GraphRunner:
+    runner = GraphRunner(computations.make, SPECS, (1, 2, 4), SIDES, (1, 2), recorder, torch.device("cpu"))
+    runner.capture()
+    return runner
 
 
-def expected(given: dict[str, Tensor]) -> Tensor:
-    return Chains().make()(given)[0]
+def expected(arguments: dict[str, Tensor]) -> Tensor:
+    return Computations().make()(arguments)[0]
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_a_replay_equals_the_chain(batch: int, side: tuple[int, int], steps: int, runner: GraphRunner) -> None:
-    given = inputs(batch, side, steps)
-    clean, finite = run(runner, given)
-    torch.testing.assert_close(clean, expected(given), rtol=0, atol=0)
+    arguments = inputs(batch, side, steps)
+    clean, finite = run(runner, arguments)
+    torch.testing.assert_close(clean, expected(arguments), rtol=0, atol=0)
     assert finite.tolist() == [True] * batch
     assert not runner.uncaptured
 
 
-def test_largest_first_and_every_combination_once(runner: GraphRunner, recorder: CpuRecorder) -> None:
+def test_largest_first_and_every_combination_once(runner: GraphRunner, recorder: CountingRecorder) -> None:
     assert len(runner.capture_order) == 3 * 2 * 2 == len(set(runner.capture_order))
     assert runner.capture_order[0] == GraphKey(4, 4, 4, 2)
     areas = [key.bucket * key.height * key.width for key in runner.capture_order]
@@ -119,18 +119,22 @@ def test_largest_first_and_every_combination_once(runner: GraphRunner, recorder:
     assert recorder.events == (["warm"] * WARM_UPS + ["record"]) * 12
 
 
-def test_ready_only_when_all_are_captured_and_nothing_is_captured_twice(chains: Chains, recorder: CpuRecorder) -> None:
-    made = GraphRunner(chains.make, SPECS, (1,), SIDES, (1,), recorder, torch.device("cpu"))
-    assert not made.ready
-    made.capture()
-    assert made.ready
+def test_ready_only_when_all_are_captured_and_nothing_is_captured_twice(
+    computations: Computations, recorder: CountingRecorder
+) -> None:
+    runner = GraphRunner(computations.make, SPECS, (1,), SIDES, (1,), recorder, torch.device("cpu"))
+    assert not runner.ready
+    runner.capture()
+    assert runner.ready
     before = list(recorder.events)
-    made.capture()
+    runner.capture()
     assert recorder.events == before
 
 
-def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(runner: GraphRunner, chains: Chains) -> None:
-    plain, *captured = chains.calls
+def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(
+    runner: GraphRunner, computations: Computations
+) -> None:
+    plain, *captured = computations.calls
     assert not plain
     assert len(captured) == 12
     addresses = {tuple(call.values()) for calls in captured for call in calls}
@@ -141,20 +145,20 @@ def test_all_graphs_share_one_set_of_buffers_and_none_shares_a_chain(runner: Gra
 
 
 def test_a_graph_keeps_what_it_runs_through() -> None:
-    """CUDA's recorder keeps no reference to the launch, and a context that nobody holds is destroyed."""
+    """CUDA's recorder holds no reference to the launch, and Python destroys an unreferenced context."""
     references: list[weakref.ref[Capturable]] = []
 
     def make() -> Capturable:
-        chain = Chains().make()
-        references.append(weakref.ref(chain))
-        return chain
+        computation = Computations().make()
+        references.append(weakref.ref(computation))
+        return computation
 
-    class Forgetful(CpuRecorder):
+    class Forgetful(CountingRecorder):
         def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
             return lambda: None, launch()
 
-    made = GraphRunner(make, SPECS, (1,), SIDES, (1,), Forgetful(), torch.device("cpu"))
-    made.capture()
+    runner = GraphRunner(make, SPECS, (1,), SIDES, (1,), Forgetful(), torch.device("cpu"))
+    runner.capture()
     gc.collect()
     assert len(references) == 3
     assert all(reference() is not None for reference in references)
@@ -169,7 +173,7 @@ def test_buffers_are_as_large_as_the_largest_graph_needs(runner: GraphRunner) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "key"),
+    ("arguments", "key"),
     [
         (inputs(5), GraphKey(5, 4, 4, 1)),
         (inputs(1, (8, 8)), GraphKey(1, 8, 8, 1)),
@@ -178,20 +182,20 @@ def test_buffers_are_as_large_as_the_largest_graph_needs(runner: GraphRunner) ->
     ids=["batch", "size", "steps"],
 )
 def test_an_unseen_shape_runs_as_it_is_and_is_counted(
-    given: dict[str, Tensor], key: GraphKey, runner: GraphRunner, recorder: CpuRecorder
+    arguments: dict[str, Tensor], key: GraphKey, runner: GraphRunner, recorder: CountingRecorder
 ) -> None:
     before = list(recorder.events)
     for count in (1, 2):
-        assert torch.equal(run(runner, given)[0], expected(given))
+        assert torch.equal(run(runner, arguments)[0], expected(arguments))
         assert runner.uncaptured == {key: count}
     assert recorder.events == before, "captured inside a request"
 
 
-def test_before_the_capture_everything_runs_as_it_is(chains: Chains, recorder: CpuRecorder) -> None:
-    made = GraphRunner(chains.make, SPECS, (1, 2), SIDES, (1,), recorder, torch.device("cpu"))
-    given = inputs(1)
-    assert torch.equal(run(made, given)[0], expected(given))
-    assert made.uncaptured == {GraphKey(1, 4, 4, 1): 1}
+def test_before_the_capture_everything_runs_as_it_is(computations: Computations, recorder: CountingRecorder) -> None:
+    runner = GraphRunner(computations.make, SPECS, (1, 2), SIDES, (1,), recorder, torch.device("cpu"))
+    arguments = inputs(1)
+    assert torch.equal(run(runner, arguments)[0], expected(arguments))
+    assert runner.uncaptured == {GraphKey(1, 4, 4, 1): 1}
     assert recorder.events == []
 
 
@@ -203,9 +207,9 @@ def test_results_are_the_callers_own(runner: GraphRunner) -> None:
 
 
 def test_the_rest_of_a_bucket_is_filled_with_numbers(runner: GraphRunner) -> None:
-    given = inputs(4)
-    given["noise"][:, 3] = float("nan")
-    assert run(runner, given)[1].tolist() == [True, True, True, False]
+    arguments = inputs(4)
+    arguments["noise"][:, 3] = float("nan")
+    assert run(runner, arguments)[1].tolist() == [True, True, True, False]
     assert run(runner, inputs(3))[1].tolist() == [True] * 3
     assert runner._buffers["noise"].isfinite().all()
 
@@ -213,13 +217,13 @@ def test_the_rest_of_a_bucket_is_filled_with_numbers(runner: GraphRunner) -> Non
 @pytest.mark.gpu
 def test_cuda_graphs_equal_the_chain_on_the_card() -> None:
     device = torch.device("cuda")
-    made = GraphRunner(Chains().make, SPECS, (1, 2, 4), SIDES, (1, 2), CudaGraphCapture(), device)
+    runner = GraphRunner(Computations().make, SPECS, (1, 2, 4), SIDES, (1, 2), CudaGraphCapture(), device)
     with torch.inference_mode():
-        made.capture()
-        assert made.ready
+        runner.capture()
+        assert runner.ready
         for batch in (1, 2, 3, 4):
             for side in SIDES:
                 for steps in (1, 2):
-                    given = {name: value.to(device) for name, value in inputs(batch, side, steps).items()}
-                    torch.testing.assert_close(run(made, given)[0], expected(given), rtol=0, atol=0)
-    assert not made.uncaptured
+                    arguments = {name: value.to(device) for name, value in inputs(batch, side, steps).items()}
+                    torch.testing.assert_close(run(runner, arguments)[0], expected(arguments), rtol=0, atol=0)
+    assert not runner.uncaptured

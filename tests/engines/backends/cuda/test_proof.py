@@ -1,4 +1,4 @@
-"""A kernel that is wrong on a card is replaced, and the next start knows it without comparing again."""
+"""The reference replaces a kernel that is wrong on a card, and the next start reads this from the file."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_a_missing_compiler_is_told_and_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def find_none(_: Launcher, x: Tensor) -> Tensor:  # noqa: ARG001  # an operation's
+    def find_none(_: Launcher, x: Tensor) -> Tensor:  # noqa: ARG001  # the signature of Op.run
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     ops, proof = Ops(Launcher(False, 1)), tmp_path / "proof.json"

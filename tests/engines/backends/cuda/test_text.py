@@ -1,4 +1,4 @@
-"""Gemma-2 as the GPU runs it, against the module that it is made of: by references, and by kernels interpreted."""
+"""The GPU's Gemma-2 equals the module it is made of, by references and by interpreted kernels."""
 
 import os
 import subprocess
@@ -25,10 +25,10 @@ CONFIG = GemmaConfig(
 PREFIX = (2, *(5 * at % 61 + 3 for at in range(19)))
 
 
-def made_body(dtype: torch.dtype = torch.float32, config: GemmaConfig = CONFIG) -> GemmaBody:
+def gemma_body(dtype: torch.dtype = torch.float32, config: GemmaConfig = CONFIG) -> GemmaBody:
     body = heat(GemmaBody(config))
     with torch.no_grad():
-        for layer in body.layers:  # so that the cap on the logits bends them
+        for layer in body.layers:  # so that the cap changes the logits
             layer.self_attn.q_proj.weight.mul_(6)
     return body.to(dtype).requires_grad_(False)
 
@@ -37,8 +37,8 @@ def some_ids(batch: int, length: int) -> Tensor:
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-def behind(body: GemmaBody, ids: Tensor, shared: Sequence[int]) -> Tensor:
-    """What the module itself gives, row by row."""
+def run_module(body: GemmaBody, ids: Tensor, shared: Sequence[int]) -> Tensor:
+    """Runs the module itself, row by row."""
     with torch.inference_mode():
         _, past = body(torch.tensor([PREFIX]))
         rows = [
@@ -48,7 +48,7 @@ def behind(body: GemmaBody, ids: Tensor, shared: Sequence[int]) -> Tensor:
     return torch.cat(rows)
 
 
-def made(body: GemmaBody, ops: Ops) -> CudaTextBody:
+def cuda_body(body: GemmaBody, ops: Ops) -> CudaTextBody:
     with torch.inference_mode():
         return CudaTextBody(body, body(torch.tensor([PREFIX]))[1], ops, longest=100)
 
@@ -57,34 +57,34 @@ def made(body: GemmaBody, ops: Ops) -> CudaTextBody:
 @pytest.mark.parametrize("shared", [[19], [20, 3, 11]])
 @pytest.mark.parametrize("length", [1, 16, 90])
 def test_body_equals_the_module(length: int, shared: list[int], window: int) -> None:
-    """With up to 64 rows the products are skinny, with more they are PyTorch's."""
-    body = made_body(config=GemmaConfig(**{**vars(CONFIG), "sliding_window": window}))
+    """Up to 64 rows use the skinny products, more use PyTorch's."""
+    body = gemma_body(config=GemmaConfig(**{**vars(CONFIG), "sliding_window": window}))
     ids = some_ids(len(shared), length)
-    expected = behind(body, ids, shared)
-    found = made(body, Ops(None))(ids, torch.tensor(shared, dtype=torch.int32))
-    assert sqnr_db(expected, found) > 90
+    expected = run_module(body, ids, shared)
+    actual = cuda_body(body, Ops(None))(ids, torch.tensor(shared, dtype=torch.int32))
+    assert sqnr_db(expected, actual) > 90
     # The module computes as before, from the same memory.
-    assert torch.equal(behind(body, ids, shared), expected)
+    assert torch.equal(run_module(body, ids, shared), expected)
     attention = body.layers[0].self_attn
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 16), (2, 40)])
 def test_kernels_equal_the_module(batch: int, length: int) -> None:
-    body, shared = made_body(), [19, 4][:batch]
+    body, shared = gemma_body(), [19, 4][:batch]
     ids = some_ids(batch, length)
-    expected = behind(body, ids, shared)
-    assert sqnr_db(expected, made(body, Ops(Launcher(tma=False, processors=3)))(ids, torch.tensor(shared))) > 90
+    expected = run_module(body, ids, shared)
+    assert sqnr_db(expected, cuda_body(body, Ops(Launcher(tma=False, processors=3)))(ids, torch.tensor(shared))) > 90
 
 
 def test_as_near_to_fp32_in_bf16_as_the_module_is() -> None:
     ids, shared = some_ids(2, 24), [19, 4]
-    expected = behind(made_body(), ids, shared)
-    body = made_body(torch.bfloat16)
-    theirs = (behind(body, ids, shared) - expected).abs().mean()
-    ours = made(body, Ops(None))(ids, torch.tensor(shared))
+    expected = run_module(gemma_body(), ids, shared)
+    body = gemma_body(torch.bfloat16)
+    module_error = (run_module(body, ids, shared) - expected).abs().mean()
+    ours = cuda_body(body, Ops(None))(ids, torch.tensor(shared))
     assert ours.dtype == torch.bfloat16
-    assert (ours - expected).abs().mean() <= 1.2 * theirs
+    assert (ours - expected).abs().mean() <= 1.2 * module_error
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_as_near_to_fp32_in_bf16_as_the_module_is() -> None:
 def test_what_the_kernels_do_not_compute_is_refused(
     changed: dict[str, object], dtype: torch.dtype, message: str
 ) -> None:
-    body = made_body(dtype, GemmaConfig(**{**vars(CONFIG), **changed}))
+    body = gemma_body(dtype, GemmaConfig(**{**vars(CONFIG), **changed}))
     with pytest.raises(ValueError, match=message):
-        made(body, Ops(None))
+        cuda_body(body, Ops(None))
 
 
-START = 19  # of the 20 tokens that prompts share, one is kept
+START = 19  # prompts share 20 tokens, of which the transformer reads the last
 PROMPTS = {
     "short": Tokens((*PREFIX, 9, 8, 7), START),
     "longer": Tokens((*PREFIX, *range(3, 30)), START),
@@ -120,7 +120,7 @@ BATCHES, LENGTHS = (1, 2, 4), (8, 16, 32)
 
 @pytest.fixture
 def reference() -> TextEncoder:
-    return TextEncoder(made_body(), PREFIX)
+    return TextEncoder(gemma_body(), PREFIX)
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def encoder(reference: TextEncoder) -> CudaTextEncoder:
     return CudaTextEncoder(reference, Ops(None), BATCHES, LENGTHS)
 
 
-def assert_equal(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    for want, got in zip(expected, found, strict=True):
+def assert_equal(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
+    for want, got in zip(expected, actual, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
@@ -148,24 +148,24 @@ def test_encodes_as_the_text_encoder(encoder: CudaTextEncoder, reference: TextEn
         assert_equal([want], encoder.encode([prompt]))
     assert encoder.encode([]) == []
     too_long = TextKey(0, len(prompts[-1].ids) - START)
-    assert (set(encoder.plain) == {too_long}) is captured
-    assert encoder.plain[too_long] == 3
+    assert (set(encoder.uncaptured) == {too_long}) is captured
+    assert encoder.uncaptured[too_long] == 3
 
 
 def test_results_are_the_callers_own(encoder: CudaTextEncoder) -> None:
     encoder.capture(EagerReplay())
     [first] = encoder.encode([PROMPTS["short"]])
-    kept = first.clone()
+    before = first.clone()
     encoder.encode([PROMPTS["longer"]])
     encoder.encode([Tokens((*PREFIX, 40, 41, 42), START)])
-    assert torch.equal(first, kept)
+    assert torch.equal(first, before)
 
 
 def run_keys(encoder: CudaTextEncoder, runs: Sequence[int]) -> list[TextKey]:
-    """The buckets that prompts of so many tokens behind the shared ones run in."""
-    encoder.plain.clear()
+    """Returns the buckets in which prompts with `runs` own tokens run."""
+    encoder.uncaptured.clear()
     encoder.encode([Tokens((*PREFIX[:START], *[60] * run), START) for run in runs])
-    return sorted(encoder.plain.elements())
+    return sorted(encoder.uncaptured.elements())
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_captures_largest_first_and_once(encoder: CudaTextEncoder) -> None:
     assert Counter(sizes) == Counter(batch * length for batch in BATCHES for length in LENGTHS)
 
 
-# At Gemma-2 2B's sizes, 32 tokens: what the compiler refuses and the interpreter does not; with 99 KB of shared memory
-# for a program on compute capability 8.9, and three programs of a product at once on 9.0.
+# Compiles at Gemma-2 2B's sizes and 32 tokens, because the compiler has limits that the interpreter lacks: 99 KB of
+# shared memory per program on compute capability 8.9, and three programs of a product at once on 9.0.
 COMPILING = """
 from compiling import compiled
 from engines.kernels.text import capped_attention, gemma_norm, skinny_product
@@ -242,7 +242,7 @@ def test_kernels_compile_without_spills() -> None:
     root = Path(__file__).parents[4]
     paths = os.pathsep.join((str(root / "tests" / "helpers"), str(root)))
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    said = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", COMPILING], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True
     )
-    assert said.returncode == 0, said.stdout + said.stderr[-2000:]
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The transformer of the GPU path against the module, by references on the CPU and by kernels in the interpreter."""
+"""The GPU's transformer equals the module, by references on the CPU and by kernels in the interpreter."""
 
 import copy
 from dataclasses import replace
@@ -32,8 +32,8 @@ KINDS = {
 }
 
 
-def made(config: TransformerConfig) -> SprintTransformer:
-    """With weights that all matter, among them negative ones of norms."""
+def make_transformer(config: TransformerConfig) -> SprintTransformer:
+    """Returns a transformer with weights that all matter, including negative norm weights."""
     torch.manual_seed(0)
     transformer: SprintTransformer = heat(SprintTransformer(config))
     for name, weight in transformer.named_parameters():
@@ -56,39 +56,39 @@ def inputs(config: TransformerConfig, size: tuple[int, int], batch: int, text: i
 @pytest.mark.parametrize(("size", "batch"), [((4, 4), 1), ((3, 5), 3)])
 def test_equals_the_module(kind: str, size: tuple[int, int], batch: int) -> None:
     config = KINDS[kind]
-    transformer, given = made(config), inputs(config, size, batch)
-    expected = copy.deepcopy(transformer)(**given)
+    transformer, arguments = make_transformer(config), inputs(config, size, batch)
+    expected = copy.deepcopy(transformer)(**arguments)
     fast = CudaTransformer(transformer, Ops(None))
-    found = fast(**given)
-    assert found.shape == (batch, 6, *size)
-    assert sqnr_db(expected, found) > 90
-    assert sqnr_db(expected, transformer(**given)) > 90  # whose parameters are views by now
+    actual = fast(**arguments)
+    assert actual.shape == (batch, 6, *size)
+    assert sqnr_db(expected, actual) > 90
+    assert sqnr_db(expected, transformer(**arguments)) > 90  # its parameters are now views
 
 
 def test_masked_text_is_not_seen_and_a_prompt_is_prepared_once() -> None:
-    transformer, given = made(SMALL_TRANSFORMER), inputs(SMALL_TRANSFORMER, (4, 3), 3)
+    transformer, arguments = make_transformer(SMALL_TRANSFORMER), inputs(SMALL_TRANSFORMER, (4, 3), 3)
     mask = torch.arange(6)[None] < torch.tensor([[2], [6], [1]])
-    expected = transformer(**given, text_mask=mask)
+    expected = transformer(**arguments, text_mask=mask)
     fast = CudaTransformer(transformer, Ops(None))
-    assert sqnr_db(expected, fast(**given, text_mask=mask)) > 90
-    prepared = fast.prepare(given["text"], lengths_of(given["text"], mask))
-    for time in (given["timestep"], given["timestep"] / 2):
-        expected = transformer(given["latent"], given["text"], time, given["guidance"], mask)
-        assert sqnr_db(expected, fast.velocity(given["latent"], prepared, time, given["guidance"])) > 90
+    assert sqnr_db(expected, fast(**arguments, text_mask=mask)) > 90
+    prepared = fast.prepare(arguments["text"], lengths_of(arguments["text"], mask))
+    for time in (arguments["timestep"], arguments["timestep"] / 2):
+        expected = transformer(arguments["latent"], arguments["text"], time, arguments["guidance"], mask)
+        assert sqnr_db(expected, fast.velocity(arguments["latent"], prepared, time, arguments["guidance"])) > 90
 
 
 def test_residuals_go_where_the_module_adds_them() -> None:
-    transformer, given = made(SMALL_TRANSFORMER), inputs(SMALL_TRANSFORMER, (3, 5), 2)
+    transformer, arguments = make_transformer(SMALL_TRANSFORMER), inputs(SMALL_TRANSFORMER, (3, 5), 2)
     residuals = list(torch.randn(2, 2, 15, 32, generator=torch.Generator().manual_seed(3)))
-    expected = transformer(**given, control=residuals)
+    expected = transformer(**arguments, control=residuals)
     fast = CudaTransformer(transformer, Ops(None))
-    prepared = fast.prepare(given["text"], lengths_of(given["text"], None))
-    found = fast.velocity(given["latent"], prepared, given["timestep"], given["guidance"], residuals)
-    assert sqnr_db(expected, found) > 90
+    prepared = fast.prepare(arguments["text"], lengths_of(arguments["text"], None))
+    actual = fast.velocity(arguments["latent"], prepared, arguments["timestep"], arguments["guidance"], residuals)
+    assert sqnr_db(expected, actual) > 90
 
 
 def controlled(injection: Injection, config: TransformerConfig) -> ControlledTransformer:
-    transformer = made(config)
+    transformer = make_transformer(config)
     net = ControlNet.of(transformer, 2, injection)
     return ControlledTransformer(transformer, heat(net)).eval().requires_grad_(False)
 
@@ -97,46 +97,46 @@ def controlled(injection: Injection, config: TransformerConfig) -> ControlledTra
 @pytest.mark.parametrize("kind", ["small", "positions", "no norm of q and k, no guidance"])
 def test_controlled_equals_the_module(injection: Injection, kind: str) -> None:
     config = KINDS[kind]
-    module, given = controlled(injection, config), inputs(config, (3, 5), 3)
+    module, arguments = controlled(injection, config), inputs(config, (3, 5), 3)
     mask = torch.arange(6)[None] < torch.tensor([[2], [6], [1]])
     control = torch.randn(3, 4, 3, 5, generator=torch.Generator().manual_seed(3))
     more = {"text_mask": mask, "control": control, "control_scale": torch.tensor([1.0, 0.0, 0.5])}
-    expected = module(**given, **more)
-    plain = module.transformer(**given, text_mask=mask)
+    expected = module(**arguments, **more)
+    plain = module.transformer(**arguments, text_mask=mask)
     fast = CudaControlled(module, Ops(None))
-    found = fast(**given, **more)
-    assert sqnr_db(expected, found) > 90
-    assert torch.equal(found[1], fast.base(**given, text_mask=mask)[1])
-    assert sqnr_db(plain, found) < 60
+    actual = fast(**arguments, **more)
+    assert sqnr_db(expected, actual) > 90
+    assert torch.equal(actual[1], fast.base(**arguments, text_mask=mask)[1])
+    assert sqnr_db(plain, actual) < 60
 
 
 @pytest.mark.parametrize("kind", ["small", "no norm of q and k, no guidance"])
 def test_kernels_give_the_same(kind: str) -> None:
     config = replace(KINDS[kind], num_layers=2)
-    transformer, given = made(config), inputs(config, (2, 3), 2)
+    transformer, arguments = make_transformer(config), inputs(config, (2, 3), 2)
     mask = torch.arange(6)[None] < torch.tensor([[6], [3]])
-    expected = transformer(**given, text_mask=mask)
+    expected = transformer(**arguments, text_mask=mask)
     ops = Ops(Launcher(tma=False, processors=3))
     fast = CudaTransformer(transformer, ops)
-    assert sqnr_db(expected, fast(**given, text_mask=mask)) > 90
-    ops.compare(lambda: fast(**given, text_mask=mask))
+    assert sqnr_db(expected, fast(**arguments, text_mask=mask)) > 90
+    ops.compare(lambda: fast(**arguments, text_mask=mask))
     assert not ops.replaced
 
 
 def test_guidance_is_needed_where_it_is_embedded_and_refused_where_not() -> None:
-    for kind, given in (("small", None), ("no norm of q and k, no guidance", torch.ones(1))):
-        fast = CudaTransformer(made(KINDS[kind]), Ops(None))
+    for kind, arguments in (("small", None), ("no norm of q and k, no guidance", torch.ones(1))):
+        fast = CudaTransformer(make_transformer(KINDS[kind]), Ops(None))
         with pytest.raises(ValueError, match="guidance"):
-            fast(**{**inputs(KINDS[kind], (2, 2), 1), "guidance": given})
+            fast(**{**inputs(KINDS[kind], (2, 2), 1), "guidance": arguments})
 
 
 def test_other_types_are_refused() -> None:
     with pytest.raises(BackendError, match="float16"):
-        CudaTransformer(made(SMALL_TRANSFORMER).half(), Ops(None))
+        CudaTransformer(make_transformer(SMALL_TRANSFORMER).half(), Ops(None))
 
 
 def test_weights_are_not_kept_twice() -> None:
-    transformer = made(SMALL_TRANSFORMER)
+    transformer = make_transformer(SMALL_TRANSFORMER)
     fast = CudaTransformer(transformer, Ops(None))
     block = transformer.transformer_blocks[1]
     stacked = fast.blocks.keys_values.weight

@@ -1,7 +1,7 @@
-"""TensorRT for RTX compiles our graphs for a card that is not here, and refuses what it must, in our words.
+"""TensorRT for RTX compiles our graphs ahead of time, and its errors become ours.
 
-What is proved by this is that the graphs parse, that types and shapes are legal, and that the compiler accepts them for
-compute capability 8.9; not that they run, nor how fast (docs/understand/gpu-proof.md).
+The tests prove that the graphs parse, that types and shapes are legal, and that the compiler accepts them for compute
+capability 8.9. They do not prove that the engines run, nor how fast (docs/understand/gpu-proof.md).
 """
 
 import gc
@@ -15,7 +15,7 @@ from hot_modules import SHAPE, hot_module
 
 from engines.backends.base import ModuleName
 from engines.backends.tensorrt.builder import build_engine
-from engines.backends.tensorrt.log import Log, tidy
+from engines.backends.tensorrt.log import Log, summarise
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.backends.tensorrt.vendor import vendor
 from engines.build.example_inputs import example_inputs
@@ -49,7 +49,7 @@ Model = Any  # onnx.ModelProto
 
 
 def model(nodes: list[Any], weights: list[Any], kind: int = HALF) -> Model:
-    """A graph of `nodes` from x [b, 4] to y [b, 4]."""
+    """Returns a graph of `nodes` from x [b, 4] to y [b, 4]."""
     x, y = (onnx.helper.make_tensor_value_info(name, kind, ["b", 4]) for name in "xy")
     opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("acme", 1)]
     return onnx.helper.make_model(
@@ -76,8 +76,8 @@ def quantised() -> Model:
     return model([*nodes, make("MatMul", ["xd", "wd"], ["y"], name="product")], weights)
 
 
-def compile_model(made: Model, capability: tuple[int, int], folder: Path) -> Path:
-    onnx.save(made, folder / "graph.onnx")
+def compile_model(graph: Model, capability: tuple[int, int], folder: Path) -> Path:
+    onnx.save(graph, folder / "graph.onnx")
     build_engine(trt, folder / "graph.onnx", folder / "graph.engine", (1,), capability, folder / "timing")
     return folder / "graph.engine"
 
@@ -87,7 +87,7 @@ def relu(kind: int) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("made", "capability", "message"),
+    ("graph", "capability", "message"),
     [
         (
             lambda: model([onnx.helper.make_node("Sparkle", ["x"], ["y"], name="shine", domain="acme")], []),
@@ -111,10 +111,10 @@ def relu(kind: int) -> Model:
     ids=["unknown operator", "mixed types", "wrong shape", "fp8 on 8.6", "bf16 on 7.5", "Hopper"],
 )
 def test_what_cannot_run_is_refused_by_name(
-    made: Any, capability: tuple[int, int], message: str, tmp_path: Path
+    graph: Any, capability: tuple[int, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BuildError, match=message) as caught:
-        compile_model(made(), capability, tmp_path)
+        compile_model(graph(), capability, tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "graph.engine").exists()
 
@@ -130,7 +130,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_cycle_is_collected_while_a_vendor_holds_its_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logger is called under a lock that the destructor of a builder takes."""
+    """TensorRT calls the logger under a lock that a builder's destructor takes."""
     collecting = []
 
     class Told(list[tuple[int, str]]):
@@ -162,4 +162,4 @@ def test_silence_is_told_as_such() -> None:
     assert Log().first_error() == "no reason given"
     assert Log().activation_bytes() is None
     assert Log([(3, "fine"), (1, "[E] [x] broken."), (1, "later")]).first_error() == "broken"
-    assert tidy("") == ""
+    assert summarise("") == ""

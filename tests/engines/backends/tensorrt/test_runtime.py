@@ -1,4 +1,4 @@
-"""TensorRT's side of a card, on a stand-in for its module that reads and writes the addresses it is given."""
+"""TensorRT engines at run time, on a fake module that reads and writes the addresses it receives."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,30 +36,30 @@ def inputs(batch: int) -> dict[str, Tensor]:
     return {"x": x, "keep": torch.arange(batch) % 2 == 0}
 
 
-def expected(given: dict[str, Tensor], profile: int) -> Tensor:
-    return (2 * given["x"] + profile) * given["keep"][:, None]
+def expected(arguments: dict[str, Tensor], profile: int) -> Tensor:
+    return (2 * arguments["x"] + profile) * arguments["keep"][:, None]
 
 
 @pytest.mark.parametrize(("batch", "profile"), [(1, 0), (2, 1), (3, 2), (4, 2)])
 def test_a_batch_runs_in_its_buckets_profile_on_torchs_stream(batch: int, profile: int, tmp_path: Path) -> None:
     run = graph(tmp_path)
-    given = inputs(batch)
-    y, kept = run(given)
-    assert torch.equal(y, expected(given, profile))
-    assert torch.equal(kept, given["keep"])
+    arguments = inputs(batch)
+    y, keep = run(arguments)
+    assert torch.equal(y, expected(arguments, profile))
+    assert torch.equal(keep, arguments["keep"])
     [context] = run._engine.contexts
     assert (context.profile, context.runs, set(context.streams)) == (profile, 1, {STREAM})
-    run(given)
+    run(arguments)
     assert run._engine.contexts == [context]
 
 
 def test_batches_beyond_the_largest_bucket_run_in_pieces(tmp_path: Path) -> None:
     run = graph(tmp_path, (1, 2))
-    given = inputs(5)
-    y, kept = run(given)
-    assert torch.equal(y[:4], expected(given, 1)[:4])
-    assert torch.equal(y[4:], expected(given, 0)[4:])
-    assert torch.equal(kept, given["keep"])
+    arguments = inputs(5)
+    y, keep = run(arguments)
+    assert torch.equal(y[:4], expected(arguments, 1)[:4])
+    assert torch.equal(y[4:], expected(arguments, 0)[4:])
+    assert torch.equal(keep, arguments["keep"])
 
 
 def test_results_are_the_callers_own_and_inputs_may_be_views_of_another_type(tmp_path: Path) -> None:
@@ -74,9 +74,9 @@ def test_results_are_the_callers_own_and_inputs_may_be_views_of_another_type(tmp
 def test_a_replica_has_contexts_of_its_own(tmp_path: Path) -> None:
     run = graph(tmp_path)
     other = run.new_context()
-    given = inputs(1)
+    arguments = inputs(1)
     for each in (run, other, run):
-        assert torch.equal(each(given)[0], expected(given, 0))
+        assert torch.equal(each(arguments)[0], expected(arguments, 0))
     assert [context.runs for context in run._engine.contexts] == [2, 1]
 
 
@@ -92,8 +92,8 @@ def test_all_contexts_share_memory_for_activations(tmp_path: Path) -> None:
         for batch in (1, 2):
             run(inputs(batch))
     assert len({context.memory for run in runs for context in run._engine.contexts}) == 1
-    assert scratch.lend(9000).data_ptr() == runs[0]._engine.contexts[0].memory
-    assert scratch.lend(9001).data_ptr() != runs[0]._engine.contexts[0].memory
+    assert scratch.block(9000).data_ptr() == runs[0]._engine.contexts[0].memory
+    assert scratch.block(9001).data_ptr() != runs[0]._engine.contexts[0].memory
 
 
 def test_every_set_of_drop_ins_has_contexts_of_its_own(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_every_set_of_drop_ins_has_contexts_of_its_own(tmp_path: Path) -> None:
     manifest: Any = SimpleNamespace(tokens=4)
     graphs = {name: {(4, 4): run} for name in MODULES}
     loaded = LoadedModules(manifest, torch.float16, graphs)
-    held = [loaded.new_context().decoder._graph_at((4, 4)) for _ in range(3)]
-    assert len({id(one) for one in (run, *held)}) == 4
+    graphs_of_sets = [loaded.new_context().decoder._graph_at((4, 4)) for _ in range(3)]
+    assert len({id(one) for one in (run, *graphs_of_sets)}) == 4
 
 
 def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_inspector_counts_layers_by_what_they_read_and_write(tmp_path: Path)
 
 
 class JitEngine(fake_tensorrt.Engine):
-    """As tensorrt_rtx: kernels are compiled when an engine is loaded, and can be kept."""
+    """Behaves as tensorrt_rtx, which compiles kernels when it loads an engine and can save them."""
 
     def create_runtime_config(self) -> Any:
         cache = SimpleNamespace(content=b"", serialize=lambda: b"kernels")
@@ -163,14 +163,14 @@ JIT = SimpleNamespace(
 def test_kernels_compiled_on_the_card_are_kept(tmp_path: Path) -> None:
     run = graph(tmp_path, trt=JIT)
     assert run.from_cache == ()
-    kept = tmp_path / "cache" / "module.jit"
-    assert not kept.exists(), "nothing has run"
+    keep = tmp_path / "cache" / "module.jit"
+    assert not keep.exists(), "nothing has run"
     run(inputs(1))
-    assert kept.read_bytes() == b"kernels"
-    kept.unlink()
+    assert keep.read_bytes() == b"kernels"
+    keep.unlink()
     run(inputs(1))
-    assert not kept.exists(), "a bucket is kept once"
-    kept.write_bytes(b"earlier")
+    assert not keep.exists(), "a bucket is kept once"
+    keep.write_bytes(b"earlier")
     again = graph(tmp_path, trt=JIT)
     again(inputs(1))
     settings = again._engine.contexts[0].settings
@@ -194,10 +194,10 @@ def test_on_the_card_each_bucket_gets_a_profile_and_timings_are_carried_on(tmp_p
     assert torch.equal(run(inputs(3))[0], (2 * inputs(3)["x"] + 1) * inputs(3)["keep"][:, None])
 
 
-@pytest.mark.parametrize("kept", [b"of another card", b"torn"])
-def test_timings_that_do_not_fit_are_measured_anew(kept: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [b"of another card", b"torn"])
+def test_timings_that_do_not_fit_are_measured_anew(keep: bytes, tmp_path: Path) -> None:
     timing = tmp_path / "timing.cache"
-    timing.write_bytes(kept)
+    timing.write_bytes(keep)
     build_engine(fake_tensorrt, tmp_path / "module.onnx", tmp_path / "plan", (1,), (9, 0), timing)
     assert timing.read_bytes() == b"+"
 

@@ -1,4 +1,4 @@
-"""torch-tensorrt, which cannot be imported without a GPU: its calls on a stand-in, its refusals, the card's part."""
+"""torch-tensorrt, which only a GPU host can import: calls on a fake, errors, and programs on the card."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from hot_modules import SHAPE, hot_module
 
 from engines.backends.base import ModuleName, ModuleSpec
-from engines.backends.tensorrt.torch_tensorrt import drop_in, load_vendor, torch_tensorrt
+from engines.backends.tensorrt.torch_tensorrt import compile_with, load_vendor, torch_tensorrt
 from engines.build.example_inputs import example_inputs
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
@@ -31,15 +31,15 @@ def forget() -> None:
 @pytest.mark.parametrize("name", ["transformer", "decoder"])
 def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_path: Path) -> None:
     module = hot_module(name)
-    with torch.inference_mode():  # as an engine calls
+    with torch.inference_mode():  # as in an engine
         for start in range(2):
-            run = drop_in(fake, module, spec(name, tmp_path))
+            run = compile_with(fake, module, spec(name, tmp_path))
             for batch in (2, 1, 2):
                 inputs = example_inputs(name, SHAPE, batch, torch.float32)
-                found, expected = run(**inputs), module(**inputs)
+                actual, expected = run(**inputs), module(**inputs)
                 if name != "decoder":
-                    found, expected = [found], [expected]
-                for one, other in zip(found, expected, strict=True):
+                    actual, expected = [actual], [expected]
+                for one, other in zip(actual, expected, strict=True):
                     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
             assert fake.calls == (["load"] * 2 if start else ["compile", "save", "load"] * 2)
             fake.calls.clear()
@@ -47,7 +47,7 @@ def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_
 
 
 def test_caches_lie_in_the_folder_it_is_given(tmp_path: Path) -> None:
-    drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(
+    compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(
         **example_inputs("encoder", SHAPE, 1, torch.float32)
     )
     [chosen] = fake.settings
@@ -64,9 +64,9 @@ def test_caches_lie_in_the_folder_it_is_given(tmp_path: Path) -> None:
 def test_other_weights_get_a_program_of_their_own(tmp_path: Path) -> None:
     inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
     module = hot_module("encoder")
-    first = drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
+    first = compile_with(fake, module, spec("encoder", tmp_path))(**inputs)
     next(module.encoder.parameters()).mul_(2)
-    second = drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
+    second = compile_with(fake, module, spec("encoder", tmp_path))(**inputs)
     assert len(list(tmp_path.glob("*/*.ep"))) == 2
     assert not torch.equal(first, second)
 
@@ -75,17 +75,17 @@ def test_a_program_of_something_else_is_refused(tmp_path: Path) -> None:
     inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
     module, other = hot_module("encoder"), hot_module("encoder")
     next(other.encoder.parameters()).mul_(2)
-    drop_in(fake, other, spec("encoder", tmp_path))(**inputs)
+    compile_with(fake, other, spec("encoder", tmp_path))(**inputs)
     [wrong] = tmp_path.glob("*/*.ep")
-    drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
+    compile_with(fake, module, spec("encoder", tmp_path))(**inputs)
     [right] = set(tmp_path.glob("*/*.ep")) - {wrong}
     wrong.rename(right)
     with pytest.raises(ParityError, match=rf"torch-tensorrt: encoder-\S+: too far from .*; remove {right}"):
-        drop_in(fake, module, spec("encoder", tmp_path))(**inputs)
+        compile_with(fake, module, spec("encoder", tmp_path))(**inputs)
 
 
 def test_other_sizes_run_as_they_are(tmp_path: Path) -> None:
-    run = drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))
+    run = compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))
     pixels = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
     assert torch.equal(run(pixels), hot_module("encoder")(pixels))
     assert not fake.calls
@@ -93,11 +93,11 @@ def test_other_sizes_run_as_they_are(tmp_path: Path) -> None:
 
 def test_a_damaged_program_and_a_refused_one_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
-    drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
+    compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
     [path] = tmp_path.glob("*/*.ep")
     path.write_bytes(b"cut")
     with pytest.raises(BackendError, match=rf"torch-tensorrt: {path} cannot be loaded .*; remove it"):
-        drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
+        compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
     path.unlink()
 
     def refuse(*_: object, **__: object) -> None:
@@ -105,7 +105,7 @@ def test_a_damaged_program_and_a_refused_one_are_told(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(fake.dynamo, "compile", refuse)
     with pytest.raises(BackendError, match=r"torch-tensorrt: encoder-\S+ cannot be compiled: no converter for this$"):
-        drop_in(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
+        compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
     assert not list(tmp_path.glob("*/*.ep"))
 
 
@@ -151,7 +151,7 @@ def test_programs_on_the_card_equal_the_module(name: ModuleName, tmp_path: Path)
     for _ in range(2):
         run = torch_tensorrt(module, spec(name, tmp_path, "cuda"))
         inputs = {key: value.cuda() for key, value in example_inputs(name, SHAPE, 2, torch.float32).items()}
-        found, expected = run(**inputs), module(**inputs)
-        found, expected = (found[0], expected[0]) if name == "decoder" else (found, expected)
-        # TF32 rounds what both multiply; of pixels, which are whole numbers, that moves some by one.
-        torch.testing.assert_close(found.float(), expected.float(), atol=2 if name == "decoder" else 2e-2, rtol=2e-2)
+        actual, expected = run(**inputs), module(**inputs)
+        actual, expected = (actual[0], expected[0]) if name == "decoder" else (actual, expected)
+        # TF32 rounds the factors, which changes some of the pixels by one.
+        torch.testing.assert_close(actual.float(), expected.float(), atol=2 if name == "decoder" else 2e-2, rtol=2e-2)

@@ -1,4 +1,4 @@
-"""Kernels of the decoder against their references, in Triton's interpreter: borders, ragged sizes, batches, 8 bits."""
+"""The decoder's interpreted kernels equal their references: borders, odd sizes, batches, 8 bits."""
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ from engines.kernels.autoencoder.upsampling import UPSAMPLING
 from engines.kernels.op import Launcher, Op, sqnr_db
 
 GRIDS = (Grid(1, 5, 7), Grid(2, 4, 3))
-DTYPES = {torch.float32: 90.0, torch.bfloat16: 40.0, FP8: 20.0}  # the interpreter cuts where a card rounds
+DTYPES = {torch.float32: 90.0, torch.bfloat16: 40.0, FP8: 20.0}  # the interpreter truncates where a card rounds
 
 
-class Drawn:
-    """Random tensors, one after the other."""
+class RandomTensors:
+    """Returns seeded random tensors in sequence."""
 
     def __init__(self, seed: int = 0):
         self._generator = torch.Generator().manual_seed(seed)
@@ -34,9 +34,9 @@ class Drawn:
 
 
 def agree(op: Op, tma: bool, dtype: torch.dtype, *args: object) -> None:
-    expected, found = op.reference(*args), op.run(Launcher(tma, 3), *args)
+    expected, actual = op.reference(*args), op.run(Launcher(tma, 3), *args)
     pairs = zip(
-        *((outputs if isinstance(outputs, tuple) else (outputs,)) for outputs in (expected, found)), strict=True
+        *((outputs if isinstance(outputs, tuple) else (outputs,)) for outputs in (expected, actual)), strict=True
     )
     for want, got in pairs:
         assert want.dtype == got.dtype
@@ -44,10 +44,10 @@ def agree(op: Op, tma: bool, dtype: torch.dtype, *args: object) -> None:
         assert sqnr_db(want, got) > DTYPES[want.dtype if want.dtype == FP8 else dtype]
 
 
-def operands(dtype: torch.dtype, grid: Grid, channels: int, columns: int, drawn: Drawn) -> tuple[object, ...]:
-    """x, weight, scale and grid of a convolution."""
-    x = pad(drawn(grid.batch, channels, grid.height, grid.width)).to(dtype)
-    weight = drawn(columns, 9 * channels, scale=(9 * channels) ** -0.5)
+def operands(dtype: torch.dtype, grid: Grid, channels: int, columns: int, random: RandomTensors) -> tuple[object, ...]:
+    """Returns x, weight and scale of a convolution."""
+    x = pad(random(grid.batch, channels, grid.height, grid.width)).to(dtype)
+    weight = random(columns, 9 * channels, scale=(9 * channels) ** -0.5)
     if dtype != FP8:
         return x, weight.to(dtype), None
     scale = weight.abs().amax(1) / 448
@@ -58,27 +58,27 @@ def operands(dtype: torch.dtype, grid: Grid, channels: int, columns: int, drawn:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_convolutions(grid: Grid, dtype: torch.dtype, tma: bool) -> None:
-    drawn, channels = Drawn(), 32
-    x, weight, scale = operands(dtype, grid, channels, channels, drawn)
-    kept = torch.bfloat16 if dtype == FP8 else dtype
-    gain, bias, gain2, bias2 = (drawn(channels) for _ in range(4))
-    residual = pad(drawn(grid.batch, channels, grid.height, grid.width)).to(kept)
+    random, channels = RandomTensors(), 32
+    x, weight, scale = operands(dtype, grid, channels, channels, random)
+    wide = torch.bfloat16 if dtype == FP8 else dtype
+    gain, bias, gain2, bias2 = (random(channels) for _ in range(4))
+    residual = pad(random(grid.batch, channels, grid.height, grid.width)).to(wide)
     second = 0.02 if dtype == FP8 else None
-    out = tap_weight(drawn(3, channels, 3, 3, scale=0.1)).to(kept)
-    agree(CONVOLUTION, tma, kept, x, weight, scale, grid)
-    agree(CONVOLUTION_SILU, tma, kept, x, weight, scale, bias, 0.01, grid)
-    agree(CONVOLUTION_NORM, tma, kept, x, weight, scale, gain, bias, residual, 1e-5, second, grid)
-    agree(CONVOLUTION_TAPS, tma, kept, x, weight, scale, gain, bias, residual, gain2, bias2, out, 1e-5, grid)
+    out = tap_weight(random(3, channels, 3, 3, scale=0.1)).to(wide)
+    agree(CONVOLUTION, tma, wide, x, weight, scale, grid)
+    agree(CONVOLUTION_SILU, tma, wide, x, weight, scale, bias, 0.01, grid)
+    agree(CONVOLUTION_NORM, tma, wide, x, weight, scale, gain, bias, residual, 1e-5, second, grid)
+    agree(CONVOLUTION_TAPS, tma, wide, x, weight, scale, gain, bias, residual, gain2, bias2, out, 1e-5, grid)
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("bordered", [False, True], ids=["plain", "bordered"])
 @pytest.mark.parametrize("side", [2, 3])
-@pytest.mark.parametrize("grid", [*GRIDS, Grid(2, 2, 64)], ids=str)  # the last fills tiles, which go out by descriptors
+@pytest.mark.parametrize("grid", [*GRIDS, Grid(2, 2, 64)], ids=str)  # the last fills tiles, so descriptors write them
 def test_upsampling(grid: Grid, side: int, bordered: bool, tma: bool) -> None:
-    drawn, channels, columns = Drawn(), 32, 32
-    x = pad(drawn(grid.batch, channels, grid.height, grid.width))
-    weight, bias = drawn(4 * columns, side * side * channels, scale=0.1), drawn(columns)
+    random, channels, columns = RandomTensors(), 32, 32
+    x = pad(random(grid.batch, channels, grid.height, grid.width))
+    weight, bias = random(4 * columns, side * side * channels, scale=0.1), random(columns)
     agree(UPSAMPLING, tma, torch.float32, x, weight, bias, bordered, None, grid)
     if bordered:
         agree(UPSAMPLING, tma, torch.bfloat16, x.bfloat16(), weight.bfloat16(), bias, bordered, 0.01, grid)
@@ -88,28 +88,28 @@ def test_upsampling(grid: Grid, side: int, bordered: bool, tma: bool) -> None:
 @pytest.mark.parametrize("layout", ["plain", "bordered", "to bordered"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_norm(grid: Grid, layout: Layout, second: float | None) -> None:
-    drawn, channels = Drawn(), 48
-    images = [drawn(grid.batch, channels, grid.height, grid.width) for _ in range(2)]
+    random, channels = RandomTensors(), 48
+    images = [random(grid.batch, channels, grid.height, grid.width) for _ in range(2)]
     y, residual = (
         pad(i) if layout == "bordered" else i.permute(0, 2, 3, 1).reshape(-1, channels).contiguous() for i in images
     )
     for dtype in (torch.float32, torch.bfloat16):
-        args = (y.to(dtype), drawn(channels), drawn(channels), residual.to(dtype), 1e-5, layout, second, grid)
+        args = (y.to(dtype), random(channels), random(channels), residual.to(dtype), 1e-5, layout, second, grid)
         agree(RMS_NORM, False, dtype, *args)
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, Grid(2, 11, 9)], ids=str)
 def test_depthwise(grid: Grid) -> None:
-    drawn, channels = Drawn(), 80
-    x, taps = drawn(grid.pixels, channels), drawn(25, channels, scale=0.2)
+    random, channels = RandomTensors(), 80
+    x, taps = random(grid.pixels, channels), random(25, channels, scale=0.2)
     for dtype in (torch.float32, torch.bfloat16):
         agree(DEPTHWISE, False, dtype, x.to(dtype), taps.to(dtype), grid)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_pixels_are_the_convolution_of_the_taps(grid: Grid) -> None:
-    drawn = Drawn()
-    image, weight, bias = drawn(grid.batch, 16, grid.height, grid.width), drawn(3, 16, 3, 3, scale=0.05), drawn(3)
+    random = RandomTensors()
+    image, weight, bias = random(grid.batch, 16, grid.height, grid.width), random(3, 16, 3, 3, scale=0.05), random(3)
     taps = (pad(image) @ tap_weight(weight))[:, :27].t().contiguous()
     expected = torch.nn.functional.conv2d(image, weight, bias, padding=1)
     level = ((expected / 2 + 0.5).clamp(0, 1) * 255 + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1)
@@ -133,8 +133,8 @@ def test_pixels_tell_what_is_not_finite() -> None:
 
 def test_a_border_is_zero_whatever_memory_held() -> None:
     grid = Grid(2, 4, 3)
-    drawn = Drawn()
-    x, weight, scale = operands(torch.float32, grid, 16, 16, drawn)
-    found = CONVOLUTION_SILU.run(Launcher(True, 3), x, weight, scale, drawn(16), 1.0, grid)
-    image_of(found, grid).zero_()
-    assert not found.any()
+    random = RandomTensors()
+    x, weight, scale = operands(torch.float32, grid, 16, 16, random)
+    actual = CONVOLUTION_SILU.run(Launcher(True, 3), x, weight, scale, random(16), 1.0, grid)
+    image_of(actual, grid).zero_()
+    assert not actual.any()

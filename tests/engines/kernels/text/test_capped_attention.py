@@ -1,4 +1,4 @@
-"""Attention behind a shared prefix: kernel against reference, in Triton's interpreter."""
+"""Attention after a shared prefix: the interpreted kernel equals its reference."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from engines.kernels.op import Launcher, sqnr_db
 from engines.kernels.text.capped_attention import CAPPED_ATTENTION
 
 LAUNCHER = Launcher(tma=False, processors=3)
-AHEAD = torch.zeros(8)  # weights to fetch, which only cards do
+AHEAD = torch.zeros(8)  # weights to prefetch, which only cards do
 BOUNDS = {torch.float32: 100, torch.bfloat16: 40}
 
 
@@ -16,7 +16,7 @@ def operands(
     shared: list[int], length: int, prefix: int, heads: int, keys: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(length)
-    # In bf16 the interpreter cuts off where a card rounds: large logits would only show that.
+    # In bf16 the interpreter truncates where a card rounds; large logits would only show that.
     size = 3 if dtype == torch.float32 else 1
     qkv = torch.randn(len(shared), length, (heads + 2 * keys) * dim, generator=generator) * size
     past_key, past_value = (torch.randn(keys, prefix, dim, generator=generator) for _ in range(2))
@@ -42,15 +42,15 @@ def test_equals_its_reference(
     shared: list[int], length: int, prefix: int, heads: int, keys: int, dim: int, window: int, dtype: torch.dtype
 ) -> None:
     args = (*operands(shared, length, prefix, heads, keys, dim, dtype), dim**-0.5, 50.0, window, AHEAD)
-    found = CAPPED_ATTENTION.run(LAUNCHER, *args)
-    assert found.dtype == dtype
-    assert sqnr_db(CAPPED_ATTENTION.reference(*args), found) > BOUNDS[dtype]
+    actual = CAPPED_ATTENTION.run(LAUNCHER, *args)
+    assert actual.dtype == dtype
+    assert sqnr_db(CAPPED_ATTENTION.reference(*args), actual) > BOUNDS[dtype]
 
 
 def test_equals_its_reference_in_the_tiles_of_a_larger_card() -> None:
     args = (*operands([80, 9], 19, 90, 4, 2, 12, torch.float32), 12**-0.5, 50.0, 4096, AHEAD)
-    found = CAPPED_ATTENTION.run(Launcher(tma=True, processors=3), *args)
-    assert sqnr_db(CAPPED_ATTENTION.reference(*args), found) > 100
+    actual = CAPPED_ATTENTION.run(Launcher(tma=True, processors=3), *args)
+    assert sqnr_db(CAPPED_ATTENTION.reference(*args), actual) > 100
 
 
 def test_largest_logits_stay_finite() -> None:

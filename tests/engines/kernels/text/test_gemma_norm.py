@@ -1,4 +1,4 @@
-"""Gemma's norms, alone and between two products: kernels against references, in Triton's interpreter."""
+"""Gemma's norms, alone and between two products: interpreted kernels equal their references."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ def test_norm_equals_its_reference(rows: int, width: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(("parts", "rows", "width"), [(0, 3, 144), (1, 5, 48), (3, 7, 144)])
 def test_sandwich_equals_its_reference(parts: int, rows: int, width: int, dtype: torch.dtype) -> None:
-    """y as a product of x's type (parts 0), or as partial sums in fp32."""
+    """y is a product of x's type (parts 0), or partial sums in fp32."""
     generator = torch.Generator().manual_seed(parts)
     x = torch.randn(rows, width, generator=generator).to(dtype)
     y = torch.randn(*([parts] if parts else []), rows, width, generator=generator).to(torch.float32 if parts else dtype)
     post, pre = (torch.rand(width, generator=generator) + 0.5 for _ in range(2))
     x_kept = x.clone()
-    found = SANDWICH_NORM.run(LAUNCHER, y, x, post, pre, 1e-3, y)
-    for want, got in zip(SANDWICH_NORM.reference(y, x, post, pre, 1e-3, y), found, strict=True):
+    actual = SANDWICH_NORM.run(LAUNCHER, y, x, post, pre, 1e-3, y)
+    for want, got in zip(SANDWICH_NORM.reference(y, x, post, pre, 1e-3, y), actual, strict=True):
         assert got.dtype == dtype
         assert sqnr_db(want, got) > BOUNDS[dtype]
     assert torch.equal(x, x_kept)

@@ -1,4 +1,4 @@
-"""Products of few rows: kernels against references, in Triton's interpreter."""
+"""Products of few rows: interpreted kernels equal their references."""
 
 import pytest
 import torch
@@ -20,19 +20,19 @@ def operands(rows: int, width: int, inner: int, dtype: torch.dtype) -> tuple[tor
 @pytest.mark.parametrize(("rows", "width", "inner", "parts"), [(1, 48, 96, 1), (24, 80, 640, 5), (64, 64, 300, 3)])
 def test_parts_equal_their_reference(rows: int, width: int, inner: int, parts: int, dtype: torch.dtype) -> None:
     x, w = operands(rows, width, inner, dtype)
-    found = SKINNY_PRODUCT.run(LAUNCHER, x, w)
-    assert found.shape == (parts, rows, width)
-    assert sqnr_db(SKINNY_PRODUCT.reference(x, w), found) > 100
-    assert sqnr_db(x.float() @ w.float().T, found.sum(0)) > 100
+    actual = SKINNY_PRODUCT.run(LAUNCHER, x, w)
+    assert actual.shape == (parts, rows, width)
+    assert sqnr_db(SKINNY_PRODUCT.reference(x, w), actual) > 100
+    assert sqnr_db(x.float() @ w.float().T, actual.sum(0)) > 100
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(("rows", "width", "inner"), [(1, 32, 128), (20, 48, 100)])
 def test_gated_equals_its_reference(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
     x, w = operands(rows, 2 * width, inner, dtype)
-    found = GATED_PRODUCT.run(LAUNCHER, x, w, w)
-    assert found.dtype == dtype
-    assert sqnr_db(GATED_PRODUCT.reference(x, w, w), found) > BOUNDS[dtype]
+    actual = GATED_PRODUCT.run(LAUNCHER, x, w, w)
+    assert actual.dtype == dtype
+    assert sqnr_db(GATED_PRODUCT.reference(x, w, w), actual) > BOUNDS[dtype]
 
 
 def test_rows_do_not_depend_on_how_many_there_are() -> None:
@@ -41,6 +41,6 @@ def test_rows_do_not_depend_on_how_many_there_are() -> None:
 
 
 def test_parts_of_gemmas_products() -> None:
-    """288 programs for what goes back to 2304: two or three on each of 132 processors."""
+    """Products to width 2304 get 288 programs, two or three per each of 132 processors."""
     assert parts_of(2304, 2048) == parts_of(2304, 9216) == 8
     assert parts_of(16384, 4096) == 2
