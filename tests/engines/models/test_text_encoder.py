@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
-from small_checkpoint import byte_level_tokenizer, heat
+from small_checkpoint import byte_level_tokenizer, randomise_weights
 from tokenizers import Tokenizer, models, processors, trainers
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
@@ -167,7 +167,7 @@ SMALL = {
 )
 def test_body_equals_transformers(changed: dict[str, object]) -> None:
     """Whole, and cut in two with the past kept between; in bf16 as near as upstream is to itself in fp32."""
-    theirs = heat(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
+    theirs = randomise_weights(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
     with torch.no_grad():
         for layer in theirs.layers:  # so that the cap on the logits bends them
             layer.self_attn.q_proj.weight.mul_(12)

@@ -82,7 +82,7 @@ def test_a_stream_yields_what_is_ready_before_what_is_not(serve: Serve) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        running.wait_for_waiting(2)  # all three are at the server at once
+        running.wait_for_queued(2)  # all three are at the server at once
         engine.gate.set()
         reader.join()
     assert sorted(image.seed for image in seen) == [5, 6, 7]
