@@ -1,9 +1,9 @@
-"""Pins what pyproject.toml asks for: requirements.lock to run, -dev to test and train, -deploy to test deploy/ too,
--cpu, -gpu, -rtx and -ray for the images of those flavours.
+"""Pins the requirements of pyproject.toml: requirements.lock to run, -dev to test and train, -deploy to test deploy/
+too, -cpu, -gpu, -rtx and -ray for the images of those flavours.
 
-pip's own resolver decides, in a dry run that installs nothing. Versions that stand in the present locks are kept, so a
-new dependency changes only the lines it brings; delete a line, or a whole lock, to have newer versions chosen. Run as
-`make lock`. Knows nothing of the packages' contents. Why there are no hashes: docs/understand/decisions/0002-lock.md.
+`make lock` runs it. pip's resolver decides in a dry run that installs nothing. It keeps the versions of the present
+locks, so that a new dependency adds only its own lines; delete a line or a whole lock for newer versions. Kept instead
+of pip-tools: see docs/understand/decisions/0002-lock.md, also for the missing hashes.
 """
 
 import json
@@ -15,13 +15,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = "torch==2.13.0"  # the newest release whose CPU wheel is at hand where this is tested
-TRITON = "triton==3.7.1"  # what that torch's wheel for CUDA asks for, which the CPU's does not say
-# Extra -> its pins. Its libraries lie on NVIDIA's own index, so that they are chosen by hand and resolved by nobody:
-# the newest TensorRT 10 for CUDA 13, which is torch's; engines of one minor version are refused by another.
+TORCH = "torch==2.13.0"  # the newest release with a CPU wheel in the test environment
+TRITON = "triton==3.7.1"  # required by that torch's wheel for CUDA, but not by the one for CPUs
+# Pins by extra, not resolved: TensorRT's libraries lie on NVIDIA's own index. It is the newest TensorRT 10 for torch's
+# CUDA 13; one minor version refuses the engines of another.
 TENSORRT = "10.16.1.11"
-BY_HAND = {"tensorrt": [f"tensorrt{part}=={TENSORRT}" for part in ("", "-cu13", "-cu13-bindings", "-cu13-libs")]}
-# Lock -> extras. The first is what the others build on. `torch-tensorrt` stands in none: it wants its own TensorRT.
+FIXED_PINS = {"tensorrt": [f"tensorrt{part}=={TENSORRT}" for part in ("", "-cu13", "-cu13-bindings", "-cu13-libs")]}
+# Extras by lock; the others build on the first. No lock has `torch-tensorrt`, which needs its own TensorRT.
 TEST = ("test", "train", "openvino", "build", "tensorrt-rtx", "otel")
 LOCKS: dict[str, tuple[str, ...]] = {
     "requirements.lock": (),
@@ -35,28 +35,28 @@ LOCKS: dict[str, tuple[str, ...]] = {
 HEADER = "# Written by `make lock` from pyproject.toml ({what}). Do not edit, except to delete lines.\n"
 
 
-def resolve(requirements: list[str], kept: list[str]) -> dict[str, str]:
-    """Distribution name -> version of everything that `requirements` need, with the pins of `kept` respected.
+def resolve(requirements: list[str], constraints: list[str]) -> dict[str, str]:
+    """Returns the version of every distribution that `requirements` need, within `constraints`.
 
-    Local versions (2.13.0+cpu) are cut to the public one, so that each machine takes the wheel it has.
+    It cuts local versions (2.13.0+cpu) to the public one, so that each machine takes the wheel it has.
     """
     with tempfile.TemporaryDirectory() as folder:
-        constraints, report = Path(folder, "constraints.txt"), Path(folder, "report.json")
-        constraints.write_text("\n".join([TORCH, TRITON, *kept]) + "\n")
+        constraint_file, report = Path(folder, "constraints.txt"), Path(folder, "report.json")
+        constraint_file.write_text("\n".join([TORCH, TRITON, *constraints]) + "\n")
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
-        command += ["--report", str(report), "--constraint", str(constraints), *requirements]
+        command += ["--report", str(report), "--constraint", str(constraint_file), *requirements]
         subprocess.run(command, check=True)
         metadata = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
     return {canonical(entry["name"]): entry["version"].partition("+")[0] for entry in metadata}
 
 
 def canonical(name: str) -> str:
-    """The normal form of a distribution's name (PEP 503)."""
+    """Returns the normal form of a distribution's name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pins(lock: Path) -> list[str]:
-    """The lines `name==version` of a lock; none where there is no such file."""
+    """Returns the lines `name==version` of a lock, or none if it does not exist."""
     if not lock.exists():
         return []
     return [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
@@ -67,14 +67,16 @@ def names(lines: list[str]) -> set[str]:
 
 
 def write(lock: Path, extras: tuple[str, ...], shared: list[str]) -> None:
-    """Writes a lock of the dependencies and `extras`, with the pins in `shared` and in the present lock kept."""
+    """Writes a lock of the dependencies and `extras`; keeps the pins of `shared` and of the present lock."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    resolved = [extra for extra in extras if extra not in BY_HAND]
-    asked = project["dependencies"] + [line for extra in resolved for line in project["optional-dependencies"][extra]]
-    chosen = [pin for extra in extras for pin in BY_HAND.get(extra, [])]
-    kept = shared + [pin for pin in pins(lock) if pin.partition("==")[0] not in names(shared) | names(chosen)]
-    found = [f"{name}=={version}" for name, version in resolve(asked, kept).items()]
-    lines = [f"{pin}\n" for pin in sorted(found + chosen, key=lambda pin: pin.partition("==")[0])]
+    resolved = [extra for extra in extras if extra not in FIXED_PINS]
+    requirements = project["dependencies"] + [
+        line for extra in resolved for line in project["optional-dependencies"][extra]
+    ]
+    fixed = [pin for extra in extras for pin in FIXED_PINS.get(extra, [])]
+    constraints = shared + [pin for pin in pins(lock) if pin.partition("==")[0] not in names(shared) | names(fixed)]
+    resolved_pins = [f"{name}=={version}" for name, version in resolve(requirements, constraints).items()]
+    lines = [f"{pin}\n" for pin in sorted(resolved_pins + fixed, key=lambda pin: pin.partition("==")[0])]
     lock.write_text(HEADER.format(what=", ".join(("dependencies", *extras))) + "".join(lines))
     print(f"{lock.name}: {len(lines)} pins")
 

@@ -1,8 +1,8 @@
-"""The paper's ablation (section 4.3, tables 3 to 6) in small: same teacher, same seconds of training for every row.
+"""The paper's ablation (section 4.3, tables 3 to 6) at a small size: every row has the same teacher and training time.
 
     python -m distill.ablation --recipe tiny --run runs/tiny --seconds 300
 
-reads a finished run, writes each variant into RUN/ablation/<name>, prints a table and one JSON line.
+reads a finished run, writes each variant to RUN/ablation/<name>, and prints a table and one JSON line.
 """
 
 import argparse
@@ -15,16 +15,18 @@ from accelerate import Accelerator
 
 from distill.evaluation import samplers
 from distill.evaluation.scores import evaluate, evaluation_prompts
-from distill.recipes import RECIPES, DistilStage
+from distill.recipes import RECIPES, DistilStageConfig
 from distill.stages import student
 from distill.train import GUIDANCE, Run
 
-ENDLESS = 1_000_000
+UNLIMITED = 1_000_000
 
 
-def variants(numbers: DistilStage, seconds: float) -> dict[str, DistilStage]:
-    """The rows: both losses from the first step, each alone, and the wrap left out."""
-    both = replace(numbers, adversarial_from=0, decay_fraction=0.0, steps=ENDLESS, score_every=ENDLESS, seconds=seconds)
+def variants(config: DistilStageConfig, seconds: float) -> dict[str, DistilStageConfig]:
+    """Returns the rows by name: both losses from the first step, each alone, and both without the wrap."""
+    both = replace(
+        config, adversarial_from=0, decay_fraction=0.0, steps=UNLIMITED, score_every=UNLIMITED, seconds=seconds
+    )
     return {
         "sCM + LADD": both,
         "sCM alone": replace(both, adversarial_weight=0.0),
@@ -46,13 +48,13 @@ def main() -> None:
     run = Run(RECIPES[arguments.recipe](), arguments.run, Accelerator())
     prompts = evaluation_prompts(arguments.prompts, seed=11, world=run.recipe.world)
     rows: dict[str, dict[str, float]] = {}
-    for name, numbers in variants(run.recipe.distil, arguments.seconds).items():
+    for name, config in variants(run.recipe.distil, arguments.seconds).items():
         folder = arguments.run / "ablation" / name.replace(" ", "_").replace(",", "")
-        recipe = replace(run.recipe, distil=numbers)
+        recipe = replace(run.recipe, distil=config)
         transformer = student.train(recipe, run.teacher, run.latents, folder, run.accelerator, lambda *_: None)
         rows[name] = {"steps": torch.load(folder / "student.pt", weights_only=True)["step"]}
         for count in (1, 2):
-            sampler = samplers.student_sampler(run.teacher, transformer, GUIDANCE, count, numbers.flow_to_trigflow)
+            sampler = samplers.student_sampler(run.teacher, transformer, GUIDANCE, count, config.flow_to_trigflow)
             generate = samplers.generator(run.recipe, sampler, run.sharpened)
             rows[name][f"score_{count}"] = evaluate(generate, prompts, world=run.recipe.world).mean
     print("| | training steps | score, 1 step | score, 2 steps |\n|---|---|---|---|")

@@ -1,95 +1,87 @@
-"""A LoRA for the tiny checkpoint: trains it, writes it, and judges it.
+"""Trains, writes and judges a LoRA for the tiny checkpoint.
 
     python -m distill.lora --model models/tiny --recipe tiny --out runs/lora    # writes runs/lora/ring.safetensors
     python -m distill.lora --model models/tiny --recipe tiny --judge models/lora/ring.safetensors
 
-Shares of right pictures, each with the adapter and without it, of three kinds of held-out captions: "new" asks for one
-thing of the new shape, "beside" for several or for one beside another thing, "old" is of the world as it was. The last
-line is one JSON document.
+Prints the shares of right images, with the adapter and without it, for three kinds of held-out captions. "new" asks for
+one thing of the new shape, "beside" for several or for one beside another thing, "old" for the base model's shapes. The
+last line is one JSON document.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from distill.evaluation.scores import Prompt, evaluation_prompts
+from distill.evaluation.scores import Prompt, evaluation_prompts, run_jobs
 from distill.recipes import RECIPES, Recipe
-from distill.stages.lora import train, wider
+from distill.stages.lora import train, with_shape
 from distill.training.checkpoint_writer import write_weights
 from distill.world.captions import caption_of
 from distill.world.judge import judge
 from distill.world.scenes import CATEGORIES, World, sample_request
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
-from engines.types import AdapterOption, Engine, Job, Pixels
+from engines.types import AdapterOption, Engine, Job
 
-_SEED = 5_000_011  # of the pictures that are judged
-_ATTEMPTS = 500  # to find a caption that was not asked yet
-_ALONE = ("single_object", "colors")
+_SEED = 5_000_011  # of the first judged image
+_ATTEMPTS = 500  # to draw a new caption
+_SINGLE = ("single_object", "colors")
 
 
 def new_prompts(world: World, shape: str, count: int, categories: Sequence[str]) -> list[Prompt]:
-    """Held-out captions, each another one, that name the shape; the categories in turn while they have any."""
-    rng, found, texts = np.random.default_rng(0x10AA), list[Prompt](), set[str]()
+    """Draws different held-out captions that name the shape, the categories in turn while they have any."""
+    rng, prompts, texts = np.random.default_rng(0x10AA), list[Prompt](), set[str]()
     for index in range(_ATTEMPTS * count):
         category = categories[index % len(categories)]
-        asked = sample_request(world, rng, category, "held_out")
-        text = caption_of(asked, rng)
-        if text not in texts and any(thing.shape == shape for thing in asked.things):
+        requirement = sample_request(world, rng, category, "held_out")
+        text = caption_of(requirement, rng)
+        if text not in texts and any(thing.shape == shape for thing in requirement.things):
             texts.add(text)
-            found.append(Prompt(text, category, asked))
-        if len(found) == count:
+            prompts.append(Prompt(text, category, requirement))
+        if len(prompts) == count:
             break
-    return found
+    return prompts
 
 
-def right(
+def correct_shares(
     engine: Engine, prompts: Sequence[Prompt], world: World, lora: tuple[tuple[str, float], ...]
 ) -> dict[str, float]:
-    """Share of right one-step pictures: of all prompts, and by category."""
-    verdicts: dict[str, list[bool]] = {}
-    for prompt, pixels in zip(prompts, _pictures(engine, prompts, lora), strict=True):
-        verdicts.setdefault(prompt.category, []).append(judge(pixels, prompt.asked, world).correct)
-    everything = [verdict for some in verdicts.values() for verdict in some]
-    shares = {name: sum(some) / len(some) for name, some in verdicts.items()}
-    return {"all": sum(everything) / len(everything), **{name: round(share, 3) for name, share in shares.items()}}
-
-
-def _pictures(engine: Engine, prompts: Sequence[Prompt], lora: tuple[tuple[str, float], ...]) -> Iterator[Pixels]:
+    """Returns the share of right one-step images over all prompts, and by category."""
     width, height = engine.limits.default_size
     jobs = [Job(prompt.text, _SEED + i, width, height, lora=lora) for i, prompt in enumerate(prompts)]
-    for first in tqdm(range(0, len(jobs), engine.limits.max_batch), unit="batch", leave=False):
-        for image in engine.generate(jobs[first : first + engine.limits.max_batch]):
-            yield image.pixels
+    verdicts: dict[str, list[bool]] = {}
+    for prompt, pixels in zip(prompts, run_jobs(engine, jobs), strict=True):
+        verdicts.setdefault(prompt.category, []).append(judge(pixels, prompt.requirement, world).correct)
+    shares = {name: round(sum(group) / len(group), 3) for name, group in verdicts.items()}
+    return {"all": sum(sum(group) for group in verdicts.values()) / len(prompts), **shares}
 
 
-def report(model: str, recipe: Recipe, path: Path, count: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Scores of new and of old captions, with the adapter at `path` and without."""
+def evaluate_adapter(model: str, recipe: Recipe, path: Path, count: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores each kind of captions with the adapter at `path` and without it."""
     assert recipe.lora is not None
-    shape, found = recipe.lora.shape, {}
-    world = wider(recipe.world, shape)
+    shape, scores = recipe.lora.shape, {}
+    world = with_shape(recipe.world, shape)
     engine = load_engine(model, precision="fp32", lora=[AdapterOption(shape, str(path))])
     try:
         sets = {
-            "new": new_prompts(world, shape, count, _ALONE),
-            "beside": new_prompts(world, shape, count, [name for name in CATEGORIES if name not in _ALONE]),
+            "new": new_prompts(world, shape, count, _SINGLE),
+            "beside": new_prompts(world, shape, count, [name for name in CATEGORIES if name not in _SINGLE]),
             "old": evaluation_prompts(count, world=recipe.world),
         }
         for name, prompts in sets.items():
-            seen = recipe.world if name == "old" else world
-            found[name] = {
-                "adapted": right(engine, prompts, seen, ((shape, 1.0),)),
-                "base": right(engine, prompts, seen, ()),
+            judged = recipe.world if name == "old" else world
+            scores[name] = {
+                "adapted": correct_shares(engine, prompts, judged, ((shape, 1.0),)),
+                "base": correct_shares(engine, prompts, judged, ()),
             }
     finally:
         engine.close()
-    return found
+    return scores
 
 
 def main() -> None:
@@ -99,7 +91,7 @@ def main() -> None:
         "--recipe", choices=sorted(name for name, make in RECIPES.items() if make().lora), required=True
     )
     parser.add_argument("--out", type=Path, help="run folder; the adapter is OUT/<shape>.safetensors")
-    parser.add_argument("--judge", type=Path, help="an adapter that is there already, in place of training one")
+    parser.add_argument("--judge", type=Path, help="an existing adapter to judge, in place of training one")
     parser.add_argument(
         "--prompts", type=int, default=200, help="captions of each kind (default 200); 0 judges nothing"
     )
@@ -116,10 +108,10 @@ def main() -> None:
         path = arguments.out / f"{recipe.lora.shape}.safetensors"
         write_weights(path, weights, torch.bfloat16)
     if arguments.prompts:
-        found = report(arguments.model, recipe, path, arguments.prompts)
-        for kind, scores in found.items():
-            print(f"{kind}: {scores['adapted']['all']:.1%} right with the adapter, {scores['base']['all']:.1%} without")
-        print(json.dumps({"model": arguments.model, "prompts": arguments.prompts, **found}))
+        scores = evaluate_adapter(arguments.model, recipe, path, arguments.prompts)
+        for kind, shares in scores.items():
+            print(f"{kind}: {shares['adapted']['all']:.1%} right with the adapter, {shares['base']['all']:.1%} without")
+        print(json.dumps({"model": arguments.model, "prompts": arguments.prompts, **scores}))
 
 
 if __name__ == "__main__":

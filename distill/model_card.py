@@ -1,4 +1,4 @@
-"""Scores a finished run and writes its model card: per category, teacher and student, with the spread over seeds.
+"""Scores a finished run's teacher and student, by category and with the spread over seeds, and writes the model card.
 
 python -m distill.model_card --recipe tiny --run runs/tiny            # minutes; writes runs/tiny/checkpoint/README.md
 """
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from distill.evaluation import samplers
-from distill.evaluation.scores import Report, engine_generator, evaluate, evaluation_prompts
+from distill.evaluation.scores import ScoreReport, engine_generator, evaluate, evaluation_prompts
 from distill.recipes import RECIPES, Recipe
 from distill.train import GUIDANCE, Run
 from distill.training.stage import contact_sheet
@@ -26,21 +26,21 @@ SHEET = 32
 
 CARD = """# {name}: a SANA-Sprint checkpoint small enough to ship
 
-{size}x{size} pictures of coloured shapes on plain backgrounds, in one to four steps, from a network with the
+{size}x{size} images of coloured shapes on plain backgrounds, in one to four steps, from a network with the
 published architecture (linear attention, QK-norm, guidance embedding, an f32c32 autoencoder, a Gemma-2 text encoder) at
-a width of {width}. It is what the server runs out of the box and what its tests judge. Licence: Apache-2.0.
+a width of {width}. The server runs it by default, and its tests judge its images. Licence: Apache-2.0.
 
 ![held-out prompts, one step](samples.png)
 
 ## What it draws
 Shapes {shapes}; colours {colours};
 backgrounds {backgrounds} ({plain} where none is named); one thing, also small or
-big; two things, in relation (left of, right of, above, below) or side by side; two to four of a kind. Words outside of
-this are ignored. Guidance {low:g} to {high:g} is trained; w stands for 1 + {gain:g} (w - 1) of the teacher.
+big; two things, in relation (left of, right of, above, below) or side by side; two to four of a kind. It ignores
+other words. Guidance {low:g} to {high:g} is trained; w stands for 1 + {gain:g} (w - 1) of the teacher.
 
 ## Scores
 {prompts} held-out captions (combinations that training never shows), {seeds} seeds each, judged by
-`distill/world/judge.py`: the share of pictures in which number, shapes, colours, relation and background are all right.
+`distill/world/judge.py`: the share of images in which number, shapes, colours, relation and background are all right.
 
 {table}
 
@@ -49,9 +49,8 @@ is the teacher in one step, scores {untrained:.3f}.
 
 ## Training
 `python -m distill.train --recipe {name} --out runs/{name}`; data: endless renderings (`distill/world/rendering.py`).
-The teacher learns in a wider world first (`wide_world` of the recipe), then in this one (narrow); at the end the
-decoder is trained once more, on what the student predicts (sharpen). What was tried on the way, also in vain:
-`distill/LOG.md`.
+The teacher learns in a wider world first (`wide_world` of the recipe), then in this one (narrow). The last stage trains
+the decoder once more, on the student's predictions (sharpen). `distill/LOG.md` lists every attempt with its figures.
 
 | stage | steps | batch | hours |
 |---|---|---|---|
@@ -76,16 +75,16 @@ def main() -> None:
     folder = run.checkpoint
     prompts = evaluation_prompts(arguments.prompts, seed=23, world=recipe.world)
     seeds = range(arguments.seeds)
-    taught = samplers.generator(recipe, samplers.teacher_sampler(recipe, run.teacher), run.sharpened)
-    reports = {f"teacher, {recipe.teacher_sampling_steps} steps": evaluate(taught, prompts, seeds, recipe.world)}
+    teacher = samplers.generator(recipe, samplers.teacher_sampler(recipe, run.teacher), run.sharpened)
+    reports = {f"teacher, {recipe.teacher_sampling_steps} steps": evaluate(teacher, prompts, seeds, recipe.world)}
     engine = load_engine(str(folder))
     for steps in STEPS:
         generate = engine_generator(engine, steps, GUIDANCE)
         name = f"student, {steps} step{'s' if steps > 1 else ''}"
         reports[name] = evaluate(generate, prompts, seeds, recipe.world)
         if steps == 1:
-            made = list(generate([prompt.text for prompt in prompts[:SHEET]], list(range(SHEET))))
-            Image.fromarray(contact_sheet(np.stack(made), 8)[::2, ::2]).save(folder / "samples.png")
+            images = list(generate([prompt.text for prompt in prompts[:SHEET]], list(range(SHEET))))
+            Image.fromarray(contact_sheet(np.stack(images), 8)[::2, ::2]).save(folder / "samples.png")
     start = samplers.student_sampler(run.teacher, run.teacher.transformer, GUIDANCE, 1)
     generate = samplers.generator(recipe, start, run.sharpened)
     untrained = evaluate(generate, prompts[:120], (0,), recipe.world).mean
@@ -94,8 +93,8 @@ def main() -> None:
     print(json.dumps({name: asdict(report) for name, report in reports.items()}))
 
 
-def table(reports: dict[str, Report]) -> str:
-    """A column per category, a row per model, mean and standard deviation over seeds last."""
+def table(reports: dict[str, ScoreReport]) -> str:
+    """Formats a column per category and a row per model, with mean and standard deviation over seeds last."""
     rows = [f"| | {' | '.join(CATEGORIES)} | mean (std over seeds) |", "|---" * (len(CATEGORIES) + 2) + "|"]
     for name, report in reports.items():
         cells = " | ".join(f"{report.categories[category]:.3f}" for category in CATEGORIES)
@@ -103,8 +102,8 @@ def table(reports: dict[str, Report]) -> str:
     return "\n".join(rows)
 
 
-def card(recipe: Recipe, run: Path, folder: Path, reports: dict[str, Report], untrained: float) -> str:
-    """The text of the model card."""
+def card(recipe: Recipe, run: Path, folder: Path, reports: dict[str, ScoreReport], untrained: float) -> str:
+    """Returns the text of the model card."""
     assert recipe.autoencoder is not None
     assert recipe.teacher is not None
     stages = []

@@ -1,6 +1,6 @@
-"""Recipes: every number of a training run, as frozen dataclasses. A recipe is a function that returns one.
+"""Recipes: every number of a training run, as frozen dataclasses. Each recipe is a function that returns a `Recipe`.
 
-`tiny` trains the shipped checkpoint on two CPU cores, `smoke` runs all stages in minutes, `sprint_0_6b` carries the
+`tiny` trains the shipped checkpoint on two CPU cores, `smoke` runs all stages in minutes, `sprint_0_6b` has the
 paper's values (section 3 and appendix F; the released configs/sana_sprint_config) for hosts with GPUs.
 """
 
@@ -14,30 +14,30 @@ from engines.models.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
-class AutoencoderStage:
-    """Reconstruction of rendered scenes: crops first (cheap), whole pictures last."""
+class AutoencoderStageConfig:
+    """Reconstruction of rendered scenes: crops first (cheap), whole images last."""
 
     architecture: AutoencoderConfig
     steps: int
-    polish_steps: int  # of the decoder alone, behind the frozen encoder
+    decoder_steps: int  # of the decoder alone, behind the frozen encoder
     batch: int
-    crop: int  # pixels; a crop costs (crop / image_size)^2 of a picture
-    whole_fraction: float = 0.15  # of the steps, at the end, on whole pictures in batches of the same pixel count
+    crop: int  # pixels; a crop costs (crop / image_size)^2 of an image
+    whole_fraction: float = 0.15  # of the steps, at the end, on whole images in batches of the same pixel count
     learning_rate: float = 2e-3
     edge_weight: float = 0.5
     square_weight: float = 0.5
     moment_weight: float = 0.02  # keeps every latent channel near mean 0 and variance 1
-    latent_noise: float = 0.1  # standard deviation added before decoding: smooth latents forgive the student
+    latent_noise: float = 0.1  # standard deviation added before decoding, for tolerance of the student's errors
     ema: float = 0.998
-    sharpen_steps: int = 0  # of the decoder alone, at the very end, on latents as the student predicts them
-    sharpen_batch: int = 6  # whole pictures
+    sharpen_steps: int = 0  # of the decoder alone, at the very end, on the student's predictions
+    sharpen_batch: int = 6  # whole images
     sharpen_rate: float = 1.5e-3
-    predicted_times: tuple[float, float] = (0.1, 0.6)  # flow times from which the student predicts them
+    predicted_times: tuple[float, float] = (0.1, 0.6)  # flow times from which the student predicts
 
 
 @dataclass(frozen=True)
-class TextStage:
-    """Gemma-2 in small, trained with the teacher and frozen for the student."""
+class TextEncoderConfig:
+    """A small Gemma-2, trained with the teacher and frozen for the student."""
 
     width: int
     layers: int
@@ -46,12 +46,12 @@ class TextStage:
 
 
 @dataclass(frozen=True)
-class TeacherStage:
+class TeacherStageConfig:
     """Flow matching with a dense time embedding (t in [0, 1], not times 1000) and QK-norm from the start."""
 
     architecture: TransformerConfig
-    text: TextStage
-    latents: int  # pictures encoded once and kept; the paper trains on pre-encoded latents too
+    text: TextEncoderConfig
+    latents: int  # images encoded once; the paper trains on pre-encoded latents too
     steps: int
     batch: int
     learning_rate: float  # AdamW: embeddings, norms, biases, depthwise kernels
@@ -64,22 +64,22 @@ class TeacherStage:
     ema: float = 0.998
     compile: bool = True
     score_every: int = 500
-    narrow_steps: int = 0  # then, from where the wide world (Recipe.wide_world) left off, on the world itself
+    narrow_steps: int = 0  # on the world itself, after the wide world (Recipe.wide_world)
     narrow_latents: int = 0
-    narrow_rate: float = 0.5  # of both rates, decayed to nothing over all of these steps
+    narrow_rate: float = 0.5  # of both learning rates, decayed to zero over these steps
 
 
 @dataclass(frozen=True)
-class DistilStage:
-    """sCM + LADD (paper sections 3.2 and 3.3). Names of the released yaml stand behind each number."""
+class DistilStageConfig:
+    """sCM + LADD (paper sections 3.2 and 3.3). Comments give the names in the released yaml."""
 
     steps: int
     batch: int
     learning_rate: float
     discriminator_learning_rate: float
     seconds: float | None = None  # of training, after which the stage ends early (ablations at equal time)
-    guidance: tuple[float, ...] = (4.0, 4.5, 5.0)  # scm_cfg_scale: what the student's embedding is asked for
-    guidance_gain: float = 1.0  # the teacher runs at 1 + gain (w - 1): plain worlds want less than photographs
+    guidance: tuple[float, ...] = (4.0, 4.5, 5.0)  # scm_cfg_scale: inputs of the student's guidance embedding
+    guidance_gain: float = 1.0  # the teacher runs at 1 + gain (w - 1); plain worlds need less than photographs
     scm_weight: float = 1.0  # scm_lambda
     adversarial_weight: float = 0.5  # adv_lambda
     tangent_warmup: int = 4000  # tangent_warmup_steps
@@ -103,12 +103,12 @@ class DistilStage:
 
 
 @dataclass(frozen=True)
-class ControlStage:
+class ControlStageConfig:
     """A ControlNet on the frozen student (paper 3.4)."""
 
     steps: int
     batch: int
-    pictures: int  # drawn and encoded once, with their drawings
+    images: int  # rendered and encoded once, with their drawings
     copies: int  # of the student's first blocks
     learning_rate: float  # AdamW: embeddings, norms, biases, projections
     matrix_learning_rate: float  # Muon: the matrices of the blocks
@@ -125,16 +125,16 @@ class ControlStage:
 
 
 @dataclass(frozen=True)
-class LoraStage:
-    """A LoRA that teaches the finished student one shape more, under a word that its text encoder does not know."""
+class LoraStageConfig:
+    """A LoRA that teaches the finished student one more shape, under a word unknown to its text encoder."""
 
     shape: str
     rank: int
     steps: int
     batch: int
-    pictures: int  # with the shape; half as many without it
+    images: int  # with the shape; half as many without it
     learning_rate: float
-    old_fraction: float = 0.4  # of a batch: captions without the shape, held to what the student says of them
+    old_fraction: float = 0.4  # of a batch: captions without the shape, trained towards the unadapted student
     mean: float = 0.2  # of the angles, as DistilStage.student_mean
     std: float = 1.6
     max_time_probability: float = 0.6
@@ -146,17 +146,17 @@ class LoraStage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `world` None: pictures come from elsewhere (published teachers, real photographs)."""
+    """A whole run. Without `autoencoder` and `teacher` it distils a published teacher on real images."""
 
     name: str
     image_size: int
-    autoencoder: AutoencoderStage | None
-    teacher: TeacherStage | None
-    distil: DistilStage
-    control: ControlStage | None = None
-    lora: LoraStage | None = None
+    autoencoder: AutoencoderStageConfig | None
+    teacher: TeacherStageConfig | None
+    distil: DistilStageConfig
+    control: ControlStageConfig | None = None
+    lora: LoraStageConfig | None = None
     world: World = field(default_factory=World)
-    wide_world: World | None = None  # what autoencoder and teacher see first: the same words, more freedom
+    wide_world: World | None = None  # for autoencoder and teacher at first: the same words with wider ranges
     teacher_guidance: float = 4.5
     teacher_sampling_steps: int = 20
     teacher_sampling_shift: float = 2.0
@@ -200,7 +200,7 @@ def _tiny_transformer(width: int, layers: int, text_width: int) -> TransformerCo
 
 
 def _wide_world() -> World:
-    """Things of more sizes, at more places, more tilted, and a gray that is as dark as the things are."""
+    """The same world with more sizes, positions and angles, and a gray as dark as the things."""
     return World(
         backgrounds=(("white", (255, 255, 255)), ("black", (12, 12, 14)), ("gray", (134, 136, 140))),
         sizes=(("small", (0.22, 0.28)), ("big", (0.62, 0.72))),
@@ -223,12 +223,12 @@ def tiny() -> Recipe:
         name="tiny",
         image_size=256,
         wide_world=_wide_world(),
-        autoencoder=AutoencoderStage(
-            _tiny_autoencoder(), steps=3200, polish_steps=2000, sharpen_steps=1000, batch=16, crop=128
+        autoencoder=AutoencoderStageConfig(
+            _tiny_autoencoder(), steps=3200, decoder_steps=2000, sharpen_steps=1000, batch=16, crop=128
         ),
-        teacher=TeacherStage(
+        teacher=TeacherStageConfig(
             architecture=_tiny_transformer(160, 6, 128),
-            text=TextStage(width=128, layers=2, heads=4, max_tokens=24),
+            text=TextEncoderConfig(width=128, layers=2, heads=4, max_tokens=24),
             latents=40_000,
             steps=2600,
             narrow_steps=1200,
@@ -238,7 +238,7 @@ def tiny() -> Recipe:
             matrix_learning_rate=0.005,
         ),
         teacher_guidance=1.7,
-        distil=DistilStage(
+        distil=DistilStageConfig(
             steps=600,
             batch=24,
             learning_rate=3e-4,
@@ -255,27 +255,33 @@ def tiny() -> Recipe:
             decay_fraction=1.0,
             ema=0.995,
         ),
-        control=ControlStage(
-            steps=300, batch=48, pictures=8_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
+        control=ControlStageConfig(
+            steps=300, batch=48, images=8_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
         ),
-        lora=LoraStage("ring", rank=4, steps=400, batch=24, pictures=600, learning_rate=3e-3),
+        lora=LoraStageConfig("ring", rank=4, steps=400, batch=24, images=600, learning_rate=3e-3),
     )
 
 
 def smoke() -> Recipe:
-    """All stages in under three minutes, to prove that the parts fit; its pictures are noise."""
+    """All stages in under three minutes, to test that the parts fit; its images are noise."""
     whole = tiny()
     assert whole.autoencoder is not None
     return Recipe(
         name="smoke",
         image_size=128,
         wide_world=_wide_world(),
-        autoencoder=AutoencoderStage(
-            whole.autoencoder.architecture, steps=12, polish_steps=4, sharpen_steps=2, sharpen_batch=2, batch=4, crop=64
+        autoencoder=AutoencoderStageConfig(
+            whole.autoencoder.architecture,
+            steps=12,
+            decoder_steps=4,
+            sharpen_steps=2,
+            sharpen_batch=2,
+            batch=4,
+            crop=64,
         ),
-        teacher=TeacherStage(
+        teacher=TeacherStageConfig(
             architecture=_tiny_transformer(64, 2, 64),
-            text=TextStage(width=64, layers=1, heads=2, max_tokens=24),
+            text=TextEncoderConfig(width=64, layers=1, heads=2, max_tokens=24),
             latents=64,
             steps=16,
             narrow_steps=4,
@@ -287,7 +293,7 @@ def smoke() -> Recipe:
             compile=False,
             score_every=10,
         ),
-        distil=DistilStage(
+        distil=DistilStageConfig(
             steps=12,
             batch=4,
             learning_rate=3e-4,
@@ -299,21 +305,21 @@ def smoke() -> Recipe:
             warmup=2,
             score_every=6,
         ),
-        control=ControlStage(
-            steps=6, batch=4, pictures=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
+        control=ControlStageConfig(
+            steps=6, batch=4, images=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
         ),
-        lora=LoraStage("ring", rank=2, steps=4, batch=4, pictures=8, learning_rate=1e-3),
+        lora=LoraStageConfig("ring", rank=2, steps=4, batch=4, images=8, learning_rate=1e-3),
     )
 
 
 def sprint_0_6b() -> Recipe:
-    """The paper's run (20,000 iterations, global batch 512, 32 A100): teacher and autoencoder are published ones."""
+    """The paper's run (20,000 iterations, global batch 512, 32 A100) with published teacher and autoencoder."""
     return Recipe(
         name="sprint_0_6b",
         image_size=1024,
         autoencoder=None,
         teacher=None,
-        distil=DistilStage(
+        distil=DistilStageConfig(
             steps=20_000, batch=16, learning_rate=2e-6, discriminator_learning_rate=2e-6, heads=(2, 8, 14, 20, 27)
         ),
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.world.captions import requirement_of
+from distill.world.captions import parse_caption
 from distill.world.judge import judge
 from engines.types import Pixels
 
@@ -59,14 +59,14 @@ def picture(line: Line, **changes: object) -> Pixels:
 
 
 def test_the_printed_line_draws_what_it_says(printed: Line) -> None:
-    verdict = judge(picture(printed), requirement_of(json.loads(printed.body)["prompt"]))
+    verdict = judge(picture(printed), parse_caption(json.loads(printed.body)["prompt"]))
     assert verdict.correct, verdict.reasons
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_more_steps_draw_it_too(printed: Line, steps: int) -> None:
     pixels = picture(printed, num_inference_steps=steps)
-    verdict = judge(pixels, requirement_of(json.loads(printed.body)["prompt"]))
+    verdict = judge(pixels, parse_caption(json.loads(printed.body)["prompt"]))
     assert verdict.correct, verdict.reasons
 
 

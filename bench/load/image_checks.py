@@ -20,7 +20,7 @@ from PIL import Image
 from bench.harness.errors import BenchError
 from bench.harness.load_generator import Order, Record, Traffic
 from bench.harness.server_process import serving
-from distill.world.captions import requirement_of
+from distill.world.captions import parse_caption
 from distill.world.judge import judge
 from engines.fake import expected_pixels
 from engines.types import Job, Pixels
@@ -71,7 +71,7 @@ def _fault_of_judge(record: Record, pixels: Pixels, size: tuple[int, int]) -> st
     width, height = record.order.width or size[0], record.order.height or size[1]
     if pixels.shape != (height, width, 3):
         return f"its shape is {list(pixels.shape)}, asked was {width}x{height}"
-    return "; ".join(judge(pixels, requirement_of(record.order.prompt)).reasons)
+    return "; ".join(judge(pixels, parse_caption(record.order.prompt)).reasons)
 
 
 async def _against_alone(chosen: Sequence[Record], spool: int, flags: Sequence[str]) -> Outcome:

@@ -44,7 +44,7 @@ class Compared:
             seeds = [seed * SEED_STRIDE + at for at in range(len(self.prompts))]
             for prompt, image in zip(self.prompts, generate([p.text for p in self.prompts], seeds), strict=True):
                 images.append(image)
-                right.append(float(judge(image, prompt.asked).correct))
+                right.append(float(judge(image, prompt.requirement).correct))
         return Run(images, right)
 
     def by_category(self, values: Sequence[float]) -> dict[str, list[float]]:

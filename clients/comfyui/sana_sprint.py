@@ -1,8 +1,8 @@
-"""A ComfyUI node that has a sana-sprint-server make the images: copy this file into ComfyUI's custom_nodes/.
+"""A ComfyUI node that generates images on a sana-sprint-server: copy this file into ComfyUI's custom_nodes/.
 
-Pure HTTP: needs no weights and no packages beside those that ComfyUI has (torch, numpy, Pillow). The same prompt, seed
-and options give the images of POST /generate, image i with the seed + i. An API key is read from SANA_SPRINT_API_KEY,
-since what stands in a workflow is shared with it.
+It speaks HTTP, and needs no weights and only ComfyUI's own packages (torch, numpy, Pillow). The same prompt, seed and
+options give the images of POST /generate, image i with the seed + i. The API key comes from SANA_SPRINT_API_KEY, so
+that shared workflows do not hold it.
 """
 
 import base64
@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-ATTEMPTS = 5  # of a request that is refused because the server is full (429) or not ready (503)
+ATTEMPTS = 5  # while the server is full (429) or not ready (503)
 LONGEST_WAIT_S = 30.0
 TIMEOUT_S = 300.0
 MAX_SEED = 2**63 - 8  # image i of 8 has the seed + i
 
 
 class SanaSprintGenerate:
-    """Text, or text and an image, or text and strokes, to images [count, height, width, 3] from 0 to 1."""
+    """Generates images [count, height, width, 3] from 0 to 1, from text and optionally an image or strokes."""
 
     CATEGORY = "SANA-Sprint"
     FUNCTION = "generate"
@@ -46,7 +46,7 @@ class SanaSprintGenerate:
                 "count": ("INT", {"default": 1, "min": 1, "max": 8}),
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "to start from; the first of a batch"}),
+                "image": ("IMAGE", {"tooltip": "the input image; the first of a batch"}),
                 "strength": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
                 "control_image": ("IMAGE", {"tooltip": "white strokes on black; needs a ControlNet at the server"}),
                 "control_scale": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.01}),
@@ -68,7 +68,7 @@ class SanaSprintGenerate:
         control_image: torch.Tensor | None = None,
         control_scale: float = 1.0,
     ) -> tuple[torch.Tensor]:
-        """Raises RuntimeError with the server's own sentence."""
+        """Returns the images. Raises RuntimeError with the server's own message."""
         body: dict[str, Any] = {
             "prompt": prompt,
             "seed": seed,
@@ -81,12 +81,12 @@ class SanaSprintGenerate:
             body |= {"image": base64_png(image), "strength": strength}
         if control_image is not None:
             body |= {"control_image": base64_png(control_image), "control_scale": control_scale}
-        answer = post(server.rstrip("/") + "/generate", body)
-        return (torch.stack([tensor_of(made["b64"]) for made in answer["images"]]),)
+        response = post(server.rstrip("/") + "/generate", body)
+        return (torch.stack([decode(output["b64"]) for output in response["images"]]),)
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The JSON answer; a refused request is sent again after the time that the server names."""
+    """Returns the JSON response; repeats a refused request after the server's Retry-After."""
     headers = {"content-type": "application/json", "accept": "application/json"}
     if key := os.environ.get("SANA_SPRINT_API_KEY"):
         headers["authorization"] = f"Bearer {key}"
@@ -94,21 +94,21 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                told: dict[str, Any] = json.load(response)
-                return told
+                content: dict[str, Any] = json.load(response)
+                return content
         except urllib.error.HTTPError as error:
             after = error.headers.get("retry-after", "1")
             wait_s = float(after) if after.isdigit() else 1.0
             if error.code not in (429, 503) or attempt == ATTEMPTS or wait_s > LONGEST_WAIT_S:
-                raise RuntimeError(f"{url}: {error.code} {sentence(error.read())}") from error
+                raise RuntimeError(f"{url}: {error.code} {error_detail(error.read())}") from error
             time.sleep(wait_s)
         except urllib.error.URLError as error:
             raise RuntimeError(f"{url}: {error.reason}; is a sana-sprint-server running there?") from error
     raise AssertionError("unreachable: the last attempt raises")
 
 
-def sentence(content: bytes) -> str:
-    """What an error's body says."""
+def error_detail(content: bytes) -> str:
+    """Returns the message of an error's body."""
     try:
         return str(json.loads(content)["detail"])
     except (ValueError, KeyError, TypeError):
@@ -116,15 +116,15 @@ def sentence(content: bytes) -> str:
 
 
 def base64_png(images: torch.Tensor) -> str:
-    """The first of [batch, height, width, 3], as a file."""
+    """Encodes the first of [batch, height, width, 3] as a PNG file."""
     pixels = (images[0, :, :, :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def tensor_of(b64: str) -> torch.Tensor:
-    """[height, width, 3] from 0 to 1."""
+def decode(b64: str) -> torch.Tensor:
+    """Decodes a file to [height, width, 3] from 0 to 1."""
     with Image.open(io.BytesIO(base64.b64decode(b64))) as file:
         pixels = np.array(file.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(pixels / 255)

@@ -1,31 +1,31 @@
-"""Does the picture follow the drawing? Places of things, with the drawing and without it.
+"""Scores how often images follow their drawing, and how often they would without it.
 
     python -m distill.evaluation.control_adherence --model models/tiny --cases 200        # last line: one JSON document
 
-Each case is a held-out caption of one thing, a place and a size drawn at random, and a drawing of its outline by an
-unsteady hand. The picture follows where what has the caption's colour overlaps the thing's true mask by at least 0.7
-(intersection over union); it is right where, besides, the judge sees that thing and nothing else.
+Each case is a held-out caption of one thing, a random position and size, and a shaky sketch of the thing's outline. An
+image follows its drawing if the pixels of the caption's colour overlap the thing's true mask by at least 0.7
+(intersection over union). It is right if the judge also sees that thing and nothing else.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
+from distill.evaluation.scores import run_jobs
 from distill.stages.controlnet import control_world
 from distill.world.captions import caption_of
-from distill.world.judge import COLOUR_REACH, judge
+from distill.world.judge import MAX_COLOUR_DISTANCE, judge
 from distill.world.rendering import Scene, World, coverage, sample_scene
 from distill.world.shape_matching import Mask
-from distill.world.sketches import draw
+from distill.world.sketches import draw_sketch
 from engines.types import Engine, Job, Pixels
 
-OVERLAP = 0.7
-SALT = 2**40  # seeds of cases, far from those of training
+MIN_OVERLAP = 0.7
+FIRST_CASE_SEED = 2**40  # far from the seeds of training
 
 
 @dataclass(frozen=True)
@@ -46,47 +46,46 @@ class Score:
     median_overlap: float
 
 
-def cases(count: int, size: int, seed: int = 0, world: World | None = None) -> list[Case]:
-    """Cases that training has not seen: captions of the held-out split, drawings of other seeds."""
-    world = control_world(world or World())
-    found = []
+def cases(count: int, size: int) -> list[Case]:
+    """Draws cases unseen in training: captions of the held-out split, sketches of other seeds."""
+    world = control_world(World())
+    drawn = []
     for number in range(count):
-        rng = np.random.default_rng((SALT + seed, number))
+        rng = np.random.default_rng((FIRST_CASE_SEED, number))
         scene = sample_scene(world, rng, "single_object", "held_out")
-        found.append(Case(scene, caption_of(scene.asked, rng), draw(scene, size, rng)))
-    return found
+        drawn.append(Case(scene, caption_of(scene.requirement, rng), draw_sketch(scene, size, rng)))
+    return drawn
 
 
-def overlap(pixels: Pixels, scene: Scene, world: World | None = None) -> float:
-    """Intersection over union of the scene's one thing and of what has its colour in the picture."""
-    world = world or World()
+def overlap(pixels: Pixels, scene: Scene) -> float:
+    """Returns the intersection over union of the scene's one thing and the image's pixels in its colour."""
     (thing,) = scene.things
     height, width = pixels.shape[:2]
     x = (np.arange(width, dtype=np.float32) + np.float32(0.5 - thing.x * width))[None, :]
     y = (np.arange(height, dtype=np.float32) + np.float32(0.5 - thing.y * height))[:, None]
-    wanted: Mask = coverage(thing.shape, x, y, thing.size * width, thing.angle) > 0.5
-    distance = np.linalg.norm(pixels.astype(np.float32) - np.array(world.rgb(thing.colour), np.float32), axis=2)
-    seen: Mask = distance < COLOUR_REACH
-    return float((wanted & seen).sum() / max((wanted | seen).sum(), 1))
+    expected: Mask = coverage(thing.shape, x, y, thing.size * width, thing.angle) > 0.5
+    distance = np.linalg.norm(pixels.astype(np.float32) - np.array(World().rgb(thing.colour), np.float32), axis=2)
+    seen: Mask = distance < MAX_COLOUR_DISTANCE
+    return float((expected & seen).sum() / max((expected | seen).sum(), 1))
 
 
 def score(engine: Engine, chosen: Sequence[Case], steps: int, control_scale: float | None) -> Score:
-    """One picture of each case; control_scale None: without its drawing."""
+    """Scores one image of each case; control_scale None leaves out its drawing."""
     overlaps, right = [], []
-    for case, pixels in zip(chosen, _pictures(engine, chosen, steps, control_scale), strict=True):
+    for case, pixels in zip(chosen, run_jobs(engine, _jobs(engine, chosen, steps, control_scale)), strict=True):
         overlaps.append(overlap(pixels, case.scene))
-        asked = replace(case.scene.asked, size=None)  # the drawing says how large
-        right.append(judge(pixels, asked).correct and overlaps[-1] >= OVERLAP)
+        requirement = replace(case.scene.requirement, size=None)  # the drawing decides it
+        right.append(judge(pixels, requirement).correct and overlaps[-1] >= MIN_OVERLAP)
     return Score(
-        follows=statistics.fmean(one >= OVERLAP for one in overlaps),
+        follows=statistics.fmean(share >= MIN_OVERLAP for share in overlaps),
         right=statistics.fmean(right),
         median_overlap=statistics.median(overlaps),
     )
 
 
-def _pictures(engine: Engine, chosen: Sequence[Case], steps: int, control_scale: float | None) -> Iterator[Pixels]:
+def _jobs(engine: Engine, chosen: Sequence[Case], steps: int, control_scale: float | None) -> list[Job]:
     width, height = engine.limits.default_size
-    jobs = [
+    return [
         Job(
             case.caption,
             number,
@@ -98,13 +97,10 @@ def _pictures(engine: Engine, chosen: Sequence[Case], steps: int, control_scale:
         )
         for number, case in enumerate(chosen)
     ]
-    for first in tqdm(range(0, len(jobs), engine.limits.max_batch), unit="batch", leave=False):
-        for image in engine.generate(jobs[first : first + engine.limits.max_batch]):
-            yield image.pixels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from engines.loader import load_engine  # torch is loaded for a run only
+    from engines.loader import load_engine  # loads torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
@@ -123,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         engine.close()
     print(f"{'':10}  follows   right  median overlap")
-    for name, found in scores.items():
-        print(f"{name:10}  {found.follows:7.1%} {found.right:7.1%}  {found.median_overlap:.2f}")
+    for name, result in scores.items():
+        print(f"{name:10}  {result.follows:7.1%} {result.right:7.1%}  {result.median_overlap:.2f}")
     settings = {"model": options.model, "steps": options.steps, "cases": options.cases, "scale": options.scale}
-    print(json.dumps(settings | {name: asdict(found) for name, found in scores.items()}))
+    print(json.dumps(settings | {name: asdict(result) for name, result in scores.items()}))
 
 
 if __name__ == "__main__":

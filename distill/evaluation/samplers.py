@@ -1,8 +1,7 @@
-"""Pictures from a teacher or a student in training: captions and seeds in, uint8 out, for the judge and the sheets."""
+"""Images from a teacher or student in training: captions and seeds in, uint8 out, for the judge and the sheets."""
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,8 +29,8 @@ def teacher_sampler(recipe: Recipe, teacher: Teacher) -> Sampler:
         return lambda x, t: teacher.transformer(x, text, t, torch.zeros_like(t), mask).float()
 
     def run(noise: Tensor, captions: list[str]) -> Tensor:
-        nothing = [""] * len(captions)
-        velocity = guided(conditioned(captions), conditioned(nothing), recipe.teacher_guidance)
+        empty = [""] * len(captions)
+        velocity = guided(conditioned(captions), conditioned(empty), recipe.teacher_guidance)
         return sample_flow(velocity, noise, recipe.teacher_sampling_steps, recipe.teacher_sampling_shift)
 
     return run
@@ -40,15 +39,15 @@ def teacher_sampler(recipe: Recipe, teacher: Teacher) -> Sampler:
 def student_sampler(
     teacher: Teacher, student: SprintTransformer, guidance: float, steps: int, wrapped: bool = True
 ) -> Sampler:
-    """The server's sampler at the paper's schedule; wrapped False: the student's answer is F (ablation)."""
+    """The server's sampler at the paper's schedule; with wrapped False the student predicts F (ablation)."""
 
     def run(noise: Tensor, captions: list[str]) -> Tensor:
         text, mask = teacher.caption(captions)
         scale = torch.full((len(noise),), student.config.guidance_embeds_scale * guidance, device=noise.device)
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
-            answer: Tensor = student(x, text, time, scale, mask)
-            return answer.float()
+            output: Tensor = student(x, text, time, scale, mask)
+            return output.float()
 
         renoise = [torch.randn_like(noise) for _ in range(steps - 1)]
         return sample(velocity if wrapped else as_flow(velocity), noise, angles_for(steps), renoise)
@@ -57,26 +56,21 @@ def student_sampler(
 
 
 def generator(recipe: Recipe, sampler: Sampler, autoencoder: Autoencoder) -> Generate:
-    """Captions and seeds to pictures, for distill.evaluation.scores."""
+    """Returns a function from captions and seeds to images, for distill.evaluation.scores."""
     config = autoencoder.config
     cells = recipe.image_size // config.compression
     device = next(autoencoder.parameters()).device
 
     @torch.no_grad()
     def generate(captions: list[str], seeds: list[int]) -> list[Pixels]:
-        pictures: list[Pixels] = []
+        images: list[Pixels] = []
         for first in range(0, len(captions), BATCH):
             chosen = seeds[first : first + BATCH]
             noise = torch.cat([job_noise(seed, (config.latent_channels, cells, cells), 1) for seed in chosen])
             with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 latents = sampler(noise.to(device), captions[first : first + BATCH])
                 decoded = autoencoder.decoder(latents / config.scaling_factor)
-            pictures.extend(to_uint8(decoded))
-        return pictures
+            images.extend(to_uint8(decoded))
+        return images
 
     return generate
-
-
-def as_tensor(pictures: list[Pixels]) -> Tensor:
-    """uint8 pictures -> [N,3,H,W] in [-1,1], for a sheet."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1

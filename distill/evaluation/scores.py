@@ -1,8 +1,8 @@
-"""Scores a generator of pictures on held-out captions of the tiny world: GenEval's six categories, judged by pixels.
+"""Scores an image generator on held-out captions of the tiny world: GenEval's six categories, judged from pixels.
 
     python -m distill.evaluation.scores --model models/tiny --steps 1 --prompts 500 --seeds 3
 
-prints a table and, as its last line, one JSON document. It knows the generator as a function only.
+prints a table and, as its last line, one JSON document. A generator is any function of type `Generate`.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from distill.world.judge import judge
 from distill.world.scenes import CATEGORIES, Requirement, World, WorldError, sample_request
 from engines.types import Engine, Job, Pixels
 
-Generate = Callable[[list[str], list[int]], Iterable[Pixels]]  # captions and noise seeds, one picture for each
+Generate = Callable[[list[str], list[int]], Iterable[Pixels]]  # captions and noise seeds to one image each
 
-SEED_STRIDE = 1_000_003  # prompt i of evaluation seed s is drawn from noise seed s * SEED_STRIDE + i
-ATTEMPTS = 20  # to find a caption that was not asked yet
+SEED_STRIDE = 1_000_003  # prompt i of evaluation seed s has the noise seed s * SEED_STRIDE + i
+ATTEMPTS = 20  # to draw a new caption
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A caption of a combination that training never shows, and what a right picture of it needs."""
+    """A caption of a held-out combination, and the requirement that a right image meets."""
 
     text: str
     category: str
-    asked: Requirement
+    requirement: Requirement
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Shares of right pictures, 0 to 1. `mean` is over categories (as GenEval), then over seeds."""
+class ScoreReport:
+    """Shares of right images, 0 to 1. `mean` is over categories (as GenEval), then over seeds."""
 
     prompts: int
     seeds: tuple[int, ...]
@@ -46,7 +46,7 @@ class Report:
     mean: float
     spread: float  # sample standard deviation of the mean over seeds; 0 for one seed
     mean_by_seed: tuple[float, ...]
-    mistakes: dict[str, int]  # the commonest reasons with their counts
+    mistakes: dict[str, int]  # the most frequent reasons with their counts
 
     def table(self) -> str:
         """Markdown: a row for each category and for the mean."""
@@ -58,7 +58,7 @@ class Report:
 
 
 def evaluation_prompts(count: int, seed: int = 0, world: World | None = None) -> list[Prompt]:
-    """Captions of held-out combinations, the six categories in turn; repeated only where the words run out."""
+    """Draws captions of held-out combinations, the six categories in turn; repeats them only if words run out."""
     world = world or World()
     rng = np.random.default_rng((seed, 0xE7A1))
     prompts: list[Prompt] = []
@@ -66,21 +66,21 @@ def evaluation_prompts(count: int, seed: int = 0, world: World | None = None) ->
     for index in range(count):
         category = CATEGORIES[index % len(CATEGORIES)]
         for _ in range(ATTEMPTS):
-            asked = sample_request(world, rng, category, "held_out")
-            text = caption_of(asked, rng)
+            requirement = sample_request(world, rng, category, "held_out")
+            text = caption_of(requirement, rng)
             if text not in texts:
                 break
         texts.add(text)
-        prompts.append(Prompt(text, category, asked))
+        prompts.append(Prompt(text, category, requirement))
     return prompts
 
 
 def evaluate(
     generate: Generate, prompts: Sequence[Prompt], seeds: Sequence[int] = (0,), world: World | None = None
-) -> Report:
-    """Judges one picture for every prompt and seed. Each call of `generate` gets all prompts of one seed.
+) -> ScoreReport:
+    """Judges one image for every prompt and seed. Each call of `generate` receives all prompts of one seed.
 
-    Raises WorldError without prompts or seeds, or when the generator makes too few pictures.
+    Raises WorldError without prompts or seeds, or when the generator returns too few images.
     """
     if not prompts or not seeds:
         raise WorldError(f"evaluate: got {len(prompts)} prompts and {len(seeds)} seeds, needed is one of each at least")
@@ -88,20 +88,20 @@ def evaluate(
     scores: list[dict[str, float]] = []
     for seed in seeds:
         right: Counter[str] = Counter()
-        made = 0
-        pictures = generate([p.text for p in prompts], [seed * SEED_STRIDE + i for i in range(len(prompts))])
-        for prompt, pixels in zip(prompts, pictures, strict=False):
-            verdict = judge(pixels, prompt.asked, world)
+        count = 0
+        images = generate([p.text for p in prompts], [seed * SEED_STRIDE + i for i in range(len(prompts))])
+        for prompt, pixels in zip(prompts, images, strict=False):
+            verdict = judge(pixels, prompt.requirement, world)
             right[prompt.category] += verdict.correct
             mistakes.update(f"{prompt.category}: {reason}" for reason in verdict.reasons)
-            made += 1
-        if made < len(prompts):
-            raise WorldError(f"generate: got {made} pictures for {len(prompts)} prompts, needed is one for each")
-        asked = Counter(prompt.category for prompt in prompts)
-        scores.append({name: right[name] / asked[name] for name in CATEGORIES if asked[name]})
+            count += 1
+        if count < len(prompts):
+            raise WorldError(f"generate: got {count} images for {len(prompts)} prompts, needed is one for each")
+        totals = Counter(prompt.category for prompt in prompts)
+        scores.append({name: right[name] / totals[name] for name in CATEGORIES if totals[name]})
     names = list(scores[0])
     means = tuple(statistics.fmean(score.values()) for score in scores)
-    return Report(
+    return ScoreReport(
         prompts=len(prompts),
         seeds=tuple(seeds),
         categories={name: statistics.fmean(score[name] for score in scores) for name in names},
@@ -114,16 +114,21 @@ def evaluate(
 
 
 def engine_generator(engine: Engine, steps: int, guidance_scale: float, size: int | None = None) -> Generate:
-    """The engine at size x size pixels (its default size, when None), in batches as large as it allows."""
+    """Runs an engine at size x size pixels (its default size when None), in batches as large as it allows."""
     width, height = (size, size) if size else engine.limits.default_size
 
     def generate(texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
         jobs = [Job(text, seed, width, height, steps, guidance_scale) for text, seed in zip(texts, seeds, strict=True)]
-        for first in tqdm(range(0, len(jobs), engine.limits.max_batch), unit="batch", leave=False):
-            for image in engine.generate(jobs[first : first + engine.limits.max_batch]):
-                yield image.pixels
+        return run_jobs(engine, jobs)
 
     return generate
+
+
+def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Iterator[Pixels]:
+    """Yields the image of each job, in batches as large as the engine allows."""
+    for first in tqdm(range(0, len(jobs), engine.limits.max_batch), unit="batch", leave=False):
+        for image in engine.generate(jobs[first : first + engine.limits.max_batch]):
+            yield image.pixels
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -135,16 +140,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
     parser.add_argument("--prompts", type=int, default=500, help="held-out captions (default 500)")
-    parser.add_argument("--seeds", type=int, default=3, help="pictures for each caption (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="images for each caption (default 3)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (default: the checkpoint's)")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--max-batch", type=int, default=8)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from engines.loader import load_engine  # torch is loaded for a run only, not by who needs the judge
+    from engines.loader import load_engine  # loads torch, which the judge's users need not have
 
     options = _arguments(argv)
     engine = load_engine(options.model, backend=options.backend, max_batch=options.max_batch)

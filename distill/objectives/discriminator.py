@@ -1,4 +1,4 @@
-"""LADD's discriminator: the frozen teacher reads re-noised latents, small heads judge the outputs of some blocks.
+"""LADD's discriminator: small heads on the outputs of some blocks of the frozen teacher, which reads re-noised latents.
 
 Paper section 3.3 and figure 4; NVlabs diffusion/model/nets/sana_ladd.py. Shapes: B jobs, D width, N tokens.
 """
@@ -31,8 +31,7 @@ class LocalBatchNorm(nn.Module):
 
 
 def _convolution(channels: int, out_channels: int, kernel: int) -> nn.Module:
-    made = nn.Conv1d(channels, out_channels, kernel, padding=kernel // 2, padding_mode="circular")
-    return spectral_norm(made)
+    return spectral_norm(nn.Conv1d(channels, out_channels, kernel, padding=kernel // 2, padding_mode="circular"))
 
 
 class Head(nn.Module):
@@ -52,20 +51,20 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Heads over a frozen teacher. Only the heads are parameters of this module."""
+    """Heads on a frozen teacher. Only the heads are parameters of this module."""
 
     def __init__(self, teacher: SprintTransformer, blocks: Sequence[int]) -> None:
         super().__init__()
         layers = len(teacher.transformer_blocks)
-        beyond = [block for block in blocks if not 0 <= block < layers]
-        if beyond:
-            raise ValueError(f"head_block_ids: got {beyond}, the teacher has blocks 0 to {layers - 1}")
+        invalid = [block for block in blocks if not 0 <= block < layers]
+        if invalid:
+            raise ValueError(f"head_block_ids: got {invalid}, the teacher has blocks 0 to {layers - 1}")
         self.heads = nn.ModuleList(Head(teacher.config.dim) for _ in blocks)
-        self._teacher = [teacher]  # in a list: not a submodule, so neither trained nor saved
+        self._teacher = [teacher]  # in a list, so that it is no submodule: neither trained nor saved
         self._blocks = tuple(blocks)
 
     def forward(self, clean: Tensor, noise: Tensor, angle: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Logits [B, heads * N] of clean latents [B,C,h,w], re-noised to `angle` [B] and read with their captions."""
+        """Returns logits [B, heads * N] of clean latents [B,C,h,w], re-noised to `angle` [B], with their captions."""
         (teacher,) = self._teacher
         time = flow_time(angle)
         x = input_scale(time)[:, None, None, None] * mix(clean, noise, angle)

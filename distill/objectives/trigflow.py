@@ -1,7 +1,7 @@
-"""The training-free wrap of a flow-matching network as a TrigFlow network, and samplers of the teacher in both forms.
+"""The training-free wrap of a flow-matching network as a TrigFlow network, and the teacher's flow sampler.
 
-Paper section 3.1, proposition 3.1. The arithmetic is engines.sampler's, shared with the server. Here a TrigFlow sample
-has unit variance: the paper's sigma_d = 0.5 scales samples and predictions alike and cancels.
+Paper section 3.1, proposition 3.1. The server shares the arithmetic (engines.sampler). A TrigFlow sample has unit
+variance here: the paper's sigma_d = 0.5 scales samples and predictions alike and cancels.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engines.sampler import flow_time, input_scale, mix, trig_prediction
+from engines.sampler import flow_time, input_scale, trig_prediction
 
 # (x [B,C,h,w], t [B]) -> prediction [B,C,h,w]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def as_trigflow(velocity: Velocity) -> Velocity:
-    """v(x_FM, t_FM) -> F(x, t): same network, other coordinates; differentiable in both arguments."""
+    """Turns v(x_FM, t_FM) into F(x, t), the same network in other coordinates, differentiable in both arguments."""
 
     def trig(x: Tensor, angle: Tensor) -> Tensor:
         time = flow_time(angle)[:, None, None, None]
@@ -28,7 +28,7 @@ def as_trigflow(velocity: Velocity) -> Velocity:
 
 
 def as_flow(trig: Velocity) -> Velocity:
-    """F(x, t) -> v(x_FM, t_FM): the wrap the other way, for a network that was trained without it."""
+    """Turns F(x, t) into v(x_FM, t_FM), for a network trained without the wrap."""
 
     def velocity(x_flow: Tensor, time: Tensor) -> Tensor:
         column = time[:, None, None, None]
@@ -51,28 +51,14 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float | Tensor
 
 
 def flow_times(steps: int, shift: float) -> Tensor:
-    """Falling flow times [steps + 1] from 1 to 0, shifted towards 1."""
+    """Returns falling flow times [steps + 1] from 1 to 0, shifted towards 1."""
     t = torch.linspace(1, 0, steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
 def sample_flow(velocity: Velocity, noise: Tensor, steps: int, shift: float) -> Tensor:
-    """Euler in flow coordinates. [B,C,h,w] noise -> clean latents."""
+    """Integrates by Euler steps in flow coordinates: noise [B,C,h,w] -> clean latents."""
     x, times = noise, flow_times(steps, shift).to(noise.device)
     for now, then in pairwise(times):
         x = x + (then - now) * velocity(x, now.expand(len(x)))
-    return x
-
-
-def sample_trigflow(trig: Velocity, noise: Tensor, steps: int, shift: float) -> Tensor:
-    """DDIM in TrigFlow coordinates at the angles that match `sample_flow`'s times: the same path. Clean latents."""
-    times = flow_times(steps, shift)
-    angles = torch.atan2(times, 1 - times).to(noise.device)
-    x = noise
-    for now, then in pairwise(angles):
-        angle = now.expand(len(x))
-        prediction = trig(x, angle)
-        cos, sin = now.cos(), now.sin()
-        clean, direction = cos * x - sin * prediction, sin * x + cos * prediction
-        x = mix(clean, direction, then.expand(len(x)))
     return x

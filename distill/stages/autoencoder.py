@@ -1,7 +1,7 @@
-"""Stage 1: the autoencoder. Rendered scenes in, the same scenes out, through 32 latent channels at 1/32 of the side.
+"""Stage 1: an autoencoder of rendered scenes with 32 latent channels at 1/32 of the side; then its decoder alone.
 
 Loss: L1 + edges (L1 of finite differences, so that outlines stay crisp) + squares + a penalty that keeps every latent
-channel at mean 0 and variance 1, with noise on the latents before they are decoded. Then the decoder alone.
+channel at mean 0 and variance 1. Training adds noise to the latents before it decodes them.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.recipes import AutoencoderStage, Recipe
-from distill.training.stage import Average, Stage, learning_rate_factor, to_tensor
+from distill.recipes import AutoencoderStageConfig, Recipe
+from distill.training.stage import Ema, Stage, learning_rate_factor, set_learning_rate, to_tensor
 from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder
 
@@ -23,60 +23,58 @@ REPORT_EVERY = 100
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, edge_weight: float, square_weight: float) -> Tensor:
-    """L1 + edge_weight * L1 of differences along both axes + square_weight * MSE. [B,3,H,W] -> scalar."""
+    """Returns L1 + edge_weight * L1 of differences along both axes + square_weight * MSE: [B,3,H,W] -> scalar."""
     error = output - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + edge_weight * edges + square_weight * error.square().mean()
 
 
 def moment_loss(latent: Tensor) -> Tensor:
-    """mean^2 + (variance - 1)^2 per channel over batch and positions. [B,C,h,w] -> scalar."""
+    """Returns mean^2 + (variance - 1)^2 per channel over batch and positions: [B,C,h,w] -> scalar."""
     mean, variance = latent.mean(dim=(0, 2, 3)), latent.var(dim=(0, 2, 3))
     return (mean.square() + (variance - 1).square()).mean()
 
 
 def crops(world: World, size: int, crop: int, batch: int, seed: int, start: int) -> Iterator[Tensor]:
-    """Endless [batch,3,crop,crop] in [-1,1]: four random crops of every scene (whole scenes where crop is size)."""
+    """Yields [batch,3,crop,crop] in [-1,1] without end: four random crops per scene, or it whole if crop is size."""
     per_scene = 1 if crop == size else 4
     scenes = batches(world, size, max(1, batch // per_scene), seed, start=start)
-    for index, (pictures, _) in enumerate(scenes, start):
+    for index, (images, _) in enumerate(scenes, start):
         rng = np.random.default_rng((seed, index))
-        corners = rng.integers(0, size - crop + 1, (len(pictures), per_scene, 2))
+        corners = rng.integers(0, size - crop + 1, (len(images), per_scene, 2))
         cut = [
-            picture[y : y + crop, x : x + crop]
-            for picture, places in zip(pictures, corners, strict=True)
-            for y, x in places
+            image[y : y + crop, x : x + crop] for image, points in zip(images, corners, strict=True) for y, x in points
         ]
-        yield to_tensor(np.stack(cut)).contiguous(memory_format=torch.channels_last)
+        yield to_tensor(cut).contiguous(memory_format=torch.channels_last)
 
 
 def build(recipe: Recipe) -> Autoencoder:
-    """The untrained network of a recipe that has this stage."""
+    """Makes the untrained network of a recipe. Raises ValueError if the recipe lacks this stage."""
     torch.manual_seed(recipe.seed)
-    return Autoencoder(_numbers(recipe).architecture)
+    return Autoencoder(_config(recipe).architecture)
 
 
 def train(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Autoencoder:
     """Trains or resumes encoder and decoder together; returns the averaged weights."""
-    numbers = _numbers(recipe)
+    config = _config(recipe)
     model = build(recipe)
-    _fit("autoencoder", numbers.steps, model, model, recipe, folder, accelerator)
+    _fit("autoencoder", config.steps, model, model, recipe, folder, accelerator)
     return model
 
 
-def polish(recipe: Recipe, model: Autoencoder, folder: Path, accelerator: Accelerator) -> Autoencoder:
-    """Trains the decoder further behind the frozen encoder: sharper pictures of the same latents.
+def train_decoder(recipe: Recipe, model: Autoencoder, folder: Path, accelerator: Accelerator) -> Autoencoder:
+    """Trains the decoder further behind the frozen encoder, for sharper images of the same latents.
 
-    It can run beside the teacher's training, as dc-ae-f32c32-sana-1.1 followed 1.0.
+    The teacher can train meanwhile, since the latents stay the same (as dc-ae-f32c32-sana-1.1 followed 1.0).
     """
-    numbers = _numbers(recipe)
+    config = _config(recipe)
     model.encoder.requires_grad_(False)
-    _fit("decoder", numbers.polish_steps, model, model.decoder, recipe, folder, accelerator)
+    _fit("decoder", config.decoder_steps, model, model.decoder, recipe, folder, accelerator)
     model.encoder.requires_grad_(True)
     return model
 
 
-def _numbers(recipe: Recipe) -> AutoencoderStage:
+def _config(recipe: Recipe) -> AutoencoderStageConfig:
     if recipe.autoencoder is None:
         raise ValueError(f"recipe {recipe.name} trains no autoencoder; give a checkpoint that holds one")
     return recipe.autoencoder
@@ -91,32 +89,31 @@ def _fit(
     folder: Path,
     accelerator: Accelerator,
 ) -> None:
-    """One stage: `trained` is the model or a part of it. Leaves the averaged weights in it."""
-    numbers = _numbers(recipe)
+    """Runs one stage on `trained`, the model or a part of it, and leaves the averaged weights there."""
+    config = _config(recipe)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stub
-    average = Average(trained, numbers.ema)
-    optimizer = torch.optim.AdamW(trained.parameters(), numbers.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    average = Ema(trained, config.ema)
+    optimizer = torch.optim.AdamW(trained.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     parts = {"model": trained, "average": average, "optimizer": optimizer}
     stage = Stage(folder, name, steps, parts, accelerator.is_main_process)
     done = stage.resume()
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    whole_from = int(steps * (1 - numbers.whole_fraction))
+    whole_from = int(steps * (1 - config.whole_fraction))
     stream: Iterator[Tensor] | None = None
     seed = recipe.seed + 1000 * accelerator.process_index + len(name)
     for step in stage if not done else ():
         if stream is None or step == whole_from:
-            crop = recipe.image_size if step >= whole_from else numbers.crop
-            batch = max(1, numbers.batch * numbers.crop**2 // crop**2)
+            crop = recipe.image_size if step >= whole_from else config.crop
+            batch = max(1, config.batch * config.crop**2 // crop**2)
             stream = crops(recipe.wide_world or recipe.world, recipe.image_size, crop, batch, seed, step)
         target = next(stream).to(accelerator.device)
-        for group in optimizer.param_groups:
-            group["lr"] = numbers.learning_rate * learning_rate_factor(step, steps, 100, 0.6)
+        set_learning_rate(optimizer, config.learning_rate * learning_rate_factor(step, steps, 100, 0.6))
         with torch.autocast(accelerator.device.type, torch.bfloat16):
             latent = prepared.encoder(target)
-            output = prepared.decoder(latent + numbers.latent_noise * torch.randn_like(latent))
-        fit = reconstruction_loss(output.float(), target, numbers.edge_weight, numbers.square_weight)
+            output = prepared.decoder(latent + config.latent_noise * torch.randn_like(latent))
+        fit = reconstruction_loss(output.float(), target, config.edge_weight, config.square_weight)
         optimizer.zero_grad()
-        accelerator.backward(fit + numbers.moment_weight * moment_loss(latent.float()))
+        accelerator.backward(fit + config.moment_weight * moment_loss(latent.float()))
         norm = accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         average.update(trained, step)

@@ -1,8 +1,8 @@
-"""A published teacher and a folder of pictures, for recipes that train neither autoencoder nor teacher.
+"""A published teacher and a folder of images, for recipes that train neither autoencoder nor teacher.
 
-    python -m distill.train --recipe sprint_0_6b --out runs/mine --teacher ORG/TEACHER_diffusers --pictures DIR
+    python -m distill.train --recipe sprint_0_6b --out runs/mine --teacher ORG/TEACHER_diffusers --images DIR
 
-DIR holds pictures (png, jpg, jpeg, webp) and beside each its caption in a .txt of the same name.
+DIR holds images (png, jpg, jpeg, webp), and beside each its caption in a .txt file of the same name.
 """
 
 import shutil
@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.stages.teacher import Teacher, silence_guidance
+from distill.stages.teacher import Teacher, zero_guidance
 from distill.training.checkpoint_writer import write_json, write_weights
 from distill.training.latents import Latents
-from distill.training.stage import to_tensor
+from distill.training.stage import save_atomically, to_tensor
 from engines.checkpoints.hub import find_folder
 from engines.checkpoints.weights import FolderWeights, read_json
 from engines.errors import CheckpointError
@@ -32,14 +32,14 @@ from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.pipeline.text_stage import TextStage, join
 from engines.types import Pixels
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_TOKENS = 300
-COPIED = ("tokenizer", "text_encoder", "vae", "scheduler")
+COPIED_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 
 
 @dataclass(frozen=True)
 class PublishedCaptioner:
-    """Captions read as the server reads prompts: instruction in front, padding dropped."""
+    """Encodes captions as the server encodes prompts: after the instruction, without padding."""
 
     stage: TextStage
 
@@ -47,19 +47,19 @@ class PublishedCaptioner:
         text, mask = join(self.stage.encode(captions))
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        return text.clone(), mask.clone()  # clones are no inference tensors, so that autograd may keep them
+        return text.clone(), mask.clone()  # autograd cannot save the inference tensors themselves
 
 
 @dataclass(frozen=True)
-class Published:
-    """What a teacher's folder holds, ready to be distilled."""
+class PublishedTeacher:
+    """A teacher and its autoencoder from a folder, ready to distil."""
 
     folder: Path
     teacher: Teacher
     autoencoder: Autoencoder
 
 
-def open_published(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Published:
+def open_published_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> PublishedTeacher:
     """Loads a teacher in the diffusers layout (folder or hub id). Raises CheckpointError."""
     folder = find_folder(name)
     weights = FolderWeights({part: folder / part for part in ("transformer", "vae", "text_encoder", "tokenizer")})
@@ -82,66 +82,64 @@ def open_published(name: str, device: torch.device, dtype: torch.dtype = torch.b
     weights.load_into("text_encoder", body, dtype, device)
     tokenizer = PromptTokenizer(weights.tokenizer(), INSTRUCTION, PROMPT_TOKENS)
     stage = TextStage(tokenizer, TextEncoder(body, tokenizer.prefix))
-    return Published(folder, Teacher(with_guidance(transformer), PublishedCaptioner(stage)), autoencoder)
+    return PublishedTeacher(folder, Teacher(with_guidance(transformer), PublishedCaptioner(stage)), autoencoder)
 
 
 def with_guidance(transformer: SprintTransformer) -> SprintTransformer:
-    """The same network with a guidance embedding that adds nothing yet (one that is there already is kept)."""
+    """Returns the network with a guidance embedding of zero, or unchanged if it has a guidance embedding."""
     if transformer.config.guidance_embeds:
         return transformer
-    made = SprintTransformer(replace(transformer.config, guidance_embeds=True))
+    extended = SprintTransformer(replace(transformer.config, guidance_embeds=True))
     moved = {key.replace("time_embed.emb.", "time_embed."): value for key, value in transformer.state_dict().items()}
-    fresh = {key: value for key, value in made.state_dict().items() if "guidance_embedder" in key}
-    made.load_state_dict(moved | fresh)
-    silence_guidance(made)
-    return made.to(next(transformer.parameters()).device)
+    fresh = {key: value for key, value in extended.state_dict().items() if "guidance_embedder" in key}
+    extended.load_state_dict(moved | fresh)
+    zero_guidance(extended)
+    return extended.to(next(transformer.parameters()).device)
 
 
-def read_pictures(folder: Path) -> list[tuple[Path, str]]:
-    """Pictures and captions of a folder, by name. Raises ValueError for a picture without caption, or for none."""
+def read_captioned_images(folder: Path) -> list[tuple[Path, str]]:
+    """Lists a folder's images and captions by name. Raises ValueError for a missing caption or an empty folder."""
     pairs = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
         text = path.with_suffix(".txt")
         if not text.is_file():
-            raise ValueError(f"--pictures: {path} has no caption; write it into {text.name} beside it")
+            raise ValueError(f"--images: {path} has no caption; write it into {text.name} beside it")
         pairs.append((path, text.read_text(encoding="utf-8").strip()))
     if not pairs:
-        raise ValueError(f"--pictures: {folder} holds none of {', '.join(PICTURES)}")
+        raise ValueError(f"--images: {folder} holds none of {', '.join(IMAGE_SUFFIXES)}")
     return pairs
 
 
-def square(path: Path, side: int) -> Pixels:
-    """The picture, scaled and cut around its middle: uint8 [side, side, 3]."""
-    with Image.open(path) as picture:
-        return np.asarray(ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS))
+def read_square(path: Path, side: int) -> Pixels:
+    """Reads an image, scales it and crops its middle: uint8 [side, side, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS))
 
 
-def encode_pictures(folder: Path, autoencoder: Autoencoder, side: int, path: Path) -> Latents:
-    """Encodes a folder of pictures once; `path` keeps the result for a resumed run."""
-    pairs = read_pictures(folder)
+def encode_images(folder: Path, autoencoder: Autoencoder, side: int, path: Path) -> Latents:
+    """Encodes a folder of images, or reads the latents from `path` if an earlier run saved them."""
+    pairs = read_captioned_images(folder)
     captions = [caption for _, caption in pairs]
     if path.exists():
-        kept: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        if len(kept["values"]) == len(pairs):
-            return Latents(kept["values"], None, lambda row, _: captions[row])
+        cached: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        if len(cached["values"]) == len(pairs):
+            return Latents(cached["values"], None, lambda row, _: captions[row])
     weight = next(autoencoder.parameters())
     encoded = []
     with torch.no_grad():
-        for picture, _ in tqdm(pairs, desc="encode", mininterval=5):
-            pixels = to_tensor(square(picture, side)[None]).to(weight.device, weight.dtype)
+        for image, _ in tqdm(pairs, desc="encode", mininterval=5):
+            pixels = to_tensor([read_square(image, side)]).to(weight.device, weight.dtype)
             encoded.append(autoencoder.encoder(pixels).to("cpu", torch.bfloat16))
     values = torch.cat(encoded) * autoencoder.config.scaling_factor
-    aside = path.with_suffix(".part")
-    torch.save({"values": values}, aside)
-    aside.replace(path)
+    save_atomically({"values": values}, path)
     return Latents(values, None, lambda row, _: captions[row])
 
 
-def write_distilled(folder: Path, published: Published, student: SprintTransformer) -> None:
-    """The teacher's checkpoint with the student in the transformer's place."""
-    for part in COPIED:
+def write_distilled(folder: Path, published: PublishedTeacher, student: SprintTransformer) -> None:
+    """Writes the teacher's checkpoint with the student as its transformer."""
+    for part in COPIED_PARTS:
         if (published.folder / part).is_dir():
             shutil.copytree(published.folder / part, folder / part, dirs_exist_ok=True)
     write_json(folder / "transformer" / "config.json", student.config.to_dict())
     weights = student.state_dict()
-    write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", weights, torch.bfloat16)
+    write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", weights)

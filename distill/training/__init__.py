@@ -1,1 +1,1 @@
-"""What every stage uses: resumable loop, EMA, Muon, encoded data, text encoder, checkpoint writer."""
+"""Shared by all stages: resumable loop, EMA, Muon, encoded data, text encoder, checkpoint writer."""

@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the diffusers folder layout, which our server and diffusers' SanaSprintPipeline both load."""
+"""Writes checkpoints in the diffusers folder layout, which the server and diffusers' SanaSprintPipeline load."""
 
 import json
 from collections.abc import Mapping
@@ -38,18 +38,17 @@ def write_checkpoint(
     encoder: Gemma2Model,
     tokenizer: PreTrainedTokenizerFast,
     sprint: Mapping[str, object],
-    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Writes all parts; `sprint` goes into sprint.json (engines.checkpoints.checkpoint). Overwrites what is there."""
+    """Writes all parts in bfloat16 and overwrites old ones; `sprint` is the content of sprint.json."""
     write_json(folder / "model_index.json", MODEL_INDEX)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "sprint.json", sprint)
     write_json(folder / "transformer" / "config.json", transformer.config.to_dict())
-    write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer.state_dict(), dtype)
+    write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer.state_dict())
     write_json(folder / "vae" / "config.json", autoencoder.config.to_dict())
-    write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", autoencoder.state_dict(), dtype)
+    write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", autoencoder.state_dict())
     tokenizer.save_pretrained(folder / "tokenizer")
-    torch.nn.Module.to(encoder, dtype)
+    torch.nn.Module.to(encoder, torch.bfloat16)
     encoder.save_pretrained(folder / "text_encoder")
 
 
@@ -58,6 +57,6 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.to(dtype).contiguous() for name, value in weights.items()}, path, {"format": "pt"})

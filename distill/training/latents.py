@@ -1,7 +1,7 @@
-"""Pictures encoded once: the teacher and the student train on latents, as the paper's runs do (load_vae_feat).
+"""Images encoded once: teacher and student train on latents, as the paper's runs do (load_vae_feat).
 
-Beside each latent lies its layout: how much of every latent cell each colour and each shape covers. The teacher
-predicts it as extra output channels (see distill/stages/teacher.py); nothing of it is left in the checkpoint.
+Each latent has a layout: the share of every latent cell that each colour and each shape covers. The teacher predicts it
+as extra output channels (distill/stages/teacher.py), which the checkpoint leaves out.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.training.stage import to_tensor
-from distill.world.rendering import Scene, World, caption, coverage, render, sample_scene
+from distill.training.stage import save_atomically, to_tensor
+from distill.world.captions import caption_of
+from distill.world.rendering import Scene, World, coverage, render, sample_scene
 from engines.models.dcae import Autoencoder
 
 CHUNK = 32
@@ -23,12 +24,12 @@ LAYOUT_DETAIL = 4  # samples per cell along each side
 
 
 def layout_channels(world: World) -> int:
-    """Channels of a layout: one per colour, one per shape."""
+    """Returns the number of a layout's channels: one per colour, one per shape."""
     return len(world.colours) + len(world.shapes)
 
 
 def layout_of(world: World, scene: Scene, cells: int) -> NDArray[np.uint8]:
-    """Share (of 255) of each of cells x cells that each colour, then each shape, covers: [K,cells,cells]."""
+    """Returns the share (of 255) that each colour, then each shape, covers of each cell: [K,cells,cells]."""
     side = cells * LAYOUT_DETAIL
     names = [name for name, _ in world.colours] + list(world.shapes)
     layout = np.zeros((len(names), side, side), np.float32)
@@ -45,7 +46,7 @@ def layout_of(world: World, scene: Scene, cells: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B,C,h,w], layouts [B,K,h,w] in [0,1] where there are any (both float32), captions."""
+    """Latents [B,C,h,w] and layouts [B,K,h,w] in [0,1] or None (both float32), and captions."""
 
     latents: Tensor
     layouts: Tensor | None
@@ -54,14 +55,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Latents:
-    """Unit-variance latents [N,C,h,w] (bfloat16), layouts [N,K,h,w] (uint8) if known, and how a row is captioned."""
+    """Unit-variance latents [N,C,h,w] (bfloat16), layouts [N,K,h,w] (uint8) or None, and a caption writer by row."""
 
     values: Tensor
     layouts: Tensor | None
     caption: Callable[[int, np.random.Generator], str]
 
     def batches(self, batch: int, seed: int, start: int) -> Iterator[Batch]:
-        """Endless random batches, captions phrased anew each time; `start` continues a stopped stream."""
+        """Yields random batches without end, each with new captions; `start` resumes a stream at that batch."""
         index = start
         while True:
             rng = np.random.default_rng((seed, index))
@@ -75,28 +76,26 @@ class Latents:
 def encode_scenes(
     world: World, autoencoder: Autoencoder, size: int, count: int, seed: int, path: Path, progress: bool = True
 ) -> Latents:
-    """Encodes `count` seeded training scenes (or reads `path`, where an earlier run left them)."""
+    """Encodes `count` seeded training scenes, or reads them from `path` if an earlier run saved them."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(world, rng) for _ in range(count)]
 
-    def phrase(row: int, words: np.random.Generator) -> str:
-        return caption(world, scenes[row], words)
+    def caption(row: int, caption_rng: np.random.Generator) -> str:
+        return caption_of(scenes[row].requirement, caption_rng)
 
     if path.exists():
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-        if len(kept["values"]) == count:
-            return Latents(kept["values"], kept["layouts"], phrase)
+        cached = torch.load(path, map_location="cpu", weights_only=True)
+        if len(cached["values"]) == count:
+            return Latents(cached["values"], cached["layouts"], caption)
     device = next(autoencoder.parameters()).device
     cells = size // autoencoder.config.compression
     chunks = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         for first in tqdm(range(0, count, CHUNK), desc="encode", disable=not progress, mininterval=5):
-            pictures = np.stack([render(world, scene, size) for scene in scenes[first : first + CHUNK]])
-            pixels = to_tensor(pictures).to(device, memory_format=torch.channels_last)
+            images = [render(world, scene, size) for scene in scenes[first : first + CHUNK]]
+            pixels = to_tensor(images).to(device, memory_format=torch.channels_last)
             chunks.append(autoencoder.encoder(pixels).to("cpu", torch.bfloat16).contiguous())
     values = torch.cat(chunks) * autoencoder.config.scaling_factor
     layouts = torch.from_numpy(np.stack([layout_of(world, scene, cells) for scene in scenes]))
-    aside = path.with_suffix(".part")
-    torch.save({"values": values, "layouts": layouts}, aside)
-    aside.replace(path)
-    return Latents(values, layouts, phrase)
+    save_atomically({"values": values, "layouts": layouts}, path)
+    return Latents(values, layouts, caption)

@@ -1,8 +1,8 @@
 """Muon: momentum, orthogonalised by a Newton-Schulz iteration, for the matrices of the blocks.
 
-Ours and not torch.optim.Muon, which takes two-dimensional parameters only: half of a Sana block's weights are 1x1
-convolutions. Equal shapes run as one batched product. Source: Jordan et al. 2024 (coefficients); update scaled to the
-root mean square of AdamW's, as in arXiv 2502.16982, so that both share a learning rate.
+torch.optim.Muon takes two-dimensional parameters only, but half of a Sana block's weights are 1x1 convolutions. Equal
+shapes run as one batched product. Source: Jordan et al. 2024 (coefficients). As in arXiv 2502.16982 the update has the
+root mean square of AdamW's, so that both share a learning rate.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+MOMENTUM = 0.95
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters: matrices and 1x1 convolutions inside blocks (for Muon), and the rest (for AdamW)."""
+    """Splits trained parameters into matrices and 1x1 convolutions of blocks (for Muon) and the rest (for AdamW)."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -26,15 +28,15 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return matrices, others
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """[K,m,n] -> [K,m,n] with singular values near 1."""
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Moves the singular values of [K,m,n] matrices near 1."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     orthogonal: Tensor = (x.mT if tall else x).to(matrices.dtype)
@@ -44,12 +46,12 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For weights [m,n] and [m,n,1,1]. Step: w <- w - lr * 0.2 * sqrt(max(m,n)) * orthogonalise(nesterov momentum)."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": MOMENTUM})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch overloads it
-        """One update. Raises ValueError for a closure: nothing here needs one."""
+        """Updates the weights once. Raises ValueError for a closure."""
         if closure is not None:
             raise ValueError("Muon.step takes no closure")
         for group in self.param_groups:

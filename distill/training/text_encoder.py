@@ -1,4 +1,4 @@
-"""The text side of a tiny checkpoint: a word-level tokenizer and a small Gemma-2, both in upstream's file layout."""
+"""Text encoding of a tiny checkpoint: a word-level tokenizer and a small Gemma-2, both in upstream's file layout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,50 +14,49 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 
-from distill.recipes import TextStage
+from distill.recipes import TextEncoderConfig
 
-SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
-
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
 
 # Captions to the transformer's text input: states [B,T,W] and mask [B,T] (1 keeps), both without gradients.
 Captioner = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Words:
+class TokenBatch:
     """Token ids [B,T] and mask [B,T] (1 keeps)."""
 
     ids: Tensor
     mask: Tensor
 
-    def to(self, device: torch.device) -> "Words":
-        return Words(self.ids.to(device), self.mask.to(device))
+    def to(self, device: torch.device) -> "TokenBatch":
+        return TokenBatch(self.ids.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)
 class SmallCaptioner:
-    """The tiny recipes' own text side: a word-level tokenizer and a small Gemma-2."""
+    """The tiny recipes' captioner: a word-level tokenizer and a small Gemma-2."""
 
     encoder: Gemma2Model
     tokenizer: PreTrainedTokenizerFast
     max_tokens: int
 
-    def words(self, captions: Sequence[str]) -> Words:
+    def tokens(self, captions: Sequence[str]) -> TokenBatch:
         return tokenize(self.tokenizer, captions, self.max_tokens).to(self.encoder.device)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        words = self.words(captions)
-        return self.encoder(input_ids=words.ids, attention_mask=words.mask).last_hidden_state, words.mask
+        tokens = self.tokens(captions)
+        return self.encoder(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state, tokens.mask
 
 
 def make_tokenizer(vocabulary: Sequence[str], max_tokens: int) -> PreTrainedTokenizerFast:
-    """One token a word, whatever its case and punctuation; <bos> in front, padding on the right."""
-    words = {word: index for index, word in enumerate((*SPECIAL, *vocabulary))}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    """Makes a tokenizer with one token per word that ignores case and punctuation; <bos> in front, padding right."""
+    tokens = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
+    tokenizer = Tokenizer(WordLevel(tokens, unk_token="<unk>"))
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Steps([Punctuation("removed"), WhitespaceSplit()])
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])])
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokens["<bos>"])])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # untyped in transformers
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -69,26 +68,26 @@ def make_tokenizer(vocabulary: Sequence[str], max_tokens: int) -> PreTrainedToke
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_tokens: int) -> Words:
-    """Pads to max_tokens. Raises ValueError for a caption that does not fit: training must not cut."""
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_tokens: int) -> TokenBatch:
+    """Pads to max_tokens. Raises ValueError for a longer caption, because training must not truncate."""
     batch = tokenizer(list(captions), padding="max_length", max_length=max_tokens, return_tensors="pt")
     ids = batch["input_ids"]
     if ids.shape[1] != max_tokens:
         raise ValueError(f"a caption has {ids.shape[1]} tokens, allowed are {max_tokens}: {max(captions, key=len)!r}")
-    return Words(ids, batch["attention_mask"])
+    return TokenBatch(ids, batch["attention_mask"])
 
 
-def make_encoder(stage: TextStage, vocabulary_size: int) -> Gemma2Model:
-    """An untrained Gemma-2 body of the recipe's size (soft-capping needs eager attention)."""
+def make_encoder(size: TextEncoderConfig, vocabulary_size: int) -> Gemma2Model:
+    """Makes an untrained Gemma-2 body of the recipe's size (soft-capping needs eager attention)."""
     config = Gemma2Config(
         vocab_size=vocabulary_size,
-        hidden_size=stage.width,
-        intermediate_size=2 * stage.width,
-        num_hidden_layers=stage.layers,
-        num_attention_heads=stage.heads,
-        num_key_value_heads=max(1, stage.heads // 2),
-        head_dim=stage.width // stage.heads,
-        query_pre_attn_scalar=stage.width // stage.heads,
+        hidden_size=size.width,
+        intermediate_size=2 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=max(1, size.heads // 2),
+        head_dim=size.width // size.heads,
+        query_pre_attn_scalar=size.width // size.heads,
         max_position_embeddings=128,
         sliding_window=64,
         pad_token_id=0,

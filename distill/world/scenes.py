@@ -1,7 +1,7 @@
-"""The tiny world: which things exist, how they stand in a picture, and which combinations training never sees.
+"""The tiny world: its things, their arrangement in an image, and the combinations held out from training.
 
-A world is a frozen dataclass of words and ranges: another world is another `World(...)`, nothing else changes.
-Lengths and places are fractions of the image side, x to the right and y downwards, angles in degrees.
+A world is a frozen dataclass of words and ranges, so another world is another `World(...)`.
+Lengths and positions are fractions of the image side, x to the right and y downwards; angles are in degrees.
 """
 
 import hashlib
@@ -23,15 +23,16 @@ Relation = Literal["left", "right", "above", "below"]
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's six tags
 OPPOSITE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 DRAWABLE_SHAPES = ("circle", "square", "triangle", "ring")
-BLEED = 0.585  # half the extent of a thing over its size, for every shape tilted up to 8 degrees
+HALF_EXTENT = 0.585  # of a thing over its size, for every shape tilted up to 8 degrees
 
 
 class WorldError(SprintError):
     """A world contradicts itself, or a caption or category does not belong to it."""
 
 
+# `combinations` hashes the repr of these two: another name of a class or field is another held-out split.
 class Kind(NamedTuple):
-    """What a caption says of one thing."""
+    """Colour and shape of one thing."""
 
     colour: str
     shape: str
@@ -39,9 +40,9 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a caption asks for: every thing (a count is the same kind repeated), and the rest where it is named.
+    """The content of a caption: every thing (a count repeats one kind), and relation, size and background if named.
 
-    `relation` says where the first of two things stands, seen from the second.
+    `relation` is the first thing's direction as seen from the second.
     """
 
     things: tuple[Kind, ...]
@@ -52,7 +53,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One thing in a picture: (x, y) is its centre, `size` a circle's diameter; squares and triangles weigh alike."""
+    """One thing in an image. (x, y) is its centre; `size` is a circle's diameter, and other shapes have like areas."""
 
     shape: str
     colour: str
@@ -65,17 +66,17 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture before it is drawn. `background` is always set; `asked` holds what its caption may say."""
+    """An image before rendering. `background` is always set; `requirement` is what its caption says."""
 
     things: tuple[Thing, ...]
     background: str
     category: str
-    asked: Requirement
+    requirement: Requirement
 
 
 @dataclass(frozen=True)
 class World:
-    """Words and ranges of one world. The defaults are the shipped checkpoint's."""
+    """Words and ranges of one world, by default the shipped checkpoint's."""
 
     shapes: tuple[str, ...] = ("circle", "square", "triangle")
     colours: tuple[tuple[str, RGB], ...] = (
@@ -91,13 +92,13 @@ class World:
         ("black", (12, 12, 14)),
         ("gray", (196, 198, 202)),
     )
-    plain_background: str = "white"  # what a caption that names no background gets
+    plain_background: str = "white"  # for captions that name no background
     sizes: tuple[tuple[str, Range], ...] = (("small", (0.24, 0.28)), ("big", (0.62, 0.68)))
     single_size: Range = (0.42, 0.48)
     pair_size: Range = (0.29, 0.33)
     count_size: Range = (0.26, 0.29)
     relations: tuple[Relation, ...] = ("left", "right", "above", "below")
-    free_relation: Relation = "left"  # where the first of two things stands when the caption does not say
+    free_relation: Relation = "left"  # of the first of two things when the caption names none
     count_layouts: tuple[tuple[tuple[float, float], ...], ...] = (
         ((0.28, 0.5), (0.72, 0.5)),
         ((0.5, 0.28), (0.27, 0.72), (0.73, 0.72)),
@@ -128,8 +129,8 @@ class World:
             raise WorldError(f"category_weights: got {self.category_weights}, allowed are six that sum to 1")
         counts = [len(layout) for layout in self.count_layouts]
         if not set(counts) <= {2, 3, 4}:
-            raise WorldError(f"count_layouts: got {counts} places, allowed are 2, 3 and 4")
-        if 4 * BLEED * self.pair_size[1] + self.gap + 2 * self.margin > 1:
+            raise WorldError(f"count_layouts: got {counts} positions, allowed are 2, 3 and 4")
+        if 4 * HALF_EXTENT * self.pair_size[1] + self.gap + 2 * self.margin > 1:
             raise WorldError(f"pair_size: got {self.pair_size}, two of the largest with gap and margins do not fit")
 
     @property
@@ -145,9 +146,9 @@ class World:
 
 
 def _combinations(world: World, category: str) -> list[list[Requirement]]:
-    """Every combination of a category, in strata of which each gives its share to the held-out split.
+    """Lists every combination of a category by stratum; each stratum gives its share to the held-out split.
 
-    Two things in either order, or left of and right of with the things swapped, are one combination.
+    Swapped things, also with the opposite relation, are the same combination.
     """
     kinds, pairs = world.kinds, list(itertools.combinations(world.kinds, 2))
     named = [name for name, _ in world.backgrounds]
@@ -156,7 +157,7 @@ def _combinations(world: World, category: str) -> list[list[Requirement]]:
     if category == "single_object":
         sizes = [size for size, _ in world.sizes]
         plain = _combinations(world, "colors")
-        return plain + [[replace(one, size=size) for one in plain[0]] for size in sizes]
+        return plain + [[replace(item, size=size) for item in plain[0]] for size in sizes]
     if category == "two_object":
         return [[Requirement(pair) for pair in pairs]]
     if category == "color_attr":
@@ -172,15 +173,15 @@ def _combinations(world: World, category: str) -> list[list[Requirement]]:
 
 @lru_cache(maxsize=64)
 def combinations(world: World, category: str, split: Split) -> tuple[Requirement, ...]:
-    """The combinations of a category that belong to a split: disjoint by a hash of the words, never by chance.
+    """Returns the combinations of a category in a split. A hash of the words keeps the splits disjoint.
 
-    A pair is held out from two_object and color_attr alike. For one thing the background named is part of the
-    combination, and every thing without one is trained on. Raises WorldError for an unknown category.
+    A pair is held out from two_object and color_attr alike. For one thing a named background is part of the
+    combination, and training sees every thing without one. Raises WorldError for an unknown category.
     """
-    # color_attr is part of two_object: held out together, or one would teach the other's test.
+    # color_attr is part of two_object: training on one must not show what the other holds out.
     if category == "color_attr":
-        inside = set(_combinations(world, category)[0])
-        return tuple(c for c in combinations(world, "two_object", split) if c in inside)
+        members = set(_combinations(world, category)[0])
+        return tuple(c for c in combinations(world, "two_object", split) if c in members)
     if category == "colors":
         return tuple(c for c in combinations(world, "single_object", split) if c.size is None)
 
@@ -196,69 +197,69 @@ def combinations(world: World, category: str, split: Split) -> tuple[Requirement
 
 
 def sample_request(world: World, rng: np.random.Generator, category: str, split: Split) -> Requirement:
-    """A combination of the split, with what it leaves open (order, background named or not) drawn at random."""
+    """Draws a combination of the split, then its order and its background at random where they are free."""
     pool = combinations(world, category, split)
     if not pool:
         raise WorldError(f"category {category}: the split {split} of this world is empty; raise `holdout` or add words")
     if category == "single_object":
         sized = bool(rng.random() < world.size_named)
         pool = tuple(c for c in pool if (c.size is not None) == sized)
-    asked = pool[int(rng.integers(len(pool)))]
+    requirement = pool[int(rng.integers(len(pool)))]
     flip, named = bool(rng.random() < 0.5), bool(rng.random() < world.background_named)
     if category in ("single_object", "colors"):
         if split == "train" and not named:
-            return replace(asked, things=(world.kinds[int(rng.integers(len(world.kinds)))],), background=None)
-        return asked
-    if category == "position" and flip and asked.relation and OPPOSITE[asked.relation] in world.relations:
-        asked = replace(asked, things=asked.things[::-1], relation=OPPOSITE[asked.relation])
+            return replace(requirement, things=(world.kinds[int(rng.integers(len(world.kinds)))],), background=None)
+        return requirement
+    if category == "position" and flip and requirement.relation and OPPOSITE[requirement.relation] in world.relations:
+        requirement = replace(requirement, things=requirement.things[::-1], relation=OPPOSITE[requirement.relation])
     elif category in ("two_object", "color_attr") and flip:
-        asked = replace(asked, things=asked.things[::-1])
+        requirement = replace(requirement, things=requirement.things[::-1])
     if named:
-        asked = replace(asked, background=world.backgrounds[int(rng.integers(len(world.backgrounds)))][0])
-    return asked
+        requirement = replace(requirement, background=world.backgrounds[int(rng.integers(len(world.backgrounds)))][0])
+    return requirement
 
 
 def sample_scene(world: World, rng: np.random.Generator, category: str | None = None, split: Split = "train") -> Scene:
-    """A random picture of a category (any, when None) from one split. Raises WorldError for an unknown category."""
+    """Draws a scene of a category (of any when None) from a split. Raises WorldError for an unknown category."""
     if category is None:
         category = CATEGORIES[int(rng.choice(len(CATEGORIES), p=world.category_weights))]
-    asked = sample_request(world, rng, category, split)
-    return scene_for(world, rng, asked, category)
+    requirement = sample_request(world, rng, category, split)
+    return scene_for(world, rng, requirement, category)
 
 
-def scene_for(world: World, rng: np.random.Generator, asked: Requirement, category: str) -> Scene:
-    """A picture of what is asked, with places, exact sizes, angles and tints drawn at random."""
-    count = len(asked.things)
+def scene_for(world: World, rng: np.random.Generator, requirement: Requirement, category: str) -> Scene:
+    """Draws positions, exact sizes, angles and tints for a requirement."""
+    count = len(requirement.things)
     if count == 1:
-        places = [_single_place(world, rng, asked.size)]
-    elif len(set(asked.things)) > 1:
-        places = _pair_places(world, rng, asked.relation or world.free_relation)
+        positions = [_single_position(world, rng, requirement.size)]
+    elif len(set(requirement.things)) > 1:
+        positions = _pair_positions(world, rng, requirement.relation or world.free_relation)
     else:
-        places = _count_places(world, rng, count)
+        positions = _count_positions(world, rng, count)
     angles = rng.uniform(-world.max_angle, world.max_angle, count)
     tints = rng.integers(-world.tint, world.tint + 1, (count, 3))
     things = tuple(
         Thing(kind.shape, kind.colour, x, y, size, float(angle), (int(tint[0]), int(tint[1]), int(tint[2])))
-        for kind, (x, y, size), angle, tint in zip(asked.things, places, angles, tints, strict=True)
+        for kind, (x, y, size), angle, tint in zip(requirement.things, positions, angles, tints, strict=True)
     )
-    return Scene(things, asked.background or world.plain_background, category, asked)
+    return Scene(things, requirement.background or world.plain_background, category, requirement)
 
 
-def _single_place(world: World, rng: np.random.Generator, word: str | None) -> tuple[float, float, float]:
+def _single_position(world: World, rng: np.random.Generator, word: str | None) -> tuple[float, float, float]:
     size = float(rng.uniform(*(dict(world.sizes)[word] if word else world.single_size)))
-    reach = max(0.0, min(world.single_jitter, 0.5 - world.margin - BLEED * size))
+    reach = max(0.0, min(world.single_jitter, 0.5 - world.margin - HALF_EXTENT * size))
     x, y = rng.uniform(-reach, reach, 2)
     return 0.5 + float(x), 0.5 + float(y), size
 
 
-def _pair_places(world: World, rng: np.random.Generator, relation: Relation) -> list[tuple[float, float, float]]:
-    """Places of the first and the second thing: a clear gap along the axis, a small offset across it."""
+def _pair_positions(world: World, rng: np.random.Generator, relation: Relation) -> list[tuple[float, float, float]]:
+    """Draws both things' positions and sizes: a clear gap along the axis, a small offset across it."""
     first, second = (float(s) for s in rng.uniform(*world.pair_size, 2))
-    slack = 1 - 2 * world.margin - world.gap - 2 * BLEED * (first + second)
+    slack = 1 - 2 * world.margin - world.gap - 2 * HALF_EXTENT * (first + second)
     before, between, _ = (float(s) * slack for s in rng.dirichlet((3.0, 3.0, 3.0)))
     near_size, far_size = (first, second) if relation in ("left", "above") else (second, first)
-    near = world.margin + before + BLEED * near_size
-    far = near + BLEED * (near_size + far_size) + world.gap + between
+    near = world.margin + before + HALF_EXTENT * near_size
+    far = near + HALF_EXTENT * (near_size + far_size) + world.gap + between
     along = (near, far) if relation in ("left", "above") else (far, near)
     middle = 0.5 + float(rng.uniform(-world.pair_jitter, world.pair_jitter))
     across = [middle + float(offset) for offset in rng.uniform(-world.pair_offset, world.pair_offset, 2)]
@@ -267,7 +268,7 @@ def _pair_places(world: World, rng: np.random.Generator, relation: Relation) -> 
     return [(across[0], along[0], first), (across[1], along[1], second)]
 
 
-def _count_places(world: World, rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+def _count_positions(world: World, rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     layouts = [layout for layout in world.count_layouts if len(layout) == count]
     if not layouts:
         allowed = ", ".join(str(len(layout)) for layout in world.count_layouts)

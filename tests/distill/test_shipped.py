@@ -1,4 +1,4 @@
-"""The weights that ship do what their cards say, in small: held-out prompts, and drawings, in one step."""
+"""The shipped weights reach the scores of their cards, on fewer prompts and drawings, in one step."""
 
 from pathlib import Path
 

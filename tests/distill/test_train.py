@@ -1,4 +1,4 @@
-"""The stages of the recipe, run small: they resume, and they ship what the server and diffusers load."""
+"""The recipe's stages at a small size: they resume, and the server and diffusers load their checkpoint."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from distill.objectives import losses
 from distill.objectives.discriminator import Discriminator
 from distill.recipes import RECIPES, Recipe, smoke, sprint_0_6b
 from distill.stages import autoencoder, decoder_finetuning, student, teacher
-from distill.stages.published_teacher import open_published, read_pictures, with_guidance
+from distill.stages.published_teacher import open_published_teacher, read_captioned_images, with_guidance
 from distill.train import Run
 from distill.training.latents import encode_scenes, layout_of
 from distill.training.muon import Muon, orthogonalise
-from distill.training.stage import Average, Stage, learning_rate_factor
+from distill.training.stage import Ema, Stage, learning_rate_factor
 from distill.training.text_encoder import SmallCaptioner
-from distill.world.captions import requirement_of
+from distill.world.captions import parse_caption
 from distill.world.scenes import World, scene_for
 from engines.models.transformer import SprintTransformer
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole smoke run, by the command of the README."""
+    """The folder of a whole smoke run by the README's command."""
     folder = tmp_path_factory.mktemp("smoke")
     command = [sys.executable, "-m", "distill.train", "--recipe", "smoke", "--out", str(folder), "--threads", "1"]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"TQDM_DISABLE": "1"}, timeout=600)
@@ -82,7 +82,7 @@ def test_a_finished_run_trains_nothing_again(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*.pt")} == before
 
 
-def test_the_narrow_lesson_begins_where_the_wide_one_ended(finished: Path) -> None:
+def test_the_narrow_phase_begins_where_the_wide_one_ended(finished: Path) -> None:
     wide, narrow = (torch.load(finished / f"{name}.pt", weights_only=True) for name in ("teacher", "narrow"))
     name = "transformer.patch_embed.proj.weight"
     before, after = wide["average"][name], narrow["model"][name]
@@ -111,17 +111,17 @@ def test_sharpening_moves_the_decoder_and_nothing_else(finished: Path) -> None:
 
 
 def test_a_perfect_student_predicts_the_latents_themselves() -> None:
-    taught, clean = untrained(), torch.randn(2, 32, 4, 4)
+    flow_teacher, clean = untrained(), torch.randn(2, 32, 4, 4)
 
     class Perfect(torch.nn.Module):
-        config = taught.transformer.config
+        config = flow_teacher.transformer.config
 
         def forward(self, x: torch.Tensor, _text: object, time: torch.Tensor, *_: object) -> torch.Tensor:
             return (x - clean) / time[:, None, None, None]
 
-    student_of = cast(SprintTransformer, Perfect())
-    found = decoder_finetuning.predicted(clean, ["a red circle"] * 2, taught, student_of, 4.5, (0.1, 0.6))
-    assert torch.allclose(found, clean, atol=1e-5)
+    perfect = cast(SprintTransformer, Perfect())
+    predicted = decoder_finetuning.predicted(clean, ["a red circle"] * 2, flow_teacher, perfect, 4.5, (0.1, 0.6))
+    assert torch.allclose(predicted, clean, atol=1e-5)
 
 
 def test_a_stopped_stage_goes_on_where_it_stood(tmp_path: Path) -> None:
@@ -150,50 +150,52 @@ def test_a_kill_while_saving_leaves_the_last_state(tmp_path: Path, monkeypatch: 
 
 
 def test_student_starts_as_an_exact_copy_of_the_teacher() -> None:
-    work = student.Distillation(smoke().distil, untrained(), 32 * 16)
-    for parameter in work.frozen.parameters():
+    distillation = student.Distillation(smoke().distil, untrained(), 32 * 16)
+    for parameter in distillation.frozen.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    teacher.silence_guidance(work.frozen)
-    work.student.transformer.load_state_dict(work.frozen.state_dict())
-    sample = work.draw(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
+    teacher.zero_guidance(distillation.frozen)
+    distillation.student.transformer.load_state_dict(distillation.frozen.state_dict())
+    sample = distillation.make_batch(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
     x, t = torch.randn(2, 32, 4, 4), torch.tensor([0.4, 1.3])
     with torch.no_grad():
-        mine = work.student_prediction(sample)(x, t)
-        theirs = work.teacher_prediction(replace(sample, guidance=torch.ones(2)))(x, t)
+        mine = distillation.student_prediction(sample)(x, t)
+        theirs = distillation.teacher_prediction(replace(sample, guidance=torch.ones(2)))(x, t)
     assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def test_every_angle_weighs_alike_from_the_start() -> None:
-    """The head that weighs angles starts where training would bring it: one step is decided near pi/2."""
+    """The logvar head starts at its converged value, because one step depends on angles near pi/2."""
     angle = torch.linspace(0.3, 1.4, 12)
     with torch.no_grad():
-        found = student.Student(untrained().transformer, 512).weighting(
+        logvar = student.Student(untrained().transformer, 512).weighting(
             angle.sin() / (angle.sin() + angle.cos()), torch.full_like(angle, 0.45)
         )
-    assert (found - losses.converged_logvar(512, angle)).abs().max() < 0.5
+    assert (logvar - losses.converged_logvar(512, angle)).abs().max() < 0.5
 
 
 def test_guidance_embedding_can_learn() -> None:
-    work = student.Distillation(smoke().distil, untrained(), 32 * 16)
-    torch.nn.init.normal_(work.student.transformer.proj_out.weight)
-    sample = work.draw(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
-    work.student_prediction(sample)(torch.randn(2, 32, 4, 4), torch.tensor([0.4, 1.3])).square().sum().backward()
-    gradients = {n: p.grad for n, p in work.student.transformer.named_parameters() if "guidance_embedder" in n}
+    distillation = student.Distillation(smoke().distil, untrained(), 32 * 16)
+    torch.nn.init.normal_(distillation.student.transformer.proj_out.weight)
+    sample = distillation.make_batch(torch.randn(2, 32, 4, 4), ["a red circle", "a blue square"])
+    distillation.student_prediction(sample)(
+        torch.randn(2, 32, 4, 4), torch.tensor([0.4, 1.3])
+    ).square().sum().backward()
+    gradients = {n: p.grad for n, p in distillation.student.transformer.named_parameters() if "guidance_embedder" in n}
     assert gradients["time_embed.guidance_embedder.linear_2.weight"].abs().max() > 0  # type: ignore[union-attr]
 
 
-def test_discriminator_trains_its_heads_only_and_names_blocks_that_are_not_there() -> None:
-    taught = untrained().transformer.requires_grad_(False)
-    discriminator = Discriminator(taught, (0, 1))
+def test_discriminator_trains_its_heads_only_and_refuses_unknown_blocks() -> None:
+    transformer = untrained().transformer.requires_grad_(False)
+    discriminator = Discriminator(transformer, (0, 1))
     names = {name.split(".")[0] for name, _ in discriminator.named_parameters()}
     assert names == {"heads"}
     with pytest.raises(ValueError, match=r"got \[5\], the teacher has blocks 0 to 1"):
-        Discriminator(taught, (5,))
+        Discriminator(transformer, (5,))
 
 
 def test_layout_says_which_colour_and_shape_covers_a_cell() -> None:
     world = World()
-    scene = scene_for(world, np.random.default_rng(0), requirement_of("a red circle"), "single_object")
+    scene = scene_for(world, np.random.default_rng(0), parse_caption("a red circle"), "single_object")
     layout = layout_of(world, scene, 8)
     names = [name for name, _ in world.colours] + list(world.shapes)
     thing = scene.things[0]
@@ -209,9 +211,9 @@ def test_latents_stream_depends_on_seed_and_place_alone(tmp_path: Path) -> None:
     again = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt", progress=False)
     stream, later = latents.batches(4, 1, 0), again.batches(4, 1, 2)
     next(stream), next(stream)
-    one, two = next(stream), next(later)
-    assert one.captions == two.captions
-    assert torch.equal(one.latents, two.latents)
+    expected, resumed = next(stream), next(later)
+    assert expected.captions == resumed.captions
+    assert torch.equal(expected.latents, resumed.latents)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
@@ -236,7 +238,7 @@ def test_muon_moves_matrices_and_pointwise_convolutions_downhill() -> None:
 
 def test_average_gives_the_weights_back() -> None:
     module = torch.nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.5)
+    average = Ema(module, 0.5)
     torch.nn.init.constant_(module.weight, 3.0)
     with average.applied_to(module):
         assert module.weight.item() != 3.0
@@ -258,53 +260,53 @@ def test_recipes_say_what_they_miss(name: str) -> None:
 
 
 def test_paper_recipe_has_the_released_values() -> None:
-    numbers = sprint_0_6b().distil
-    assert (numbers.learning_rate, numbers.gradient_clip, numbers.tangent_warmup) == (2e-6, 0.1, 4000)
-    assert (numbers.student_mean, numbers.student_std) == (0.2, 1.6)
-    assert (numbers.discriminator_mean, numbers.discriminator_std) == (-0.6, 1.0)
-    assert (numbers.scm_weight, numbers.adversarial_weight, numbers.max_time_probability) == (1.0, 0.5, 0.5)
-    assert numbers.guidance == (4.0, 4.5, 5.0)
+    config = sprint_0_6b().distil
+    assert (config.learning_rate, config.gradient_clip, config.tangent_warmup) == (2e-6, 0.1, 4000)
+    assert (config.student_mean, config.student_std) == (0.2, 1.6)
+    assert (config.discriminator_mean, config.discriminator_std) == (-0.6, 1.0)
+    assert (config.scm_weight, config.adversarial_weight, config.max_time_probability) == (1.0, 0.5, 0.5)
+    assert config.guidance == (4.0, 4.5, 5.0)
 
 
 def test_tokenizer_reads_past_case_and_punctuation() -> None:
     captioner = untrained().caption
     assert isinstance(captioner, SmallCaptioner)
-    plain = captioner.words(["a red circle on a white background"])
-    assert torch.equal(captioner.words(["A red circle, on a WHITE background."]).ids, plain.ids)
+    plain = captioner.tokens(["a red circle on a white background"])
+    assert torch.equal(captioner.tokens(["A red circle, on a WHITE background."]).ids, plain.ids)
     assert 3 not in plain.ids
 
 
 def test_a_published_teacher_gets_a_guidance_embedding_that_adds_nothing() -> None:
-    taught = untrained().transformer
-    torch.nn.init.normal_(taught.proj_out.weight)
-    base = SprintTransformer(replace(taught.config, guidance_embeds=False))
-    weights = {k: v for k, v in taught.state_dict().items() if "guidance_embedder" not in k}
+    transformer = untrained().transformer
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    base = SprintTransformer(replace(transformer.config, guidance_embeds=False))
+    weights = {k: v for k, v in transformer.state_dict().items() if "guidance_embedder" not in k}
     base.load_state_dict({k.replace("time_embed.timestep", "time_embed.emb.timestep"): v for k, v in weights.items()})
     x, text, t = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 64), torch.tensor([0.2, 0.9])
     with torch.no_grad():
         assert torch.equal(with_guidance(base)(x, text, t, 0.45 * torch.ones(2)), base(x, text, t))
 
 
-def test_pictures_without_captions_are_refused_by_name(tmp_path: Path) -> None:
+def test_images_without_captions_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds none of"):
-        read_pictures(tmp_path)
+        read_captioned_images(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match=r"one\.png has no caption; write it into one\.txt"):
-        read_pictures(tmp_path)
+        read_captioned_images(tmp_path)
     (tmp_path / "one.txt").write_text("a white square\n")
-    assert [caption for _, caption in read_pictures(tmp_path)] == ["a white square"]
+    assert [caption for _, caption in read_captioned_images(tmp_path)] == ["a white square"]
 
 
 @pytest.mark.slow
-def test_a_published_teacher_and_a_folder_of_pictures_are_distilled(finished: Path, tmp_path: Path) -> None:
-    """The path of users with GPUs, on the smoke checkpoint in the teacher's place."""
-    shots = tmp_path / "pictures"
+def test_a_published_teacher_and_a_folder_of_images_are_distilled(finished: Path, tmp_path: Path) -> None:
+    """As users with GPUs would, with the smoke checkpoint as the teacher."""
+    shots = tmp_path / "images"
     shots.mkdir()
     for index in range(4):
         Image.new("RGB", (200, 150), (40 * index, 90, 200)).save(shots / f"{index}.png")
-        (shots / f"{index}.txt").write_text(f"picture {index}")
+        (shots / f"{index}.txt").write_text(f"image {index}")
     recipe = replace(smoke(), autoencoder=None, teacher=None)
-    published = open_published(str(finished / "checkpoint"), torch.device("cpu"), torch.float32)
+    published = open_published_teacher(str(finished / "checkpoint"), torch.device("cpu"), torch.float32)
     folder = tmp_path / "run"
     folder.mkdir()
     run = Run(recipe, folder, Accelerator(), published, shots)

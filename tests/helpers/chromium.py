@@ -38,7 +38,7 @@ class Page:
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
         self._numbers = count(1)
-        self.complaints: list[str] = []
+        self.console_errors: list[str] = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=COUNTED)
@@ -57,11 +57,11 @@ class Page:
     def _note(self, event: dict[str, Any]) -> None:
         given = event.get("params", {})
         if event["method"] == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(given["exceptionDetails"])[:500])
+            self.console_errors.append(json.dumps(given["exceptionDetails"])[:500])
         elif event["method"] == "Runtime.consoleAPICalled" and given["type"] in ("error", "warning"):
-            self.complaints.append(json.dumps(given["args"])[:500])
+            self.console_errors.append(json.dumps(given["args"])[:500])
         elif event["method"] == "Log.entryAdded" and given["entry"]["level"] == "error":
-            self.complaints.append(given["entry"]["text"] + " " + given["entry"].get("url", ""))
+            self.console_errors.append(given["entry"]["text"] + " " + given["entry"].get("url", ""))
 
     def view(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
         scale = 2 if phone else 1

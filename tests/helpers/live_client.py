@@ -13,7 +13,7 @@ from engines.types import Pixels
 
 
 @dataclass(frozen=True)
-class Shown:
+class LiveImage:
     header: dict[str, Any]
     content: bytes
 
@@ -33,7 +33,7 @@ class LiveClient:
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
         self.sequence = 0
-        self.ready = self.said("ready")
+        self.ready = self.expect_message("ready")
 
     def set(self, **settings: Any) -> int:
         return self.send(json.dumps(settings))
@@ -46,26 +46,26 @@ class LiveClient:
         self.sequence += 1
         return self.sequence
 
-    def heard(self) -> dict[str, Any]:
+    def next_message(self) -> dict[str, Any]:
         """The next text message."""
         text = self.socket.recv(PATIENCE_S)
         assert isinstance(text, str), "a binary message without its header"
         told: dict[str, Any] = json.loads(text)
         return told
 
-    def said(self, kind: str) -> dict[str, Any]:
-        told = self.heard()
+    def expect_message(self, kind: str) -> dict[str, Any]:
+        told = self.next_message()
         assert told.pop("type") == kind, told
         return told
 
-    def picture(self) -> Shown:
-        header = self.said("picture")
+    def picture(self) -> LiveImage:
+        header = self.expect_message("picture")
         content = self.socket.recv(PATIENCE_S)
         assert isinstance(content, bytes)
         assert len(content) == header["bytes"]
-        return Shown(header, content)
+        return LiveImage(header, content)
 
-    def picture_of(self, sequence: int) -> Shown:
+    def picture_of(self, sequence: int) -> LiveImage:
         """The first picture that shows the message of that number, or a newer one."""
         while (shown := self.picture()).sequence < sequence:
             pass

@@ -18,7 +18,7 @@ PROCESS_S = 180.0  # to import torch on a busy machine, say
 class Program:
     """`python ...`, started; `output` collects both of its streams as they come."""
 
-    end_within_s = PATIENCE_S
+    exit_timeout_s = PATIENCE_S
     command: Sequence[str] = ()  # what runs python, with its arguments
 
     def __init__(self, *arguments: str, **environment: str) -> None:
@@ -42,7 +42,7 @@ class Program:
 
     def wait_end(self) -> int:
         """The exit code, with all output read."""
-        code = self.process.wait(self.end_within_s)
+        code = self.process.wait(self.exit_timeout_s)
         self._reader.join(PATIENCE_S)
         return code
 
@@ -50,7 +50,7 @@ class Program:
 class Server(Program):
     """A started `python -m server`."""
 
-    end_within_s = PROCESS_S
+    exit_timeout_s = PROCESS_S
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         super().__init__("-W", "error", "-m", "server", "--port", "0", *arguments, **environment)

@@ -10,7 +10,7 @@ from running_server import PATIENCE_S
 
 
 @dataclass(frozen=True)
-class Answered:
+class RawResponse:
     status: int
     headers: http.client.HTTPMessage
     body: bytes
@@ -34,11 +34,11 @@ class Raw:
         head = "\r\n".join([lines[0], "host: x", *lines[1:], "", ""])
         self.socket.sendall(head.encode() + body)
 
-    def answer(self, method: str = "POST") -> Answered:
+    def read_response(self, method: str = "POST") -> RawResponse:
         """The next answer on the connection."""
         response = http.client.HTTPResponse(self.socket, method=method)
         response.begin()
-        return Answered(response.status, response.headers, response.read())
+        return RawResponse(response.status, response.headers, response.read())
 
     def closed(self) -> bool:
         """Waits for the end of the connection, with nothing more on it."""

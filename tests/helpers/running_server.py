@@ -72,9 +72,9 @@ class Running:
     def generate(self, prompt: str = "a red circle", **body: Any) -> httpx.Response:
         return self.client.post("/generate", json={"prompt": prompt, "width": 64, "height": 64} | body)
 
-    def later(self, prompt: str = "a red circle", **body: Any) -> "Later":
+    def submit_generate(self, prompt: str = "a red circle", **body: Any) -> "PendingResponse":
         """Sends a request from a thread of its own."""
-        return Later(self, prompt, body)
+        return PendingResponse(self, prompt, body)
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of one sample; 0 where it has not been seen."""
@@ -88,11 +88,11 @@ class Running:
     def waiting(self) -> int:
         return self.service.scheduler._queue.waiting
 
-    def wait_for_waiting(self, jobs: int) -> None:
+    def wait_for_queued(self, jobs: int) -> None:
         wait_until(lambda: self.waiting == jobs, f"a queue of {jobs}")
 
 
-class Later:
+class PendingResponse:
     def __init__(self, running: Running, prompt: str, body: dict[str, Any]) -> None:
         self._response: httpx.Response | None = None
         self._error: Exception | None = None
@@ -119,7 +119,7 @@ class Later:
         return self._response
 
 
-def connect_and_ask(running: Running, prompt: str) -> socket.socket:
+def connect_and_send(running: Running, prompt: str) -> socket.socket:
     """A client that a test can make leave."""
     parts = urlsplit(running.url)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)

@@ -61,7 +61,7 @@ EVERYWHERE = (
 )
 
 
-def heat(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomise_weights(module: nn.Module, seed: int = 0) -> nn.Module:
     """Weights of unit gain, and modulations ~ N(0, 1), so that no part of `module` can be left out unseen."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -152,9 +152,9 @@ def save_checkpoint(folder: Path, *, interpolation_scale: float | None = None) -
     )
     pipeline = SanaSprintPipeline(
         tokenizer=byte_level_tokenizer(),
-        text_encoder=heat(text_encoder, 1),
-        vae=heat(vae, 2),
-        transformer=heat(transformer, 3),
+        text_encoder=randomise_weights(text_encoder, 1),
+        vae=randomise_weights(vae, 2),
+        transformer=randomise_weights(transformer, 3),
         scheduler=SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
     )
     pipeline.save_pretrained(folder)

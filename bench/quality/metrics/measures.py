@@ -14,7 +14,7 @@ from bench.quality.intervals import Interval, mean_interval
 from bench.quality.metrics.clip import ImageText
 from bench.quality.metrics.distances import Features, Moments, frechet_distance, mean_discrepancy
 from bench.quality.metrics.shown import Shown, batches, cut_to, read_shown, with_prompts
-from distill.world.captions import requirement_of
+from distill.world.captions import parse_caption
 from distill.world.judge import judge
 
 Network = Callable[[Tensor], Tensor]  # [B, 3, H, W] -> features [B, D]
@@ -84,7 +84,7 @@ def judged(shown: Sequence[Shown]) -> dict[str, Any]:
     right: dict[str, list[float]] = {}
     for path, prompt in with_prompts(shown, "judge"):
         with Image.open(path) as image:
-            verdict = judge(np.asarray(image.convert("RGB")), requirement_of(prompt))
+            verdict = judge(np.asarray(image.convert("RGB")), parse_caption(prompt))
         tag = next((one.tag for one in shown if one.path == path), None) or "all"
         right.setdefault(tag, []).append(float(verdict.correct))
     categories = {name: round(fmean(values), 4) for name, values in sorted(right.items())}

@@ -2,7 +2,7 @@
 
 from sana_sprint_client.asynchronous import AsyncClient
 from sana_sprint_client.client import Client
-from sana_sprint_client.errors import ConnectionFailedError, GenerationError, SanaSprintError
+from sana_sprint_client.errors import ConnectionFailedError, FieldError, GenerationError, SanaSprintError
 from sana_sprint_client.generation import Image, ImageFormat
 from sana_sprint_client.retries import Retries
 
@@ -10,6 +10,7 @@ __all__ = [
     "AsyncClient",
     "Client",
     "ConnectionFailedError",
+    "FieldError",
     "GenerationError",
     "Image",
     "ImageFormat",

@@ -1,4 +1,4 @@
-"""The client for asyncio: as `Client`, awaited."""
+"""The client for asyncio, with the methods of `Client` as coroutines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -8,12 +8,12 @@ from typing import Any, Self, Unpack
 import httpx
 
 from sana_sprint_client.errors import ConnectionFailedError
-from sana_sprint_client.generation import PATH, Image, Options, bodies, headers, image_of
+from sana_sprint_client.generation import PATH, Image, Options, headers, parse_image, request_bodies
 from sana_sprint_client.retries import Retries
 
 
 class AsyncClient:
-    """One server; `aclose` or an `async with` block ends its connections."""
+    """A client of one server. `aclose` or an `async with` block closes its connections."""
 
     def __init__(
         self,
@@ -27,28 +27,28 @@ class AsyncClient:
         self._retries = retries
 
     async def generate(self, prompt: str, *, seed: int | None = None, **options: Unpack[Options]) -> Image:
-        """One image. Raises as Client.generate. Cancelling closes the connection, and the server drops the job."""
-        (body,) = bodies(prompt, 1, seed, options)
-        return await self._made(body)
+        """Generates one image. Raises as Client.generate. Cancelling it makes the server drop the job."""
+        (body,) = request_bodies(prompt, 1, seed, options)
+        return await self._generate(body)
 
     async def stream(
         self, prompt: str, count: int, *, seed: int | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Image]:
-        """`count` images, each as soon as it is there, as Client.stream; those left are dropped with the iteration."""
-        tasks = [asyncio.create_task(self._made(body)) for body in bodies(prompt, count, seed, options)]
+        """Yields `count` images as Client.stream; the end of the iteration cancels the others."""
+        tasks = [asyncio.create_task(self._generate(body)) for body in request_bodies(prompt, count, seed, options)]
         try:
-            for made in asyncio.as_completed(tasks):
-                yield await made
+            for image in asyncio.as_completed(tasks):
+                yield await image
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def info(self) -> dict[str, Any]:
-        """What runs there, and what it can run (GET /v1/info)."""
-        response = await self._sent(lambda: self._http.get("/v1/info"))
-        told: dict[str, Any] = response.raise_for_status().json()
-        return told
+        """Returns the server's checkpoint, backend, device and limits (GET /v1/info)."""
+        response = await self._send(lambda: self._http.get("/v1/info"))
+        info: dict[str, Any] = response.raise_for_status().json()
+        return info
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -61,10 +61,10 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    async def _made(self, body: dict[str, Any]) -> Image:
-        return image_of(await self._sent(lambda: self._http.post(PATH, json=body)))
+    async def _generate(self, body: dict[str, Any]) -> Image:
+        return parse_image(await self._send(lambda: self._http.post(PATH, json=body)))
 
-    async def _sent(self, send: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+    async def _send(self, send: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
         attempt = 1
         while True:
             try:

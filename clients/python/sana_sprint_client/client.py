@@ -9,12 +9,12 @@ from typing import Any, Self, Unpack
 import httpx
 
 from sana_sprint_client.errors import ConnectionFailedError
-from sana_sprint_client.generation import PATH, Image, Options, bodies, headers, image_of
+from sana_sprint_client.generation import PATH, Image, Options, headers, parse_image, request_bodies
 from sana_sprint_client.retries import Retries
 
 
 class Client:
-    """One server. May be used by several threads; `close` or a `with` block ends its connections."""
+    """A client of one server, thread-safe. `close` or a `with` block closes its connections."""
 
     def __init__(
         self,
@@ -28,30 +28,30 @@ class Client:
         self._retries = retries
 
     def generate(self, prompt: str, *, seed: int | None = None, **options: Unpack[Options]) -> Image:
-        """One image. Raises GenerationError for what the server refuses, ConnectionFailedError without an answer."""
-        (body,) = bodies(prompt, 1, seed, options)
-        return self._made(body)
+        """Generates one image. Raises GenerationError for a refusal, ConnectionFailedError without a response."""
+        (body,) = request_bodies(prompt, 1, seed, options)
+        return self._generate(body)
 
     def stream(
         self, prompt: str, count: int, *, seed: int | None = None, **options: Unpack[Options]
     ) -> Iterator[Image]:
-        """`count` images, each as soon as it is there; the server makes them in common batches.
+        """Yields `count` images, each when it is ready; the server batches them.
 
         Image i has the seed + i. The first error ends the iteration. Raises as `generate`.
         """
-        asked = bodies(prompt, count, seed, options)
+        bodies = request_bodies(prompt, count, seed, options)
         pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="sana-sprint")
         try:
-            for made in as_completed([pool.submit(self._made, body) for body in asked]):
-                yield made.result()
+            for image in as_completed([pool.submit(self._generate, body) for body in bodies]):
+                yield image.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def info(self) -> dict[str, Any]:
-        """What runs there, and what it can run (GET /v1/info)."""
-        response = self._sent(lambda: self._http.get("/v1/info"))
-        told: dict[str, Any] = response.raise_for_status().json()
-        return told
+        """Returns the server's checkpoint, backend, device and limits (GET /v1/info)."""
+        response = self._send(lambda: self._http.get("/v1/info"))
+        info: dict[str, Any] = response.raise_for_status().json()
+        return info
 
     def close(self) -> None:
         self._http.close()
@@ -64,10 +64,10 @@ class Client:
     ) -> None:
         self.close()
 
-    def _made(self, body: dict[str, Any]) -> Image:
-        return image_of(self._sent(lambda: self._http.post(PATH, json=body)))
+    def _generate(self, body: dict[str, Any]) -> Image:
+        return parse_image(self._send(lambda: self._http.post(PATH, json=body)))
 
-    def _sent(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+    def _send(self, send: Callable[[], httpx.Response]) -> httpx.Response:
         attempt = 1
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What goes wrong, in one tree: SanaSprintError, and below it what the server refused and what never reached it."""
+"""The error tree: SanaSprintError, and below it errors of the server and of the connection."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ class SanaSprintError(Exception):
 
 
 class ConnectionFailedError(SanaSprintError):
-    """No answer came: the server is not there, or the connection ended."""
+    """The server is not reachable, or the connection ended without a response."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """One bad value: the field, and a sentence with what was got and what is allowed."""
+class FieldError:
+    """An invalid field of the request, with the value and the allowed ones in `detail`."""
 
     field: str
     detail: str
@@ -23,7 +23,7 @@ class Fault:
 class GenerationError(SanaSprintError):
     """The server answered with an error; `code` is for programs (queue_full, content_policy_violation, ...).
 
-    `faults` name the fields of a 422. `request_id` is what the server's log has.
+    `field_errors` are those of a 422. `request_id` is the one in the server's log.
     """
 
     def __init__(self, status: int, problem: dict[str, Any]) -> None:
@@ -31,5 +31,5 @@ class GenerationError(SanaSprintError):
         self.code = str(problem.get("code", ""))
         self.detail = str(problem.get("detail", ""))
         self.request_id = str(problem.get("request_id", ""))
-        self.faults = tuple(Fault(fault["field"], fault["detail"]) for fault in problem.get("errors", ()))
+        self.field_errors = tuple(FieldError(item["field"], item["detail"]) for item in problem.get("errors", ()))
         super().__init__(f"{status} {self.code}: {self.detail}")

@@ -1,4 +1,4 @@
-"""What is sent and what comes back, for both clients: bodies of POST /generate, images and errors. Sends nothing."""
+"""Request bodies of POST /generate and parsing of its responses, for both clients."""
 
 import base64
 import secrets
@@ -16,7 +16,7 @@ RANDOM_SEEDS = 2**32
 
 
 class Options(TypedDict, total=False):
-    """Fields of POST /generate; what is left out is the server's choice. `docs` of the server tell their bounds."""
+    """Optional fields of POST /generate, with the server's defaults; its /docs has their bounds."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image: the file, and the seed that makes it again."""
+    """An encoded image, its seed, size and timings."""
 
     content: bytes
     seed: int
@@ -49,15 +49,15 @@ class Image:
         return target
 
 
-def bodies(prompt: str, count: int, seed: int | None, options: Options) -> list[dict[str, Any]]:
-    """One body for each image, which is how they come one by one: image i has the seed + i.
+def request_bodies(prompt: str, count: int, seed: int | None, options: Options) -> list[dict[str, Any]]:
+    """Returns one body per image, so that each image comes when it is ready. Image i has the seed + i.
 
-    Images are given as files (bytes), or as paths of some.
+    Input images are encoded files, as bytes or as paths.
     """
     if count < 1:
         raise ValueError(f"count: got {count}, allowed: at least 1")
     first = secrets.randbelow(RANDOM_SEEDS) if seed is None else seed
-    fields: dict[str, Any] = {name: _sendable(value) for name, value in options.items()}
+    fields: dict[str, Any] = {name: _to_json(value) for name, value in options.items()}
     return [{**fields, "prompt": prompt, "seed": first + i} for i in range(count)]
 
 
@@ -65,31 +65,31 @@ def headers(api_key: str | None) -> dict[str, str]:
     return {"accept": "application/json"} | ({} if api_key is None else {"authorization": f"Bearer {api_key}"})
 
 
-def image_of(response: httpx.Response) -> Image:
-    """Raises GenerationError for an answer that is none."""
+def parse_image(response: httpx.Response) -> Image:
+    """Returns the image of a response. Raises GenerationError for an error response."""
     if response.status_code != 200:
         raise GenerationError(response.status_code, _problem(response))
-    told = response.json()
-    (made,) = told["images"]
+    body = response.json()
+    (image,) = body["images"]
     return Image(
-        content=base64.b64decode(made["b64"]),
-        seed=made["seed"],
-        width=made["width"],
-        height=made["height"],
-        format=made["format"],
-        timings_ms=told["timings_ms"],
+        content=base64.b64decode(image["b64"]),
+        seed=image["seed"],
+        width=image["width"],
+        height=image["height"],
+        format=image["format"],
+        timings_ms=body["timings_ms"],
     )
 
 
-def _sendable(value: object) -> object:
+def _to_json(value: object) -> object:
     content = value.read_bytes() if isinstance(value, Path) else value
     return base64.b64encode(content).decode() if isinstance(content, bytes) else content
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:
-    """The problem+json of an error; what a proxy in front says is its detail."""
+    """Returns the problem+json of an error. A proxy's text becomes its detail."""
     try:
-        told = response.json()
+        problem = response.json()
     except ValueError:
-        told = None
-    return told if isinstance(told, dict) else {"detail": response.text[:200]}
+        problem = None
+    return problem if isinstance(problem, dict) else {"detail": response.text[:200]}

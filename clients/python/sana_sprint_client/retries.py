@@ -1,30 +1,30 @@
-"""When a refused request is sent again. Asking again is safe: the same prompt and seed make the same image."""
+"""Decides the wait before a refused request is repeated. Repeating is safe: the same prompt and seed give one image."""
 
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-AGAIN = (429, 503)  # the queue is full; loading, draining, or a check that failed
+RETRIED = (429, 503)  # the queue is full; the server loads, drains, or a safety check failed
 
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """At most `attempts` in all, and at most `longest_s` seconds between two of them."""
+    """Limits: at most `attempts` in all, and at most `longest_s` seconds between two of them."""
 
     attempts: int = 5
     longest_s: float = 30.0
-    first_s: float = 0.5  # where the server names no time; doubled each time
+    first_s: float = 0.5  # without Retry-After; doubled each time
 
     def pause(self, attempt: int, status: int, headers: Mapping[str, str]) -> float | None:
-        """Seconds until the next attempt, after `attempt` of them (from 1); None where there is none.
+        """Returns the seconds until the next attempt, or None for no further one. `attempt` counts from 1.
 
-        A server that asks for more than `longest_s` is not asked again: it would refuse once more.
+        A Retry-After above `longest_s` ends the attempts, because an earlier one would be refused.
         """
-        if status not in AGAIN or attempt >= self.attempts:
+        if status not in RETRIED or attempt >= self.attempts:
             return None
         try:
-            asked = float(headers.get("retry-after", ""))
+            retry_after = float(headers.get("retry-after", ""))
         except ValueError:
             doubled: float = self.first_s * 2 ** (attempt - 1)
-            return min(doubled, self.longest_s) * random.uniform(0.5, 1.0)  # so that not all come back at once
-        return asked if 0 <= asked <= self.longest_s else None
+            return min(doubled, self.longest_s) * random.uniform(0.5, 1.0)  # so that clients do not return all at once
+        return retry_after if 0 <= retry_after <= self.longest_s else None

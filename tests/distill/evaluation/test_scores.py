@@ -1,4 +1,4 @@
-"""Prompts are held out and balanced; a report is right for generators whose score is known."""
+"""Prompts are held out and balanced, and reports are right for generators of known scores."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distill.evaluation.scores import Prompt, engine_generator, evaluate, evaluation_prompts
-from distill.world.captions import requirement_of
+from distill.world.captions import parse_caption
 from distill.world.rendering import CATEGORIES, World, render
 from distill.world.scenes import WorldError, combinations, scene_for
 from engines.fake import FakeEngine
@@ -18,12 +18,12 @@ WORLD = World()
 
 
 def paint(texts: list[str], seeds: list[int]) -> list[Pixels]:
-    """A generator that knows the world."""
-    pictures = []
+    """Renders what each caption asks for."""
+    images = []
     for text, seed in zip(texts, seeds, strict=True):
-        scene = scene_for(WORLD, np.random.default_rng(seed), requirement_of(text), "")
-        pictures.append(render(WORLD, scene, 128))
-    return pictures
+        scene = scene_for(WORLD, np.random.default_rng(seed), parse_caption(text), "")
+        images.append(render(WORLD, scene, 128))
+    return images
 
 
 def test_prompts_are_held_out_balanced_and_reproducible() -> None:
@@ -33,9 +33,9 @@ def test_prompts_are_held_out_balanced_and_reproducible() -> None:
     assert prompts[:60] != evaluation_prompts(60, seed=1)
     assert len({prompt.text for prompt in prompts}) >= 500
     for prompt in prompts:
-        assert requirement_of(prompt.text) == prompt.asked
+        assert parse_caption(prompt.text) == prompt.requirement
         if prompt.category in ("single_object", "colors"):
-            assert prompt.asked in combinations(WORLD, prompt.category, "held_out")
+            assert prompt.requirement in combinations(WORLD, prompt.category, "held_out")
 
 
 def test_a_perfect_generator_scores_one() -> None:
@@ -51,9 +51,7 @@ def test_a_generator_that_ignores_its_prompts_scores_near_zero() -> None:
 
 
 def test_scores_are_means_over_categories_with_their_spread_over_seeds() -> None:
-    prompts = [
-        Prompt(t, c, requirement_of(t)) for t, c in (("a red circle", "colors"), ("two red circles", "counting"))
-    ]
+    prompts = [Prompt(t, c, parse_caption(t)) for t, c in (("a red circle", "colors"), ("two red circles", "counting"))]
 
     def right_on_seed_zero(texts: list[str], seeds: list[int]) -> list[Pixels]:
         blank = np.full((128, 128, 3), 255, np.uint8)
@@ -70,7 +68,7 @@ def test_scores_are_means_over_categories_with_their_spread_over_seeds() -> None
     assert json.loads(json.dumps(asdict(report)))["mean"] == 0.75
 
 
-def test_every_picture_has_its_own_noise() -> None:
+def test_every_image_has_its_own_noise() -> None:
     seen: list[int] = []
 
     def note(texts: list[str], seeds: list[int]) -> list[Pixels]:
@@ -85,15 +83,15 @@ def test_an_engine_is_asked_in_batches_at_its_own_size() -> None:
     engine = FakeEngine()
     generate = engine_generator(engine, steps=1, guidance_scale=4.5)
     count = engine.limits.max_batch + 1
-    pictures = list(generate(["a red circle"] * count, list(range(count))))
+    images = list(generate(["a red circle"] * count, list(range(count))))
     width, height = engine.limits.default_size
-    assert [picture.shape for picture in pictures] == [(height, width, 3)] * count
+    assert [image.shape for image in images] == [(height, width, 3)] * count
     smaller = engine_generator(engine, steps=1, guidance_scale=4.5, size=96)
     assert next(iter(smaller(["a red circle"], [0]))).shape == (96, 96, 3)
 
 
-def test_too_few_pictures_and_nothing_to_do_are_refused() -> None:
-    with pytest.raises(WorldError, match="got 1 pictures for 6 prompts"):
+def test_too_few_images_and_no_prompts_are_refused() -> None:
+    with pytest.raises(WorldError, match="got 1 images for 6 prompts"):
         evaluate(lambda texts, seeds: paint(texts[:1], seeds[:1]), evaluation_prompts(6))
     with pytest.raises(WorldError, match="0 prompts"):
         evaluate(paint, [])

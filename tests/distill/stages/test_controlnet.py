@@ -1,4 +1,4 @@
-"""The ControlNet stage, run small: what is drawn, what is learnt, what is shipped, and how it is scored."""
+"""The ControlNet stage at a small size: sketches, training, the saved branch, and its scores."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from distill.evaluation.control_adherence import Score, cases, overlap, score
-from distill.recipes import ControlStage, smoke
+from distill.recipes import ControlStageConfig, smoke
 from distill.stages import teacher
 from distill.stages.autoencoder import build as build_autoencoder
-from distill.stages.controlnet import Control, control_world, encode, scene_of, train
+from distill.stages.controlnet import ControlTraining, control_world, encode, scene_of, train
 from distill.training.checkpoint_writer import write_checkpoint
 from distill.world.rendering import World, coverage, render
 from distill.world.scenes import Scene, Thing
-from distill.world.sketches import RAYS, draw, outline
+from distill.world.sketches import RAYS, draw_sketch, outline
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
 from engines.types import Job
@@ -29,15 +29,15 @@ from engines.types import Job
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def numbers() -> ControlStage:
-    found = smoke().control
-    assert found is not None
-    return found
+def control_config() -> ControlStageConfig:
+    config = smoke().control
+    assert config is not None
+    return config
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the smoke recipe would write, untrained but for a last layer that says something."""
+    """The smoke recipe's checkpoint, untrained but for a random last layer."""
     folder = tmp_path_factory.mktemp("untrained")
     model, captioner = teacher.build(smoke())
     student = teacher.without_layout(model.transformer, 32)
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a smoke run, by the command of the README."""
+    """The folder of a smoke run by the README's command."""
     out = tmp_path_factory.mktemp("control")
     command = [sys.executable, "-m", "distill.stages.controlnet", "--model", str(checkpoint), "--recipe", "smoke"]
     command += ["--out", str(out), "--threads", "1"]
@@ -72,7 +72,7 @@ def test_a_drawing_is_white_on_black_along_the_outline() -> None:
     for number in range(20):
         rng = np.random.default_rng(number)
         scene = scene_of(control_world(world), 0, number)
-        drawn = draw(scene, 128, rng)
+        drawn = draw_sketch(scene, 128, rng)
         assert (drawn.shape, drawn.dtype) == ((128, 128, 3), np.uint8)
         assert drawn.max() == 255
         assert (drawn > 0).mean() < 0.35
@@ -89,34 +89,34 @@ def test_a_drawing_is_white_on_black_along_the_outline() -> None:
 
 def test_drawings_differ_and_a_seed_repeats_one() -> None:
     scene = scene_of(World(), 0, 0)
-    one, again, other = (draw(scene, 64, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert (one == again).all()
-    assert (one != other).any()
+    first, again, other = (draw_sketch(scene, 64, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
 
 
 def test_training_leaves_the_student_alone_and_teaches_the_branch(checkpoint: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(str(checkpoint))
-    work = Control(numbers(), opened, torch.device("cpu"))
+    training = ControlTraining(control_config(), opened, torch.device("cpu"))
     autoencoder = opened.load_autoencoder(torch.float32, torch.device("cpu"))
     drawings = encode(autoencoder, control_world(World()), 128, 8, 7, tmp_path / "drawings.pt")
-    batch = work.batch(drawings, 0)
+    batch = training.batch(drawings, 0)
     assert batch.clean.shape == batch.control.shape == (4, 32, 4, 4)
-    work.loss(batch).backward()
-    assert all(parameter.grad is None for parameter in work.student.parameters())
-    learning = {name for name, p in work.branch.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    training.loss(batch).backward()
+    assert all(parameter.grad is None for parameter in training.student.parameters())
+    learning = {name for name, p in training.branch.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert "controlnet_blocks.0.weight" in learning
 
 
 def test_an_empty_drawing_is_held_to_the_student_alone(checkpoint: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(str(checkpoint))
-    work = Control(replace(numbers(), empty_probability=1.0), opened, torch.device("cpu"))
+    training = ControlTraining(replace(control_config(), empty_probability=1.0), opened, torch.device("cpu"))
     autoencoder = opened.load_autoencoder(torch.float32, torch.device("cpu"))
     drawings = encode(autoencoder, control_world(World()), 128, 8, 7, tmp_path / "drawings.pt")
-    batch = work.batch(drawings, 0)
+    batch = training.batch(drawings, 0)
     assert batch.empty == len(batch.clean)
-    assert work.loss(batch).item() == 0  # the branch begins by adding nothing
-    torch.nn.init.normal_(work.branch.controlnet_blocks[0].weight)
-    assert work.loss(batch).item() > 0
+    assert training.loss(batch).item() == 0  # the branch begins by adding nothing
+    torch.nn.init.normal_(training.branch.controlnet_blocks[0].weight)
+    assert training.loss(batch).item() > 0
 
 
 def test_the_smoke_run_ships_what_the_engine_loads(finished: Path, checkpoint: Path) -> None:
@@ -129,10 +129,10 @@ def test_the_smoke_run_ships_what_the_engine_loads(finished: Path, checkpoint: P
     engine = load_engine(str(checkpoint), controlnet=str(folder))
     try:
         drawing = cases(1, 128)[0].drawing
-        made = [
+        images = [
             engine.generate([Job("a red circle", 1, 128, 128, control_image=image)])[0] for image in (drawing, None)
         ]
-        assert (made[0].pixels != made[1].pixels).any()
+        assert (images[0].pixels != images[1].pixels).any()
         assert isinstance(score(engine, cases(2, 128), 1, 1.0), Score)
     finally:
         engine.close()
@@ -141,9 +141,9 @@ def test_the_smoke_run_ships_what_the_engine_loads(finished: Path, checkpoint: P
 
 def test_a_stopped_stage_goes_on(finished: Path, checkpoint: Path) -> None:
     before = torch.load(finished / "control.pt", weights_only=True)
-    assert before["step"] == numbers().steps
+    assert before["step"] == control_config().steps
     opened = open_checkpoint(str(checkpoint))
-    train(replace(numbers(), steps=before["step"] + 1), World(), opened, finished, Accelerator())
+    train(replace(control_config(), steps=before["step"] + 1), World(), opened, finished, Accelerator())
     assert torch.load(finished / "control.pt", weights_only=True)["step"] == before["step"] + 1
 
 
@@ -163,8 +163,8 @@ def test_the_tiny_controlnet_is_small() -> None:
 def test_overlap_says_whether_the_thing_is_there() -> None:
     world = World()
     thing = Thing("circle", "red", 0.3, 0.4, 0.4)
-    asked = cases(1, 64)[0].scene.asked
-    scene = Scene((thing,), "white", "single_object", asked)
+    requirement = cases(1, 64)[0].scene.requirement
+    scene = Scene((thing,), "white", "single_object", requirement)
     assert overlap(render(world, scene, 128), scene) > 0.97
     for changed in (replace(thing, x=0.6), replace(thing, colour="blue"), replace(thing, size=0.2)):
         assert overlap(render(world, replace(scene, things=(changed,)), 128), scene) < 0.5
@@ -173,6 +173,6 @@ def test_overlap_says_whether_the_thing_is_there() -> None:
 def test_cases_are_held_out_and_stay_the_same() -> None:
     chosen = cases(50, 64)
     assert [case.caption for case in chosen] == [case.caption for case in cases(50, 64)]
-    assert all(case.scene.asked.size or case.scene.asked.background for case in chosen)
+    assert all(case.scene.requirement.size or case.scene.requirement.background for case in chosen)
     xs = [case.scene.things[0].x for case in chosen]
     assert max(xs) - min(xs) > 0.4

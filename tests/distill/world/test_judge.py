@@ -1,4 +1,4 @@
-"""The judge accepts what was drawn as asked, also softly, and refuses what was not."""
+"""The judge accepts right renderings, also soft ones, and refuses wrong ones."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from distill.world.captions import caption_of, requirement_of
-from distill.world.judge import judge, look
+from distill.world.captions import caption_of, parse_caption
+from distill.world.judge import detect_things, judge
 from distill.world.rendering import CATEGORIES, Scene, Thing, World, render, sample_scene
 from distill.world.scenes import Kind, Relation, Requirement, WorldError, scene_for
 from engines.types import Pixels
@@ -24,7 +24,7 @@ def draw(scene: Scene, size: int = 256) -> Pixels:
 def share_right(category: str, size: int, count: int, spoil: Callable[[Pixels, np.random.Generator], Pixels]) -> float:
     rng = np.random.default_rng(size)
     scenes = [sample_scene(WORLD, rng, category) for _ in range(count)]
-    return float(np.mean([judge(spoil(draw(scene, size), rng), scene.asked).correct for scene in scenes]))
+    return float(np.mean([judge(spoil(draw(scene, size), rng), scene.requirement).correct for scene in scenes]))
 
 
 def soft(pixels: Pixels, rng: np.random.Generator) -> Pixels:
@@ -54,12 +54,12 @@ def test_a_shift_of_all_colours_is_forgiven(category: str) -> None:
     assert share_right(category, 256, 34, faded) >= 0.97
 
 
-def test_sizes_and_sides_of_other_pictures() -> None:
+def test_other_sizes_and_aspect_ratios_are_judged() -> None:
     scene = sample_scene(WORLD, np.random.default_rng(4), "position")
     for size in (1024, 300):
-        assert judge(draw(scene, size), scene.asked).correct
+        assert judge(draw(scene, size), scene.requirement).correct
     wide = np.pad(draw(scene, 256), ((0, 0), (64, 64), (0, 0)), mode="edge")
-    assert judge(wide, scene.asked).correct
+    assert judge(wide, scene.requirement).correct
 
 
 def other(names: list[str], but: str, rng: np.random.Generator) -> str:
@@ -101,7 +101,7 @@ def wrong_background(scene: Scene, rng: np.random.Generator) -> Pixels:
 
 
 def cut(scene: Scene, rng: np.random.Generator) -> Pixels:
-    """A third or more of one thing is missing."""
+    """Removes a third or more of one thing."""
     pixels, thing = draw(scene), scene.things[int(rng.integers(len(scene.things)))]
     half, part = thing.size * 128, thing.size * 256 * rng.uniform(0.33, 0.6)
     left, top = int(thing.x * 256 - half * 1.17), int(thing.y * 256 - half * 1.17)
@@ -111,16 +111,16 @@ def cut(scene: Scene, rng: np.random.Generator) -> Pixels:
 
 
 def bridged(scene: Scene, _: np.random.Generator) -> Pixels:
-    """Two things run into each other."""
-    pixels, (one, two) = draw(scene), scene.things[:2]
+    """Connects two things."""
+    pixels, (first, second) = draw(scene), scene.things[:2]
     for share in np.linspace(0, 1, 60):
-        x, y = (int(256 * ((1 - share) * a + share * b)) for a, b in ((one.x, two.x), (one.y, two.y)))
-        pixels[y - 6 : y + 6, x - 6 : x + 6] = WORLD.rgb(one.colour)
+        x, y = (int(256 * ((1 - share) * a + share * b)) for a, b in ((first.x, second.x), (first.y, second.y)))
+        pixels[y - 6 : y + 6, x - 6 : x + 6] = WORLD.rgb(first.colour)
     return pixels
 
 
 def blob(scene: Scene, rng: np.random.Generator) -> Pixels:
-    """The right colour in no shape."""
+    """Draws the right colour in no shape."""
     y, x = np.mgrid[:256, :256] - 128.0
     angle, waves = np.arctan2(y, x), np.zeros_like(x)
     for wave in range(2, 6):
@@ -152,7 +152,7 @@ def stretched(scene: Scene, rng: np.random.Generator) -> Pixels:
 
 
 def torn(scene: Scene, _: np.random.Generator) -> Pixels:
-    """The background changes half-way."""
+    """Changes the background half-way."""
     pixels = draw(scene)
     pixels[128:][(pixels[128:] == pixels[0, 0]).all(-1)] = (200, 120, 60)
     return pixels
@@ -190,20 +190,20 @@ WRONG: list[tuple[Change, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("change", "categories"), WRONG, ids=[change.__name__ for change, _ in WRONG])
-def test_wrong_pictures_are_refused(change: Change, categories: tuple[str, ...]) -> None:
+def test_wrong_images_are_refused(change: Change, categories: tuple[str, ...]) -> None:
     rng = np.random.default_rng(11)
     scenes = [sample_scene(WORLD, rng, categories[i % len(categories)]) for i in range(48)]
-    verdicts = [judge(change(scene, rng), scene.asked) for scene in scenes]
+    verdicts = [judge(change(scene, rng), scene.requirement) for scene in scenes]
     assert np.mean([not verdict.correct for verdict in verdicts]) >= 0.95
     assert all(verdict.reasons for verdict in verdicts if not verdict.correct)
 
 
 def test_a_wrong_background_is_refused_where_it_was_named() -> None:
     rng = np.random.default_rng(12)
-    scenes = [s for s in (sample_scene(WORLD, rng) for _ in range(120)) if s.asked.background]
-    assert not any(judge(wrong_background(scene, rng), scene.asked).correct for scene in scenes)
-    free = [replace(scene, asked=replace(scene.asked, background=None)) for scene in scenes[:20]]
-    assert all(judge(wrong_background(scene, rng), scene.asked).correct for scene in free)
+    scenes = [s for s in (sample_scene(WORLD, rng) for _ in range(120)) if s.requirement.background]
+    assert not any(judge(wrong_background(scene, rng), scene.requirement).correct for scene in scenes)
+    free = [replace(scene, requirement=replace(scene.requirement, background=None)) for scene in scenes[:20]]
+    assert all(judge(wrong_background(scene, rng), scene.requirement).correct for scene in free)
 
 
 @pytest.mark.parametrize("asked_for", WORLD.relations)
@@ -212,8 +212,8 @@ def test_relations(asked_for: Relation, drawn: Relation) -> None:
     rng, pair = np.random.default_rng(13), (Kind("red", "circle"), Kind("blue", "square"))
     for _ in range(10):
         scene = scene_for(WORLD, rng, Requirement(pair, relation=drawn), "position")
-        assert judge(draw(scene, 128), replace(scene.asked, relation=asked_for)).correct == (asked_for == drawn)
-        swapped = replace(scene.asked, things=pair[::-1], relation=asked_for)
+        assert judge(draw(scene, 128), replace(scene.requirement, relation=asked_for)).correct == (asked_for == drawn)
+        swapped = replace(scene.requirement, things=pair[::-1], relation=asked_for)
         opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
         assert judge(draw(scene, 128), swapped).correct == (opposite[asked_for] == drawn)
 
@@ -222,8 +222,9 @@ def test_swapped_colours_are_refused() -> None:
     rng = np.random.default_rng(14)
     for _ in range(40):
         scene = sample_scene(WORLD, rng, "color_attr")
-        (one, two) = scene.asked.things
-        crossed = replace(scene.asked, things=(Kind(two.colour, one.shape), Kind(one.colour, two.shape)))
+        (first, second) = scene.requirement.things
+        things = (Kind(second.colour, first.shape), Kind(first.colour, second.shape))
+        crossed = replace(scene.requirement, things=things)
         assert not judge(draw(scene), crossed).correct
 
 
@@ -232,21 +233,21 @@ def test_named_sizes_are_judged() -> None:
     sizes = [None, *(name for name, _ in WORLD.sizes)]
     for drawn in sizes:
         scene = scene_for(WORLD, rng, Requirement((Kind("green", "triangle"),), size=drawn), "single_object")
-        for asked in sizes[1:]:
-            assert judge(draw(scene), replace(scene.asked, size=asked)).correct == (asked == drawn)
+        for size in sizes[1:]:
+            assert judge(draw(scene), replace(scene.requirement, size=size)).correct == (size == drawn)
 
 
 def test_a_caption_is_enough_to_judge_by() -> None:
     rng = np.random.default_rng(16)
     for _ in range(60):
         scene = sample_scene(WORLD, rng)
-        assert judge(draw(scene), requirement_of(caption_of(scene.asked, rng))).correct
+        assert judge(draw(scene), parse_caption(caption_of(scene.requirement, rng))).correct
 
 
-def test_verdict_says_what_was_seen() -> None:
-    asked = requirement_of("a red circle to the left of a blue square on gray")
-    scene = scene_for(WORLD, np.random.default_rng(17), asked, "position")
-    verdict = judge(draw(scene), replace(asked, relation="right", background="white"))
+def test_verdict_lists_the_things_and_the_mistakes() -> None:
+    requirement = parse_caption("a red circle to the left of a blue square on gray")
+    scene = scene_for(WORLD, np.random.default_rng(17), requirement, "position")
+    verdict = judge(draw(scene), replace(requirement, relation="right", background="white"))
     assert verdict.background == "gray"
     assert {(thing.colour, thing.shape) for thing in verdict.things} == {("red", "circle"), ("blue", "square")}
     seen = next(thing for thing in verdict.things if thing.colour == "red")
@@ -260,9 +261,9 @@ def test_verdict_says_what_was_seen() -> None:
 
 def test_a_background_of_two_colours_is_none() -> None:
     pixels = np.full((256, 256, 3), 255, np.uint8)
-    assert look(pixels)[0] == "white"
+    assert detect_things(pixels)[0] == "white"
     pixels[176:] = WORLD.rgb("gray")
-    assert look(pixels)[0] is None
+    assert detect_things(pixels)[0] is None
 
 
 @pytest.mark.parametrize(("exponent", "shape"), [(2.0, "circle"), (4.0, None), (8.0, "square")])
@@ -270,17 +271,17 @@ def test_rounded_corners_are_forgiven_up_to_where_a_square_ends(exponent: float,
     pixels = np.full((256, 256, 3), 255, np.uint8)
     y, x = np.abs(np.mgrid[:256, :256] - 127.5) / 50
     pixels[x**exponent + y**exponent < 1] = WORLD.rgb("red")
-    assert [thing.shape for thing in look(pixels)[1]] == [shape]
+    assert [thing.shape for thing in detect_things(pixels)[1]] == [shape]
 
 
-def test_an_empty_picture_shows_nothing() -> None:
-    background, things, litter = look(np.full((128, 128, 3), 255, np.uint8))
-    assert (background, things, litter) == ("white", (), 0.0)
+def test_an_empty_image_shows_nothing() -> None:
+    background, things, speck_share = detect_things(np.full((128, 128, 3), 255, np.uint8))
+    assert (background, things, speck_share) == ("white", (), 0.0)
 
 
 @pytest.mark.parametrize(
     "pixels", [np.zeros((32, 32, 3), np.uint8), np.zeros((128, 128), np.uint8), np.zeros((128, 128, 3), np.float32)]
 )
-def test_what_is_no_picture_is_refused(pixels: np.ndarray) -> None:
+def test_arrays_of_other_shapes_are_refused(pixels: np.ndarray) -> None:
     with pytest.raises(WorldError, match="pixels: got"):
-        look(pixels)
+        detect_things(pixels)

@@ -1,4 +1,4 @@
-"""The world draws what it says, never repeats the evaluation's combinations in training, and can be resumed."""
+"""The world renders its captions, holds combinations out from training, and resumes its stream."""
 
 from dataclasses import replace
 from itertools import islice
@@ -6,8 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from distill.world.captions import requirement_of
-from distill.world.rendering import CATEGORIES, Scene, Thing, World, batches, caption, render, sample_scene, vocabulary
+from distill.world.captions import caption_of, parse_caption
+from distill.world.rendering import CATEGORIES, Scene, Thing, World, batches, render, sample_scene, vocabulary
 from distill.world.scenes import OPPOSITE, Kind, Requirement, WorldError, combinations
 
 WORLD = World()
@@ -18,29 +18,31 @@ def scenes(category: str | None, split: str, count: int, seed: int = 0) -> list[
     return [sample_scene(WORLD, rng, category, split) for _ in range(count)]
 
 
-def canonical(category: str, asked: Requirement) -> tuple[object, ...]:
-    """What makes a combination, told apart without looking at how the world does it."""
+def canonical(category: str, requirement: Requirement) -> tuple[object, ...]:
+    """Returns the identity of a combination, independently of the world's code."""
     if category in ("single_object", "colors"):
-        return asked.things, asked.size, asked.background
+        return requirement.things, requirement.size, requirement.background
     if category == "counting":
-        return asked.things
-    if asked.relation in ("right", "below"):
-        return OPPOSITE[asked.relation], asked.things[::-1]
-    return asked.relation, asked.things if asked.relation else frozenset(asked.things)
+        return requirement.things
+    if requirement.relation in ("right", "below"):
+        return OPPOSITE[requirement.relation], requirement.things[::-1]
+    return requirement.relation, requirement.things if requirement.relation else frozenset(requirement.things)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_training_never_emits_what_is_held_out(category: str) -> None:
-    held_out = {canonical(category, s.asked) for s in scenes(category, "held_out", 1500)}
-    trained = {canonical(category, s.asked) for s in scenes(category, "train", 4000, seed=1)}
+    held_out = {canonical(category, s.requirement) for s in scenes(category, "held_out", 1500)}
+    trained = {canonical(category, s.requirement) for s in scenes(category, "train", 4000, seed=1)}
     assert len(held_out) >= 6
     assert not held_out & trained
     assert 0.05 < len(combinations(WORLD, category, "held_out")) / len(trained) < 0.2
 
 
 def test_one_pair_is_held_out_from_both_categories_of_pairs() -> None:
-    trained = {canonical("two_object", s.asked) for c in ("two_object", "color_attr") for s in scenes(c, "train", 3000)}
-    assert not trained & {canonical("color_attr", s.asked) for s in scenes("color_attr", "held_out", 300)}
+    trained = {
+        canonical("two_object", s.requirement) for c in ("two_object", "color_attr") for s in scenes(c, "train", 3000)
+    }
+    assert not trained & {canonical("color_attr", s.requirement) for s in scenes("color_attr", "held_out", 300)}
 
 
 @pytest.mark.parametrize(
@@ -55,15 +57,15 @@ def test_one_pair_is_held_out_from_both_categories_of_pairs() -> None:
     ],
 )
 def test_examples_of_the_documents_are_trained_on(text: str) -> None:
-    asked = requirement_of(text)
-    assert not any(asked in combinations(WORLD, c, "held_out") for c in CATEGORIES)
+    requirement = parse_caption(text)
+    assert not any(requirement in combinations(WORLD, c, "held_out") for c in CATEGORIES)
 
 
 def test_captions_mean_their_scene_and_use_the_vocabulary_alone() -> None:
     rng, words, known = np.random.default_rng(2), set[str](), set(vocabulary(WORLD))
     for scene in scenes(None, "train", 3000) + scenes(None, "held_out", 500):
-        text = caption(WORLD, scene, rng)
-        assert requirement_of(text) == scene.asked
+        text = caption_of(scene.requirement, rng)
+        assert parse_caption(text) == scene.requirement
         assert len(text.split()) <= 20
         words |= set(text.split())
     assert words == known
@@ -88,7 +90,7 @@ def test_stream_is_reproducible_and_resumes() -> None:
 
 
 def inside(shape: str, angle: float) -> np.ndarray:
-    """Share of every pixel inside one shape at (0.4, 0.55), 100 pixels large, [200,200]."""
+    """Returns the share of every pixel inside one shape of 100 pixels at (0.4, 0.55): [200,200]."""
     scene = Scene((Thing(shape, "red", 0.4, 0.55, 0.5, angle),), "black", "colors", Requirement((Kind("red", shape),)))
     red, dark = WORLD.rgb("red")[0], WORLD.rgb("black")[0]
     return (render(WORLD, scene, 200)[..., 0].astype(float) - dark) / (red - dark)
@@ -109,17 +111,17 @@ def test_shapes_stand_where_they_should(shape: str) -> None:
 
 def test_things_are_whole_and_apart() -> None:
     for scene in scenes(None, "train", 1500):
-        for i, one in enumerate(scene.things):
-            assert min(one.x, one.y) - one.size / 2 >= 0.02
-            assert max(one.x, one.y) + one.size / 2 <= 0.98
+        for i, thing in enumerate(scene.things):
+            assert min(thing.x, thing.y) - thing.size / 2 >= 0.02
+            assert max(thing.x, thing.y) + thing.size / 2 <= 0.98
             for other in scene.things[i + 1 :]:
-                apart = max(abs(one.x - other.x), abs(one.y - other.y))
-                assert apart >= (one.size + other.size) / 2 + 0.04
+                apart = max(abs(thing.x - other.x), abs(thing.y - other.y))
+                assert apart >= (thing.size + other.size) / 2 + 0.04
 
 
 def test_unnamed_background_is_white() -> None:
     for scene in scenes(None, "train", 300):
-        assert scene.background == (scene.asked.background or "white")
+        assert scene.background == (scene.requirement.background or "white")
 
 
 def test_another_world_is_one_change() -> None:
@@ -151,11 +153,11 @@ def test_a_world_that_cannot_be_is_refused(change: dict[str, object], message: s
 )
 def test_a_foreign_caption_is_refused(text: str) -> None:
     with pytest.raises(WorldError, match="caption: got"):
-        requirement_of(text)
+        parse_caption(text)
 
 
 def test_captions_are_read_in_any_case_and_with_a_full_stop() -> None:
-    assert requirement_of("A Red circle, on white.") == Requirement((Kind("red", "circle"),), background="white")
+    assert parse_caption("A Red circle, on white.") == Requirement((Kind("red", "circle"),), background="white")
 
 
 def test_unknown_category_is_refused() -> None:

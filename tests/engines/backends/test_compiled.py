@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hot_modules import SHAPE, TRANSFORMER, hot_module, hot_transformer
+from random_modules import SHAPE, TRANSFORMER, random_module, random_transformer
 
 from engines.backends import compiled as backend
 from engines.backends.base import ModuleName, ModuleSpec
@@ -24,10 +24,10 @@ def spec(name: ModuleName) -> ModuleSpec:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses deprecated parts of torch
 def test_compiled_transformer_equals_the_module() -> None:
     config = replace(TRANSFORMER, num_layers=1)
-    run = compiled(hot_transformer(config), spec("transformer"))
+    run = compiled(random_transformer(config), spec("transformer"))
     inputs = example_inputs("transformer", SHAPE, 2, torch.float32)
     with torch.inference_mode():
-        expected = hot_transformer(config)(**inputs)
+        expected = random_transformer(config)(**inputs)
         GATES["fp32"].check("transformer", difference(expected, run(**inputs)))
     assert torch._dynamo.config.recompile_limit != backend._SHAPES
 
@@ -47,7 +47,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
 def test_batches_run_in_buckets_and_other_sizes_run_plain(name: ModuleName, compiles: list[tuple[int, ...]]) -> None:
-    run, module = compiled(hot_module(name), replace(spec(name), max_batch=4)), hot_module(name)
+    run, module = compiled(random_module(name), replace(spec(name), max_batch=4)), random_module(name)
     for batch, shape in ((3, SHAPE), (1, SHAPE), (1, replace(SHAPE, width=4))):
         inputs = example_inputs(name, shape, batch, torch.float32)
         expected, actual = module(**inputs), run(**inputs)
@@ -61,6 +61,6 @@ def test_a_compiled_module_that_computes_something_else_is_refused(monkeypatch: 
         return lambda **inputs: module(**inputs) * 1.02
 
     monkeypatch.setattr(torch, "compile", wrong)
-    run = compiled(hot_module("transformer"), spec("transformer"))
+    run = compiled(random_module("transformer"), spec("transformer"))
     with pytest.raises(ParityError, match="transformer in batches of 2: too far from its reference"):
         run(**example_inputs("transformer", SHAPE, 2, torch.float32))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hot_modules import SHAPE, hot_module
+from random_modules import SHAPE, random_module
 from torch import Tensor
 
 from engines.backends import openvino as backend
@@ -45,7 +45,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp("converted")
     for name in ("transformer", "decoder", "encoder"):
         graph = folder / f"{name}.onnx"
-        export_onnx(hot_module(name), name, example_inputs(name, SHAPE, 2, torch.float32), graph)
+        export_onnx(random_module(name), name, example_inputs(name, SHAPE, 2, torch.float32), graph)
         assert convert(graph, folder / name) == [folder / f"{name}.xml", folder / f"{name}.bin"]
         graph.unlink()
     return Converted(folder)
@@ -63,7 +63,7 @@ def adapter(name: ModuleName, graph: OpenVinoGraph) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
 def test_drop_ins_keep_the_gate(name: ModuleName, precision: CpuPrecision, converted: Converted) -> None:
-    module, run = hot_module(name), adapter(name, converted.graph(name, precision, (1, 4)))
+    module, run = random_module(name), adapter(name, converted.graph(name, precision, (1, 4)))
     for batch in (1, 3):
         inputs = example_inputs(name, SHAPE, batch, torch.float32)
         expected = module(**inputs)
@@ -77,7 +77,7 @@ def test_text_of_any_length_and_no_mask_equal_the_module(converted: Converted) -
     del inputs["text_mask"]
     for length in (1, 5, SHAPE.tokens):
         shorter = {**inputs, "text": inputs["text"][:, :length]}
-        distance = difference(hot_module("transformer")(**shorter), run(**shorter))
+        distance = difference(random_module("transformer")(**shorter), run(**shorter))
         GATES["fp32"].check("transformer", distance)
 
 

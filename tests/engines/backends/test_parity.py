@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hot_modules import SHAPE, hot_transformer
+from random_modules import SHAPE, random_transformer
 from torch import Tensor, nn
 
 from engines.backends.parity import GATES, Gate, difference
@@ -26,7 +26,7 @@ class Zero(nn.Module):
 @pytest.mark.parametrize("path", [*ZEROED, *BYPASSED])
 def test_removing_any_module_of_a_block_fails_the_gates(path: str, block: int, gates: list[str]) -> None:
     """fp8's gate only in the first block: after it, linear attention averages so much that queries hardly matter."""
-    module = hot_transformer()
+    module = random_transformer()
     inputs = example_inputs("transformer", SHAPE, 2, torch.float32)
     reference = module(**inputs)
     parent, _, leaf = path.rpartition(".")

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hot_modules import SHAPE, hot_controlled, hot_module, hot_transformer
+from random_modules import SHAPE, random_controlled, random_module, random_transformer
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleName
@@ -47,9 +47,9 @@ def run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
 )
 def test_graph_equals_the_module_at_any_batch(name: ModuleName, precision: str, tmp_path: Path) -> None:
     dtype, path = DTYPES[precision], tmp_path / f"{name}.onnx"
-    export_onnx(hot_module(name, dtype), name, example_inputs(name, SHAPE, 2, dtype), path)
+    export_onnx(random_module(name, dtype), name, example_inputs(name, SHAPE, 2, dtype), path)
     assert "Range" not in {node.op_type for node in onnx.load(path).graph.node}, "positions are not folded"
-    reference = hot_module(name)
+    reference = random_module(name)
     for batch in (1, 3):
         outputs = run(path, example_inputs(name, SHAPE, batch, dtype))
         assert len(outputs) == len(OUTPUTS[name])
@@ -68,13 +68,13 @@ def test_graph_equals_the_module_at_any_batch(name: ModuleName, precision: str, 
 @pytest.mark.parametrize("injection", get_args(Injection))
 def test_both_published_graphs_of_a_controlnet_export(injection: Injection, precision: str, tmp_path: Path) -> None:
     dtype, path = DTYPES[precision], tmp_path / "controlled.onnx"
-    module = hot_controlled(dtype, injection)
+    module = random_controlled(dtype, injection)
     export_onnx(module, "controlled", example_inputs("controlled", SHAPE, 2, dtype), path)
     given = example_inputs("controlled", SHAPE, 3, torch.float32)
-    expected = hot_controlled(injection=injection)(**given)
+    expected = random_controlled(injection=injection)(**given)
     found = run(path, example_inputs("controlled", SHAPE, 3, dtype))[0]
     GATES[precision].check("controlled", difference(expected, found))
-    without = hot_controlled(injection=injection)(**{**given, "control_scale": torch.zeros(3)})
+    without = random_controlled(injection=injection)(**{**given, "control_scale": torch.zeros(3)})
     assert difference(expected, without).sqnr_db < 25, "a graph without the branch would pass"
 
 
@@ -83,13 +83,13 @@ def true_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of the 0.6B in fp16."""
     path = tmp_path_factory.mktemp("graph") / "graph.onnx"
     inputs = example_inputs("transformer", WIDE, 2, torch.float16)
-    export_onnx(hot_transformer(TWO_BLOCKS, torch.float16), "transformer", inputs, path)
+    export_onnx(random_transformer(TWO_BLOCKS, torch.float16), "transformer", inputs, path)
     return path
 
 
 def test_two_blocks_at_true_width_keep_the_fp16_gate(true_width: Path) -> None:
     found = run(true_width, example_inputs("transformer", WIDE, 2, torch.float16))[0]
-    reference = hot_transformer(TWO_BLOCKS)(**example_inputs("transformer", WIDE, 2, torch.float32))
+    reference = random_transformer(TWO_BLOCKS)(**example_inputs("transformer", WIDE, 2, torch.float32))
     assert GATES["fp16"].check("transformer", difference(reference, found)) == "SQNR >= 55 dB"
 
 
@@ -116,7 +116,7 @@ class ZeroQueries(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention = hot_transformer().transformer_blocks[0].attn1
+        self.attention = random_transformer().transformer_blocks[0].attn1
         self.attention.norm_q.weight.zero_()
 
     def forward(self, latent: Tensor) -> Tensor:

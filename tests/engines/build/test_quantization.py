@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hot_modules import SHAPE, hot_transformer
+from random_modules import SHAPE, random_transformer
 from torch import Tensor, nn
 
 from engines.backends.parity import GATES, difference
@@ -38,7 +38,7 @@ SIDES = [(SHAPE.height, SHAPE.width)]
 
 @pytest.fixture(scope="module")
 def quantised() -> nn.Module:
-    return cast_to(quantize(hot_transformer(), TEXTS, SIDES, (1, 2), 32), torch.float16)
+    return cast_to(quantize(random_transformer(), TEXTS, SIDES, (1, 2), 32), torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def graph(quantised: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def reference() -> Tensor:
-    velocity: Tensor = hot_transformer()(**example_inputs("transformer", SHAPE, 2, torch.float32))
+    velocity: Tensor = random_transformer()(**example_inputs("transformer", SHAPE, 2, torch.float32))
     return velocity
 
 
@@ -66,7 +66,7 @@ def test_the_graph_keeps_the_gate_and_is_really_rounded(graph: Path) -> None:
 def test_weights_and_scales_have_the_type_of_the_graph_and_other_buffers_their_own(quantised: nn.Module) -> None:
     buffers = dict(quantised.named_buffers())
     scales = {name: value for name, value in buffers.items() if name.endswith("_amax")}
-    assert len(scales) == 2 * len(quantised_layers(hot_transformer())) == 2 * 2 * 9
+    assert len(scales) == 2 * len(quantised_layers(random_transformer())) == 2 * 2 * 9
     assert {value.dtype for value in (*quantised.parameters(), *scales.values())} == {torch.float16}
     with_positions = nn.Module()
     with_positions.register_buffer("pos_embed", torch.zeros(1))
@@ -84,7 +84,7 @@ def test_most_of_the_arithmetic_has_fp8_inputs(graph: Path, tmp_path: Path) -> N
     assert fp8_share(graph) > 0.8, "0.86 in the shipped checkpoint, where both ends weigh a third of that"
     plain = tmp_path / "plain.onnx"
     export_onnx(
-        hot_transformer(dtype=torch.float16),
+        random_transformer(dtype=torch.float16),
         "transformer",
         example_inputs("transformer", SHAPE, 2, torch.float16),
         plain,
@@ -153,7 +153,7 @@ def test_sensitivity_names_every_layer_and_leaves_the_module_as_it_was(quantised
     with torch.inference_mode():
         before = run(quantised)
     report = sensitivity(quantised, run, reference())
-    assert set(report) == set(quantised_layers(hot_transformer()))
+    assert set(report) == set(quantised_layers(random_transformer()))
     assert list(report.values()) == sorted(report.values())
     whole = difference(reference(), before).sqnr_db
     assert whole < min(report.values()) < 60, "each alone does less harm than all together, and some"

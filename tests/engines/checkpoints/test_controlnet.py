@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoint import heat
+from small_checkpoint import randomise_weights
 
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import CheckpointError, JobError
@@ -28,7 +28,7 @@ FP32, CPU = torch.float32, torch.device("cpu")
 
 def save_controlnet(folder: Path, checkpoint: Path, injection: Injection) -> Path:
     transformer = open_checkpoint(str(checkpoint)).load_transformer(FP32, CPU)
-    branch = heat(ControlNet.of(transformer, 1, injection), 5)
+    branch = randomise_weights(ControlNet.of(transformer, 1, injection), 5)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(branch.config.to_dict()))
     save_file(branch.state_dict(), folder / "diffusion_pytorch_model.safetensors")

@@ -32,7 +32,7 @@ TRANSFORMER, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("
 
 
 class Downloading(Program):
-    end_within_s = 60.0
+    exit_timeout_s = 60.0
 
     def __init__(self, hub: Hub, home: Path, model: str = "org/model", command: tuple[str, ...] = (), **more: str):
         self.command = command
@@ -118,11 +118,11 @@ def test_a_download_is_told_whole_and_kept(hub: Hub, home: Path, fetch: Fetch) -
     assert_whole(answer(said, "folder"))
     assert "INFO downloading org/model: " in said
     assert "downloaded and verified" in said
-    assert hub.leaked == []
-    assert sorted(name for name, _ in hub.asked) == sorted(READ)
-    hub.asked.clear()
+    assert hub.leaked_tokens == []
+    assert sorted(name for name, _ in hub.served) == sorted(READ)
+    hub.served.clear()
     fetch()
-    assert hub.asked == []
+    assert hub.served == []
     fetch(HF_HUB_OFFLINE="1")
 
 
@@ -139,14 +139,14 @@ def test_a_token_reaches_the_hub_and_no_other_host(hub: Hub, fetch: Fetch) -> No
     assert "HF_TOKEN is set" in said
     assert "no HF_TOKEN is set" in refused(fetch)
     fetch(HF_TOKEN="hf_secret")
-    assert hub.leaked == []
+    assert hub.leaked_tokens == []
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 def test_a_connection_that_breaks_is_gone_on_with(hub: Hub, fetch: Fetch, reset: bool) -> None:
     hub.cut_after, hub.reset = [5000, 7000, 0], reset
     fetch()
-    assert len([begin for _, begin in hub.asked if begin > 0]) >= (1 if reset else 2)
+    assert len([begin for _, begin in hub.served if begin > 0]) >= (1 if reset else 2)
 
 
 def test_a_server_without_ranges_sends_it_all_again(hub: Hub, fetch: Fetch) -> None:
@@ -173,13 +173,13 @@ def test_a_process_that_was_killed_is_gone_on_with(hub: Hub, home: Path, fetch: 
     assert not any(path.is_file() for path in home.rglob("snapshots/**/*.safetensors"))
     hub.hold_after = None
     hub.release.set()
-    hub.asked.clear()
+    hub.served.clear()
     fetch()
-    assert any(begin >= 5000 for _, begin in hub.asked)
+    assert any(begin >= 5000 for _, begin in hub.served)
 
 
 def test_a_wrong_checksum_is_fetched_once_more(hub: Hub, fetch: Fetch, caplog: pytest.LogCaptureFixture) -> None:
-    hub.garbled = {VAE: 1, "vae/config.json": 1}
+    hub.corrupted = {VAE: 1, "vae/config.json": 1}
     with caplog.at_level(logging.INFO):
         fetch()
     said = caplog.text
@@ -187,7 +187,7 @@ def test_a_wrong_checksum_is_fetched_once_more(hub: Hub, fetch: Fetch, caplog: p
 
 
 def test_a_wrong_checksum_twice_is_refused_and_nothing_of_it_kept(hub: Hub, home: Path, fetch: Fetch) -> None:
-    hub.garbled = {VAE: 2}
+    hub.corrupted = {VAE: 2}
     assert f"{VAE} came twice with a wrong checksum, and was removed" in refused(fetch)
     assert list(home.rglob("snapshots/*")) == []
     fetch()
@@ -222,7 +222,7 @@ def test_an_answer_that_refuses_is_told_in_one_line(hub: Hub, fetch: Fetch, stat
 
 
 def test_a_file_that_the_hub_lost_is_named(hub: Hub, fetch: Fetch) -> None:
-    hub.gone = {VAE}
+    hub.missing = {VAE}
     said = refused(fetch)
     assert "404" in said
     assert VAE in said
@@ -252,7 +252,7 @@ def test_processes_with_one_cache_download_once(hub: Hub, home: Path) -> None:
     both = [Downloading(hub, home) for _ in range(2)]
     for one in both:
         assert_whole(answer(one.result(), "folder"))
-    weights = sorted(name for name, _ in hub.asked if name.endswith(".safetensors"))
+    weights = sorted(name for name, _ in hub.served if name.endswith(".safetensors"))
     assert weights == sorted(name for name in FILES if name.endswith(".safetensors"))
 
 
@@ -302,7 +302,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_comes(hub: Hub, home: 
     said = answer(Downloading(hub, home, command=command).result(), "refused")
     assert "more are needed in" in said
     assert "are free; make room, or set HF_HOME" in said
-    assert hub.asked == []
+    assert hub.served == []
 
 
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit, to have a disk that fills")

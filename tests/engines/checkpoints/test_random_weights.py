@@ -1,7 +1,7 @@
 """Weights that a seed decides."""
 
 import torch
-from hot_modules import RECIPE
+from random_modules import RECIPE
 
 from engines.checkpoints.random_weights import RandomWeights
 from engines.models.transformer import SprintTransformer

@@ -151,16 +151,16 @@ def test_of_a_hub_only_what_is_read_is_downloaded(plain: Pixels, hub: Hub, tmp_p
     hub.files = files_of(folder)
     image, _ = drawn("org/model", **hub.environment(tmp_path / "home"))
     assert same(image, plain)
-    weights = sorted(name for name, _ in hub.asked if not name.endswith(".json"))
+    weights = sorted(name for name, _ in hub.served if not name.endswith(".json"))
     assert weights == ["controlnet/diffusion_pytorch_model.safetensors"] + [
         f"{part}/{PARTS[part]}.safetensors" for part in sorted(PARTS)
     ]
-    hub.asked.clear()
+    hub.served.clear()
     image, _ = drawn(
         "org/model", **hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1")
     )  # what was kept serves without the hub
     assert same(image, plain)
-    assert hub.asked == []
+    assert hub.served == []
 
 
 def test_of_a_hub_with_one_variant_that_is_downloaded(plain: Pixels, hub: Hub, tmp_path: Path) -> None:

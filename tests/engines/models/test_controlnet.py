@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
-from small_checkpoint import heat
+from small_checkpoint import randomise_weights
 from torch import Tensor, nn
 
 from engines.models.controlnet import ControlConfig, ControlledTransformer, ControlNet, Injection
@@ -32,11 +32,11 @@ PLAIN_SMALL = replace(SMALL, guidance_embeds=False, qk_norm=None)
 
 def upstream(config: TransformerConfig, copies: int) -> tuple[nn.Module, nn.Module]:
     """Returns diffusers' transformer and ControlNet with weights that all matter."""
-    transformer = heat(SanaTransformer2DModel.from_config(config.to_dict()), 1)
+    transformer = randomise_weights(SanaTransformer2DModel.from_config(config.to_dict()), 1)
     numbers = {key: value for key, value in replace(config, num_layers=copies).to_dict().items() if key[0] != "_"}
     for key in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale"):
         del numbers[key]
-    return transformer, heat(SanaControlNetModel(**numbers), 2)
+    return transformer, randomise_weights(SanaControlNetModel(**numbers), 2)
 
 
 def ours(transformer: nn.Module, controlnet: nn.Module, injection: Injection) -> ControlledTransformer:
@@ -146,7 +146,7 @@ def test_the_graphs_differ_and_both_equal_upstream(scale: float | None) -> None:
 def sprint(injection: Injection = "diffusers") -> ControlledTransformer:
     """Returns our model with guidance and QK-norm, which upstream's ControlNet lacks."""
     transformer = SprintTransformer(SMALL)
-    heat(transformer, 1)
+    randomise_weights(transformer, 1)
     return ControlledTransformer(transformer, ControlNet.of(transformer, 2, injection)).eval()
 
 
@@ -162,7 +162,7 @@ def test_an_untrained_controlnet_changes_nothing(injection: Injection) -> None:
 @pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])
 def test_scale_zero_is_no_control_and_each_job_has_its_own(injection: Injection) -> None:
     model, arguments = sprint(injection), inputs(SMALL)
-    heat(model.controlnet, 3)
+    randomise_weights(model.controlnet, 3)
     plain = {name: arguments[name] for name in ("latent", "text", "timestep", "guidance", "text_mask")}
     without = model.transformer(**plain)
     actual = model(**{**arguments, "control_scale": torch.tensor([0.0, 1.0])})
@@ -173,7 +173,7 @@ def test_scale_zero_is_no_control_and_each_job_has_its_own(injection: Injection)
 @torch.no_grad()
 def test_guidance_and_every_weight_of_the_branch_matter() -> None:
     model, arguments = sprint(), inputs(SMALL)
-    heat(model.controlnet, 3)
+    randomise_weights(model.controlnet, 3)
     expected = model(**arguments)
     for name, parameter in model.controlnet.named_parameters():
         original = parameter.data

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hot_modules import AUTOENCODER
-from small_checkpoint import heat
+from random_modules import AUTOENCODER
+from small_checkpoint import randomise_weights
 
 from engines.backends.base import ModuleSpec
 from engines.backends.cpu.decoder import CpuDecoder
@@ -42,7 +42,7 @@ ARCHITECTURES = {
 def autoencoder(config: AutoencoderConfig, dtype: torch.dtype = torch.float32) -> Autoencoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        decoder = heat(Autoencoder(config)).to(dtype).requires_grad_(False)
+        decoder = randomise_weights(Autoencoder(config)).to(dtype).requires_grad_(False)
     assert isinstance(decoder, Autoencoder)
     return decoder
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
-from small_checkpoint import byte_level_tokenizer, heat
+from small_checkpoint import byte_level_tokenizer, randomise_weights
 from tokenizers import Tokenizer, models, processors, trainers
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
@@ -167,7 +167,7 @@ SMALL = {
 )
 def test_body_equals_transformers(changed: dict[str, object]) -> None:
     """Runs whole, and in two pieces with a past; in bf16 the error to fp32 is near upstream's own."""
-    upstream_body = heat(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
+    upstream_body = randomise_weights(Gemma2Model(Gemma2Config(**{**SMALL, **changed}, attn_implementation="eager")))
     with torch.no_grad():
         for layer in upstream_body.layers:  # so that the cap changes the logits
             layer.self_attn.q_proj.weight.mul_(12)

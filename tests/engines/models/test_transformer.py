@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from small_checkpoint import SMALL_TRANSFORMER, heat
+from small_checkpoint import SMALL_TRANSFORMER, randomise_weights
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,7 +18,7 @@ SMALL = replace(SMALL_TRANSFORMER, out_channels=4, sample_size=8)
 
 def pair(config: TransformerConfig) -> tuple[nn.Module, SprintTransformer]:
     """Returns upstream's model and ours with the same weights."""
-    reference = heat(SanaTransformer2DModel.from_config(config.to_dict()))
+    reference = randomise_weights(SanaTransformer2DModel.from_config(config.to_dict()))
     with torch.device("meta"):
         ours = SprintTransformer(config)
     ours.load_state_dict(reference.state_dict(), strict=True, assign=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hot_modules import RECIPE, hot_transformer
+from random_modules import RECIPE, random_transformer
 
 from engines.artifacts.reference import clean_latent, max_activations, reference_inputs
 from engines.checkpoints.checkpoint import open_checkpoint
@@ -46,7 +46,7 @@ def test_the_chain_is_the_samplers_first_step() -> None:
 
 
 def test_peaks_see_what_goes_into_and_out_of_every_part() -> None:
-    module = hot_transformer()
+    module = random_transformer()
     text = torch.randn(1, 5, RECIPE.teacher.architecture.caption_channels)
     with torch.inference_mode(), max_activations(module) as seen:
         module(torch.randn(1, 32, 4, 4), text, torch.ones(1), torch.full((1,), 0.45))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_checkpoint import heat
+from small_checkpoint import randomise_weights
 
 from engines.backends.cuda.decoder import CudaDecoder
 from engines.backends.cuda.graphs import CudaGraphCapture
@@ -36,7 +36,7 @@ def ops() -> Ops:
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)], ids=str)
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_decoder(fp8: bool, size: tuple[int, int], ops: Ops) -> None:
-    made = heat(Autoencoder(AutoencoderConfig()))
+    made = randomise_weights(Autoencoder(AutoencoderConfig()))
     assert isinstance(made, Autoencoder)
     latent = torch.randn(2, 32, *size, device="cuda")
     expected, _ = PixelDecoder(made.to("cuda"))(latent)
@@ -56,7 +56,7 @@ def test_decoder(fp8: bool, size: tuple[int, int], ops: Ops) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("batch", [1, 3])
 def test_transformer(batch: int, ops: Ops) -> None:
-    module = heat(SprintTransformer(replace(SPRINT_0_6B, num_layers=2))).to("cuda")
+    module = randomise_weights(SprintTransformer(replace(SPRINT_0_6B, num_layers=2))).to("cuda")
     latent, text = torch.randn(batch, 32, 16, 24, device="cuda"), torch.randn(batch, 40, 2304, device="cuda")
     mask = torch.arange(40, device="cuda") < torch.tensor([7, 40, 22][:batch], device="cuda")[:, None]
     time, guidance = torch.full((batch,), 0.9, device="cuda"), torch.full((batch,), 0.45, device="cuda")
@@ -68,7 +68,7 @@ def test_transformer(batch: int, ops: Ops) -> None:
 
 
 def test_text(ops: Ops) -> None:
-    body = heat(GemmaBody(GemmaConfig(num_hidden_layers=2, vocab_size=500))).to("cuda", torch.bfloat16)
+    body = randomise_weights(GemmaBody(GemmaConfig(num_hidden_layers=2, vocab_size=500))).to("cuda", torch.bfloat16)
     assert isinstance(body, GemmaBody)
     encoder = TextEncoder(body, range(3, 210))
     prompts = [Tokens((*encoder.prefix, *range(300, 300 + count)), len(encoder.prefix) - 3) for count in (5, 20, 90)]

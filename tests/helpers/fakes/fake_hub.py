@@ -34,10 +34,10 @@ class Hub:
     reset: bool = False  # a cut resets the connection
     hold_after: int | None = None  # bytes after which answers with content wait for `release`
     release: threading.Event = field(default_factory=threading.Event)
-    garbled: dict[str, int] = field(default_factory=dict)  # name -> how many answers with content are of other bytes
-    gone: set[str] = field(default_factory=set)  # listed, and answered with 404
-    asked: list[tuple[str, int]] = field(default_factory=list)  # name, and first byte, of each answer with content
-    leaked: list[str] = field(default_factory=list)  # tokens that reached the second host
+    corrupted: dict[str, int] = field(default_factory=dict)  # name -> how many answers with content are of other bytes
+    missing: set[str] = field(default_factory=set)  # listed, and answered with 404
+    served: list[tuple[str, int]] = field(default_factory=list)  # name, and first byte, of each answer with content
+    leaked_tokens: list[str] = field(default_factory=list)  # tokens that reached the second host
     address: str = ""
     large: str = ""  # address of the second host
 
@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("authorization")
         if self.second:
             if given is not None:
-                hub.leaked.append(given)
+                hub.leaked_tokens.append(given)
             self._content(path.removeprefix("/"), {}, body=body)
         elif hub.status is not None:
             self._send(hub.status, b"", {})
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._api(path)
         elif (found := re.fullmatch(rf"/{hub.repository}/resolve/{hub.commit}/(.+)", path)) and found[1] in hub.files:
             name = found[1]
-            if name in hub.gone:
+            if name in hub.missing:
                 self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
                 return
             headers = {"ETag": f'"{hub.etag(name)}"', "X-Repo-Commit": hub.commit}
@@ -118,9 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
             begin = int(asked[1])
             headers |= {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
         if body:
-            hub.asked.append((name, begin))
-            if hub.garbled.get(name, 0) > 0:
-                hub.garbled[name] -= 1
+            hub.served.append((name, begin))
+            if hub.corrupted.get(name, 0) > 0:
+                hub.corrupted[name] -= 1
                 content = bytes(len(content))
         cut = hub.cut_after.pop(0) if body and hub.cut_after and name.endswith(".safetensors") else None
         self._send(206 if begin else 200, content[begin:], headers, body=body, cut=cut)

@@ -105,10 +105,10 @@ def test_a_full_server_is_asked_again(node: Any, serve: Serve, monkeypatch: pyte
     engine = GatedEngine()
     running = serve(engine, max_queue=1, max_batch=1)
     engine.gate.clear()
-    waiting = [running.later("first")]
+    waiting = [running.submit_generate("first")]
     engine.wait_for_batch()
-    waiting.append(running.later("second"))
-    running.wait_for_waiting(1)  # there is no place for a third
+    waiting.append(running.submit_generate("second"))
+    running.wait_for_queued(1)  # there is no place for a third
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:

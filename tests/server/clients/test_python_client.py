@@ -82,7 +82,7 @@ def test_a_stream_yields_what_is_ready_before_what_is_not(serve: Serve) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        running.wait_for_waiting(2)  # all three are at the server at once
+        running.wait_for_queued(2)  # all three are at the server at once
         engine.gate.set()
         reader.join()
     assert sorted(image.seed for image in seen) == [5, 6, 7]
@@ -122,7 +122,8 @@ def test_the_asynchronous_client_makes_the_same(plain: Running) -> None:
 def test_errors_say_what_the_server_said(plain: Running) -> None:
     with Client(plain.url) as client, pytest.raises(GenerationError) as caught:
         client.generate("")
-    assert (caught.value.status, caught.value.code, caught.value.faults[0].field) == (422, "invalid_value", "prompt")
+    assert (caught.value.status, caught.value.code) == (422, "invalid_value")
+    assert caught.value.field_errors[0].field == "prompt"
     assert caught.value.request_id
     with pytest.raises(ConnectionFailedError, match=r"127\.0\.0\.1:9"), Client("http://127.0.0.1:9") as nobody:
         nobody.generate("a circle")

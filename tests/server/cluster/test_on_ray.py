@@ -70,7 +70,7 @@ class Client:
 
 
 class Started(Program):
-    end_within_s = LIMIT_S
+    exit_timeout_s = LIMIT_S
 
     def __init__(self, *arguments: str) -> None:
         super().__init__("-m", *arguments, **PATIENCE)

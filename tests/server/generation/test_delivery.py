@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from running_server import PATIENCE_S, GatedEngine, Serve, connect_and_ask, wait_until
+from running_server import PATIENCE_S, GatedEngine, Serve, connect_and_send, wait_until
 
 from engines.types import Pixels
 from server.errors import EXIT_HANG
@@ -51,7 +51,7 @@ def test_the_engine_runs_batch_after_batch_while_not_one_picture_is_encoded(serv
     engine = open_engine(max_batch=1)
     running = serve(engine, max_batch=1, codec_threads=1)
     held(encoder)
-    requests = [running.later(f"prompt {i}") for i in range(3)]
+    requests = [running.submit_generate(f"prompt {i}") for i in range(3)]
     wait_until(lambda: len(engine.seen) == 3, "all batches")
     assert encoder.waiting == 1  # of one codec thread
     assert not any(one.done for one in requests)
@@ -65,7 +65,7 @@ def test_the_engine_runs_batch_after_batch_while_not_one_picture_is_encoded(serv
 def test_a_picture_that_is_made_outlives_its_engine(serve: Serve, encoder: SlowEncoder) -> None:
     running = serve(open_engine(max_batch=1), max_batch=1, hang_limit_s=0.2, codec_threads=1)
     held(encoder)
-    made = running.later("a red circle")
+    made = running.submit_generate("a red circle")
     wait_until(lambda: encoder.waiting == 1, "the encoder")
     assert running.generate("[[hang]]").status_code == 500
     encoder.gate.set()
@@ -93,9 +93,9 @@ def test_nothing_is_encoded_for_a_client_that_left(serve: Serve, encoder: SlowEn
     engine = open_engine(max_batch=1)
     running = serve(engine, max_batch=1, codec_threads=1)
     held(encoder)
-    first = running.later("holds the encoder")
+    first = running.submit_generate("holds the encoder")
     wait_until(lambda: encoder.waiting == 1, "the encoder")
-    with connect_and_ask(running, "leaves"):
+    with connect_and_send(running, "leaves"):
         wait_until(lambda: len(engine.seen) == 2, "its batch")
     wait_until(lambda: running.metric("sana_sprint_requests_total", route="/generate", status="499") == 1)
     encoder.gate.set()

@@ -11,10 +11,10 @@ import pytest
 from running_server import (
     PATIENCE_S,
     GatedEngine,
-    Later,
+    PendingResponse,
     Running,
     Serve,
-    connect_and_ask,
+    connect_and_send,
     image_file,
     read_image,
     wait_until,
@@ -30,13 +30,13 @@ from server.generation.scheduler import Scheduler
 from server.telemetry.metrics import Metrics
 
 
-def queue_up(running: Running, engine: GatedEngine, prompts: list[str], **body: Any) -> list[Later]:
+def queue_up(running: Running, engine: GatedEngine, prompts: list[str], **body: Any) -> list[PendingResponse]:
     """A first request that holds the engine, then one for each prompt, queued in this order behind it."""
-    requests = [running.later("holds the engine", width=32, height=32)]
+    requests = [running.submit_generate("holds the engine", width=32, height=32)]
     engine.wait_for_batch()
     for i, prompt in enumerate(prompts):
-        requests.append(running.later(prompt, **body))
-        running.wait_for_waiting(i + 1)
+        requests.append(running.submit_generate(prompt, **body))
+        running.wait_for_queued(i + 1)
     return requests
 
 
@@ -48,10 +48,10 @@ def test_what_waits_with_the_oldest_jobs_key_runs_as_one_batch(serve: Serve) -> 
     engine = GatedEngine(max_batch=4)
     running = serve(engine, max_batch=4)
     requests = queue_up(running, engine, ["a", "b"])
-    requests.append(running.later("wide", width=96))
-    running.wait_for_waiting(3)
-    requests += [running.later(prompt) for prompt in "cde"]
-    running.wait_for_waiting(6)
+    requests.append(running.submit_generate("wide", width=96))
+    running.wait_for_queued(3)
+    requests += [running.submit_generate(prompt) for prompt in "cde"]
+    running.wait_for_queued(6)
     engine.gate.set()
     assert [one.result().status_code for one in requests] == [200] * 7
     first, second, third, fourth = prompts_seen(engine)
@@ -109,8 +109,8 @@ def test_a_request_gets_all_its_slots_or_none(serve: Serve) -> None:
     requests = queue_up(running, engine, ["a", "b"])
     assert running.generate(num_images=3).status_code == 429
     assert running.waiting == 2
-    requests.append(running.later(num_images=2))
-    running.wait_for_waiting(4)
+    requests.append(running.submit_generate(num_images=2))
+    running.wait_for_queued(4)
     engine.gate.set()
     assert [one.result().status_code for one in requests] == [200] * 4
     assert running.metric("sana_sprint_jobs_dropped_total", reason="queue_full") == 3
@@ -191,9 +191,9 @@ def test_a_hang_is_noticed_told_and_left(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
     engine.gate.set()
     running = serve(engine, max_batch=1, hang_limit_s=0.2)
-    hanging = running.later("[[hang]]")
+    hanging = running.submit_generate("[[hang]]")
     engine.wait_for_batch()
-    waiting = running.later("waits")
+    waiting = running.submit_generate("waits")
     answer = hanging.result()
     assert (answer.status_code, "longer than 0.2 s" in answer.json()["detail"]) == (500, True)
     assert (waiting.result().status_code, waiting.result().json()["code"]) == (503, "engine_hung")
@@ -216,7 +216,7 @@ def test_an_engine_that_cannot_be_loaded_is_left_with_a_code(serve: Serve, caplo
 def test_leaving_while_the_job_runs_harms_nobody(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine)
-    with connect_and_ask(running, "leaves"):
+    with connect_and_send(running, "leaves"):
         engine.wait_for_batch()
     wait_until(lambda: running.metric("sana_sprint_requests_total", route="/generate", status="499") == 1)
     engine.gate.set()
@@ -228,8 +228,8 @@ def test_a_job_whose_client_left_is_not_run_again_after_its_batch_failed(serve: 
     engine = GatedEngine()
     running = serve(engine)
     requests = queue_up(running, engine, ["a [[raise]]"])
-    with connect_and_ask(running, "leaves"):
-        running.wait_for_waiting(2)
+    with connect_and_send(running, "leaves"):
+        running.wait_for_queued(2)
         engine.gate.set()
         engine.gate.clear()  # the first batch goes, the second is held
         wait_until(lambda: len(engine.seen) == 2, "the second batch")

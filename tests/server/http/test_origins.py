@@ -98,7 +98,7 @@ def test_a_page_is_known_by_the_host_it_came_from(
     with caplog.at_level(logging.WARNING, "server.http"), Raw(plain.url) as raw:
         head = "\r\n".join(["GET /v1/live HTTP/1.1", *UPGRADE, *KEY, *headers, "", ""])
         raw.socket.sendall(head.encode())
-        assert raw.answer("GET").status == (101 if own else 403)
+        assert raw.read_response("GET").status == (101 if own else 403)
     lines = [record.getMessage() for record in caplog.records if record.name == "server.http"]
     assert len(lines) == (0 if own else 1)
     assert all(origin in line and host in line for line in lines)

@@ -150,10 +150,10 @@ def test_422_names_field_value_and_what_is_allowed(plain: Running) -> None:
 
 def test_429_at_once_with_the_time_to_come_back(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1, max_queue=2)
-    first = running.later()
+    first = running.submit_generate()
     gated.wait_for_batch()
-    waiting = [running.later(), running.later()]
-    running.wait_for_waiting(2)
+    waiting = [running.submit_generate(), running.submit_generate()]
+    running.wait_for_queued(2)
     answer = running.generate()
     is_problem(answer, 429, "queue_full")
     assert int(answer.headers["retry-after"]) >= 1
@@ -165,10 +165,10 @@ def test_429_at_once_with_the_time_to_come_back(serve: Serve, gated: GatedEngine
 
 def test_429_for_a_large_body_comes_before_it_is_read(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1, max_queue=1)
-    accepted = [running.later()]
+    accepted = [running.submit_generate()]
     gated.wait_for_batch()
-    accepted.append(running.later())
-    running.wait_for_waiting(1)
+    accepted.append(running.submit_generate())
+    running.wait_for_queued(1)
     with connect(running) as connection:
         connection.sendall(head(content_length=1_000_000))
         status, headers, _ = answer_of(connection)
@@ -179,13 +179,13 @@ def test_429_for_a_large_body_comes_before_it_is_read(serve: Serve, gated: Gated
 
 def test_499_is_logged_and_its_job_does_not_run(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1)
-    first = running.later("first")
+    first = running.submit_generate("first")
     gated.wait_for_batch()
     body = json.dumps({"prompt": "left", "num_images": 3, "width": 64, "height": 64}).encode()
     with connect(running) as connection:
         connection.sendall(head(content_length=len(body)) + body)
-        running.wait_for_waiting(3)
-    running.wait_for_waiting(0)
+        running.wait_for_queued(3)
+    running.wait_for_queued(0)
     gated.gate.set()
     assert first.result().status_code == 200
     assert [job.prompt for batch in gated.seen for job in batch] == ["first"]
@@ -232,10 +232,10 @@ def test_503_until_the_engine_is_warm(serve: Serve) -> None:
 
 def test_503_while_draining_and_what_was_accepted_is_answered(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1)
-    accepted = [running.later()]
+    accepted = [running.submit_generate()]
     gated.wait_for_batch()
-    accepted += [running.later() for _ in range(3)]
-    running.wait_for_waiting(3)
+    accepted += [running.submit_generate() for _ in range(3)]
+    running.wait_for_queued(3)
     running.service.scheduler.begin_drain()
     is_problem(running.generate(), 503, "draining")
     is_problem(running.client.get("/health/ready"), 503, "draining", "/health/ready")
@@ -247,7 +247,7 @@ def test_503_while_draining_and_what_was_accepted_is_answered(serve: Serve, gate
 
 def test_504_promptly_and_the_job_is_never_run(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1)
-    first = running.later("first")
+    first = running.submit_generate("first")
     gated.wait_for_batch()
     is_problem(running.generate("late", timeout_ms=30, num_images=2), 504, "deadline_exceeded")  # the gate is shut
     is_openai_error(
@@ -264,7 +264,7 @@ def test_504_promptly_and_the_job_is_never_run(serve: Serve, gated: GatedEngine)
 
 def test_504_by_the_servers_own_limit(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1, timeout_ms=30)
-    first = running.later("first", timeout_ms=1000)  # to begin within, however busy the machine is
+    first = running.submit_generate("first", timeout_ms=1000)  # to begin within, however busy the machine is
     gated.wait_for_batch()
     time.sleep(1.0)  # its deadline has passed, but it began before
     is_problem(running.generate(), 504, "deadline_exceeded")

@@ -64,14 +64,14 @@ def waiting(running: Running) -> list[tuple[int, int]]:
 def test_every_turn_comes_within_three_batches_and_shows_the_newest(serve: Serve) -> None:
     engine = SteppedEngine()
     running = serve(engine)
-    blocker = running.later()
+    blocker = running.submit_generate()
     wait_until(lambda: engine.seen, "the first batch")
     with ExitStack() as stack:
         clients = [stack.enter_context(live(running)) for _ in range(SESSIONS)]
         for session, client in enumerate(clients):
             client.draw(mark(session, 0))
             client.set(prompt="a red circle", width=32, height=32)
-            running.wait_for_waiting(session + 1)
+            running.wait_for_queued(session + 1)
         for number in range(1, 10):
             for session, client in enumerate(clients):
                 client.draw(mark(session, number))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_client import LiveClient, Shown, live
+from live_client import LiveClient, LiveImage, live
 from running_server import PATIENCE_S, GatedEngine, Running, Serve, image_file, wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -31,7 +31,7 @@ def job(prompt: str = "a red circle", **fields: Any) -> Job:
 
 def ended(client: LiveClient) -> tuple[int, str]:
     """The close code, and the reason that the last message gave."""
-    told = client.said("end")
+    told = client.expect_message("end")
     with pytest.raises(ConnectionClosed) as closed:
         client.socket.recv(PATIENCE_S)
     assert closed.value.rcvd is not None
@@ -113,13 +113,13 @@ def test_only_the_newest_drawing_is_made(serve: Serve, gated: GatedEngine) -> No
 def test_a_job_that_waits_shows_what_comes_later(serve: Serve, gated: GatedEngine) -> None:
     """A waiting job takes the newest drawing, and keeps its place before a request that came in between."""
     running = serve(gated, max_batch=1)
-    blocker = running.later()
+    blocker = running.submit_generate()
     gated.wait_for_batch()
     with live(running) as client:
         client.set(prompt="a red circle", **LOOK)
-        running.wait_for_waiting(1)
-        behind = running.later("behind")
-        running.wait_for_waiting(2)
+        running.wait_for_queued(1)
+        behind = running.submit_generate("behind")
+        running.wait_for_queued(2)
         for level in range(5):
             last = client.draw(drawing(level))
         wait_until(lambda: waiting_job(running).control_image is not None, "a drawing in the queue")
@@ -135,13 +135,13 @@ def test_a_job_that_waits_shows_what_comes_later(serve: Serve, gated: GatedEngin
 
 def test_another_size_keeps_the_place_too(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1)
-    requests = [running.later()]
+    requests = [running.submit_generate()]
     gated.wait_for_batch()
     with live(running) as client:
         client.set(prompt="live", **LOOK)
-        running.wait_for_waiting(1)
-        requests.append(running.later("behind", width=96))
-        running.wait_for_waiting(2)
+        running.wait_for_queued(1)
+        requests.append(running.submit_generate("behind", width=96))
+        running.wait_for_queued(2)
         last = client.set(width=96)
         wait_until(lambda: waiting_job(running).width == 96, "the change")
         gated.gate.set()
@@ -152,14 +152,14 @@ def test_another_size_keeps_the_place_too(serve: Serve, gated: GatedEngine) -> N
 
 def test_sessions_and_requests_share_batches(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated)
-    blocker = running.later()
+    blocker = running.submit_generate()
     gated.wait_for_batch()
     with live(running) as one, live(running) as other:
         for client in (one, other):
             client.set(prompt="live", **LOOK)
-        running.wait_for_waiting(2)
-        request = running.later("plain")
-        running.wait_for_waiting(3)
+        running.wait_for_queued(2)
+        request = running.submit_generate("plain")
+        running.wait_for_queued(3)
         gated.gate.set()
         assert blocker.result().status_code == request.result().status_code == 200
         assert [client.picture().sequence for client in (one, other)] == [1, 1]
@@ -177,18 +177,18 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(plain: Running) -> None:
         ]
         for text, field, part in cases:
             number = client.send(text)
-            told = client.said("error")
+            told = client.expect_message("error")
             assert (told["sequence"], told["status"], told["code"]) == (number, 422, "invalid_value")
             assert told["errors"][0]["field"] == field
             assert part in told["detail"]
         good = client.set(prompt="a red circle", **LOOK)
         assert client.picture().sequence == good
         client.draw(b"no picture at all")
-        assert client.said("error")["errors"][0]["field"] == "drawing"
+        assert client.expect_message("error")["errors"][0]["field"] == "drawing"
         client.draw(drawing(3))
         assert client.picture().header["mode"] == "control"
         client.set(width=100)
-        assert "nearest" in client.said("error")["detail"]
+        assert "nearest" in client.expect_message("error")["detail"]
         kept = client.draw(drawing(4))
         assert client.picture().sequence == kept
         client.set(width=64, prompt="a blue square")
@@ -198,20 +198,20 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(plain: Running) -> None:
 def test_a_failing_job_ends_nothing(serve: Serve) -> None:
     with live(serve(FakeEngine(faults=FaultInjection()))) as client:
         client.set(prompt="[[raise]]", **LOOK)
-        told = client.said("error")
+        told = client.expect_message("error")
         assert (told["status"], told["code"]) == (500, "engine_failed")
         assert client.picture_of(client.set(prompt="a red circle")).header["seed"] == 7
 
 
 def test_a_full_queue_is_said_once_and_then_the_newest_is_drawn(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_queue=1, max_batch=1)
-    requests = [running.later()]
+    requests = [running.submit_generate()]
     gated.wait_for_batch()
-    requests.append(running.later())
-    running.wait_for_waiting(1)
+    requests.append(running.submit_generate())
+    running.wait_for_queued(1)
     with live(running) as client:
         client.set(prompt="a red circle", **LOOK)
-        assert client.said("error")["code"] == "queue_full"
+        assert client.expect_message("error")["code"] == "queue_full"
         last = client.draw(drawing(1))
         gated.gate.set()
         assert client.picture_of(last).sequence == last
@@ -260,13 +260,13 @@ def test_draining_ends_every_session(serve: Serve) -> None:
 
 def test_a_client_that_vanishes_leaves_nothing(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1)
-    blocker = running.later()
+    blocker = running.submit_generate()
     gated.wait_for_batch()
     with live(running) as client:
         client.set(prompt="a red circle", **LOOK)
-        running.wait_for_waiting(1)
+        running.wait_for_queued(1)
         client.socket.socket.shutdown(socket.SHUT_RDWR)  # no farewell
-    running.wait_for_waiting(0)
+    running.wait_for_queued(0)
     gated.gate.set()
     assert blocker.result().status_code == 200
     assert running.metric("sana_sprint_live_sessions") == 0
@@ -355,7 +355,7 @@ def test_a_file_too_large_ends_the_session(plain: Running) -> None:
 def test_a_jpeg_drawing_is_read_too(plain: Running) -> None:
     with live(plain) as client:
         client.draw(image_file(drawing(3), "JPEG"))
-        shown: Shown = client.picture_of(client.set(prompt="a red circle", **LOOK))
+        shown: LiveImage = client.picture_of(client.set(prompt="a red circle", **LOOK))
         assert shown.header["mode"] == "control"
 
 

@@ -48,12 +48,12 @@ def limits_of(pid: int) -> tuple[int, int]:
 
 def live(raw: Raw) -> int:
     raw.send("GET /health/live HTTP/1.1")
-    return raw.answer("GET").status
+    return raw.read_response("GET").status
 
 
 def metric(raw: Raw, name: str) -> list[float]:
     raw.send("GET /metrics HTTP/1.1")
-    text = raw.answer("GET").body.decode()
+    text = raw.read_response("GET").body.decode()
     return [float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)]
 
 
@@ -71,7 +71,7 @@ def test_a_server_without_descriptors_serves_who_is_there_and_logs_little(worker
             assert live(old) == 200
         assert metric(old, "process_open_fds")
         old.send("GET / HTTP/1.1")
-        assert old.answer("GET").status == 200  # a file was opened for it
+        assert old.read_response("GET").status == 200  # a file was opened for it
         stack.close()
         with Raw(url) as new:
             assert live(new) == 200
@@ -196,7 +196,7 @@ def is_ready(port: int) -> bool:
     try:
         with Raw(f"http://127.0.0.1:{port}") as raw:
             raw.send("GET /health/ready HTTP/1.1")
-            answer = raw.answer("GET")
+            answer = raw.read_response("GET")
     except OSError:
         return False
     return answer.status == 200 and json.loads(answer.body)["status"] == "ready"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from program import Server
-from raw_client import Answered, Raw
+from raw_client import Raw, RawResponse
 from running_server import PATIENCE_S, Serve, wait_until
 
 import server.processes.uvicorn_server
@@ -42,10 +42,10 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def wanted(url: str) -> Answered:
+def wanted(url: str) -> RawResponse:
     with Raw(url) as raw:
         raw.send("POST /generate HTTP/1.1", JSON, LENGTH, body=BODY)
-        return raw.answer()
+        return raw.read_response()
 
 
 OFFERS = [
@@ -60,25 +60,25 @@ OFFERS = [
 
 @pytest.mark.parametrize("offer", OFFERS, ids=lambda offer: offer[-1])
 @pytest.mark.parametrize("pieces", [1, 2, 3])
-def test_a_declined_offer_is_as_if_not_made(url: str, wanted: Answered, offer: tuple[str, ...], pieces: int) -> None:
+def test_a_declined_offer_is_as_if_not_made(url: str, wanted: RawResponse, offer: tuple[str, ...], pieces: int) -> None:
     with Raw(url) as raw:
         for _ in range(2):
             first = BODY if pieces == 1 else BODY[: (pieces - 2) * 10]
             raw.send("POST /generate HTTP/1.1", *offer, JSON, LENGTH, body=first)
             raw.socket.sendall(BODY[len(first) :])
-            answer = raw.answer()
+            answer = raw.read_response()
             assert (answer.status, answer.body) == (200, wanted.body)
         raw.send("GET /health/live HTTP/1.1")
-        assert raw.answer("GET").status == 200
+        assert raw.read_response("GET").status == 200
 
 
-def test_a_chunked_body_survives_a_declined_offer(url: str, wanted: Answered) -> None:
+def test_a_chunked_body_survives_a_declined_offer(url: str, wanted: RawResponse) -> None:
     with Raw(url) as raw:
         chunked = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\n\r\n"
         raw.send("POST /generate HTTP/1.1", *H2C, JSON, "transfer-encoding: chunked", body=chunked)
-        assert raw.answer().body == wanted.body
+        assert raw.read_response().body == wanted.body
         raw.send("GET /health/live HTTP/1.1", *H2C)
-        assert raw.answer("GET").status == 200
+        assert raw.read_response("GET").status == 200
 
 
 def test_a_body_is_never_parsed_as_a_request(url: str) -> None:
@@ -86,9 +86,9 @@ def test_a_body_is_never_parsed_as_a_request(url: str) -> None:
     with Raw(url) as raw:
         raw.send("POST /generate HTTP/1.1", *H2C, JSON, f"content-length: {len(inner)}")
         raw.socket.sendall(inner)
-        assert raw.answer().status == 422
+        assert raw.read_response().status == 422
         raw.send("GET /v1/models HTTP/1.1")
-        assert json.loads(raw.answer("GET").body)["object"] == "list"
+        assert json.loads(raw.read_response("GET").body)["object"] == "list"
 
 
 def test_requests_behind_an_offer_are_served_in_turn(url: str) -> None:
@@ -105,13 +105,13 @@ def test_requests_behind_an_offer_are_served_in_turn(url: str) -> None:
 def test_an_offer_in_http_1_0_is_ignored(url: str) -> None:
     with Raw(url) as raw:
         raw.send("GET /health/live HTTP/1.0", "connection: upgrade", "upgrade: websocket", *KEY)
-        assert raw.answer("GET").body == b'{"status":"live"}'
+        assert raw.read_response("GET").body == b'{"status":"live"}'
 
 
 def test_a_tunnel_is_refused_and_what_follows_is_no_request(url: str) -> None:
     with Raw(url) as raw:
         raw.send("CONNECT example.org:443 HTTP/1.1", body=b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert raw.answer().status == 405
+        assert raw.read_response().status == 405
         assert raw.closed()
 
 
@@ -122,7 +122,7 @@ def test_a_tunnel_is_refused_and_what_follows_is_no_request(url: str) -> None:
 def test_a_handshake_with_a_body_gets_400(url: str, announced: str) -> None:
     with Raw(url) as raw:
         raw.send(*HANDSHAKE, announced, body=b"{}")
-        answer = raw.answer("GET")
+        answer = raw.read_response("GET")
         assert (answer.status, answer.headers["connection"]) == (400, "close")
         assert answer.headers["content-type"] == "application/problem+json"
         assert raw.closed()
@@ -131,7 +131,7 @@ def test_a_handshake_with_a_body_gets_400(url: str, announced: str) -> None:
 def test_a_handshake_that_announces_no_bytes_is_one(url: str) -> None:
     with Raw(url) as raw:
         raw.send(*HANDSHAKE, "content-length: 0")
-        assert raw.answer("GET").status == 101
+        assert raw.read_response("GET").status == 101
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_handshake_that_announces_no_bytes_is_one(url: str) -> None:
 def test_a_handshake_that_is_none_is_answered(url: str, lines: tuple[str, ...]) -> None:
     with Raw(url) as raw:
         raw.send(*lines)
-        assert raw.answer("GET").status == 400
+        assert raw.read_response("GET").status == 400
         assert raw.closed()
 
 
@@ -165,7 +165,7 @@ def test_a_handshake_that_nobody_answers_ends(serve: Serve, monkeypatch: pytest.
     try:
         with Raw(running.url) as raw:
             raw.send(*HANDSHAKE)
-            assert raw.answer("GET").status == 503
+            assert raw.read_response("GET").status == 503
             assert raw.closed()
         wait_until(lambda: len(running.server.server_state.connections) <= before, "the end of the connection")
     finally:
@@ -189,7 +189,7 @@ def test_no_connection_breaks_the_drain(workers: str) -> None:
                 stack.enter_context(Raw(url)).send(*lines)
         with Raw(url) as raw:
             raw.send("GET /health/live HTTP/1.1")
-            assert raw.answer("GET").status == 200
+            assert raw.read_response("GET").status == 200
         program.process.send_signal(signal.SIGTERM)
         assert program.wait_end() == 0, program.output
         assert program.output.count("Finished server process") == int(workers)  # which comes after the app was closed

@@ -46,7 +46,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Sho
             path = root / name / f"{at:05}.png"
             Image.fromarray(pixels).save(path)
             if name == "ours":
-                shown.append(Shown(path, caption_of(scene.asked, rng)))
+                shown.append(Shown(path, caption_of(scene.requirement, rng)))
     return root / "ours", root / "reference", shown
 
 

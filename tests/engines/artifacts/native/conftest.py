@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from native_engines import compile_some, spec
-from small_checkpoint import KERNEL_AUTOENCODER, heat, with_settings
+from small_checkpoint import KERNEL_AUTOENCODER, randomise_weights, with_settings
 
 from engines.build.builder import build
 from engines.build.spec import BuildSpec
@@ -20,7 +20,7 @@ def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = with_settings(folder, tmp_path_factory.mktemp("ours") / "sprint", '{"default_size": [64, 64]}')
     (made / "vae").unlink()
     vae = AutoencoderDC(**asdict(KERNEL_AUTOENCODER))
-    heat(vae, 2).save_pretrained(made / "vae")  # type: ignore[operator]  # heat gives what it is given
+    randomise_weights(vae, 2).save_pretrained(made / "vae")  # type: ignore[operator]  # heat gives what it is given
     return made
 
 

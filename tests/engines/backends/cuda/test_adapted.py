@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_checkpoint import EVERYWHERE, SMALL_TRANSFORMER, heat, random_factors
+from small_checkpoint import EVERYWHERE, SMALL_TRANSFORMER, random_factors, randomise_weights
 
 from engines.backends.cuda.adapted import CudaAdapted
 from engines.backends.cuda.controlled import CudaControlled
@@ -30,7 +30,7 @@ def factors(transformer: SprintTransformer, seed: int, rank: int, modules: tuple
 @pytest.mark.parametrize("with_control", [False, True])
 def test_equals_the_modules_with_the_same_choice(with_control: bool) -> None:
     torch.manual_seed(0)
-    transformer = heat(SprintTransformer(SMALL_TRANSFORMER))
+    transformer = randomise_weights(SprintTransformer(SMALL_TRANSFORMER))
     assert isinstance(transformer, SprintTransformer)
     for name, weight in transformer.named_parameters():
         if "norm_q" in name or "norm_k" in name:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hot_modules import SHAPE, hot_module, hot_transformer
 from PIL import Image
+from random_modules import SHAPE, random_module, random_transformer
 from safetensors.torch import save_file
-from small_checkpoint import heat, save_checkpoint, with_settings
+from small_checkpoint import randomise_weights, save_checkpoint, with_settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,7 +131,7 @@ def test_drawings_have_graphs_of_their_own(tmp_path: Path) -> None:
 
 def add_controlnet(model: Path) -> None:
     transformer = open_checkpoint(str(model)).load_transformer(torch.float32, torch.device("cpu"))
-    branch = heat(ControlNet.of(transformer, 1))
+    branch = randomise_weights(ControlNet.of(transformer, 1))
     assert isinstance(branch, ControlNet)
     (model / "controlnet").mkdir()
     (model / "controlnet" / "config.json").write_text(json.dumps(branch.config.to_dict()))
@@ -173,9 +173,9 @@ class NoHost(TorchDispatchMode):
 def test_a_chain_never_touches_the_host(drawing: bool, steps: int) -> None:
     """The meta device stands for the card: a wait for it or a copy to it fails or is detected."""
     dtype, key = torch.bfloat16, GraphKey(2, SHAPE.height, SHAPE.width, steps)
-    transformer = hot_transformer(dtype=dtype)
+    transformer = random_transformer(dtype=dtype)
     module = ControlledTransformer(transformer, ControlNet.of(transformer, 1).to(dtype)) if drawing else transformer
-    denoise, decode = Denoise(module.to("meta"), dtype), Decode(hot_module("decoder", dtype).to("meta"))
+    denoise, decode = Denoise(module.to("meta"), dtype), Decode(random_module("decoder", dtype).to("meta"))
     specs = {**input_specs(32, SHAPE.tokens, 128, dtype, drawing=drawing), **latent_spec(32)}
     inputs = {name: torch.empty(spec.shape(key), dtype=spec.dtype, device="meta") for name, spec in specs.items()}
     with torch.no_grad(), NoHost():  # inference mode would hide the parts of composite operators

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_checkpoint import KERNEL_AUTOENCODER as SMALL
-from small_checkpoint import heat
+from small_checkpoint import randomise_weights
 
 from engines.backends.cuda.decoder import CudaDecoder, unsupported_decoder
 from engines.kernels.op import Ops, sqnr_db
@@ -14,7 +14,7 @@ from engines.models.pixels import PixelDecoder
 
 
 def decoders(dtype: torch.dtype = torch.float32) -> tuple[PixelDecoder, CudaDecoder]:
-    module = PixelDecoder(heat(Autoencoder(SMALL)).to(dtype))  # type: ignore[arg-type]  # heat returns its argument's type
+    module = PixelDecoder(randomise_weights(Autoencoder(SMALL)).to(dtype))  # type: ignore[arg-type]  # heat returns its argument's type
     return module, CudaDecoder(module, Ops(None))
 
 

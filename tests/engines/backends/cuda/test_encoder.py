@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_checkpoint import KERNEL_AUTOENCODER, heat
+from small_checkpoint import KERNEL_AUTOENCODER, randomise_weights
 
 from engines.backends.cuda.encoder import CudaEncoder, unsupported_encoder
 from engines.kernels.op import Launcher, Ops, sqnr_db
@@ -19,7 +19,7 @@ SMALL = replace(KERNEL_AUTOENCODER, encoder_block_out_channels=(32, 64, 64, 128)
     ("ops", "size"), [(Ops(None), (48, 40)), (Ops(Launcher(False, 3)), (16, 8))], ids=["references", "kernels"]
 )
 def test_equals_the_module(ops: Ops, size: tuple[int, int]) -> None:
-    autoencoder = heat(Autoencoder(SMALL))
+    autoencoder = randomise_weights(Autoencoder(SMALL))
     assert isinstance(autoencoder, Autoencoder)
     module = PixelEncoder(autoencoder)
     pixels = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_checkpoint import heat
+from small_checkpoint import randomise_weights
 from torch import Tensor
 
 from engines.backends.cuda.graphs import EagerReplay
@@ -26,7 +26,7 @@ PREFIX = (2, *(5 * at % 61 + 3 for at in range(19)))
 
 
 def gemma_body(dtype: torch.dtype = torch.float32, config: GemmaConfig = CONFIG) -> GemmaBody:
-    body = heat(GemmaBody(config))
+    body = randomise_weights(GemmaBody(config))
     with torch.no_grad():
         for layer in body.layers:  # so that the cap changes the logits
             layer.self_attn.q_proj.weight.mul_(6)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_checkpoint import SMALL_TRANSFORMER, heat
+from small_checkpoint import SMALL_TRANSFORMER, randomise_weights
 from torch import Tensor
 
 from engines.backends.cuda.blocks import lengths_of
@@ -35,7 +35,7 @@ KINDS = {
 def make_transformer(config: TransformerConfig) -> SprintTransformer:
     """Returns a transformer with weights that all matter, including negative norm weights."""
     torch.manual_seed(0)
-    transformer: SprintTransformer = heat(SprintTransformer(config))
+    transformer: SprintTransformer = randomise_weights(SprintTransformer(config))
     for name, weight in transformer.named_parameters():
         if "norm_q" in name or "norm_k" in name:
             torch.nn.init.normal_(weight)
@@ -90,7 +90,7 @@ def test_residuals_go_where_the_module_adds_them() -> None:
 def controlled(injection: Injection, config: TransformerConfig) -> ControlledTransformer:
     transformer = make_transformer(config)
     net = ControlNet.of(transformer, 2, injection)
-    return ControlledTransformer(transformer, heat(net)).eval().requires_grad_(False)
+    return ControlledTransformer(transformer, randomise_weights(net)).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hot_modules import SHAPE, hot_module
+from random_modules import SHAPE, random_module
 
 from engines.backends.base import ModuleName
 from engines.backends.tensorrt.builder import build_engine
@@ -34,7 +34,7 @@ ADA, AMPERE, TURING, HOPPER = (8, 9), (8, 6), (7, 5), (9, 0)
 )
 def test_our_graphs_compile_for_an_rtx_4090(name: ModuleName, dtype: torch.dtype, tmp_path: Path) -> None:
     graph, plan, timing = tmp_path / f"{name}.onnx", tmp_path / f"{name}.engine", tmp_path / "timing"
-    export_onnx(hot_module(name, dtype), name, example_inputs(name, SHAPE, 2, dtype), graph)
+    export_onnx(random_module(name, dtype), name, example_inputs(name, SHAPE, 2, dtype), graph)
     details = build_engine(trt, graph, plan, (1, 4), ADA, timing)
     assert plan.stat().st_size > 1e6
     assert details["batches"] == [1, 4]

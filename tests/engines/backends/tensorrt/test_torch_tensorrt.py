@@ -7,7 +7,7 @@ from typing import Any
 import fake_torch_tensorrt as fake
 import pytest
 import torch
-from hot_modules import SHAPE, hot_module
+from random_modules import SHAPE, random_module
 
 from engines.backends.base import ModuleName, ModuleSpec
 from engines.backends.tensorrt.torch_tensorrt import compile_with, load_vendor, torch_tensorrt
@@ -30,7 +30,7 @@ def forget() -> None:
 
 @pytest.mark.parametrize("name", ["transformer", "decoder"])
 def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_path: Path) -> None:
-    module = hot_module(name)
+    module = random_module(name)
     with torch.inference_mode():  # as in an engine
         for start in range(2):
             run = compile_with(fake, module, spec(name, tmp_path))
@@ -47,7 +47,7 @@ def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_
 
 
 def test_caches_lie_in_the_folder_it_is_given(tmp_path: Path) -> None:
-    compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(
+    compile_with(fake, random_module("encoder"), spec("encoder", tmp_path))(
         **example_inputs("encoder", SHAPE, 1, torch.float32)
     )
     [chosen] = fake.settings
@@ -63,7 +63,7 @@ def test_caches_lie_in_the_folder_it_is_given(tmp_path: Path) -> None:
 
 def test_other_weights_get_a_program_of_their_own(tmp_path: Path) -> None:
     inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
-    module = hot_module("encoder")
+    module = random_module("encoder")
     first = compile_with(fake, module, spec("encoder", tmp_path))(**inputs)
     next(module.encoder.parameters()).mul_(2)
     second = compile_with(fake, module, spec("encoder", tmp_path))(**inputs)
@@ -73,7 +73,7 @@ def test_other_weights_get_a_program_of_their_own(tmp_path: Path) -> None:
 
 def test_a_program_of_something_else_is_refused(tmp_path: Path) -> None:
     inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
-    module, other = hot_module("encoder"), hot_module("encoder")
+    module, other = random_module("encoder"), random_module("encoder")
     next(other.encoder.parameters()).mul_(2)
     compile_with(fake, other, spec("encoder", tmp_path))(**inputs)
     [wrong] = tmp_path.glob("*/*.ep")
@@ -85,19 +85,19 @@ def test_a_program_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_sizes_run_as_they_are(tmp_path: Path) -> None:
-    run = compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))
+    run = compile_with(fake, random_module("encoder"), spec("encoder", tmp_path))
     pixels = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-    assert torch.equal(run(pixels), hot_module("encoder")(pixels))
+    assert torch.equal(run(pixels), random_module("encoder")(pixels))
     assert not fake.calls
 
 
 def test_a_damaged_program_and_a_refused_one_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = example_inputs("encoder", SHAPE, 1, torch.float32)
-    compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
+    compile_with(fake, random_module("encoder"), spec("encoder", tmp_path))(**inputs)
     [path] = tmp_path.glob("*/*.ep")
     path.write_bytes(b"cut")
     with pytest.raises(BackendError, match=rf"torch-tensorrt: {path} cannot be loaded .*; remove it"):
-        compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
+        compile_with(fake, random_module("encoder"), spec("encoder", tmp_path))(**inputs)
     path.unlink()
 
     def refuse(*_: object, **__: object) -> None:
@@ -105,7 +105,7 @@ def test_a_damaged_program_and_a_refused_one_are_told(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(fake.dynamo, "compile", refuse)
     with pytest.raises(BackendError, match=r"torch-tensorrt: encoder-\S+ cannot be compiled: no converter for this$"):
-        compile_with(fake, hot_module("encoder"), spec("encoder", tmp_path))(**inputs)
+        compile_with(fake, random_module("encoder"), spec("encoder", tmp_path))(**inputs)
     assert not list(tmp_path.glob("*/*.ep"))
 
 
@@ -140,14 +140,14 @@ def test_a_package_that_cannot_be_used_says_why(error: Exception, monkeypatch: p
 def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
     with pytest.raises(BackendError, match="torch-tensorrt: needs an NVIDIA GPU, and the device is cpu; use eager"):
-        torch_tensorrt(hot_module("encoder"), spec("encoder", tmp_path))
+        torch_tensorrt(random_module("encoder"), spec("encoder", tmp_path))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["transformer", "decoder", "encoder"])
 def test_programs_on_the_card_equal_the_module(name: ModuleName, tmp_path: Path) -> None:
     pytest.importorskip("torch_tensorrt", reason="the extra 'torch-tensorrt' is not installed")
-    module = hot_module(name).cuda()
+    module = random_module(name).cuda()
     for _ in range(2):
         run = torch_tensorrt(module, spec(name, tmp_path, "cuda"))
         inputs = {key: value.cuda() for key, value in example_inputs(name, SHAPE, 2, torch.float32).items()}

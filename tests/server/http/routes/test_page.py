@@ -61,7 +61,7 @@ def strokes(pixels: Pixels) -> float:
 
 def open_page(page: Page, url: str, *, phone: bool = False) -> None:
     page.go("about:blank")
-    page.complaints.clear()
+    page.console_errors.clear()
     page.view(*((390, 844) if phone else (1280, 800)), phone=phone)
     page.go(url + "/")
     settled(page)
@@ -90,7 +90,7 @@ def test_the_picture_follows_the_pen(page: Page, plain: Running, phone: bool) ->
     assert strokes(picture(page)) == 0
     wide = page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide == 0  # nothing sticks out
-    assert page.complaints == []
+    assert page.console_errors == []
 
 
 @needs_browser
@@ -115,7 +115,7 @@ def test_everything_works_from_the_keyboard(page: Page, plain: Running) -> None:
     page.press("z", control=True)
     settled(page)
     assert strokes(picture(page)) > 0.001
-    assert page.complaints == []
+    assert page.console_errors == []
 
 
 @needs_browser
@@ -134,7 +134,7 @@ def test_a_recent_picture_comes_back_with_all_its_settings(page: Page, plain: Ru
     settled(page)
     assert page.run("document.getElementById('seed').value") == seed
     np.testing.assert_array_equal(picture(page), first)
-    assert page.complaints == []
+    assert page.console_errors == []
 
 
 @needs_browser
@@ -163,7 +163,7 @@ def test_an_error_is_shown_and_goes_away(page: Page, plain: Running) -> None:
     page.type("a blue square")
     page.until("document.getElementById('problem').hidden")
     settled(page)
-    assert page.complaints == []
+    assert page.console_errors == []
 
 
 @needs_browser
@@ -174,20 +174,20 @@ def test_a_pause_ends_with_the_next_stroke(page: Page, serve: Serve) -> None:
     page.stroke("#sketch", CIRCLE)
     settled(page)
     assert strokes(picture(page)) > 0.01
-    assert page.complaints == []
+    assert page.console_errors == []
 
 
 @needs_browser
 def test_a_server_that_loads_its_model_says_so(page: Page, serve: Serve, gated: GatedEngine) -> None:
     running = serve(lambda: gated.gate.wait(PATIENCE_S) and gated, ready=False)
     page.go("about:blank")
-    page.complaints.clear()
+    page.console_errors.clear()
     page.go(running.url + "/")
     page.until("document.body.dataset.state === 'loading'")
     assert page.text("#waiting") == page.text("#status") == "The model is loading"
     gated.gate.set()
     settled(page)
-    assert page.complaints == []
+    assert page.console_errors == []
 
 
 @needs_browser
@@ -226,7 +226,7 @@ def test_a_lost_server_is_found_again(page: Page) -> None:
         page.stroke("#sketch", CIRCLE)
         settled(page)
         drawn = picture(page)
-        assert page.complaints == []
+        assert page.console_errors == []
     page.until("document.body.dataset.state === 'lost'")
     assert page.text("#status") == "No connection, trying again"
     with process(int(url.rpartition(":")[2])):
@@ -235,7 +235,7 @@ def test_a_lost_server_is_found_again(page: Page) -> None:
         page.until(f"document.getElementById('picture').src !== {before!r}")
         settled(page)
         np.testing.assert_array_equal(picture(page), drawn)  # nothing of the drawing was lost
-    assert [text for text in page.complaints if "ERR_CONNECTION_REFUSED" not in text] == []
+    assert [text for text in page.console_errors if "ERR_CONNECTION_REFUSED" not in text] == []
 
 
 def test_the_page_asks_no_other_host() -> None:

@@ -52,7 +52,7 @@ def test_from_the_pen_to_the_picture(url: str, tmp_path: Path) -> None:
             page.view(*((390, 844) if phone else (1280, 800)), phone=phone, dark=dark)
             settled(page)
             page.screenshot(tmp_path / f"page-{name}.png")
-        assert page.complaints == []
+        assert page.console_errors == []
     print(
         "\n"
         + json.dumps(

@@ -175,10 +175,10 @@ def test_live_drawing_is_checked_too(serve: Serve, packages: Path) -> None:
     running = serve(safety=(words(packages, "gore"), listed(packages, job("a square"))))
     with live(running) as client:
         client.set(prompt="a circle of gore", seed=7, output_format="png", **LOOK)
-        told = client.said("error")
+        told = client.expect_message("error")
         assert (told["status"], told["code"], told["errors"][0]["field"]) == (422, "content_policy_violation", "prompt")
         client.set(prompt="a square")
-        told = client.said("error")
+        told = client.expect_message("error")
         assert (told["code"], told["errors"][0]["field"]) == ("content_policy_violation", "image")
         shown = client.picture_of(client.set(prompt="a circle"))  # the session goes on
         np.testing.assert_array_equal(shown.pixels, expected_pixels(job("a circle")))
@@ -188,7 +188,7 @@ def test_live_drawing_is_checked_too(serve: Serve, packages: Path) -> None:
 def test_live_drawing_shows_nothing_where_a_checker_fails(serve: Serve) -> None:
     with live(serve(safety=(("image", "broken"),))) as client:
         client.set(prompt="a circle", **LOOK)
-        told = client.said("error")
+        told = client.expect_message("error")
         assert (told["status"], told["code"]) == (503, "safety_check_failed")
 
 

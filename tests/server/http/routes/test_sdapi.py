@@ -157,7 +157,7 @@ def test_interrupt_ends_the_callers_requests_alone(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine, compat=("sdapi",), max_batch=1)
     engine.gate.clear()
-    first = running.later("first")  # the engine is busy with it
+    first = running.submit_generate("first")  # the engine is busy with it
     engine.wait_for_batch()
     answers: dict[str, httpx.Response] = {}
 
@@ -168,7 +168,7 @@ def test_interrupt_ends_the_callers_requests_alone(serve: Serve) -> None:
     threads = [threading.Thread(target=ask, args=(name, name)) for name in ("mine", "other")]
     for thread in threads:
         thread.start()
-    running.wait_for_waiting(2)
+    running.wait_for_queued(2)
     told = running.client.get("/sdapi/v1/progress").json()
     assert told["state"]["job_count"] == 2
     assert 0 < told["progress"] < 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from small_checkpoint import heat
+from small_checkpoint import randomise_weights
 from torch import nn
 
 from distill.recipes import tiny
@@ -26,10 +26,12 @@ AUTOENCODER = RECIPE.autoencoder.architecture
 SHAPE = StaticShape(height=4, width=8, channels=32, compression=32, tokens=12, caption_channels=128)
 
 
-def hot_transformer(config: TransformerConfig = TRANSFORMER, dtype: torch.dtype = torch.float32) -> SprintTransformer:
+def random_transformer(
+    config: TransformerConfig = TRANSFORMER, dtype: torch.dtype = torch.float32
+) -> SprintTransformer:
     """Norm weights ~ N(0, 1) too: linear attention divides a query's length out, so a norm's only trace is these."""
     module = _seeded(lambda: SprintTransformer(config))
-    heat(module)
+    randomise_weights(module)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
         if "norm_" in name:
@@ -37,21 +39,21 @@ def hot_transformer(config: TransformerConfig = TRANSFORMER, dtype: torch.dtype 
     return module.to(dtype).eval().requires_grad_(False)
 
 
-def hot_controlled(dtype: torch.dtype = torch.float32, injection: Injection = "diffusers") -> ControlledTransformer:
+def random_controlled(dtype: torch.dtype = torch.float32, injection: Injection = "diffusers") -> ControlledTransformer:
     """A branch of one block whose every weight matters, on the transformer of `hot_transformer`."""
-    transformer = hot_transformer()
-    branch = heat(ControlNet.of(transformer, 1, injection), 4)
+    transformer = random_transformer()
+    branch = randomise_weights(ControlNet.of(transformer, 1, injection), 4)
     assert isinstance(branch, ControlNet)
     return ControlledTransformer(transformer, branch).to(dtype).eval().requires_grad_(False)
 
 
-def hot_module(name: ModuleName, dtype: torch.dtype = torch.float32) -> nn.Module:
+def random_module(name: ModuleName, dtype: torch.dtype = torch.float32) -> nn.Module:
     """`name` as the engine runs it, made for SHAPE."""
     if name == "transformer":
-        return hot_transformer(dtype=dtype)
+        return random_transformer(dtype=dtype)
     if name == "controlled":
-        return hot_controlled(dtype)
-    autoencoder = heat(_seeded(lambda: Autoencoder(AUTOENCODER))).to(dtype).requires_grad_(False)
+        return random_controlled(dtype)
+    autoencoder = randomise_weights(_seeded(lambda: Autoencoder(AUTOENCODER))).to(dtype).requires_grad_(False)
     assert isinstance(autoencoder, Autoencoder)
     return (PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)).eval()
 
