@@ -30,7 +30,7 @@ def settle(environment: MutableMapping[str, str], root: Path = Path("/")) -> Cor
         found = Cores(int(first) if first.isdecimal() else 1, f"{given}: {THREADS} says so")
     else:
         found = usable(root)
-        environment[THREADS] = str(found.count)
+        environment[THREADS] = str(found.number)
     if not any(environment.get(name) for name in WAITING):
         environment[WAITING[0]] = "PASSIVE"
     return found

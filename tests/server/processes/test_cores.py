@@ -104,6 +104,7 @@ def test_the_engine_computes_with_as_many_and_they_do_not_spin() -> None:
         "import torch\n"
         "assert torch.get_num_threads() == found.number, (torch.get_num_threads(), found)\n"
         "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
+        "assert os.environ['OMP_NUM_THREADS'] == str(found.number)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name not in FREE}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=environment)
