@@ -15,7 +15,7 @@ from engines.types import Engine
 from server.errors import RequestError
 from server.generation.engine_thread import Finished, Outcome
 from server.generation.image_codec import Codec
-from server.generation.job_queue import Entry
+from server.generation.job_queue import QueuedJob
 
 logger = logging.getLogger("server.generation")
 
@@ -40,9 +40,9 @@ class ResultSink(Protocol):
 
     def on_ready(self, engine: Engine) -> None: ...
 
-    def on_results(self, outcomes: Sequence[tuple[Entry, EncodedResult | Exception]]) -> None: ...
+    def on_results(self, outcomes: Sequence[tuple[QueuedJob, EncodedResult | Exception]]) -> None: ...
 
-    def on_expired(self, entries: Sequence[Entry]) -> None: ...
+    def on_expired(self, entries: Sequence[QueuedJob]) -> None: ...
 
     def failed(self, exit_code: int, reason: str) -> None: ...
 
@@ -57,25 +57,25 @@ class ResultDelivery:
     def on_ready(self, engine: Engine) -> None:
         self._post(self._sink.on_ready, engine)
 
-    def on_outcomes(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
+    def on_outcomes(self, outcomes: Sequence[tuple[QueuedJob, Outcome]]) -> None:
         refused = [(entry, outcome) for entry, outcome in outcomes if isinstance(outcome, RequestError)]
         if refused:
             self._post(self._sink.on_results, refused)
         for entry, outcome in outcomes:
             if isinstance(outcome, Finished):
-                entry.made = True
+                entry.has_pixels = True
                 try:
                     self._codec.begin(self._encode, entry, outcome, time.monotonic())
                 except RuntimeError:  # of a pool that is closed
                     logger.error("the codec ended before the engine's thread; a picture is lost")
 
-    def on_expired(self, entries: Sequence[Entry]) -> None:
+    def on_expired(self, entries: Sequence[QueuedJob]) -> None:
         self._post(self._sink.on_expired, entries)
 
     def on_engine_lost(self, exit_code: int, reason: str) -> None:
         self._post(self._sink.failed, exit_code, reason)
 
-    def _encode(self, entry: Entry, finished: Finished, handed: float) -> None:
+    def _encode(self, entry: QueuedJob, finished: Finished, handed: float) -> None:
         """On a codec thread."""
         outcome: EncodedResult | Exception
         try:

@@ -41,7 +41,7 @@ class EngineSource(Protocol):
         """Ends a build that is under way."""
 
 
-class Given:
+class FixedEngineSource:
     """An engine, or what loads one: nothing is built."""
 
     def __init__(self, load: Callable[[], Engine]) -> None:

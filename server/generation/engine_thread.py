@@ -18,7 +18,7 @@ from engines.errors import JobError, OutOfMemoryError, OutputError, SprintError
 from engines.types import BatchKey, Deliver, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_START, EngineError, InvalidError, RequestError
 from server.generation.engine_source import EngineSource
-from server.generation.job_queue import Entry, JobQueue
+from server.generation.job_queue import JobQueue, QueuedJob
 from server.telemetry.metrics import Metrics
 
 FAILURES_IN_A_ROW = 3  # jobs failed alone, without a success between, before the engine must prove itself
@@ -42,9 +42,9 @@ class Listener(Protocol):
 
     def on_ready(self, engine: Engine) -> None: ...
 
-    def on_outcomes(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None: ...
+    def on_outcomes(self, outcomes: Sequence[tuple[QueuedJob, Outcome]]) -> None: ...
 
-    def on_expired(self, entries: Sequence[Entry]) -> None: ...
+    def on_expired(self, entries: Sequence[QueuedJob]) -> None: ...
 
     def on_engine_lost(self, exit_code: int, reason: str) -> None: ...
 
@@ -125,7 +125,7 @@ class EngineThread:
     def _largest(self, key: BatchKey) -> int:
         return self._reduced.get(key, self._max_batch)
 
-    def _run(self, engine: Engine, batch: Sequence[Entry], *, again: bool = False) -> None:
+    def _run(self, engine: Engine, batch: Sequence[QueuedJob], *, again: bool = False) -> None:
         """Runs the jobs whose requests still want them; every one of them gets its outcome. `again`: the last time."""
         batch = [entry for entry in batch if not entry.future.done()]
         if not batch:
@@ -165,10 +165,10 @@ class EngineThread:
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.padding.inc(max(images[0].bucket - len(jobs), 0))
-        self._metrics.uncaptured.inc(images[0].uncaptured)
+        self._metrics.cuda_graph_misses.inc(images[0].uncaptured)
         return images
 
-    def _after_out_of_memory(self, engine: Engine, batch: Sequence[Entry], error: Exception) -> None:
+    def _after_out_of_memory(self, engine: Engine, batch: Sequence[QueuedJob], error: Exception) -> None:
         self._metrics.engine_failures.labels("out_of_memory").inc()
         if len(batch) == 1:
             self._fail(engine, batch[0], "the engine has no memory for this job even alone", error)
@@ -182,7 +182,7 @@ class EngineThread:
             self._run(engine, batch[:largest])
             batch = batch[largest:]
 
-    def _after_failure(self, engine: Engine, batch: Sequence[Entry], error: Exception, *, again: bool) -> None:
+    def _after_failure(self, engine: Engine, batch: Sequence[QueuedJob], error: Exception, *, again: bool) -> None:
         self._metrics.engine_failures.labels("output" if isinstance(error, OutputError) else "error").inc()
         if isinstance(error, JobError) and len(batch) == 1:
             self._listener.on_outcomes([(batch[0], InvalidError.of_job(error))])
@@ -195,7 +195,7 @@ class EngineThread:
         else:
             self._fail(engine, batch[0], "the engine failed on this job", error)
 
-    def _fail(self, engine: Engine, entry: Entry, detail: str, error: Exception) -> None:
+    def _fail(self, engine: Engine, entry: QueuedJob, detail: str, error: Exception) -> None:
         logger.error("%s: %s", detail, entry.job.key, exc_info=error)
         self._listener.on_outcomes([(entry, EngineError(f"{detail}; other jobs go on"))])
         self._failures += 1
@@ -219,6 +219,6 @@ class EngineThread:
             raise RuntimeError(f"the engine fails on its own job too: {error!r}") from error
 
 
-def _rest(batch: Sequence[Entry], told: set[int]) -> list[Entry]:
+def _rest(batch: Sequence[QueuedJob], told: set[int]) -> list[QueuedJob]:
     """Those whose image was not told."""
     return [entry for index, entry in enumerate(batch) if index not in told]

@@ -56,7 +56,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    pictures: list[EncodedImage]
+    images: list[EncodedImage]
     width: int
     height: int
     output_format: ImageFormat
@@ -105,7 +105,7 @@ class Generator:
         finished = [one.finished for one in made]
         stages = [one.image.stages for one in finished]
         return GenerationResult(
-            pictures=[EncodedImage(one.content, job.seed) for job, one in zip(jobs, made, strict=True)],
+            images=[EncodedImage(one.content, job.seed) for job, one in zip(jobs, made, strict=True)],
             width=template.width,
             height=template.height,
             output_format=order.output_format,

@@ -18,7 +18,7 @@ from engines.types import BatchKey, Job, RawImage
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
+class QueuedJob:
     """A job in the queue, and the future that its request waits on (the queue never touches the future)."""
 
     job: Job
@@ -26,8 +26,8 @@ class Entry:
     future: asyncio.Future[Any]
     deadline: float
     submitted: float = field(default_factory=time.monotonic)
-    place: int = 0  # given by the queue: lower is older
-    made: bool = False  # its picture is there, and about to be encoded
+    sequence: int = 0  # given by the queue: lower is older
+    has_pixels: bool = False  # its picture is there, and about to be encoded
 
 
 class JobQueue:
@@ -38,7 +38,7 @@ class JobQueue:
         self.max_in_flight = max_in_flight
         self._clock = clock
         self._filled = threading.Condition()
-        self._waiting: dict[BatchKey, OrderedDict[int, Entry]] = {}
+        self._waiting: dict[BatchKey, OrderedDict[int, QueuedJob]] = {}
         self._places = count()
         self._reserved = 0
         self._queued = 0
@@ -73,37 +73,37 @@ class JobQueue:
             self._in_flight += jobs
             return True
 
-    def put(self, entries: Iterable[Entry]) -> None:
+    def put(self, entries: Iterable[QueuedJob]) -> None:
         """Queues jobs whose slots were reserved."""
         with self._filled:
             for entry in entries:
-                entry.place = next(self._places)
-                self._waiting.setdefault(entry.job.key, OrderedDict())[entry.place] = entry
+                entry.sequence = next(self._places)
+                self._waiting.setdefault(entry.job.key, OrderedDict())[entry.sequence] = entry
                 self._reserved -= 1
                 self._queued += 1
             self._filled.notify()
 
-    def withdraw(self, entry: Entry) -> bool:
+    def cancel(self, entry: QueuedJob) -> bool:
         """Takes a job out again; False where it is in a batch, or gone, already."""
         with self._filled:
             group = self._waiting.get(entry.job.key)
-            if group is None or group.pop(entry.place, None) is None:
+            if group is None or group.pop(entry.sequence, None) is None:
                 return False
             self._shrink(entry.job.key, group, 1)
             return True
 
-    def replace(self, entry: Entry, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
+    def replace(self, entry: QueuedJob, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
         """Makes a job that still waits another one, in its place. False where it is in a batch, or gone, already."""
         with self._filled:
             key = entry.job.key
             group = self._waiting.get(key)
-            if group is None or entry.place not in group:
+            if group is None or entry.sequence not in group:
                 return False
             if job.key != key:
-                del group[entry.place]
+                del group[entry.sequence]
                 if not group:
                     del self._waiting[key]
-                joined = self._waiting.get(job.key, {}) | {entry.place: entry}
+                joined = self._waiting.get(job.key, {}) | {entry.sequence: entry}
                 self._waiting[job.key] = OrderedDict(sorted(joined.items()))
             entry.job, entry.encode = job, encode
             return True
@@ -114,7 +114,7 @@ class JobQueue:
             self._reserved -= unused
             self._in_flight -= jobs
 
-    def take(self, largest: Callable[[BatchKey], int]) -> tuple[list[Entry], list[Entry]] | None:
+    def take(self, largest: Callable[[BatchKey], int]) -> tuple[list[QueuedJob], list[QueuedJob]] | None:
         """Blocks until jobs wait; then the oldest job's key decides, and its jobs go, oldest first, up to largest(key).
 
         Returns the batch, and the jobs met on the way whose deadline had passed; both are empty after `wake` alone.
@@ -130,15 +130,15 @@ class JobQueue:
                 self._filled.wait()
             key = min(self._waiting, key=lambda key: next(iter(self._waiting[key])))
             group, room, now = self._waiting[key], largest(key), self._clock()
-            batch: list[Entry] = []
-            expired: list[Entry] = []
+            batch: list[QueuedJob] = []
+            expired: list[QueuedJob] = []
             while group and len(batch) < room:
                 _, entry = group.popitem(last=False)
                 (expired if entry.deadline <= now else batch).append(entry)
             self._shrink(key, group, len(batch) + len(expired))
             return batch, expired
 
-    def clear(self) -> list[Entry]:
+    def clear(self) -> list[QueuedJob]:
         """Takes everything out."""
         with self._filled:
             entries = [entry for group in self._waiting.values() for entry in group.values()]
@@ -158,7 +158,7 @@ class JobQueue:
             self._woken = True
             self._filled.notify_all()
 
-    def _shrink(self, key: BatchKey, group: OrderedDict[int, Entry], jobs: int) -> None:
+    def _shrink(self, key: BatchKey, group: OrderedDict[int, QueuedJob], jobs: int) -> None:
         self._queued -= jobs
         if not group:
             del self._waiting[key]

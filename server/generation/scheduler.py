@@ -28,7 +28,7 @@ from server.generation.delivery import EncodedResult, ResultDelivery
 from server.generation.engine_source import Building, EngineSource
 from server.generation.engine_thread import EngineThread
 from server.generation.image_codec import Codec
-from server.generation.job_queue import Entry, JobQueue
+from server.generation.job_queue import JobQueue, QueuedJob
 from server.telemetry.metrics import Metrics
 
 State = Literal["loading", "ready", "draining", "hung", "failed"]
@@ -53,23 +53,23 @@ class Scheduler:
         *,
         max_batch: int,
         max_queue: int,
-        hang_limit_s: float,
-        drain_limit_s: float,
+        batch_timeout_s: float,
+        shutdown_timeout_s: float,
         metrics: Metrics,
         leave: Callable[[int], None],
         when_ready: Callable[[Engine], None],
     ) -> None:
         self._metrics = metrics
         self._source = source
-        self._hang_limit_s = hang_limit_s
-        self._drain_limit_s = drain_limit_s
+        self._batch_timeout_s = batch_timeout_s
+        self._shutdown_timeout_s = shutdown_timeout_s
         self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready
         self._queue = JobQueue.for_engine(max_queue=max_queue, max_batch=max_batch)
         self._thread = EngineThread(source, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
         self._engine: Engine | None = None
-        self._unanswered: set[Entry] = set()
+        self._unanswered: set[QueuedJob] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.ready = asyncio.Event()  # loaded and warm, once and for good
@@ -91,12 +91,12 @@ class Scheduler:
         if self.state in ("loading", "ready"):
             self.state = "draining"
         if self._drain_ends is None:
-            self._drain_ends = time.monotonic() + self._drain_limit_s
+            self._drain_ends = time.monotonic() + self._shutdown_timeout_s
 
     @property
     def drain_left_s(self) -> float:
         """Seconds until the drain limit; the whole limit while no drain has begun."""
-        return self._drain_limit_s if self._drain_ends is None else max(0.0, self._drain_ends - time.monotonic())
+        return self._shutdown_timeout_s if self._drain_ends is None else max(0.0, self._drain_ends - time.monotonic())
 
     async def drain(self) -> None:
         """Waits until all accepted jobs are answered; at the drain limit, drops those that still wait."""
@@ -201,7 +201,7 @@ class Scheduler:
 
     # --- what reservations and the engine's thread tell -------------------------------------------------------------
 
-    def register(self, entry: Entry) -> None:
+    def register(self, entry: QueuedJob) -> None:
         self._unanswered.add(entry)
         entry.future.add_done_callback(lambda _: self._unanswered.discard(entry))
 
@@ -217,7 +217,7 @@ class Scheduler:
         if self.state == "loading":
             self.state = "ready"
 
-    def on_results(self, outcomes: Sequence[tuple[Entry, EncodedResult | Exception]]) -> None:
+    def on_results(self, outcomes: Sequence[tuple[QueuedJob, EncodedResult | Exception]]) -> None:
         for entry, outcome in outcomes:
             if not entry.future.done():
                 if isinstance(outcome, EncodedResult):
@@ -227,7 +227,7 @@ class Scheduler:
             if isinstance(outcome, EncodedResult):
                 self._count(entry.job, outcome)
 
-    def on_expired(self, entries: Sequence[Entry]) -> None:
+    def on_expired(self, entries: Sequence[QueuedJob]) -> None:
         self._metrics.dropped.labels("deadline").inc(len(entries))
         _fail(entries, deadline_passed)
 
@@ -239,7 +239,7 @@ class Scheduler:
         logger.critical("leaving with exit code %d: %s", exit_code, reason)
         self.state = state
         _fail(self._queue.clear(), self._unavailable)
-        unmade = [entry for entry in self._unanswered if not entry.made]
+        unmade = [entry for entry in self._unanswered if not entry.has_pixels]
         _fail(unmade, lambda: EngineError(f"{reason}; the server is about to restart"))
         grace_s = EXIT_GRACE_S if self._engine is not None else 0.0  # nothing was accepted before it was ready
         asyncio.get_running_loop().call_later(grace_s, self._leave, exit_code)
@@ -258,11 +258,11 @@ class Scheduler:
     async def _watch(self) -> None:
         """Notices a call of the engine that does not end."""
         while True:
-            await asyncio.sleep(min(1.0, self._hang_limit_s / 4))
+            await asyncio.sleep(min(1.0, self._batch_timeout_s / 4))
             since = self._thread.running_since
-            if since is not None and time.monotonic() - since > self._hang_limit_s:
+            if since is not None and time.monotonic() - since > self._batch_timeout_s:
                 self._metrics.engine_failures.labels("hang").inc()
-                self.on_engine_lost("hung", EXIT_HANG, f"a batch ran longer than {self._hang_limit_s:g} s")
+                self.on_engine_lost("hung", EXIT_HANG, f"a batch ran longer than {self._batch_timeout_s:g} s")
                 return
 
 
@@ -276,13 +276,13 @@ class Reservation:
         self._jobs = jobs
         self._unused = jobs
         self._deadline = deadline
-        self._entries: list[Entry] = []
+        self._entries: list[QueuedJob] = []
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, jobs: Sequence[Job], encode: Callable[[RawImage], bytes]) -> list[asyncio.Future[EncodedResult]]:
         """Queues as many jobs as were reserved. Each future ends with the encoded picture or with a RequestError."""
         loop = asyncio.get_running_loop()
-        self._entries = [Entry(job, encode, loop.create_future(), self._deadline) for job in jobs]
+        self._entries = [QueuedJob(job, encode, loop.create_future(), self._deadline) for job in jobs]
         for entry in self._entries:
             self._scheduler.register(entry)
         self._queue.put(self._entries)
@@ -303,7 +303,7 @@ class Reservation:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        withdrawn = sum(self._queue.withdraw(entry) for entry in self._entries)
+        withdrawn = sum(self._queue.cancel(entry) for entry in self._entries)
         for entry in self._entries:
             entry.future.cancel()
         if isinstance(error, asyncio.CancelledError | ClientGoneError):
@@ -314,7 +314,7 @@ class Reservation:
         self._scheduler.on_release()
 
     def _expire(self) -> None:
-        self._scheduler.on_expired([entry for entry in self._entries if self._queue.withdraw(entry)])
+        self._scheduler.on_expired([entry for entry in self._entries if self._queue.cancel(entry)])
 
 
 def deadline_passed() -> DeadlineError:
@@ -323,7 +323,7 @@ def deadline_passed() -> DeadlineError:
     )
 
 
-def _fail(entries: Iterable[Entry], make: Callable[[], RequestError]) -> None:
+def _fail(entries: Iterable[QueuedJob], make: Callable[[], RequestError]) -> None:
     for entry in entries:
         if not entry.future.done():
             entry.future.set_exception(make())

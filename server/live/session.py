@@ -278,7 +278,7 @@ class LiveSession:
         self._shown_drawings = wanted.drawings
         self.drawn += 1
         self._metrics.live_seconds.observe(total_s)
-        self._metrics.live_dropped.inc(dropped)
+        self._metrics.live_superseded.inc(dropped)
 
     async def _say(self, text: str, content: bytes | None = None) -> None:
         """Sends a text message, and a binary one right behind it. Raises SessionEndError for a client that is stuck."""

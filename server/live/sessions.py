@@ -30,7 +30,7 @@ GOODBYE_S = 2.0  # for saying why a session ends, to a client that may not read
 logger = logging.getLogger("server.live")
 
 
-class Live:
+class LiveSessions:
     """All sessions of this server."""
 
     def __init__(

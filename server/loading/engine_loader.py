@@ -9,27 +9,27 @@ from typing import Any
 from engines.fake import FakeEngine
 from engines.types import Engine
 from server.errors import SettingsError
-from server.generation.engine_source import EngineSource, Given
+from server.generation.engine_source import EngineSource, FixedEngineSource
 from server.loading.automatic import AutomaticEngine, Candidate, Offers, Ways
 from server.settings import Settings
 
 BUILDER = Path(__file__).resolve().parents[2] / "build_engine.py"  # beside the packages, installed or not
 
 
-def source(settings: Settings) -> EngineSource:
+def engine_source(settings: Settings) -> EngineSource:
     """Where the engine that the settings ask for comes from. Returns at once; `load` of it is slow."""
     if settings.backend == "fake":
         names, delay_s = tuple(one.name for one in settings.lora if one.scale is None), settings.fake_delay_ms / 1000
-        return Given(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=delay_s, adapters=names))
+        return FixedEngineSource(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=delay_s, adapters=names))
     if settings.engine == "none" or (settings.engine is None and settings.backend != "auto"):
-        return Given(lambda: load(settings))
+        return FixedEngineSource(lambda: load(settings))
     if settings.engine not in (None, "auto"):
-        return Given(lambda: load(settings, settings.engine))
+        return FixedEngineSource(lambda: load(settings, settings.engine))
     try:
         ways = _Ways(settings)
     except RuntimeError as error:  # pathlib's, of a user without a home directory
         if settings.engine is None:
-            return Given(lambda: load(settings))
+            return FixedEngineSource(lambda: load(settings))
         raise SettingsError("--engine: got 'auto', and this user has no home directory; give --cache") from error
     return AutomaticEngine(
         ways.folder,

@@ -4,17 +4,17 @@ from server.processes.accepting import is_any
 from server.processes.saying import say
 
 
-def address(host: str, port: int) -> str:
+def server_url(host: str, port: int) -> str:
     """The URL of a server, for someone on its machine."""
     host = "127.0.0.1" if is_any(host) else host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def say_listening(where: str, what: str) -> None:
+def print_listening(where: str, what: str) -> None:
     say(f"listening on {where}; loading {what}")
 
 
-def say_ready(where: str) -> None:
+def print_ready(where: str) -> None:
     """With a line to paste."""
     body = '{"prompt": "a red circle on a white background", "seed": 7}'
     say(f"ready (docs at {where}/docs). Try:")

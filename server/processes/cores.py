@@ -16,27 +16,27 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them:
 
 
 class Cores(NamedTuple):
-    """`number` threads, at least 1, and why."""
+    """`threads`, at least 1, and why."""
 
-    number: int
+    threads: int
     reason: str
 
 
-def settle(environment: MutableMapping[str, str], root: Path = Path("/")) -> Cores:
+def configure_openmp(environment: MutableMapping[str, str], root: Path = Path("/")) -> Cores:
     """Tells OpenMP what was not told already, in `environment`, and says what holds."""
     given = environment.get(THREADS, "")
     if given:
         first = given.partition(",")[0].strip()  # the rest is for nested regions, which there are none of
         found = Cores(int(first) if first.isdecimal() else 1, f"{given}: {THREADS} says so")
     else:
-        found = usable(root)
-        environment[THREADS] = str(found.number)
+        found = usable_cores(root)
+        environment[THREADS] = str(found.threads)
     if not any(environment.get(name) for name in WAITING):
         environment[WAITING[0]] = "PASSIVE"
     return found
 
 
-def usable(root: Path = Path("/")) -> Cores:
+def usable_cores(root: Path = Path("/")) -> Cores:
     """What the affinity and the cgroup's quota leave, whole cores. `root`: where /proc and /sys are."""
     allowed = len(os.sched_getaffinity(0))
     quota = min(_quotas(root), default=None)
@@ -85,9 +85,9 @@ def _quota(folder: Path, *, unified: bool) -> float | None:
     return int(quota) / int(period)
 
 
-def shares(environment: Mapping[str, str], workers: int) -> str:
+def threads_per_worker(environment: Mapping[str, str], workers: int) -> str:
     """OMP_NUM_THREADS of each of so many processes."""
-    return environment.get(THREADS) or str(max(1, usable().number // workers))
+    return environment.get(THREADS) or str(max(1, usable_cores().threads // workers))
 
 
 def _read(path: Path) -> str:

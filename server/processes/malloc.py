@@ -15,7 +15,7 @@ CHOICES = {ARENA_MAX: 1, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 256 * 2**20
 THEIRS = ("MALLOC_", "GLIBC_TUNABLES")  # variables by which glibc is told otherwise
 
 
-def keep_memory(environment: Mapping[str, str]) -> bool:
+def configure_malloc(environment: Mapping[str, str]) -> bool:
     """Says whether it chose: not where the environment does, nor where the C library is none that can be told."""
     if any(name.startswith(THEIRS) for name in environment):
         return False

@@ -22,8 +22,8 @@ from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.http.api_keys import ApiKeys
 from server.processes import channel
 from server.processes.accepting import Acceptor, check_room, full, listen
-from server.processes.announce import address, say_listening, say_ready
-from server.processes.cores import THREADS, shares
+from server.processes.announce import print_listening, print_ready, server_url
+from server.processes.cores import THREADS, threads_per_worker
 from server.settings import Settings
 from server.telemetry.logs import Seldom
 
@@ -88,8 +88,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         listeners = listen(self._settings.host, self._settings.port)
         self._acceptor = Acceptor(listeners, self._hand_over, self._check_room)  # begins with the first report
-        where = address(self._settings.host, listeners[0].getsockname()[1])
-        say_listening(where, f"{self._settings.model} in {len(self._environments)} processes")
+        where = server_url(self._settings.host, listeners[0].getsockname()[1])
+        print_listening(where, f"{self._settings.model} in {len(self._environments)} processes")
         announcing = loop.create_task(self._announce(where))
         folder = Path(tempfile.mkdtemp(prefix="sprint-"))
         places = [loop.create_task(self._keep(index, folder)) for index in range(len(self._environments))]
@@ -106,10 +106,10 @@ class Supervisor:
     async def _until_drained(self, places: Sequence[asyncio.Task[int]]) -> Sequence[int]:
         await self._draining.wait()
         settings = self._settings
-        logger.info("draining %d workers: at most %g s", len(self._workers), settings.drain_limit_s)
+        logger.info("draining %d workers: at most %g s", len(self._workers), settings.shutdown_timeout_s)
         for worker in self._workers:
             channel.send_drain(worker.end)
-        await asyncio.wait(places, timeout=settings.drain_delay_s + settings.drain_limit_s + KILL_S)
+        await asyncio.wait(places, timeout=settings.drain_delay_s + settings.shutdown_timeout_s + KILL_S)
         for worker in self._workers:
             logger.error("worker %d did not end; killing it", worker.index)
             worker.process.kill()
@@ -211,7 +211,7 @@ class Supervisor:
 
     async def _announce(self, where: str) -> None:
         await self._ready.wait()
-        say_ready(where)
+        print_ready(where)
 
 
 def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -251,7 +251,7 @@ def environments(
     else:
         gpus = [name.strip() for name in visible.split(",") if name.strip()]
     if not gpus or settings.device == "cpu" or settings.backend == "fake":
-        return [{**environment, THREADS: shares(environment, count)} for _ in range(count)]
+        return [{**environment, THREADS: threads_per_worker(environment, count)} for _ in range(count)]
     if count > len(gpus):
         raise SettingsError(
             f"--workers: got {count}, allowed: at most {len(gpus)}, one for each GPU ({', '.join(gpus)})"

@@ -22,23 +22,23 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from server.http.problem_details import MEDIA_TYPE
 from server.http.state import AppState
 from server.live.messages import MAX_DRAWING
-from server.live.sessions import Live
+from server.live.sessions import LiveSessions
 from server.processes.accepting import Acceptor, listen
-from server.processes.announce import address, say_listening, say_ready
+from server.processes.announce import print_listening, print_ready, server_url
 from server.processes.upgrades import announces_body, offers_websocket, without_offer
 from server.settings import Settings
 
 HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
 HEAD_S = 30.0  # from the connection, or from the first byte of a head, to its end
 HANDSHAKE_S = 30.0  # from the end of a websocket's head to the answer
-UNREAD_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
+WRITE_STALL_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
 LIVE_SEND_BYTES = 128 * 1024  # of the kernel, for each websocket
 KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
 
 logger = logging.getLogger("server.processes")
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with limits that it leaves to a proxy in front; there may be none."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         listening = transport.get_extra_info("socket")
         if listening is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, WRITE_STALL_MS)
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -178,7 +178,7 @@ def _shut(transport: asyncio.Transport, gently: Callable[[], None]) -> None:
         transport.abort()
 
 
-class SturdyWebSocket(WebSocketsSansIOProtocol):
+class LimitedWebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's websockets, where text that is not UTF-8 ends the connection (1007) without a traceback of ours, and a
     handshake is answered: at once where it is none, and within HANDSHAKE_S in any case."""
 
@@ -234,7 +234,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, service: AppState, live: Live, listeners: Sequence[socket.socket] = ()
+        self, config: uvicorn.Config, service: AppState, live: LiveSessions, listeners: Sequence[socket.socket] = ()
     ) -> None:
         super().__init__(config)
         self._service = service
@@ -248,7 +248,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets=[])
         self._acceptor.resume()
         if self._listeners:
-            where = address(self.config.host, self._listeners[0].getsockname()[1])
+            where = server_url(self.config.host, self._listeners[0].getsockname()[1])
             self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -287,7 +287,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         settings = self._service.settings
-        logger.info("draining: at most %g s", settings.drain_limit_s)
+        logger.info("draining: at most %g s", settings.shutdown_timeout_s)
         await asyncio.sleep(settings.drain_delay_s)
         scheduler = self._service.scheduler
         self._live.drain()
@@ -297,22 +297,22 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def _announce(self, where: str) -> None:
-        say_listening(where, self._service.settings.model)
+        print_listening(where, self._service.settings.model)
         await self._service.scheduler.ready.wait()
-        say_ready(where)
+        print_ready(where)
 
 
 def serve(app: FastAPI, settings: Settings) -> None:
     """Listens until a signal, then drains. Blocks. Raises ListenError before anything is loaded."""
     listeners = listen(settings.host, settings.port)
-    DrainingServer(configuration(app, settings), app.state.service, app.state.live, listeners).run()
+    DrainingServer(uvicorn_config(app, settings), app.state.service, app.state.live, listeners).run()
 
 
-def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=BoundedProtocol,
-        ws=SturdyWebSocket,
+        http=LimitedHttpProtocol,
+        ws=LimitedWebSocketProtocol,
         ws_max_size=MAX_DRAWING,
         ws_per_message_deflate=False,  # pictures and drawings are compressed already
         host=settings.host,
@@ -321,5 +321,5 @@ def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_limit_s)),
+        timeout_graceful_shutdown=max(1, math.ceil(settings.shutdown_timeout_s)),
     )

@@ -19,13 +19,13 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import AppState
-from server.live.sessions import Live
-from server.loading.engine_loader import source
+from server.live.sessions import LiveSessions
+from server.loading.engine_loader import engine_source
 from server.processes.accepting import leaves_room, open_files_limit, room
 from server.processes.channel import ROOM_TOLD, State, WorkerStatus, receive, send_report
-from server.processes.cores import settle
-from server.processes.malloc import keep_memory
-from server.processes.uvicorn_server import DrainingServer, configuration
+from server.processes.cores import configure_openmp
+from server.processes.malloc import configure_malloc
+from server.processes.uvicorn_server import DrainingServer, uvicorn_config
 from server.settings import read
 from server.telemetry import aggregation, logs
 from server.telemetry.logs import Seldom
@@ -37,7 +37,7 @@ class WorkerServer(DrainingServer):
     """A draining server that is handed its connections."""
 
     def __init__(
-        self, config: uvicorn.Config, service: AppState, live: Live, end: socket.socket, metrics: Path
+        self, config: uvicorn.Config, service: AppState, live: LiveSessions, end: socket.socket, metrics: Path
     ) -> None:
         super().__init__(config, service, live)
         self._end = end
@@ -94,7 +94,7 @@ class WorkerServer(DrainingServer):
 
 def serve(app: FastAPI, service: AppState, end: socket.socket, metrics: Path) -> None:
     """Takes connections from the channel until a signal, the word to drain, or the supervisor's end. Blocks."""
-    WorkerServer(configuration(app, service.settings), service, app.state.live, end, metrics).run()
+    WorkerServer(uvicorn_config(app, service.settings), service, app.state.live, end, metrics).run()
 
 
 def main() -> int:
@@ -104,12 +104,12 @@ def main() -> int:
     try:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
-        keep_memory(os.environ)
+        configure_malloc(os.environ)
         app = create_app(
-            source(settings),
+            engine_source(settings),
             settings,
             expose=lambda _: aggregation.scrape_workers(folder),
-            cores=settle(os.environ),
+            cores=configure_openmp(os.environ),
         )
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -156,7 +156,7 @@ def _is_empty(value: UploadFile | str) -> bool:
 def images_json(delivery: GenerationResult, response_format: str) -> bytes:
     """The JSON answer of the OpenAI routes (schemas.ImagesResponse)."""
     data: list[dict[str, object]] = []
-    for picture in delivery.pictures:
+    for picture in delivery.images:
         text = picture.content.decode("ascii")
         shown = {"b64_json": text}
         if response_format == "url":

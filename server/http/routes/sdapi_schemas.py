@@ -170,7 +170,7 @@ def answer_json(
     body: Txt2ImgRequest, parameters: dict[str, Any], made: GenerationResult, timings_ms: dict[str, float], model: str
 ) -> bytes:
     """The answer of both routes (SdapiAnswer)."""
-    seeds = [image.seed for image in made.pictures]
+    seeds = [image.seed for image in made.images]
     text = f"{body.prompt}\nSteps: {body.run_steps}, Sampler: {SAMPLER}, CFG scale: {body.run_guidance:g}, Seed: "
     size = f", Size: {made.width}x{made.height}, Model: {model}"
     info = {
@@ -185,7 +185,7 @@ def answer_json(
         "prompt_truncated": made.prompt_truncated,
         "timings_ms": timings_ms,
     }
-    images = [image.content.decode("ascii") for image in made.pictures] if body.send_images else []
+    images = [image.content.decode("ascii") for image in made.images] if body.send_images else []
     return to_json({"images": images, "parameters": parameters, "info": to_json(info).decode()})
 
 

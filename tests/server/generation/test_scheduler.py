@@ -24,7 +24,7 @@ from engines.errors import CheckpointError
 from engines.fake import FakeEngine, FaultPlan, expected_pixels
 from engines.types import Deliver, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
-from server.generation.engine_source import Given
+from server.generation.engine_source import FixedEngineSource
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Scheduler
 from server.telemetry.metrics import Metrics
@@ -190,7 +190,7 @@ def test_prompts_that_make_a_good_engine_fail_do_not_restart_it(serve: Serve) ->
 def test_a_hang_is_noticed_told_and_left(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
     engine.gate.set()
-    running = serve(engine, max_batch=1, hang_limit_s=0.2)
+    running = serve(engine, max_batch=1, batch_timeout_s=0.2)
     hanging = running.later("[[hang]]")
     engine.wait_for_batch()
     waiting = running.later("waits")
@@ -257,7 +257,7 @@ def test_a_deadline_covers_the_decoding_of_images(serve: Serve) -> None:
 
 def test_the_drain_limit_ends_what_has_not_begun(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
-    running = serve(engine, max_batch=1, drain_limit_s=0.05)
+    running = serve(engine, max_batch=1, shutdown_timeout_s=0.05)
     running_job, waiting_job = queue_up(running, engine, ["waits"])
     drain = asyncio.run_coroutine_threadsafe(running.service.scheduler.drain(), loop_of(running))
     drain.result(30)
@@ -335,12 +335,12 @@ def test_the_engine_is_closed_on_the_thread_that_ran_it() -> None:
 
 def make_batcher(load: Callable[[], Engine]) -> Scheduler:
     return Scheduler(
-        Given(load),
+        FixedEngineSource(load),
         Codec(1),
         max_batch=8,
         max_queue=8,
-        hang_limit_s=30,
-        drain_limit_s=5,
+        batch_timeout_s=30,
+        shutdown_timeout_s=5,
         metrics=Metrics(request_buckets=(1.0,), stage_buckets=(1.0,)),
         leave=lambda _: None,
         when_ready=lambda _: None,

@@ -7,8 +7,8 @@ from program import Program
 
 PROBE = """
 import os, ctypes, threading
-from server.processes.malloc import keep_memory
-print(keep_memory(os.environ))
+from server.processes.malloc import configure_malloc
+print(configure_malloc(os.environ))
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
