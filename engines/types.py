@@ -181,6 +181,13 @@ class Limits:
 
     def check(self, job: Job) -> None:
         """Raises JobError, naming field, value and bounds, where the job is outside these limits."""
+        if job.conditioning not in self.conditioning:
+            field, remedy = "prompt alone" if job.conditioning == "text" else "image", ""
+            if job.control_image is not None:
+                field = "control_image"
+                remedy = "; strokes need a ControlNet: the folder controlnet/ in the checkpoint, or --controlnet"
+            runs = ", ".join(sorted(self.conditioning))
+            raise JobError(f"{field}: got {job.conditioning}, this engine runs {runs}{remedy}")
         if not self.allows_size(job.width, job.height):
             nearest = ", ".join(f"{w}x{h}" for w, h in self.nearest_sizes(job.width, job.height))
             raise JobError(
@@ -189,10 +196,6 @@ class Limits:
         if job.steps not in self.steps:
             allowed = ", ".join(map(str, self.steps))
             raise JobError(f"num_inference_steps: got {job.steps}, this engine runs {allowed}")
-        if job.conditioning not in self.conditioning:
-            raise JobError(
-                f"conditioning: got {job.conditioning!r}, this engine runs {', '.join(sorted(self.conditioning))}"
-            )
         if not 0 <= job.seed <= MAX_SEED:
             raise JobError(f"seed: got {job.seed}, allowed 0 to {MAX_SEED}")
         if job.lora:

@@ -115,7 +115,7 @@ def create_app(
     )
     origins = Origins(settings.cors_origins)
     app.state.service = AppState(settings, metrics, scheduler, codec, generator, Uploads(LARGE_BODIES), expose)
-    app.state.live = LiveSessions(scheduler, codec, safety, metrics, settings)
+    app.state.live = LiveSessions(scheduler, generator, metrics, settings)
     app.state.cores = cores
     for routes_of in (generate, status, live_route, page, openai):
         app.include_router(routes_of.router)

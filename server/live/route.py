@@ -11,6 +11,6 @@ router = APIRouter()
 
 @router.websocket("/v1/live")
 async def live_drawing(socket: WebSocket) -> None:
-    """Pictures of drawings, while they are drawn: docs/use/live.md."""
+    """Generates images of drawings while the client draws: docs/use/live.md."""
     sessions: LiveSessions = socket.app.state.live
     await sessions.serve(socket, request_context(socket))

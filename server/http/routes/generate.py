@@ -29,7 +29,7 @@ async def generate(request: Request) -> Response:
     service, context = app_state(request), request_context(request)
     body = await read_json(request, GenerateRequest, service)
     as_json = body.num_images > 1 or prefers_json(request.headers.get("accept", ""))
-    making = service.generator.generate(body.order(base64=as_json), context.arrived)
+    making = service.generator.generate(body.generation_request(base64=as_json), context.arrived)
     del body  # it may hold large images, which are not needed once they are decoded
     delivery = await cancel_on_disconnect(making, request.receive)
     request.state.timings = delivery.timings_ms  # for the trace

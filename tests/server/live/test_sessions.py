@@ -86,6 +86,19 @@ def test_header_and_file_agree(plain: Running, image_format: str, magic: bytes) 
     assert all(ms >= 0 for ms in header["timings_ms"].values())
 
 
+@pytest.mark.parametrize(
+    ("image_format", "quality", "png"), [("jpeg", 80, False), ("webp", None, False), ("png", None, True)]
+)
+def test_the_engine_may_make_the_file_that_the_session_asks_for(
+    serve: Serve, gated: GatedEngine, image_format: str, quality: int | None, png: bool
+) -> None:
+    """On a GPU the engine makes PNG and JPEG files, and nobody looks into them again."""
+    gated.gate.set()
+    with live(serve(gated)) as client:
+        client.picture_of(client.set(prompt="a red circle", output_format=image_format, output_quality=80))
+    assert [(job.jpeg_quality, job.png) for jobs in gated.seen for job in jobs] == [(quality, png)]
+
+
 def test_a_session_keeps_its_seed(plain: Running) -> None:
     with live(plain) as client:
         shown = [client.picture_of(client.set(prompt=prompt)) for prompt in ("a red circle", "a blue square")]
@@ -362,7 +375,7 @@ def test_a_jpeg_drawing_is_read_too(plain: Running) -> None:
 def received(running: Running) -> int:
     """The number of the newest message that the one open session understood."""
     (session,) = running.live._sessions
-    return session._understood
+    return session._applied
 
 
 def waiting_job(running: Running) -> Job:

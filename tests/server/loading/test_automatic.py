@@ -24,8 +24,8 @@ from engines.errors import ArtifactError
 from engines.fake import FakeEngine, expected_pixels
 from engines.types import Deliver, Engine, EngineInfo, Job, RawImage
 from server.loading import automatic
-from server.loading.attempts import MOST
-from server.loading.automatic import AutomaticEngine, Offers, Ways
+from server.loading.attempts import MAX_ATTEMPTS
+from server.loading.automatic import AutomaticEngine, Candidates, EngineOperations
 
 SIZE = (64, 64)
 WANTED = Wanted("ab" * 32, "openvino", "2026.1", None, "fp32", (SIZE,), 8)
@@ -76,8 +76,8 @@ class Bench:
     def source(self, *, while_building: bool = False) -> AutomaticEngine:
         (self.place / "plan").write_text(json.dumps(self.plan))
         builder = (sys.executable, stand_in_builder.__file__, str(self.place / "plan"))
-        ways = Ways(self._look, self._find, self._built, self._plain, builder)
-        return AutomaticEngine(self.folder, ways, while_building=while_building)
+        operations = EngineOperations(self._look, self._find, self._built, self._plain, builder)
+        return AutomaticEngine(self.folder, operations, while_building=while_building)
 
     def add(self, name: str, manifest: Manifest) -> Path:
         folder = self.folder / name
@@ -85,9 +85,9 @@ class Bench:
         manifest.write(folder)
         return folder
 
-    def _look(self) -> Offers:
+    def _look(self) -> Candidates:
         named = enumerate(self.vendors)
-        return Offers(
+        return Candidates(
             [Candidate(one.vendor, f"tiny-{i}", one, ("--vendor", one.vendor), self.missing) for i, one in named]
         )
 
@@ -280,7 +280,7 @@ def test_a_disk_that_cannot_be_written_leaves_pytorch(bench: Bench) -> None:
 
 
 def test_the_end_of_the_server_ends_the_build_and_counts_for_nothing(bench: Bench) -> None:
-    times = MOST + 1
+    times = MAX_ATTEMPTS + 1
     bench.plan["gate"] = str(bench.place / "gate")
     for _ in range(times):
         _end_in_the_middle(bench)
