@@ -58,16 +58,16 @@ class LiveClient:
         assert told.pop("type") == kind, told
         return told
 
-    def picture(self) -> Shown:
+    def image(self) -> Shown:
         header = self.said("picture")
         content = self.socket.recv(PATIENCE_S)
         assert isinstance(content, bytes)
         assert len(content) == header["bytes"]
         return Shown(header, content)
 
-    def picture_of(self, sequence: int) -> Shown:
+    def image_of(self, sequence: int) -> Shown:
         """The first picture that shows the message of that number, or a newer one."""
-        while (shown := self.picture()).sequence < sequence:
+        while (shown := self.image()).sequence < sequence:
             pass
         return shown
 

@@ -99,7 +99,7 @@ def info(server: Server) -> dict[str, object]:
     return told
 
 
-def picture(content: bytes) -> NDArray[np.int64]:
+def signed_pixels(content: bytes) -> NDArray[np.int64]:
     return np.asarray(Image.open(io.BytesIO(content))).astype(int)
 
 
@@ -224,7 +224,7 @@ def test_swap_under_load_loses_nothing_and_answers_nothing_wrong(started: "Start
             answer = client.post("/generate", json=body)
             if answer.status_code != 200:
                 return answer.text
-            off = abs(picture(answer.content) - expected[number % seeds]).max()
+            off = abs(signed_pixels(answer.content) - expected[number % seeds]).max()
             return None if off <= 2 else f"request {number}: off by {off}"
 
         wrong = []

@@ -77,7 +77,7 @@ def test_a_host_without_cgroups_has_its_affinity(tmp_path: Path) -> None:
 
 @contextmanager
 def served(**environment: str) -> Iterator[dict[str, object]]:
-    """What /v1/info of a server says."""
+    """Returns /v1/info of a server."""
     server = Server("--backend", "fake", **{**FREE, **environment})
     try:
         told: dict[str, object] = httpx.get(f"{server.wait_ready()}/v1/info").json()

@@ -1,4 +1,4 @@
-"""What the C library is told of memory: in a process of its own, since it cannot be untold."""
+"""The malloc configuration, in a process of its own, since it cannot be undone."""
 
 import platform
 

@@ -72,9 +72,9 @@ def samples(client: httpx.Client, name: str) -> dict[str, float]:
 
 def test_connections_are_shared_and_numbers_add_up(quick: Supervised) -> None:
     with quick.wait_ready() as client:
-        pictures = [client.post("/generate", json=BODY) for _ in range(4 * WORKERS)]
-        assert {picture.status_code for picture in pictures} == {200}
-        assert len({picture.content for picture in pictures}) == 1
+        answers = [client.post("/generate", json=BODY) for _ in range(4 * WORKERS)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.content for answer in answers}) == 1
         text = client.get("/metrics").text
         made = samples(client, "sana_sprint_images_total")
         assert len(re.findall(r"^# TYPE sana_sprint_images_total", text, re.MULTILINE)) == 1

@@ -18,7 +18,7 @@ def connect(running: Running) -> socket.socket:
 
 
 def everything(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """Returns the bytes received until the server closes."""
     received = b""
     while part := connection.recv(65536):
         received += part
