@@ -121,7 +121,7 @@ ROWS = (
                 "Jobs that never ran", "timeseries",
                 (Query(rate("sana_sprint_jobs_dropped_total", "reason"), "{{reason}}"),),
                 "queue_full was refused at once (429); deadline passed before the job ran (504); client_gone left; "
-                "draining was not finished within the drain limit.",
+                "draining was not finished within the shutdown timeout.",
             ),
         ),
     ),

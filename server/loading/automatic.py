@@ -54,29 +54,31 @@ class Candidates:
     why_none: str = ""
 
 
-@dataclass(frozen=True)
-class EngineOperations:
-    """Operations on the engines of one server's settings.
+class EngineOperations(Protocol):
+    """Operations on the engines of one server's settings, in one folder."""
 
-    `find_built` returns the folder of a candidate's engines except the given ones, and why others do not fit.
-    `load_pytorch(True)` limits the engine to the sizes of the built one. `build_command` lacks only its arguments.
-    """
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def build_command(self) -> Sequence[str]:
+        """The builder's command without its arguments."""
 
-    find_candidates: Callable[[], Candidates]
-    find_built: Callable[[Candidate, Collection[Path]], tuple[Path | None, list[str]]]
-    open_built: Callable[[Path], Engine]
-    load_pytorch: Callable[[bool], Engine]
-    build_command: Sequence[str]
+    def find_candidates(self) -> Candidates: ...
+    def find_built(self, candidate: Candidate, exclude: Collection[Path]) -> tuple[Path | None, list[str]]:
+        """Returns a folder of fitting engines that is not in `exclude`, and why others do not fit."""
+
+    def open_built(self, path: Path) -> Engine: ...
+    def load_pytorch(self, built_sizes_only: bool) -> Engine: ...
 
 
 class AutomaticEngine:
     """An EngineSource over a folder of engines. `while_building`: PyTorch serves until the engine is built."""
 
-    def __init__(self, folder: Path, operations: EngineOperations, *, while_building: bool = False) -> None:
-        self._folder = folder
+    def __init__(self, operations: EngineOperations, *, while_building: bool = False) -> None:
+        self._folder = operations.folder
         self._operations = operations
         self._while_building = while_building
-        self._fastest = FastestVendor(folder / ".fastest.json")
+        self._fastest = FastestVendor(self._folder / ".fastest.json")
         self._unfit: set[Path] = set()  # engines whose manifest fits but that did not open
         self._building: Building | None = None
         self._replacements: SimpleQueue[Engine] = SimpleQueue()

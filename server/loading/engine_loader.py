@@ -10,7 +10,7 @@ from engines.fake import FakeEngine
 from engines.types import Engine
 from server.errors import SettingsError
 from server.generation.engine_source import EngineSource, FixedEngineSource
-from server.loading.automatic import AutomaticEngine, Candidate, Candidates, EngineOperations
+from server.loading.automatic import AutomaticEngine, Candidate, Candidates
 from server.settings import Settings
 
 BUILDER = Path(__file__).resolve().parents[2] / "build_engine.py"  # beside the packages, installed or not
@@ -31,17 +31,7 @@ def engine_source(settings: Settings) -> EngineSource:
         if settings.engine is None:
             return FixedEngineSource(lambda: load(settings))
         raise SettingsError("--engine: got 'auto', and this user has no home directory; give --cache") from error
-    return AutomaticEngine(
-        operations.folder,
-        EngineOperations(
-            find_candidates=operations.find_candidates,
-            find_built=operations.find_built,
-            open_built=operations.open_built,
-            load_pytorch=operations.load_pytorch,
-            build_command=(sys.executable, str(BUILDER)),
-        ),
-        while_building=settings.serve_while_building,
-    )
+    return AutomaticEngine(operations, while_building=settings.serve_while_building)
 
 
 def load(
@@ -87,13 +77,14 @@ def engine_folder(cache: str | None, environment: Mapping[str, str]) -> Path:
 
 
 class _Operations:
-    """Finds, opens and loads the engines of the settings."""
+    """EngineOperations of the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sizes: tuple[tuple[int, int], ...] = ()
         self._checkpoint: Any = None  # engines.checkpoints.checkpoint.Checkpoint, which imports torch
         self.folder = engine_folder(settings.cache, os.environ)
+        self.build_command = (sys.executable, str(BUILDER))
 
     def find_candidates(self) -> Candidates:
         from engines.artifacts.candidates import candidates, has_gpu

@@ -1,4 +1,4 @@
-"""Images in and out: lossless PNG, and whatever a client may send as an image."""
+"""Encodes losslessly to PNG, and decodes or refuses any file that a client sends as an image."""
 
 import io
 import struct

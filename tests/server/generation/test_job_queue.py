@@ -1,4 +1,4 @@
-"""The queue alone: slots, order, deadlines, withdrawal, under any sequence of events."""
+"""The queue alone: slots, order, deadlines and cancellation, under any sequence of events."""
 
 import asyncio
 import threading

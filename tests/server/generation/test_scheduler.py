@@ -1,4 +1,4 @@
-"""Batches, order, faults of the engine, hang and drain: seen from outside, on a fake engine that a test can hold."""
+"""Batches, order, engine failures, hang and drain, over HTTP, with a fake engine that a test can hold."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ from server.telemetry.metrics import Metrics
 
 
 def queue_up(running: Running, engine: GatedEngine, prompts: list[str], **body: Any) -> list[Later]:
-    """A first request that holds the engine, then one for each prompt, queued in this order behind it."""
+    """Sends a request that holds the engine, then queues one for each prompt in this order."""
     requests = [running.later("holds the engine", width=32, height=32)]
     engine.wait_for_batch()
     for i, prompt in enumerate(prompts):
@@ -79,7 +79,7 @@ def test_images_of_a_batch_go_to_their_requests_and_padding_is_counted(serve: Se
 
 def test_many_clients_fill_the_batches(serve: Serve) -> None:
     class Patient(FakeEngine):
-        """Its batch ends when the next one is full, or nobody is left to come."""
+        """Ends a batch when the next one is full, or when no further request will come."""
 
         left = 160
 
@@ -123,7 +123,7 @@ def test_a_slot_is_free_again_after_an_image_that_cannot_be_read(serve: Serve) -
     assert running.generate().status_code == 200
 
 
-def test_a_poisonous_job_fails_alone(serve: Serve) -> None:
+def test_a_job_that_always_fails_fails_alone(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine)
     requests = queue_up(running, engine, ["a", "b [[raise]]", "c", "d [[nan]]"])
@@ -133,7 +133,7 @@ def test_a_poisonous_job_fails_alone(serve: Serve) -> None:
     assert running.left == []
 
 
-def test_a_failure_that_passes_is_seen_by_nobody(serve: Serve) -> None:
+def test_a_transient_failure_is_hidden(serve: Serve) -> None:
     engine = GatedEngine(faults=FaultPlan(raise_on_calls=frozenset({1})))
     running = serve(engine)
     requests = queue_up(running, engine, ["a", "b"])
@@ -142,7 +142,7 @@ def test_a_failure_that_passes_is_seen_by_nobody(serve: Serve) -> None:
     assert engine.batches == [1, 2, 1, 1]
 
 
-def test_a_failure_that_passes_is_seen_by_nobody_in_a_batch_of_one_either(serve: Serve) -> None:
+def test_a_transient_failure_is_hidden_in_a_batch_of_one_too(serve: Serve) -> None:
     engine = FakeEngine()
     running = serve(engine)
     assert running.generate("x [[once]]").status_code == 200
@@ -255,7 +255,7 @@ def test_a_deadline_covers_the_decoding_of_images(serve: Serve) -> None:
     assert running.service.scheduler._queue.in_flight == 0
 
 
-def test_the_drain_limit_ends_what_has_not_begun(serve: Serve) -> None:
+def test_the_shutdown_timeout_drops_jobs_that_have_not_begun(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
     running = serve(engine, max_batch=1, shutdown_timeout_s=0.05)
     running_job, waiting_job = queue_up(running, engine, ["waits"])
@@ -373,7 +373,7 @@ def test_an_image_leaves_while_the_next_one_is_made(serve: Serve) -> None:
 
 def test_what_fails_behind_an_image_does_not_make_it_again(serve: Serve) -> None:
     class Stumbling(GatedEngine):
-        """Fails behind the first image of two."""
+        """Fails after the first image of two."""
 
         def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
             images = super().generate(jobs)

@@ -1,4 +1,4 @@
-"""Twenty people draw at once: everyone's turn comes, with what they drew last, and nothing is left behind."""
+"""Twenty people draw at once: each gets a turn with the newest drawing, and no session or job is left over."""
 
 import asyncio
 import json
@@ -45,12 +45,12 @@ class SteppedEngine(FakeEngine):
 
 
 def mark(session: int, number: int) -> Pixels:
-    """A drawing that says whose it is, and which."""
+    """Returns a drawing that encodes its session and number."""
     return np.full((1, 1, 3), (session, number, 255), np.uint8)
 
 
 def marks(jobs: Sequence[Job]) -> list[tuple[int, int]]:
-    """Session and number of each job's drawing."""
+    """Returns session and number of each job's drawing."""
     drawings = [job.control_image for job in jobs]
     return [(int(pixels[0, 0, 0]), int(pixels[0, 0, 1])) for pixels in drawings if pixels is not None]
 

@@ -1,4 +1,4 @@
-"""WS /v1/live: the newest drawing, one image at a time, and every way a session ends."""
+"""WS /v1/live: one image at a time of the newest drawing, and each end of a session."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ LOOK = {"width": 64, "height": 64, "seed": 7, "output_format": "png"}
 
 
 def drawing(level: int) -> Pixels:
-    """One white stroke on black, whose place says which drawing it is."""
+    """Returns one white stroke on black, whose row tells the drawings apart."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[level % 64, :, :] = 255
     return pixels
@@ -30,7 +30,7 @@ def job(prompt: str = "a red circle", **fields: Any) -> Job:
 
 
 def ended(client: LiveClient) -> tuple[int, str]:
-    """The close code, and the reason that the last message gave."""
+    """Returns the close code and the code of the last message."""
     told = client.said("end")
     with pytest.raises(ConnectionClosed) as closed:
         client.socket.recv(PATIENCE_S)
@@ -92,7 +92,7 @@ def test_header_and_file_agree(plain: Running, image_format: str, magic: bytes) 
 def test_the_engine_may_make_the_file_that_the_session_asks_for(
     serve: Serve, gated: GatedEngine, image_format: str, quality: int | None, png: bool
 ) -> None:
-    """On a GPU the engine makes PNG and JPEG files, and nobody looks into them again."""
+    """On a GPU the engine makes PNG and JPEG files, and the server sends them as they are."""
     gated.gate.set()
     with live(serve(gated)) as client:
         client.image_of(client.set(prompt="a red circle", output_format=image_format, output_quality=80))
@@ -106,7 +106,7 @@ def test_a_session_keeps_its_seed(plain: Running) -> None:
 
 
 def test_only_the_newest_drawing_is_made(serve: Serve, gated: GatedEngine) -> None:
-    """One job runs; of the drawings that come meanwhile, only the last is ever drawn."""
+    """While one job runs, twenty drawings arrive; only the last is run."""
     running = serve(gated)
     with live(running) as client:
         first = client.set(prompt="a red circle", **LOOK)
@@ -124,7 +124,7 @@ def test_only_the_newest_drawing_is_made(serve: Serve, gated: GatedEngine) -> No
 
 
 def test_a_job_that_waits_shows_what_comes_later(serve: Serve, gated: GatedEngine) -> None:
-    """A waiting job takes the newest drawing, and keeps its place before a request that came in between."""
+    """A waiting job takes the newest drawing, and keeps its position before a later request."""
     running = serve(gated, max_batch=1)
     blocker = running.later()
     gated.wait_for_batch()
@@ -373,13 +373,13 @@ def test_a_jpeg_drawing_is_read_too(plain: Running) -> None:
 
 
 def received(running: Running) -> int:
-    """The number of the newest message that the one open session understood."""
+    """Returns the number of the newest message that the one open session applied."""
     (session,) = running.live._sessions
     return session._applied
 
 
 def waiting_job(running: Running) -> Job:
-    """The job that is first in the line."""
+    """Returns the oldest waiting job."""
     queue = running.service.scheduler._queue
     with queue._filled:
         entries = [entry for group in queue._waiting.values() for entry in group.values()]

@@ -25,7 +25,7 @@ from engines.fake import FakeEngine, expected_pixels
 from engines.types import Deliver, Engine, EngineInfo, Job, RawImage
 from server.loading import automatic
 from server.loading.attempts import MAX_ATTEMPTS
-from server.loading.automatic import AutomaticEngine, Candidates, EngineOperations
+from server.loading.automatic import AutomaticEngine, Candidates
 
 SIZE = (64, 64)
 WANTED = Wanted("ab" * 32, "openvino", "2026.1", None, "fp32", (SIZE,), 8)
@@ -53,7 +53,7 @@ class Named(FakeEngine):
 
 @dataclass
 class Bench:
-    """A folder of engines, and how they are found, built and opened."""
+    """EngineOperations on a folder of engines, with fake engines."""
 
     place: Path
     vendors: tuple[Wanted, ...] = (WANTED,)
@@ -75,9 +75,7 @@ class Bench:
 
     def source(self, *, while_building: bool = False) -> AutomaticEngine:
         (self.place / "plan").write_text(json.dumps(self.plan))
-        builder = (sys.executable, stand_in_builder.__file__, str(self.place / "plan"))
-        operations = EngineOperations(self._look, self._find, self._built, self._plain, builder)
-        return AutomaticEngine(self.folder, operations, while_building=while_building)
+        return AutomaticEngine(self, while_building=while_building)
 
     def add(self, name: str, manifest: Manifest) -> Path:
         folder = self.folder / name
@@ -85,17 +83,21 @@ class Bench:
         manifest.write(folder)
         return folder
 
-    def _look(self) -> Candidates:
+    @property
+    def build_command(self) -> tuple[str, ...]:
+        return sys.executable, stand_in_builder.__file__, str(self.place / "plan")
+
+    def find_candidates(self) -> Candidates:
         named = enumerate(self.vendors)
         return Candidates(
             [Candidate(one.vendor, f"tiny-{i}", one, ("--vendor", one.vendor), self.missing) for i, one in named]
         )
 
-    def _find(self, candidate: automatic.Candidate, without: Collection[Path]) -> tuple[Path | None, list[str]]:
+    def find_built(self, candidate: automatic.Candidate, exclude: Collection[Path]) -> tuple[Path | None, list[str]]:
         assert isinstance(candidate.wanted, Wanted)
-        return find(self.folder, candidate.wanted, without)
+        return find(self.folder, candidate.wanted, exclude)
 
-    def _built(self, path: Path) -> Engine:
+    def open_built(self, path: Path) -> Engine:
         if path in self.damaged:
             self.damaged.remove(path)
             raise ArtifactError(f"{path}: damaged")
@@ -105,8 +107,8 @@ class Bench:
         self.engines.append(Named(vendor, delay_s))
         return self.engines[-1]
 
-    def _plain(self, narrow: bool) -> Engine:
-        self.plain.append(narrow)
+    def load_pytorch(self, built_sizes_only: bool) -> Engine:
+        self.plain.append(built_sizes_only)
         self.engines.append(Named("eager"))
         return self.engines[-1]
 

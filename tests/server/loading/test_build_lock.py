@@ -1,4 +1,4 @@
-"""The lock of a build, between processes."""
+"""The build lock, between processes."""
 
 import subprocess
 import sys

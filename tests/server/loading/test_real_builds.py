@@ -55,7 +55,7 @@ def started(model: Path, tmp_path: Path) -> Iterator["Starter"]:
 
 @pytest.fixture(scope="module")
 def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with engines that a first server built; read-only by agreement."""
+    """A cache with engines that a first server built; tests only read it."""
     starter = Starter(model, tmp_path_factory.mktemp("built"))
     server = starter()
     server.wait_ready()
@@ -126,7 +126,7 @@ def test_two_servers_on_one_volume_build_once(started: "Starter") -> None:
 
 
 def builder_of(server: Server) -> int:
-    """The process id of its builder."""
+    """Returns the process id of its builder."""
     children = Path(f"/proc/{server.process.pid}/task")
     found = [child for task in children.iterdir() for child in (task / "children").read_text().split()]
     for child in found:
@@ -155,7 +155,7 @@ def test_a_server_killed_in_the_middle_keeps_nothing_locked(started: "Starter") 
 
 
 def test_a_full_disk_leaves_pytorch(model: Path, tmp_path: Path) -> None:
-    """The limit of the size of a file is inherited by the builder."""
+    """The builder inherits the limit of file sizes."""
     limited = (
         "import resource, runpy, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))\n"

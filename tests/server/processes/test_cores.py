@@ -1,4 +1,4 @@
-"""Threads for the cores that a process really has: affinity, quotas of cgroups of both versions, OMP_NUM_THREADS."""
+"""One thread for each usable core: affinity, cgroup quotas of both versions, OMP_NUM_THREADS."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ FREE = {"OMP_NUM_THREADS": "", "OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
 
 
 def host(tmp_path: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
-    """A /proc and a /sys as a container would see them."""
+    """Writes a /proc and a /sys as a container sees them."""
     for name, text in {"proc/self/cgroup": groups, "proc/self/mountinfo": mounts, **files}.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ FOLDER = "sys/fs/cgroup/cpu,cpuacct"
 
 
 def usable_cores(root: Path, cores: int) -> tuple[int, str]:
-    """As a process that may run on `cores` cores answers."""
+    """Returns the answer of a process that may run on `cores` cores."""
     code = (
         "import os, sys; from pathlib import Path\n"
         f"os.sched_getaffinity = lambda _: set(range({cores}))\n"
@@ -97,7 +97,7 @@ def test_number_and_reason_are_told() -> None:
 
 
 def test_the_engine_computes_with_as_many_and_they_do_not_spin() -> None:
-    """Of the library that computes, in a process that was told nothing."""
+    """Torch itself, in a process without OpenMP's variables."""
     code = (
         "import os; from server.processes.cores import configure_openmp\n"
         "found = configure_openmp(os.environ)\n"

@@ -1,4 +1,4 @@
-"""Which prompts a list of words refuses, and what it says of them."""
+"""Prompts that a word list refuses, and its reasons."""
 
 from pathlib import Path
 
