@@ -188,10 +188,6 @@ class Limits:
         if job.steps not in self.steps:
             allowed = ", ".join(map(str, self.steps))
             raise JobError(f"num_inference_steps: got {job.steps}, this engine runs {allowed}")
-        if job.conditioning not in self.conditioning:
-            raise JobError(
-                f"conditioning: got {job.conditioning!r}, this engine runs {', '.join(sorted(self.conditioning))}"
-            )
         if not 0 <= job.seed <= MAX_SEED:
             raise JobError(f"seed: got {job.seed}, allowed 0 to {MAX_SEED}")
         if job.lora:

@@ -9,10 +9,10 @@ import sys
 
 from server.app import create_app
 from server.errors import EXIT_LISTEN, EXIT_SETTINGS, ListenError, SettingsError
-from server.loading.engine_loader import source
+from server.loading.engine_loader import engine_source
 from server.processes.accepting import raise_open_files_limit
-from server.processes.cores import settle
-from server.processes.malloc import keep_memory
+from server.processes.cores import configure_openmp
+from server.processes.malloc import configure_malloc
 from server.processes.supervisor import supervise
 from server.processes.uvicorn_server import serve
 from server.settings import read
@@ -26,8 +26,8 @@ def main() -> int:
         raise_open_files_limit()
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
-        keep_memory(os.environ)
-        serve(create_app(source(settings), settings, cores=settle(os.environ)), settings)
+        configure_malloc(os.environ)
+        serve(create_app(engine_source(settings), settings, cores=configure_openmp(os.environ)), settings)
     except ListenError as error:
         logging.getLogger("server").critical("%s", error)
         return EXIT_LISTEN

@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from engines.types import Engine, ReportsMemory
 from server import __version__
-from server.generation.engine_source import EngineSource, Given
+from server.generation.engine_source import EngineSource, FixedEngineSource
 from server.generation.generator import Generator
 from server.generation.image_codec import Codec
 from server.generation.safety.guard import Safety
@@ -28,7 +28,7 @@ from server.http.routes import generate, openai, openapi, page, sdapi, status
 from server.http.state import AppState, request_context
 from server.http.upload_limit import Uploads
 from server.live import route as live_route
-from server.live.sessions import Live
+from server.live.sessions import LiveSessions
 from server.origins import Origins
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
@@ -75,8 +75,8 @@ def create_app(
         codec,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
-        hang_limit_s=settings.hang_limit_s,
-        drain_limit_s=settings.drain_limit_s,
+        batch_timeout_s=settings.batch_timeout_s,
+        shutdown_timeout_s=settings.shutdown_timeout_s,
         metrics=metrics,
         leave=leave,
         when_ready=lambda ready: _introduce(ready, metrics),
@@ -115,7 +115,7 @@ def create_app(
     )
     origins = Origins(settings.cors_origins)
     app.state.service = AppState(settings, metrics, scheduler, codec, generator, Uploads(LARGE_BODIES), expose)
-    app.state.live = Live(scheduler, codec, safety, metrics, settings)
+    app.state.live = LiveSessions(scheduler, generator, metrics, settings)
     app.state.cores = cores
     for routes_of in (generate, status, live_route, page, openai):
         app.include_router(routes_of.router)
@@ -149,7 +149,7 @@ async def _refused_by_routing(request: Request, error: Exception) -> Response:
 def _source(engine: Engine | Callable[[], Engine] | EngineSource) -> EngineSource:
     if isinstance(engine, EngineSource):
         return engine
-    return Given(engine if callable(engine) else lambda: engine)
+    return FixedEngineSource(engine if callable(engine) else lambda: engine)
 
 
 def _introduce(engine: Engine, metrics: Metrics) -> None:

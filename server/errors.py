@@ -33,7 +33,7 @@ from engines.errors import JobError, SprintError
 EXIT_SETTINGS = 2  # as argparse does
 EXIT_START = 3  # the checkpoint or the engine could not be loaded or warmed up
 EXIT_LISTEN = 4  # the address or the port cannot be had
-EXIT_HANG = 70  # a batch ran longer than --hang-limit-s
+EXIT_HANG = 70  # a batch ran longer than --batch-timeout-s
 EXIT_ENGINE = 71  # the engine fails on its own warm-up job, or its thread died
 
 CLIENT_GONE = 499

@@ -215,13 +215,15 @@ class Settings:
     body_limit_mib: float = setting(24.0, number(0.001, 1024), "largest request body")
     body_timeout_s: float = setting(30.0, number(0.01, 3600), "a body that has not arrived by then gets 408")
     codec_threads: int = setting(2, whole(1, 64), "threads that decode and encode images")
-    hang_limit_s: float = setting(
+    batch_timeout_s: float = setting(
         300.0, number(0.05, 86_400), "a batch that runs longer means a hung engine: not ready, then exit 70"
     )
     drain_delay_s: float = setting(
         0.0, number(0, 3600), "after SIGTERM, go on listening at least this long, so that a balancer sees 503"
     )
-    drain_limit_s: float = setting(30.0, number(0, 3600), "after SIGTERM, answer what was accepted within this time")
+    shutdown_timeout_s: float = setting(
+        30.0, number(0, 3600), "after SIGTERM, answer what was accepted within this time"
+    )
     live_sessions: int = setting(64, whole(1, 100_000), "most people who may draw at the same time, on /v1/live")
     live_idle_s: float = setting(120.0, number(0.05, 86_400), "a live session without a message for so long ends")
     cors_origins: tuple[str, ...] = setting((), origins(), "origins whose pages may call this server; none by default")

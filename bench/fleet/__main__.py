@@ -53,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
     add("--scale", default="none", choices=RULES, help="whose rule adds and ends replicas (default none)")
     add("--least", type=int, default=1, help="replicas with --scale")
     add("--most", type=int, default=10_000, help="replicas with --scale")
-    add("--jobs-waiting", type=int, default=8, help="at each, beyond which another one starts (default 8)")
-    add("--up-s", type=float, default=10.0, help="with --scale cluster (default 10)")
-    add("--down-s", type=float, default=300.0, help="with --scale cluster (default 300)")
+    add("--target-waiting-jobs", type=int, default=8, help="at each, beyond which another one starts (default 8)")
+    add("--upscale-delay-s", type=float, default=10.0, help="with --scale cluster (default 10)")
+    add("--downscale-delay-s", type=float, default=300.0, help="with --scale cluster (default 300)")
     add("--start-s", type=float, help="of a cold start (default: what was measured until ready)")
     add("--deadline-ms", type=float, default=1000.0, help="what goodput counts (default 1000)")
     add("--warmup-s", type=float, default=0.0, help="of the traffic, not counted")
@@ -92,9 +92,9 @@ def question(options: argparse.Namespace, ready_s: float) -> Question:
         period_s=options.period_s,
         recorded=() if options.arrivals in KINDS else tuple(recorded(Path(options.arrivals))),
         scale=options.scale,
-        jobs_waiting=options.jobs_waiting,
-        up_s=options.up_s,
-        down_s=options.down_s,
+        target_waiting_jobs=options.target_waiting_jobs,
+        upscale_delay_s=options.upscale_delay_s,
+        downscale_delay_s=options.downscale_delay_s,
         deadline_ms=options.deadline_ms,
         price=options.price,
         most_events=options.events,

@@ -12,7 +12,7 @@ from typing import cast
 
 from bench.fleet.stages import BatchSeconds, Stages
 from engines.types import BatchKey, Job, RawImage
-from server.generation.job_queue import Entry, JobQueue
+from server.generation.job_queue import JobQueue, QueuedJob
 
 NOBODY = cast("asyncio.Future[object]", None)  # the queue never touches the future of an entry
 
@@ -32,7 +32,7 @@ class Limits:
 
 
 @dataclass(eq=False, slots=True)
-class Request(Entry):
+class Request(QueuedJob):
     """An entry of the queue. `arrived`: when its client sent it first. `client`: of a closed loop or a connection."""
 
     arrived: float = 0.0
@@ -80,7 +80,7 @@ class Replica:
             self._answered(at, request)
             done += 1
         while due and due[0].deadline <= now:
-            late += self.queue.withdraw(due.popleft())
+            late += self.queue.cancel(due.popleft())
         if done or late:
             self.queue.release(unused=0, jobs=done + late)
             self.late += late
@@ -111,7 +111,7 @@ class Replica:
             done += times.each
             assert isinstance(entry, Request)
             at = self._encoded(done) + self._http_s
-            heapq.heappush(self._answers, (at, entry.place, entry))
+            heapq.heappush(self._answers, (at, entry.sequence, entry))
             answers.append((at, entry))
         self.busy = True
         self.busy_s += done - now

@@ -31,9 +31,9 @@ class Question:
     period_s: float = DAY_S
     recorded: tuple[tuple[float, Job], ...] = ()
     scale: str = "none"
-    jobs_waiting: int = 8
-    up_s: float = 10.0
-    down_s: float = 300.0
+    target_waiting_jobs: int = 8
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 300.0
     deadline_ms: float = 1000.0
     price: float | None = None  # of a card for an hour
     most_events: float = 5e6
@@ -73,10 +73,10 @@ def simulate(question: Question, stages: Stages) -> dict[str, Any]:
     fleet, began = asked.fleet, time.perf_counter()
     rules = rule(
         asked.scale,
-        jobs_waiting=asked.jobs_waiting,
+        target_waiting_jobs=asked.target_waiting_jobs,
         max_batch=fleet.limits.max_batch,
-        up_s=asked.up_s,
-        down_s=asked.down_s,
+        upscale_delay_s=asked.upscale_delay_s,
+        downscale_delay_s=asked.downscale_delay_s,
     )
     out = Simulation(fleet, stages, jobs, rules).run(_arrivals(asked))
     return figures(question, fleet.cards, parts, out) | {

@@ -44,18 +44,20 @@ class _Context:
 
 
 class Cluster:
-    """server.cluster: `up_s` and `down_s` are how long the rule must say the same."""
+    """server.cluster: `upscale_delay_s` and `downscale_delay_s` are how long the rule must say the same."""
 
-    def __init__(self, jobs_waiting: int, max_batch: int, up_s: float, down_s: float) -> None:
+    def __init__(
+        self, target_waiting_jobs: int, max_batch: int, upscale_delay_s: float, downscale_delay_s: float
+    ) -> None:
         self.every_s = 1.0
-        self._rule = ByWaitingJobs(jobs_waiting, max_batch)
-        self._up_s, self._down_s = up_s, down_s
+        self._rule = ByWaitingJobs(target_waiting_jobs, max_batch)
+        self._upscale_delay_s, self._downscale_delay_s = upscale_delay_s, downscale_delay_s
         self._seen: deque[tuple[float, int, int]] = deque()
         self._since: tuple[int, float] = (0, 0.0)  # the way it points, and since when
 
     def wanted(self, now: float, load: Load) -> int:
         self._seen.append((now, load.waiting, load.inside))
-        while self._seen[0][0] < now - max(self._up_s, 1.0):  # Serve's look_back_period_s
+        while self._seen[0][0] < now - max(self._upscale_delay_s, 1.0):  # Serve's look_back_period_s
             self._seen.popleft()
         waiting, inside = (sum(one[part] for one in self._seen) / len(self._seen) for part in (1, 2))
         metrics = {WAITING: {"all": waiting}, INSIDE: {"all": inside}}
@@ -64,7 +66,7 @@ class Cluster:
         if way != self._since[0]:
             self._since = (way, now)
         held = now - self._since[1]
-        if (way > 0 and held >= self._up_s) or (way < 0 and held >= self._down_s):
+        if (way > 0 and held >= self._upscale_delay_s) or (way < 0 and held >= self._downscale_delay_s):
             self._since = (0, now)
             return wanted
         return load.target
@@ -73,13 +75,13 @@ class Cluster:
 class Chart:
     """A HorizontalPodAutoscaler on the mean of sana_sprint_jobs_waiting."""
 
-    def __init__(self, jobs_waiting: int) -> None:
+    def __init__(self, target_waiting_jobs: int) -> None:
         self.every_s = SYNC_S
-        self._jobs_waiting = jobs_waiting
+        self._target_waiting_jobs = target_waiting_jobs
         self._said: deque[tuple[float, int]] = deque()
 
     def wanted(self, now: float, load: Load) -> int:
-        ratio = load.waiting / max(load.running, 1) / self._jobs_waiting
+        ratio = load.waiting / max(load.running, 1) / self._target_waiting_jobs
         steady = abs(ratio - 1) <= TOLERANCE
         wanted = load.target if steady else math.ceil(load.running * ratio)
         self._said.append((now, wanted))
@@ -90,10 +92,12 @@ class Chart:
         return min(wanted, max(DOUBLED * load.target, ADDED + load.target))
 
 
-def rule(name: str, *, jobs_waiting: int, max_batch: int, up_s: float, down_s: float) -> Rule | None:
+def rule(
+    name: str, *, target_waiting_jobs: int, max_batch: int, upscale_delay_s: float, downscale_delay_s: float
+) -> Rule | None:
     """None: as many as there are. Raises BenchError."""
     if name not in RULES:
         raise BenchError(f"--scale: got {name!r}, allowed: {', '.join(RULES)}")
     if name == "cluster":
-        return Cluster(jobs_waiting, max_batch, up_s, down_s)
-    return Chart(jobs_waiting) if name == "chart" else None
+        return Cluster(target_waiting_jobs, max_batch, upscale_delay_s, downscale_delay_s)
+    return Chart(target_waiting_jobs) if name == "chart" else None

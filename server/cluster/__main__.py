@@ -17,17 +17,17 @@ from pathlib import Path
 from server.cluster.application import NAME, Scale, build, in_scale
 from server.cluster.retry import CALLBACK
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
-from server.processes.announce import address, say_listening, say_ready
+from server.processes.announce import print_listening, print_ready, server_url
 from server.settings import Settings, flag_of, read
 
 HELP = {
     "min_replicas": "fewest replicas",
     "max_replicas": "most replicas",
-    "jobs_waiting": "jobs that may wait at each replica before another one starts",
+    "target_waiting_jobs": "jobs that may wait at each replica before another one starts",
     "gpus": "GPUs of each replica",
     "cpus": "cores of each replica",
-    "up_s": "seconds that jobs must wait before another replica starts",
-    "down_s": "seconds that a replica must be one too many before it ends",
+    "upscale_delay_s": "seconds that jobs must wait before another replica starts",
+    "downscale_delay_s": "seconds that a replica must be one too many before it ends",
 }
 
 
@@ -61,11 +61,11 @@ def run(scale: Scale, settings: Settings) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         signal.signal(number, lambda *_: stop.set())
-    where = address(settings.host, settings.port)
-    say_listening(where, f"{settings.model} in {scale.min_replicas} to {scale.max_replicas} replicas")
+    where = server_url(settings.host, settings.port)
+    print_listening(where, f"{settings.model} in {scale.min_replicas} to {scale.max_replicas} replicas")
     serve.start(http_options={"host": settings.host, "port": settings.port})
     serve.run(build(settings, scale), name=NAME)
-    say_ready(where)
+    print_ready(where)
     stop.wait()
     serve.shutdown()
     ray.shutdown()

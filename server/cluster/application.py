@@ -18,15 +18,15 @@ NAME = "sana-sprint"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Replicas and their share of a machine. `jobs_waiting`: at each replica, beyond which another one starts."""
+    """Replicas and their share of a machine. More than `target_waiting_jobs` waiting at each: another one starts."""
 
     min_replicas: int = 1
     max_replicas: int = 1
-    jobs_waiting: int = 8
+    target_waiting_jobs: int = 8
     gpus: float = 0.0
     cpus: float = 1.0
-    up_s: float = 10.0  # how long jobs must wait before another replica starts
-    down_s: float = 300.0  # how long a replica must be one too many
+    upscale_delay_s: float = 10.0  # how long jobs must wait before another replica starts
+    downscale_delay_s: float = 300.0  # how long a replica must be one too many
 
 
 def build(settings: Settings, scale: Scale) -> Any:
@@ -40,7 +40,7 @@ def build(settings: Settings, scale: Scale) -> Any:
 
     policy = AutoscalingPolicy(
         policy_function=ByWaitingJobs,
-        policy_kwargs={"jobs_waiting": scale.jobs_waiting, "max_batch": settings.max_batch},
+        policy_kwargs={"target_waiting_jobs": scale.target_waiting_jobs, "max_batch": settings.max_batch},
     )
     deployment = serve.deployment(serve.ingress()(Replica)).options(
         name=NAME,
@@ -48,15 +48,15 @@ def build(settings: Settings, scale: Scale) -> Any:
         autoscaling_config=AutoscalingConfig(
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
-            upscale_delay_s=scale.up_s,
-            downscale_delay_s=scale.down_s,
-            look_back_period_s=max(scale.up_s, 1.0),
+            upscale_delay_s=scale.upscale_delay_s,
+            downscale_delay_s=scale.downscale_delay_s,
+            look_back_period_s=max(scale.upscale_delay_s, 1.0),
             policy=policy,
         ),
         # The server refuses for itself (429, at once), so Serve has to let more through than it takes.
         max_ongoing_requests=2 * settings.max_queue + settings.live_sessions,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=settings.drain_limit_s + 5,
+        graceful_shutdown_timeout_s=settings.shutdown_timeout_s + 5,
         health_check_period_s=5,
         health_check_timeout_s=10,
     )

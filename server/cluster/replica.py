@@ -11,9 +11,9 @@ from server.app import create_app
 from server.cluster.scaling import INSIDE, WAITING
 from server.errors import UnavailableError
 from server.http.state import AppState
-from server.loading.engine_loader import source
-from server.processes.cores import settle
-from server.processes.malloc import keep_memory
+from server.loading.engine_loader import engine_source
+from server.processes.cores import configure_openmp
+from server.processes.malloc import configure_malloc
 from server.settings import Settings
 from server.telemetry import aggregation, logs
 
@@ -34,15 +34,15 @@ class Replica:
         self._name = context.replica_id.unique_id
         self._all = serve.get_deployment_handle(context.deployment, context.app_name)
         logs.configure(settings.log_format, settings.log_level, {"replica": self._name})
-        keep_memory(os.environ)
+        configure_malloc(os.environ)
         self._service: AppState | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(
-            source(self._settings),
+            engine_source(self._settings),
             self._settings,
             expose=lambda _: self._all_metrics(),
-            cores=settle(os.environ),
+            cores=configure_openmp(os.environ),
         )
         self._service = app.state.service
         return app

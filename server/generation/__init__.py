@@ -1,1 +1,1 @@
-"""From a checked request to encoded images: admission, queue, engine thread, encoding. Knows no HTTP."""
+"""Turns checked requests into encoded images: admission, queue, engine thread, encoding. Knows no HTTP."""

@@ -1,7 +1,7 @@
-"""From the engine's thread to the event loop, a picture by way of the codec's threads.
+"""Results from the engine's thread to their requests, by way of the codec threads.
 
-The engine's thread hands a picture over and goes on with its next batch: it waits neither for an encoder nor for the
-event loop, and the event loop hears of a picture once, when its file is there.
+A result takes two hops: a codec thread encodes the image, then the event loop sets the job's future. The engine's
+thread waits for neither.
 """
 
 import asyncio
@@ -9,85 +9,76 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from engines.types import Engine
+from engines.types import Engine, RawImage
 from server.errors import RequestError
-from server.generation.engine_thread import Finished, Outcome
 from server.generation.image_codec import Codec
-from server.generation.job_queue import Entry
+from server.generation.job_queue import QueuedJob
 
 logger = logging.getLogger("server.generation")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedResult:
-    """A job's file, and the seconds from its pixels to there, the wait for a codec thread included.
+    """One job's image and its file. `content` is empty if the request ended before the image was encoded."""
 
-    `content` is empty where nobody waited for it any more.
-    """
-
-    finished: Finished
+    image: RawImage
     content: bytes
-    encode_s: float
-
-
-class ResultSink(Protocol):
-    """Who hears of it, always on the event loop."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None: ...
-
-    def on_ready(self, engine: Engine) -> None: ...
-
-    def on_results(self, outcomes: Sequence[tuple[Entry, EncodedResult | Exception]]) -> None: ...
-
-    def on_expired(self, entries: Sequence[Entry]) -> None: ...
-
-    def failed(self, exit_code: int, reason: str) -> None: ...
+    queue_s: float  # from submission to the start of the batch
+    encode_s: float  # from pixels to file, the wait for a codec thread included
 
 
 class ResultDelivery:
-    """The Listener of an EngineThread."""
+    """Called on the engine's thread. Calls the four callbacks on the event loop, once `loop` is set."""
 
-    def __init__(self, sink: ResultSink, codec: Codec) -> None:
-        self._sink = sink
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        on_ready: Callable[[Engine], None],
+        on_result: Callable[[QueuedJob, EncodedResult | Exception], None],
+        on_expired: Callable[[Sequence[QueuedJob]], None],
+        on_engine_lost: Callable[[int, str], None],
+    ) -> None:
         self._codec = codec
+        self._on_ready = on_ready
+        self._on_result = on_result
+        self._on_expired = on_expired
+        self._on_engine_lost = on_engine_lost
+        self.loop: asyncio.AbstractEventLoop | None = None
 
-    def on_ready(self, engine: Engine) -> None:
-        self._post(self._sink.on_ready, engine)
+    def ready(self, engine: Engine) -> None:
+        self._post(self._on_ready, engine)
 
-    def on_outcomes(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
-        refused = [(entry, outcome) for entry, outcome in outcomes if isinstance(outcome, RequestError)]
-        if refused:
-            self._post(self._sink.on_results, refused)
-        for entry, outcome in outcomes:
-            if isinstance(outcome, Finished):
-                entry.made = True
-                try:
-                    self._codec.begin(self._encode, entry, outcome, time.monotonic())
-                except RuntimeError:  # of a pool that is closed
-                    logger.error("the codec ended before the engine's thread; a picture is lost")
-
-    def on_expired(self, entries: Sequence[Entry]) -> None:
-        self._post(self._sink.on_expired, entries)
-
-    def on_engine_lost(self, exit_code: int, reason: str) -> None:
-        self._post(self._sink.failed, exit_code, reason)
-
-    def _encode(self, entry: Entry, finished: Finished, handed: float) -> None:
-        """On a codec thread."""
-        outcome: EncodedResult | Exception
+    def image(self, job: QueuedJob, image: RawImage, queue_s: float) -> None:
+        """Encodes the image on a codec thread, then delivers it. Returns at once."""
+        job.has_pixels = True
         try:
-            content = b"" if entry.future.done() else entry.encode(finished.image)
-            outcome = EncodedResult(finished, content, time.monotonic() - handed)
-        except Exception as error:  # told to the request
-            outcome = error
-        self._post(self._sink.on_results, [(entry, outcome)])
+            self._codec.submit(self._encode, job, image, queue_s, time.monotonic())
+        except RuntimeError:  # the pool is closed
+            logger.error("the codec ended before the engine's thread; an image is lost")
 
-    def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        loop = self._sink.loop
-        if loop is None or loop.is_closed():
-            logger.error("the event loop ended before the engine's thread; %s is lost", call.__name__)
+    def error(self, job: QueuedJob, error: RequestError) -> None:
+        self._post(self._on_result, job, error)
+
+    def expired(self, jobs: Sequence[QueuedJob]) -> None:
+        self._post(self._on_expired, jobs)
+
+    def engine_lost(self, exit_code: int, reason: str) -> None:
+        self._post(self._on_engine_lost, exit_code, reason)
+
+    def _encode(self, job: QueuedJob, image: RawImage, queue_s: float, since: float) -> None:
+        """Runs on a codec thread."""
+        result: EncodedResult | Exception
+        try:
+            content = b"" if job.future.done() else job.encode(image)
+            result = EncodedResult(image, content, queue_s, time.monotonic() - since)
+        except Exception as error:  # becomes the job's result
+            result = error
+        self._post(self._on_result, job, result)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        if self.loop is None or self.loop.is_closed():
+            logger.error("the event loop ended before the engine's thread; %s is lost", callback.__name__)
         else:
-            loop.call_soon_threadsafe(call, *arguments)
+            self.loop.call_soon_threadsafe(callback, *arguments)

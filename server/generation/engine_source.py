@@ -1,4 +1,4 @@
-"""Where the engine's thread gets its engine from, and what is told until it is there."""
+"""Sources of the engine that serves, and the progress of a build."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from engines.types import Engine
 
 @dataclass(frozen=True, slots=True)
 class Building:
-    """An engine that is being built: the step under way, and how far it is. `seconds_left`: None while unknown."""
+    """Progress of an engine build: the current step, percent done, and seconds left (None while unknown)."""
 
     module: str
     percent: float
@@ -20,29 +20,29 @@ class Building:
         return {"module": self.module, "percent": round(self.percent), "seconds_left": left}
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
         return f"{self.module}, {self.percent:.0f} %{left}"
 
 
 @runtime_checkable
 class EngineSource(Protocol):
-    """Called from the engine's thread, but for `building` and `close`, which any thread may call."""
+    """Called from the engine's thread, except `building` and `close`, which any thread may call."""
 
     def load(self, wake: Callable[[], None]) -> Engine:
-        """An engine. `wake`: called, from any thread, when `replacement` has another."""
+        """Returns the first engine. `wake` is called, from any thread, once `replacement` has another."""
 
     def replacement(self) -> Engine | None:
-        """A better engine, warm, once; whoever takes it closes the one before."""
+        """Returns a better, warm engine once; the caller closes the previous one."""
 
     def building(self) -> Building | None: ...
 
     def close(self) -> None:
-        """Ends a build that is under way."""
+        """Ends a build in progress."""
 
 
-class Given:
-    """An engine, or what loads one: nothing is built."""
+class FixedEngineSource:
+    """Loads one engine and never replaces it."""
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         self._load = load
@@ -57,4 +57,4 @@ class Given:
         return None
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Does nothing."""

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, so that a refusal can name it. Reads no file that this server takes."""
+"""Names of file formats by their first bytes, for error messages about files that the server cannot read."""
 
 HEADS = (
     (b"GIF8", "GIF"),
@@ -39,8 +39,8 @@ BRANDS = {  # ISO base media files: their brand, at byte 8
 TEXTS = ((b"<svg", "SVG"), (b"<!doctype html", "HTML"), (b"<html", "HTML"), (b"{", "JSON"))
 
 
-def name_of(content: bytes) -> str | None:
-    """The usual name of a format; None where the bytes are of none that is known here."""
+def detect_format(content: bytes) -> str | None:
+    """Returns the usual name of the format, or None if it is unknown."""
     for head, name in HEADS:
         if content.startswith(head):
             return name

@@ -1,35 +1,39 @@
-"""From an order to encoded pictures: slots, then decoding, then the engine, then encoding.
+"""From a request to encoded images: reserves slots, decodes input images, runs the engine, encodes.
 
-Shared by POST /generate, the OpenAI routes and whatever else asks for pictures. Knows no HTTP.
+Every route and live session generates through this file. It knows no HTTP.
 """
 
 import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engines.errors import JobError
-from engines.types import MAX_SEED, Job, Limits, Pixels
+from engines.types import MAX_SEED, Job, Limits, Pixels, RawImage
 from server.errors import Fault, InvalidError
-from server.generation.image_codec import Codec, ImageFormat, encoder, measured
+from server.generation.delivery import EncodedResult
+from server.generation.image_codec import Codec, ImageFormat, encoder, read_size
 from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.telemetry.timings import Timings
 
-WHITE, BLACK = 255, 0  # what shows through transparent parts of an image, and of strokes on black
+WHITE, BLACK = 255, 0  # behind transparent parts of an image, and behind white strokes on black
 
 RANDOM_SEEDS = 2**32  # a random seed survives the double precision of a JavaScript client
+
+Decode = Callable[[str, bytes | str, int], Awaitable[Pixels]]  # field, file or base64, background
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What one request asks for. Images are files: bytes, or text in base64. None: the engine's or server's default."""
+    """One request, under the API's field names. Images are files: bytes or base64 text. None: the default."""
 
     prompt: str
-    count: int = 1
-    steps: int = 1
+    num_images: int = 1
+    num_inference_steps: int = 1
     guidance_scale: float = 4.5
     seed: int | None = None
     width: int | None = None
@@ -40,15 +44,15 @@ class GenerationRequest:
     strength: float = 0.5
     control_image: bytes | str | None = None
     control_scale: float = 1.0
-    lora: tuple[tuple[str, float], ...] = ()  # adapters by name, each with its scale
+    lora: tuple[tuple[str, float], ...] = ()  # adapter names and scales
     timeout_ms: int | None = None
     base64: bool = False
-    keeps_shape: bool = False  # without width and height: the shape of `image`, about as large as the engine's default
+    keeps_shape: bool = False  # without width and height: the shape of `image`, about as large as the default size
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One encoded image: a file, or its base64 where the order asked for that."""
+    """One image file, or its base64 if the request asks for that."""
 
     content: bytes
     seed: int
@@ -56,7 +60,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    pictures: list[EncodedImage]
+    images: list[EncodedImage]
     width: int
     height: int
     output_format: ImageFormat
@@ -65,7 +69,7 @@ class GenerationResult:
 
 
 class Generator:
-    """Makes what orders ask for."""
+    """Generates the images of requests."""
 
     def __init__(self, scheduler: Scheduler, codec: Codec, safety: Safety, *, timeout_ms: int) -> None:
         self._scheduler = scheduler
@@ -73,98 +77,97 @@ class Generator:
         self._safety = safety
         self._timeout_ms = timeout_ms
 
-    async def generate(self, order: GenerationRequest, arrived: float) -> GenerationResult:
-        """All pictures of an order, or a RequestError. `arrived` (time.monotonic()) starts its deadline.
+    async def generate(self, request: GenerationRequest, arrived: float) -> GenerationResult:
+        """Returns all images of a request, or raises RequestError. Its deadline counts from `arrived`.
 
-        Cancelling drops what has not begun.
+        `arrived` is a time.monotonic(). Cancellation drops jobs that have not begun.
         """
         limits = self._scheduler.engine.limits
-        if order.keeps_shape and order.image is not None and order.width is None and order.height is None:
-            content, shape = await self._codec.run(measured, "image", order.image)
+        if request.keeps_shape and request.image is not None and request.width is None and request.height is None:
+            content, shape = await self._codec.run(read_size, "image", request.image)
             width, height = limits.size_for_aspect_ratio(*shape)
-            order = replace(order, image=content, width=width, height=height)
-        template = first_job(order, limits)
-        timeout_ms = self._timeout_ms if order.timeout_ms is None else order.timeout_ms
-        with self._scheduler.reserve(order.count, arrived + timeout_ms / 1000) as slots:
-            prompt_s = 0.0
-            if self._safety.checks_prompts:
-                prompt_s = await self._codec.run(self._safety.check_prompt, order.prompt)
-            if order.image is not None:
-                image = await self._codec.decode("image", order.image, WHITE)
-                template = replace(template, image=image)
-            if order.control_image is not None:
-                strokes = await self._codec.decode("control_image", order.control_image, BLACK)
-                template = replace(template, control_image=strokes)
-            order = replace(order, image=None, control_image=None)  # lets go of files that are decoded now
-            jobs = [replace(template, seed=template.seed + i) for i in range(order.count)]
-            image_s: list[float] = []
-            encode = self._safety.guarded(
-                encoder(order.output_format, order.output_quality, base64=order.base64), image_s
-            )
-            made = await asyncio.gather(*slots.submit(jobs, encode))
-        finished = [one.finished for one in made]
-        stages = [one.image.stages for one in finished]
+            request = replace(request, image=content, width=width, height=height)
+        job = first_job(request, limits)
+        timeout_ms = self._timeout_ms if request.timeout_ms is None else request.timeout_ms
+        image_s: list[float] = []
+        with self._scheduler.reserve(request.num_images, arrived + timeout_ms / 1000) as slots:
+            prompt_s = await self.check_prompt(request.prompt)
+            job = await self.with_images(job, request, self.decode)
+            request = replace(request, image=None, control_image=None)  # frees the decoded files
+            jobs = [replace(job, seed=job.seed + i) for i in range(request.num_images)]
+            results = await asyncio.gather(*slots.submit(jobs, self.encoder(request, image_s)))
+        safety_s = prompt_s + max(image_s, default=0.0) if self._safety.is_on else None
         return GenerationResult(
-            pictures=[EncodedImage(one.content, job.seed) for job, one in zip(jobs, made, strict=True)],
-            width=template.width,
-            height=template.height,
-            output_format=order.output_format,
-            timings_ms=Timings(
-                queue=1000 * max(one.queue_s for one in finished),
-                text=1000 * max(stage.text for stage in stages),
-                denoise=1000 * max(stage.denoise for stage in stages),
-                decode=1000 * max(stage.decode for stage in stages),
-                encode=1000 * max(one.encode_s for one in made),
-                total=1000 * (time.monotonic() - arrived),
-                safety=1000 * (prompt_s + max(image_s, default=0.0)) if self._safety.is_on else None,
-            ),
-            prompt_truncated=any(one.image.prompt_truncated for one in finished),
+            images=[EncodedImage(result.content, job.seed) for job, result in zip(jobs, results, strict=True)],
+            width=job.width,
+            height=job.height,
+            output_format=request.output_format,
+            timings_ms=timings_of(results, arrived, safety_s),
+            prompt_truncated=any(result.image.prompt_truncated for result in results),
         )
 
+    async def check_prompt(self, prompt: str) -> float:
+        """Returns the seconds that the check took. Raises ContentPolicyError (422) or SafetyError (503)."""
+        return await self._codec.run(self._safety.check_prompt, prompt) if self._safety.checks_prompts else 0.0
 
-def first_job(order: GenerationRequest, limits: Limits) -> Job:
-    """The first job of the order, checked against the engine's limits, still without images. Raises InvalidError."""
-    seed = secrets.randbelow(RANDOM_SEEDS) if order.seed is None else order.seed
-    last = MAX_SEED - order.count + 1
+    async def decode(self, field: str, source: bytes | str, background: int) -> Pixels:
+        """Decodes an input image on a codec thread. Raises InvalidError (422) that names `field`."""
+        return await self._codec.decode(field, source, background)
+
+    async def with_images(self, job: Job, request: GenerationRequest, decode: Decode) -> Job:
+        """Returns the job with the decoded input images of its request. Raises as `decode`."""
+        if request.image is not None:
+            job = replace(job, image=await decode("image", request.image, WHITE))
+        if request.control_image is not None:
+            job = replace(job, control_image=await decode("control_image", request.control_image, BLACK))
+        return job
+
+    def encoder(self, request: GenerationRequest, check_s: list[float]) -> Callable[[RawImage], bytes]:
+        """Returns the request's encoder, which checks each image first and appends the check's seconds to `check_s`."""
+        encode = encoder(request.output_format, request.output_quality, base64=request.base64)
+        return self._safety.checked_encoder(encode, check_s)
+
+
+def timings_of(results: Sequence[EncodedResult], since: float, safety_s: float | None = None) -> Timings:
+    """Returns milliseconds by stage, of the slowest result in each; `total` counts from `since` (time.monotonic())."""
+    stages = [result.image.stages for result in results]
+    return Timings(
+        queue=1000 * max(result.queue_s for result in results),
+        text=1000 * max(stage.text for stage in stages),
+        denoise=1000 * max(stage.denoise for stage in stages),
+        decode=1000 * max(stage.decode for stage in stages),
+        encode=1000 * max(result.encode_s for result in results),
+        total=1000 * (time.monotonic() - since),
+        safety=None if safety_s is None else 1000 * safety_s,
+    )
+
+
+def first_job(request: GenerationRequest, limits: Limits) -> Job:
+    """Returns the request's first job without images, checked against the limits. Raises InvalidError (422)."""
+    seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
+    last = MAX_SEED - request.num_images + 1
     if seed > last:
-        raise InvalidError(
-            [
-                Fault(
-                    "seed",
-                    f"seed: got {seed} for {order.count} images, allowed: 0 to {last}, since image i uses seed + i",
-                )
-            ]
-        )
+        got = f"seed: got {seed} for {request.num_images} images"
+        raise InvalidError([Fault("seed", f"{got}, allowed: 0 to {last}, since image i uses seed + i")])
     default_width, default_height = limits.default_size
     job = Job(
-        prompt=order.prompt,
+        prompt=request.prompt,
         seed=seed,
-        width=default_width if order.width is None else order.width,
-        height=default_height if order.height is None else order.height,
-        steps=order.steps,
-        guidance_scale=order.guidance_scale,
-        strength=order.strength,
-        control_scale=order.control_scale,
-        lora=order.lora,
-        jpeg_quality=order.output_quality if order.output_format == "jpeg" else None,
-        png=order.output_format == "png",
+        width=default_width if request.width is None else request.width,
+        height=default_height if request.height is None else request.height,
+        steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        strength=request.strength,
+        control_scale=request.control_scale,
+        lora=request.lora,
+        jpeg_quality=request.output_quality if request.output_format == "jpeg" else None,
+        png=request.output_format == "png",
     )
     stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
-    conditioned = replace(
-        job,
-        image=None if order.image is None else stand_in,
-        control_image=None if order.control_image is None else stand_in,
-    )
-    if conditioned.conditioning not in limits.conditioning:
-        field = "prompt alone" if conditioned.conditioning == "text" else "image"
-        remedy = ""
-        if order.control_image is not None:
-            field = "control_image"
-            remedy = "; strokes need a ControlNet: the folder controlnet/ in the checkpoint, or --controlnet"
-        runs = ", ".join(sorted(limits.conditioning))
-        raise InvalidError([Fault(field, f"{field}: got {conditioned.conditioning}, this engine runs {runs}{remedy}")])
+    image = None if request.image is None else stand_in
+    control_image = None if request.control_image is None else stand_in
     try:
-        limits.check(conditioned)
+        limits.check(replace(job, image=image, control_image=control_image))
     except JobError as error:
         raise InvalidError.of_job(error) from error
     return job

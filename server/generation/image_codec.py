@@ -1,8 +1,8 @@
-"""Pixels to PNG, JPEG or WebP and back, on a few threads of their own: never the engine's, never the event loop's.
+"""Encodes pixels to PNG, JPEG or WebP and decodes them, on codec threads.
 
-PNG is written by fpng (lossless; 1024x1024 in about a hundredth of the time of zlib at its default level, for which it
-holds the interpreter lock), JPEG and WebP by Pillow. All are deterministic: the same pixels give the same bytes. On a
-GPU the engine makes PNG and JPEG files itself.
+fpng writes PNG: lossless, in about a hundredth of zlib's time at its default level for 1024x1024. It holds the
+interpreter lock meanwhile. Pillow writes JPEG and WebP. All are deterministic: the same pixels give the same bytes.
+On a GPU the engine makes PNG and JPEG files itself.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from engines.types import Pixels, RawImage
 from server.errors import Fault, InvalidError
-from server.generation.formats import name_of
+from server.generation.formats import detect_format
 
 T = TypeVar("T")
 
@@ -35,25 +35,25 @@ WEBP_EFFORT = 0  # of 6: 24 ms instead of 80 ms for 1024x1024, files a tenth lar
 
 
 class Codec:
-    """The threads, and what runs on them."""
+    """A pool of threads that encode and decode images, and parse and write large JSON."""
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
-        """Runs `work` on a codec thread."""
+        """Runs `work` on a codec thread and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    def begin(self, work: Callable[..., None], *arguments: object) -> None:
-        """Has `work`, which must not raise, run on a codec thread; may be called on any thread, and does not wait."""
+    def submit(self, work: Callable[..., None], *arguments: object) -> None:
+        """Queues `work`, which must not raise, and returns at once. Any thread may call this."""
         self._pool.submit(work, *arguments)
 
     async def decode(self, field: str, source: bytes | str, background: int) -> Pixels:
-        """See `decode`."""
+        """Runs the function `decode` on a codec thread."""
         return await self.run(decode, field, source, background)
 
     async def warm(self) -> None:
-        """Loads the plugins, so that no request pays for it."""
+        """Loads Pillow's plugins before the first request."""
         for image_format in get_args(ImageFormat):
             pixels = np.zeros((1, 1, 3), dtype=np.uint8)
             await self.decode("image", await self.run(encode, pixels, image_format, 90), 0)
@@ -63,18 +63,18 @@ class Codec:
 
 
 def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> Callable[[RawImage], bytes]:
-    """What makes the image file, or its base64, of an engine's image."""
+    """Returns a function that makes the file, or its base64, of an engine's image."""
     return partial(encode_image, image_format=image_format, quality=quality, base64=base64)
 
 
 def encode_image(image: RawImage, image_format: ImageFormat, quality: int, *, base64: bool) -> bytes:
-    """The file, or its base64; one that the engine made already is taken."""
+    """Returns the image file or its base64. Uses the file that the engine made, if there is one."""
     file = encode(image.pixels, image_format, quality) if image.file is None else image.file
     return pybase64.b64encode(file) if base64 else file
 
 
 def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
-    """The image file of [height, width, 3] uint8 RGB. `quality` (1 to 100) is for jpeg and webp."""
+    """Returns the file of [height, width, 3] uint8 RGB pixels. `quality` (1 to 100) is for jpeg and webp."""
     height, width, _ = pixels.shape
     if image_format == "png":
         content: bytes = fpng.from_bytes(pixels.tobytes(), width, height, 3)
@@ -89,23 +89,23 @@ def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
 
 
 def decode(field: str, source: bytes | str, background: int) -> Pixels:
-    """[height, width, 3] uint8 RGB of a PNG, JPEG or WebP file, given as bytes or as base64 (a data: URI is fine).
+    """Returns [height, width, 3] uint8 RGB of a PNG, JPEG or WebP file: bytes, base64 or a data: URI.
 
-    The first frame of an animation; turned upright as EXIF says, where it can be read; 16 bits are cut to 8;
-    transparent parts show `background` (a gray level); colour profiles are ignored. A JPEG of more than 2048x2048 is
-    decoded at a half, a quarter or an eighth, where that fits. Raises InvalidError (422) that names `field`. Nothing is
-    decompressed before the size is known to be at most 2048x2048.
+    Takes the first frame of an animation, turns it upright by its EXIF, cuts 16 bits to 8 and ignores colour profiles.
+    Transparent parts show `background`, a gray level. A JPEG larger than 2048x2048 is decoded at a half, a quarter or
+    an eighth, if that fits. Checks the size before it decompresses.
+    Raises InvalidError (422) that names `field`.
     """
     with _opened(field, _content(field, source)) as image:
         return _upright_rgb(image, background)
 
 
-def measured(field: str, source: bytes | str) -> tuple[bytes, tuple[int, int]]:
-    """The file, and the (width, height) of its picture once it is upright. Raises as `decode`."""
+def read_size(field: str, source: bytes | str) -> tuple[bytes, tuple[int, int]]:
+    """Returns the file and the (width, height) of its upright image. Raises as `decode`."""
     content = _content(field, source)
     with _opened(field, content) as image:
         width, height = image.size
-        turned = _orientation(image) >= 5  # EXIF: 5 to 8 lie on their side
+        turned = _orientation(image) >= 5  # EXIF: 5 to 8 are rotated by 90 degrees
         return content, (height, width) if turned else (width, height)
 
 
@@ -118,7 +118,7 @@ def _content(field: str, source: bytes | str) -> bytes:
 
 @contextmanager
 def _opened(field: str, content: bytes) -> Iterator[Image.Image]:
-    """The image, of at most MAX_IMAGE_SIDE a side once it is decoded."""
+    """Opens an image whose decoded sides are at most MAX_IMAGE_SIDE."""
     try:
         with Image.open(io.BytesIO(content), formats=READABLE) as image:
             width, height = image.size
@@ -129,7 +129,7 @@ def _opened(field: str, content: bytes) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _refused(field, "an image of too many pixels", _size_allowed()) from error
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them raise
-        name = name_of(content)
+        name = detect_format(content)
         got = f"{len(content)} bytes that cannot be read as an image"
         if name is not None:
             got = f"a {name} file of {len(content)} bytes, which cannot be read here"
@@ -138,7 +138,7 @@ def _opened(field: str, content: bytes) -> Iterator[Image.Image]:
 
 
 def _shrink(image: Image.Image) -> None:
-    """Has a JPEG that is too large decoded at a fraction (in its own transform, never whole), where memory allows."""
+    """Sets a JPEG that is too large to be decoded at a fraction, within its own transform, if memory allows."""
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or max(image.size) <= MAX_IMAGE_SIDE:
         return
     if "progressive" in image.info and _coefficient_bytes(image) > MAX_COEFFICIENTS:
@@ -151,7 +151,7 @@ def _shrink(image: Image.Image) -> None:
 
 
 def _coefficient_bytes(image: JpegImagePlugin.JpegImageFile) -> int:
-    """What libjpeg holds of a progressive file until its last scan: 2 bytes each, of every component."""
+    """Returns the bytes that libjpeg holds of a progressive file until its last scan: 2 for each coefficient."""
     sampling = [(across, down) for _, across, down, _ in image.layer]
     most = max(across for across, _ in sampling) * max(down for _, down in sampling)
     return 2 * image.size[0] * image.size[1] * sum(across * down for across, down in sampling) // most

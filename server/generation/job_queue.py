@@ -1,8 +1,8 @@
-"""Jobs that wait, in one bounded queue that the event loop fills and the engine thread empties.
+"""One bounded queue of jobs: the event loop fills it, the engine thread takes batches from it.
 
-Knows slots, batch keys, ages and deadlines. Knows no engine, no event loop and no HTTP. All times are of one clock,
-time.monotonic() in a server; bench.fleet runs this very queue on the time of a simulation.
-Slots count what may pile up: a job holds one from before its request is prepared until its picture is encoded.
+It knows slots, batch keys, ages and deadlines, but no engine, event loop or HTTP. All times come from one clock:
+time.monotonic() in a server, simulated time in bench.fleet.
+A job holds a slot from before its request is prepared until its image is encoded.
 """
 
 import asyncio
@@ -18,28 +18,28 @@ from engines.types import BatchKey, Job, RawImage
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
-    """A job in the queue, and the future that its request waits on (the queue never touches the future)."""
+class QueuedJob:
+    """A job and the future that its request awaits. The queue never touches the future."""
 
     job: Job
-    encode: Callable[[RawImage], bytes]  # what makes a file of its picture
+    encode: Callable[[RawImage], bytes]  # makes the image file
     future: asyncio.Future[Any]
     deadline: float
     submitted: float = field(default_factory=time.monotonic)
-    place: int = 0  # given by the queue: lower is older
-    made: bool = False  # its picture is there, and about to be encoded
+    sequence: int = 0  # set by the queue; lower is older
+    has_pixels: bool = False  # set once the engine delivered its image
 
 
 class JobQueue:
-    """Holds at most `max_waiting` jobs that wait (or are about to), and `max_in_flight` that are not yet answered."""
+    """Holds at most `max_waiting` reserved or queued jobs, and `max_in_flight` unanswered ones."""
 
     def __init__(self, *, max_waiting: int, max_in_flight: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_waiting = max_waiting
         self.max_in_flight = max_in_flight
         self._clock = clock
         self._filled = threading.Condition()
-        self._waiting: dict[BatchKey, OrderedDict[int, Entry]] = {}
-        self._places = count()
+        self._waiting: dict[BatchKey, OrderedDict[int, QueuedJob]] = {}
+        self._sequences = count()
         self._reserved = 0
         self._queued = 0
         self._in_flight = 0
@@ -48,24 +48,24 @@ class JobQueue:
 
     @classmethod
     def for_engine(cls, *, max_queue: int, max_batch: int, clock: Callable[[], float] = time.monotonic) -> Self:
-        """In front of one engine: beyond those that wait, a batch that runs and one whose images are being encoded."""
+        """Sizes the queue for one engine: beyond the waiting jobs, one running batch and one being encoded."""
         return cls(max_waiting=max_queue, max_in_flight=max_queue + 2 * max_batch, clock=clock)
 
     @property
     def waiting(self) -> int:
-        """Jobs that were accepted and are not in a batch yet."""
+        """Jobs accepted and not in a batch yet."""
         return self._queued + self._reserved
 
     @property
     def in_flight(self) -> int:
-        """Jobs that were accepted and whose request is not answered yet."""
+        """Jobs accepted whose request is not answered yet."""
         return self._in_flight
 
     def has_room(self, jobs: int) -> bool:
         return self.waiting + jobs <= self.max_waiting and self._in_flight + jobs <= self.max_in_flight
 
     def reserve(self, jobs: int) -> bool:
-        """Takes `jobs` slots, all or none; says whether it did."""
+        """Takes `jobs` slots, all or none. Returns whether it took them."""
         with self._filled:
             if not self.has_room(jobs):
                 return False
@@ -73,52 +73,52 @@ class JobQueue:
             self._in_flight += jobs
             return True
 
-    def put(self, entries: Iterable[Entry]) -> None:
-        """Queues jobs whose slots were reserved."""
+    def put(self, jobs: Iterable[QueuedJob]) -> None:
+        """Queues jobs; the caller has reserved their slots."""
         with self._filled:
-            for entry in entries:
-                entry.place = next(self._places)
-                self._waiting.setdefault(entry.job.key, OrderedDict())[entry.place] = entry
+            for queued in jobs:
+                queued.sequence = next(self._sequences)
+                self._waiting.setdefault(queued.job.key, OrderedDict())[queued.sequence] = queued
                 self._reserved -= 1
                 self._queued += 1
             self._filled.notify()
 
-    def withdraw(self, entry: Entry) -> bool:
-        """Takes a job out again; False where it is in a batch, or gone, already."""
+    def cancel(self, queued: QueuedJob) -> bool:
+        """Removes a waiting job. Returns False if it is in a batch or gone already."""
         with self._filled:
-            group = self._waiting.get(entry.job.key)
-            if group is None or group.pop(entry.place, None) is None:
+            group = self._waiting.get(queued.job.key)
+            if group is None or group.pop(queued.sequence, None) is None:
                 return False
-            self._shrink(entry.job.key, group, 1)
+            self._count_removed(queued.job.key, group, 1)
             return True
 
-    def replace(self, entry: Entry, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
-        """Makes a job that still waits another one, in its place. False where it is in a batch, or gone, already."""
+    def replace(self, queued: QueuedJob, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
+        """Replaces a waiting job at its position. Returns False if it is in a batch or gone already."""
         with self._filled:
-            key = entry.job.key
+            key = queued.job.key
             group = self._waiting.get(key)
-            if group is None or entry.place not in group:
+            if group is None or queued.sequence not in group:
                 return False
             if job.key != key:
-                del group[entry.place]
+                del group[queued.sequence]
                 if not group:
                     del self._waiting[key]
-                joined = self._waiting.get(job.key, {}) | {entry.place: entry}
+                joined = self._waiting.get(job.key, {}) | {queued.sequence: queued}
                 self._waiting[job.key] = OrderedDict(sorted(joined.items()))
-            entry.job, entry.encode = job, encode
+            queued.job, queued.encode = job, encode
             return True
 
     def release(self, *, unused: int, jobs: int) -> None:
-        """Gives back `jobs` slots, `unused` of which never queued a job."""
+        """Frees `jobs` slots, `unused` of which never queued a job."""
         with self._filled:
             self._reserved -= unused
             self._in_flight -= jobs
 
-    def take(self, largest: Callable[[BatchKey], int]) -> tuple[list[Entry], list[Entry]] | None:
-        """Blocks until jobs wait; then the oldest job's key decides, and its jobs go, oldest first, up to largest(key).
+    def take(self, largest: Callable[[BatchKey], int]) -> tuple[list[QueuedJob], list[QueuedJob]] | None:
+        """Blocks until jobs wait, then takes those with the oldest job's key, oldest first, up to largest(key).
 
-        Returns the batch, and the jobs met on the way whose deadline had passed; both are empty after `wake` alone.
-        None once the queue is closed and empty.
+        Returns the batch and the expired jobs found on the way. Both are empty after `wake` alone.
+        Returns None once the queue is closed and empty.
         """
         with self._filled:
             while not self._waiting:
@@ -130,35 +130,35 @@ class JobQueue:
                 self._filled.wait()
             key = min(self._waiting, key=lambda key: next(iter(self._waiting[key])))
             group, room, now = self._waiting[key], largest(key), self._clock()
-            batch: list[Entry] = []
-            expired: list[Entry] = []
+            batch: list[QueuedJob] = []
+            expired: list[QueuedJob] = []
             while group and len(batch) < room:
-                _, entry = group.popitem(last=False)
-                (expired if entry.deadline <= now else batch).append(entry)
-            self._shrink(key, group, len(batch) + len(expired))
+                _, queued = group.popitem(last=False)
+                (expired if queued.deadline <= now else batch).append(queued)
+            self._count_removed(key, group, len(batch) + len(expired))
             return batch, expired
 
-    def clear(self) -> list[Entry]:
-        """Takes everything out."""
+    def clear(self) -> list[QueuedJob]:
+        """Removes and returns all waiting jobs."""
         with self._filled:
-            entries = [entry for group in self._waiting.values() for entry in group.values()]
+            jobs = [queued for group in self._waiting.values() for queued in group.values()]
             self._waiting.clear()
             self._queued = 0
-            return entries
+            return jobs
 
     def close(self) -> None:
-        """Lets `take` return None once nothing waits."""
+        """Makes `take` return None once nothing waits."""
         with self._filled:
             self._closed = True
             self._filled.notify_all()
 
     def wake(self) -> None:
-        """Lets a `take` that waits for jobs return without any."""
+        """Makes a blocked `take` return without jobs."""
         with self._filled:
             self._woken = True
             self._filled.notify_all()
 
-    def _shrink(self, key: BatchKey, group: OrderedDict[int, Entry], jobs: int) -> None:
+    def _count_removed(self, key: BatchKey, group: OrderedDict[int, QueuedJob], jobs: int) -> None:
         self._queued -= jobs
         if not group:
             del self._waiting[key]

@@ -1,8 +1,7 @@
-"""Between requests and the engine: admission, deadlines, and the state of the service.
+"""Admission, deadlines and the state of the service. All of it runs on the event loop.
 
-There is no timer that waits for a batch to fill. The engine's thread takes whatever waits with the oldest job's batch
-key, up to the largest batch, the moment it is free: the next batch is ready as soon as its first job is, and goes on
-filling until it starts. Everything in this file happens on the event loop.
+No timer waits for a batch to fill. As soon as the engine's thread is free, it takes the waiting jobs with the oldest
+job's batch key, up to the largest batch. A batch fills until it starts.
 (as in huggingface/text-embeddings-inference `core/src/queue.rs`: one owner of the queue, permits that answer 429)
 """
 
@@ -28,22 +27,22 @@ from server.generation.delivery import EncodedResult, ResultDelivery
 from server.generation.engine_source import Building, EngineSource
 from server.generation.engine_thread import EngineThread
 from server.generation.image_codec import Codec
-from server.generation.job_queue import Entry, JobQueue
+from server.generation.job_queue import JobQueue, QueuedJob
 from server.telemetry.metrics import Metrics
 
 State = Literal["loading", "ready", "draining", "hung", "failed"]
 
-CLOSE_S = 1.0  # what the engine gets at least, at the end, to finish a batch and close
-BUILD_RETRY_S = 30  # at most until a client asks again while an engine is built
-EXIT_GRACE_S = 1.0  # between saying that the engine is lost, to everyone who waits, and leaving
+CLOSE_S = 1.0  # least time for the engine to finish a batch and close
+BUILD_RETRY_S = 30  # longest Retry-After while an engine is built
+EXIT_GRACE_S = 1.0  # for answers to reach their clients before the process exits
 
 logger = logging.getLogger("server.generation")
 
 
 class Scheduler:
-    """Takes jobs in, hands pictures out.
+    """Admits jobs and hands out their results.
 
-    `when_ready` hears of each engine once it is warm; `leave` is called with an exit code when the engine is lost.
+    It calls `when_ready` with each warm engine, and `leave` with an exit code when the engine is lost.
     """
 
     def __init__(
@@ -53,53 +52,64 @@ class Scheduler:
         *,
         max_batch: int,
         max_queue: int,
-        hang_limit_s: float,
-        drain_limit_s: float,
+        batch_timeout_s: float,
+        shutdown_timeout_s: float,
         metrics: Metrics,
         leave: Callable[[int], None],
         when_ready: Callable[[Engine], None],
     ) -> None:
         self._metrics = metrics
         self._source = source
-        self._hang_limit_s = hang_limit_s
-        self._drain_limit_s = drain_limit_s
+        self._batch_timeout_s = batch_timeout_s
+        self._shutdown_timeout_s = shutdown_timeout_s
         self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready
         self._queue = JobQueue.for_engine(max_queue=max_queue, max_batch=max_batch)
-        self._thread = EngineThread(source, self._queue, ResultDelivery(self, codec), metrics, max_batch=max_batch)
+        self._delivery = ResultDelivery(
+            codec,
+            on_ready=self._on_ready,
+            on_result=self._on_result,
+            on_expired=self.on_expired,
+            on_engine_lost=self._on_engine_lost,
+        )
+        self._thread = EngineThread(source, self._queue, self._delivery, metrics, max_batch=max_batch)
         self._engine: Engine | None = None
-        self._unanswered: set[Entry] = set()
+        self._unanswered: set[QueuedJob] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self.ready = asyncio.Event()  # loaded and warm, once and for good
+        self.ready = asyncio.Event()  # set once the first engine is warm, and never cleared
         self._watchdog: asyncio.Task[None] | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
         self.state: State = "loading"
         metrics.waiting.set_function(lambda: self._queue.waiting)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop; None before `start`."""
+        return self._delivery.loop
+
     async def start(self) -> None:
-        """Begins to load the engine; returns at once. `state` becomes ready after warm-up."""
-        self.loop = asyncio.get_running_loop()
+        """Starts loading the engine and returns at once. `state` becomes ready after warm-up."""
+        self._delivery.loop = asyncio.get_running_loop()
         self._thread.start()
         self._watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
 
     def begin_drain(self) -> None:
-        """Refuses new jobs with 503 from now on; those accepted go on, until the drain limit."""
+        """Refuses new jobs with 503 from now on. Accepted jobs go on until the shutdown timeout."""
         if self.state in ("loading", "ready"):
             self.state = "draining"
         if self._drain_ends is None:
-            self._drain_ends = time.monotonic() + self._drain_limit_s
+            self._drain_ends = time.monotonic() + self._shutdown_timeout_s
 
     @property
     def drain_left_s(self) -> float:
-        """Seconds until the drain limit; the whole limit while no drain has begun."""
-        return self._drain_limit_s if self._drain_ends is None else max(0.0, self._drain_ends - time.monotonic())
+        """Seconds until the shutdown timeout; all of it while no drain has begun."""
+        return self._shutdown_timeout_s if self._drain_ends is None else max(0.0, self._drain_ends - time.monotonic())
 
     async def drain(self) -> None:
-        """Waits until all accepted jobs are answered; at the drain limit, drops those that still wait."""
+        """Waits until all accepted jobs are answered. At the shutdown timeout, drops those that still wait."""
         self.begin_drain()
         if self._idle.is_set():
             return
@@ -107,12 +117,12 @@ class Scheduler:
             await asyncio.wait_for(self._idle.wait(), self.drain_left_s)
         except TimeoutError:
             left = self._queue.clear()
-            logger.warning("drain limit reached: %d jobs dropped that had not begun", len(left))
+            logger.warning("shutdown timeout reached: %d jobs dropped that had not begun", len(left))
             self._metrics.dropped.labels("draining").inc(len(left))
             _fail(left, self._unavailable)
 
     async def close(self) -> None:
-        """Drains, ends a build, the engine's thread and the engine."""
+        """Drains, then ends a build, the engine's thread and the engine."""
         await self.drain()
         await asyncio.to_thread(self._source.close)
         if self._watchdog is not None:
@@ -134,7 +144,7 @@ class Scheduler:
 
     @property
     def building(self) -> Building | None:
-        """The engine that is being built, while another one serves or none."""
+        """Progress of an engine build, whether or not another engine serves meanwhile."""
         return self._source.building()
 
     @property
@@ -149,16 +159,16 @@ class Scheduler:
 
     @property
     def retry_after_s(self) -> int:
-        """Whole seconds in which what is inside now will have run, by the measured time per job; at least 1."""
+        """Whole seconds, at least 1, in which the jobs in flight will have run, by the measured time per job."""
         return max(1, math.ceil(self._thread.seconds_per_job * self._queue.in_flight))
 
     def check_ready(self) -> None:
-        """Raises UnavailableError (503) unless jobs are taken."""
+        """Raises UnavailableError (503) unless the service accepts jobs."""
         if self.state != "ready":
             raise self._unavailable()
 
     def check_open(self, jobs: int = 1) -> None:
-        """Raises what `reserve` would, before anything is spent on a request (reading its body, for one)."""
+        """Raises as `reserve`, before a request costs anything, such as reading its body."""
         if self.state == "draining":
             self._metrics.dropped.labels("draining").inc(jobs)
         self.check_ready()
@@ -171,7 +181,7 @@ class Scheduler:
             )
 
     def reserve(self, jobs: int, deadline: float) -> "Reservation":
-        """Slots for `jobs` jobs that must begin before `deadline` (time.monotonic()), all or none.
+        """Reserves slots for `jobs` jobs, all or none. They must begin before `deadline` (time.monotonic()).
 
         Raises QueueFullError (429) or UnavailableError (503), at once.
         """
@@ -184,7 +194,7 @@ class Scheduler:
         reasons: dict[State, tuple[str, str, int]] = {
             "loading": ("not_ready", "the engine is being loaded and warmed up", 2),
             "ready": ("not_ready", "the engine is being loaded and warmed up", 2),
-            "draining": ("draining", "the server is shutting down; ask another one, or this one once it is back", 5),
+            "draining": ("draining", "the server is shutting down; retry after Retry-After seconds", 5),
             "hung": ("engine_hung", "the engine does not answer; the server is about to restart", 10),
             "failed": ("engine_lost", "the engine is lost; the server is about to restart", 10),
         }
@@ -193,81 +203,83 @@ class Scheduler:
         if building is None:
             return UnavailableError(detail, code=code, retry_after_s=retry_after_s)
         return UnavailableError(
-            f"the engine is being built: {building.words}",
+            f"the engine is being built: {building.summary}",
             code=code,
             retry_after_s=max(retry_after_s, min(BUILD_RETRY_S, math.ceil(building.seconds_left or 0))),
             building=building.to_dict(),
         )
 
-    # --- what reservations and the engine's thread tell -------------------------------------------------------------
+    # --- events of reservations and of the engine's thread ----------------------------------------------------------
 
-    def register(self, entry: Entry) -> None:
-        self._unanswered.add(entry)
-        entry.future.add_done_callback(lambda _: self._unanswered.discard(entry))
+    def register(self, job: QueuedJob) -> None:
+        """Keeps the job until its future is done."""
+        self._unanswered.add(job)
+        job.future.add_done_callback(lambda _: self._unanswered.discard(job))
 
     def on_release(self) -> None:
-        """A request gave its slots back."""
+        """Notes whether a request that freed its slots was the last one."""
         if not self._queue.in_flight:
             self._idle.set()
 
-    def on_ready(self, engine: Engine) -> None:
+    def _on_ready(self, engine: Engine) -> None:
         self._engine = engine
         self._when_ready(engine)
         self.ready.set()
         if self.state == "loading":
             self.state = "ready"
 
-    def on_results(self, outcomes: Sequence[tuple[Entry, EncodedResult | Exception]]) -> None:
-        for entry, outcome in outcomes:
-            if not entry.future.done():
-                if isinstance(outcome, EncodedResult):
-                    entry.future.set_result(outcome)
-                else:
-                    entry.future.set_exception(outcome)
-            if isinstance(outcome, EncodedResult):
-                self._count(entry.job, outcome)
+    def _on_result(self, job: QueuedJob, result: EncodedResult | Exception) -> None:
+        if isinstance(result, EncodedResult):
+            self._count(job.job, result)
+        if job.future.done():
+            return
+        if isinstance(result, EncodedResult):
+            job.future.set_result(result)
+        else:
+            job.future.set_exception(result)
 
-    def on_expired(self, entries: Sequence[Entry]) -> None:
-        self._metrics.dropped.labels("deadline").inc(len(entries))
-        _fail(entries, deadline_passed)
+    def on_expired(self, jobs: Sequence[QueuedJob]) -> None:
+        """Fails jobs whose deadline passed before they began."""
+        self._metrics.dropped.labels("deadline").inc(len(jobs))
+        _fail(jobs, deadline_passed)
 
-    def failed(self, exit_code: int, reason: str) -> None:
-        self.on_engine_lost("failed", exit_code, reason)
+    def _on_engine_lost(self, exit_code: int, reason: str) -> None:
+        self._exit("failed", exit_code, reason)
 
-    def on_engine_lost(self, state: Literal["hung", "failed"], exit_code: int, reason: str) -> None:
-        """The engine is gone for good: answers everyone, then leaves."""
+    def _exit(self, state: Literal["hung", "failed"], exit_code: int, reason: str) -> None:
+        """Answers all open requests, then ends the process."""
         logger.critical("leaving with exit code %d: %s", exit_code, reason)
         self.state = state
         _fail(self._queue.clear(), self._unavailable)
-        unmade = [entry for entry in self._unanswered if not entry.made]
-        _fail(unmade, lambda: EngineError(f"{reason}; the server is about to restart"))
+        lost = [job for job in self._unanswered if not job.has_pixels]
+        _fail(lost, lambda: EngineError(f"{reason}; the server is about to restart"))
         grace_s = EXIT_GRACE_S if self._engine is not None else 0.0  # nothing was accepted before it was ready
         asyncio.get_running_loop().call_later(grace_s, self._leave, exit_code)
 
-    def _count(self, job: Job, made: EncodedResult) -> None:
-        metrics, image, stages = self._metrics, made.finished.image, made.finished.image.stages
+    def _count(self, job: Job, result: EncodedResult) -> None:
+        metrics, image, stages = self._metrics, result.image, result.image.stages
         metrics.count_image(job.width, job.height, job.steps)
         (metrics.cache_hits if image.prompt_cached else metrics.cache_misses).inc()
-        metrics.stages["queue"].observe(made.finished.queue_s)
+        metrics.stages["queue"].observe(result.queue_s)
         metrics.stages["text"].observe(stages.text)
         metrics.stages["denoise"].observe(stages.denoise)
         metrics.stages["decode"].observe(stages.decode)
-        if made.content:
-            metrics.stages["encode"].observe(made.encode_s)
+        if result.content:
+            metrics.stages["encode"].observe(result.encode_s)
 
     async def _watch(self) -> None:
-        """Notices a call of the engine that does not end."""
+        """Ends the process if a call of the engine takes longer than --batch-timeout-s."""
         while True:
-            await asyncio.sleep(min(1.0, self._hang_limit_s / 4))
+            await asyncio.sleep(min(1.0, self._batch_timeout_s / 4))
             since = self._thread.running_since
-            if since is not None and time.monotonic() - since > self._hang_limit_s:
+            if since is not None and time.monotonic() - since > self._batch_timeout_s:
                 self._metrics.engine_failures.labels("hang").inc()
-                self.on_engine_lost("hung", EXIT_HANG, f"a batch ran longer than {self._hang_limit_s:g} s")
+                self._exit("hung", EXIT_HANG, f"a batch ran longer than {self._batch_timeout_s:g} s")
                 return
 
 
 class Reservation:
-    """Slots in the queue, given back when the `with` block ends; jobs that have not begun by then are dropped."""
+    """Slots in the queue. The end of the `with` block frees them and drops jobs that have not begun."""
 
     def __init__(self, scheduler: Scheduler, queue: JobQueue, metrics: Metrics, jobs: int, deadline: float) -> None:
         self._scheduler = scheduler
@@ -276,24 +288,24 @@ class Reservation:
         self._jobs = jobs
         self._unused = jobs
         self._deadline = deadline
-        self._entries: list[Entry] = []
+        self._queued: list[QueuedJob] = []
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, jobs: Sequence[Job], encode: Callable[[RawImage], bytes]) -> list[asyncio.Future[EncodedResult]]:
-        """Queues as many jobs as were reserved. Each future ends with the encoded picture or with a RequestError."""
+        """Queues the reserved number of jobs. Each future ends with an EncodedResult or a RequestError."""
         loop = asyncio.get_running_loop()
-        self._entries = [Entry(job, encode, loop.create_future(), self._deadline) for job in jobs]
-        for entry in self._entries:
-            self._scheduler.register(entry)
-        self._queue.put(self._entries)
-        self._unused -= len(self._entries)
+        self._queued = [QueuedJob(job, encode, loop.create_future(), self._deadline) for job in jobs]
+        for queued in self._queued:
+            self._scheduler.register(queued)
+        self._queue.put(self._queued)
+        self._unused -= len(self._queued)
         self._timer = loop.call_later(self._deadline - time.monotonic(), self._expire)
-        return [entry.future for entry in self._entries]
+        return [queued.future for queued in self._queued]
 
     def replace(self, job: Job, encode: Callable[[RawImage], bytes]) -> bool:
-        """Makes the one job of this reservation another one; False where it is in a batch already."""
-        (entry,) = self._entries
-        return self._queue.replace(entry, job, encode)
+        """Replaces the one job of this reservation. Returns False if it is in a batch already."""
+        (queued,) = self._queued
+        return self._queue.replace(queued, job, encode)
 
     def __enter__(self) -> Self:
         return self
@@ -303,18 +315,18 @@ class Reservation:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        withdrawn = sum(self._queue.withdraw(entry) for entry in self._entries)
-        for entry in self._entries:
-            entry.future.cancel()
+        cancelled = sum(self._queue.cancel(job) for job in self._queued)
+        for job in self._queued:
+            job.future.cancel()
         if isinstance(error, asyncio.CancelledError | ClientGoneError):
-            self._metrics.dropped.labels("client_gone").inc(withdrawn + self._unused)
+            self._metrics.dropped.labels("client_gone").inc(cancelled + self._unused)
         elif isinstance(error, DeadlineError):
-            self._metrics.dropped.labels("deadline").inc(withdrawn + self._unused)
+            self._metrics.dropped.labels("deadline").inc(cancelled + self._unused)
         self._queue.release(unused=self._unused, jobs=self._jobs)
         self._scheduler.on_release()
 
     def _expire(self) -> None:
-        self._scheduler.on_expired([entry for entry in self._entries if self._queue.withdraw(entry)])
+        self._scheduler.on_expired([job for job in self._queued if self._queue.cancel(job)])
 
 
 def deadline_passed() -> DeadlineError:
@@ -323,7 +335,7 @@ def deadline_passed() -> DeadlineError:
     )
 
 
-def _fail(entries: Iterable[Entry], make: Callable[[], RequestError]) -> None:
-    for entry in entries:
-        if not entry.future.done():
-            entry.future.set_exception(make())
+def _fail(jobs: Iterable[QueuedJob], make_error: Callable[[], RequestError]) -> None:
+    for job in jobs:
+        if not job.future.done():
+            job.future.set_exception(make_error())

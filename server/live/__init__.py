@@ -1,1 +1,1 @@
-"""WS /v1/live: sessions that draw, and their messages."""
+"""WS /v1/live: drawing sessions and their messages."""

@@ -1,4 +1,4 @@
-"""What is said on WS /v1/live, as docs/use/live.md tells it to clients. Knows no socket and no engine."""
+"""Message types of WS /v1/live (docs/use/live.md)."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +19,7 @@ Mode = Literal["auto", "text", "image", "control"]
 
 
 class LiveSettings(Sampling):
-    """The text messages of a client: each holds what changes. Nothing is made before there is a prompt."""
+    """A client's text messages; each holds what changes. No image is generated before there is a prompt."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,22 +30,22 @@ class LiveSettings(Sampling):
     control_scale: float = Field(1.0, ge=0, le=2, description="In mode control: weight of the drawing.")
 
     def updated(self, message: str) -> "LiveSettings":
-        """These settings with what the message changes. Raises InvalidError (422)."""
+        """Returns these settings with the changes of the message. Raises InvalidError (422)."""
         if len(message) > MAX_SETTINGS:
             raise InvalidError(
                 [Fault("body", f"body: got {len(message)} characters of settings, allowed: at most {MAX_SETTINGS}")]
             )
-        given = parse(LiveSettings, message.encode())
-        return self.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+        changes = parse(LiveSettings, message.encode())
+        return self.model_copy(update={name: getattr(changes, name) for name in changes.model_fields_set})
 
 
 def message(kind: Literal["ready", "picture", "error", "end"], fields: Mapping[str, Any]) -> str:
-    """A text message to a client."""
+    """Returns a text message to a client."""
     return to_json({"type": kind, **fields}).decode()
 
 
 def error_message(error: RequestError, sequence: int) -> str:
-    """What was wrong with the client's message of that number, or with the picture it asked for."""
+    """Returns the error of the client's message of that number, or of the image that it asked for."""
     fields: dict[str, Any] = {
         "sequence": sequence,
         "status": error.status,

@@ -4,13 +4,13 @@ from fastapi import APIRouter
 from starlette.websockets import WebSocket
 
 from server.http.state import request_context
-from server.live.sessions import Live
+from server.live.sessions import LiveSessions
 
 router = APIRouter()
 
 
 @router.websocket("/v1/live")
 async def live_drawing(socket: WebSocket) -> None:
-    """Pictures of drawings, while they are drawn: docs/use/live.md."""
-    sessions: Live = socket.app.state.live
+    """Generates images of drawings while the client draws: docs/use/live.md."""
+    sessions: LiveSessions = socket.app.state.live
     await sessions.serve(socket, request_context(socket))

@@ -1,19 +1,20 @@
-"""One session of WS /v1/live: what its client sent last, and the one picture of it that is being made.
+"""One session of WS /v1/live: the client's newest drawing and settings, and the one image in progress.
 
-Two tasks share a few fields on the event loop. One listens and keeps only the newest drawing and settings. The other
-makes pictures one after the other: while its job waits in the queue it is made to show what is newest, in its place, so
-a drawing is at most as old as the batch that runs. Nothing here grows with what a client sends or does not read.
+Two tasks share a few fields on the event loop. One receives messages and keeps only the newest drawing and settings.
+The other generates images one by one. While its job waits in the queue, each newer drawing replaces it at its position,
+so that an image shows the drawing that was newest when its batch began. Memory use does not grow with the messages that
+a client sends or the images that it does not read.
 """
 
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable
+from dataclasses import dataclass
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from engines.types import Conditioning, Job, Pixels, RawImage
+from engines.types import Conditioning, Job, Pixels
 from server.errors import (
     CLOSE_BUSY,
     CLOSE_ENGINE,
@@ -29,37 +30,35 @@ from server.errors import (
     UnavailableError,
 )
 from server.generation.delivery import EncodedResult
-from server.generation.generator import BLACK, RANDOM_SEEDS, WHITE, GenerationRequest, first_job
-from server.generation.image_codec import Codec, encoder
-from server.generation.safety.guard import Safety
+from server.generation.generator import RANDOM_SEEDS, GenerationRequest, Generator, first_job, timings_of
 from server.generation.scheduler import Scheduler
 from server.live.messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.telemetry.metrics import Metrics
+from server.telemetry.timings import milliseconds
 
-BUSY_S = 0.25  # after the queue was full, until the next attempt
-SEND_S = 30.0  # a client that does not take a picture for so long is too slow for live drawing
+BUSY_S = 0.25  # after a full queue, until the next attempt
+SEND_S = 30.0  # a client that does not accept an image within this time is too slow for live drawing
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the client wants to see: everything up to its message `sequence`, which came at `received`."""
+class DrawRequest:
+    """The image that the client wants: all its messages up to `sequence`, `drawings` of which were drawings."""
 
     job: Job
-    settings: LiveSettings
+    request: GenerationRequest
     sequence: int
     drawings: int
-    received: float  # time.monotonic()
+    received: float  # time.monotonic() of the last of these messages
 
 
 class LiveSession:
-    """`drawn` counts the pictures that were sent."""
+    """One connection's session. `images_sent` counts its images."""
 
     def __init__(
         self,
         socket: WebSocket,
         scheduler: Scheduler,
-        codec: Codec,
-        safety: Safety,
+        generator: Generator,
         metrics: Metrics,
         *,
         timeout_ms: int,
@@ -67,26 +66,25 @@ class LiveSession:
     ) -> None:
         self._socket = socket
         self._scheduler = scheduler
-        self._codec = codec
-        self._safety = safety
-        self._allowed = ""  # the prompt that was checked last, and may be drawn
+        self._generator = generator
+        self._allowed_prompt = ""  # the last prompt that passed the check
         self._metrics = metrics
         self._timeout_s = timeout_ms / 1000
         self._idle_s = idle_s
-        self._seed = secrets.randbelow(RANDOM_SEEDS)  # one for the session: a picture must not change by itself
+        self._seed = secrets.randbelow(RANDOM_SEEDS)  # fixed, so that an image changes only with its drawing
         self._sending = asyncio.Lock()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._settings = LiveSettings.model_validate({})
         self._drawing = b""
-        self._sequence = 0  # of the newest message, and of the newest that was understood
-        self._understood = 0
+        self._sequence = 0  # of the newest message
+        self._applied = 0  # of the newest valid message
         self._received = 0.0
         self._drawings = 0
         self._shown_drawings = 0
-        self._decoded: tuple[bytes, int, Pixels] | None = None  # file, background, pixels
-        self._said_busy = False
-        self.drawn = 0
+        self._decoded: tuple[bytes | str, int, Pixels] | None = None  # file, background, pixels
+        self._reported_busy = False
+        self.images_sent = 0
 
     def end(self, error: SessionEndError) -> None:
         """Ends the session from outside."""
@@ -94,10 +92,10 @@ class LiveSession:
             self._ended.set_exception(error)
 
     async def run(self) -> None:
-        """Returns when the client leaves. Raises SessionEndError where the server ends the session."""
-        await self._say(self._greeting())
+        """Returns when the client leaves. Raises SessionEndError if the server ends the session."""
+        await self._send(self._greeting())
         tasks: list[asyncio.Future[None]] = [
-            asyncio.create_task(self._listen(), name="live listen"),
+            asyncio.create_task(self._receive(), name="live receive"),
             asyncio.create_task(self._draw(), name="live draw"),
             self._ended,
         ]
@@ -129,9 +127,9 @@ class LiveSession:
             },
         )
 
-    # --- listening ------------------------------------------------------------------------------------------------
+    # --- receiving ------------------------------------------------------------------------------------------------
 
-    async def _listen(self) -> None:
+    async def _receive(self) -> None:
         while True:
             try:
                 async with asyncio.timeout(self._idle_s):
@@ -142,11 +140,11 @@ class LiveSession:
                 return
             self._sequence += 1
             try:
-                self._understand(received.get("text"), received.get("bytes"))
+                self._apply_message(received.get("text"), received.get("bytes"))
             except InvalidError as error:
-                await self._say(error_message(error, self._sequence))
+                await self._send(error_message(error, self._sequence))
 
-    def _understand(self, text: str | None, drawing: bytes | None) -> None:
+    def _apply_message(self, text: str | None, drawing: bytes | None) -> None:
         if text is not None:
             updated = self._settings.updated(text)
             self._check(updated)
@@ -157,65 +155,69 @@ class LiveSession:
                 raise InvalidError([Fault("drawing", got)])
             self._drawing = drawing
             self._drawings += 1
-        self._understood = self._sequence
+        self._applied = self._sequence
         self._received = time.monotonic()
-        self._news.set()
+        self._changed.set()
 
     def _check(self, settings: LiveSettings) -> None:
-        """Raises InvalidError for settings that no drawing could be made with: the session keeps those it had."""
-        try:
-            limits = self._scheduler.engine.limits
-        except UnavailableError as error:
-            raise _unavailable(error) from error
+        """Raises InvalidError for settings that no drawing could run with; the session then keeps its settings."""
         drawing = self._drawing or (b"" if settings.mode == "auto" else b"one to come")
         prompted = settings if settings.prompt else settings.model_copy(update={"prompt": "one to come"})
-        first_job(_order(prompted, drawing, self._conditioning(settings, drawing), self._seed), limits)
+        try:
+            first_job(self._request(prompted, drawing), self._scheduler.engine.limits)
+        except UnavailableError as error:
+            raise _session_end(error) from error
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
     async def _draw(self) -> None:
         while True:
-            await self._news.wait()
-            wanted = await self._newest()
-            if wanted is None:
+            await self._changed.wait()
+            latest = await self._latest_request()
+            if latest is None:
                 continue
             try:
-                await self._picture(wanted)
-                self._said_busy = False
+                await self._generate(latest)
+                self._reported_busy = False
             except QueueFullError as error:
-                if not self._said_busy:
-                    await self._say(error_message(error, wanted.sequence))
-                self._said_busy = True
+                if not self._reported_busy:
+                    await self._send(error_message(error, latest.sequence))
+                self._reported_busy = True
                 await asyncio.sleep(BUSY_S)
-                self._news.set()
+                self._changed.set()
             except UnavailableError as error:
-                raise _unavailable(error) from error
+                raise _session_end(error) from error
             except RequestError as error:
-                await self._say(error_message(error, wanted.sequence))
+                await self._send(error_message(error, latest.sequence))
 
-    async def _newest(self) -> Wanted | None:
-        """What the client wants now; None where it has no prompt yet, or wants what cannot be (and is told so)."""
-        self._news.clear()
-        settings, drawing, sequence = self._settings, self._drawing, self._understood
-        wanted = (settings, sequence, self._drawings, self._received)
+    async def _latest_request(self) -> DrawRequest | None:
+        """Returns the client's latest request; None without a prompt, or after it sent the client an error."""
+        self._changed.clear()
+        settings, drawing, sequence = self._settings, self._drawing, self._applied
+        drawings, received = self._drawings, self._received
         if not settings.prompt:
             return None
         try:
-            kind = self._conditioning(settings, drawing)
-            job = first_job(_order(settings, drawing, kind, self._seed), self._scheduler.engine.limits)
-            if self._safety.checks_prompts and settings.prompt != self._allowed:
-                await self._codec.run(self._safety.check_prompt, settings.prompt)
-                self._allowed = settings.prompt
-            if kind == "image":
-                job = replace(job, image=await self._pixels(drawing, WHITE))
-            elif kind == "control":
-                job = replace(job, control_image=await self._pixels(drawing, BLACK))
+            request = self._request(settings, drawing)
+            job = first_job(request, self._scheduler.engine.limits)
+            if settings.prompt != self._allowed_prompt:
+                await self._generator.check_prompt(settings.prompt)
+                self._allowed_prompt = settings.prompt
+            job = await self._generator.with_images(job, request, self._decode)
         except UnavailableError as error:
-            raise _unavailable(error) from error
+            raise _session_end(error) from error
         except RequestError as error:
-            await self._say(error_message(error, sequence))
+            await self._send(error_message(error, sequence))
             return None
-        return Wanted(job, *wanted)
+        return DrawRequest(job, request, sequence, drawings, received)
+
+    def _request(self, settings: LiveSettings, drawing: bytes) -> GenerationRequest:
+        conditioning = self._conditioning(settings, drawing)
+        return settings.generation_request(
+            seed=self._seed if settings.seed is None else settings.seed,
+            image=drawing if conditioning == "image" else None,
+            control_image=drawing if conditioning == "control" else None,
+        )
 
     def _conditioning(self, settings: LiveSettings, drawing: bytes) -> Conditioning:
         if not drawing:
@@ -224,64 +226,51 @@ class LiveSession:
             return "control" if "control" in self._scheduler.engine.limits.conditioning else "image"
         return settings.mode
 
-    async def _pixels(self, drawing: bytes, background: int) -> Pixels:
-        """The drawing, decoded once however often it is drawn again with other settings."""
+    async def _decode(self, _: str, drawing: bytes | str, background: int) -> Pixels:
+        """Decodes a drawing once, however often it is used again with other settings."""
         if self._decoded is None or self._decoded[0] is not drawing or self._decoded[1] != background:
-            self._decoded = (drawing, background, await self._codec.decode("drawing", drawing, background))
+            self._decoded = (drawing, background, await self._generator.decode("drawing", drawing, background))
         return self._decoded[2]
 
-    async def _picture(self, wanted: Wanted) -> None:
-        """Makes and sends one picture, of `wanted` or of what is newer when its batch begins."""
+    async def _generate(self, latest: DrawRequest) -> None:
+        """Generates and sends one image: of `latest`, or of the request that is newest when its batch begins."""
         with self._scheduler.reserve(1, time.monotonic() + self._timeout_s) as slots:
-            (future,) = slots.submit([wanted.job], self._encoder(wanted))
+            (future,) = slots.submit([latest.job], self._generator.encoder(latest.request, []))
             while not future.done():
-                if not self._news.is_set():
-                    await _either(future, self._news.wait())
-                elif (newer := await self._newest()) is not None:
-                    if slots.replace(newer.job, self._encoder(newer)):
-                        wanted = newer
+                if not self._changed.is_set():
+                    await _either(future, self._changed.wait())
+                elif (newer := await self._latest_request()) is not None:
+                    if slots.replace(newer.job, self._generator.encoder(newer.request, [])):
+                        latest = newer
                         continue
                     await asyncio.wait((future,))
-                    self._news.set()
-            made = await future
-        await self._show(wanted, made)
+                    self._changed.set()
+            result = await future
+        await self._send_image(latest, result)
 
-    def _encoder(self, wanted: Wanted) -> Callable[[RawImage], bytes]:
-        settings = wanted.settings
-        return self._safety.guarded(encoder(settings.output_format, settings.output_quality, base64=False), [])
-
-    async def _show(self, wanted: Wanted, made: EncodedResult) -> None:
-        total_s = time.monotonic() - wanted.received
-        dropped = max(wanted.drawings - self._shown_drawings - 1, 0)
-        finished, stages = made.finished, made.finished.image.stages
-        timings = {
-            "queue": finished.queue_s,
-            "text": stages.text,
-            "denoise": stages.denoise,
-            "decode": stages.decode,
-            "encode": made.encode_s,
-            "total": total_s,
-        }
+    async def _send_image(self, shown: DrawRequest, result: EncodedResult) -> None:
+        timings = timings_of([result], shown.received)
+        superseded = max(shown.drawings - self._shown_drawings - 1, 0)
         header = {
-            "sequence": wanted.sequence,
-            "dropped": dropped,
-            "mode": wanted.job.conditioning,
-            "seed": wanted.job.seed,
-            "width": wanted.job.width,
-            "height": wanted.job.height,
-            "format": wanted.settings.output_format,
-            "bytes": len(made.content),
-            "prompt_truncated": finished.image.prompt_truncated,
-            "timings_ms": {stage: round(1000 * seconds, 3) for stage, seconds in timings.items()},
+            "sequence": shown.sequence,
+            "dropped": superseded,
+            "mode": shown.job.conditioning,
+            "seed": shown.job.seed,
+            "width": shown.job.width,
+            "height": shown.job.height,
+            "format": shown.request.output_format,
+            "bytes": len(result.content),
+            "prompt_truncated": result.image.prompt_truncated,
+            "timings_ms": milliseconds(timings),
         }
-        await self._say(message("picture", header), made.content)
-        self._shown_drawings = wanted.drawings
-        self.drawn += 1
-        self._metrics.live_seconds.observe(total_s)
-        self._metrics.live_dropped.inc(dropped)
+        await self._send(message("picture", header), result.content)
+        self._shown_drawings = shown.drawings
+        self.images_sent += 1
+        self._metrics.live_seconds.observe(timings.total / 1000)
+        self._metrics.live_superseded.inc(superseded)
 
-    async def _say(self, text: str, content: bytes | None = None) -> None:
-        """Sends a text message, and a binary one right behind it. Raises SessionEndError for a client that is stuck."""
+    async def _send(self, text: str, content: bytes | None = None) -> None:
+        """Sends a text message, then a binary one. Raises SessionEndError for a client that does not read."""
         try:
             async with asyncio.timeout(SEND_S), self._sending:
                 await self._socket.send_text(text)
@@ -293,29 +282,13 @@ class LiveSession:
             raise WebSocketDisconnect(CLOSE_GONE) from error
 
 
-def _order(settings: LiveSettings, drawing: bytes, kind: Conditioning, seed: int) -> GenerationRequest:
-    return GenerationRequest(
-        prompt=settings.prompt,
-        steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        seed=seed if settings.seed is None else settings.seed,
-        width=settings.width,
-        height=settings.height,
-        image=drawing if kind == "image" else None,
-        strength=settings.strength,
-        control_image=drawing if kind == "control" else None,
-        control_scale=settings.control_scale,
-        lora=settings.adapters,
-    )
-
-
-def _unavailable(error: UnavailableError) -> SessionEndError:
+def _session_end(error: UnavailableError) -> SessionEndError:
     close_codes = {"not_ready": CLOSE_BUSY, "draining": CLOSE_RESTART}
     return SessionEndError(error.code, error.detail, close_codes.get(error.code, CLOSE_ENGINE))
 
 
 async def _either(future: asyncio.Future[EncodedResult], other: Awaitable[object]) -> None:
-    """Returns when one of the two is done; the second is given up then."""
+    """Returns when one of the two is done, and cancels `other`."""
     waiting = asyncio.ensure_future(other)
     try:
         await asyncio.wait((future, waiting), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""WS /v1/live: who may draw, how many at once, and how a session ends. docs/use/live.md tells the protocol.
+"""All sessions of WS /v1/live: admission, limit and end. docs/use/live.md describes the protocol.
 
-There is no scheduler: each session has at most one job in the server's one queue, oldest first, so twenty sessions take
-turns, and share batches with each other and with plain requests.
+Each session has at most one job in the server's one queue, oldest first. So sessions take turns, and share batches with
+each other and with plain requests.
 """
 
 import asyncio
@@ -16,8 +16,7 @@ from server.errors import (
     SessionEndError,
     UnavailableError,
 )
-from server.generation.image_codec import Codec
-from server.generation.safety.guard import Safety
+from server.generation.generator import Generator
 from server.generation.scheduler import Scheduler
 from server.http.state import RequestContext
 from server.live.messages import SUBPROTOCOL, message
@@ -25,29 +24,26 @@ from server.live.session import LiveSession
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 
-GOODBYE_S = 2.0  # for saying why a session ends, to a client that may not read
+GOODBYE_S = 2.0  # to send the reason of an end to a client that may not read
 
 logger = logging.getLogger("server.live")
 
 
-class Live:
+class LiveSessions:
     """All sessions of this server."""
 
-    def __init__(
-        self, scheduler: Scheduler, codec: Codec, safety: Safety, metrics: Metrics, settings: Settings
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, generator: Generator, metrics: Metrics, settings: Settings) -> None:
         self._scheduler = scheduler
-        self._codec = codec
-        self._safety = safety
+        self._generator = generator
         self._metrics = metrics
         self._settings = settings
         self._sessions: set[LiveSession] = set()
         metrics.live_sessions.set_function(lambda: len(self._sessions))
 
     async def serve(self, socket: WebSocket, context: RequestContext) -> None:
-        """One connection, from its handshake to its end."""
+        """Serves one connection from its handshake to its end."""
         await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-        drawn, reason = 0, "client"
+        images_sent, reason = 0, "client"
         try:
             session = self._admit(socket)
             self._sessions.add(session)
@@ -55,9 +51,9 @@ class Live:
                 await session.run()
             finally:
                 self._sessions.discard(session)
-                drawn = session.drawn
+                images_sent = session.images_sent
         except WebSocketDisconnect:
-            pass  # it left while something was sent to it
+            pass  # the client left while something was sent to it
         except SessionEndError as error:
             reason = error.code
             await _close(socket, error)
@@ -66,16 +62,16 @@ class Live:
             logger.error("a live session failed", exc_info=error)
             await _close(socket, SessionEndError(reason, "the server failed; its log says more", CLOSE_ENGINE))
         self._metrics.live_ended.labels(reason).inc()
-        fields = {"reason": reason, "pictures": drawn, "request_id": context.request_id}
+        fields = {"reason": reason, "images": images_sent, "request_id": context.request_id}
         logger.info("live session ended", extra={"fields": fields})
 
     def drain(self) -> None:
-        """Tells every session that the server shuts down."""
+        """Ends every session, because the server shuts down."""
         for session in self._sessions:
             session.end(SessionEndError("draining", "the server is shutting down; connect again", CLOSE_RESTART))
 
     def _admit(self, socket: WebSocket) -> LiveSession:
-        """Raises SessionEndError where there is no place, or no engine."""
+        """Raises SessionEndError without a free session or an engine."""
         try:
             self._scheduler.check_ready()
         except UnavailableError as error:
@@ -86,8 +82,7 @@ class Live:
         return LiveSession(
             socket,
             self._scheduler,
-            self._codec,
-            self._safety,
+            self._generator,
             self._metrics,
             timeout_ms=self._settings.timeout_ms,
             idle_s=self._settings.live_idle_s,
@@ -95,7 +90,7 @@ class Live:
 
 
 async def _close(socket: WebSocket, error: SessionEndError) -> None:
-    """Says why, and closes, where the client still listens."""
+    """Sends the reason and closes, if the client is still connected."""
     if socket.application_state != WebSocketState.CONNECTED or socket.client_state != WebSocketState.CONNECTED:
         return
     try:
@@ -103,4 +98,4 @@ async def _close(socket: WebSocket, error: SessionEndError) -> None:
             await socket.send_text(message("end", {"code": error.code, "detail": error.detail}))
             await socket.close(error.close_code, error.detail)
     except (WebSocketDisconnect, TimeoutError, RuntimeError):  # the last is uvicorn's for a connection closed meanwhile
-        logger.debug("the client did not hear why its session ended: %s", error.code)
+        logger.debug("the client did not receive why its session ended: %s", error.code)

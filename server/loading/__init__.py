@@ -1,1 +1,1 @@
-"""From settings to an engine, the one door to the engines beyond their types: found, built in a process, or PyTorch."""
+"""Finds, builds or loads the engine that the settings ask for; the one door to the engines beyond their types."""

@@ -1,39 +1,40 @@
-"""What became of builds that gave no engine, kept beside the engines, so that restarts do not repeat them for ever."""
+"""Records failed builds beside the engines, so that restarts do not repeat them endlessly."""
 
 import contextlib
 import json
 from pathlib import Path
 
-MOST = 3  # builds that were killed or found the disk full
+MAX_ATTEMPTS = 3  # builds that were killed or found the disk full
 
 
-class Attempts:
-    """The record of one folder of engines. It holds for one `key`: what is built, by which versions."""
+class BuildAttempts:
+    """The record of one engine folder, valid for one `key`: the engine to build and the versions that build it."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path
         self._key = key
 
-    def why_not_again(self) -> str | None:
-        """Why no other build shall begin; None where one may."""
+    def refusal(self) -> str | None:
+        """Returns why no further build may start, or None if one may."""
         count, reason = self._read()
         if reason is not None:
             return f"an earlier build failed: {reason}; to try again remove {self._path}"
-        if count >= MOST:
+        if count >= MAX_ATTEMPTS:
             return f"{count} builds were killed or found no room; to try again remove {self._path}"
         return None
 
-    def begin(self) -> None:
+    def start(self) -> None:
+        """Counts a build that starts."""
         count, _ = self._read()
         self._write(count + 1, None)
 
     def failed(self, reason: str) -> None:
-        """A failure that would repeat."""
+        """Records a failure that would repeat."""
         count, _ = self._read()
         self._write(count, reason)
 
-    def forgive(self) -> None:
-        """The build that began was ended on purpose, and does not count."""
+    def cancel(self) -> None:
+        """Uncounts a build that the server ended itself."""
         count, _ = self._read()
         self._write(count - 1, None)
 
@@ -43,12 +44,12 @@ class Attempts:
 
     def _read(self) -> tuple[int, str | None]:
         try:
-            found = json.loads(self._path.read_bytes())
-            return (int(found["count"]), found["reason"]) if found["key"] == self._key else (0, None)
+            record = json.loads(self._path.read_bytes())
+            return (int(record["count"]), record["reason"]) if record["key"] == self._key else (0, None)
         except (OSError, ValueError, KeyError, TypeError):
             return 0, None
 
     def _write(self, count: int, reason: str | None) -> None:
-        # A disk that is full costs no more than a build that may be tried again.
+        # On a full disk the attempt is not counted, and the build may be repeated.
         with contextlib.suppress(OSError):
             self._path.write_text(json.dumps({"key": self._key, "count": count, "reason": reason}))

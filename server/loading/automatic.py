@@ -1,6 +1,6 @@
-"""--engine auto: the engines that fit are served; what is absent is built first, once on a volume; else PyTorch serves.
+"""--engine auto: serves a built engine that fits, builds a missing one first, or serves PyTorch's engine.
 
-Looking, loading and building come from outside (`Ways`), so that this file knows the order of things alone.
+`EngineOperations` finds, builds and loads engines; this file decides the order.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from engines.types import Engine
 from server import __version__
 from server.errors import BuildFailedError
 from server.generation.engine_source import Building
-from server.loading.attempts import Attempts
+from server.loading.attempts import BuildAttempts
 from server.loading.build_lock import build_lock
 from server.loading.build_process import BuildProcess
-from server.loading.fastest import Fastest
+from server.loading.fastest import FastestVendor
 
-PAUSE_S = 0.5  # between two looks at a lock that another process holds
+PAUSE_S = 0.5  # between attempts at a lock that another process holds
 
 logger = logging.getLogger("server.build")
 
 
 class Candidate(Protocol):
-    """engines.artifacts.candidates.Candidate, as far as it is used here."""
+    """The part of engines.artifacts.candidates.Candidate that this file uses."""
 
     @property
     def vendor(self) -> str: ...
@@ -47,130 +47,136 @@ class Candidate(Protocol):
 
 
 @dataclass(frozen=True)
-class Offers:
-    """What could serve: a candidate for each vendor; `why_none` where there is none."""
+class Candidates:
+    """The engines that could serve, one for each vendor; `why_none` if there is none."""
 
     each: Sequence[Candidate]
     why_none: str = ""
 
 
-@dataclass(frozen=True)
-class Ways:
-    """How it is done. `find`: the fitting engines of a candidate but for some, and why others do not fit. `plain`:
-    PyTorch's engine; True limits it to what the built one will run. `builder`: the command before its arguments."""
+class EngineOperations(Protocol):
+    """Operations on the engines of one server's settings, in one folder."""
 
-    look: Callable[[], Offers]
-    find: Callable[[Candidate, Collection[Path]], tuple[Path | None, list[str]]]
-    built: Callable[[Path], Engine]
-    plain: Callable[[bool], Engine]
-    builder: Sequence[str]
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def build_command(self) -> Sequence[str]:
+        """The builder's command without its arguments."""
+
+    def find_candidates(self) -> Candidates: ...
+    def find_built(self, candidate: Candidate, exclude: Collection[Path]) -> tuple[Path | None, list[str]]:
+        """Returns a folder of fitting engines that is not in `exclude`, and why others do not fit."""
+
+    def open_built(self, path: Path) -> Engine: ...
+    def load_pytorch(self, built_sizes_only: bool) -> Engine: ...
 
 
 class AutomaticEngine:
-    """An EngineSource over a folder of engines. `while_building`: serve from PyTorch until the engine is there."""
+    """An EngineSource over a folder of engines. `while_building`: PyTorch serves until the engine is built."""
 
-    def __init__(self, folder: Path, ways: Ways, *, while_building: bool = False) -> None:
-        self._folder = folder
-        self._ways = ways
+    def __init__(self, operations: EngineOperations, *, while_building: bool = False) -> None:
+        self._folder = operations.folder
+        self._operations = operations
         self._while_building = while_building
-        self._fastest = Fastest(folder / ".fastest.json")
-        self._unfit: set[Path] = set()  # engines that fitted by their manifest and could not be opened
+        self._fastest = FastestVendor(self._folder / ".fastest.json")
+        self._unfit: set[Path] = set()  # engines whose manifest fits but that did not open
         self._building: Building | None = None
-        self._next: SimpleQueue[Engine] = SimpleQueue()
-        self._ended = threading.Event()
+        self._replacements: SimpleQueue[Engine] = SimpleQueue()
+        self._closed = threading.Event()
         self._process: BuildProcess | None = None
 
     # --- EngineSource -----------------------------------------------------------------------------------------------
 
     def load(self, wake: Callable[[], None]) -> Engine:
-        offers = self._ways.look()
-        if not offers.each:
-            return self._plain(offers.why_none, logging.INFO)
-        absent = [one.vendor for one in offers.each if self._ways.find(one, ())[0] is None]
+        candidates = self._operations.find_candidates()
+        if not candidates.each:
+            return self._load_pytorch(candidates.why_none, logging.INFO)
+        absent = [one.vendor for one in candidates.each if self._operations.find_built(one, ())[0] is None]
         if absent and self._while_building:
             why = f"until the engine of {', '.join(absent)} is built"
-            engine = self._plain(why, logging.INFO, narrow=True)
-            threading.Thread(target=self._replace, args=(offers, engine, wake), name="builder", daemon=True).start()
+            engine = self._load_pytorch(why, logging.INFO, built_sizes_only=True)
+            arguments = (candidates, engine, wake)
+            threading.Thread(target=self._replace, args=arguments, name="builder", daemon=True).start()
             return engine
         try:
-            return self._best(offers)
+            return self._open_fastest(candidates)
         except BuildFailedError as error:
-            return self._plain(str(error), logging.WARNING)
+            return self._load_pytorch(str(error), logging.WARNING)
 
     def replacement(self) -> Engine | None:
         with contextlib.suppress(Empty):
-            return self._next.get_nowait()
+            return self._replacements.get_nowait()
         return None
 
     def building(self) -> Building | None:
         return self._building
 
     def close(self) -> None:
-        self._ended.set()
+        self._closed.set()
         if self._process is not None:
             self._process.stop()
 
-    # --- the order of things ----------------------------------------------------------------------------------------
+    # --- decisions ----------------------------------------------------------------------------------------
 
-    def _plain(self, why: str, level: int, *, narrow: bool = False) -> Engine:
-        engine = self._ways.plain(narrow)
+    def _load_pytorch(self, why: str, level: int, *, built_sizes_only: bool = False) -> Engine:
+        engine = self._operations.load_pytorch(built_sizes_only)
         if why:
             logger.log(level, "engine: PyTorch serves: %s", why)
             engine.info.reasons["engine"] = f"PyTorch: {why}"
         return engine
 
-    def _replace(self, offers: Offers, serving: Engine, wake: Callable[[], None]) -> None:
-        """On a thread of its own, beside the one that serves."""
+    def _replace(self, candidates: Candidates, serving: Engine, wake: Callable[[], None]) -> None:
+        """Runs on a thread of its own while `serving` serves."""
         try:
-            engine = self._best(offers)
+            engine = self._open_fastest(candidates)
             engine.warmup()
-        except Exception as error:  # what serves goes on serving
+        except Exception as error:  # `serving` goes on
             expected = isinstance(error, SprintError)
             logger.error("engine: PyTorch goes on: %s", error, exc_info=None if expected else error)
             serving.info.reasons["engine"] = f"PyTorch: {error}"
             return
-        self._next.put(engine)
+        self._replacements.put(engine)
         wake()
 
-    def _best(self, offers: Offers) -> Engine:
-        """The engine of the fastest vendor; what is absent is built. Raises BuildFailedError where none comes of it."""
+    def _open_fastest(self, candidates: Candidates) -> Engine:
+        """Opens the fastest vendor's engine; builds missing ones first. Raises BuildFailedError if none opens."""
         paths: dict[str, Path] = {}
         failures = []
-        for one in offers.each:
+        for candidate in candidates.each:
             try:
-                paths[one.vendor] = self._have(one)
+                paths[candidate.vendor] = self._find_or_build(candidate)
             except BuildFailedError as error:
-                logger.error("engine: %s: %s", one.vendor, error)
-                failures.append(f"{one.vendor}: {error}")
-        there = {one.vendor: one for one in offers.each if one.vendor in paths}
-        while there:
-            vendor = self._fastest.of(
-                {name: repr(one.requirements) for name, one in there.items()},
-                lambda name: self._open(there[name], paths[name]),
+                logger.error("engine: %s: %s", candidate.vendor, error)
+                failures.append(f"{candidate.vendor}: {error}")
+        available = {one.vendor: one for one in candidates.each if one.vendor in paths}
+        while available:
+            vendor = self._fastest.choose(
+                {name: repr(one.requirements) for name, one in available.items()},
+                lambda name: self._open(available[name], paths[name]),
             )
             try:
-                engine = self._open(there[vendor], paths[vendor])
+                engine = self._open(available[vendor], paths[vendor])
             except SprintError as error:
                 logger.error("engine: %s: %s", vendor, error)
                 failures.append(f"{vendor}: {error}")
-                del there[vendor]
+                del available[vendor]
                 continue
             engine.info.reasons["engine"] = f"{vendor}: {self._fastest.reason(vendor)} ({paths[vendor]})"
             return engine
         raise BuildFailedError("; ".join(failures), again=False)
 
     def _open(self, candidate: Candidate, path: Path) -> Engine:
-        """Opens built engines; those that are damaged are built again, once."""
+        """Opens built engines; rebuilds damaged ones once."""
         try:
-            return self._ways.built(path)
+            return self._operations.open_built(path)
         except (ArtifactError, ParityError) as error:
             logger.warning("engine: %s", error)
             self._unfit.add(path)
-            return self._ways.built(self._have(candidate))
+            return self._operations.open_built(self._find_or_build(candidate))
 
-    def _have(self, candidate: Candidate) -> Path:
-        """The folder of engines that fit; built where there is none. Raises BuildFailedError."""
-        path, others = self._ways.find(candidate, self._unfit)
+    def _find_or_build(self, candidate: Candidate) -> Path:
+        """Returns a folder of engines that fit; builds one if there is none. Raises BuildFailedError."""
+        path, others = self._operations.find_built(candidate, self._unfit)
         if path is not None:
             return path
         for line in others:
@@ -182,43 +188,48 @@ class AutomaticEngine:
             )
         try:
             with build_lock(self._folder / f".{candidate.name}.lock", self._wait) as lock:
-                path, _ = self._ways.find(candidate, self._unfit)  # another process may have built it meanwhile
-                return path or self._build(candidate, lock.descriptor, lock.tell)
+                path, _ = self._operations.find_built(
+                    candidate, self._unfit
+                )  # another process may have built it meanwhile
+                return path or self._build(candidate, lock.descriptor, lock.write_progress)
         except OSError as error:
             raise BuildFailedError(f"{self._folder}: {error.strerror or error}", again=True) from error
         finally:
             self._building = None
 
-    def _build(self, candidate: Candidate, lock: int, tell: Callable[[Building], None]) -> Path:
+    def _build(self, candidate: Candidate, lock: int, write_progress: Callable[[Building], None]) -> Path:
         out = self._folder / candidate.name
-        identity = f"{candidate.requirements!r} {__version__}"
-        attempts = Attempts(self._folder / f".{candidate.name}.attempts.json", identity)
-        if (why := attempts.why_not_again()) is not None:
+        attempts = BuildAttempts(
+            self._folder / f".{candidate.name}.attempts.json", f"{candidate.requirements!r} {__version__}"
+        )
+        if (why := attempts.refusal()) is not None:
             raise BuildFailedError(why, again=False)
 
-        def told(building: Building) -> None:
+        def on_progress(building: Building) -> None:
             self._building = building
-            tell(building)
-            logger.info("building for %s: %s", candidate.vendor, building.words)
+            write_progress(building)
+            logger.info("building for %s: %s", candidate.vendor, building.summary)
 
-        for abandoned in self._folder.glob(f".{escape(candidate.name)}.building-*"):  # whoever held the lock is gone
+        for abandoned in self._folder.glob(f".{escape(candidate.name)}.building-*"):  # of a builder that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
-        told(Building(f"start of the build for {candidate.vendor}", 0, None))
-        attempts.begin()
-        self._process = BuildProcess([*self._ways.builder, *candidate.arguments, "--out", str(out)], told)
-        if self._ended.is_set():
+        on_progress(Building(f"start of the build for {candidate.vendor}", 0, None))
+        attempts.start()
+        self._process = BuildProcess(
+            [*self._operations.build_command, *candidate.arguments, "--out", str(out)], on_progress
+        )
+        if self._closed.is_set():
             self._process.stop()
         try:
             self._process.run(keep=[lock])
         except BuildFailedError as error:
-            if self._ended.is_set():
-                attempts.forgive()
+            if self._closed.is_set():
+                attempts.cancel()
             elif not error.again:
                 attempts.failed(str(error))
             raise
         attempts.clear()
         self._unfit.discard(out)
-        path, others = self._ways.find(candidate, self._unfit)
+        path, others = self._operations.find_built(candidate, self._unfit)
         if path is None:
             reason = f"what was built does not fit: {'; '.join(others) or out}"
             attempts.failed(reason)
@@ -226,10 +237,10 @@ class AutomaticEngine:
         logger.info("built for %s: %s", candidate.vendor, path)
         return path
 
-    def _wait(self, theirs: Building | None) -> None:
-        """While another process builds."""
-        step = "start" if theirs is None else theirs.module
-        percent, left = (0.0, None) if theirs is None else (theirs.percent, theirs.seconds_left)
+    def _wait(self, progress: Building | None) -> None:
+        """Pauses while another process builds, and shows its progress."""
+        step = "start" if progress is None else progress.module
+        percent, left = (0.0, None) if progress is None else (progress.percent, progress.seconds_left)
         self._building = Building(f"another process builds: {step}", percent, left)
-        if self._ended.wait(PAUSE_S):
+        if self._closed.wait(PAUSE_S):
             raise BuildFailedError("the server is shutting down", again=True)

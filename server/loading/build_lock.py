@@ -1,6 +1,6 @@
-"""One build of an engine at a time on a volume, whoever asks: a lock of the kernel, which a killed holder cannot keep.
+"""Allows one build of an engine at a time on a volume, by a kernel lock (flock) that ends with its holder.
 
-The file stays; what counts is who holds it open (flock). It holds how far the build is, for those who wait.
+The lock file stays. It contains the build's progress for the processes that wait.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from pathlib import Path
 
 from server.generation.engine_source import Building
 
-_BYTES = 1024  # written at once, so that a reader sees one state or the next
+_BYTES = 1024  # one write, so that a reader sees a whole state
 
 
 class HeldLock:
-    """A lock that this process has. `descriptor`: given to a child, the child keeps it too."""
+    """A lock that this process holds. A child that inherits `descriptor` holds it too."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def tell(self, building: Building) -> None:
-        """Writes how far the build is; a full disk costs those who wait no more than that."""
+    def write_progress(self, building: Building) -> None:
+        """Writes the build's progress; a full disk is ignored."""
         text = json.dumps([building.module, building.percent, building.seconds_left]).encode()[:_BYTES]
         with contextlib.suppress(OSError):
             os.pwrite(self.descriptor, text.ljust(_BYTES), 0)
@@ -31,9 +31,9 @@ class HeldLock:
 
 @contextmanager
 def build_lock(path: Path, wait: Callable[[Building | None], None]) -> Iterator[HeldLock]:
-    """Holds the lock of `path`. While another process does, `wait` is called again and again with what it tells.
+    """Holds the lock of `path`. While another process holds it, calls `wait` repeatedly with that build's progress.
 
-    `wait` pauses, and ends the waiting by raising. Raises OSError where the file cannot be had.
+    `wait` pauses; it raises to stop waiting. Raises OSError if the file cannot be opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -43,13 +43,13 @@ def build_lock(path: Path, wait: Callable[[Building | None], None]) -> Iterator[
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                wait(_told(descriptor))
+                wait(_read_progress(descriptor))
         yield HeldLock(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _told(descriptor: int) -> Building | None:
+def _read_progress(descriptor: int) -> Building | None:
     try:
         return Building(*json.loads(os.pread(descriptor, _BYTES, 0)))
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""From settings to an engine: the only module of the server that reaches into the GPU world beyond its types."""
+"""Makes engines from settings. No other server module imports engine code beyond its types."""
 
 import os
 import sys
@@ -9,33 +9,29 @@ from typing import Any
 from engines.fake import FakeEngine
 from engines.types import Engine
 from server.errors import SettingsError
-from server.generation.engine_source import EngineSource, Given
-from server.loading.automatic import AutomaticEngine, Candidate, Offers, Ways
+from server.generation.engine_source import EngineSource, FixedEngineSource
+from server.loading.automatic import AutomaticEngine, Candidate, Candidates
 from server.settings import Settings
 
 BUILDER = Path(__file__).resolve().parents[2] / "build_engine.py"  # beside the packages, installed or not
 
 
-def source(settings: Settings) -> EngineSource:
-    """Where the engine that the settings ask for comes from. Returns at once; `load` of it is slow."""
+def engine_source(settings: Settings) -> EngineSource:
+    """Returns the source of the engine that the settings ask for. Returns at once; its `load` is slow."""
     if settings.backend == "fake":
         names, delay_s = tuple(one.name for one in settings.lora if one.scale is None), settings.fake_delay_ms / 1000
-        return Given(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=delay_s, adapters=names))
+        return FixedEngineSource(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=delay_s, adapters=names))
     if settings.engine == "none" or (settings.engine is None and settings.backend != "auto"):
-        return Given(lambda: load(settings))
+        return FixedEngineSource(lambda: load(settings))
     if settings.engine not in (None, "auto"):
-        return Given(lambda: load(settings, settings.engine))
+        return FixedEngineSource(lambda: load(settings, settings.engine))
     try:
-        ways = _Ways(settings)
+        operations = _Operations(settings)
     except RuntimeError as error:  # pathlib's, of a user without a home directory
         if settings.engine is None:
-            return Given(lambda: load(settings))
+            return FixedEngineSource(lambda: load(settings))
         raise SettingsError("--engine: got 'auto', and this user has no home directory; give --cache") from error
-    return AutomaticEngine(
-        ways.folder,
-        Ways(ways.look, ways.find, ways.built, ways.plain, (sys.executable, str(BUILDER))),
-        while_building=settings.serve_while_building,
-    )
+    return AutomaticEngine(operations, while_building=settings.serve_while_building)
 
 
 def load(
@@ -46,11 +42,12 @@ def load(
     sizes: tuple[tuple[int, int], ...] = (),
     checkpoint: Any = None,
 ) -> Engine:
-    """PyTorch's engine, or the built ones of a folder. Slow: reads a checkpoint. backend: in place of the settings'.
+    """Loads PyTorch's engine, or the built engines of a folder. Slow: reads a checkpoint.
 
-    checkpoint: that of the settings (engines.checkpoints.checkpoint), open already; its digest is not taken twice.
+    `backend` replaces the settings' backend. `checkpoint` is the settings' checkpoint if it is open already
+    (engines.checkpoints.checkpoint), so that it is hashed once.
     """
-    from engines.loader import load_engine  # brings torch
+    from engines.loader import load_engine  # imports torch
 
     return load_engine(
         checkpoint or settings.model,
@@ -69,32 +66,33 @@ def load(
 
 
 def user_cache(environment: Mapping[str, str]) -> str | None:
-    """This program's folder where XDG_CACHE_HOME names the user's cache; None where it does not."""
-    place = environment.get("XDG_CACHE_HOME")
-    return str(Path(place) / "sana-sprint") if place else None
+    """Returns this program's folder in XDG_CACHE_HOME, or None without that variable."""
+    home = environment.get("XDG_CACHE_HOME")
+    return str(Path(home) / "sana-sprint") if home else None
 
 
 def engine_folder(cache: str | None, environment: Mapping[str, str]) -> Path:
-    """Where engines are looked for and built: `engines` in the cache."""
+    """Returns the folder of built engines: `engines` in the cache."""
     return Path(cache or user_cache(environment) or "~/.cache/sana-sprint").expanduser() / "engines"
 
 
-class _Ways:
-    """How the settings' engines are looked for, opened and replaced."""
+class _Operations:
+    """EngineOperations of the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sizes: tuple[tuple[int, int], ...] = ()
-        self._checkpoint: Any = None  # engines.checkpoints.checkpoint.Checkpoint, which brings torch
+        self._checkpoint: Any = None  # engines.checkpoints.checkpoint.Checkpoint, which imports torch
         self.folder = engine_folder(settings.cache, os.environ)
+        self.build_command = (sys.executable, str(BUILDER))
 
-    def look(self) -> Offers:
+    def find_candidates(self) -> Candidates:
         from engines.artifacts.candidates import candidates, has_gpu
 
         settings = self._settings
         if settings.engine is None and (settings.device == "cpu" or not has_gpu()):
-            return Offers((), "")
-        found = candidates(
+            return Candidates((), "")
+        result = candidates(
             settings.model,
             device=None if settings.device == "auto" else settings.device,
             backend=settings.backend,
@@ -105,18 +103,20 @@ class _Ways:
             variant=settings.variant,
             lora=settings.lora,
         )
-        self._sizes, self._checkpoint = found.sizes, found.checkpoint
-        return Offers(found.each, found.why_none)
+        self._sizes, self._checkpoint = result.sizes, result.checkpoint
+        return Candidates(result.each, result.why_none)
 
-    def find(self, candidate: Candidate, without: Collection[Path]) -> tuple[Path | None, list[str]]:
+    def find_built(self, candidate: Candidate, exclude: Collection[Path]) -> tuple[Path | None, list[str]]:
         from engines.artifacts.catalog import EngineRequirements, find_engine
 
         assert isinstance(candidate.requirements, EngineRequirements)
-        return find_engine(self.folder, candidate.requirements, without)
+        return find_engine(self.folder, candidate.requirements, exclude)
 
-    def built(self, path: Path) -> Engine:
+    def open_built(self, path: Path) -> Engine:
         return load(self._settings, str(path), checkpoint=self._checkpoint)
 
-    def plain(self, narrow: bool) -> Engine:
+    def load_pytorch(self, built_sizes_only: bool) -> Engine:
         built_only = self._settings.backend in ("openvino", "tensorrt")
-        return load(self._settings, backend="auto" if built_only else None, sizes=self._sizes if narrow else ())
+        return load(
+            self._settings, backend="auto" if built_only else None, sizes=self._sizes if built_sizes_only else ()
+        )

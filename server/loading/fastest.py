@@ -1,4 +1,4 @@
-"""Which of several vendors' engines is the fastest here: measured once, kept beside the engines."""
+"""Chooses the fastest of several vendors' engines. Measures once and keeps the result beside the engines."""
 
 import contextlib
 import json
@@ -16,43 +16,43 @@ RUNS = 5
 logger = logging.getLogger("server.build")
 
 
-class Fastest:
-    """The measurements of one folder of engines."""
+class FastestVendor:
+    """The measurements of one engine folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seconds: dict[str, float] = {}
 
-    def of(self, wanted: Mapping[str, str], open_engine: Callable[[str], Engine]) -> str:
-        """The fastest vendor of `wanted`, which says in words what each engine is. With one there is no question."""
-        if len(wanted) == 1:
-            return next(iter(wanted))
-        key = json.dumps(sorted(wanted.items()))
-        kept = self._kept()
-        if key not in kept:
-            kept[key] = {vendor: _measured(vendor, open_engine) for vendor in wanted}
-            with contextlib.suppress(OSError):  # measured again at the next start
-                self._path.write_text(json.dumps(kept))
-        self._seconds = kept[key]
-        return min(wanted, key=lambda vendor: self._seconds.get(vendor, float("inf")))
+    def choose(self, engines: Mapping[str, str], open_engine: Callable[[str], Engine]) -> str:
+        """Returns the fastest vendor of `engines` (vendor -> description). Measures nothing if there is only one."""
+        if len(engines) == 1:
+            return next(iter(engines))
+        key = json.dumps(sorted(engines.items()))
+        cached = self._cached()
+        if key not in cached:
+            cached[key] = {vendor: _median_seconds(vendor, open_engine) for vendor in engines}
+            with contextlib.suppress(OSError):  # a full disk: measures again at the next start
+                self._path.write_text(json.dumps(cached))
+        self._seconds = cached[key]
+        return min(engines, key=lambda vendor: self._seconds.get(vendor, float("inf")))
 
     def reason(self, vendor: str) -> str:
-        """Why it was chosen."""
+        """Returns why `choose` took this vendor."""
         if vendor not in self._seconds:
             return "the engine that fits"
-        told = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in sorted(self._seconds.items()))
-        return f"the fastest for one image: {told}"
+        figures = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in sorted(self._seconds.items()))
+        return f"the fastest for one image: {figures}"
 
-    def _kept(self) -> dict[str, dict[str, float]]:
+    def _cached(self) -> dict[str, dict[str, float]]:
         try:
-            found = json.loads(self._path.read_bytes())
+            cached = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return cached if isinstance(cached, dict) else {}
 
 
-def _measured(vendor: str, open_engine: Callable[[str], Engine]) -> float:
-    """Median seconds of one image in one step, of a new prompt each; infinite where the engine cannot be opened."""
+def _median_seconds(vendor: str, open_engine: Callable[[str], Engine]) -> float:
+    """Returns the median seconds of one-step images, each of a new prompt; infinity if the engine does not open."""
     try:
         engine = open_engine(vendor)
         engine.warmup()

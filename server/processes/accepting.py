@@ -1,7 +1,7 @@
-"""Listening sockets, and the connections that come to them. Knows no HTTP.
+"""Listens on sockets and accepts their connections. Knows no HTTP.
 
-asyncio's own loop over accept() goes on for a whole backlog after the process has run out of descriptors, with a
-traceback for each turn; here it stops, says so once a second, and leaves the connections to the kernel meanwhile.
+asyncio's own accept loop runs through the whole backlog when the process is out of descriptors, with a traceback each
+time. This one stops, logs it once a second, and leaves the connections in the kernel meanwhile.
 """
 
 import asyncio
@@ -17,31 +17,31 @@ from server.errors import ListenError
 from server.telemetry.logs import Seldom
 
 BACKLOG = 2048  # as uvicorn
-AT_ONCE = 64  # connections taken before others on the event loop get their turn
-PAUSE_S = 0.1  # without a descriptor, until the next attempt
-SPARE = 8  # descriptors kept for what serves the connections that are there: files of the page, sockets of metrics
-ABSENT = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # what an address of a family says that this host has not
+MAX_PER_TURN = 64  # connections accepted before other callbacks of the event loop run
+PAUSE_S = 0.1  # between attempts while no descriptor is free
+SPARE = 8  # descriptors kept for open connections: files of the page, sockets of metrics
+UNSUPPORTED = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # an address family that this host does not have
 
 logger = logging.getLogger("server.processes")
 
 
 class Acceptor:
-    """Hands each connection that comes to `listeners` (not blocking) to `take`, from `resume` on.
+    """From `resume` on, passes each new connection of the non-blocking `listeners` to `on_connection`.
 
-    `check` is called before each; while it raises OSError, what comes waits in the kernel.
+    It calls `check` before each. While `check` raises OSError, new connections wait in the kernel.
     """
 
     def __init__(
         self,
         listeners: Sequence[socket.socket],
-        take: Callable[[socket.socket], None],
+        on_connection: Callable[[socket.socket], None],
         check: Callable[[], None] | None = None,
     ) -> None:
         self._listeners = listeners
-        self._take = take
-        self._check = check or check_room
+        self._on_connection = on_connection
+        self._check = check or check_descriptors
         self._running = False
-        self._again: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self._log = Seldom(logger)
 
     def resume(self) -> None:
@@ -50,7 +50,7 @@ class Acceptor:
             self._watch()
 
     def pause(self) -> None:
-        """What comes waits in the kernel."""
+        """Leaves new connections in the kernel."""
         self._running = False
         self._unwatch()
 
@@ -60,20 +60,20 @@ class Acceptor:
             listener.close()
 
     def _watch(self) -> None:
-        self._again = None
+        self._retry = None
         for listener in self._listeners:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _unwatch(self) -> None:
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         for listener in self._listeners:
             if listener.fileno() >= 0:
                 asyncio.get_running_loop().remove_reader(listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(AT_ONCE):
+        for _ in range(MAX_PER_TURN):
             if not self._running:
                 return
             try:
@@ -86,46 +86,46 @@ class Acceptor:
             except OSError as error:
                 self._log.warning("new connections wait: %s (limit: %d)", error, open_files_limit())
                 self._unwatch()
-                self._again = asyncio.get_running_loop().call_later(PAUSE_S, self._watch)
+                self._retry = asyncio.get_running_loop().call_later(PAUSE_S, self._watch)
                 return
             connection.setblocking(False)
-            self._take(connection)
+            self._on_connection(connection)
 
 
-def check_room() -> None:
-    """Raises OSError (EMFILE) where no more than SPARE descriptors are left."""
+def check_descriptors() -> None:
+    """Raises OSError (EMFILE) if at most SPARE descriptors are free."""
     if _lowest_free() >= open_files_limit() - SPARE:
-        raise full()
+        raise too_many_files()
 
 
-def full() -> OSError:
+def too_many_files() -> OSError:
     return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-def room(most: int) -> int:
-    """How many connections this process can still take, counted up to `most`; SPARE descriptors are left beside."""
+def free_descriptors(most: int) -> int:
+    """Returns how many more connections this process can hold, up to `most`, with SPARE descriptors left."""
     limit = open_files_limit() - SPARE
     try:
-        lowest = _lowest_free()  # below it none is free
+        lowest = _lowest_free()  # all below it are in use
     except OSError:
         return 0
     if limit - lowest > most:
         return most
     try:
-        taken = sum(int(name) < limit for name in os.listdir("/proc/self/fd"))
+        used = sum(int(name) < limit for name in os.listdir("/proc/self/fd"))
     except OSError:  # no descriptor for the listing, or no /proc
         return max(0, limit - lowest)
-    return max(0, limit - taken + (lowest < limit))  # the listing's own is in it
+    return max(0, limit - used + (lowest < limit))  # the listing's own descriptor is counted too
 
 
 def _lowest_free() -> int:
-    lowest = os.dup(0) if _is_open(0) else os.open(os.devnull, os.O_RDONLY)  # the kernel gives the lowest that is free
+    lowest = os.dup(0) if _is_open(0) else os.open(os.devnull, os.O_RDONLY)  # the kernel returns the lowest free one
     os.close(lowest)
     return lowest
 
 
-def leaves_room(connection: socket.socket) -> bool:
-    """Whether SPARE descriptors are left beside this connection."""
+def leaves_spare(connection: socket.socket) -> bool:
+    """Returns whether SPARE descriptors are left besides this connection."""
     return connection.fileno() < open_files_limit() - SPARE
 
 
@@ -142,45 +142,46 @@ def open_files_limit() -> int:
 
 
 def raise_open_files_limit() -> None:
-    """To what the host allows: each client is a descriptor, and many hosts begin at 1024."""
+    """Raises it to the hard limit: each client needs a descriptor, and many hosts start at 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of `host`, not blocking, all on one port; `::` takes IPv4 as well. Raises ListenError.
+    """Returns a non-blocking socket for each address of `host`, all on one port. `::` accepts IPv4 as well.
 
-    An address of a family that this host has not (localhost is ::1 too) is left out where another is there.
+    Skips an address family that this host does not have (localhost is ::1 too) if another address works.
+    Raises ListenError.
     """
-    found: list[socket.socket] = []
-    absent: OSError | None = None
+    sockets: list[socket.socket] = []
+    unsupported: OSError | None = None
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, where in dict.fromkeys(addresses):
-            chosen = found[0].getsockname()[1] if found else port
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
+            chosen_port = sockets[0].getsockname()[1] if sockets else port
             try:
-                found.append(_listener(family, kind, protocol, (where[0], chosen, *where[2:])))
+                sockets.append(_listener(family, kind, protocol, (address[0], chosen_port, *address[2:])))
             except OSError as error:
-                if error.errno not in ABSENT:
+                if error.errno not in UNSUPPORTED:
                     raise
-                absent = error
-        if absent is not None and not found:
-            raise absent
+                unsupported = error
+        if unsupported is not None and not sockets:
+            raise unsupported
     except OSError as error:
-        for listener in found:
+        for listener in sockets:
             listener.close()
         shown = f"[{host}]" if ":" in host else host
         raise ListenError(f"cannot listen on {shown}:{port}: {error}") from error
-    return found
+    return sockets
 
 
-def _listener(family: int, kind: int, protocol: int, where: tuple[object, ...]) -> socket.socket:
+def _listener(family: int, kind: int, protocol: int, address: tuple[object, ...]) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_any(str(where[0])))
-        listener.bind(where)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_wildcard(str(address[0])))
+        listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError:
@@ -189,8 +190,8 @@ def _listener(family: int, kind: int, protocol: int, where: tuple[object, ...]) 
     return listener
 
 
-def is_any(host: str) -> bool:
-    """Whether `host` stands for every address of this machine."""
+def is_wildcard(host: str) -> bool:
+    """Returns whether `host` means every address of this machine."""
     try:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:

@@ -1,7 +1,7 @@
-"""What the supervisor and a worker tell each other, over one pair of sockets that keeps messages apart.
+"""Messages between supervisor and worker, over one pair of SOCK_SEQPACKET sockets. Nothing here blocks.
 
-Down go connections that the supervisor accepted, as file descriptors (SCM_RIGHTS), and the word to drain. Up go
-reports. Knows sockets, nothing of HTTP. Nothing here blocks.
+The supervisor sends accepted connections as file descriptors (SCM_RIGHTS), and a drain message. The worker sends its
+status. Knows no HTTP.
 """
 
 import contextlib
@@ -14,33 +14,33 @@ State = Literal["unready", "ready", "leaving"]
 
 CONNECTION, DRAIN = b"c", b"d"
 STATES: tuple[State, ...] = ("unready", "ready", "leaving")
-FORM = struct.Struct("!BQQQ")
-ROOM_TOLD = 1024  # connections: more room than this is not counted
+STATUS_STRUCT = struct.Struct("!BQQQ")
+MAX_ROOM = 1024  # connections; more free room is not counted
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """How a worker is: `received` connections since it began, of which `open` are open; `room` for so many more.
+    """A worker's state, the connections `received` since its start, those `open`, and its `room` for more.
 
-    A report may be lost.
+    A status message may be lost.
     """
 
     state: State = "unready"
     received: int = 0
     open: int = 0
-    room: int = ROOM_TOLD
+    room: int = MAX_ROOM
 
-    def packed(self) -> bytes:
-        return FORM.pack(STATES.index(self.state), self.received, self.open, self.room)
+    def pack(self) -> bytes:
+        return STATUS_STRUCT.pack(STATES.index(self.state), self.received, self.open, self.room)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        state, received, open_, room = FORM.unpack(data)
+        state, received, open_, room = STATUS_STRUCT.unpack(data)
         return cls(STATES[state], received, open_, room)
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
-    """The supervisor's end and the worker's."""
+    """Returns the supervisor's end and the worker's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     theirs.setblocking(False)
@@ -48,23 +48,23 @@ def channel() -> tuple[socket.socket, socket.socket]:
 
 
 def send_connection(end: socket.socket, connection: socket.socket) -> bool:
-    """Hands a connection to the worker and closes it here; False where the worker takes none, and it stays open."""
+    """Passes a connection to the worker and closes it here. Returns False, and keeps it open, if that fails."""
     try:
         socket.send_fds(end, [CONNECTION], [connection.fileno()])
-    except OSError:  # gone, or too busy to have read the last few hundred
+    except OSError:  # the worker is gone, or has not read the last few hundred
         return False
     connection.close()
     return True
 
 
 def send_drain(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # gone already
+    with contextlib.suppress(OSError):  # the worker is gone
         end.send(DRAIN)
 
 
 def receive(end: socket.socket) -> socket.socket | Literal["drain", "lost", "closed"] | None:
-    """The next thing that the supervisor sent: a connection, or the word to drain; lost where this process may open no
-    further file for a connection; closed where the supervisor is gone; None where nothing waits."""
+    """Returns the next message: a connection or "drain"; "lost" (no descriptor left for a connection); "closed" (the
+    supervisor is gone); or None."""
     try:
         data, descriptors, _, _ = socket.recv_fds(end, 1, 1)
     except BlockingIOError:
@@ -78,21 +78,21 @@ def receive(end: socket.socket) -> socket.socket | Literal["drain", "lost", "clo
     return "drain" if data == DRAIN else "closed"
 
 
-def send_report(end: socket.socket, report: WorkerStatus) -> bool:
-    """False where it is lost: the next one says it all again, and a supervisor that is gone needs none."""
+def send_status(end: socket.socket, status: WorkerStatus) -> bool:
+    """Returns False if the message is lost; the next one holds the whole status again."""
     try:
-        end.send(report.packed())
+        end.send(status.pack())
     except OSError:
         return False
     return True
 
 
-def reports(end: socket.socket) -> tuple[WorkerStatus | None, bool]:
-    """The newest report that waits, and whether the worker's end is still open."""
+def receive_status(end: socket.socket) -> tuple[WorkerStatus | None, bool]:
+    """Returns the newest status message, if any, and whether the worker's end is still open."""
     newest = None
     while True:
         try:
-            data = end.recv(FORM.size)
+            data = end.recv(STATUS_STRUCT.size)
         except BlockingIOError:
             return newest, True
         except OSError:

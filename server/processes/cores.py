@@ -1,9 +1,8 @@
-"""How many threads compute on a CPU, and how they wait for one another: told to OpenMP by its own variables, before the
-library is there.
+"""Sets OpenMP's variables before its library loads: the number of compute threads, and how they wait.
 
-A container with a quota of one core sees all cores of its host; two threads in it run half of each period, and stand
-still for the rest. And a thread that spins while it waits for one that the kernel has put aside burns the very core
-that the other needs: with a busy neighbour, a picture took ten times as long.
+A container with a quota of one core sees all cores of its host. Two threads in it run for half of each period and are
+stopped for the rest. A thread that spins while it waits takes the core of a thread that the kernel has paused: with a
+busy neighbour, an image took ten times as long.
 """
 
 import os
@@ -12,32 +11,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 THREADS = "OMP_NUM_THREADS"
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them: somebody has decided
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them set: the user has decided
 
 
 class Cores(NamedTuple):
-    """`number` threads, at least 1, and why."""
+    """The number of threads, at least 1, and the reason."""
 
-    number: int
+    threads: int
     reason: str
 
 
-def settle(environment: MutableMapping[str, str], root: Path = Path("/")) -> Cores:
-    """Tells OpenMP what was not told already, in `environment`, and says what holds."""
-    given = environment.get(THREADS, "")
-    if given:
-        first = given.partition(",")[0].strip()  # the rest is for nested regions, which there are none of
-        found = Cores(int(first) if first.isdecimal() else 1, f"{given}: {THREADS} says so")
+def configure_openmp(environment: MutableMapping[str, str], root: Path = Path("/")) -> Cores:
+    """Sets the variables that `environment` lacks. Returns the resulting threads and why."""
+    setting = environment.get(THREADS, "")
+    if setting:
+        first = setting.partition(",")[0].strip()  # the rest is for nested regions, which torch does not use
+        cores = Cores(int(first) if first.isdecimal() else 1, f"{setting}: {THREADS} says so")
     else:
-        found = usable(root)
-        environment[THREADS] = str(found.count)
+        cores = usable_cores(root)
+        environment[THREADS] = str(cores.threads)
     if not any(environment.get(name) for name in WAITING):
         environment[WAITING[0]] = "PASSIVE"
-    return found
+    return cores
 
 
-def usable(root: Path = Path("/")) -> Cores:
-    """What the affinity and the cgroup's quota leave, whole cores. `root`: where /proc and /sys are."""
+def usable_cores(root: Path = Path("/")) -> Cores:
+    """Returns the whole cores that affinity and cgroup quota allow. `root` holds /proc and /sys."""
     allowed = len(os.sched_getaffinity(0))
     quota = min(_quotas(root), default=None)
     if quota is None or quota >= allowed:
@@ -47,7 +46,7 @@ def usable(root: Path = Path("/")) -> Cores:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """In cores, of this process's cgroup and those around it, as far as they are seen from here."""
+    """Yields the quotas, in cores, of this process's cgroup and its visible parents."""
     groups = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines() if line.count(":") >= 2]
     for line in _read(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")  # proc_pid_mountinfo(5)
@@ -64,9 +63,9 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _upwards(top: Path, mounted: str, path: str) -> Iterator[Path]:
-    """The folder of the cgroup `path` where the cgroup `mounted` is at `top`, and those above it."""
+    """Yields the folder of the cgroup `path`, then its parents up to `top`, where the cgroup `mounted` is mounted."""
     inside = path.removeprefix(mounted.rstrip("/")) if path.startswith(mounted.rstrip("/")) else "/"
-    if ".." in inside.split("/"):  # of a namespace around ours
+    if ".." in inside.split("/"):  # of an outer namespace
         inside = "/"
     folder = top / inside.strip("/")
     yield folder
@@ -85,9 +84,9 @@ def _quota(folder: Path, *, unified: bool) -> float | None:
     return int(quota) / int(period)
 
 
-def shares(environment: Mapping[str, str], workers: int) -> str:
-    """OMP_NUM_THREADS of each of so many processes."""
-    return environment.get(THREADS) or str(max(1, usable().number // workers))
+def threads_per_worker(environment: Mapping[str, str], workers: int) -> str:
+    """Returns OMP_NUM_THREADS for each of `workers` processes."""
+    return environment.get(THREADS) or str(max(1, usable_cores().threads // workers))
 
 
 def _read(path: Path) -> str:

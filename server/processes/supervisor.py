@@ -1,9 +1,9 @@
-"""Several processes behind one port, one for each GPU: accepts connections, hands each to the worker with the fewest.
+"""Several processes behind one port, one for each GPU. Sends each connection to the worker with the fewest.
 
-A worker (server/processes/worker.py) is a whole server with an engine of its own; nothing is shared that could fail
-together. One that ends is started again; it gets connections once it is ready. SIGTERM drains all. Reads no HTTP and
-holds no connection, so it neither slows requests nor loses them. Why not SO_REUSEPORT or a proxy:
-docs/understand/decisions/0008.
+A worker (server/processes/worker.py) is a whole server with its own engine; workers share nothing that could fail. The
+supervisor restarts a worker that ends, and sends it connections once it is ready. SIGTERM drains all workers. The
+supervisor reads no HTTP and holds no connection, so it neither slows nor loses requests. docs/understand/decisions/0008
+says why it uses neither SO_REUSEPORT nor a proxy.
 """
 
 import asyncio
@@ -21,52 +21,52 @@ from pathlib import Path
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.http.api_keys import ApiKeys
 from server.processes import channel
-from server.processes.accepting import Acceptor, check_room, full, listen
-from server.processes.announce import address, say_listening, say_ready
-from server.processes.cores import THREADS, shares
+from server.processes.accepting import Acceptor, check_descriptors, listen, too_many_files
+from server.processes.announce import print_listening, print_ready, server_url
+from server.processes.cores import THREADS, threads_per_worker
 from server.settings import Settings
 from server.telemetry.logs import Seldom
 
-PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before another start in a place where the last ones never became ready
-KILL_S = 10.0  # after the drain limit
+PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the next start in a slot whose last workers never became ready
+KILL_S = 10.0  # after the shutdown timeout
 
 logger = logging.getLogger("server.processes")
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process, as seen from here."""
+    """A worker process and its last status."""
 
     index: int
     process: asyncio.subprocess.Process
     end: socket.socket
-    passed: int = 0
-    report: channel.WorkerStatus | None = None  # None: it has not begun
+    sent: int = 0  # connections
+    status: channel.WorkerStatus | None = None  # None: it has not started to accept
     was_ready: bool = False
 
     @property
     def connections(self) -> int:
-        """Open ones, and those that it has not said it received."""
-        return self.passed + (self.report.open - self.report.received if self.report else 0)
+        """Its open connections, and those sent that it has not yet reported."""
+        return self.sent + (self.status.open - self.status.received if self.status else 0)
 
     @property
     def has_room(self) -> bool:
-        """For another connection, beside those that it has not said it received."""
-        return self.report is not None and self.report.room > self.passed - self.report.received
+        """True if it can hold another connection besides those sent that it has not yet reported."""
+        return self.status is not None and self.status.room > self.sent - self.status.received
 
     @property
     def is_leaving(self) -> bool:
-        return self.report is not None and self.report.state == "leaving"
+        return self.status is not None and self.status.state == "leaving"
 
     @property
     def rank(self) -> tuple[bool, bool, int, int]:
-        """Who gets the next connection: the lowest."""
-        ready = self.report is not None and self.report.state == "ready"
-        return not self.has_room, not ready, self.connections, self.passed
+        """The worker with the lowest rank gets the next connection."""
+        ready = self.status is not None and self.status.state == "ready"
+        return not self.has_room, not ready, self.connections, self.sent
 
 
 class Supervisor:
-    """`environments` of the workers, one each; `arguments` of python -m server, which all of them get."""
+    """`environments` holds one for each worker; all of them get `arguments`, those of python -m server."""
 
     def __init__(self, settings: Settings, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         self._settings = settings
@@ -79,7 +79,7 @@ class Supervisor:
         self._refused = Seldom(logger)
 
     async def run(self) -> int:
-        """Until a signal, or until a worker cannot start at all; the worst exit code of the last workers.
+        """Serves until a signal, or until a worker cannot start. Returns the worst exit code of the last workers.
 
         Raises ListenError.
         """
@@ -87,14 +87,14 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         listeners = listen(self._settings.host, self._settings.port)
-        self._acceptor = Acceptor(listeners, self._hand_over, self._check_room)  # begins with the first report
-        where = address(self._settings.host, listeners[0].getsockname()[1])
-        say_listening(where, f"{self._settings.model} in {len(self._environments)} processes")
-        announcing = loop.create_task(self._announce(where))
+        self._acceptor = Acceptor(listeners, self._dispatch, self._check_capacity)  # `_on_status` starts it
+        url = server_url(self._settings.host, listeners[0].getsockname()[1])
+        print_listening(url, f"{self._settings.model} in {len(self._environments)} processes")
+        announcing = loop.create_task(self._announce(url))
         folder = Path(tempfile.mkdtemp(prefix="sprint-"))
-        places = [loop.create_task(self._keep(index, folder)) for index in range(len(self._environments))]
-        codes = await self._until_drained(places)
-        for index in range(len(places)):  # without a descriptor, since there may be none left
+        slots = [loop.create_task(self._run_slot(index, folder)) for index in range(len(self._environments))]
+        codes = await self._until_drained(slots)
+        for index in range(len(slots)):  # needs no descriptor; there may be none left
             (folder / str(index)).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -103,17 +103,17 @@ class Supervisor:
         worst = max(codes, key=abs)
         return worst if worst >= 0 else 128 - worst
 
-    async def _until_drained(self, places: Sequence[asyncio.Task[int]]) -> Sequence[int]:
+    async def _until_drained(self, slots: Sequence[asyncio.Task[int]]) -> Sequence[int]:
         await self._draining.wait()
         settings = self._settings
-        logger.info("draining %d workers: at most %g s", len(self._workers), settings.drain_limit_s)
+        logger.info("draining %d workers: at most %g s", len(self._workers), settings.shutdown_timeout_s)
         for worker in self._workers:
             channel.send_drain(worker.end)
-        await asyncio.wait(places, timeout=settings.drain_delay_s + settings.drain_limit_s + KILL_S)
+        await asyncio.wait(slots, timeout=settings.drain_delay_s + settings.shutdown_timeout_s + KILL_S)
         for worker in self._workers:
             logger.error("worker %d did not end; killing it", worker.index)
             worker.process.kill()
-        return await asyncio.gather(*places)
+        return await asyncio.gather(*slots)
 
     def _on_signal(self) -> None:
         if self._draining.is_set():
@@ -122,24 +122,24 @@ class Supervisor:
                     worker.process.terminate()
         self._draining.set()
 
-    async def _keep(self, index: int, folder: Path) -> int:
-        """One worker after the other in this place; the exit code of the last."""
+    async def _run_slot(self, index: int, folder: Path) -> int:
+        """Runs one worker slot: restarts the worker until drain. Returns the last exit code."""
         failed = 0
         while True:
             try:
                 worker = await self._start(index, folder)
-            except OSError as error:  # no descriptor, no memory, no process left: not for ever
+            except OSError as error:  # no descriptor, memory or process left for now
                 failed += 1
                 logger.error("worker %d cannot be started (%s); another attempt in %g s", index, error, _pause(failed))
                 if await self._drained_within(_pause(failed)):
                     return 0
                 continue
             code = await worker.process.wait()
-            self._gone(worker)
+            self._on_exit(worker)
             if self._draining.is_set():
                 return code
             if code == EXIT_SETTINGS or (code == EXIT_START and not self._ready.is_set()):
-                self._draining.set()  # another start would end alike
+                self._draining.set()  # another start would fail too
                 return code
             failed = 0 if worker.was_ready else failed + 1
             logger.error("worker %d ended with code %d; another one starts in %g s", index, code, _pause(failed))
@@ -147,7 +147,7 @@ class Supervisor:
                 return code
 
     async def _drained_within(self, seconds: float) -> bool:
-        """Whether the drain begins by then."""
+        """Waits; returns whether the drain has begun."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._draining.wait(), seconds)
         return self._draining.is_set()
@@ -161,73 +161,74 @@ class Supervisor:
                     *self._arguments,
                     env=self._environments[index],
                     pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which then drains the others
+                    start_new_session=True,  # Ctrl-C reaches this process only, which then drains the workers
                 )
         except OSError:
             ours.close()
             raise
         worker = Worker(index, process, ours)
-        asyncio.get_running_loop().add_reader(ours, self._hear, worker)
+        asyncio.get_running_loop().add_reader(ours, self._on_status, worker)
         self._workers.append(worker)
         if self._draining.is_set():
             channel.send_drain(ours)
         return worker
 
-    def _gone(self, worker: Worker) -> None:
+    def _on_exit(self, worker: Worker) -> None:
         asyncio.get_running_loop().remove_reader(worker.end)
         worker.end.close()
         self._workers.remove(worker)
-        if self._acceptor is not None and not any(other.report for other in self._workers):
-            self._acceptor.pause()  # until one has begun
+        if self._acceptor is not None and not any(other.status for other in self._workers):
+            self._acceptor.pause()  # until one has started to accept
 
-    def _hear(self, worker: Worker) -> None:
-        report, is_open = channel.reports(worker.end)
-        if report is not None:
-            worker.report = report
+    def _on_status(self, worker: Worker) -> None:
+        status, is_open = channel.receive_status(worker.end)
+        if status is not None:
+            worker.status = status
             if self._acceptor is not None:
                 self._acceptor.resume()
-            if report.state == "ready" and not worker.was_ready:
+            if status.state == "ready" and not worker.was_ready:
                 worker.was_ready = True
                 self._ready.set()
                 logger.info("worker %d is ready (pid %d)", worker.index, worker.process.pid)
         if not is_open:
             asyncio.get_running_loop().remove_reader(worker.end)
 
-    def _check_room(self) -> None:
-        """Raises OSError where neither this process nor a worker can hold another connection."""
-        check_room()
+    def _check_capacity(self) -> None:
+        """Raises OSError if this process or all workers cannot hold another connection."""
+        check_descriptors()
         willing = [worker for worker in self._workers if not worker.is_leaving]
         if willing and not any(worker.has_room for worker in willing):
-            raise full() if any(worker.report for worker in willing) else OSError(errno.EAGAIN, "no worker has begun")
+            begun = any(worker.status for worker in willing)
+            raise too_many_files() if begun else OSError(errno.EAGAIN, "no worker has begun")
 
-    def _hand_over(self, connection: socket.socket) -> None:
+    def _dispatch(self, connection: socket.socket) -> None:
         willing = [worker for worker in self._workers if not worker.is_leaving]
         for worker in sorted(willing, key=lambda worker: worker.rank):
             if channel.send_connection(worker.end, connection):
-                worker.passed += 1
+                worker.sent += 1
                 return
         self._refused.warning("no worker takes the connection")
         connection.close()
 
-    async def _announce(self, where: str) -> None:
+    async def _announce(self, url: str) -> None:
         await self._ready.wait()
-        say_ready(where)
+        print_ready(url)
 
 
 def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Serves with `settings.workers` processes until a signal. Blocks; returns the exit code.
+    """Serves with `settings.workers` processes until a signal. Blocks, and returns the exit code.
 
     Raises SettingsError, ListenError.
     """
     if settings.api_key_file is not None:
-        ApiKeys(Path(settings.api_key_file))  # refuses a bad file before anything starts
+        ApiKeys(Path(settings.api_key_file))  # raises for a bad file before anything starts
     return asyncio.run(_run(settings, arguments, environments(settings, environment)))
 
 
 async def _run(settings: Settings, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
     try:
         return await Supervisor(settings, arguments, environments).run()
-    except OSError as error:  # of the folder for the workers' metrics
+    except OSError as error:  # the folder for the workers' metrics
         logger.critical("cannot start: %s", error)
         return EXIT_START
 
@@ -239,9 +240,9 @@ def _pause(failed: int) -> float:
 def environments(
     settings: Settings, environment: Mapping[str, str], devices: Path = Path("/dev")
 ) -> list[dict[str, str]]:
-    """The environment of each worker: a GPU of its own or, where there is none, its share of the cores.
+    """Returns the environment of each worker: its own GPU or, without one, its share of the cores.
 
-    The GPUs are those of CUDA_VISIBLE_DEVICES or, where it is not set, those whose nodes are in `devices`.
+    The GPUs are those of CUDA_VISIBLE_DEVICES or, if it is not set, those with a node in `devices`.
     Raises SettingsError for more workers than GPUs.
     """
     count = settings.workers
@@ -251,7 +252,7 @@ def environments(
     else:
         gpus = [name.strip() for name in visible.split(",") if name.strip()]
     if not gpus or settings.device == "cpu" or settings.backend == "fake":
-        return [{**environment, THREADS: shares(environment, count)} for _ in range(count)]
+        return [{**environment, THREADS: threads_per_worker(environment, count)} for _ in range(count)]
     if count > len(gpus):
         raise SettingsError(
             f"--workers: got {count}, allowed: at most {len(gpus)}, one for each GPU ({', '.join(gpus)})"

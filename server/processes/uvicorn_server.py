@@ -1,6 +1,6 @@
-"""uvicorn, told to drain on SIGTERM and to trust no connection: bounded heads, and no reader or writer too slow.
+"""uvicorn with drain on SIGTERM, limits on the size and time of request heads, and a write timeout.
 
-Knows sockets and signals, nothing of pictures.
+Knows sockets and signals, but no images.
 """
 
 import asyncio
@@ -22,37 +22,37 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from server.http.problem_details import MEDIA_TYPE
 from server.http.state import AppState
 from server.live.messages import MAX_DRAWING
-from server.live.sessions import Live
+from server.live.sessions import LiveSessions
 from server.processes.accepting import Acceptor, listen
-from server.processes.announce import address, say_listening, say_ready
+from server.processes.announce import print_listening, print_ready, server_url
 from server.processes.upgrades import announces_body, offers_websocket, without_offer
 from server.settings import Settings
 
-HEAD_BYTES = 64 * 1024  # request line and headers, besides what one read from the socket brings
-HEAD_S = 30.0  # from the connection, or from the first byte of a head, to its end
-HANDSHAKE_S = 30.0  # from the end of a websocket's head to the answer
-UNREAD_MS = 60_000  # how long a client may leave an answer lying before its connection is dropped
-LIVE_SEND_BYTES = 128 * 1024  # of the kernel, for each websocket
-KEEP_ALIVE_S = 75  # longer than the 60 s that balancers keep idle connections: they close first, nobody races
+HEAD_BYTES = 64 * 1024  # request line and headers, plus at most one read from the socket
+HEAD_S = 30.0  # from the connection, or a head's first byte, to the head's end
+HANDSHAKE_S = 30.0  # from the end of a websocket's head to its answer
+WRITE_STALL_MS = 60_000  # a client that acknowledges no data for so long loses its connection
+LIVE_SEND_BYTES = 128 * 1024  # kernel send buffer of each websocket
+KEEP_ALIVE_S = 75  # longer than the 60 s of load balancers, so that they close idle connections first
 
 logger = logging.getLogger("server.processes")
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with limits that it leaves to a proxy in front; there may be none."""
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with the limits that it leaves to a proxy."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._head_open = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        self._offered = False  # this request offers another protocol: the parser stops behind its head
+        self._offered = False  # this request offers another protocol: the parser stops after its head
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         listening = transport.get_extra_info("socket")
         if listening is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, WRITE_STALL_MS)
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -69,7 +69,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse(data)
 
     def _parse(self, data: bytes | memoryview) -> None:
-        """As uvicorn's data_received, but for offers of another protocol: it drops what follows them."""
+        """Parses as uvicorn's data_received, which drops all data after an offer of another protocol."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -85,7 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 else:
                     self.handle_websocket_upgrade()
                 return
-            if self.scope["method"] == "CONNECT":  # has no body, and what follows is not for us
+            if self.scope["method"] == "CONNECT":  # has no body, and the data after it is not HTTP
                 self._refuse(405, "this is no proxy: CONNECT is not taken", "allow: GET, HEAD, POST\r\n")
                 return
             head = without_offer(self.scope["method"], self.url, self.scope["http_version"], self.headers)
@@ -99,7 +99,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
 
     def _takes_websocket(self) -> bool:
-        """A request that waits for its answer keeps the connection: what comes behind it cannot have it."""
+        """Returns whether a websocket may take the connection: not while an earlier request waits for its answer."""
         free = self.cycle is None or self.cycle.response_complete
         return free and offers_websocket(self.scope["method"], self.scope["http_version"], self.headers)
 
@@ -110,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin_head()
 
     def handle_websocket_upgrade(self) -> None:
-        # What waits in the kernel for a slow reader is old by the time it is read: little may.
+        # Images that wait in the kernel for a slow reader are outdated once it reads them: keep few.
         listening = self.transport.get_extra_info("socket")
         if listening is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LIVE_SEND_BYTES)
@@ -119,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head()
         self._offered = self.parser.should_upgrade()
-        if self._offered:  # what is made of it is decided in _parse, with the parser stopped
+        if self._offered:  # _parse decides, with the parser stopped
             self.scope["method"] = self.parser.get_method().decode("ascii")
             self.scope["http_version"] = self.parser.get_http_version()
         else:
@@ -159,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def refuse(transport: asyncio.Transport, status: int, detail: str, header: str = "") -> None:
-    """Answers what never became a request, and closes. `header`: a line more of the head."""
+    """Answers data that never became a request, and closes. `header` is one more line of the head."""
     if transport.is_closing():
         return
     phrase = HTTPStatus(status).phrase
@@ -170,17 +170,20 @@ def refuse(transport: asyncio.Transport, status: int, detail: str, header: str =
 
 
 def _shut(transport: asyncio.Transport, gently: Callable[[], None]) -> None:
-    """Ends a connection; none can keep the server from ending the next."""
+    """Ends a connection; logs an error instead of raising it."""
     try:
         gently()
     except Exception as error:
-        logger.warning("a connection was cut: %r", error)
+        logger.warning("a connection was reset: %r", error)
         transport.abort()
 
 
-class SturdyWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's websockets, where text that is not UTF-8 ends the connection (1007) without a traceback of ours, and a
-    handshake is answered: at once where it is none, and within HANDSHAKE_S in any case."""
+class LimitedWebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's websocket protocol with limits.
+
+    Text that is not UTF-8 ends the connection (1007) without a traceback. A handshake that is none gets 400 at once,
+    and any other an answer within HANDSHAKE_S.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -198,11 +201,11 @@ class SturdyWebSocket(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         try:
             super().data_received(data)
-        except Exception as error:  # of what the client sent; the connection is nobody else's
-            logger.warning("a websocket was cut: %r", error)
+        except Exception as error:  # caused by this client's data
+            logger.warning("a websocket was reset: %r", error)
             self.transport.abort()
             return
-        if not self.handshake_initiated:  # the whole head was handed over, and the parser took it for none
+        if not self.handshake_initiated:  # the parser got the whole head and found no handshake in it
             refuse(self.transport, 400, "this is no handshake of a websocket (RFC 6455)")
 
     def shutdown(self) -> None:
@@ -219,7 +222,7 @@ class SturdyWebSocket(WebSocketsSansIOProtocol):
                 b"".join(self.frames).decode()
             except UnicodeDecodeError:
                 self.frames = []
-                if self.conn.state.name == "OPEN":  # else it is closing already, and nobody waits for what it says
+                if self.conn.state.name == "OPEN":  # else it is closing already
                     self.conn.send_close(1007, "text must be UTF-8")
                     self.handle_parser_exception()
                 return
@@ -227,20 +230,20 @@ class SturdyWebSocket(WebSocketsSansIOProtocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server whose first SIGTERM or SIGINT drains.
+    """A uvicorn server that drains on the first SIGTERM or SIGINT.
 
-    It goes on listening, answers 503 to what is new, and stops once everything accepted is answered. A second signal
-    stops it at once.
+    It goes on listening, answers 503 to new requests, and stops once all accepted requests are answered. A second
+    signal stops it at once.
     """
 
     def __init__(
-        self, config: uvicorn.Config, service: AppState, live: Live, listeners: Sequence[socket.socket] = ()
+        self, config: uvicorn.Config, service: AppState, live: LiveSessions, listeners: Sequence[socket.socket] = ()
     ) -> None:
         super().__init__(config)
         self._service = service
         self._live = live
         self._listeners = listeners
-        self._acceptor = Acceptor(listeners, self._take)
+        self._acceptor = Acceptor(listeners, self._on_connection)
         self._tasks: list[asyncio.Task[None]] = []
         self._connecting: set[asyncio.Task[None]] = set()
 
@@ -248,14 +251,14 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets=[])
         self._acceptor.resume()
         if self._listeners:
-            where = address(self.config.host, self._listeners[0].getsockname()[1])
-            self._tasks.append(asyncio.create_task(self._announce(where), name="announce"))
+            url = server_url(self.config.host, self._listeners[0].getsockname()[1])
+            self._tasks.append(asyncio.create_task(self._announce(url), name="announce"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._acceptor.close()
         await super().shutdown(sockets)
 
-    def _take(self, connection: socket.socket) -> None:
+    def _on_connection(self, connection: socket.socket) -> None:
         task = asyncio.create_task(self._connect(connection))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
@@ -264,14 +267,14 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def protocol() -> asyncio.Protocol:
-            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn
+            instance: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn
                 config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
             )
-            return made
+            return instance
 
         try:
             await loop.connect_accepted_socket(protocol, connection)
-        except OSError:  # the client left on the way here
+        except OSError:  # the client has left
             connection.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -287,39 +290,39 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         settings = self._service.settings
-        logger.info("draining: at most %g s", settings.drain_limit_s)
+        logger.info("draining: at most %g s", settings.shutdown_timeout_s)
         await asyncio.sleep(settings.drain_delay_s)
         scheduler = self._service.scheduler
         self._live.drain()
         await scheduler.drain()
-        # What is left is to send answers to slow readers.
+        # Only slow readers still wait for the rest of their answers.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(scheduler.drain_left_s))
         self.should_exit = True
 
-    async def _announce(self, where: str) -> None:
-        say_listening(where, self._service.settings.model)
+    async def _announce(self, url: str) -> None:
+        print_listening(url, self._service.settings.model)
         await self._service.scheduler.ready.wait()
-        say_ready(where)
+        print_ready(url)
 
 
 def serve(app: FastAPI, settings: Settings) -> None:
     """Listens until a signal, then drains. Blocks. Raises ListenError before anything is loaded."""
     listeners = listen(settings.host, settings.port)
-    DrainingServer(configuration(app, settings), app.state.service, app.state.live, listeners).run()
+    DrainingServer(uvicorn_config(app, settings), app.state.service, app.state.live, listeners).run()
 
 
-def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=BoundedProtocol,
-        ws=SturdyWebSocket,
+        http=LimitedHttpProtocol,
+        ws=LimitedWebSocketProtocol,
         ws_max_size=MAX_DRAWING,
-        ws_per_message_deflate=False,  # pictures and drawings are compressed already
+        ws_per_message_deflate=False,  # images and drawings are compressed already
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_limit_s)),
+        timeout_graceful_shutdown=max(1, math.ceil(settings.shutdown_timeout_s)),
     )

@@ -1,9 +1,9 @@
-"""One of several processes behind one port: the whole server, but for the port. Started by the supervisor.
+"""One of several server processes behind one port. The supervisor starts it.
 
     python -m server.processes.worker FD INDEX FOLDER [flags of python -m server]
 
-FD is its end of a channel to the supervisor, FOLDER where the workers find one another's metrics. Connections arrive
-through the channel, accepted already. A supervisor that is gone means the same as SIGTERM.
+FD is the worker's end of the channel, through which the supervisor sends accepted connections. FOLDER holds the
+sockets of the workers' metrics. The end of the supervisor has the effect of SIGTERM.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.errors import EXIT_SETTINGS, SettingsError
 from server.http.state import AppState
-from server.live.sessions import Live
-from server.loading.engine_loader import source
-from server.processes.accepting import leaves_room, open_files_limit, room
-from server.processes.channel import ROOM_TOLD, State, WorkerStatus, receive, send_report
-from server.processes.cores import settle
-from server.processes.malloc import keep_memory
-from server.processes.uvicorn_server import DrainingServer, configuration
+from server.live.sessions import LiveSessions
+from server.loading.engine_loader import engine_source
+from server.processes.accepting import free_descriptors, leaves_spare, open_files_limit
+from server.processes.channel import MAX_ROOM, State, WorkerStatus, receive, send_status
+from server.processes.cores import configure_openmp
+from server.processes.malloc import configure_malloc
+from server.processes.uvicorn_server import DrainingServer, uvicorn_config
 from server.settings import read
 from server.telemetry import aggregation, logs
 from server.telemetry.logs import Seldom
@@ -34,16 +34,16 @@ logger = logging.getLogger("server.processes")
 
 
 class WorkerServer(DrainingServer):
-    """A draining server that is handed its connections."""
+    """A draining server whose connections come through a channel."""
 
     def __init__(
-        self, config: uvicorn.Config, service: AppState, live: Live, end: socket.socket, metrics: Path
+        self, config: uvicorn.Config, service: AppState, live: LiveSessions, end: socket.socket, metrics: Path
     ) -> None:
         super().__init__(config, service, live)
         self._end = end
         self._metrics = metrics
         self._received = 0
-        self._report = WorkerStatus()
+        self._status = WorkerStatus()
         self._exposing: asyncio.Server | None = None
         self._lost = Seldom(logger)
 
@@ -53,13 +53,13 @@ class WorkerServer(DrainingServer):
         asyncio.get_running_loop().add_reader(self._end, self._read)
 
     async def on_tick(self, counter: int) -> bool:
-        self._tell("ready" if self._service.scheduler.state == "ready" else "unready")
+        self._send_status("ready" if self._service.scheduler.state == "ready" else "unready")
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._tell("leaving")
+        self._send_status("leaving")
         asyncio.get_running_loop().remove_reader(self._end)
-        self._read()  # what came before the supervisor heard
+        self._read()  # connections sent before the supervisor reads the status
         if self._exposing is not None:
             self._exposing.close()
         await super().shutdown(sockets)
@@ -67,7 +67,7 @@ class WorkerServer(DrainingServer):
     def _read(self) -> None:
         loop = asyncio.get_running_loop()
         while (item := receive(self._end)) is not None:
-            if item == "lost" or (isinstance(item, socket.socket) and not leaves_room(item)):
+            if item == "lost" or (isinstance(item, socket.socket) and not leaves_spare(item)):
                 self._received += 1
                 if isinstance(item, socket.socket):
                     item.close()
@@ -75,26 +75,26 @@ class WorkerServer(DrainingServer):
                 continue
             if isinstance(item, socket.socket):
                 self._received += 1
-                self._take(item)
+                self._on_connection(item)
                 continue
             if item == "closed":
                 loop.remove_reader(self._end)
             if self._service.scheduler.state != "draining":
                 self._service.scheduler.begin_drain()
                 self._begin_drain()
-                self._tell("unready")
+                self._send_status("unready")
             if item == "closed":
                 return
 
-    def _tell(self, state: State) -> None:
-        report = WorkerStatus(state, self._received, len(self.server_state.connections), room(ROOM_TOLD))
-        if report != self._report and send_report(self._end, report):
-            self._report = report
+    def _send_status(self, state: State) -> None:
+        status = WorkerStatus(state, self._received, len(self.server_state.connections), free_descriptors(MAX_ROOM))
+        if status != self._status and send_status(self._end, status):
+            self._status = status
 
 
 def serve(app: FastAPI, service: AppState, end: socket.socket, metrics: Path) -> None:
-    """Takes connections from the channel until a signal, the word to drain, or the supervisor's end. Blocks."""
-    WorkerServer(configuration(app, service.settings), service, app.state.live, end, metrics).run()
+    """Serves connections from the channel until a signal, a drain message, or the end of the supervisor. Blocks."""
+    WorkerServer(uvicorn_config(app, service.settings), service, app.state.live, end, metrics).run()
 
 
 def main() -> int:
@@ -104,12 +104,12 @@ def main() -> int:
     try:
         settings = read(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
-        keep_memory(os.environ)
+        configure_malloc(os.environ)
         app = create_app(
-            source(settings),
+            engine_source(settings),
             settings,
             expose=lambda _: aggregation.scrape_workers(folder),
-            cores=settle(os.environ),
+            cores=configure_openmp(os.environ),
         )
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

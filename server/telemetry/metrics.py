@@ -47,8 +47,8 @@ class Metrics:
             "sana_sprint_batch_size", "Jobs in a batch.", buckets=BATCH_BUCKETS, registry=self.registry
         )
         self.padding = Counter("sana_sprint_batch_padding", "Padded slots run for nothing.", registry=self.registry)
-        self.uncaptured = Counter(
-            "sana_sprint_uncaptured_batches",
+        self.cuda_graph_misses = Counter(
+            "sana_sprint_cuda_graph_misses",
             "Batches that no CUDA graph was captured for, of an engine that has some.",
             registry=self.registry,
         )
@@ -114,8 +114,8 @@ class Metrics:
             buckets=request_bounds,
             registry=self.registry,
         )
-        self.live_dropped = Counter(
-            "sana_sprint_live_drawings_dropped",
+        self.live_superseded = Counter(
+            "sana_sprint_live_drawings_superseded",
             "Drawings that were never shown, because a newer one came.",
             registry=self.registry,
         )

@@ -117,7 +117,7 @@ def test_the_quick_start_names_what_compose_has() -> None:
 def test_compose_gives_the_server_time_to_drain(name: str) -> None:
     one = service(name)
     settings = read(one.get("command", []), {})
-    assert int(one["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.drain_limit_s
+    assert int(one["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.shutdown_timeout_s
 
 
 @pytest.mark.parametrize("name", [*SERVERS, "engines-gpu", "engines-rtx"])

@@ -36,7 +36,7 @@ def test_workers_hold_what_a_replica_asks_for() -> None:
     arguments = SERVE["applications"][0]["args"]
     assert int(resources["limits"]["nvidia.com/gpu"]) == arguments["gpus"]
     assert int(resources["requests"]["cpu"]) >= arguments["cpus"]
-    assert TEMPLATES[1]["spec"]["terminationGracePeriodSeconds"] > Settings().drain_limit_s
+    assert TEMPLATES[1]["spec"]["terminationGracePeriodSeconds"] > Settings().shutdown_timeout_s
 
 
 def test_engines_are_built_before_the_replica_that_serves_them() -> None:

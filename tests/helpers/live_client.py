@@ -58,7 +58,7 @@ class LiveClient:
         assert told.pop("type") == kind, told
         return told
 
-    def picture(self) -> LiveImage:
+    def image(self) -> LiveImage:
         header = self.expect_message("picture")
         content = self.socket.recv(PATIENCE_S)
         assert isinstance(content, bytes)
@@ -67,7 +67,7 @@ class LiveClient:
 
     def picture_of(self, sequence: int) -> LiveImage:
         """The first picture that shows the message of that number, or a newer one."""
-        while (shown := self.picture()).sequence < sequence:
+        while (shown := self.image()).sequence < sequence:
             pass
         return shown
 

@@ -21,8 +21,8 @@ from engines.fake import FakeEngine
 from engines.types import Deliver, Engine, Job, Pixels, RawImage
 from server.app import create_app
 from server.http.state import AppState
-from server.live.sessions import Live
-from server.processes.uvicorn_server import configuration
+from server.live.sessions import LiveSessions
+from server.processes.uvicorn_server import uvicorn_config
 from server.settings import Settings
 
 PATIENCE_S = 30.0
@@ -64,7 +64,7 @@ class Running:
 
     url: str
     service: AppState
-    live: Live
+    live: LiveSessions
     server: uvicorn.Server
     left: list[int]  # exit codes that it would have left with
     client: httpx.Client
@@ -139,7 +139,7 @@ def start(stack: ExitStack, engine: Engine | Callable[[], Engine], *, ready: boo
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(configuration(app, chosen))
+    server = uvicorn.Server(uvicorn_config(app, chosen))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
     thread.start()
     client = httpx.Client(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=200))

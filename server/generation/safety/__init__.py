@@ -1,1 +1,1 @@
-"""What may be asked for and shown: checkers of prompts and of images, and the verdicts that they give."""
+"""Content policy: checkers of prompts and images, and their verdicts."""

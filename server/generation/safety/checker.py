@@ -1,4 +1,4 @@
-"""What a checker is. Another package brings one of its own under an entry point, and needs nothing but this."""
+"""The checkers' protocol. Another package needs only this module to offer a checker under an entry point."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,19 +8,19 @@ from engines.types import Pixels
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is told to the client of a request that is refused: short, and without the prompt."""
+    """The client of a refused request gets `reason`: keep it short, and without the prompt."""
 
     allowed: bool
     reason: str = ""
 
 
 class PromptChecker(Protocol):
-    """Called on a codec thread, by several threads at once. An exception refuses the request with 503."""
+    """Several codec threads call it at once. An exception refuses the request with 503."""
 
     def check(self, prompt: str) -> Verdict: ...
 
 
 class ImageChecker(Protocol):
-    """As PromptChecker. The pixels are what the client is about to get: [height, width, 3] uint8 RGB."""
+    """As PromptChecker. `pixels` is the image that the client is about to get: [height, width, 3] uint8 RGB."""
 
     def check(self, pixels: Pixels) -> Verdict: ...

@@ -1,4 +1,4 @@
-"""Checks of a request, counted and timed. What is not surely allowed is not shown: a checker that fails refuses too."""
+"""Checks of prompts and images, counted and timed. A checker that fails refuses the request too."""
 
 import io
 import logging
@@ -21,13 +21,13 @@ logger = logging.getLogger("server.safety")
 
 
 class Safety:
-    """The checkers of this server, where it has some."""
+    """The checkers of this server, if any."""
 
-    def __init__(self, told: Mapping[str, str], metrics: Metrics) -> None:
-        """`told` is --safety: `prompt` and `image`, each with its checker. Raises SettingsError."""
+    def __init__(self, options: Mapping[str, str], metrics: Metrics) -> None:
+        """`options` is --safety: `prompt` and `image`, each with its checker. Raises SettingsError."""
         self._metrics = metrics
-        self._prompt: PromptChecker | None = prompt_checker(told["prompt"]) if "prompt" in told else None
-        self._image: ImageChecker | None = image_checker(told["image"]) if "image" in told else None
+        self._prompt: PromptChecker | None = prompt_checker(options["prompt"]) if "prompt" in options else None
+        self._image: ImageChecker | None = image_checker(options["image"]) if "image" in options else None
 
     @property
     def is_on(self) -> bool:
@@ -38,18 +38,18 @@ class Safety:
         return self._prompt is not None
 
     def check_prompt(self, prompt: str) -> float:
-        """The seconds it took. Raises ContentPolicyError (422) or SafetyError (503)."""
+        """Returns the seconds it took. Raises ContentPolicyError (422) or SafetyError (503)."""
         checker = self._prompt
         return 0.0 if checker is None else self._checked("prompt", lambda: checker.check(prompt))
 
-    def guarded(self, encode: Encode, spent: list[float]) -> Encode:
-        """An encoder that checks an image first, and adds the seconds of that to `spent`. Raises as `check_prompt`."""
+    def checked_encoder(self, encode: Encode, seconds: list[float]) -> Encode:
+        """Returns an encoder that checks each image first and appends the check's seconds. Raises as `check_prompt`."""
         checker = self._image
         if checker is None:
             return encode
 
         def checked(image: RawImage) -> bytes:
-            spent.append(self._checked("image", lambda: checker.check(shown_pixels(image))))
+            seconds.append(self._checked("image", lambda: checker.check(shown_pixels(image))))
             return encode(image)
 
         return checked
@@ -65,7 +65,7 @@ class Safety:
             if not verdict.allowed:
                 refusal = ContentPolicyError(what, verdict.reason)
         except Exception as error:  # whatever another package raises; its text may repeat a prompt, so it is not logged
-            logger.error("the checker of the %s failed: %s at %s", what, type(error).__name__, _place(error))
+            logger.error("the checker of the %s failed: %s at %s", what, type(error).__name__, _location(error))
             label, refusal = "failed", SafetyError(what)
         seconds = time.monotonic() - began
         self._metrics.safety_checks.labels(what, label).inc()
@@ -76,14 +76,14 @@ class Safety:
 
 
 def shown_pixels(image: RawImage) -> Pixels:
-    """What the client would see; a file that the engine made is read back."""
+    """Returns the pixels that the client gets; decodes a file that the engine made."""
     if image.file is None:
         return image.pixels
     with Image.open(io.BytesIO(image.file), formats=("JPEG", "PNG")) as file:
         return np.asarray(file.convert("RGB"), dtype=np.uint8)
 
 
-def _place(error: BaseException) -> str:
+def _location(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

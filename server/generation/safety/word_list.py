@@ -1,4 +1,4 @@
-"""Prompts held against a list of words, which refuses nothing by surprise: whole words, and what matched is told."""
+"""Prompt checker with a list of words. It matches whole words, and its reason names the entry that matched."""
 
 import re
 import unicodedata
@@ -11,15 +11,15 @@ WORD = re.compile(r"\w+")
 
 
 class WordList:
-    """Words and phrases, one a line; `word*` stands for all words that begin so; lines with # do not count.
+    """Words and phrases, one a line. `word*` matches all words that begin so; lines with # are comments.
 
-    Upper and lower case are the same, and so are forms that Unicode takes for equal (NFKC, which full-width letters
-    are brought to, and no invisible characters). Between the words of a phrase may be any spaces and punctuation.
+    Matching ignores case, invisible characters and forms that Unicode normalises (NFKC), such as full-width letters.
+    It also ignores spaces and punctuation between the words of a phrase.
     """
 
     def __init__(self, lines: list[str]) -> None:
-        self._entries: dict[str, list[tuple[str, ...]]] = {}  # by the first word, where it is whole
-        self._beginnings: list[tuple[str, ...]] = []  # entries whose first word is the beginning of one
+        self._entries: dict[str, list[tuple[str, ...]]] = {}  # by a whole first word
+        self._beginnings: list[tuple[str, ...]] = []  # entries whose first word ends with *
         for line in lines:
             entry = tuple(re.findall(r"\w+\*?", plain(line)))
             if not entry:
@@ -31,22 +31,22 @@ class WordList:
 
     @classmethod
     def read(cls, path: Path) -> "WordList":
-        """Raises SettingsError where the file cannot be read or holds no word."""
+        """Reads a file in UTF-8. Raises SettingsError if that fails or the file holds no word."""
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"--safety prompt={path}: cannot be read: {error}") from error
-        found = cls([line for line in lines if not line.lstrip().startswith("#")])
-        if not found._entries and not found._beginnings:
+        word_list = cls([line for line in lines if not line.lstrip().startswith("#")])
+        if not word_list._entries and not word_list._beginnings:
             raise SettingsError(f"--safety prompt={path}: holds no word; one word or phrase a line")
-        return found
+        return word_list
 
     def check(self, prompt: str) -> Verdict:
         words = WORD.findall(plain(prompt))
-        for place, word in enumerate(words):
+        for start, word in enumerate(words):
             for entry in (*self._entries.get(word, ()), *self._beginnings):
-                there = words[place : place + len(entry)]
-                if len(there) == len(entry) and all(map(matches, entry, there)):
+                candidate = words[start : start + len(entry)]
+                if len(candidate) == len(entry) and all(map(matches, entry, candidate)):
                     return Verdict(False, f"{' '.join(entry)!r} stands on this server's list of words")
         return Verdict(True)
 
@@ -56,6 +56,6 @@ def matches(pattern: str, word: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """The text as it is compared."""
-    seen = (letter for letter in unicodedata.normalize("NFKC", text) if unicodedata.category(letter) != "Cf")
-    return "".join(seen).casefold()
+    """Returns the text in the form that is compared."""
+    visible = (letter for letter in unicodedata.normalize("NFKC", text) if unicodedata.category(letter) != "Cf")
+    return "".join(visible).casefold()

@@ -41,11 +41,11 @@ class EditRequest(ImageGenerationRequest):
         given = [*(self.images or []), *([self.image] if self.image else [])]
         if len(given) != 1:
             raise InvalidError([Fault("image", f"image: got {len(given)} images, allowed: {ALLOWED}")])
-        return self.order(embedded("image", given[0]))
+        return self.to_request(embedded("image", given[0]))
 
-    def order(self, image: bytes | str | None = None) -> GenerationRequest:
+    def to_request(self, image: bytes | str | None = None) -> GenerationRequest:
         """As of generations; without a size the picture keeps the shape of its image."""
-        return replace(super().order(image), keeps_shape=True)
+        return replace(super().to_request(image), keeps_shape=True)
 
 
 def embedded(field: str, given: object) -> str:

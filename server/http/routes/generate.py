@@ -29,7 +29,7 @@ async def generate(request: Request) -> Response:
     service, context = app_state(request), request_context(request)
     body = await read_json(request, GenerateRequest, service)
     as_json = body.num_images > 1 or prefers_json(request.headers.get("accept", ""))
-    making = service.generator.generate(body.order(base64=as_json), context.arrived)
+    making = service.generator.generate(body.generation_request(base64=as_json), context.arrived)
     del body  # it may hold large images, which are not needed once they are decoded
     delivery = await cancel_on_disconnect(making, request.receive)
     request.state.timings = delivery.timings_ms  # for the trace
@@ -37,7 +37,7 @@ async def generate(request: Request) -> Response:
     if delivery.prompt_truncated:
         headers["x-prompt-truncated"] = "true"
     if not as_json:
-        picture = delivery.pictures[0]
+        picture = delivery.images[0]
         headers["x-seed"] = str(picture.seed)
         return Response(picture.content, headers=headers, media_type=f"image/{delivery.output_format}")
     model = service.scheduler.engine.info.checkpoint
@@ -77,7 +77,7 @@ def answer_json(delivery: GenerationResult, request_id: str, model: str) -> byte
                     "height": delivery.height,
                     "format": delivery.output_format,
                 }
-                for picture in delivery.pictures
+                for picture in delivery.images
             ],
             "timings_ms": milliseconds(delivery.timings_ms),
             "prompt_truncated": delivery.prompt_truncated,

@@ -40,7 +40,9 @@ async def generations(request: Request) -> Response:
     """Text to image, as OpenAI has it."""
     service = app_state(request)
     body = await read_json(request, ImageGenerationRequest, service)
-    making = service.generator.generate(_adapted(body.order(), body.model, service), request_context(request).arrived)
+    making = service.generator.generate(
+        _adapted(body.to_request(), body.model, service), request_context(request).arrived
+    )
     response_format = body.response_format
     del body  # it may hold large images, which are not needed once they are decoded
     return await _answer(request, service, making, response_format)
@@ -65,7 +67,7 @@ async def edits(request: Request) -> Response:
                 image = await _one_image(form)
             finally:
                 await form.close()
-        order = body.order(image)
+        order = body.to_request(image)
         del form, image
     order = _adapted(order, body.model, service)
     making = service.generator.generate(order, request_context(request).arrived)
@@ -156,7 +158,7 @@ def _is_empty(value: UploadFile | str) -> bool:
 def images_json(delivery: GenerationResult, response_format: str) -> bytes:
     """The JSON answer of the OpenAI routes (schemas.ImagesResponse)."""
     data: list[dict[str, object]] = []
-    for picture in delivery.pictures:
+    for picture in delivery.images:
         text = picture.content.decode("ascii")
         shown = {"b64_json": text}
         if response_format == "url":

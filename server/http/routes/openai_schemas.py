@@ -58,7 +58,7 @@ class ImageGenerationRequest(Options):
                 kept["lora"] = json.loads(kept["lora"])
         return kept
 
-    def order(self, image: bytes | str | None = None) -> GenerationRequest:
+    def to_request(self, image: bytes | str | None = None) -> GenerationRequest:
         """`image` (that of an edit) wins over the field. Raises InvalidError (422) for a stream."""
         if self.stream:
             raise InvalidError([Fault("stream", "stream: got true, allowed: false; one step has no partial images")])
@@ -66,23 +66,9 @@ class ImageGenerationRequest(Options):
         if self.size != "auto":
             width, height = map(int, self.size.split("x"))
         quality = self.output_quality if self.output_compression is None else max(self.output_compression, 1)
-        return GenerationRequest(
-            prompt=self.prompt,
-            count=self.n,
-            steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            seed=self.seed,
-            width=width,
-            height=height,
-            output_format=self.output_format,
-            output_quality=quality,
-            image=self.image if image is None else image,
-            strength=self.strength,
-            control_image=self.control_image,
-            control_scale=self.control_scale,
-            lora=self.adapters,
-            timeout_ms=self.timeout_ms,
-            base64=True,
+        image = self.image if image is None else image
+        return self.generation_request(
+            num_images=self.n, width=width, height=height, output_quality=quality, image=image, base64=True
         )
 
 

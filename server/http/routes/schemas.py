@@ -1,5 +1,6 @@
 """The bodies of requests and answers, with the contract's bounds, and the sentences for values outside them."""
 
+from dataclasses import fields
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -9,6 +10,8 @@ from engines.types import MAX_ADAPTER_SCALE, MAX_SEED
 from server.generation.generator import GenerationRequest
 from server.generation.image_codec import ImageFormat
 from server.http.validation import MAX_BASE64
+
+REQUEST_FIELDS = frozenset(field.name for field in fields(GenerationRequest))
 
 MAX_IMAGES = 8
 MAX_PROMPT = 4000
@@ -52,6 +55,11 @@ class Sampling(BaseModel):
         """Of `lora`, those that change anything."""
         return tuple((name, scale) for name, scale in (self.lora or {}).items() if scale)
 
+    def generation_request(self, **fields: Any) -> GenerationRequest:
+        """Returns these fields as a request; `fields` win over them."""
+        own = {name: getattr(self, name) for name in type(self).model_fields if name in REQUEST_FIELDS}
+        return GenerationRequest(**{**own, "lora": self.adapters, **fields})
+
 
 class Options(Sampling):
     """What both POST /generate and the OpenAI routes understand."""
@@ -85,26 +93,6 @@ class GenerateRequest(Options):
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
     num_images: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Image i uses seed + i.")
-
-    def order(self, *, base64: bool) -> GenerationRequest:
-        return GenerationRequest(
-            prompt=self.prompt,
-            count=self.num_images,
-            steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            seed=self.seed,
-            width=self.width,
-            height=self.height,
-            output_format=self.output_format,
-            output_quality=self.output_quality,
-            image=self.image,
-            strength=self.strength,
-            control_image=self.control_image,
-            control_scale=self.control_scale,
-            lora=self.adapters,
-            timeout_ms=self.timeout_ms,
-            base64=base64,
-        )
 
 
 class GeneratedImage(BaseModel):

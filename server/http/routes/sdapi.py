@@ -154,7 +154,7 @@ async def _draw(request: Request, model: type[Txt2ImgRequest]) -> Response:
     service = app_state(request)
     body = await read_json(request, model, service)
     checkpoint = service.scheduler.engine.info.checkpoint
-    making = service.generator.generate(body.order(checkpoint), request_context(request).arrived)
+    making = service.generator.generate(body.to_request(checkpoint), request_context(request).arrived)
     # The request as it came, without its images: what AUTOMATIC1111 answers, too.
     parameters = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"}, exclude_unset=True)
     made = await cancel_on_disconnect(_drawings(request).run(_caller(request), making), request.receive)

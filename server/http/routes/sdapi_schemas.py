@@ -62,7 +62,7 @@ class Txt2ImgRequest(BaseModel):
     def run_guidance(self) -> float:
         return min(max(self.cfg_scale, GUIDANCE[0]), GUIDANCE[1])
 
-    def order(self, checkpoint: str) -> GenerationRequest:
+    def to_request(self, checkpoint: str) -> GenerationRequest:
         """Raises InvalidError (422) for what has a meaning and cannot be done."""
         faults = []
         if self.count > MAX_IMAGES:
@@ -77,8 +77,8 @@ class Txt2ImgRequest(BaseModel):
         control, scale = self._control()
         return GenerationRequest(
             prompt=self.prompt,
-            count=self.count,
-            steps=self.run_steps,
+            num_images=self.count,
+            num_inference_steps=self.run_steps,
             guidance_scale=self.run_guidance,
             seed=None if self.seed == -1 else self.seed,
             width=self.width,
@@ -144,14 +144,14 @@ class Img2ImgRequest(Txt2ImgRequest):
     init_images: list[Any] = Field(description="One, as base64 or a data: URL.")
     mask: Any = Field(None, description="None is taken.")
 
-    def order(self, checkpoint: str) -> GenerationRequest:
+    def to_request(self, checkpoint: str) -> GenerationRequest:
         """Without a size the picture keeps the shape of its image."""
         if self.mask:
             raise InvalidError([Fault("mask", NO_MASK)])
         if len(self.init_images) != 1 or not isinstance(self.init_images[0], str):
             got = f"init_images: got {len(self.init_images)} of them, allowed: one, as base64 or a data: URL"
             raise InvalidError([Fault("init_images", got)])
-        plain = super().order(checkpoint)
+        plain = super().to_request(checkpoint)
         return replace(plain, image=self.init_images[0], strength=self.denoising_strength, keeps_shape=True)
 
     def _effective(self) -> Sequence[str]:
@@ -170,7 +170,7 @@ def answer_json(
     body: Txt2ImgRequest, parameters: dict[str, Any], made: GenerationResult, timings_ms: dict[str, float], model: str
 ) -> bytes:
     """The answer of both routes (SdapiAnswer)."""
-    seeds = [image.seed for image in made.pictures]
+    seeds = [image.seed for image in made.images]
     text = f"{body.prompt}\nSteps: {body.run_steps}, Sampler: {SAMPLER}, CFG scale: {body.run_guidance:g}, Seed: "
     size = f", Size: {made.width}x{made.height}, Model: {model}"
     info = {
@@ -185,7 +185,7 @@ def answer_json(
         "prompt_truncated": made.prompt_truncated,
         "timings_ms": timings_ms,
     }
-    images = [image.content.decode("ascii") for image in made.pictures] if body.send_images else []
+    images = [image.content.decode("ascii") for image in made.images] if body.send_images else []
     return to_json({"images": images, "parameters": parameters, "info": to_json(info).decode()})
 
 

@@ -166,7 +166,7 @@ def test_reports_what_happened(engine: Engine) -> None:
         ([job(), job(width=96)], "batch key"),
         ([job(), job(image=photo())], "batch key"),
         ([job(image=photo(), strength=1.5)], r"strength: got 1\.5, allowed 0 to 1"),
-        ([job(control_image=photo())], "conditioning: got 'control', this engine runs image, text"),
+        ([job(control_image=photo())], "control_image: got control, this engine runs image, text"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

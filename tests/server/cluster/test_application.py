@@ -47,7 +47,7 @@ def jobs(waiting: list[float], inside: list[float]) -> Mapping[str, Mapping[Any,
 def test_replicas_follow_what_waits(
     running: int, target: int, found: Mapping[str, Mapping[Any, float]] | None, wanted: int
 ) -> None:
-    assert ByWaitingJobs(jobs_waiting=8, max_batch=8)(Context(running, target, found)) == (wanted, {})
+    assert ByWaitingJobs(target_waiting_jobs=8, max_batch=8)(Context(running, target, found)) == (wanted, {})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Between the engine's thread and the event loop: encoders hold up neither, and what they do ends with the request."""
+"""Delivery of results: encoders hold up neither the engine's thread nor the event loop."""
 
 import threading
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ ENCODE = image_codec.encode
 
 
 class SlowEncoder:
-    """codec.encode, which waits until the gate is open; `waiting` counts the pictures that it has begun."""
+    """Encodes once the gate is open; `waiting` counts the images that it has begun."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -47,7 +47,7 @@ def open_engine(**options: int) -> GatedEngine:
     return engine
 
 
-def test_the_engine_runs_batch_after_batch_while_not_one_picture_is_encoded(serve: Serve, encoder: SlowEncoder) -> None:
+def test_the_engine_runs_batch_after_batch_while_no_image_is_encoded(serve: Serve, encoder: SlowEncoder) -> None:
     engine = open_engine(max_batch=1)
     running = serve(engine, max_batch=1, codec_threads=1)
     held(encoder)
@@ -62,8 +62,8 @@ def test_the_engine_runs_batch_after_batch_while_not_one_picture_is_encoded(serv
     assert running.metric("sana_sprint_stage_duration_seconds_count", stage="decode") == 3
 
 
-def test_a_picture_that_is_made_outlives_its_engine(serve: Serve, encoder: SlowEncoder) -> None:
-    running = serve(open_engine(max_batch=1), max_batch=1, hang_limit_s=0.2, codec_threads=1)
+def test_an_image_that_is_made_outlives_its_engine(serve: Serve, encoder: SlowEncoder) -> None:
+    running = serve(open_engine(max_batch=1), max_batch=1, batch_timeout_s=0.2, codec_threads=1)
     held(encoder)
     made = running.submit_generate("a red circle")
     wait_until(lambda: encoder.waiting == 1, "the encoder")

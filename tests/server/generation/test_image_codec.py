@@ -1,4 +1,4 @@
-"""Images in and out: lossless PNG, and whatever a client may send as an image."""
+"""Encodes losslessly to PNG, and decodes or refuses any file that a client sends as an image."""
 
 import io
 import struct
@@ -65,9 +65,9 @@ def test_photographs_are_turned_upright(orientation: int, stored_as: Image.Trans
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
 def test_exif_that_cannot_be_read_turns_nothing(image_format: str) -> None:
-    picture = noise(5, 9)
-    content = image_file(picture, image_format, exif=b"Exif\0\0no TIFF at all", lossless=True)
-    np.testing.assert_array_equal(decode("image", content, 0), picture)
+    pixels = noise(5, 9)
+    content = image_file(pixels, image_format, exif=b"Exif\0\0no TIFF at all", lossless=True)
+    np.testing.assert_array_equal(decode("image", content, 0), pixels)
 
 
 @pytest.mark.parametrize("background", [0, 255])
@@ -105,7 +105,7 @@ def test_of_an_animation_the_first_frame_counts() -> None:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a huge picture."""
+    """A few bytes that claim to be a huge image."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1000)
 

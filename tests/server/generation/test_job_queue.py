@@ -1,4 +1,4 @@
-"""The queue alone: slots, order, deadlines, withdrawal, under any sequence of events."""
+"""The queue alone: slots, order, deadlines and cancellation, under any sequence of events."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.types import Job, RawImage
-from server.generation.job_queue import Entry, JobQueue
+from server.generation.job_queue import JobQueue, QueuedJob
 
 FAR = time.monotonic() + 1e6
 
@@ -18,9 +18,9 @@ def encode(image: RawImage) -> bytes:
     return image.pixels.tobytes()
 
 
-def entry(width: int = 32, deadline: float = FAR) -> Entry:
+def entry(width: int = 32, deadline: float = FAR) -> QueuedJob:
     future: asyncio.Future[Any] = asyncio.Future(loop=LOOP)
-    return Entry(Job("x", seed=0, width=width, height=32), encode, future, deadline)
+    return QueuedJob(Job("x", seed=0, width=width, height=32), encode, future, deadline)
 
 
 class _NoLoop(asyncio.AbstractEventLoop):
@@ -87,8 +87,8 @@ events = st.lists(
 @given(events)
 def test_oldest_first_whatever_happens(sequence: list[tuple[str, int]]) -> None:
     queue = JobQueue(max_waiting=1000, max_in_flight=1000)
-    model: list[Entry] = []  # what waits, oldest first
-    everything: list[Entry] = []
+    model: list[QueuedJob] = []  # what waits, oldest first
+    everything: list[QueuedJob] = []
     for event, value in sequence:
         if event == "put":
             queue.reserve(1)
@@ -101,8 +101,8 @@ def test_oldest_first_whatever_happens(sequence: list[tuple[str, int]]) -> None:
             model = [one for one in model if one not in expected]
         elif event == "withdraw" and everything:
             one = everything[value % len(everything)]
-            assert queue.withdraw(one) == (one in model)
+            assert queue.cancel(one) == (one in model)
             model = [other for other in model if other is not one]
         assert queue.waiting == len(model)
-    assert {one.place for one in queue.clear()} == {one.place for one in model}
+    assert {one.sequence for one in queue.clear()} == {one.sequence for one in model}
     assert queue.waiting == 0

@@ -1,4 +1,4 @@
-"""Batches, order, faults of the engine, hang and drain: seen from outside, on a fake engine that a test can hold."""
+"""Batches, order, engine failures, hang and drain, over HTTP, with a fake engine that a test can hold."""
 
 import asyncio
 import threading
@@ -24,14 +24,14 @@ from engines.errors import CheckpointError
 from engines.fake import FakeEngine, FaultInjection, expected_pixels
 from engines.types import Deliver, Engine, Job, RawImage
 from server.errors import EXIT_ENGINE, EXIT_HANG, EXIT_START
-from server.generation.engine_source import Given
+from server.generation.engine_source import FixedEngineSource
 from server.generation.image_codec import Codec
 from server.generation.scheduler import Scheduler
 from server.telemetry.metrics import Metrics
 
 
 def queue_up(running: Running, engine: GatedEngine, prompts: list[str], **body: Any) -> list[PendingResponse]:
-    """A first request that holds the engine, then one for each prompt, queued in this order behind it."""
+    """Sends a request that holds the engine, then queues one for each prompt in this order."""
     requests = [running.submit_generate("holds the engine", width=32, height=32)]
     engine.wait_for_batch()
     for i, prompt in enumerate(prompts):
@@ -79,7 +79,7 @@ def test_images_of_a_batch_go_to_their_requests_and_padding_is_counted(serve: Se
 
 def test_many_clients_fill_the_batches(serve: Serve) -> None:
     class Patient(FakeEngine):
-        """Its batch ends when the next one is full, or nobody is left to come."""
+        """Ends a batch when the next one is full, or when no further request will come."""
 
         left = 160
 
@@ -123,7 +123,7 @@ def test_a_slot_is_free_again_after_an_image_that_cannot_be_read(serve: Serve) -
     assert running.generate().status_code == 200
 
 
-def test_a_poisonous_job_fails_alone(serve: Serve) -> None:
+def test_a_job_that_always_fails_fails_alone(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine)
     requests = queue_up(running, engine, ["a", "b [[raise]]", "c", "d [[nan]]"])
@@ -133,7 +133,7 @@ def test_a_poisonous_job_fails_alone(serve: Serve) -> None:
     assert running.left == []
 
 
-def test_a_failure_that_passes_is_seen_by_nobody(serve: Serve) -> None:
+def test_a_transient_failure_is_hidden(serve: Serve) -> None:
     engine = GatedEngine(faults=FaultInjection(raise_on_calls=frozenset({1})))
     running = serve(engine)
     requests = queue_up(running, engine, ["a", "b"])
@@ -142,7 +142,7 @@ def test_a_failure_that_passes_is_seen_by_nobody(serve: Serve) -> None:
     assert engine.batches == [1, 2, 1, 1]
 
 
-def test_a_failure_that_passes_is_seen_by_nobody_in_a_batch_of_one_either(serve: Serve) -> None:
+def test_a_transient_failure_is_hidden_in_a_batch_of_one_too(serve: Serve) -> None:
     engine = FakeEngine()
     running = serve(engine)
     assert running.generate("x [[once]]").status_code == 200
@@ -190,7 +190,7 @@ def test_prompts_that_make_a_good_engine_fail_do_not_restart_it(serve: Serve) ->
 def test_a_hang_is_noticed_told_and_left(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
     engine.gate.set()
-    running = serve(engine, max_batch=1, hang_limit_s=0.2)
+    running = serve(engine, max_batch=1, batch_timeout_s=0.2)
     hanging = running.submit_generate("[[hang]]")
     engine.wait_for_batch()
     waiting = running.submit_generate("waits")
@@ -255,9 +255,9 @@ def test_a_deadline_covers_the_decoding_of_images(serve: Serve) -> None:
     assert running.service.scheduler._queue.in_flight == 0
 
 
-def test_the_drain_limit_ends_what_has_not_begun(serve: Serve) -> None:
+def test_the_shutdown_timeout_drops_jobs_that_have_not_begun(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
-    running = serve(engine, max_batch=1, drain_limit_s=0.05)
+    running = serve(engine, max_batch=1, shutdown_timeout_s=0.05)
     running_job, waiting_job = queue_up(running, engine, ["waits"])
     drain = asyncio.run_coroutine_threadsafe(running.service.scheduler.drain(), loop_of(running))
     drain.result(30)
@@ -335,12 +335,12 @@ def test_the_engine_is_closed_on_the_thread_that_ran_it() -> None:
 
 def make_batcher(load: Callable[[], Engine]) -> Scheduler:
     return Scheduler(
-        Given(load),
+        FixedEngineSource(load),
         Codec(1),
         max_batch=8,
         max_queue=8,
-        hang_limit_s=30,
-        drain_limit_s=5,
+        batch_timeout_s=30,
+        shutdown_timeout_s=5,
         metrics=Metrics(request_buckets=(1.0,), stage_buckets=(1.0,)),
         leave=lambda _: None,
         when_ready=lambda _: None,
@@ -373,7 +373,7 @@ def test_an_image_leaves_while_the_next_one_is_made(serve: Serve) -> None:
 
 def test_what_fails_behind_an_image_does_not_make_it_again(serve: Serve) -> None:
     class Stumbling(GatedEngine):
-        """Fails behind the first image of two."""
+        """Fails after the first image of two."""
 
         def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
             images = super().generate(jobs)

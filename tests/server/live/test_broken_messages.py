@@ -1,4 +1,4 @@
-"""Clients of WS /v1/live that break the protocol of websockets: an end like any other, no failure of ours."""
+"""Clients of WS /v1/live that break the websocket protocol end their session without a failure of the server."""
 
 import pytest
 from live_client import live

@@ -1,4 +1,4 @@
-"""Twenty people draw at once: everyone's turn comes, with what they drew last, and nothing is left behind."""
+"""Twenty people draw at once: each gets a turn with the newest drawing, and no session or job is left over."""
 
 import asyncio
 import json
@@ -45,12 +45,12 @@ class SteppedEngine(FakeEngine):
 
 
 def mark(session: int, number: int) -> Pixels:
-    """A drawing that says whose it is, and which."""
+    """Returns a drawing that encodes its session and number."""
     return np.full((1, 1, 3), (session, number, 255), np.uint8)
 
 
 def marks(jobs: Sequence[Job]) -> list[tuple[int, int]]:
-    """Session and number of each job's drawing."""
+    """Returns session and number of each job's drawing."""
     drawings = [job.control_image for job in jobs]
     return [(int(pixels[0, 0, 0]), int(pixels[0, 0, 1])) for pixels in drawings if pixels is not None]
 
@@ -103,17 +103,17 @@ KILLED = 5
 
 @dataclass
 class Seen:
-    """What one session saw."""
+    """The images and timings that one session received."""
 
     sent: list[float] = field(default_factory=list)  # when each message left; message i has the number i + 1
     shown: int = 0
     ages_ms: list[float] = field(
         default_factory=list
-    )  # of each drawing, when the picture that shows it (or a newer) came
-    engine_ms: list[float] = field(default_factory=list)  # how long the batch of each picture took
-    server_ms: list[float] = field(default_factory=list)  # of each picture, from its newest drawing's receipt to pixels
+    )  # of each drawing, when the image that shows it (or a newer) came
+    engine_ms: list[float] = field(default_factory=list)  # how long the batch of each image took
+    server_ms: list[float] = field(default_factory=list)  # of each image, from its newest drawing's receipt to pixels
     longest_gap_ms: float = 0.0
-    pictures: int = 0
+    images: int = 0
 
 
 async def draw_for(address: str, seconds: float, seen: Seen, drawings: Sequence[bytes], delay: float) -> None:
@@ -152,7 +152,7 @@ async def watch(socket: ClientConnection, seen: Seen) -> None:
         seen.shown = header["sequence"]
         seen.longest_gap_ms = max(seen.longest_gap_ms, 1000 * (now - last))
         last = now
-        seen.pictures += 1
+        seen.images += 1
 
 
 async def vanish(address: str, drawings: Sequence[bytes]) -> None:
@@ -207,10 +207,10 @@ def test_two_minutes_of_twenty_people() -> None:
     engine_ms = statistics.median(ms for one in seen for ms in one.engine_ms)
     report: dict[str, Any] = {
         "drawings": sum(len(one.sent) for one in seen),
-        "pictures": sum(one.pictures for one in seen),
-        "fewest_pictures_of_a_session": min(one.pictures for one in seen),
+        "images": sum(one.images for one in seen),
+        "fewest_images_of_a_session": min(one.images for one in seen),
         "longest_gap_ms": max(one.longest_gap_ms for one in seen),
-        "drawing_to_picture_ms": {share: round(percentile(ages, share), 1) for share in (0.5, 0.95, 0.99, 0.999)},
+        "drawing_to_image_ms": {share: round(percentile(ages, share), 1) for share in (0.5, 0.95, 0.99, 0.999)},
         "in_the_server_ms": {share: round(percentile(inside, share), 1) for share in (0.5, 0.95, 0.99, 0.999)},
         "engine_ms": round(engine_ms, 1),
         "worst_median_of_a_session_ms": max(statistics.median(one.ages_ms) for one in seen),
@@ -220,6 +220,6 @@ def test_two_minutes_of_twenty_people() -> None:
     print("\n" + json.dumps(report, indent=2))
     assert all(one.shown == len(one.sent) for one in seen)  # the last drawing of everyone
     assert percentile(inside, 0.95) <= 3 * engine_ms
-    assert all(one.pictures > 0.5 * SECONDS / PERIOD_S for one in seen)
+    assert all(one.images > 0.5 * SECONDS / PERIOD_S for one in seen)
     assert memory[-1][0] - memory[1][0] < 5
     assert after["process_open_fds"] == before["process_open_fds"]

@@ -1,4 +1,4 @@
-"""WS /v1/live: the newest drawing, one picture at a time, and every way a session ends."""
+"""WS /v1/live: one image at a time of the newest drawing, and each end of a session."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ LOOK = {"width": 64, "height": 64, "seed": 7, "output_format": "png"}
 
 
 def drawing(level: int) -> Pixels:
-    """One white stroke on black, whose place says which drawing it is."""
+    """Returns one white stroke on black, whose row tells the drawings apart."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[level % 64, :, :] = 255
     return pixels
@@ -30,7 +30,7 @@ def job(prompt: str = "a red circle", **fields: Any) -> Job:
 
 
 def ended(client: LiveClient) -> tuple[int, str]:
-    """The close code, and the reason that the last message gave."""
+    """Returns the close code and the code of the last message."""
     told = client.expect_message("end")
     with pytest.raises(ConnectionClosed) as closed:
         client.socket.recv(PATIENCE_S)
@@ -51,15 +51,15 @@ def test_a_session_begins_with_what_it_may_ask_for(plain: Running) -> None:
 
 def test_words_alone_then_a_drawing_then_words_again(plain: Running) -> None:
     with live(plain) as client:
-        first = client.picture_of(client.set(prompt="a red circle", **LOOK))
+        first = client.image_of(client.set(prompt="a red circle", **LOOK))
         np.testing.assert_array_equal(first.pixels, expected_pixels(job()))
         assert first.header["mode"] == "text"
-        drawn = client.picture_of(client.draw(drawing(9)))
+        drawn = client.image_of(client.draw(drawing(9)))
         np.testing.assert_array_equal(drawn.pixels, expected_pixels(job(control_image=drawing(9))))
         assert (drawn.header["mode"], drawn.header["seed"]) == ("control", 7)
-        weaker = client.picture_of(client.set(control_scale=0.5))  # the drawing stays, and so does the prompt
+        weaker = client.image_of(client.set(control_scale=0.5))  # the drawing stays, and so does the prompt
         np.testing.assert_array_equal(weaker.pixels, expected_pixels(job(control_image=drawing(9), control_scale=0.5)))
-        cleared = client.picture_of(client.draw(b""))
+        cleared = client.image_of(client.draw(b""))
         np.testing.assert_array_equal(cleared.pixels, first.pixels)
 
 
@@ -68,7 +68,7 @@ def test_without_a_controlnet_a_drawing_is_an_image(serve: Serve, mode: str, sho
     with live(serve(FakeEngine(conditioning=frozenset({"text", "image"})))) as client:
         assert client.ready["mode"] == "image"
         client.draw(drawing(9))
-        shown = client.picture_of(client.set(prompt="a red circle", mode=mode, strength=0.25, **LOOK))
+        shown = client.image_of(client.set(prompt="a red circle", mode=mode, strength=0.25, **LOOK))
         assert shown.header["mode"] == shows
         wanted = job(image=drawing(9), strength=0.25) if shows == "image" else job()
         np.testing.assert_array_equal(shown.pixels, expected_pixels(wanted))
@@ -77,7 +77,7 @@ def test_without_a_controlnet_a_drawing_is_an_image(serve: Serve, mode: str, sho
 @pytest.mark.parametrize(("image_format", "magic"), [("jpeg", b"\xff\xd8"), ("webp", b"RIFF")])
 def test_header_and_file_agree(plain: Running, image_format: str, magic: bytes) -> None:
     with live(plain) as client:
-        shown = client.picture_of(client.set(prompt="a red circle", width=96, height=64, output_format=image_format))
+        shown = client.image_of(client.set(prompt="a red circle", width=96, height=64, output_format=image_format))
     assert shown.content.startswith(magic)
     assert shown.pixels.shape == (64, 96, 3)
     header = shown.header
@@ -86,14 +86,27 @@ def test_header_and_file_agree(plain: Running, image_format: str, magic: bytes) 
     assert all(ms >= 0 for ms in header["timings_ms"].values())
 
 
+@pytest.mark.parametrize(
+    ("image_format", "quality", "png"), [("jpeg", 80, False), ("webp", None, False), ("png", None, True)]
+)
+def test_the_engine_may_make_the_file_that_the_session_asks_for(
+    serve: Serve, gated: GatedEngine, image_format: str, quality: int | None, png: bool
+) -> None:
+    """On a GPU the engine makes PNG and JPEG files, and the server sends them as they are."""
+    gated.gate.set()
+    with live(serve(gated)) as client:
+        client.image_of(client.set(prompt="a red circle", output_format=image_format, output_quality=80))
+    assert [(job.jpeg_quality, job.png) for jobs in gated.seen for job in jobs] == [(quality, png)]
+
+
 def test_a_session_keeps_its_seed(plain: Running) -> None:
     with live(plain) as client:
-        shown = [client.picture_of(client.set(prompt=prompt)) for prompt in ("a red circle", "a blue square")]
+        shown = [client.image_of(client.set(prompt=prompt)) for prompt in ("a red circle", "a blue square")]
         assert [one.header["seed"] for one in shown] == [client.ready["seed"]] * 2
 
 
 def test_only_the_newest_drawing_is_made(serve: Serve, gated: GatedEngine) -> None:
-    """One job runs; of the drawings that come meanwhile, only the last is ever drawn."""
+    """While one job runs, twenty drawings arrive; only the last is run."""
     running = serve(gated)
     with live(running) as client:
         first = client.set(prompt="a red circle", **LOOK)
@@ -102,16 +115,16 @@ def test_only_the_newest_drawing_is_made(serve: Serve, gated: GatedEngine) -> No
             last = client.draw(drawing(level))
         wait_until(lambda: received(running) == last, "the last drawing")
         gated.gate.set()
-        shown = [client.picture(), client.picture()]
+        shown = [client.image(), client.image()]
         assert [one.sequence for one in shown] == [first, last]
         assert shown[1].header["dropped"] == 19
         np.testing.assert_array_equal(shown[1].pixels, expected_pixels(job(control_image=drawing(19))))
         assert len(gated.batches) == 2
-        assert running.metric("sana_sprint_live_drawings_dropped_total") == 19
+        assert running.metric("sana_sprint_live_drawings_superseded_total") == 19
 
 
 def test_a_job_that_waits_shows_what_comes_later(serve: Serve, gated: GatedEngine) -> None:
-    """A waiting job takes the newest drawing, and keeps its place before a request that came in between."""
+    """A waiting job takes the newest drawing, and keeps its position before a later request."""
     running = serve(gated, max_batch=1)
     blocker = running.submit_generate()
     gated.wait_for_batch()
@@ -125,7 +138,7 @@ def test_a_job_that_waits_shows_what_comes_later(serve: Serve, gated: GatedEngin
         wait_until(lambda: waiting_job(running).control_image is not None, "a drawing in the queue")
         wait_until(lambda: np.array_equal(waiting_job(running).control_image, drawing(4)), "the last drawing")
         gated.gate.set()
-        shown = client.picture()
+        shown = client.image()
         assert shown.sequence == last
         assert shown.header["dropped"] == 4
         np.testing.assert_array_equal(shown.pixels, expected_pixels(job(control_image=drawing(4))))
@@ -145,7 +158,7 @@ def test_another_size_keeps_the_place_too(serve: Serve, gated: GatedEngine) -> N
         last = client.set(width=96)
         wait_until(lambda: waiting_job(running).width == 96, "the change")
         gated.gate.set()
-        assert client.picture().sequence == last
+        assert client.image().sequence == last
     assert [request.result().status_code for request in requests] == [200, 200]
     assert [jobs[0].prompt for jobs in gated.seen] == ["a red circle", "live", "behind"]
 
@@ -162,7 +175,7 @@ def test_sessions_and_requests_share_batches(serve: Serve, gated: GatedEngine) -
         running.wait_for_queued(3)
         gated.gate.set()
         assert blocker.result().status_code == request.result().status_code == 200
-        assert [client.picture().sequence for client in (one, other)] == [1, 1]
+        assert [client.image().sequence for client in (one, other)] == [1, 1]
     assert [len(jobs) for jobs in gated.seen] == [1, 3]
 
 
@@ -182,17 +195,17 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(plain: Running) -> None:
             assert told["errors"][0]["field"] == field
             assert part in told["detail"]
         good = client.set(prompt="a red circle", **LOOK)
-        assert client.picture().sequence == good
-        client.draw(b"no picture at all")
+        assert client.image().sequence == good
+        client.draw(b"no image at all")
         assert client.expect_message("error")["errors"][0]["field"] == "drawing"
         client.draw(drawing(3))
-        assert client.picture().header["mode"] == "control"
+        assert client.image().header["mode"] == "control"
         client.set(width=100)
         assert "nearest" in client.expect_message("error")["detail"]
         kept = client.draw(drawing(4))
-        assert client.picture().sequence == kept
+        assert client.image().sequence == kept
         client.set(width=64, prompt="a blue square")
-        assert client.picture().header["width"] == 64
+        assert client.image().header["width"] == 64
 
 
 def test_a_failing_job_ends_nothing(serve: Serve) -> None:
@@ -200,7 +213,7 @@ def test_a_failing_job_ends_nothing(serve: Serve) -> None:
         client.set(prompt="[[raise]]", **LOOK)
         told = client.expect_message("error")
         assert (told["status"], told["code"]) == (500, "engine_failed")
-        assert client.picture_of(client.set(prompt="a red circle")).header["seed"] == 7
+        assert client.image_of(client.set(prompt="a red circle")).header["seed"] == 7
 
 
 def test_a_full_queue_is_said_once_and_then_the_newest_is_drawn(serve: Serve, gated: GatedEngine) -> None:
@@ -214,7 +227,7 @@ def test_a_full_queue_is_said_once_and_then_the_newest_is_drawn(serve: Serve, ga
         assert client.expect_message("error")["code"] == "queue_full"
         last = client.draw(drawing(1))
         gated.gate.set()
-        assert client.picture_of(last).sequence == last
+        assert client.image_of(last).sequence == last
     assert [request.result().status_code for request in requests] == [200, 200]
 
 
@@ -230,7 +243,7 @@ def test_one_session_too_many_is_told_so(serve: Serve) -> None:
     with live(running) as first:
         with pytest.raises(AssertionError, match="too_many_sessions"), live(running):
             pass
-        assert first.picture_of(first.set(prompt="a red circle")).sequence == 1
+        assert first.image_of(first.set(prompt="a red circle")).sequence == 1
     wait_until(lambda: running.metric("sana_sprint_live_sessions") == 0, "the end of the first")
     with live(running) as second:
         assert second.ready["mode"] == "control"
@@ -248,7 +261,7 @@ def test_a_server_that_is_not_ready_says_so(serve: Serve, gated: GatedEngine) ->
 def test_draining_ends_every_session(serve: Serve) -> None:
     running = serve()
     with live(running) as quiet, live(running) as drawing_one:
-        drawing_one.picture_of(drawing_one.set(prompt="a red circle"))
+        drawing_one.image_of(drawing_one.set(prompt="a red circle"))
         loop = running.service.scheduler.loop
         assert loop is not None
         loop.call_soon_threadsafe(running.service.scheduler.begin_drain)
@@ -285,12 +298,12 @@ def test_a_client_that_does_not_read_holds_up_only_itself(serve: Serve) -> None:
     with live(running, max_size=None, max_queue=1) as slow, live(running) as other:
         slow.draw(noise)
         slow.set(prompt="a red circle", mode="image", strength=0.0, output_format="png", **size)
-        # It goes on drawing and stops reading: the server stops making its pictures once buffers are full.
+        # It goes on drawing and stops reading: the server stops making its images once buffers are full.
         for seed in range(40):
             slow.set(seed=seed)
-            other.picture_of(other.set(prompt=f"circle {seed}", **LOOK))
+            other.image_of(other.set(prompt=f"circle {seed}", **LOOK))
         assert made() < 20
-        assert slow.picture_of(slow.sequence).header["seed"] == 39
+        assert slow.image_of(slow.sequence).header["seed"] == 39
 
 
 def test_a_key_comes_as_header_or_as_subprotocol(serve: Serve, tmp_path: Any) -> None:
@@ -355,19 +368,19 @@ def test_a_file_too_large_ends_the_session(plain: Running) -> None:
 def test_a_jpeg_drawing_is_read_too(plain: Running) -> None:
     with live(plain) as client:
         client.draw(image_file(drawing(3), "JPEG"))
-        shown: LiveImage = client.picture_of(client.set(prompt="a red circle", **LOOK))
+        shown: LiveImage = client.image_of(client.set(prompt="a red circle", **LOOK))
         assert shown.header["mode"] == "control"
 
 
 def received(running: Running) -> int:
-    """The number of the newest message that the one open session understood."""
+    """Returns the number of the newest message that the one open session applied."""
     (session,) = running.live._sessions
-    return session._understood
+    return session._applied
 
 
 def waiting_job(running: Running) -> Job:
-    """The job that is first in the line."""
+    """Returns the oldest waiting job."""
     queue = running.service.scheduler._queue
     with queue._filled:
         entries = [entry for group in queue._waiting.values() for entry in group.values()]
-        return min(entries, key=lambda entry: entry.place).job
+        return min(entries, key=lambda entry: entry.sequence).job

@@ -24,8 +24,8 @@ from engines.errors import ArtifactError
 from engines.fake import FakeEngine, expected_pixels
 from engines.types import Deliver, Engine, EngineInfo, Job, RawImage
 from server.loading import automatic
-from server.loading.attempts import MOST
-from server.loading.automatic import AutomaticEngine, Offers, Ways
+from server.loading.attempts import MAX_ATTEMPTS
+from server.loading.automatic import AutomaticEngine, Candidates
 
 SIZE = (64, 64)
 WANTED = EngineRequirements("ab" * 32, "openvino", "2026.1", None, "fp32", (SIZE,), 8)
@@ -53,7 +53,7 @@ class Named(FakeEngine):
 
 @dataclass
 class Bench:
-    """A folder of engines, and how they are found, built and opened."""
+    """EngineOperations on a folder of engines, with fake engines."""
 
     place: Path
     vendors: tuple[EngineRequirements, ...] = (WANTED,)
@@ -75,9 +75,7 @@ class Bench:
 
     def source(self, *, while_building: bool = False) -> AutomaticEngine:
         (self.place / "plan").write_text(json.dumps(self.plan))
-        builder = (sys.executable, stand_in_builder.__file__, str(self.place / "plan"))
-        ways = Ways(self._look, self._find, self._built, self._plain, builder)
-        return AutomaticEngine(self.folder, ways, while_building=while_building)
+        return AutomaticEngine(self, while_building=while_building)
 
     def add(self, name: str, manifest: Manifest) -> Path:
         folder = self.folder / name
@@ -85,17 +83,21 @@ class Bench:
         manifest.write(folder)
         return folder
 
-    def _look(self) -> Offers:
+    @property
+    def build_command(self) -> tuple[str, ...]:
+        return sys.executable, stand_in_builder.__file__, str(self.place / "plan")
+
+    def find_candidates(self) -> Candidates:
         named = enumerate(self.vendors)
-        return Offers(
+        return Candidates(
             [Candidate(one.vendor, f"tiny-{i}", one, ("--vendor", one.vendor), self.missing) for i, one in named]
         )
 
-    def _find(self, candidate: automatic.Candidate, without: Collection[Path]) -> tuple[Path | None, list[str]]:
+    def find_built(self, candidate: automatic.Candidate, exclude: Collection[Path]) -> tuple[Path | None, list[str]]:
         assert isinstance(candidate.requirements, EngineRequirements)
-        return find_engine(self.folder, candidate.requirements, without)
+        return find_engine(self.folder, candidate.requirements, exclude)
 
-    def _built(self, path: Path) -> Engine:
+    def open_built(self, path: Path) -> Engine:
         if path in self.damaged:
             self.damaged.remove(path)
             raise ArtifactError(f"{path}: damaged")
@@ -105,8 +107,8 @@ class Bench:
         self.engines.append(Named(vendor, delay_s))
         return self.engines[-1]
 
-    def _plain(self, narrow: bool) -> Engine:
-        self.plain.append(narrow)
+    def load_pytorch(self, built_sizes_only: bool) -> Engine:
+        self.plain.append(built_sizes_only)
         self.engines.append(Named("eager"))
         return self.engines[-1]
 
@@ -280,7 +282,7 @@ def test_a_disk_that_cannot_be_written_leaves_pytorch(bench: Bench) -> None:
 
 
 def test_the_end_of_the_server_ends_the_build_and_counts_for_nothing(bench: Bench) -> None:
-    times = MOST + 1
+    times = MAX_ATTEMPTS + 1
     bench.plan["gate"] = str(bench.place / "gate")
     for _ in range(times):
         _end_in_the_middle(bench)

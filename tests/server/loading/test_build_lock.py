@@ -1,4 +1,4 @@
-"""The lock of a build, between processes."""
+"""The build lock, between processes."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 from server.generation.engine_source import Building
 from server.loading.build_lock import build_lock
 with build_lock(Path(sys.argv[1]), print) as lock:
-    lock.tell(Building("export", 25.0, 7.5))
+    lock.write_progress(Building("export", 25.0, 7.5))
     print("held", flush=True)
     sys.stdin.read()
 """

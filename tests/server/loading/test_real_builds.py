@@ -55,7 +55,7 @@ def started(model: Path, tmp_path: Path) -> Iterator["Starter"]:
 
 @pytest.fixture(scope="module")
 def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with engines that a first server built; read-only by agreement."""
+    """A cache with engines that a first server built; tests only read it."""
     starter = Starter(model, tmp_path_factory.mktemp("built"))
     server = starter()
     server.wait_ready()
@@ -99,7 +99,7 @@ def info(server: Server) -> dict[str, object]:
     return told
 
 
-def picture(content: bytes) -> NDArray[np.int64]:
+def signed_pixels(content: bytes) -> NDArray[np.int64]:
     return np.asarray(Image.open(io.BytesIO(content))).astype(int)
 
 
@@ -126,7 +126,7 @@ def test_two_servers_on_one_volume_build_once(started: "Starter") -> None:
 
 
 def builder_of(server: Server) -> int:
-    """The process id of its builder."""
+    """Returns the process id of its builder."""
     children = Path(f"/proc/{server.process.pid}/task")
     found = [child for task in children.iterdir() for child in (task / "children").read_text().split()]
     for child in found:
@@ -155,7 +155,7 @@ def test_a_server_killed_in_the_middle_keeps_nothing_locked(started: "Starter") 
 
 
 def test_a_full_disk_leaves_pytorch(model: Path, tmp_path: Path) -> None:
-    """The limit of the size of a file is inherited by the builder."""
+    """The builder inherits the limit of file sizes."""
     limited = (
         "import resource, runpy, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))\n"
@@ -224,7 +224,7 @@ def test_swap_under_load_loses_nothing_and_answers_nothing_wrong(started: "Start
             answer = client.post("/generate", json=body)
             if answer.status_code != 200:
                 return answer.text
-            off = abs(picture(answer.content) - expected[number % seeds]).max()
+            off = abs(signed_pixels(answer.content) - expected[number % seeds]).max()
             return None if off <= 2 else f"request {number}: off by {off}"
 
         wrong = []

@@ -1,4 +1,4 @@
-"""What supervisor and worker hand each other."""
+"""Messages between supervisor and worker."""
 
 import resource
 import socket
@@ -35,7 +35,7 @@ def test_words_and_ends_are_told_apart(ends: tuple[socket.socket, socket.socket]
     assert channel.receive(ends[1]) == "drain"
     ends[0].close()
     assert channel.receive(ends[1]) == "closed"
-    assert not channel.send_report(ends[1], WorkerStatus())  # to nobody
+    assert not channel.send_status(ends[1], WorkerStatus())  # to nobody
 
 
 def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
@@ -55,11 +55,11 @@ def test_a_worker_without_files_to_open_loses_the_connection_and_nothing_else(
 
 def test_the_newest_report_counts(ends: tuple[socket.socket, socket.socket]) -> None:
     for number in range(3):
-        assert channel.send_report(ends[1], WorkerStatus("ready", received=number, open=1, room=9))
-    assert channel.reports(ends[0]) == (WorkerStatus("ready", 2, 1, 9), True)
-    assert channel.reports(ends[0]) == (None, True)
+        assert channel.send_status(ends[1], WorkerStatus("ready", received=number, open=1, room=9))
+    assert channel.receive_status(ends[0]) == (WorkerStatus("ready", 2, 1, 9), True)
+    assert channel.receive_status(ends[0]) == (None, True)
     ends[1].close()
-    assert channel.reports(ends[0]) == (None, False)
+    assert channel.receive_status(ends[0]) == (None, False)
     with socket.socket() as connection:
         assert not channel.send_connection(ends[0], connection)
         assert connection.fileno() != -1

@@ -1,4 +1,4 @@
-"""Threads for the cores that a process really has: affinity, quotas of cgroups of both versions, OMP_NUM_THREADS."""
+"""One thread for each usable core: affinity, cgroup quotas of both versions, OMP_NUM_THREADS."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ FREE = {"OMP_NUM_THREADS": "", "OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
 
 
 def host(tmp_path: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
-    """A /proc and a /sys as a container would see them."""
+    """Writes a /proc and a /sys as a container sees them."""
     for name, text in {"proc/self/cgroup": groups, "proc/self/mountinfo": mounts, **files}.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,13 +32,13 @@ V1 = "33 31 0:30 {root} /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup r
 FOLDER = "sys/fs/cgroup/cpu,cpuacct"
 
 
-def usable(root: Path, cores: int) -> tuple[int, str]:
-    """As a process that may run on `cores` cores answers."""
+def usable_cores(root: Path, cores: int) -> tuple[int, str]:
+    """Returns the answer of a process that may run on `cores` cores."""
     code = (
         "import os, sys; from pathlib import Path\n"
         f"os.sched_getaffinity = lambda _: set(range({cores}))\n"
-        "from server.processes.cores import usable\n"
-        "found = usable(Path(sys.argv[1])); print(found.number); print(found.reason)"
+        "from server.processes.cores import usable_cores\n"
+        "found = usable_cores(Path(sys.argv[1])); print(found.threads); print(found.reason)"
     )
     told = subprocess.run(
         [sys.executable, "-c", code, str(root)], cwd=ROOT, check=True, capture_output=True, text=True
@@ -49,7 +49,7 @@ def usable(root: Path, cores: int) -> tuple[int, str]:
 @pytest.mark.parametrize(("quota", "count"), [("100000", 1), ("150000", 1), ("250000", 2), ("20000", 1), ("max", 8)])
 def test_the_quota_of_version_2(tmp_path: Path, quota: str, count: int) -> None:
     root = host(tmp_path, "0::/\n", V2, {"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"})
-    found, reason = usable(root, 8)
+    found, reason = usable_cores(root, 8)
     assert found == count
     assert reason.startswith(f"{count}: ")
     assert ("quota" in reason) == (quota != "max")
@@ -59,7 +59,7 @@ def test_the_quota_of_version_2(tmp_path: Path, quota: str, count: int) -> None:
 def test_the_smallest_quota_from_here_upwards_counts(tmp_path: Path, within: str) -> None:
     files = {f"sys/fs/cgroup/{folder}/cpu.max": "max 100000\n" for folder in ("pod/box", "pod", ".")}
     files[f"sys/fs/cgroup/{within or '.'}/cpu.max"] = "300000 100000\n"
-    assert usable(host(tmp_path, "0::/pod/box\n", V2, files), 8)[0] == 3
+    assert usable_cores(host(tmp_path, "0::/pod/box\n", V2, files), 8)[0] == 3
 
 
 @pytest.mark.parametrize("root", ["/", "/docker/abc"])
@@ -68,16 +68,16 @@ def test_the_quota_of_version_1(tmp_path: Path, root: str, quota: str, count: in
     inside = "docker/abc" if root == "/" else "."
     files = {f"{FOLDER}/{inside}/cpu.cfs_quota_us": quota, f"{FOLDER}/{inside}/cpu.cfs_period_us": "100000"}
     groups = "4:cpu,cpuacct:/docker/abc\n3:memory:/docker/abc\n0::/\n"
-    assert usable(host(tmp_path, groups, V1.format(root=root), files), 8)[0] == count
+    assert usable_cores(host(tmp_path, groups, V1.format(root=root), files), 8)[0] == count
 
 
 def test_a_host_without_cgroups_has_its_affinity(tmp_path: Path) -> None:
-    assert usable(tmp_path, 3) == (3, "3: the cores that this process may run on")
+    assert usable_cores(tmp_path, 3) == (3, "3: the cores that this process may run on")
 
 
 @contextmanager
 def served(**environment: str) -> Iterator[dict[str, object]]:
-    """What /v1/info of a server says."""
+    """Returns /v1/info of a server."""
     server = Server("--backend", "fake", **{**FREE, **environment})
     try:
         told: dict[str, object] = httpx.get(f"{server.wait_ready()}/v1/info").json()
@@ -97,19 +97,20 @@ def test_number_and_reason_are_told() -> None:
 
 
 def test_the_engine_computes_with_as_many_and_they_do_not_spin() -> None:
-    """Of the library that computes, in a process that was told nothing."""
+    """Torch itself, in a process without OpenMP's variables."""
     code = (
-        "import os; from server.processes.cores import settle\n"
-        "found = settle(os.environ)\n"
+        "import os; from server.processes.cores import configure_openmp\n"
+        "found = configure_openmp(os.environ)\n"
         "import torch\n"
-        "assert torch.get_num_threads() == found.number, (torch.get_num_threads(), found)\n"
+        "assert torch.get_num_threads() == found.threads, (torch.get_num_threads(), found)\n"
         "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
+        "assert os.environ['OMP_NUM_THREADS'] == str(found.threads)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name not in FREE}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=environment)
     kept = (
-        "import os; from server.processes.cores import settle\n"
-        "settle(os.environ); assert 'OMP_WAIT_POLICY' not in os.environ"
+        "import os; from server.processes.cores import configure_openmp\n"
+        "configure_openmp(os.environ); assert 'OMP_WAIT_POLICY' not in os.environ"
     )
     environment["GOMP_SPINCOUNT"] = "100"
     subprocess.run([sys.executable, "-c", kept], cwd=ROOT, check=True, env=environment)
@@ -123,7 +124,7 @@ def test_a_quota_of_one_core_is_one_thread() -> None:
     try:
         (group / "cpu.cfs_quota_us").write_text("100000")
         (group / "cpu.cfs_period_us").write_text("100000")
-        code = "from server.processes.cores import usable; print(usable())"
+        code = "from server.processes.cores import usable_cores; print(usable_cores())"
         done = subprocess.run(
             ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", sys.executable, "-c", code],
             cwd=ROOT,
@@ -131,7 +132,7 @@ def test_a_quota_of_one_core_is_one_thread() -> None:
             text=True,
             check=True,
         )
-        assert "number=1" in done.stdout
+        assert "threads=1" in done.stdout
         assert "quota is 1, of" in done.stdout
     finally:
         group.rmdir()

@@ -1,4 +1,4 @@
-"""A host at its limits: no descriptor left, a taken port, addresses of both kinds, a stdout without a reader."""
+"""A host at its limits: no descriptor left, a port in use, IPv4 and IPv6, a stdout without a reader."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ READY = r"is ready \(pid (\d+)\)"
 
 @contextlib.contextmanager
 def ended(program: Program) -> Iterator[None]:
-    """SIGTERM at the end of the block, where the program still runs, and its last output."""
+    """Sends SIGTERM at the end of the block if the program still runs, and waits for its end."""
     try:
         yield
     finally:
@@ -35,7 +35,7 @@ def ended(program: Program) -> Iterator[None]:
 
 
 class Limited(Server):
-    """python -m server, under `ulimit`."""
+    """Starts python -m server under `ulimit`."""
 
     def __init__(self, limits: str, *arguments: str, **environment: str) -> None:
         self.command = ["sh", "-c", f'{limits}; exec "$@"', "sh"]

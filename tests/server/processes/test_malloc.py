@@ -1,4 +1,4 @@
-"""What the C library is told of memory: in a process of its own, since it cannot be untold."""
+"""The malloc configuration, in a process of its own, since it cannot be undone."""
 
 import platform
 
@@ -7,8 +7,8 @@ from program import Program
 
 PROBE = """
 import os, ctypes, threading
-from server.processes.malloc import keep_memory
-print(keep_memory(os.environ))
+from server.processes.malloc import configure_malloc
+print(configure_malloc(os.environ))
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]

@@ -31,7 +31,7 @@ class Supervised(Program):
         super().__init__("-m", "server", "--port", "0", "--workers", str(WORKERS), *arguments)
 
     def pids(self) -> dict[int, int]:
-        """Worker -> the process that was the last to become ready in its place."""
+        """Returns slot -> the last process that became ready in it."""
         return {int(place): int(pid) for place, pid in re.findall(r"worker (\d) is ready \(pid (\d+)\)", self.output)}
 
     def wait_ready(self) -> httpx.Client:
@@ -50,7 +50,7 @@ def stop(supervised: Supervised) -> None:
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Supervised]:
-    """Workers that take one job at a time, and 300 ms for it; the last test that asks ends them."""
+    """Workers that run one job at a time in 300 ms; the last test that uses them ends them."""
     supervised = Supervised("--backend", "fake", "--fake-delay-ms", "300", "--max-batch", "1")
     yield supervised
     stop(supervised)
@@ -58,23 +58,23 @@ def slow() -> Iterator[Supervised]:
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[Supervised]:
-    """The last test that asks kills them."""
+    """Workers that the last test kills."""
     supervised = Supervised("--backend", "fake")
     yield supervised
     stop(supervised)
 
 
 def samples(client: httpx.Client, name: str) -> dict[str, float]:
-    """Values of a metric without labels but `replica`, by replica."""
+    """Returns the values of a metric, labelled by `replica` only, by replica."""
     families = text_string_to_metric_families(client.get("/metrics").text)
     return {s.labels["replica"]: s.value for family in families for s in family.samples if s.name == name}
 
 
 def test_connections_are_shared_and_numbers_add_up(quick: Supervised) -> None:
     with quick.wait_ready() as client:
-        pictures = [client.post("/generate", json=BODY) for _ in range(4 * WORKERS)]
-        assert {picture.status_code for picture in pictures} == {200}
-        assert len({picture.content for picture in pictures}) == 1
+        answers = [client.post("/generate", json=BODY) for _ in range(4 * WORKERS)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.content for answer in answers}) == 1
         text = client.get("/metrics").text
         made = samples(client, "sana_sprint_images_total")
         assert len(re.findall(r"^# TYPE sana_sprint_images_total", text, re.MULTILINE)) == 1
@@ -128,7 +128,7 @@ def test_a_drawing_session_stays_with_one_worker(quick: Supervised) -> None:
 
 
 def test_one_worker_can_be_drained_alone(quick: Supervised) -> None:
-    """Connections that were on their way to it may be refused once more; then the others get all."""
+    """Connections on their way to it may still be refused; then the other workers get all."""
     with quick.wait_ready() as client:
         before = quick.pids()
         os.kill(before[0], signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Offers of another protocol: declined ones are as if not made, a websocket's are answered in any case."""
+"""Offers of another protocol: the server ignores all but a websocket's, and answers those in any case."""
 
 import asyncio
 import contextlib
@@ -177,7 +177,7 @@ def test_a_handshake_that_nobody_answers_ends(serve: Serve, monkeypatch: pytest.
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_no_connection_breaks_the_drain(workers: str) -> None:
-    with process("--workers", workers, "--drain-limit-s", "3") as program, contextlib.ExitStack() as stack:
+    with process("--workers", workers, "--shutdown-timeout-s", "3") as program, contextlib.ExitStack() as stack:
         url = program.wait_ready()
         for lines in [
             (*HANDSHAKE, "content-length: 2"),
@@ -213,7 +213,7 @@ def test_handshakes_with_a_body_keep_no_file_open(workers: str) -> None:
 
 
 def test_the_offer_of_curl_is_served(url: str) -> None:
-    """`curl --http2`, which a client library cannot be made to send here."""
+    """Sends what `curl --http2` sends; no client library here can."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE_S)
     headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAoAAA"}
     connection.request("POST", "/generate", BODY, headers | {"content-type": "application/json"})

@@ -18,7 +18,7 @@ def connect(running: Running) -> socket.socket:
 
 
 def everything(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """Returns the bytes received until the server closes."""
     received = b""
     while part := connection.recv(65536):
         received += part
@@ -98,7 +98,7 @@ def test_an_idle_connection_between_requests_is_not_late(serve: Serve, monkeypat
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux drops readers that stopped reading")
 def test_a_client_that_stops_reading_is_dropped(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.processes.uvicorn_server, "UNREAD_MS", 300)
+    monkeypatch.setattr(server.processes.uvicorn_server, "WRITE_STALL_MS", 300)
     running = serve()
     body = json.dumps({"prompt": "x", "width": 1024, "height": 1024, "num_images": 8}).encode()
     head = (

@@ -41,7 +41,7 @@ def test_names_types_and_labels(plain: Running) -> None:
         for sample in families[name].samples:
             assert set(sample.labels) - {"le"} == labels, sample
     beyond = {name for name in families if name.startswith("sana_sprint_")} - set(CONTRACT)
-    ours = {"sana_sprint_engine_failures", "sana_sprint_uncaptured_batches", "sana_sprint_origins_refused"}
+    ours = {"sana_sprint_engine_failures", "sana_sprint_cuda_graph_misses", "sana_sprint_origins_refused"}
     ours |= {"sana_sprint_replaced_kernels", "sana_sprint_workers_wanted", "sana_sprint_worker_ready"}
     ours |= {"sana_sprint_safety_checks", "sana_sprint_safety_check_duration_seconds"}
     ours |= {"sana_sprint_engine_build_progress", "sana_sprint_engine_build_seconds_left"}
@@ -168,4 +168,4 @@ def test_batches_without_a_graph_are_counted(serve: Serve) -> None:
     running = serve(SmallGraphs())
     for width, count in ((64, 0), (96, 1), (96, 2), (64, 2)):
         assert running.generate(width=width).status_code == 200
-        assert running.metric("sana_sprint_uncaptured_batches_total") == count
+        assert running.metric("sana_sprint_cuda_graph_misses_total") == count

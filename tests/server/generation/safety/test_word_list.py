@@ -1,4 +1,4 @@
-"""Which prompts a list of words refuses, and what it says of them."""
+"""Prompts that a word list refuses, and its reasons."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_a_file_has_comments_and_blank_lines(tmp_path: Path) -> None:
     file = tmp_path / "words"
     file.write_text("\ufeff# harmless\n\n  gore  \n", encoding="utf-8")
     words = WordList.read(file)
-    assert words.check("a harmless picture").allowed
+    assert words.check("a harmless image").allowed
     assert not words.check("gore").allowed
 
 

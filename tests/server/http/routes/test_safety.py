@@ -180,7 +180,7 @@ def test_live_drawing_is_checked_too(serve: Serve, packages: Path) -> None:
         client.set(prompt="a square")
         told = client.expect_message("error")
         assert (told["code"], told["errors"][0]["field"]) == ("content_policy_violation", "image")
-        shown = client.picture_of(client.set(prompt="a circle"))  # the session goes on
+        shown = client.image_of(client.set(prompt="a circle"))  # the session goes on
         np.testing.assert_array_equal(shown.pixels, expected_pixels(job("a circle")))
 
 
