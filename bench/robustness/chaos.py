@@ -34,7 +34,7 @@ from bench.robustness.scenario import Stage
 # A batch takes 5 ms; a hang shows in two seconds, a body must come within 1.5. The queue holds every accepted job.
 FLAGS = (
     *("--backend", "fake", "--fake-delay-ms", "5", "--max-queue", "512", "--log-format", "json"),
-    *("--hang-limit-s", "2", "--body-timeout-s", "1.5", "--drain-limit-s", "30"),
+    *("--batch-timeout-s", "2", "--body-timeout-s", "1.5", "--shutdown-timeout-s", "30"),
 )
 
 

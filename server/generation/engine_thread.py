@@ -165,7 +165,7 @@ class EngineThread:
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.padding.inc(max(images[0].bucket - len(jobs), 0))
-        self._metrics.uncaptured.inc(images[0].uncaptured)
+        self._metrics.cuda_graph_misses.inc(images[0].uncaptured)
         return images
 
     def _after_out_of_memory(self, engine: Engine, batch: Sequence[Entry], error: Exception) -> None:
@@ -185,7 +185,7 @@ class EngineThread:
     def _after_failure(self, engine: Engine, batch: Sequence[Entry], error: Exception, *, again: bool) -> None:
         self._metrics.engine_failures.labels("output" if isinstance(error, OutputError) else "error").inc()
         if isinstance(error, JobError) and len(batch) == 1:
-            self._listener.on_outcomes([(batch[0], InvalidError.of_job(error))])
+            self._listener.on_outcomes([(batch[0], InvalidError.from_job_error(error))])
         elif not again:
             logger.warning("a batch of %d failed (%s); running its jobs alone", len(batch), type(error).__name__)
             for entry in batch:

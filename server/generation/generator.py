@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels
-from server.errors import Fault, InvalidError
+from server.errors import FieldError, InvalidError
 from server.generation.image_codec import Codec, ImageFormat, encoder, measured
 from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
@@ -129,7 +129,7 @@ def first_job(order: GenerationRequest, limits: Limits) -> Job:
     if seed > last:
         raise InvalidError(
             [
-                Fault(
+                FieldError(
                     "seed",
                     f"seed: got {seed} for {order.count} images, allowed: 0 to {last}, since image i uses seed + i",
                 )
@@ -162,9 +162,11 @@ def first_job(order: GenerationRequest, limits: Limits) -> Job:
             field = "control_image"
             remedy = "; strokes need a ControlNet: the folder controlnet/ in the checkpoint, or --controlnet"
         runs = ", ".join(sorted(limits.conditioning))
-        raise InvalidError([Fault(field, f"{field}: got {conditioned.conditioning}, this engine runs {runs}{remedy}")])
+        raise InvalidError(
+            [FieldError(field, f"{field}: got {conditioned.conditioning}, this engine runs {runs}{remedy}")]
+        )
     try:
         limits.check(conditioned)
     except JobError as error:
-        raise InvalidError.of_job(error) from error
+        raise InvalidError.from_job_error(error) from error
     return job

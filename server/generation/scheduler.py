@@ -53,16 +53,16 @@ class Scheduler:
         *,
         max_batch: int,
         max_queue: int,
-        hang_limit_s: float,
-        drain_limit_s: float,
+        batch_timeout_s: float,
+        shutdown_timeout_s: float,
         metrics: Metrics,
         leave: Callable[[int], None],
         when_ready: Callable[[Engine], None],
     ) -> None:
         self._metrics = metrics
         self._source = source
-        self._hang_limit_s = hang_limit_s
-        self._drain_limit_s = drain_limit_s
+        self._hang_limit_s = batch_timeout_s
+        self._drain_limit_s = shutdown_timeout_s
         self._drain_ends: float | None = None
         self._leave = leave
         self._when_ready = when_ready

@@ -21,7 +21,7 @@ from server.errors import (
     CLOSE_IDLE,
     CLOSE_RESTART,
     CLOSE_SLOW,
-    Fault,
+    FieldError,
     InvalidError,
     QueueFullError,
     RequestError,
@@ -154,7 +154,7 @@ class LiveSession:
         elif drawing is not None:
             if len(drawing) > MAX_DRAWING:
                 got = f"drawing: got {len(drawing)} bytes, allowed: at most {MAX_DRAWING} bytes (8 MiB)"
-                raise InvalidError([Fault("drawing", got)])
+                raise InvalidError([FieldError("drawing", got)])
             self._drawing = drawing
             self._drawings += 1
         self._understood = self._sequence
@@ -278,7 +278,7 @@ class LiveSession:
         self._shown_drawings = wanted.drawings
         self.drawn += 1
         self._metrics.live_seconds.observe(total_s)
-        self._metrics.live_dropped.inc(dropped)
+        self._metrics.live_superseded.inc(dropped)
 
     async def _say(self, text: str, content: bytes | None = None) -> None:
         """Sends a text message, and a binary one right behind it. Raises SessionEndError for a client that is stuck."""

@@ -157,7 +157,7 @@ class AutomaticEngine:
                 continue
             engine.info.reasons["engine"] = f"{vendor}: {self._fastest.reason(vendor)} ({paths[vendor]})"
             return engine
-        raise BuildFailedError("; ".join(failures), again=False)
+        raise BuildFailedError("; ".join(failures), retryable=False)
 
     def _open(self, candidate: Candidate, path: Path) -> Engine:
         """Opens built engines; those that are damaged are built again, once."""
@@ -178,14 +178,14 @@ class AutomaticEngine:
         if candidate.missing:
             names = ", ".join(candidate.missing)
             raise BuildFailedError(
-                f"not built here, without {names}; install them, or run {candidate.command}", again=True
+                f"not built here, without {names}; install them, or run {candidate.command}", retryable=True
             )
         try:
             with build_lock(self._folder / f".{candidate.name}.lock", self._wait) as lock:
                 path, _ = self._ways.find(candidate, self._unfit)  # another process may have built it meanwhile
                 return path or self._build(candidate, lock.descriptor, lock.tell)
         except OSError as error:
-            raise BuildFailedError(f"{self._folder}: {error.strerror or error}", again=True) from error
+            raise BuildFailedError(f"{self._folder}: {error.strerror or error}", retryable=True) from error
         finally:
             self._building = None
 
@@ -193,7 +193,7 @@ class AutomaticEngine:
         out = self._folder / candidate.name
         attempts = Attempts(self._folder / f".{candidate.name}.attempts.json", f"{candidate.wanted!r} {__version__}")
         if (why := attempts.why_not_again()) is not None:
-            raise BuildFailedError(why, again=False)
+            raise BuildFailedError(why, retryable=False)
 
         def told(building: Building) -> None:
             self._building = building
@@ -212,7 +212,7 @@ class AutomaticEngine:
         except BuildFailedError as error:
             if self._ended.is_set():
                 attempts.forgive()
-            elif not error.again:
+            elif not error.retryable:
                 attempts.failed(str(error))
             raise
         attempts.clear()
@@ -221,7 +221,7 @@ class AutomaticEngine:
         if path is None:
             reason = f"what was built does not fit: {'; '.join(others) or out}"
             attempts.failed(reason)
-            raise BuildFailedError(reason, again=False)
+            raise BuildFailedError(reason, retryable=False)
         logger.info("built for %s: %s", candidate.vendor, path)
         return path
 
@@ -231,4 +231,4 @@ class AutomaticEngine:
         percent, left = (0.0, None) if theirs is None else (theirs.percent, theirs.seconds_left)
         self._building = Building(f"another process builds: {step}", percent, left)
         if self._ended.wait(PAUSE_S):
-            raise BuildFailedError("the server is shutting down", again=True)
+            raise BuildFailedError("the server is shutting down", retryable=True)

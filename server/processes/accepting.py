@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from server.errors import ListenError
-from server.telemetry.logs import Seldom
+from server.telemetry.logs import RateLimitedLog
 
 BACKLOG = 2048  # as uvicorn
 AT_ONCE = 64  # connections taken before others on the event loop get their turn
@@ -42,7 +42,7 @@ class Acceptor:
         self._check = check or check_room
         self._running = False
         self._again: asyncio.TimerHandle | None = None
-        self._log = Seldom(logger)
+        self._log = RateLimitedLog(logger)
 
     def resume(self) -> None:
         if not self._running:

@@ -25,7 +25,7 @@ from server.processes.accepting import Acceptor, check_room, full, listen
 from server.processes.announce import address, say_listening, say_ready
 from server.processes.cores import THREADS, shares
 from server.settings import Settings
-from server.telemetry.logs import Seldom
+from server.telemetry.logs import RateLimitedLog
 
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before another start in a place where the last ones never became ready
 KILL_S = 10.0  # after the drain limit
@@ -76,7 +76,7 @@ class Supervisor:
         self._acceptor: Acceptor | None = None
         self._draining = asyncio.Event()
         self._ready = asyncio.Event()
-        self._refused = Seldom(logger)
+        self._refused = RateLimitedLog(logger)
 
     async def run(self) -> int:
         """Until a signal, or until a worker cannot start at all; the worst exit code of the last workers.
@@ -106,10 +106,10 @@ class Supervisor:
     async def _until_drained(self, places: Sequence[asyncio.Task[int]]) -> Sequence[int]:
         await self._draining.wait()
         settings = self._settings
-        logger.info("draining %d workers: at most %g s", len(self._workers), settings.drain_limit_s)
+        logger.info("draining %d workers: at most %g s", len(self._workers), settings.shutdown_timeout_s)
         for worker in self._workers:
             channel.send_drain(worker.end)
-        await asyncio.wait(places, timeout=settings.drain_delay_s + settings.drain_limit_s + KILL_S)
+        await asyncio.wait(places, timeout=settings.drain_delay_s + settings.shutdown_timeout_s + KILL_S)
         for worker in self._workers:
             logger.error("worker %d did not end; killing it", worker.index)
             worker.process.kill()

@@ -287,7 +287,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         settings = self._service.settings
-        logger.info("draining: at most %g s", settings.drain_limit_s)
+        logger.info("draining: at most %g s", settings.shutdown_timeout_s)
         await asyncio.sleep(settings.drain_delay_s)
         scheduler = self._service.scheduler
         self._live.drain()
@@ -321,5 +321,5 @@ def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_limit_s)),
+        timeout_graceful_shutdown=max(1, math.ceil(settings.shutdown_timeout_s)),
     )

@@ -74,7 +74,7 @@ def test_the_printed_curl_line_works_and_sigterm_answers_what_was_accepted(launc
 
 
 def test_a_hang_ends_the_process_with_its_code(launch: Launch) -> None:
-    program = launch("--backend", "fake", "--hang-limit-s", "0.2")
+    program = launch("--backend", "fake", "--batch-timeout-s", "0.2")
     url = program.wait_ready()
     body = {"prompt": "[[hang]]", "width": 64, "height": 64}
     answer = httpx.post(f"{url}/generate", json=body, timeout=PATIENCE_S)

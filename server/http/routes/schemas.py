@@ -1,4 +1,4 @@
-"""The bodies of requests and answers, with the contract's bounds, and the sentences for values outside them."""
+"""Request and answer bodies of POST /generate, with the bounds of each field."""
 
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ MAX_PROMPT = 4000
 
 
 def _integral(value: Any) -> Any:
-    """JSON knows one kind of number: 2.0 is a whole number."""
+    """Converts 2.0 to 2: JSON has one number type."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -30,7 +30,7 @@ IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 
 
 class Sampling(BaseModel):
-    """What every way to ask for a picture understands."""
+    """The fields of every API that generates images: /generate, OpenAI's routes, live sessions."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -49,12 +49,12 @@ class Sampling(BaseModel):
 
     @property
     def adapters(self) -> tuple[tuple[str, float], ...]:
-        """Of `lora`, those that change anything."""
+        """The adapters of `lora` with a scale other than 0."""
         return tuple((name, scale) for name, scale in (self.lora or {}).items() if scale)
 
 
 class Options(Sampling):
-    """What both POST /generate and the OpenAI routes understand."""
+    """The fields that POST /generate and the OpenAI routes share."""
 
     image: str | None = Field(
         None,
@@ -73,23 +73,12 @@ class Options(Sampling):
     timeout_ms: Milliseconds | None = Field(
         None, description="A request that cannot start by then gets 504. Null: the server's."
     )
-
-
-class GenerateRequest(Options):
-    """Body of POST /generate. An unknown field is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"prompt": "a red circle on a white background", "seed": 7}]},
-    )
-
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
-    num_images: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Image i uses seed + i.")
 
-    def order(self, *, base64: bool) -> GenerationRequest:
+    def _generation_request(self, count: int, *, base64: bool) -> GenerationRequest:
         return GenerationRequest(
             prompt=self.prompt,
-            count=self.num_images,
+            count=count,
             steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
@@ -107,6 +96,21 @@ class GenerateRequest(Options):
         )
 
 
+class GenerateRequest(Options):
+    """Body of POST /generate. An unknown field is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"prompt": "a red circle on a white background", "seed": 7}]},
+    )
+
+    num_images: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Image i uses seed + i.")
+
+    def generation_request(self, *, base64: bool) -> GenerationRequest:
+        """Returns the request for the generator. `base64`: the results as base64 for a JSON answer."""
+        return self._generation_request(self.num_images, base64=base64)
+
+
 class GeneratedImage(BaseModel):
     b64: str
     seed: int
@@ -116,7 +120,7 @@ class GeneratedImage(BaseModel):
 
 
 class StageTimings(BaseModel):
-    """Milliseconds; of several images, the slowest in each stage."""
+    """Milliseconds per stage; of several images, the maximum of each stage."""
 
     queue: float
     text: float
@@ -124,11 +128,11 @@ class StageTimings(BaseModel):
     decode: float
     encode: float
     total: float
-    safety: float | None = Field(None, description="Of the checks, where --safety is on.")
+    safety: float | None = Field(None, description="Of the checks, with --safety.")
 
 
 class GenerateAnswer(BaseModel):
-    """The answer with `Accept: application/json`, or for several images."""
+    """Answer with `Accept: application/json`, or with several images."""
 
     id: str
     created: int
@@ -145,7 +149,7 @@ class ProblemFault(BaseModel):
 
 
 class BuildingEngine(BaseModel):
-    """The step under way, and how far the whole is; `seconds_left` is null while nobody can tell."""
+    """The current step and the progress of the build; `seconds_left` is null while it is unknown."""
 
     module: str
     percent: int
@@ -153,8 +157,10 @@ class BuildingEngine(BaseModel):
 
 
 class Problem(BaseModel):
-    """Every error (RFC 9457, application/problem+json). `code` is for programs, `errors` comes with 422, `building`
-    with 503 while an engine is built."""
+    """Every error (RFC 9457, application/problem+json).
+
+    `code` is for programs. `errors` comes with 422, `building` with 503 while an engine is built.
+    """
 
     title: str
     status: int

@@ -10,8 +10,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.cluster import retry
 from server.cluster.__main__ import parse
-from server.cluster.application import Scale, application, build
-from server.cluster.scaling import INSIDE, WAITING, ByWaitingJobs
+from server.cluster.application import ScalingConfig, application, build
+from server.cluster.scaling import IN_FLIGHT, WAITING, ByWaitingJobs
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -24,7 +24,7 @@ class Context:
 
 
 def jobs(waiting: list[float], inside: list[float]) -> Mapping[str, Mapping[Any, float]]:
-    return {WAITING: dict(enumerate(waiting)), INSIDE: dict(enumerate(inside))}
+    return {WAITING: dict(enumerate(waiting)), IN_FLIGHT: dict(enumerate(inside))}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def jobs(waiting: list[float], inside: list[float]) -> Mapping[str, Mapping[Any,
 def test_replicas_follow_what_waits(
     running: int, target: int, found: Mapping[str, Mapping[Any, float]] | None, wanted: int
 ) -> None:
-    assert ByWaitingJobs(jobs_waiting=8, max_batch=8)(Context(running, target, found)) == (wanted, {})
+    assert ByWaitingJobs(target_waiting_jobs=8, max_batch=8)(Context(running, target, found)) == (wanted, {})
 
 
 @dataclass
@@ -86,7 +86,7 @@ def ask(proxy: Proxy, messages: list[Message], path: str = "/generate") -> list[
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(retry.AskAgain(proxy)({"type": "http", "method": "POST", "path": path}, receive, send))
+    asyncio.run(retry.RetryMiddleware(proxy)({"type": "http", "method": "POST", "path": path}, receive, send))
     return sent
 
 
@@ -140,7 +140,7 @@ def test_the_proxys_own_routes_are_left_alone() -> None:
 
 def test_flags_are_those_of_the_cluster_and_of_the_server() -> None:
     scale, settings = parse(["--max-replicas", "4", "--gpus", "0.5", "--model", "sprint-0.6b", "--port", "9000"])
-    assert scale == Scale(max_replicas=4, gpus=0.5)
+    assert scale == ScalingConfig(max_replicas=4, gpus=0.5)
     assert (settings.model, settings.port) == ("sprint-0.6b", 9000)
 
 
@@ -159,4 +159,4 @@ def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> No
 
 def test_more_replicas_at_least_than_at_most_are_refused() -> None:
     with pytest.raises(SettingsError, match="got 3, 2, allowed: 1 <= min <= max"):
-        build(Settings(), Scale(min_replicas=3, max_replicas=2))
+        build(Settings(), ScalingConfig(min_replicas=3, max_replicas=2))

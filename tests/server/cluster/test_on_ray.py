@@ -33,7 +33,18 @@ PATIENCE = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 SETTINGS = ("--backend", "fake", "--fake-delay-ms", "100", "--max-batch", "2", "--log-level", "warning")
-SCALE = ("--min-replicas", "2", "--max-replicas", "3", "--cpus", "0.1", "--jobs-waiting", "4", "--up-s", "3")
+SCALE = (
+    "--min-replicas",
+    "2",
+    "--max-replicas",
+    "3",
+    "--cpus",
+    "0.1",
+    "--target-waiting-jobs",
+    "4",
+    "--upscale-delay-s",
+    "3",
+)
 
 
 def body(number: int) -> dict[str, object]:
@@ -152,7 +163,7 @@ def test_no_request_is_lost_while_replicas_come_die_and_go() -> None:
     client.close()
     assert single.stop() == 0
 
-    cluster = Started("server.cluster", *SETTINGS, *SCALE, "--down-s", "15", "--port", str(free_port()))
+    cluster = Started("server.cluster", *SETTINGS, *SCALE, "--downscale-delay-s", "15", "--port", str(free_port()))
     client = cluster.client()
     watch = Watch(client)
     until("two replicas", lambda: watch.count == 2)

@@ -63,7 +63,7 @@ def test_the_engine_runs_batch_after_batch_while_not_one_picture_is_encoded(serv
 
 
 def test_a_picture_that_is_made_outlives_its_engine(serve: Serve, encoder: SlowEncoder) -> None:
-    running = serve(open_engine(max_batch=1), max_batch=1, hang_limit_s=0.2, codec_threads=1)
+    running = serve(open_engine(max_batch=1), max_batch=1, batch_timeout_s=0.2, codec_threads=1)
     held(encoder)
     made = running.later("a red circle")
     wait_until(lambda: encoder.waiting == 1, "the encoder")

@@ -134,7 +134,7 @@ def test_a_poisonous_job_fails_alone(serve: Serve) -> None:
 
 
 def test_a_failure_that_passes_is_seen_by_nobody(serve: Serve) -> None:
-    engine = GatedEngine(faults=FaultPlan(raise_on_calls=frozenset({1})))
+    engine = GatedEngine(field_errors=FaultPlan(raise_on_calls=frozenset({1})))
     running = serve(engine)
     requests = queue_up(running, engine, ["a", "b"])
     engine.gate.set()
@@ -151,7 +151,7 @@ def test_a_failure_that_passes_is_seen_by_nobody_in_a_batch_of_one_either(serve:
 
 
 def test_out_of_memory_halves_the_batches_of_its_key_and_goes_on(serve: Serve) -> None:
-    engine = GatedEngine(faults=FaultPlan(out_of_memory_above=2))
+    engine = GatedEngine(field_errors=FaultPlan(out_of_memory_above=2))
     running = serve(engine)
     requests = queue_up(running, engine, [f"prompt {i}" for i in range(7)])
     engine.gate.set()
@@ -166,13 +166,13 @@ def test_out_of_memory_halves_the_batches_of_its_key_and_goes_on(serve: Serve) -
 
 
 def test_a_job_too_large_even_alone_gets_500(serve: Serve) -> None:
-    running = serve(FakeEngine(faults=FaultPlan(out_of_memory_above=0)))
+    running = serve(FakeEngine(field_errors=FaultPlan(out_of_memory_above=0)))
     answer = running.generate()
     assert (answer.status_code, "no memory" in answer.json()["detail"]) == (500, True)
 
 
 def test_an_engine_that_fails_on_its_own_job_too_is_left(serve: Serve) -> None:
-    running = serve(FakeEngine(faults=FaultPlan(broken_from_call=1)))
+    running = serve(FakeEngine(field_errors=FaultPlan(broken_from_call=1)))
     assert running.generate().status_code == 200
     assert [running.generate().status_code for _ in range(3)] == [500] * 3
     wait_until(lambda: running.left == [EXIT_ENGINE])
@@ -190,7 +190,7 @@ def test_prompts_that_make_a_good_engine_fail_do_not_restart_it(serve: Serve) ->
 def test_a_hang_is_noticed_told_and_left(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
     engine.gate.set()
-    running = serve(engine, max_batch=1, hang_limit_s=0.2)
+    running = serve(engine, max_batch=1, batch_timeout_s=0.2)
     hanging = running.later("[[hang]]")
     engine.wait_for_batch()
     waiting = running.later("waits")
@@ -257,7 +257,7 @@ def test_a_deadline_covers_the_decoding_of_images(serve: Serve) -> None:
 
 def test_the_drain_limit_ends_what_has_not_begun(serve: Serve) -> None:
     engine = GatedEngine(max_batch=1)
-    running = serve(engine, max_batch=1, drain_limit_s=0.05)
+    running = serve(engine, max_batch=1, shutdown_timeout_s=0.05)
     running_job, waiting_job = queue_up(running, engine, ["waits"])
     drain = asyncio.run_coroutine_threadsafe(running.service.scheduler.drain(), loop_of(running))
     drain.result(30)
@@ -339,8 +339,8 @@ def make_batcher(load: Callable[[], Engine]) -> Scheduler:
         Codec(1),
         max_batch=8,
         max_queue=8,
-        hang_limit_s=30,
-        drain_limit_s=5,
+        batch_timeout_s=30,
+        shutdown_timeout_s=5,
         metrics=Metrics(request_buckets=(1.0,), stage_buckets=(1.0,)),
         leave=lambda _: None,
         when_ready=lambda _: None,

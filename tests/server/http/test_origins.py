@@ -10,7 +10,7 @@ from raw_client import Raw
 from running_server import Running, Serve, image_file
 
 from server.errors import SettingsError
-from server.settings import read
+from server.settings import load_settings
 
 EVIL = "https://evil.example"
 BODY = {"prompt": "a red circle", "width": 64, "height": 64}
@@ -118,7 +118,7 @@ STAINLESS = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stai
 @pytest.mark.parametrize("network", [False, True])
 def test_the_preflight_of_an_allowed_page_passes(serve: Serve, origin: str, network: bool) -> None:
     given = "http://LOCALHOST:5173, tauri://localhost,app://obsidian.md/,https://a.example:443/"
-    settings = read(["--cors-origins", given], {})
+    settings = load_settings(["--cors-origins", given], {})
     running = serve(cors_origins=settings.cors_origins)
     asked = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": STAINLESS}
     if network:
@@ -146,7 +146,7 @@ def test_the_preflight_of_an_allowed_page_passes(serve: Serve, origin: str, netw
     ],
 )
 def test_origins_are_taken_as_people_write_them(given: str, kept: str) -> None:
-    assert read(["--cors-origins", given], {}).cors_origins == (kept,)
+    assert load_settings(["--cors-origins", given], {}).cors_origins == (kept,)
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_origins_are_taken_as_people_write_them(given: str, kept: str) -> None:
 )
 def test_what_is_no_origin_is_refused(given: str) -> None:
     with pytest.raises(SettingsError, match=r"allowed: origins such as"):
-        read(["--cors-origins", given], {})
+        load_settings(["--cors-origins", given], {})

@@ -107,7 +107,7 @@ def test_only_the_newest_drawing_is_made(serve: Serve, gated: GatedEngine) -> No
         assert shown[1].header["dropped"] == 19
         np.testing.assert_array_equal(shown[1].pixels, expected_pixels(job(control_image=drawing(19))))
         assert len(gated.batches) == 2
-        assert running.metric("sana_sprint_live_drawings_dropped_total") == 19
+        assert running.metric("sana_sprint_live_drawings_superseded_total") == 19
 
 
 def test_a_job_that_waits_shows_what_comes_later(serve: Serve, gated: GatedEngine) -> None:

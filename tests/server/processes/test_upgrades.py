@@ -177,7 +177,7 @@ def test_a_handshake_that_nobody_answers_ends(serve: Serve, monkeypatch: pytest.
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_no_connection_breaks_the_drain(workers: str) -> None:
-    with process("--workers", workers, "--drain-limit-s", "3") as program, contextlib.ExitStack() as stack:
+    with process("--workers", workers, "--shutdown-timeout-s", "3") as program, contextlib.ExitStack() as stack:
         url = program.wait_ready()
         for lines in [
             (*HANDSHAKE, "content-length: 2"),
