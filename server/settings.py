@@ -185,7 +185,7 @@ class Settings:
     cache: str | None = option(
         None,
         text("a folder"),
-        "what was built and compiled here is kept in it; default: sana-sprint in the user's cache",
+        "caches what was built and compiled here; default: sana-sprint in the user's cache",
     )
     precision: str = option(
         "auto", choice("auto", "fp32", "bf16", "int8", "fp8"), "of the arithmetic; auto decides and says why"

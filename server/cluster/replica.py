@@ -71,9 +71,9 @@ class Replica:
         try:
             answers: list[Any] = await responses.results_async(timeout_s=SCRAPE_S, return_exceptions=True)
         except TimeoutError as error:
-            detail = f"not all replicas told their metrics within {SCRAPE_S:g} s"
+            detail = f"not all replicas sent their metrics within {SCRAPE_S:g} s"
             raise UnavailableError(detail, code="metrics_late", retry_after_s=5) from error
         expositions = dict(answer for answer in answers if not isinstance(answer, BaseException))
         if len(expositions) < len(answers):
-            logger.warning("%d of %d replicas told no metrics", len(answers) - len(expositions), len(answers))
+            logger.warning("%d of %d replicas sent no metrics", len(answers) - len(expositions), len(answers))
         return await asyncio.to_thread(aggregation.merge_expositions, expositions)

@@ -98,7 +98,7 @@ BODY: list[Message] = [
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(retry, "RETRY_DELAYS_S", (0.0, 0.0))
 
 
 @pytest.mark.parametrize("first", ["dies", "503", "500", "fails"])
@@ -128,7 +128,7 @@ def test_who_left_is_not_asked_for_again() -> None:
 
 
 def test_a_long_body_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "KEPT_BYTES", 4)
+    monkeypatch.setattr(retry, "MAX_BUFFERED_BYTES", 4)
     proxy = Proxy(["dies", "own 200"])
     assert ask(proxy, BODY) == []
     assert proxy.bodies == [b"one two"]
