@@ -1,4 +1,4 @@
-"""What hands and hosts put where settings and keys are read: marks of editors, links of Kubernetes, empty variables."""
+"""Settings and keys as people and hosts write them: byte order marks, Kubernetes links, empty variables."""
 
 import codecs
 import json

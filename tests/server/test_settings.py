@@ -1,4 +1,4 @@
-"""Settings: a flag and a variable for every field; whatever is unknown or bad is told with what is allowed."""
+"""Settings: a flag and a variable per field; errors of unknown names and bad values say what is allowed."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,7 +15,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "engine_sizes": ("1024x1024, 512x768", ((1024, 1024), (512, 768))),
     "serve_while_building": ("yes", True),
     "backend": ("fake", "fake"),
-    "cache": ("kept", "kept"),
+    "cache": ("cache", "cache"),
     "precision": ("bf16", "bf16"),
     "device": ("cpu", "cpu"),
     "decoder": ("lite", "lite"),

@@ -1,4 +1,4 @@
-"""The parts of server.cluster that need no Ray: how many replicas, asking again, arguments."""
+"""The parts of server.cluster that need no Ray: autoscaling, retries, arguments."""
 
 import asyncio
 from collections.abc import Mapping
@@ -28,31 +28,31 @@ def jobs(waiting: list[float], inside: list[float]) -> Mapping[str, Mapping[Any,
 
 
 @pytest.mark.parametrize(
-    ("running", "target", "found", "wanted"),
+    ("running", "target", "reported", "desired"),
     [
-        (2, 2, jobs([0, 0], [8, 8]), 2),  # busy, and nothing waits
-        (2, 2, jobs([10, 6], [18, 14]), 2),  # as many as may wait
+        (2, 2, jobs([0, 0], [8, 8]), 2),  # busy, no job waits
+        (2, 2, jobs([10, 6], [18, 14]), 2),  # exactly the target
         (2, 2, jobs([20, 20], [28, 28]), 5),
         (1, 1, jobs([9], [17]), 2),
-        (2, 4, jobs([10, 7], [18, 15]), 4),  # two more are being started
+        (2, 4, jobs([10, 7], [18, 15]), 4),  # two more are starting
         (2, 3, jobs([3, 3], [8, 8]), 3),
-        (3, 3, jobs([0, 0, 0], [2, 2, 2]), 2),  # fits into the others' half batches
+        (3, 3, jobs([0, 0, 0], [2, 2, 2]), 2),  # the others hold it in half batches
         (3, 3, jobs([0, 0, 0], [4, 4, 4]), 3),
         (3, 3, jobs([1, 0, 0], [1, 0, 0]), 3),
         (1, 1, jobs([0], [0]), 1),
-        (2, 3, {}, 3),  # nobody has reported yet
+        (2, 3, {}, 3),  # no replica has reported yet
         (2, 3, None, 3),
     ],
 )
 def test_replicas_follow_what_waits(
-    running: int, target: int, found: Mapping[str, Mapping[Any, float]] | None, wanted: int
+    running: int, target: int, reported: Mapping[str, Mapping[Any, float]] | None, desired: int
 ) -> None:
-    assert ByWaitingJobs(target_waiting_jobs=8, max_batch=8)(Context(running, target, found)) == (wanted, {})
+    assert ByWaitingJobs(target_waiting_jobs=8, max_batch=8)(Context(running, target, reported)) == (desired, {})
 
 
 @dataclass
 class Proxy:
-    """Serve's proxy, whose replicas do in turn what `replicas` says."""
+    """A stand-in for Serve's proxy; `replicas` lists the behaviour of each attempt."""
 
     replicas: list[str]
     bodies: list[bytes] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Proxy:
 
 
 def ask(proxy: Proxy, messages: list[Message], path: str = "/generate") -> list[Message]:
-    """What the client gets."""
+    """Returns the messages that the client receives."""
     sent: list[Message] = []
     waiting = iter(messages)
 

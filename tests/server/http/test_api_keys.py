@@ -1,4 +1,4 @@
-"""API keys: file forms, open paths, reloading, and what a bad file does."""
+"""API keys: file formats, public paths, reloading, bad files."""
 
 import hashlib
 import os
@@ -110,7 +110,7 @@ def test_every_known_key_is_compared(path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(server.http.api_keys.hmac, "compare_digest", compare)
     keys.check("Bearer x")
-    assert len(compared) == 2  # no early end, although the first one matched
+    assert len(compared) == 2  # compares all, although the first one matched
     monkeypatch.undo()
     with pytest.raises(UnauthorizedError):
         keys.check(None)

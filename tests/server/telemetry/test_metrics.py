@@ -1,4 +1,4 @@
-"""Metrics: exactly the contract's names, labels and buckets; nothing that a client chose as a label."""
+"""Metrics: exactly the documented names, labels and buckets; no label that a client chooses."""
 
 import re
 from collections.abc import Sequence
@@ -102,8 +102,8 @@ def test_whatever_clients_ask_for_routes_stay_few(plain: Running) -> None:
 
 def test_whatever_sizes_clients_ask_for_series_stay_few(serve: Serve) -> None:
     running = serve(FakeEngine())  # runs any multiple of 32, as PyTorch does
-    asked = [(32 * (2 + i % 8), 32 * (2 + i // 8)) for i in range(MAX_REQUESTED_SIZES + 3)]
-    for width, height in [*asked, asked[0]]:
+    sizes = [(32 * (2 + i % 8), 32 * (2 + i // 8)) for i in range(MAX_REQUESTED_SIZES + 3)]
+    for width, height in [*sizes, sizes[0]]:
         assert running.generate(width=width, height=height).status_code == 200
     width, height = running.service.scheduler.engine.limits.default_size
     assert running.generate(width=width, height=height).status_code == 200
@@ -154,7 +154,7 @@ def test_replaced_kernels_are_named(serve: Serve) -> None:
 
 
 class SmallGraphs(FakeEngine):
-    """As an engine with CUDA graphs for 64x64 alone."""
+    """Behaves as an engine with CUDA graphs for 64x64 alone."""
 
     def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         images = [replace(image, uncaptured=jobs[0].width != 64) for image in super().generate(jobs)]
