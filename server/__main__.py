@@ -1,6 +1,6 @@
-"""python -m server: settings, engine, app, listener.
+"""python -m server: reads settings, builds the app and serves it.
 
-Exit codes: 0 after a drain, 2 bad settings, 3 cannot start, 4 cannot listen, 70 a batch hung, 71 the engine is lost.
+Exit codes: 0 drained, 2 bad settings, 3 cannot start, 4 cannot listen, 70 a batch hung, 71 the engine is lost.
 """
 
 import logging
@@ -15,13 +15,13 @@ from server.processes.cores import configure_openmp
 from server.processes.malloc import configure_malloc
 from server.processes.supervisor import supervise
 from server.processes.uvicorn_server import serve
-from server.settings import read
+from server.settings import load_settings
 from server.telemetry import logs
 
 
 def main() -> int:
     try:
-        settings = read(sys.argv[1:], os.environ)
+        settings = load_settings(sys.argv[1:], os.environ)
         logs.configure(settings.log_format, settings.log_level)
         raise_open_files_limit()
         if settings.workers > 1:

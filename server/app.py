@@ -1,4 +1,4 @@
-"""The app: what is made once, how it starts and how it ends. Imports no torch; the engine comes from outside."""
+"""Builds the ASGI app and defines its start-up and shutdown. Imports no torch; the caller passes the engine."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ from server.http.cors import Cors
 from server.http.middleware import BodyLimits, RequestMiddleware
 from server.http.routes import generate, openai, openapi, page, sdapi, status
 from server.http.state import AppState, request_context
-from server.http.upload_limit import Uploads
+from server.http.upload_limit import UploadLimit
 from server.live import route as live_route
 from server.live.sessions import LiveSessions
 from server.origins import Origins
@@ -35,18 +35,19 @@ from server.telemetry.metrics import Metrics
 from server.telemetry.timings import process_age_s
 from server.telemetry.tracing import Tracing
 
-LARGE_BODIES = 32  # read at the same time, each up to the body limit
+MAX_LARGE_BODIES = 32  # read at the same time, each at most --body-limit-mib
 
 logger = logging.getLogger("server")
 
 
-def leave(exit_code: int) -> None:
-    """Ends the process at once: an engine that hangs in native code cannot be asked to stop."""
+def exit_process(exit_code: int) -> None:
+    """Exits without cleanup: an engine that hangs in native code cannot be stopped."""
     logging.shutdown()
     os._exit(exit_code)
 
 
-async def own_metrics(metrics: Metrics) -> bytes:
+async def local_metrics(metrics: Metrics) -> bytes:
+    """Returns the metrics of this process as Prometheus text."""
     return metrics.exposition()
 
 
@@ -54,17 +55,17 @@ def create_app(
     engine: Engine | Callable[[], Engine] | EngineSource,
     settings: Settings,
     *,
-    leave: Callable[[int], None] = leave,
-    expose: Callable[[Metrics], Awaitable[bytes]] = own_metrics,
+    exit_process: Callable[[int], None] = exit_process,
+    render_metrics: Callable[[Metrics], Awaitable[bytes]] = local_metrics,
     cores: tuple[int, str] | None = None,
 ) -> FastAPI:
-    """The whole server as an ASGI app.
+    """Returns the server as an ASGI app.
 
-    `engine` is an engine, loads one, or is a source of one; it is loaded, warmed up, called and closed on one thread of
-    its own, beginning with the app's start-up. `leave` ends the process when the engine is lost (exit codes:
-    server.errors). `expose` is what GET /metrics answers: this app's numbers or, where several serve behind one
-    address, those of all. `cores` are told by GET /v1/info.
-    Raises SettingsError for an API key file or a checker that cannot be used, and for traces without the extra `otel`.
+    `engine` is an engine, a function that loads one, or an EngineSource. One thread of its own loads, warms up, calls
+    and closes it, from the app's start-up on. The app calls `exit_process` with an exit code of server.errors when the
+    engine is lost. `render_metrics` returns the body of GET /metrics: of this process, or of all workers or replicas.
+    `cores` is the number of threads and its reason, for GET /v1/info.
+    Raises SettingsError for a bad API key file or checker, and for traces without the extra `otel`.
     """
     source = _source(engine)
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
@@ -78,13 +79,13 @@ def create_app(
         batch_timeout_s=settings.batch_timeout_s,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         metrics=metrics,
-        leave=leave,
-        when_ready=lambda ready: _introduce(ready, metrics),
+        leave=exit_process,
+        when_ready=lambda ready: _announce_engine(ready, metrics),
     )
-    metrics.workers_wanted.set(settings.workers)
-    metrics.build_progress.set_function(lambda: 1.0 if (now := source.building()) is None else now.percent / 100)
+    metrics.workers_desired.set(settings.workers)
+    metrics.build_progress.set_function(lambda: 1.0 if (build := source.building()) is None else build.percent / 100)
     metrics.build_seconds_left.set_function(
-        lambda: 0.0 if (now := source.building()) is None else now.seconds_left or 0.0
+        lambda: 0.0 if (build := source.building()) is None else build.seconds_left or 0.0
     )
     metrics.worker_ready.set_function(lambda: scheduler.state == "ready")
     tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
@@ -106,26 +107,28 @@ def create_app(
     app = FastAPI(
         title="sana-sprint-server",
         version=__version__,
-        description="Pictures from text in one step: SANA-Sprint over HTTP.",
+        description="Images from text in one step: SANA-Sprint over HTTP.",
         lifespan=lifespan,
         redirect_slashes=False,
-        docs_url=None,  # server/static/docs.html, whose scripts come from here and not from elsewhere
+        docs_url=None,  # replaced by server/static/docs.html, which loads no script from another host
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/telemetry is ours
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # server/telemetry records them
     )
     origins = Origins(settings.cors_origins)
-    app.state.service = AppState(settings, metrics, scheduler, codec, generator, Uploads(LARGE_BODIES), expose)
+    app.state.service = AppState(
+        settings, metrics, scheduler, codec, generator, UploadLimit(MAX_LARGE_BODIES), render_metrics
+    )
     app.state.live = LiveSessions(scheduler, generator, metrics, settings)
     app.state.cores = cores
-    for routes_of in (generate, status, live_route, page, openai):
-        app.include_router(routes_of.router)
+    for routes in (generate, status, live_route, page, openai):
+        app.include_router(routes.router)
     if "sdapi" in settings.compat:
-        app.state.drawings = sdapi.Drawings()
+        app.state.sdapi_requests = sdapi.RunningRequests()
         app.include_router(sdapi.router)
     if page.STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     openapi.describe(app)
-    app.add_exception_handler(HTTPException, _refused_by_routing)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_middleware(
         RequestMiddleware,
         metrics=metrics,
@@ -139,7 +142,7 @@ def create_app(
     return app
 
 
-async def _refused_by_routing(request: Request, error: Exception) -> Response:
+async def _handle_http_exception(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     problem = problem_details.from_http_exception(error)
@@ -152,8 +155,8 @@ def _source(engine: Engine | Callable[[], Engine] | EngineSource) -> EngineSourc
     return FixedEngineSource(engine if callable(engine) else lambda: engine)
 
 
-def _introduce(engine: Engine, metrics: Metrics) -> None:
-    """Says what runs and why, once it is ready."""
+def _announce_engine(engine: Engine, metrics: Metrics) -> None:
+    """Publishes and logs what runs, and why, once the engine is ready."""
     info = engine.info
     metrics.describe_engine(info, __version__)
     metrics.name_sizes(engine.limits.sizes or (engine.limits.default_size,))

@@ -1,26 +1,26 @@
-"""The error tree, continued from engines.errors with what only HTTP knows.
+"""The error tree: engines.errors, continued with the errors of HTTP and of the start.
 
     SprintError
     ├── SettingsError            a flag or an environment variable is unknown or has a bad value; the start stops
-    ├── ListenError              the address or the port cannot be had; the start stops
-    ├── BuildFailedError         no engine came of a build; PyTorch serves instead
-    ├── RequestError             a request is answered with `status`, a `code` for programs and a sentence for people
-    │   ├── UnauthorizedError        401  API keys are set and the request carries none of them
-    │   ├── HttpError                404, 405 and the rest of plain HTTP: routing raises these
+    ├── ListenError              the address or the port cannot be bound; the start stops
+    ├── BuildFailedError         a build produced no engine; PyTorch serves instead
+    ├── RequestError             answered with `status`, a `code` for programs and a sentence for people
+    │   ├── UnauthorizedError        401  API keys are set and the request has none of them
+    │   ├── HttpError                404, 405 and other statuses that routing raises
     │   ├── SlowBodyError            408  the body did not arrive in time
-    │   ├── BodyTooLargeError        413  the body is over the limit; it was not read whole
-    │   ├── MediaTypeError           415  the body is of another type than the route reads
-    │   ├── InvalidError             422  a value is not allowed; `faults` name field, value and what is allowed
-    │   │   └── ContentPolicyError       422  a checker refuses the prompt, or the image that was made
-    │   ├── QueueFullError           429  refused at once, with the seconds after which a retry makes sense
-    │   ├── ClientGoneError          499  the client left; logged and counted, never sent
+    │   ├── BodyTooLargeError        413  the body exceeds the limit; the server did not read all of it
+    │   ├── MediaTypeError           415  the route does not read this media type
+    │   ├── InvalidError             422  a value is not allowed; `field_errors` name field and value
+    │   │   └── ContentPolicyError       422  a checker refuses the prompt or the result
+    │   ├── QueueFullError           429  refused at once, with Retry-After
+    │   ├── ClientGoneError          499  the client disconnected; logged and counted, never sent
     │   ├── EngineError              500  the engine failed on this job
-    │   ├── UnavailableError         503  not ready yet, draining, or the engine does not answer
-    │   ├── SafetyError              503  a checker failed, so that nothing may be shown
+    │   ├── UnavailableError         503  not ready, draining, or the engine does not respond
+    │   ├── SafetyError              503  a checker failed, so the result is withheld
     │   └── DeadlineError            504  the deadline passed before the job ran
     └── SessionEndError          the server ends a live session, with a close code
 
-Exit codes of `python -m server`, so that an orchestrator can tell the cases apart, stand below.
+Exit codes of `python -m server` are below; orchestrators distinguish failures by them.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ from engines.errors import JobError, SprintError
 
 EXIT_SETTINGS = 2  # as argparse does
 EXIT_START = 3  # the checkpoint or the engine could not be loaded or warmed up
-EXIT_LISTEN = 4  # the address or the port cannot be had
+EXIT_LISTEN = 4  # the address or the port cannot be bound
 EXIT_HANG = 70  # a batch ran longer than --batch-timeout-s
 EXIT_ENGINE = 71  # the engine fails on its own warm-up job, or its thread died
 
 CLIENT_GONE = 499
 
-# Close codes of WS /v1/live: of RFC 6455 where it has one.
-CLOSE_GONE = 1006  # never sent: the client left without a word
+# Close codes of WS /v1/live: those of RFC 6455 where it defines one.
+CLOSE_GONE = 1006  # never sent: the client disconnected without a close frame
 CLOSE_SLOW = 1008
 CLOSE_ENGINE = 1011
 CLOSE_RESTART = 1012
@@ -50,31 +50,31 @@ SIZE_FIELDS = ("width", "height", "width x height", "size")
 
 
 class SettingsError(SprintError):
-    """A setting is unknown or has a bad value. One line: name, value and what is allowed."""
+    """A setting is unknown or has a bad value. The message is one line: name, value and what is allowed."""
 
 
 class ListenError(SprintError):
-    """The address or the port cannot be had. One line: both, and what the system said."""
+    """The address or the port cannot be bound. The message is one line: both, and the system's error."""
 
 
 class BuildFailedError(SprintError):
-    """No engine came of a build. `again`: its cause lies outside of it (killed, disk full), another try may do."""
+    """A build produced no engine. `retryable`: the cause is external (killed, disk full), a new build may succeed."""
 
-    def __init__(self, reason: str, *, again: bool) -> None:
+    def __init__(self, reason: str, *, retryable: bool) -> None:
         super().__init__(reason)
-        self.again = again
+        self.retryable = retryable
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """One bad value: the field, and a sentence with the value that was got and what is allowed."""
+class FieldError:
+    """One bad value: its field, and a sentence with the value and what is allowed."""
 
     field: str
     detail: str
 
 
 class RequestError(SprintError):
-    """A request that is not answered with a picture."""
+    """A request that the server answers with an error."""
 
     status = 500
     code = "internal_error"
@@ -98,7 +98,7 @@ class UnauthorizedError(RequestError):
 
 
 class HttpError(RequestError):
-    """What routing refuses: 404, 405 and whatever else plain HTTP says."""
+    """404, 405 and other statuses that routing raises."""
 
     def __init__(
         self, status: int, detail: str, *, headers: dict[str, str] | None = None, code: str | None = None
@@ -127,26 +127,26 @@ class InvalidError(RequestError):
     status = 422
     code = "invalid_value"
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        super().__init__("; ".join(fault.detail for fault in faults))
-        self.faults = tuple(faults)
-        if any(fault.field in SIZE_FIELDS for fault in faults):
+    def __init__(self, field_errors: Sequence[FieldError]) -> None:
+        super().__init__("; ".join(item.detail for item in field_errors))
+        self.field_errors = tuple(field_errors)
+        if any(item.field in SIZE_FIELDS for item in field_errors):
             self.code = "invalid_size"
 
     @classmethod
-    def of_job(cls, error: JobError) -> Self:
-        """What the engine refuses; its messages begin with the field (engines.types.Limits.check)."""
-        return cls([Fault(str(error).partition(":")[0], str(error))])
+    def from_job_error(cls, error: JobError) -> Self:
+        """Converts an engine's refusal, whose message begins with the field (engines.types.Limits.check)."""
+        return cls([FieldError(str(error).partition(":")[0], str(error))])
 
 
 class ContentPolicyError(InvalidError):
-    """`what` is prompt or image: what was refused."""
+    """`what` is the refused part."""
 
     code = "content_policy_violation"
 
     def __init__(self, what: Literal["prompt", "image"], reason: str) -> None:
         remedy = "; another prompt or seed may do" if what == "image" else ""
-        super().__init__([Fault(what, f"{what}: refused by this server's content policy: {reason}{remedy}")])
+        super().__init__([FieldError(what, f"{what}: refused by this server's content policy: {reason}{remedy}")])
 
 
 class QueueFullError(RequestError):
@@ -168,14 +168,14 @@ class EngineError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """503. `code` tells which: not_ready, draining, engine_hung. `building`: how far an engine is that is built."""
+    """503 with the `code` not_ready, draining or engine_hung. `building`: progress of the engine under construction."""
 
     status = 503
 
     def __init__(
         self, detail: str, *, code: str, retry_after_s: int, building: dict[str, object] | None = None
     ) -> None:
-        # Nothing will come of this connection: a balancer that keeps it open would ask the same server again.
+        # A load balancer that kept this connection would send its retry to the same server.
         super().__init__(detail, headers={"retry-after": str(retry_after_s), "connection": "close"})
         self.code = code
         self.building = building
@@ -196,7 +196,7 @@ class DeadlineError(RequestError):
 
 
 class SessionEndError(SprintError):
-    """A live session is over: `code` for programs, a sentence for people, a close code for the websocket."""
+    """Ends a live session: `code` for programs, a sentence for people, a close code for the websocket."""
 
     def __init__(self, code: str, detail: str, close_code: int) -> None:
         super().__init__(detail)

@@ -1,7 +1,7 @@
-"""Whose pages may call: an Origin header against the server's own address and those that were allowed (RFC 6454).
+"""Origin checks: an Origin header against the server's own address and the allowed origins (RFC 6454).
 
-CORS keeps a page of another site from reading an answer, not from sending a form, nor from a websocket. Hence every
-request that makes something is checked here. Requests without an Origin come from programs, and pass.
+CORS hides an answer from a page of another site, but the page can still send forms and open websockets. Therefore the
+server checks every request that changes something. Requests without an Origin come from programs and pass.
 """
 
 import re
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\[\]@:*,\s]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
 DEFAULT_PORTS = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
-EVERY = "*"
+ANY_ORIGIN = "*"
 
 
-def normal(origin: str) -> str:
-    """Scheme, host and port in lower case, without the scheme's own port. Raises ValueError for what is no origin."""
-    found = ORIGIN.fullmatch(origin)
-    if found is None:
+def normalise(origin: str) -> str:
+    """Returns scheme, host and port in lower case, without a default port. Raises ValueError for other text."""
+    match = ORIGIN.fullmatch(origin)
+    if match is None:
         raise ValueError(origin)
-    scheme, host, port = found[1].lower(), found[2].lower(), found[3]
+    scheme, host, port = match[1].lower(), match[2].lower(), match[3]
     if port is None or int(port) == int(DEFAULT_PORTS.get(scheme, "-1")):
         return f"{scheme}://{host}"
     if not 0 < int(port) <= 65535:
@@ -25,37 +25,37 @@ def normal(origin: str) -> str:
     return f"{scheme}://{host}:{int(port)}"
 
 
-def setting(text: str) -> str:
-    """An origin as someone writes it: one slash behind it does not count. Raises ValueError."""
-    return EVERY if text == EVERY else normal(text.removesuffix("/"))
+def parse_origin(text: str) -> str:
+    """Returns the normal form of an origin in --cors-origins, which may end with a slash. Raises ValueError."""
+    return ANY_ORIGIN if text == ANY_ORIGIN else normalise(text.removesuffix("/"))
 
 
 class Origins:
-    """`allowed`: normal ones, or EVERY."""
+    """The allowed origins: normalised ones, or ANY_ORIGIN."""
 
     def __init__(self, allowed: Iterable[str]) -> None:
         self._allowed = frozenset(allowed)
 
     @property
-    def any(self) -> bool:
-        return EVERY in self._allowed
+    def allows_any(self) -> bool:
+        return ANY_ORIGIN in self._allowed
 
     def allows(self, origin: str) -> bool:
-        """Whether it is one of those that were allowed."""
+        """Returns True if --cors-origins allows `origin`."""
         try:
-            return self.any or normal(origin) in self._allowed
-        except ValueError:  # null: a page from a file, or of a frame without rights
+            return self.allows_any or normalise(origin) in self._allowed
+        except ValueError:  # "null": a page from a file, or in a sandboxed frame
             return False
 
-    def admits(self, origin: str | None, host: str | None) -> bool:
-        """Whether a request may go on: it has no Origin, an allowed one, or that of the Host that it was sent to."""
-        return origin is None or self.allows(origin) or _is_own(origin, host or "")
+    def permits(self, origin: str | None, host: str | None) -> bool:
+        """Returns True if the request has no Origin, an allowed one, or the origin of its own Host."""
+        return origin is None or self.allows(origin) or _is_same_origin(origin, host or "")
 
 
-def _is_own(origin: str, host: str) -> bool:
-    """Whether the page came from `host`. The scheme is the page's: a proxy in front may have taken off TLS."""
+def _is_same_origin(origin: str, host: str) -> bool:
+    """Returns True if the page came from `host`. Takes the page's scheme: a proxy in front may terminate TLS."""
     scheme = origin.partition("://")[0]
     try:
-        return normal(origin) == normal(f"{scheme}://{host}")
+        return normalise(origin) == normalise(f"{scheme}://{host}")
     except ValueError:
         return False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bench.harness.errors import BenchError
-from server.cluster.scaling import INSIDE, WAITING, ByWaitingJobs
+from server.cluster.scaling import IN_FLIGHT, WAITING, ByWaitingJobs
 
 RULES = ("none", "cluster", "chart")
 SYNC_S, TOLERANCE, CALM_S = 15.0, 0.1, 300.0  # of a HorizontalPodAutoscaler; CALM_S as the chart sets it
@@ -60,7 +60,7 @@ class Cluster:
         while self._seen[0][0] < now - max(self._upscale_delay_s, 1.0):  # Serve's look_back_period_s
             self._seen.popleft()
         waiting, inside = (sum(one[part] for one in self._seen) / len(self._seen) for part in (1, 2))
-        metrics = {WAITING: {"all": waiting}, INSIDE: {"all": inside}}
+        metrics = {WAITING: {"all": waiting}, IN_FLIGHT: {"all": inside}}
         wanted, _ = self._rule(_Context(load.running, load.target, metrics))
         way = (wanted > load.target) - (wanted < load.target)
         if way != self._since[0]:

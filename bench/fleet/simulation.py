@@ -13,7 +13,7 @@ from bench.fleet.routing import router
 from bench.fleet.scaling import Load, Rule
 from bench.fleet.stages import Stages
 from engines.types import Job
-from server.cluster.retry import PAUSES_S
+from server.cluster.retry import RETRY_DELAYS_S
 
 AGAIN_S = 1.0  # of a client of a closed loop that was refused: Retry-After
 
@@ -193,10 +193,10 @@ class Simulation:
             replica.settle(self._now)
             self._count(replica)
             for one in replica.lose():
-                if one.attempts < len(PAUSES_S):
+                if one.attempts < len(RETRY_DELAYS_S):
                     again = request(one.job, one.arrived, one.client, one.attempts + 1)
                     self._out.asked_again += 1
-                    self._at(self._now + PAUSES_S[one.attempts], Kind.AGAIN, again)
+                    self._at(self._now + RETRY_DELAYS_S[one.attempts], Kind.AGAIN, again)
                 else:
                     self._out.dropped += 1
             self._start()

@@ -1,9 +1,9 @@
-"""python -m server.cluster: replicas behind one address, on this machine or on a Ray cluster.
+"""python -m server.cluster: serves replicas behind one address, on this machine or on a Ray cluster.
 
     python -m server.cluster --max-replicas 4 --gpus 1 --model sprint-0.6b
-    RAY_ADDRESS=auto python -m server.cluster ...        on the cluster that `ray start` made
+    RAY_ADDRESS=auto python -m server.cluster ...        on a cluster that `ray start` started
 
-Takes the flags of `python -m server` besides its own. SIGTERM drains every replica.
+Accepts its own flags and those of `python -m server`. SIGTERM drains every replica.
 """
 
 import argparse
@@ -14,15 +14,15 @@ import threading
 from dataclasses import fields
 from pathlib import Path
 
-from server.cluster.application import NAME, Scale, build, in_scale
+from server.cluster.application import NAME, ScalingConfig, build, parse_scaling_value
 from server.cluster.retry import CALLBACK
 from server.errors import EXIT_SETTINGS, EXIT_START, SettingsError
 from server.processes.announce import print_listening, print_ready, server_url
-from server.settings import Settings, flag_of, read
+from server.settings import Settings, flag_of, load_settings
 
 HELP = {
-    "min_replicas": "fewest replicas",
-    "max_replicas": "most replicas",
+    "min_replicas": "minimum number of replicas",
+    "max_replicas": "maximum number of replicas",
     "target_waiting_jobs": "jobs that may wait at each replica before another one starts",
     "gpus": "GPUs of each replica",
     "cpus": "cores of each replica",
@@ -32,40 +32,40 @@ HELP = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the cluster alone."""
+    """Returns the flags of the cluster alone."""
     command = argparse.ArgumentParser(
         prog="python -m server.cluster", allow_abbrev=False, epilog="Further flags: python -m server --help"
     )
-    for field in fields(Scale):
-        default = getattr(Scale(), field.name)
+    for field in fields(ScalingConfig):
+        default = getattr(ScalingConfig(), field.name)
         command.add_argument(flag_of(field.name), metavar="N", default=default, help=f"{HELP[field.name]} ({default})")
     return command
 
 
-def parse(arguments: list[str]) -> tuple[Scale, Settings]:
-    """Raises SettingsError; an unknown flag exits with code 2."""
-    given, rest = parser().parse_known_args(arguments)
-    scale = Scale(**{name: in_scale(name, value) for name, value in vars(given).items()})
-    return scale, read(rest, os.environ)
+def parse(arguments: list[str]) -> tuple[ScalingConfig, Settings]:
+    """Returns the two parts of a command line. Raises SettingsError; argparse exits with code 2 for an unknown flag."""
+    cluster_flags, server_flags = parser().parse_known_args(arguments)
+    scale = ScalingConfig(**{name: parse_scaling_value(name, value) for name, value in vars(cluster_flags).items()})
+    return scale, load_settings(server_flags, os.environ)
 
 
-def run(scale: Scale, settings: Settings) -> None:
+def run(scale: ScalingConfig, settings: Settings) -> None:
     """Serves until a signal, then drains. Blocks."""
     variable, callback = CALLBACK
-    os.environ.setdefault(variable, callback)  # inherited by the proxies of a cluster that is started here
+    os.environ.setdefault(variable, callback)  # the proxies of a cluster that starts here inherit it
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     import ray
     from ray import serve
 
     ray.init(namespace=NAME, include_dashboard=False)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own handlers
         signal.signal(number, lambda *_: stop.set())
-    where = server_url(settings.host, settings.port)
-    print_listening(where, f"{settings.model} in {scale.min_replicas} to {scale.max_replicas} replicas")
+    server_address = server_url(settings.host, settings.port)
+    print_listening(server_address, f"{settings.model} in {scale.min_replicas} to {scale.max_replicas} replicas")
     serve.start(http_options={"host": settings.host, "port": settings.port})
     serve.run(build(settings, scale), name=NAME)
-    print_ready(where)
+    print_ready(server_address)
     stop.wait()
     serve.shutdown()
     ray.shutdown()

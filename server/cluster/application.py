@@ -1,6 +1,6 @@
-"""The Ray Serve application: how many replicas, with what, and when there are more or fewer.
+"""The Ray Serve application: replicas, their resources and their autoscaling.
 
-`serve run server.cluster.application:application model=tiny` and KubeRay's RayService take `application` by its name;
+`serve run server.cluster.application:application model=tiny` and KubeRay's RayService import `application`;
 `python -m server.cluster` calls `build`.
 """
 
@@ -11,26 +11,26 @@ from typing import Any
 from server.cluster.replica import Replica
 from server.cluster.scaling import ByWaitingJobs
 from server.errors import SettingsError
-from server.settings import Settings, flag_of, read
+from server.settings import Settings, flag_of, load_settings
 
 NAME = "sana-sprint"
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """Replicas and their share of a machine. More than `target_waiting_jobs` waiting at each: another one starts."""
+class ScalingConfig:
+    """Number and resources of replicas. More than `target_waiting_jobs` waiting jobs per replica start another one."""
 
     min_replicas: int = 1
     max_replicas: int = 1
     target_waiting_jobs: int = 8
     gpus: float = 0.0
     cpus: float = 1.0
-    upscale_delay_s: float = 10.0  # how long jobs must wait before another replica starts
-    downscale_delay_s: float = 300.0  # how long a replica must be one too many
+    upscale_delay_s: float = 10.0  # time above target_waiting_jobs before another replica starts
+    downscale_delay_s: float = 300.0  # time that a replica must be superfluous before it ends
 
 
-def build(settings: Settings, scale: Scale) -> Any:
-    """A ray.serve.Application. Raises SettingsError."""
+def build(settings: Settings, scale: ScalingConfig) -> Any:
+    """Returns a ray.serve.Application. Raises SettingsError."""
     if not 1 <= scale.min_replicas <= scale.max_replicas:
         raise SettingsError(
             f"--min-replicas, --max-replicas: got {scale.min_replicas}, {scale.max_replicas}, allowed: 1 <= min <= max"
@@ -53,7 +53,7 @@ def build(settings: Settings, scale: Scale) -> Any:
             look_back_period_s=max(scale.upscale_delay_s, 1.0),
             policy=policy,
         ),
-        # The server refuses for itself (429, at once), so Serve has to let more through than it takes.
+        # Serve must pass more requests than the server accepts: the server itself refuses with 429 at once.
         max_ongoing_requests=2 * settings.max_queue + settings.live_sessions,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.shutdown_timeout_s + 5,
@@ -64,22 +64,26 @@ def build(settings: Settings, scale: Scale) -> Any:
 
 
 def application(arguments: Mapping[str, object]) -> Any:
-    """By names as Serve's YAML has them: the fields of Scale, and those of the server's Settings.
+    """Returns the application for the arguments in Serve's YAML: fields of ScalingConfig and of Settings.
 
-    Raises SettingsError for a bad or unknown one.
+    Raises SettingsError for a bad or unknown argument.
     """
-    known = {field.name for field in fields(Scale)}
-    allowed = known | {field.name for field in fields(Settings)}
+    scaling_names = {field.name for field in fields(ScalingConfig)}
+    allowed = scaling_names | {field.name for field in fields(Settings)}
     if unknown := sorted(set(arguments) - allowed):
         raise SettingsError(f"arguments: got {', '.join(unknown)}, allowed: {', '.join(sorted(allowed))}")
-    scale = Scale(**{name: in_scale(name, value) for name, value in arguments.items() if name in known})
-    flags = [word for name, value in arguments.items() if name not in known for word in (flag_of(name), str(value))]
-    return build(read(flags, {}), scale)
+    scale = ScalingConfig(
+        **{name: parse_scaling_value(name, value) for name, value in arguments.items() if name in scaling_names}
+    )
+    flags = [
+        word for name, value in arguments.items() if name not in scaling_names for word in (flag_of(name), str(value))
+    ]
+    return build(load_settings(flags, {}), scale)
 
 
-def in_scale(name: str, value: object) -> Any:
-    """The value of a field of Scale. Raises SettingsError."""
-    whole = isinstance(getattr(Scale(), name), int)
+def parse_scaling_value(name: str, value: object) -> Any:
+    """Parses the value of a field of ScalingConfig. Raises SettingsError."""
+    whole = isinstance(getattr(ScalingConfig(), name), int)
     try:
         return int(str(value)) if whole else float(str(value))
     except ValueError as error:

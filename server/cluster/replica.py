@@ -1,4 +1,4 @@
-"""One replica: the app of `python -m server` inside an actor of Ray Serve, with what Serve asks of it."""
+"""One replica: the app of `python -m server` in an actor of Ray Serve, with Serve's callbacks."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.cluster.scaling import INSIDE, WAITING
+from server.cluster.scaling import IN_FLIGHT, WAITING
 from server.errors import UnavailableError
 from server.http.state import AppState
 from server.loading.engine_loader import engine_source
@@ -17,14 +17,13 @@ from server.processes.malloc import configure_malloc
 from server.settings import Settings
 from server.telemetry import aggregation, logs
 
-GATHER_S = 8.0  # for all replicas to tell their metrics; Prometheus waits for 10 s
+SCRAPE_S = 8.0  # limit for the metrics of all replicas; Prometheus waits for 10 s
 
 logger = logging.getLogger("server.cluster")
 
 
 class Replica:
-    """Serve makes one in each actor, then asks it for its app. It takes requests once its first health check returns,
-    which is when its engine is warm."""
+    """Serve creates one per actor and sends it requests after the first health check, when its engine is warm."""
 
     def __init__(self, settings: Settings) -> None:
         from ray import serve
@@ -41,7 +40,7 @@ class Replica:
         app = create_app(
             engine_source(self._settings),
             self._settings,
-            expose=lambda _: self._all_metrics(),
+            render_metrics=lambda _: self._all_metrics(),
             cores=configure_openmp(os.environ),
         )
         self._service = app.state.service
@@ -49,32 +48,32 @@ class Replica:
 
     @property
     def _running(self) -> AppState:
-        assert self._service is not None, "Serve builds the app before it asks anything else"
+        assert self._service is not None, "Serve builds the app before any other call"
         return self._service
 
     async def check_health(self) -> None:
-        """Raises UnavailableError where the engine is lost, upon which Serve replaces this replica."""
+        """Raises UnavailableError when the engine is lost; Serve replaces the replica then."""
         scheduler = self._running.scheduler
         await scheduler.ready.wait()
         _ = scheduler.engine
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What server.cluster.scaling decides by."""
+        """Returns the input of server.cluster.scaling."""
         scheduler = self._running.scheduler
-        return {WAITING: scheduler.waiting, INSIDE: scheduler.in_flight}
+        return {WAITING: scheduler.waiting, IN_FLIGHT: scheduler.in_flight}
 
     async def metrics(self) -> tuple[str, bytes]:
-        """This replica's name and numbers."""
+        """Returns this replica's name and metrics."""
         return self._name, self._running.metrics.exposition()
 
     async def _all_metrics(self) -> bytes:
-        asked = self._all.broadcast("metrics")
+        responses = self._all.broadcast("metrics")
         try:
-            answers: list[Any] = await asked.results_async(timeout_s=GATHER_S, return_exceptions=True)
+            answers: list[Any] = await responses.results_async(timeout_s=SCRAPE_S, return_exceptions=True)
         except TimeoutError as error:
-            detail = f"not all replicas told their metrics within {GATHER_S:g} s"
+            detail = f"not all replicas sent their metrics within {SCRAPE_S:g} s"
             raise UnavailableError(detail, code="metrics_late", retry_after_s=5) from error
-        found = dict(answer for answer in answers if not isinstance(answer, BaseException))
-        if len(found) < len(answers):
-            logger.warning("%d of %d replicas told no metrics", len(answers) - len(found), len(answers))
-        return await asyncio.to_thread(aggregation.merge_expositions, found)
+        expositions = dict(answer for answer in answers if not isinstance(answer, BaseException))
+        if len(expositions) < len(answers):
+            logger.warning("%d of %d replicas sent no metrics", len(answers) - len(expositions), len(answers))
+        return await asyncio.to_thread(aggregation.merge_expositions, expositions)

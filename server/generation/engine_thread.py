@@ -155,7 +155,7 @@ class EngineThread:
     def _after_failure(self, engine: Engine, batch: Sequence[QueuedJob], error: Exception, *, retry: bool) -> None:
         self._metrics.engine_failures.labels("output" if isinstance(error, OutputError) else "error").inc()
         if isinstance(error, JobError) and len(batch) == 1:
-            self._delivery.error(batch[0], InvalidError.of_job(error))
+            self._delivery.error(batch[0], InvalidError.from_job_error(error))
         elif not retry:
             logger.warning("a batch of %d failed (%s); running its jobs alone", len(batch), type(error).__name__)
             for queued in batch:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels, RawImage
-from server.errors import Fault, InvalidError
+from server.errors import FieldError, InvalidError
 from server.generation.delivery import EncodedResult
 from server.generation.image_codec import Codec, ImageFormat, encoder, read_size
 from server.generation.safety.guard import Safety
@@ -148,7 +148,7 @@ def first_job(request: GenerationRequest, limits: Limits) -> Job:
     last = MAX_SEED - request.num_images + 1
     if seed > last:
         got = f"seed: got {seed} for {request.num_images} images"
-        raise InvalidError([Fault("seed", f"{got}, allowed: 0 to {last}, since image i uses seed + i")])
+        raise InvalidError([FieldError("seed", f"{got}, allowed: 0 to {last}, since image i uses seed + i")])
     default_width, default_height = limits.default_size
     job = Job(
         prompt=request.prompt,
@@ -169,5 +169,5 @@ def first_job(request: GenerationRequest, limits: Limits) -> Job:
     try:
         limits.check(replace(job, image=image, control_image=control_image))
     except JobError as error:
-        raise InvalidError.of_job(error) from error
+        raise InvalidError.from_job_error(error) from error
     return job

@@ -19,7 +19,7 @@ import pybase64
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from engines.types import Pixels, RawImage
-from server.errors import Fault, InvalidError
+from server.errors import FieldError, InvalidError
 from server.generation.formats import detect_format
 
 T = TypeVar("T")
@@ -201,4 +201,4 @@ def _size_allowed() -> str:
 
 
 def _refused(field: str, got: str, allowed: str) -> InvalidError:
-    return InvalidError([Fault(field, f"{field}: got {got}, allowed: {allowed}")])
+    return InvalidError([FieldError(field, f"{field}: got {got}, allowed: {allowed}")])

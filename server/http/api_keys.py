@@ -1,9 +1,8 @@
-"""API keys from a file: one a line, plain or `sha256:<64 hex digits>`; blank lines and lines that begin with # do not
-count.
+"""API keys from a file: one per line, plain or `sha256:<64 hex digits>`; blank lines and # comments are skipped.
 
-UTF-8, or UTF-16 with its byte order mark; such marks, which editors on Windows write before the first line, are no part
-of a key. The file is read again when it changes. A file that has become unreadable or empty changes nothing: the keys
-read last stay, and the log says so. Only digests are kept in memory; comparing takes the same time for every key.
+The file is UTF-8, or UTF-16 with a byte order mark; byte order marks are never part of a key. A changed file is
+reloaded. If it has become unreadable or empty, the last keys stay valid and the log says so. Memory holds only digests;
+a comparison takes the same time for every key.
 """
 
 import base64
@@ -17,13 +16,13 @@ from pathlib import Path
 
 from server.errors import SettingsError, UnauthorizedError
 
-CHECK_EVERY_S = 1.0  # how often the file's time stamp is looked at, at most
+CHECK_EVERY_S = 1.0  # seconds between two looks at the file's time stamp, at least
 
 logger = logging.getLogger("server.http")
 
 
 class ApiKeys:
-    """Raises SettingsError at once where the file cannot be read or holds no key."""
+    """The keys of one file. Raises SettingsError if the file cannot be read or holds no key."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -32,18 +31,18 @@ class ApiKeys:
         self._checked = time.monotonic()
 
     def check(self, authorization: str | None, *, basic: bool = False) -> None:
-        """Raises UnauthorizedError (401) unless the Authorization header is `Bearer` and one of the keys.
+        """Raises UnauthorizedError (401) unless the Authorization header is `Bearer` with one of the keys.
 
-        `basic`: or `Basic`, of any user whose password is one.
+        `basic` also accepts `Basic` with any user name and a key as password.
         """
         self._reload_if_changed()
         scheme, _, key = (authorization or "").partition(" ")
         if basic and scheme.lower() == "basic":
-            scheme, key = "bearer", password_of(key)
+            scheme, key = "bearer", basic_password(key)
         if scheme.lower() != "bearer" or not key.strip():
             raise UnauthorizedError("this server needs an API key: send the header `Authorization: Bearer <key>`")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, valid) for valid in self._digests]
         if not any(matches):
             raise UnauthorizedError("the API key is not one of this server's")
 
@@ -65,14 +64,14 @@ class ApiKeys:
 
     def _stat(self) -> tuple[int, int, int] | None:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
-            return None  # read_digests says why
-        return found.st_mtime_ns, found.st_size, found.st_ino
+            return None  # read_digests raises the error
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def password_of(credentials: str) -> str:
-    """The password of Basic's base64 of user:password; empty where it is none."""
+def basic_password(credentials: str) -> str:
+    """Returns the password of Basic's base64 of user:password, or "" for other text."""
     try:
         return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
     except ValueError:
@@ -80,14 +79,14 @@ def password_of(credentials: str) -> str:
 
 
 def read_digests(path: Path) -> tuple[bytes, ...]:
-    """SHA-256 of each key. Raises SettingsError, without a word of a key's text."""
+    """Returns the SHA-256 of each key. Raises SettingsError, whose message holds no text of a key."""
     try:
-        lines = decoded(path.read_bytes()).splitlines()
+        lines = decode_text(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--api-key-file {path}: cannot be read: {error}") from error
     digests = []
     for number, raw in enumerate(lines, start=1):
-        line = raw.strip().lstrip("\ufeff").lstrip()  # files that were put together have marks in between
+        line = raw.strip().lstrip("\ufeff").lstrip()  # concatenated files have marks inside
         if not line or line.startswith("#"):
             continue
         if not line.startswith("sha256:"):
@@ -101,8 +100,8 @@ def read_digests(path: Path) -> tuple[bytes, ...]:
     return tuple(digests)
 
 
-def decoded(content: bytes) -> str:
-    """The text of a file by its byte order mark, UTF-8 without one. Raises UnicodeDecodeError."""
+def decode_text(content: bytes) -> str:
+    """Decodes a file by its byte order mark, as UTF-8 without one. Raises UnicodeDecodeError."""
     if len(content) > 2 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16")
     return content.decode("utf-8-sig")

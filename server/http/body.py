@@ -1,4 +1,4 @@
-"""Reading the body of a request, cheapest checks first."""
+"""Reads the body of a request; the cheapest checks come first."""
 
 from typing import Any, TypeVar
 
@@ -14,45 +14,45 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def media_type_of(request: Request) -> str:
-    """What the body is declared as, without parameters."""
+    """Returns the media type of Content-Type, in lower case and without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def check_media_type(request: Request, wanted: str) -> None:
-    """Raises MediaTypeError (415) unless the body is declared as `wanted`, and not compressed."""
+def check_media_type(request: Request, expected: str) -> None:
+    """Raises MediaTypeError (415) unless Content-Type is `expected` and the body is not compressed."""
     declared = request.headers.get("content-type", "")
-    if media_type_of(request) != wanted:
-        raise MediaTypeError(f"Content-Type: got {declared or 'none'}, allowed: {wanted}")
+    if media_type_of(request) != expected:
+        raise MediaTypeError(f"Content-Type: got {declared or 'none'}, allowed: {expected}")
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise MediaTypeError(f"Content-Encoding: got {encoding}, allowed: none")
 
 
-async def read_json(request: Request, model: type[Body], service: AppState) -> Body:
-    """The body as `model`. A request that the queue has no room for is refused before its body is read.
+async def read_json(request: Request, model: type[Body], state: AppState) -> Body:
+    """Returns the body as `model`. Checks the queue for room before it reads the body.
 
     Raises MediaTypeError (415), QueueFullError (429), UnavailableError (503), InvalidError (422).
     """
     check_media_type(request, "application/json")
-    service.scheduler.check_open()
-    with service.uploads.one(request):
+    state.scheduler.check_open()
+    with state.upload_limit.hold(request):
         body = await read_body(request)
         if len(body) <= SMALL_BODY:
             return parse(model, body)
-        return await service.codec.run(parse, model, body)
+        return await state.codec.run(parse, model, body)
 
 
-async def read_object(request: Request, service: AppState) -> dict[str, Any]:
-    """The body as a JSON object of any names. Raises as `read_json`."""
-    return (await read_json(request, AnyObject, service)).root
+async def read_json_object(request: Request, state: AppState) -> dict[str, Any]:
+    """Returns the body as a JSON object with any fields. Raises the errors of `read_json`."""
+    return (await read_json(request, JsonObject, state)).root
 
 
-class AnyObject(RootModel[dict[str, Any]]):
+class JsonObject(RootModel[dict[str, Any]]):
     """A JSON object."""
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises ClientGoneError where the client leaves before the end."""
+    """Returns the whole body. Raises ClientGoneError when the client disconnects before its end."""
     parts = []
     more = True
     while more:

@@ -1,25 +1,27 @@
-"""What pages of other sites may do, where --cors-origins allows some."""
+"""CORS headers for the origins that --cors-origins allows."""
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from server.origins import EVERY, Origins
+from server.origins import ANY_ORIGIN, Origins
 
-SHOWN = ("x-seed", "x-request-id", "x-prompt-truncated", "server-timing", "retry-after")
+EXPOSED_HEADERS = ("x-seed", "x-request-id", "x-prompt-truncated", "server-timing", "retry-after")
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, with origins compared as the edge does. Whatever header a page asks for is allowed: clients add
-    their own (x-stainless-*), and none of them gives it a right."""
+    """Starlette's CORSMiddleware, with origins compared as RequestMiddleware compares them.
+
+    Allows every request header: clients send their own (x-stainless-*), and no header grants a right.
+    """
 
     def __init__(self, app: ASGIApp, origins: Origins) -> None:
         super().__init__(
             app,
-            allow_origins=[EVERY] if origins.any else [],
+            allow_origins=[ANY_ORIGIN] if origins.allows_any else [],
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            allow_private_network=True,  # of an origin that is allowed: a page on the web, a server on this machine
-            expose_headers=SHOWN,
+            allow_private_network=True,  # a public page of an allowed origin may call a server on localhost
+            expose_headers=EXPOSED_HEADERS,
         )
         self._origins = origins
 

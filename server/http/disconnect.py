@@ -1,4 +1,4 @@
-"""Noticing that a client leaves while its answer is made."""
+"""Cancels the work of a request when its client disconnects."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,21 +12,24 @@ T = TypeVar("T")
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of `work`, cancelled when the client leaves (ClientGoneError). The body must have been read."""
-    asking = asyncio.current_task()
-    assert asking is not None
-    leaving = asyncio.create_task(_cancel_when_gone(asking, receive))
+    """Returns the result of `work`.
+
+    Cancels `work` and raises ClientGoneError when the client disconnects. Needs a body that was read to its end.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    watcher = asyncio.create_task(_cancel_on_disconnect(task, receive))
     try:
         return await work
     except asyncio.CancelledError:
-        if leaving.done() and not asking.uncancel():  # by nobody else
+        if watcher.done() and not task.uncancel():  # cancelled by the watcher alone
             raise ClientGoneError("the client left before its answer") from None
         raise
     finally:
-        leaving.cancel()
+        watcher.cancel()
 
 
-async def _cancel_when_gone(asking: asyncio.Task[Any], receive: Receive) -> None:
+async def _cancel_on_disconnect(task: asyncio.Task[Any], receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    asking.cancel()
+    task.cancel()

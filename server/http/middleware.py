@@ -1,7 +1,7 @@
-"""The outermost layer: every request passes here once on its way in and once on its way out.
+"""The outermost middleware: every request passes it once on its way in and once on its way out.
 
-In: a request id, the W3C trace context, the page it came from, the API key, the limits on the body. Out: headers, the
-error as the contract has it, one metric and one log line. Plain ASGI; the answer's body is passed on untouched.
+In: request id, W3C trace context, Origin, API key and body limits. Out: headers, the error body, one metric and one log
+line. Plain ASGI; it does not change the answer's body.
 """
 
 import asyncio
@@ -36,29 +36,34 @@ from server.telemetry.tracing import Tracing
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
-# Without a key: what orchestrators and Prometheus poll, and the pages, which hold no data (a browser cannot send a
-# header with the address it is pointed at; the page asks its user for a key).
-OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")
-OPEN_FOLDER = "/static/"
-SDAPI_FOLDER = "/sdapi/"  # whose clients know no other scheme than Basic
-SCHEMA_PATH = "/openapi.json"  # FastAPI's own, not in scope["route"]
+# Need no key: what orchestrators and Prometheus poll, and the pages, which hold no data. A browser cannot send a header
+# with the address of a page; the page asks its user for a key.
+PUBLIC_PATHS = ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")
+PUBLIC_FOLDER = "/static/"
+SDAPI_FOLDER = "/sdapi/"  # its clients support Basic alone
+SCHEMA_PATH = "/openapi.json"  # FastAPI's own route, which is not in scope["route"]
 
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-SAFE = ("GET", "HEAD", "OPTIONS")  # they make nothing, and CORS keeps their answers
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # they change nothing, and CORS protects their answers
 
-KEY_SUBPROTOCOL = "bearer."  # and base64url of an API key, without padding: a page's websocket can set no header
+KEY_SUBPROTOCOL = (
+    "bearer."  # followed by base64url of an API key without padding: a page's websocket cannot set headers
+)
 
-LINGER_S = 2.0  # after an early answer to a larger one, how long and
-LINGER_BYTES = 4 * 2**20  # how much is still read, so that the client gets to see the answer
+# Limits of the lingering close: after an early answer, reading on lets the client receive the answer.
+LINGER_S = 2.0
+LINGER_BYTES = 4 * 2**20
 
 logger = logging.getLogger("server.http")
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
+    """Largest body in bytes, and longest time until it has arrived, in seconds."""
+
     body_bytes: int
     body_s: float
 
@@ -85,7 +90,7 @@ class RequestMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
-            scope["path"] = plain_path(scope["path"])
+            scope["path"] = normalised_path(scope["path"])
         if scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
         elif scope["type"] != "http":
@@ -99,7 +104,7 @@ class RequestMiddleware:
         scope.setdefault("state", {})["context"] = context
         try:
             self._check_origin("websocket", headers)
-            self._authorize(scope["path"], headers, _offered_key(scope))
+            self._authorize(scope["path"], headers, _subprotocol_key(scope))
         except RequestError as error:
             answer = problem_details.response(error, path=scope["path"], request_id=context.request_id)
             await answer(scope, receive, send)
@@ -114,7 +119,7 @@ class RequestMiddleware:
         scope.setdefault("state", {})["context"] = context
         exchange = _Exchange(headers, receive, send, context, self._limits, page=_is_page(scope["path"]))
         try:
-            if scope["method"] not in SAFE:
+            if scope["method"] not in SAFE_METHODS:
                 self._check_origin("request", headers)
             self._authorize(scope["path"], headers)
             exchange.check_length()
@@ -132,22 +137,22 @@ class RequestMiddleware:
             self._record(scope, exchange)
 
     def _check_origin(self, kind: str, headers: Headers) -> None:
-        """Raises HttpError (403) for a page of another site, which CORS would keep from the answer alone."""
+        """Raises HttpError (403) for a page of another site: CORS hides only the answer from it."""
         origin, host = headers.get("origin"), headers.get("host")
-        if self._origins.admits(origin, host):
+        if self._origins.permits(origin, host):
             return
         self._metrics.origins_refused.labels(kind).inc()
         logger.warning("refused by its Origin: got %r, sent to Host %r; --cors-origins allows others", origin, host)
         raise HttpError(403, f"Origin: got {origin}, allowed: this server's own page, and --cors-origins")
 
-    def _authorize(self, path: str, headers: Headers, offered: str | None = None) -> None:
-        if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+    def _authorize(self, path: str, headers: Headers, subprotocol_key: str | None = None) -> None:
+        if self._keys is not None and path not in PUBLIC_PATHS and not path.startswith(PUBLIC_FOLDER):
             basic = path.startswith(SDAPI_FOLDER)
-            self._keys.check(headers.get("authorization", offered), basic=basic)
+            self._keys.check(headers.get("authorization", subprotocol_key), basic=basic)
 
     async def _answer(self, error: RequestError, scope: Scope, exchange: "_Exchange") -> None:
         if exchange.started:
-            raise error  # too late for another answer: the server cuts the connection
+            raise error  # too late for another answer: uvicorn resets the connection
         if isinstance(error, ClientGoneError):
             exchange.status = error.status
             return
@@ -184,7 +189,7 @@ class RequestMiddleware:
 
 
 class _Exchange:
-    """One request and its answer on their way through the edge."""
+    """ASGI receive and send of one request, with body limits and the headers of every answer."""
 
     def __init__(
         self,
@@ -209,7 +214,7 @@ class _Exchange:
         self._lingers = False
 
     def check_length(self) -> None:
-        """Refuses a body by what its head announces. Raises BodyTooLargeError (413)."""
+        """Raises BodyTooLargeError (413) if Content-Length exceeds the limit."""
         if self._length is not None and self._length > self._limits.body_bytes:
             raise self._too_large(f"{self._length} bytes")
 
@@ -221,7 +226,7 @@ class _Exchange:
             async with asyncio.timeout(remaining_s):
                 message = await self._receive()
         except TimeoutError as error:
-            self._length = None  # what did not come in all this time is not waited for again
+            self._length = None  # no second wait for the rest of this body
             raise SlowBodyError(
                 f"the body did not arrive within {self._limits.body_s:g} s; got {self._read} bytes"
             ) from error
@@ -263,45 +268,45 @@ class _Exchange:
         return headers
 
     async def _drain_body(self) -> None:
-        """Before an answer to a request whose body was not read: reads a small one, gives up on any other."""
+        """Reads the rest of a small unread body, so that the connection stays usable; marks the others as lingering."""
         if self._length is not None and self._length <= min(SMALL_BODY, self._limits.body_bytes):
             await _within(LINGER_S, self._read_up_to(SMALL_BODY))
         self._lingers = self._unread
 
     async def _lingering_close(self) -> None:
-        """Closing at once would make the client's system throw the answer away together with its unsent body."""
+        """Reads on before the close: an immediate close would make the client's system discard the answer."""
         await _within(LINGER_S, self._read_up_to(LINGER_BYTES))
 
-    async def _read_up_to(self, most: int) -> None:
+    async def _read_up_to(self, max_bytes: int) -> None:
         read = 0
-        while self._unread and read <= most:
+        while self._unread and read <= max_bytes:
             message = await self._receive()
             read += len(message.get("body", b""))
             self._unread = message["type"] == "http.request" and message.get("more_body", False)
 
-    def _too_large(self, got: str) -> BodyTooLargeError:
-        return BodyTooLargeError(f"body: got {got}, allowed: at most {self._limits.body_bytes} bytes")
+    def _too_large(self, received: str) -> BodyTooLargeError:
+        return BodyTooLargeError(f"body: got {received}, allowed: at most {self._limits.body_bytes} bytes")
 
 
 async def _within(seconds: float, work: Awaitable[None]) -> None:
-    """Gives `work` so long; what it has not done by then stays undone."""
+    """Awaits `work` for at most `seconds`, then cancels it silently."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await work
 
 
 def _context(headers: Headers) -> RequestContext:
-    given = headers.get("x-request-id", "")
+    received = headers.get("x-request-id", "")
     trace = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     return RequestContext(
-        request_id=given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16),
+        request_id=received if REQUEST_ID.fullmatch(received) else secrets.token_hex(16),
         trace_id=trace.group(1) if trace else None,
         arrived=time.monotonic(),
     )
 
 
-def _offered_key(scope: Scope) -> str | None:
-    """An Authorization header made of the subprotocol in which a page offers its key: it cannot set the header."""
+def _subprotocol_key(scope: Scope) -> str | None:
+    """Returns the key that a page sends as a websocket subprotocol, as an Authorization header; None without one."""
     for name in scope["subprotocols"]:
         if name.startswith(KEY_SUBPROTOCOL):
             encoded = name.removeprefix(KEY_SUBPROTOCOL)
@@ -310,21 +315,21 @@ def _offered_key(scope: Scope) -> str | None:
     return None
 
 
-def plain_path(path: str) -> str:
-    """Without slashes that do not count in routes of other APIs: clients put one behind a path, or before it."""
-    plain = re.sub("//+", "/", path)
-    return plain.rstrip("/") if plain.startswith(("/v1/", SDAPI_FOLDER)) else path
+def normalised_path(path: str) -> str:
+    """Removes doubled and trailing slashes from paths of other servers' APIs, as their clients send them."""
+    single = re.sub("//+", "/", path)
+    return single.rstrip("/") if single.startswith(("/v1/", SDAPI_FOLDER)) else path
 
 
 def _is_page(path: str) -> bool:
-    return path in ("/", "/docs") or path.startswith(OPEN_FOLDER)
+    return path in ("/", "/docs") or path.startswith(PUBLIC_FOLDER)
 
 
 def _route(scope: Scope) -> str:
-    """The template of the route that answered: a label of few values, whatever clients ask for."""
+    """Returns the path template of the route: a metric label with few values for any request."""
     path: str = scope["path"]
     if path == SCHEMA_PATH:
         return path
-    if path.startswith(OPEN_FOLDER):
+    if path.startswith(PUBLIC_FOLDER):
         return "/static"
     return getattr(scope.get("route"), "path", None) or "unmatched"

@@ -1,4 +1,4 @@
-"""Routes that are functions of the request and nothing more: FastAPI describes them, and is not asked to call them."""
+"""A FastAPI route that calls its endpoint directly, without dependency injection."""
 
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -8,15 +8,15 @@ from starlette.types import Receive, Scope, Send
 
 
 class PlainRoute(APIRoute):
-    """An endpoint `(request) -> Response`, called as it is.
+    """Calls an endpoint `(request) -> Response`; FastAPI only describes it in /openapi.json.
 
-    Without FastAPI's dependencies, exit stacks and body handling, which no endpoint here uses (cost: bench/LOG.md).
+    No endpoint here uses FastAPI's dependencies, exit stacks and body parsing (their cost: bench/LOG.md).
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         allowed = {*(self.methods or ())}
         if "GET" in allowed:
-            allowed.add("HEAD")  # the same answer; the server leaves its body out
+            allowed.add("HEAD")  # same answer; uvicorn omits the body
         if scope["method"] not in allowed:
             raise HTTPException(405, headers={"allow": ", ".join(sorted(allowed))})
         response: Response = await self.endpoint(Request(scope, receive, send))

@@ -1,4 +1,4 @@
-"""How an error looks on the wire: application/problem+json (RFC 9457), or OpenAI's envelope on OpenAI's routes."""
+"""Error answers: application/problem+json (RFC 9457), or OpenAI's envelope on OpenAI's routes."""
 
 from http import HTTPStatus
 from typing import Any
@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 from server.errors import HttpError, InvalidError, RequestError, UnavailableError
 
 MEDIA_TYPE = "application/problem+json"
-OWN_V1_PATHS = ("/v1/info", "/v1/live")  # ours, under OpenAI's prefix
+OWN_V1_PATHS = ("/v1/info", "/v1/live")  # our own paths under OpenAI's prefix
 
 EXPLANATIONS = {
     404: "no such path; GET /docs lists them",
@@ -18,25 +18,26 @@ EXPLANATIONS = {
 
 
 def uses_openai_envelope(path: str) -> bool:
+    """Returns True for paths of OpenAI's API."""
     return path.startswith("/v1/") and path not in OWN_V1_PATHS
 
 
 def from_http_exception(error: HTTPException) -> RequestError:
-    """What routing raises, in our tree."""
+    """Converts an HTTPException of routing to a RequestError."""
     phrase = HTTPStatus(error.status_code).phrase
     detail = EXPLANATIONS.get(error.status_code, "") if error.detail == phrase else str(error.detail)
     return HttpError(error.status_code, detail or phrase, headers=dict(error.headers or {}))
 
 
 def response(error: RequestError, *, path: str, request_id: str) -> JSONResponse:
-    """The answer to a request that failed."""
-    faults = error.faults if isinstance(error, InvalidError) else ()
+    """Returns the answer for a RequestError."""
+    field_errors = error.field_errors if isinstance(error, InvalidError) else ()
     if uses_openai_envelope(path):
-        kind = "server_error" if error.status >= 500 else "invalid_request_error"
+        error_type = "server_error" if error.status >= 500 else "invalid_request_error"
         if error.status == 429:
-            kind = "rate_limit_error"
-        param = faults[0].field if faults else None
-        envelope = {"message": error.detail, "type": kind, "param": param, "code": error.code}
+            error_type = "rate_limit_error"
+        param = field_errors[0].field if field_errors else None
+        envelope = {"message": error.detail, "type": error_type, "param": param, "code": error.code}
         return JSONResponse({"error": envelope}, status_code=error.status, headers=error.headers)
     problem: dict[str, Any] = {
         "title": error.title,
@@ -46,9 +47,9 @@ def response(error: RequestError, *, path: str, request_id: str) -> JSONResponse
         "code": error.code,
         "request_id": request_id,
     }
-    if faults:
+    if field_errors:
         problem["errors"] = [
-            {"field": fault.field, "pointer": f"#/{fault.field}", "detail": fault.detail} for fault in faults
+            {"field": item.field, "pointer": f"#/{item.field}", "detail": item.detail} for item in field_errors
         ]
     if isinstance(error, UnavailableError) and error.building is not None:
         problem["building"] = error.building

@@ -1,4 +1,4 @@
-"""A bound on the memory that large bodies take before their requests hold slots in the queue."""
+"""Limits the memory of large bodies until their requests hold slots in the queue."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,24 +8,24 @@ from starlette.requests import Request
 
 from server.errors import QueueFullError
 
-SMALL_BODY = 64 * 1024  # an unread body of at most this is read before an early answer, so that the connection can stay
+SMALL_BODY = 64 * 1024  # bytes; a smaller unread body is read before an early answer, which keeps the connection alive
 
 
 def content_length(headers: Headers) -> int | None:
-    """What the head announces; None where it does not. More than 18 digits are cut: too much is too much."""
+    """Returns Content-Length, or None without a valid one. Cuts after 18 digits, which exceed every limit anyway."""
     value = headers.get("content-length", "")
     return int(value[:18]) if value.isascii() and value.isdigit() else None
 
 
-class Uploads:
-    """Bounds how many large bodies are in memory, on their way to becoming jobs, at the same time."""
+class UploadLimit:
+    """Limits how many large bodies are read and parsed at the same time."""
 
-    def __init__(self, most: int) -> None:
-        self._free = most
+    def __init__(self, max_bodies: int) -> None:
+        self._free = max_bodies
 
     @contextmanager
-    def one(self, request: Request) -> Iterator[None]:
-        """Holds a place while a body is read and taken apart; small ones need none. Raises QueueFullError (429)."""
+    def hold(self, request: Request) -> Iterator[None]:
+        """Holds a slot while a large body is read and parsed. Raises QueueFullError (429) without a free slot."""
         length = content_length(request.headers)
         if length is not None and length <= SMALL_BODY:
             yield

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic_core import to_json
 
-from server.errors import Fault, InvalidError, RequestError
+from server.errors import FieldError, InvalidError, RequestError
 from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
 from server.http.routes.schemas import MAX_PROMPT, Sampling
 from server.http.validation import parse
@@ -33,7 +33,11 @@ class LiveSettings(Sampling):
         """Returns these settings with the changes of the message. Raises InvalidError (422)."""
         if len(message) > MAX_SETTINGS:
             raise InvalidError(
-                [Fault("body", f"body: got {len(message)} characters of settings, allowed: at most {MAX_SETTINGS}")]
+                [
+                    FieldError(
+                        "body", f"body: got {len(message)} characters of settings, allowed: at most {MAX_SETTINGS}"
+                    )
+                ]
             )
         changes = parse(LiveSettings, message.encode())
         return self.model_copy(update={name: getattr(changes, name) for name in changes.model_fields_set})
@@ -53,5 +57,5 @@ def error_message(error: RequestError, sequence: int) -> str:
         "detail": error.detail,
     }
     if isinstance(error, InvalidError):
-        fields["errors"] = [{"field": fault.field, "detail": fault.detail} for fault in error.faults]
+        fields["errors"] = [{"field": fault.field, "detail": fault.detail} for fault in error.field_errors]
     return message("error", fields)

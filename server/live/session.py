@@ -22,7 +22,7 @@ from server.errors import (
     CLOSE_IDLE,
     CLOSE_RESTART,
     CLOSE_SLOW,
-    Fault,
+    FieldError,
     InvalidError,
     QueueFullError,
     RequestError,
@@ -152,7 +152,7 @@ class LiveSession:
         elif drawing is not None:
             if len(drawing) > MAX_DRAWING:
                 got = f"drawing: got {len(drawing)} bytes, allowed: at most {MAX_DRAWING} bytes (8 MiB)"
-                raise InvalidError([Fault("drawing", got)])
+                raise InvalidError([FieldError("drawing", got)])
             self._drawing = drawing
             self._drawings += 1
         self._applied = self._sequence

@@ -163,7 +163,7 @@ class AutomaticEngine:
                 continue
             engine.info.reasons["engine"] = f"{vendor}: {self._fastest.reason(vendor)} ({paths[vendor]})"
             return engine
-        raise BuildFailedError("; ".join(failures), again=False)
+        raise BuildFailedError("; ".join(failures), retryable=False)
 
     def _open(self, candidate: Candidate, path: Path) -> Engine:
         """Opens built engines; rebuilds damaged ones once."""
@@ -184,7 +184,7 @@ class AutomaticEngine:
         if candidate.missing:
             names = ", ".join(candidate.missing)
             raise BuildFailedError(
-                f"not built here, without {names}; install them, or run {candidate.command}", again=True
+                f"not built here, without {names}; install them, or run {candidate.command}", retryable=True
             )
         try:
             with build_lock(self._folder / f".{candidate.name}.lock", self._wait) as lock:
@@ -193,7 +193,7 @@ class AutomaticEngine:
                 )  # another process may have built it meanwhile
                 return path or self._build(candidate, lock.descriptor, lock.write_progress)
         except OSError as error:
-            raise BuildFailedError(f"{self._folder}: {error.strerror or error}", again=True) from error
+            raise BuildFailedError(f"{self._folder}: {error.strerror or error}", retryable=True) from error
         finally:
             self._building = None
 
@@ -203,7 +203,7 @@ class AutomaticEngine:
             self._folder / f".{candidate.name}.attempts.json", f"{candidate.requirements!r} {__version__}"
         )
         if (why := attempts.refusal()) is not None:
-            raise BuildFailedError(why, again=False)
+            raise BuildFailedError(why, retryable=False)
 
         def on_progress(building: Building) -> None:
             self._building = building
@@ -224,7 +224,7 @@ class AutomaticEngine:
         except BuildFailedError as error:
             if self._closed.is_set():
                 attempts.cancel()
-            elif not error.again:
+            elif not error.retryable:
                 attempts.failed(str(error))
             raise
         attempts.clear()
@@ -233,7 +233,7 @@ class AutomaticEngine:
         if path is None:
             reason = f"what was built does not fit: {'; '.join(others) or out}"
             attempts.failed(reason)
-            raise BuildFailedError(reason, again=False)
+            raise BuildFailedError(reason, retryable=False)
         logger.info("built for %s: %s", candidate.vendor, path)
         return path
 
@@ -243,4 +243,4 @@ class AutomaticEngine:
         percent, left = (0.0, None) if progress is None else (progress.percent, progress.seconds_left)
         self._building = Building(f"another process builds: {step}", percent, left)
         if self._closed.wait(PAUSE_S):
-            raise BuildFailedError("the server is shutting down", again=True)
+            raise BuildFailedError("the server is shutting down", retryable=True)

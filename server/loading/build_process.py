@@ -38,7 +38,7 @@ class BuildProcess:
         """
         with self._guard:
             if self._stopped:
-                raise BuildFailedError("the server is shutting down", again=True)
+                raise BuildFailedError("the server is shutting down", retryable=True)
             self._process = process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -63,12 +63,12 @@ class BuildProcess:
         if code == 0:
             return
         if self._stopped:
-            raise BuildFailedError("the server is shutting down", again=True)
+            raise BuildFailedError("the server is shutting down", retryable=True)
         if code < 0:
             name = signal.Signals(-code).name if -code in signal.valid_signals() else str(-code)
-            raise BuildFailedError(f"the builder was killed by {name}", again=True)
+            raise BuildFailedError(f"the builder was killed by {name}", retryable=True)
         reason = last_lines[-1] if last_lines else f"the builder ended with code {code} and said nothing"
-        raise BuildFailedError(reason.removeprefix("build_engine.py: "), again=code == DISK_FULL)
+        raise BuildFailedError(reason.removeprefix("build_engine.py: "), retryable=code == DISK_FULL)
 
     def stop(self) -> None:
         """Ends the builder and its children."""

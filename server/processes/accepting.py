@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from server.errors import ListenError
-from server.telemetry.logs import Seldom
+from server.telemetry.logs import RateLimitedLog
 
 BACKLOG = 2048  # as uvicorn
 MAX_PER_TURN = 64  # connections accepted before other callbacks of the event loop run
@@ -42,7 +42,7 @@ class Acceptor:
         self._check = check or check_descriptors
         self._running = False
         self._retry: asyncio.TimerHandle | None = None
-        self._log = Seldom(logger)
+        self._log = RateLimitedLog(logger)
 
     def resume(self) -> None:
         if not self._running:

@@ -25,7 +25,7 @@ from server.processes.accepting import Acceptor, check_descriptors, listen, too_
 from server.processes.announce import print_listening, print_ready, server_url
 from server.processes.cores import THREADS, threads_per_worker
 from server.settings import Settings
-from server.telemetry.logs import Seldom
+from server.telemetry.logs import RateLimitedLog
 
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the next start in a slot whose last workers never became ready
 KILL_S = 10.0  # after the shutdown timeout
@@ -76,7 +76,7 @@ class Supervisor:
         self._acceptor: Acceptor | None = None
         self._draining = asyncio.Event()
         self._ready = asyncio.Event()
-        self._refused = Seldom(logger)
+        self._refused = RateLimitedLog(logger)
 
     async def run(self) -> int:
         """Serves until a signal, or until a worker cannot start. Returns the worst exit code of the last workers.

@@ -26,9 +26,9 @@ from server.processes.channel import MAX_ROOM, State, WorkerStatus, receive, sen
 from server.processes.cores import configure_openmp
 from server.processes.malloc import configure_malloc
 from server.processes.uvicorn_server import DrainingServer, uvicorn_config
-from server.settings import read
+from server.settings import load_settings
 from server.telemetry import aggregation, logs
-from server.telemetry.logs import Seldom
+from server.telemetry.logs import RateLimitedLog
 
 logger = logging.getLogger("server.processes")
 
@@ -45,7 +45,7 @@ class WorkerServer(DrainingServer):
         self._received = 0
         self._status = WorkerStatus()
         self._exposing: asyncio.Server | None = None
-        self._lost = Seldom(logger)
+        self._lost = RateLimitedLog(logger)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -102,13 +102,13 @@ def main() -> int:
     end.setblocking(False)
     name, folder = sys.argv[2], Path(sys.argv[3])
     try:
-        settings = read(sys.argv[4:], os.environ)
+        settings = load_settings(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         configure_malloc(os.environ)
         app = create_app(
             engine_source(settings),
             settings,
-            expose=lambda _: aggregation.scrape_workers(folder),
+            render_metrics=lambda _: aggregation.scrape_workers(folder),
             cores=configure_openmp(os.environ),
         )
     except SettingsError as error:

@@ -1,4 +1,4 @@
-// The page: controls on one side, pictures on the other. What is drawn is in sketch.js, the connection in live.js.
+// The page: drawing and controls, and the generated images. The drawing board: sketch.js, the connection: live.js.
 
 import { LiveConnection } from "./live.js";
 import { Sketch } from "./sketch.js";
@@ -14,22 +14,22 @@ const STATES = {
   lost: "No connection, trying again",
   locked: "A key is needed",
 };
-const MOST_DRAWN = 512; // pixels along the longer side of a drawing: more is not seen
+const MAX_DRAWING_SIDE = 512; // pixels; a larger drawing adds nothing visible
 const DRAW_EVERY_MS = 33;
 const TYPE_PAUSE_MS = 180;
-const SETTLED_MS = 700; // without a newer picture: then it belongs to the recent ones
-const MOST_RECENT = 24;
+const SETTLED_MS = 700; // without a newer image: then the image joins the recent ones
+const MAX_RECENT = 24;
 
 const $ = (id) => document.getElementById(id);
-const settings = { prompt: $("prompt").value, num_inference_steps: 1, seed: dice(), guidance_scale: 4.5, output_format: "webp", output_quality: 90, mode: "image", strength: 0.75, control_scale: 1 };
-const arrivals = []; // when the pictures of the last second came
-let shown = null; // the picture in the frame: {url, header, settings, drawing, acts}
-let modeChosen = false; // by the person: until then the server says what a drawing is
-let settling; // timers
-let typing = null;
+const settings = { prompt: $("prompt").value, num_inference_steps: 1, seed: randomSeed(), guidance_scale: 4.5, output_format: "webp", output_quality: 90, mode: "image", strength: 0.75, control_scale: 1 };
+const arrivals = []; // times of the images of the last second
+let shown = null; // the image in the frame: {url, header, settings, acts, isRecent}
+let modeChosen = false; // by the user; until then the server decides the mode
+let settling; // timer
+let typing = null; // timer
 
-const sketch = new Sketch($("sketch"), drawn);
-const live = new LiveConnection(document.baseURI, { state, ready, picture, error });
+const sketch = new Sketch($("sketch"), drawingChanged);
+const live = new LiveConnection(document.baseURI, { state, ready, image: showImage, error });
 live.key = sessionStorage.getItem("key");
 
 // --- from the server -----------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ function state(name) {
   if (document.body.dataset.state === name) return;
   document.body.dataset.state = name;
   $("status-text").textContent = STATES[name];
-  if (!shown) $("waiting").textContent = name === "live" ? "Your picture appears here" : STATES[name];
+  if (!shown) $("waiting").textContent = name === "live" ? "Your image appears here" : STATES[name];
   if (name === "locked" && !$("key-dialog").open) $("key-dialog").showModal();
 }
 
@@ -50,7 +50,7 @@ async function ready(server) {
   settings.width ??= server.width;
   settings.height ??= server.height;
   set({});
-  drawn();
+  drawingChanged();
   const answer = await live.fetch("v1/info");
   if (answer.ok) describe(await answer.json());
 }
@@ -70,14 +70,14 @@ function describe(info) {
   else resize(settings.width, settings.height, { quiet: true });
 }
 
-function picture({ header, blob, sentAt }) {
+function showImage({ header, blob, sentAt }) {
   const now = performance.now();
   arrivals.push(now);
   if (sentAt) $("latency").textContent = Math.round(now - sentAt);
   $("figures").title = Object.entries(header.timings_ms).map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`).join("\n");
   rate();
-  if (shown && !shown.kept) URL.revokeObjectURL(shown.url);
-  shown = { url: URL.createObjectURL(blob), header, settings: { ...settings }, acts: [...sketch.acts], kept: false };
+  if (shown && !shown.isRecent) URL.revokeObjectURL(shown.url);
+  shown = { url: URL.createObjectURL(blob), header, settings: { ...settings }, acts: [...sketch.acts], isRecent: false };
   $("picture").src = shown.url;
   $("picture").alt = settings.prompt;
   $("picture").hidden = false;
@@ -88,15 +88,15 @@ function picture({ header, blob, sentAt }) {
   link.download = `sprint-${header.seed}.${header.format}`;
   link.removeAttribute("aria-disabled");
   error(null);
-  if (header.sequence === live.sent && !changed && !making && !typing) stale(false);
+  if (header.sequence === live.sent && !changed && !encoding && !typing) setStale(false);
   clearTimeout(settling);
-  settling = setTimeout(keep, SETTLED_MS, shown);
+  settling = setTimeout(addRecent, SETTLED_MS, shown);
 }
 
-function error(told) {
-  if (told) stale(false);
-  $("problem").hidden = !told;
-  $("problem").textContent = told ? told.detail : "";
+function error(problem) {
+  if (problem) setStale(false);
+  $("problem").hidden = !problem;
+  $("problem").textContent = problem ? problem.detail : "";
 }
 
 function rate() {
@@ -107,28 +107,28 @@ function rate() {
 
 // --- to the server -------------------------------------------------------------------------------------------------
 
-// Until a picture shows all that was asked for, the frame says that one is on its way.
-function stale(is) {
-  document.body.toggleAttribute("data-stale", is);
+// Marks the frame until an image shows the newest drawing and settings.
+function setStale(stale) {
+  document.body.toggleAttribute("data-stale", stale);
 }
 
 function set(changes) {
   Object.assign(settings, changes);
-  stale(true);
+  setStale(true);
   if (settings.prompt.trim()) live.send(settings);
 }
 
-// Of all that changes while a drawing is made into a file, only the last is sent, and never more often than it is seen.
+// Sends only the newest drawing: changes during encoding are combined, at most one drawing per DRAW_EVERY_MS.
 let changed = false;
-let making = false;
+let encoding = false;
 let sending = false;
 
-function drawn() {
+function drawingChanged() {
   $("invitation").hidden = !sketch.empty;
   $("clear").disabled = sketch.empty;
   $("undo").disabled = sketch.acts.length === 0;
   changed = true;
-  stale(true);
+  setStale(true);
   if (!sending) sendDrawing();
 }
 
@@ -136,39 +136,39 @@ async function sendDrawing() {
   sending = true;
   while (changed) {
     changed = false;
-    making = true;
+    encoding = true;
     const file = await sketch.file();
     if (live.congested) changed = true;
     else live.send(file);
-    making = false;
+    encoding = false;
     await new Promise((done) => setTimeout(done, DRAW_EVERY_MS));
   }
   sending = false;
 }
 
-// --- recent pictures -----------------------------------------------------------------------------------------------
+// --- recent images -------------------------------------------------------------------------------------------------
 
-function keep(one) {
-  if (one.kept || one !== shown) return;
-  one.kept = true;
+function addRecent(entry) {
+  if (entry.isRecent || entry !== shown) return;
+  entry.isRecent = true;
   const image = new Image();
-  image.src = one.url;
-  image.alt = one.settings.prompt;
+  image.src = entry.url;
+  image.alt = entry.settings.prompt;
   const button = document.createElement("button");
-  button.title = `${one.settings.prompt} (seed ${one.header.seed})`;
+  button.title = `${entry.settings.prompt} (seed ${entry.header.seed})`;
   button.append(image);
-  button.onclick = () => restore(one);
+  button.onclick = () => restore(entry);
   $("recent").prepend(button);
-  while ($("recent").childElementCount > MOST_RECENT) {
+  while ($("recent").childElementCount > MAX_RECENT) {
     const last = $("recent").lastElementChild;
     URL.revokeObjectURL(last.firstElementChild.src);
     last.remove();
   }
 }
 
-// Prompt, seed, drawing and all: as it was when the picture was made.
-function restore(one) {
-  Object.assign(settings, one.settings);
+// Restores prompt, seed, drawing and all other settings of an image.
+function restore(entry) {
+  Object.assign(settings, entry.settings);
   $("prompt").value = settings.prompt;
   $("seed").value = settings.seed;
   $("guidance").value = settings.guidance_scale;
@@ -178,12 +178,12 @@ function restore(one) {
   set({});
   $("size").value = `${settings.width} × ${settings.height}`;
   resize(settings.width, settings.height, { quiet: true });
-  sketch.restore(one.acts);
+  sketch.restore(entry.acts);
 }
 
 // --- controls ------------------------------------------------------------------------------------------------------
 
-function dice() {
+function randomSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0];
 }
 
@@ -193,12 +193,12 @@ function setSeed(seed) {
 }
 
 function resize(width, height, { quiet = false } = {}) {
-  const scale = Math.min(1, MOST_DRAWN / Math.max(width, height));
+  const scale = Math.min(1, MAX_DRAWING_SIDE / Math.max(width, height));
   const [w, h] = [Math.round(width * scale), Math.round(height * scale)];
   if (!quiet) set({ width, height });
   if (sketch.canvas.width === w && sketch.canvas.height === h) return;
   sketch.resize(w, h);
-  if (!sketch.empty) drawn();
+  if (!sketch.empty) drawingChanged();
 }
 
 function setMode(mode) {
@@ -248,23 +248,23 @@ function radio(text, pick) {
   return button;
 }
 
-function tool(erase) {
+function selectTool(erase) {
   sketch.tool.erase = erase;
   check($("pen"), !erase);
   check($("eraser"), erase);
 }
 
-function thickness(value) {
+function setPenWidth(value) {
   $("width").value = value;
   sketch.tool.width = $("width").value / 250;
 }
 
 async function curl() {
-  const { header, settings: asked } = shown;
+  const { header, settings: used } = shown;
   const body = {
-    prompt: asked.prompt,
-    num_inference_steps: asked.num_inference_steps,
-    guidance_scale: asked.guidance_scale,
+    prompt: used.prompt,
+    num_inference_steps: used.num_inference_steps,
+    guidance_scale: used.guidance_scale,
     seed: header.seed,
     width: header.width,
     height: header.height,
@@ -272,7 +272,7 @@ async function curl() {
   if (header.mode !== "text") {
     const bytes = new Uint8Array(await (await sketch.file()).arrayBuffer());
     const drawing = btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""));
-    const { control_scale, strength } = asked;
+    const { control_scale, strength } = used;
     Object.assign(body, header.mode === "control" ? { control_image: drawing, control_scale } : { image: drawing, strength });
   }
   const key = live.key ? ' -H "authorization: Bearer $API_KEY"' : "";
@@ -287,7 +287,7 @@ async function copy() {
     await navigator.clipboard.writeText(text);
     flash($("copy"), "Copied");
   } catch {
-    // Without HTTPS, browsers give a page no clipboard.
+    // Browsers offer no clipboard without HTTPS.
     $("text-title").textContent = "Copy this command";
     $("text").value = text;
     $("text-dialog").showModal();
@@ -302,7 +302,7 @@ function flash(button, text) {
 }
 
 $("prompt").oninput = () => {
-  stale(true);
+  setStale(true);
   clearTimeout(typing);
   typing = setTimeout(() => {
     typing = null;
@@ -314,10 +314,10 @@ $("ask").onsubmit = (event) => {
   clearTimeout(typing);
   typing = null;
   settings.prompt = $("prompt").value;
-  setSeed(dice());
+  setSeed(randomSeed());
 };
-$("seed").onchange = () => $("seed").reportValidity() && setSeed(Number($("seed").value || dice()));
-$("dice").onclick = () => setSeed(dice());
+$("seed").onchange = () => $("seed").reportValidity() && setSeed(Number($("seed").value || randomSeed()));
+$("dice").onclick = () => setSeed(randomSeed());
 $("size").onchange = () => resize(...$("size").value.split(" × ").map(Number));
 $("guidance").oninput = () => {
   const value = Number($("guidance").value);
@@ -336,13 +336,13 @@ for (const button of $("modes").querySelectorAll("button")) {
     set({ mode: button.dataset.mode });
   };
 }
-$("pen").onclick = () => tool(false);
-$("eraser").onclick = () => tool(true);
-$("width").oninput = () => thickness($("width").value);
+$("pen").onclick = () => selectTool(false);
+$("eraser").onclick = () => selectTool(true);
+$("width").oninput = () => setPenWidth($("width").value);
 $("undo").onclick = () => sketch.undo();
 $("clear").onclick = () => sketch.clear();
 $("upload").onclick = () => $("file").click();
-$("file").onchange = () => $("file").files.length && put($("file").files[0]);
+$("file").onchange = () => $("file").files.length && upload($("file").files[0]);
 $("copy").onclick = copy;
 $("help").onclick = () => $("help-dialog").showModal();
 $("key-dialog").oncancel = (event) => event.preventDefault();
@@ -352,19 +352,19 @@ $("key-dialog").onclose = () => {
   live.connect();
 };
 
-async function put(file) {
+async function upload(file) {
   $("file").value = "";
   try {
     await sketch.put(file);
   } catch {
-    error({ detail: `${file.name} is not a picture that this browser can read; png, jpeg and webp are.` });
+    error({ detail: `${file.name} is not an image that this browser can read; png, jpeg and webp are.` });
   }
 }
 
 for (const [name, colour] of Object.entries(COLOURS)) {
   const button = radio("", () => {
     sketch.tool.colour = colour;
-    tool(false);
+    selectTool(false);
     for (const other of $("colours").children) check(other, other === button);
   });
   button.className = "colour";
@@ -375,7 +375,7 @@ for (const [name, colour] of Object.entries(COLOURS)) {
   $("colours").append(button);
 }
 
-// In a group of radio buttons the arrows choose, and tab leaves it.
+// In a group of radio buttons, arrow keys select and tab leaves the group.
 for (const group of document.querySelectorAll("[role=radiogroup]")) {
   group.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -388,7 +388,7 @@ for (const group of document.querySelectorAll("[role=radiogroup]")) {
   });
 }
 
-const KEYS = { p: () => tool(false), e: () => tool(true), "[": () => thickness(Number($("width").value) - 1), "]": () => thickness(Number($("width").value) + 1), Delete: () => sketch.clear(), u: () => $("upload").click(), g: () => $("ask").requestSubmit(), r: () => $("dice").click(), c: copy, d: () => $("download").click(), "?": () => $("help").click(), "/": () => $("prompt").focus() };
+const KEYS = { p: () => selectTool(false), e: () => selectTool(true), "[": () => setPenWidth(Number($("width").value) - 1), "]": () => setPenWidth(Number($("width").value) + 1), Delete: () => sketch.clear(), u: () => $("upload").click(), g: () => $("ask").requestSubmit(), r: () => $("dice").click(), c: copy, d: () => $("download").click(), "?": () => $("help").click(), "/": () => $("prompt").focus() };
 document.addEventListener("keydown", (event) => {
   const writing = event.target.matches("input:not([type=range]), select, textarea") || document.querySelector("dialog[open]");
   if (writing || event.altKey) return;
@@ -403,7 +403,7 @@ document.addEventListener("keydown", (event) => {
 $("seed").value = settings.seed;
 $("guidance-shown").value = settings.guidance_scale.toFixed(1);
 sketch.resize(256, 256);
-thickness(3);
+setPenWidth(3);
 setMode("image");
 setInterval(rate, 500);
 live.connect();

@@ -1,7 +1,7 @@
-// The routes of this server, from its own openapi.json. Every address is relative: a proxy may serve us under a prefix.
+// The routes of this server, from its openapi.json. URLs are relative: a proxy may serve the page under a prefix.
 const $ = (id) => document.getElementById(id);
 
-function made(name, text = "", parts = [], attributes = {}) {
+function create(name, text = "", parts = [], attributes = {}) {
   const element = document.createElement(name);
   element.textContent = text;
   Object.assign(element, attributes);
@@ -9,19 +9,19 @@ function made(name, text = "", parts = [], attributes = {}) {
   return element;
 }
 
-/** What a schema allows, in a few words. */
-function words(schema, all) {
-  const found = resolved(schema, all);
-  const any = found.anyOf ?? found.oneOf;
-  if (any) return any.map((one) => words(one, all)).join(" or ");
-  if ("const" in found) return JSON.stringify(found.const);
-  if (found.enum) return found.enum.map((value) => JSON.stringify(value)).join(", ");
-  if (found.type === "array") return `list of ${words(found.items ?? {}, all)}`;
+/** Describes the allowed values of a schema. */
+function allowed(schema, all) {
+  const target = resolved(schema, all);
+  const any = target.anyOf ?? target.oneOf;
+  if (any) return any.map((option) => allowed(option, all)).join(" or ");
+  if ("const" in target) return JSON.stringify(target.const);
+  if (target.enum) return target.enum.map((value) => JSON.stringify(value)).join(", ");
+  if (target.type === "array") return `list of ${allowed(target.items ?? {}, all)}`;
   const bounds = [
     ["minimum", "at least"], ["maximum", "at most"], ["multipleOf", "multiple of"],
     ["minLength", "characters, at least"], ["maxLength", "characters, at most"], ["pattern", "like"],
-  ].filter(([key]) => key in found).map(([key, word]) => `${word} ${found[key]}`);
-  return [found.type ?? "anything", ...bounds].join(", ");
+  ].filter(([key]) => key in target).map(([key, word]) => `${word} ${target[key]}`);
+  return [target.type ?? "anything", ...bounds].join(", ");
 }
 
 function resolved(schema, all) {
@@ -29,58 +29,58 @@ function resolved(schema, all) {
 }
 
 function fields(schema, all) {
-  const found = resolved(schema, all);
-  const rows = Object.entries(found.properties ?? {}).map(([name, field]) => {
-    const must = found.required?.includes(name) ? "required" : "default" in field ? `default ${JSON.stringify(field.default)}` : "";
-    return made("tr", "", [
-      made("td", "", [made("code", name)]),
-      made("td", words(field, all), [made("br"), made("small", must)]),
-      made("td", field.description ?? ""),
+  const target = resolved(schema, all);
+  const rows = Object.entries(target.properties ?? {}).map(([name, field]) => {
+    const must = target.required?.includes(name) ? "required" : "default" in field ? `default ${JSON.stringify(field.default)}` : "";
+    return create("tr", "", [
+      create("td", "", [create("code", name)]),
+      create("td", allowed(field, all), [create("br"), create("small", must)]),
+      create("td", field.description ?? ""),
     ]);
   });
-  const head = made("tr", "", ["field", "allowed", ""].map((text) => made("th", text)));
-  return rows.length ? [made("table", "", [head, ...rows])] : [];
+  const head = create("tr", "", ["field", "allowed", ""].map((text) => create("th", text)));
+  return rows.length ? [create("table", "", [head, ...rows])] : [];
 }
 
 function bodies(operation, all) {
   return Object.entries(operation.requestBody?.content ?? {}).flatMap(([type, { schema }]) => [
-    made("h4", `Body: ${type}`),
+    create("h4", `Body: ${type}`),
     ...fields(schema ?? {}, all),
   ]);
 }
 
 function answers(operation) {
   const rows = Object.entries(operation.responses ?? {}).map(([status, answer]) =>
-    made("tr", "", [made("td", status), made("td", answer.description ?? ""), made("td", Object.keys(answer.content ?? {}).join(", "))]));
-  return [made("h4", "Answers"), made("table", "", rows)];
+    create("tr", "", [create("td", status), create("td", answer.description ?? ""), create("td", Object.keys(answer.content ?? {}).join(", "))]));
+  return [create("h4", "Answers"), create("table", "", rows)];
 }
 
-/** A form that sends the request, for routes without parameters and with a body of JSON or none. */
+/** Returns a form that sends a request, for routes without parameters and with a JSON body or none. */
 function attempt(path, method, operation) {
   const json = operation.requestBody?.content?.["application/json"];
   if (path.includes("{") || (operation.requestBody && !json)) return [];
   const example = Object.values(json?.examples ?? {})[0]?.value ?? {};
-  const body = made("textarea", "", [], { value: JSON.stringify(example, null, 2), ariaLabel: `Body of ${path}` });
-  const told = made("div", "", [], { ariaLive: "polite" });
-  const send = made("button", "Send", [], { type: "button" });
+  const body = create("textarea", "", [], { value: JSON.stringify(example, null, 2), ariaLabel: `Body of ${path}` });
+  const output = create("div", "", [], { ariaLive: "polite" });
+  const send = create("button", "Send", [], { type: "button" });
   send.onclick = async () => {
     send.disabled = true;
-    told.replaceChildren("...");
+    output.replaceChildren("...");
     try {
       const headers = $("key").value ? { authorization: `Bearer ${$("key").value}` } : {};
       if (json) headers["content-type"] = "application/json";
       const answer = await fetch(path.slice(1), { method: method.toUpperCase(), headers, body: json && body.value });
       const type = answer.headers.get("content-type") ?? "";
       const shown = type.startsWith("image/")
-        ? made("img", "", [], { src: URL.createObjectURL(await answer.blob()), alt: "the answer" })
-        : made("pre", (await answer.text()).slice(0, 20000));
-      told.replaceChildren(made("p", `${answer.status} ${type}`), shown);
+        ? create("img", "", [], { src: URL.createObjectURL(await answer.blob()), alt: "the answer" })
+        : create("pre", (await answer.text()).slice(0, 20000));
+      output.replaceChildren(create("p", `${answer.status} ${type}`), shown);
     } catch (error) {
-      told.replaceChildren(made("p", String(error)));
+      output.replaceChildren(create("p", String(error)));
     }
     send.disabled = false;
   };
-  return [made("h4", "Try"), ...(json ? [body] : []), send, told];
+  return [create("h4", "Try"), ...(json ? [body] : []), send, output];
 }
 
 async function show() {
@@ -91,13 +91,13 @@ async function show() {
   $("about").textContent = all.info.description ?? "";
   const routes = Object.entries(all.paths).flatMap(([path, operations]) =>
     Object.entries(operations).map(([method, operation]) => {
-      const summary = made("summary", "", [
-        made("span", method.toUpperCase(), [], { className: "method" }),
-        made("span", path, [], { className: "path" }),
-        made("span", `  ${operation.summary ?? ""}`, [], { className: "what" }),
+      const summary = create("summary", "", [
+        create("span", method.toUpperCase(), [], { className: "method" }),
+        create("span", path, [], { className: "path" }),
+        create("span", `  ${operation.summary ?? ""}`, [], { className: "what" }),
       ]);
-      const description = made("p", operation.description ?? "");
-      return made("details", "", [
+      const description = create("p", operation.description ?? "");
+      return create("details", "", [
         summary, description, ...bodies(operation, all), ...answers(operation), ...attempt(path, method, operation),
       ]);
     }));

@@ -1,20 +1,20 @@
-// The drawing board: strokes and uploaded pictures, in the order they came, on a canvas. Places are shares of its sides.
+// The drawing board: strokes and uploaded images in order, on a canvas. Coordinates are fractions of its sides.
 
 const PAPER = "#ffffff";
 const INK_ON_SLATE = "#ffffff";
 const SLATE = "#000000";
 
 export class Sketch {
-  // changed() is called whenever the drawing looks different.
+  // Calls changed() after every change of the drawing.
   constructor(canvas, changed) {
     this.canvas = canvas;
     this.changed = changed;
-    // {kind: "stroke", points, width, colour, erase}, {kind: "picture", bitmap, outlines} or {kind: "clear"}
+    // {kind: "stroke", points, width, colour, erase}, {kind: "image", bitmap, outlines} or {kind: "clear"}
     this.acts = [];
     this.tool = { erase: false, width: 0.012, colour: "#181b24" };
-    this.outline = false; // white strokes on black, whatever their colour
+    this.outline = false; // white strokes on black, for every colour
     this.stroke = null;
-    this.cursor = null; // where the keyboard's pen is
+    this.cursor = null; // position of the keyboard's pen
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => this.up());
@@ -38,13 +38,13 @@ export class Sketch {
     if (event.button !== 0) return;
     this.canvas.setPointerCapture(event.pointerId);
     this.cursor = null;
-    this.begin(this.place(event));
+    this.begin(this.position(event));
   }
 
   move(event) {
     if (!this.stroke || this.cursor) return;
     const events = event.getCoalescedEvents?.() ?? [];
-    for (const one of events.length ? events : [event]) this.stroke.points.push(this.place(one));
+    for (const sample of events.length ? events : [event]) this.stroke.points.push(this.position(sample));
     this.show();
   }
 
@@ -80,7 +80,7 @@ export class Sketch {
     this.paint();
   }
 
-  place(event) {
+  position(event) {
     const box = this.canvas.getBoundingClientRect();
     return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
   }
@@ -91,11 +91,11 @@ export class Sketch {
     this.show();
   }
 
-  // --- what can be done with the whole -----------------------------------------------------------------------------
+  // --- actions on the whole drawing ---------------------------------------------------------------------------------
 
   async put(file) {
     const bitmap = await createImageBitmap(file);
-    this.acts.push({ kind: "picture", bitmap, outlines: null });
+    this.acts.push({ kind: "image", bitmap, outlines: null });
     this.show();
   }
 
@@ -128,7 +128,7 @@ export class Sketch {
 
   // --- pixels ------------------------------------------------------------------------------------------------------
 
-  // The drawing as the server wants it: a PNG, or an empty blob where nothing is drawn.
+  // Returns the drawing as a PNG, or an empty blob without a drawing.
   async file() {
     if (this.empty) return new Blob([]);
     const copy = new OffscreenCanvas(this.canvas.width, this.canvas.height);
@@ -156,9 +156,9 @@ export class Sketch {
     pen.lineCap = pen.lineJoin = "round";
     const cleared = this.acts.findLastIndex((act) => act.kind === "clear");
     for (const act of this.acts.slice(cleared + 1)) {
-      if (act.kind === "picture") {
-        const picture = this.outline ? (act.outlines ??= outlines(act.bitmap)) : act.bitmap;
-        pen.drawImage(picture, ...cover(picture, width, height));
+      if (act.kind === "image") {
+        const image = this.outline ? (act.outlines ??= outlines(act.bitmap)) : act.bitmap;
+        pen.drawImage(image, ...cover(image, width, height));
         continue;
       }
       pen.strokeStyle = act.erase ? ground : this.outline ? INK_ON_SLATE : act.colour;
@@ -173,14 +173,14 @@ export class Sketch {
   }
 }
 
-// Where to draw a picture so that it covers width x height.
-function cover(picture, width, height) {
-  const scale = Math.max(width / picture.width, height / picture.height);
-  const [w, h] = [picture.width * scale, picture.height * scale];
+// Returns x, y, width and height at which an image covers width x height.
+function cover(image, width, height) {
+  const scale = Math.max(width / image.width, height / image.height);
+  const [w, h] = [image.width * scale, image.height * scale];
   return [(width - w) / 2, (height - h) / 2, w, h];
 }
 
-// The edges of a picture, white on black: where its brightness changes most (Sobel).
+// Returns the edges of an image, white on black (Sobel).
 function outlines(bitmap) {
   const scale = Math.min(1, 512 / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [Math.round(bitmap.width * scale), Math.round(bitmap.height * scale)];

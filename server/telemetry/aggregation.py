@@ -1,8 +1,8 @@
-"""The metrics of several replicas as one text: each sample with a label `replica`, so that sums over them add up.
+"""Merges the metrics of several replicas into one text. Each sample gets a label `replica`, so sums over them add up.
 
-Processes on one host find each other's metrics behind sockets in one folder, named as the replicas. Connecting to one
-yields its text. (prometheus_client's own multiprocess mode keeps neither gauges that are read at a scrape, nor info,
-nor the process's own numbers.)
+Processes on one host serve their metrics on sockets in one folder, named by replica; a connection yields the text.
+prometheus_client's multiprocess mode supports neither gauges read at a scrape, nor Info, nor process metrics. Its
+parser takes 30 to 50 times as long (docs/understand/decisions/0015-settings-and-metrics-by-hand.md).
 """
 
 import asyncio
@@ -10,16 +10,16 @@ import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-LIMIT_S = 2.0  # for one replica to answer
+SCRAPE_TIMEOUT_S = 2.0  # per replica
 
 
 async def serve_exposition(path: Path, read: Callable[[], bytes]) -> asyncio.Server:
-    """Serves `read()` to whoever connects to the socket at `path`, which is replaced."""
+    """Serves `read()` on a Unix socket at `path`; replaces an existing one."""
     path.unlink(missing_ok=True)
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(read())
-        with contextlib.suppress(OSError):  # the one who asked is gone
+        with contextlib.suppress(OSError):  # the client disconnected
             await writer.drain()
         writer.close()
 
@@ -27,7 +27,7 @@ async def serve_exposition(path: Path, read: Callable[[], bytes]) -> asyncio.Ser
 
 
 async def scrape_workers(folder: Path) -> bytes:
-    """What the sockets in `folder` say, merged; those that do not answer are left out."""
+    """Returns the merged metrics of the sockets in `folder`; omits those that do not answer."""
     paths = sorted(folder.iterdir())
     texts = await asyncio.gather(*(_scrape(path) for path in paths))
     return merge_expositions({path.name: text for path, text in zip(paths, texts, strict=True) if text})
@@ -35,18 +35,18 @@ async def scrape_workers(folder: Path) -> bytes:
 
 async def _scrape(path: Path) -> bytes:
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
                 return await reader.read()
             finally:
                 writer.close()
-    except (OSError, TimeoutError):  # it is being started or is gone; the next scrape sees it again
+    except (OSError, TimeoutError):  # it is starting or has ended; the next scrape retries
         return b""
 
 
 def merge_expositions(texts: Mapping[str, bytes]) -> bytes:
-    """Texts in Prometheus' format, by replica, as one text in which every family stands together."""
+    """Merges texts in Prometheus' format, by replica, into one text with each family once."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for replica, text in texts.items():
@@ -64,7 +64,7 @@ def merge_expositions(texts: Mapping[str, bytes]) -> bytes:
 
 
 def _labelled(sample: str, replica: str) -> str:
-    """name 1 -> name{replica="0"} 1; name{a="b"} 1 -> name{replica="0",a="b"} 1."""
+    """Adds the label: name 1 -> name{replica="0"} 1; name{a="b"} 1 -> name{replica="0",a="b"} 1."""
     label = f'replica="{replica}"'
     name, brace, rest = sample.partition("{")
     if brace and " " not in name:

@@ -1,4 +1,4 @@
-"""Log lines, as text or as one JSON object each. They carry request and trace ids, sizes and times; never a prompt."""
+"""Log lines as text or as JSON objects. They hold request and trace ids, sizes and times, and never a prompt."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, the record's `fields`, a traceback where there is one."""
+    """Formats a record as one JSON object: time, level, logger, message, its `fields`, and any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -25,7 +25,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, message, then the record's `fields` as name=value."""
+    """Formats a record as time, level, message and its `fields` as name=value."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
@@ -35,26 +35,26 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
 
 
-class Seldom:
-    """Warnings of one kind: at most one in `every_s`, which says how many were left out before it."""
+class RateLimitedLog:
+    """Logs at most one warning per `every_s` seconds, with the number of suppressed ones."""
 
     def __init__(self, logger: logging.Logger, every_s: float = 1.0) -> None:
         self._logger = logger
         self._every_s = every_s
         self._last = -every_s
-        self._left_out = 0
+        self._suppressed = 0
 
     def warning(self, message: str, *arguments: object) -> None:
         now = time.monotonic()
         if now - self._last < self._every_s:
-            self._left_out += 1
+            self._suppressed += 1
             return
-        self._logger.warning(message + "; %d such lines left out", *arguments, self._left_out)
-        self._last, self._left_out = now, 0
+        self._logger.warning(message + "; %d such lines left out", *arguments, self._suppressed)
+        self._last, self._suppressed = now, 0
 
 
 def configure(log_format: str, level: str, fields: Mapping[str, object] | None = None) -> None:
-    """Sends everything that is logged to stderr, in one format; each line carries `fields`."""
+    """Sends all logs to stderr in one format; adds `fields` to each line."""
 
     def add(record: logging.LogRecord) -> bool:
         record.fields = {**(fields or {}), **getattr(record, "fields", {})}

@@ -1,7 +1,7 @@
-"""What Prometheus sees. One registry for each app; names, labels and buckets are the contract's.
+"""Prometheus metrics, one registry per app.
 
-Labels never carry a prompt, a seed or a request id. Clients cannot make series without end: where an engine runs any
-size, the sizes that get a series of their own are bounded.
+Labels never hold a prompt, a seed or a request id. The number of series is bounded: if an engine runs any size, only
+MAX_REQUESTED_SIZES of the requested ones get their own series.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,12 +15,12 @@ from engines.types import EngineInfo
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
 STAGES = ("queue", "text", "denoise", "decode", "encode")
-ASKED_SIZES = 32  # beside the engine's own, the first that clients ask for; all others count together as OTHER_SIZE
+MAX_REQUESTED_SIZES = 32  # sizes with their own series, besides the engine's; all further ones share OTHER_SIZE
 OTHER_SIZE = ("other", "other")
 
 
 class Metrics:
-    """The instruments, and `exposition` to read them."""
+    """All metrics of one app; `exposition` returns them as text."""
 
     def __init__(self, *, request_buckets: Iterable[float], stage_buckets: Iterable[float]) -> None:
         request_bounds, stage_bounds = tuple(request_buckets), tuple(stage_buckets)
@@ -38,7 +38,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "sana_sprint_stage_duration_seconds",
-            "Time that a job spent in a stage; text, denoise and decode are those of its batch.",
+            "Duration of a stage per job; text, denoise and decode are those of its batch.",
             ("stage",),
             buckets=stage_bounds,
             registry=self.registry,
@@ -49,17 +49,15 @@ class Metrics:
         self.padding = Counter("sana_sprint_batch_padding", "Padded slots run for nothing.", registry=self.registry)
         self.cuda_graph_misses = Counter(
             "sana_sprint_cuda_graph_misses",
-            "Batches that no CUDA graph was captured for, of an engine that has some.",
+            "Batches without a captured CUDA graph, of an engine that has some.",
             registry=self.registry,
         )
         self.images = Counter(
-            "sana_sprint_images", "Images made.", ("width", "height", "steps"), registry=self.registry
+            "sana_sprint_images", "Generated images.", ("width", "height", "steps"), registry=self.registry
         )
         self._sizes: dict[tuple[int, int], tuple[str, str]] = {}  # (width, height) -> labels
-        self._most_sizes = ASKED_SIZES
-        self.waiting = Gauge(
-            "sana_sprint_jobs_waiting", "Jobs accepted and not yet in a batch.", registry=self.registry
-        )
+        self._max_sizes = MAX_REQUESTED_SIZES
+        self.waiting = Gauge("sana_sprint_jobs_waiting", "Accepted jobs that wait for a batch.", registry=self.registry)
         self.running = Gauge("sana_sprint_jobs_running", "Jobs in the running batch.", registry=self.registry)
         self.dropped = Counter("sana_sprint_jobs_dropped", "Jobs that never ran.", ("reason",), registry=self.registry)
         self.cache_hits = Counter(
@@ -70,35 +68,38 @@ class Metrics:
         )
         self.engine_failures = Counter(
             "sana_sprint_engine_failures",
-            "Calls of the engine that failed; a batch that fails and then its jobs alone count each.",
+            "Failed calls of the engine; a failed batch and each of its retried jobs count.",
             ("kind",),
             registry=self.registry,
         )
         self.origins_refused = Counter(
-            "sana_sprint_origins_refused", "Refused for a page of another site.", ("kind",), registry=self.registry
+            "sana_sprint_origins_refused",
+            "Requests of pages of other sites, refused by their Origin.",
+            ("kind",),
+            registry=self.registry,
         )
         self.replaced_kernels = Gauge(
             "sana_sprint_replaced_kernels",
-            "1 for each kernel that its reference replaces on this card, and why.",
+            "1 for each kernel that its reference replaces on this GPU, with the reason.",
             ("kernel", "reason"),
             registry=self.registry,
         )
-        self.workers_wanted = Gauge(
-            "sana_sprint_workers_wanted", "Processes that shall serve here (--workers).", registry=self.registry
+        self.workers_desired = Gauge(
+            "sana_sprint_workers_desired", "Configured number of processes (--workers).", registry=self.registry
         )
         self.worker_ready = Gauge(
             "sana_sprint_worker_ready",
-            "1 where this process is ready; a process that is gone has none.",
+            "1 if this process is ready; an ended process has no series.",
             registry=self.registry,
         )
         self.build_progress = Gauge(
             "sana_sprint_engine_build_progress",
-            "From 0 to 1, how far the engine is that is being built; 1 where none is.",
+            "Progress of the engine build from 0 to 1; 1 without a build.",
             registry=self.registry,
         )
         self.build_seconds_left = Gauge(
             "sana_sprint_engine_build_seconds_left",
-            "Until the engine that is being built will be there, as far as can be told; 0 where none is built.",
+            "Estimated seconds until the engine build ends; 0 without a build.",
             registry=self.registry,
         )
         self._engine_info = Info("sana_sprint_engine", "What runs.", registry=None)
@@ -109,19 +110,19 @@ class Metrics:
             "sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",), registry=self.registry
         )
         self.live_seconds = Histogram(
-            "sana_sprint_live_picture_duration_seconds",
-            "From the receipt of the newest drawing or setting that a picture shows to the picture's departure.",
+            "sana_sprint_live_image_duration_seconds",
+            "From receiving the newest drawing or setting of an image to sending the image.",
             buckets=request_bounds,
             registry=self.registry,
         )
         self.live_superseded = Counter(
             "sana_sprint_live_drawings_superseded",
-            "Drawings that were never shown, because a newer one came.",
+            "Drawings that a newer one replaced before they were run.",
             registry=self.registry,
         )
         self.safety_checks = Counter(
             "sana_sprint_safety_checks",
-            "Checks of prompts and images; failed is a checker's own failure.",
+            "Checks of prompts and images; failed counts errors of a checker.",
             ("what", "verdict"),
             registry=self.registry,
         )
@@ -143,7 +144,7 @@ class Metrics:
         self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     def describe_engine(self, info: EngineInfo, version: str) -> None:
-        """Publishes sana_sprint_engine_info, and which kernels are replaced, instead of what an earlier engine had.
+        """Publishes sana_sprint_engine_info and the replaced kernels; overwrites those of an earlier engine.
 
         `version` is this package's.
         """
@@ -164,14 +165,14 @@ class Metrics:
             self.replaced_kernels.labels(kernel, reason).set(1)
 
     def name_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
-        """Sizes (width, height) that always have series of their own, whatever clients ask for before them."""
+        """Reserves series for sizes (width, height), independent of what clients request."""
         self._sizes |= {(width, height): (str(width), str(height)) for width, height in sizes}
-        self._most_sizes = len(self._sizes) + ASKED_SIZES
+        self._max_sizes = len(self._sizes) + MAX_REQUESTED_SIZES
 
     def count_image(self, width: int, height: int, steps: int) -> None:
-        """Counts a picture that was made, in pixels."""
+        """Counts a generated image; width and height in pixels."""
         size = (width, height)
-        if size not in self._sizes and len(self._sizes) < self._most_sizes:
+        if size not in self._sizes and len(self._sizes) < self._max_sizes:
             self._sizes[size] = (str(width), str(height))
         self.images.labels(*self._sizes.get(size, OTHER_SIZE), steps).inc()
 
@@ -183,11 +184,12 @@ class Metrics:
         self.registry.register(self._memory)
 
     def exposition(self) -> bytes:
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(_WithoutCreated(self.registry))
 
 
 class _WithoutCreated(CollectorRegistry):
-    """A registry as scraped, less the _created series that double each counter and histogram."""
+    """A registry without the _created series, which double the size of each counter and histogram."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__()

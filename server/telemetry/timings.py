@@ -1,4 +1,4 @@
-"""How long each stage of a request took, and the header that tells it; how long this process has been there."""
+"""Stage timings of a request, their header and JSON, and the age of this process."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Timings(NamedTuple):
-    """Milliseconds. Of several pictures, the slowest in each stage; encode includes the wait for a codec thread."""
+    """Milliseconds per stage; of several images, the maximum. `encode` includes the wait for a codec thread."""
 
     queue: float
     text: float
@@ -14,21 +14,21 @@ class Timings(NamedTuple):
     decode: float
     encode: float
     total: float
-    safety: float | None = None  # of prompt and image, where they are checked; the image's is in encode too
+    safety: float | None = None  # checks of prompt and image; `encode` includes the image's
 
 
 def milliseconds(timings: Timings) -> dict[str, float]:
-    """Each stage and the total, as bodies tell them."""
+    """Returns each stage and the total for a JSON body, rounded to 0.001 ms."""
     return {stage: round(ms, 3) for stage, ms in timings._asdict().items() if ms is not None}
 
 
 def server_timing(timings: Timings) -> str:
-    """The Server-Timing header: each stage and the total, in milliseconds."""
+    """Returns the Server-Timing header: each stage and the total, in milliseconds."""
     return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings._asdict().items() if ms is not None)
 
 
 def process_age_s() -> float | None:
-    """Seconds since this process began, imports included; None where /proc does not tell."""
+    """Returns the seconds since this process started, imports included; None without /proc."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text().split()[0])

@@ -1,9 +1,9 @@
-"""Traces of requests for OpenTelemetry: a span for each request, and in it one for each stage. Off unless asked for.
+"""OpenTelemetry traces: one span per request, with one child span per stage. Needs --otlp-endpoint.
 
-The SDK is loaded only where --otlp-endpoint is set. Spans are made once a request is answered, from times that are
-measured anyway, so tracing adds nothing to what a client waits for. The stages are laid end to end before the answer:
-queue, text, denoise, decode, encode. A caller's trace (W3C traceparent, tracestate) is joined, and its decision whether
-to sample is kept. Never a prompt, a seed or a key in an attribute.
+The module loads the SDK only with --otlp-endpoint. It creates spans after the answer, from times that the server
+measures anyway, so tracing adds no latency. The stage spans end at the answer, one after the other: queue, text,
+denoise, decode, encode. A span joins the caller's trace (W3C traceparent, tracestate) and keeps its sampling decision.
+Attributes never hold a prompt, a seed or a key.
 """
 
 import time
@@ -13,13 +13,13 @@ from server import __version__
 from server.errors import SettingsError
 from server.telemetry.timings import Timings
 
-POLLED = ("/health/live", "/health/ready", "/metrics")  # every few seconds, by orchestrators: no traces
+POLLED = ("/health/live", "/health/ready", "/metrics")  # polled every few seconds; not traced
 
 
 class Tracing:
-    """Sends spans to a collector, in batches, from a thread of the SDK. `endpoint` is its base URL, without /v1/traces.
+    """Sends spans to a collector in batches, from a thread of the SDK. `endpoint` is its base URL, without /v1/traces.
 
-    Raises SettingsError where the extra `otel` is not installed.
+    Raises SettingsError without the extra `otel`.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -48,7 +48,7 @@ class Tracing:
         headers: Mapping[str, str],
         timings: Timings | None,
     ) -> str | None:
-        """The trace id (32 hex digits) of a request that took `seconds` until now; None for what is only polled."""
+        """Records a request that ended now, after `seconds`. Returns its trace id (32 hex digits); None if POLLED."""
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -70,15 +70,15 @@ class Tracing:
         )
         if status >= 500:
             span.set_status(StatusCode.ERROR)
-        inside, until = set_span_in_context(span), end
+        parent, until = set_span_in_context(span), end
         for stage, ms in reversed(timings._asdict().items() if timings else ()):
-            if stage not in ("total", "safety"):  # a check is a part of encode, or before the queue
+            if stage not in ("total", "safety"):  # checks run before the queue, or within encode
                 begun = until - int(ms * 1e6)
-                tracer.start_span(stage, context=inside, start_time=begun).end(until)
+                tracer.start_span(stage, context=parent, start_time=begun).end(until)
                 until = begun
         span.end(end)
         return f"{span.get_span_context().trace_id:032x}"
 
     def close(self) -> None:
-        """Sends what is left. Blocks, a few seconds at most."""
+        """Sends the remaining spans. Blocks for a few seconds at most."""
         self._provider.shutdown()

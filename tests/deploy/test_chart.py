@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import build_engine
-from server.settings import Settings, read
+from server.settings import Settings, load_settings
 
 if find_spec("helm_python") is None:
     pytest.skip("Helm is not installed: make deploy-tools", allow_module_level=True)
@@ -84,7 +84,9 @@ def test_kinds_come_with_what_asks_for_them() -> None:
 
 def test_settings_are_ones_that_the_server_accepts() -> None:
     container = one(rendered(EVERYTHING), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
-    settings = read(container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item})
+    settings = load_settings(
+        container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    )
     assert (settings.max_queue, settings.log_level, settings.model) == (256, "warning", "sprint-0.6b")
     assert settings.api_key_file == "/keys/keys"
     assert settings.port == container["ports"][0]["containerPort"] == Settings().port
@@ -135,7 +137,7 @@ def test_engines_are_built_before_the_server_that_serves_them(values: dict[str, 
     assert builder["command"] == ["python", "build_engine.py"]
     spec = build_engine.parse(builder["args"])
     assert (spec.gpu, spec.precision) == ("native", values["engine"].get("precision", "bf16"))
-    assert read(server["args"], {}).engine == str(spec.out)
+    assert load_settings(server["args"], {}).engine == str(spec.out)
     assert builder["resources"]["limits"] == server["resources"]["limits"]
     assert {mount["name"]: mount["mountPath"] for mount in builder["volumeMounts"]}.items() <= {
         mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]
@@ -146,7 +148,7 @@ def test_a_slice_of_a_card_and_several_cards_are_asked_for_by_name() -> None:
     def server(name: str) -> tuple[dict[str, Any], Settings]:
         (container,) = pod(EXAMPLES[name])["containers"]
         environment = {item["name"]: item["value"] for item in container["env"]}
-        return container["resources"]["limits"], read(container["args"], environment)
+        return container["resources"]["limits"], load_settings(container["args"], environment)
 
     limits, settings = server("mig-slice")
     assert limits["nvidia.com/mig-2g.20gb"] == settings.workers == 1

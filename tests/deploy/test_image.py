@@ -15,7 +15,7 @@ import yaml
 import build_engine
 from deploy.check_image import readme_flags, volumes_of
 from deploy.lock import LOCKS
-from server.settings import Settings, read
+from server.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -42,7 +42,7 @@ def test_every_flavour_has_its_lock() -> None:
 
 def test_the_image_sets_what_the_server_accepts() -> None:
     environment = dict(re.findall(r"^\s*(?:ENV )?(SPRINT_\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.MULTILINE))
-    assert read([], environment) == Settings(host="0.0.0.0")
+    assert load_settings([], environment) == Settings(host="0.0.0.0")
     assert f"EXPOSE {Settings().port}" in DOCKERFILE
 
 
@@ -91,7 +91,7 @@ def test_a_profile_starts_one_server_with_its_dashboard_and_no_port_twice(profil
 def test_engines_are_built_before_the_server_that_serves_them(profile: str) -> None:
     builder, server = service(f"engines-{profile}"), service(f"server-{profile}")
     assert builder["entrypoint"] == ["python", "build_engine.py"]
-    spec, settings = build_engine.parse(builder["command"]), read(server["command"], {})
+    spec, settings = build_engine.parse(builder["command"]), load_settings(server["command"], {})
     assert (spec.model, str(spec.out)) == (settings.model, settings.engine)
     assert server["depends_on"] == {f"engines-{profile}": {"condition": "service_completed_successfully"}}
     assert builder["image"] == server["image"] == f"sana-sprint-server:{profile}"
@@ -110,13 +110,13 @@ def test_the_quick_start_names_what_compose_has() -> None:
         assert "--profile" not in words or words[words.index("--profile") + 1] in PROFILES
     (run,) = [words for words in lines if "run" in words]
     spec = build_engine.parse(run[run.index("engines-gpu") + 1 :])
-    assert str(spec.out) == read(service("server-gpu")["command"], {}).engine
+    assert str(spec.out) == load_settings(service("server-gpu")["command"], {}).engine
 
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_compose_gives_the_server_time_to_drain(name: str) -> None:
     one = service(name)
-    settings = read(one.get("command", []), {})
+    settings = load_settings(one.get("command", []), {})
     assert int(one["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.shutdown_timeout_s
 
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import build_engine
-from server.cluster.application import NAME, Scale, in_scale
+from server.cluster.application import NAME, ScalingConfig, parse_scaling_value
 from server.cluster.retry import CALLBACK
-from server.settings import Settings, flag_of, read
+from server.settings import Settings, flag_of, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = yaml.safe_load((ROOT / "deploy/kubernetes/rayservice.yaml").read_text())
@@ -25,10 +25,14 @@ def test_arguments_are_ones_that_the_application_takes() -> None:
     module, name = application["import_path"].split(":")
     assert f"def {name}(" in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
     arguments = application["args"]
-    known = {field.name for field in fields(Scale)}
-    scale = Scale(**{name: in_scale(name, value) for name, value in arguments.items() if name in known})
+    known = {field.name for field in fields(ScalingConfig)}
+    scale = ScalingConfig(
+        **{name: parse_scaling_value(name, value) for name, value in arguments.items() if name in known}
+    )
     assert (scale.gpus, scale.max_replicas) == (1, CLUSTER["workerGroupSpecs"][0]["maxReplicas"])
-    read([word for name, value in arguments.items() if name not in known for word in (flag_of(name), value)], {})
+    load_settings(
+        [word for name, value in arguments.items() if name not in known for word in (flag_of(name), value)], {}
+    )
 
 
 def test_workers_hold_what_a_replica_asks_for() -> None:

@@ -9,7 +9,7 @@ from engines.device.memory import open_card
 from engines.fake import FakeEngine
 from server.app import create_app
 from server.processes.uvicorn_server import serve
-from server.settings import read
+from server.settings import load_settings
 
 sys.modules["pynvml"] = fake_nvml.FakeNvml()
 
@@ -21,5 +21,5 @@ class EngineOnACard(FakeEngine):
 
 
 if __name__ == "__main__":
-    settings = read(["--backend", "fake", "--log-level", "error", "--port", sys.argv[1]], {})
+    settings = load_settings(["--backend", "fake", "--log-level", "error", "--port", sys.argv[1]], {})
     serve(create_app(EngineOnACard(), settings), settings)

@@ -135,7 +135,7 @@ Serve = Callable[..., Running]
 def start(stack: ExitStack, engine: Engine | Callable[[], Engine], *, ready: bool = True, **settings: Any) -> Running:
     left: list[int] = []
     chosen = Settings(**settings)
-    app = create_app(engine, chosen, leave=left.append)
+    app = create_app(engine, chosen, exit_process=left.append)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Servers for the tests: one for each test that asks, or one for a whole module that leaves nothing behind."""
+"""Fixtures that start servers: per test, or per module for tests that leave no state behind."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,14 +11,14 @@ from engines.fake import FakeEngine
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """serve(engine, ready=True, **settings) starts a server; all are stopped at the end of the test."""
+    """Returns serve(engine, ready=True, **settings), which starts a server; the test's end stops all."""
     with ExitStack() as stack:
         yield lambda engine=None, **options: start(stack, engine or FakeEngine(), **options)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Running]:
-    """One server for the tests of a module that leave nothing behind."""
+    """Starts one server for the tests of a module."""
     with ExitStack() as stack:
         yield start(stack, FakeEngine())
 

@@ -56,8 +56,8 @@ def test_every_answer_has_an_id_and_may_not_be_sniffed(plain: Running, path: str
 
 
 def test_a_clients_request_id_is_kept_if_it_is_harmless(plain: Running) -> None:
-    def echoed(given: str) -> str:
-        return plain.client.get("/health/live", headers={"x-request-id": given}).headers["x-request-id"]
+    def echoed(request_id: str) -> str:
+        return plain.client.get("/health/live", headers={"x-request-id": request_id}).headers["x-request-id"]
 
     assert echoed("abc-123_x.Y") == "abc-123_x.Y"
     for harmful in ("", "a b", "x" * 129, "a\tb", 'a"b'):

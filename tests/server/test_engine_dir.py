@@ -1,4 +1,4 @@
-"""python -m server --engine DIR, as a process: pictures of built engines over HTTP, and what it does not start with."""
+"""python -m server --engine DIR as a process: images of built engines over HTTP, and refused folders."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def eager(model: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Built on demand, exported once: OpenVINO rounds inside, so both precisions have the same graphs."""
+    """Builds engines on demand. Exports once: OpenVINO rounds by itself, so both precisions share their graphs."""
     place, export = tmp_path_factory.mktemp("engines"), building.export_onnx
 
     def export_or_copy(module: object, name: str, inputs: object, path: Path) -> None:
@@ -68,20 +68,20 @@ def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 def started(stack: ExitStack, model: Path, folder: Path) -> str:
-    """The address of a server with built engines; it ends with `stack`."""
+    """Returns the address of a server with built engines; `stack` ends it."""
     command = [sys.executable, "-m", "server", "--port", "0", "--model", str(model), "--engine", str(folder)]
     process = stack.enter_context(
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     )
     stack.callback(process.terminate)
     assert process.stdout is not None
-    told = ""
+    info = ""
     for line in process.stdout:
-        told += line
+        info += line
         if found := re.search(r"curl -s (http://127\.0\.0\.1:\d+)/generate", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # so that a full pipe stops nobody
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block the server
             return found.group(1)
-    pytest.fail(told)
+    pytest.fail(info)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def served(model: Path, engines: Callable[[str], Path]) -> Iterator[Callable[[st
         yield at
 
 
-def picture(url: str, job: Job) -> NDArray[np.int64]:
+def generated(url: str, job: Job) -> NDArray[np.int64]:
     body = {"prompt": job.prompt, "seed": job.seed, "width": job.width, "height": job.height}
     body |= {"num_inference_steps": job.steps, "guidance_scale": job.guidance_scale}
     answer = httpx.post(f"{url}/generate", json=body, timeout=600)
@@ -106,27 +106,27 @@ def picture(url: str, job: Job) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job.steps} steps")
-def test_pictures_in_fp32_equal_eager(job: Job, served: Callable[[str], str], eager: Engine) -> None:
-    found, expected = picture(served("fp32"), job), eager.generate([job])[0].pixels.astype(int)
+def test_images_in_fp32_equal_eager(job: Job, served: Callable[[str], str], eager: Engine) -> None:
+    actual, expected = generated(served("fp32"), job), eager.generate([job])[0].pixels.astype(int)
     assert expected.std() > 10
-    assert abs(found - expected).max() <= 2
+    assert abs(actual - expected).max() <= 2
 
 
 def test_the_server_says_what_it_serves(served: Callable[[str], str]) -> None:
-    told = httpx.get(f"{served('fp32')}/v1/info").json()
-    assert (told["backend"], told["precision"]) == ("openvino", "fp32")
-    assert told["manifest"]["gpu"] == "cpu"
-    assert told["manifest"]["pictures"]["64x64"]["gate"]
+    info = httpx.get(f"{served('fp32')}/v1/info").json()
+    assert (info["backend"], info["precision"]) == ("openvino", "fp32")
+    assert info["manifest"]["gpu"] == "cpu"
+    assert info["manifest"]["pictures"]["64x64"]["gate"]
     refused = httpx.post(f"{served('fp32')}/generate", json={"prompt": "x", "width": 96, "height": 64})
     assert refused.status_code == 422
     assert "64x64" in refused.text
 
 
 @pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
-def test_pictures_in_bf16_stay_near_eager(served: Callable[[str], str], eager: Engine) -> None:
+def test_images_in_bf16_stay_near_eager(served: Callable[[str], str], eager: Engine) -> None:
     url = served("bf16")
     for job in (JOBS[0], replace(JOBS[0], seed=9, prompt="a blue square")):
-        noise = float(((picture(url, job) - eager.generate([job])[0].pixels.astype(int)) ** 2).mean())
+        noise = float(((generated(url, job) - eager.generate([job])[0].pixels.astype(int)) ** 2).mean())
         assert 0 < noise <= 255**2 / 10**3.5, "PSNR below 35 dB, or not rounded at all"
 
 
@@ -137,8 +137,8 @@ def test_a_server_does_not_start_with_a_truncated_engine(
     os.truncate(folder / "decoder-64x64.bin", 10)
     command = [sys.executable, "-m", "server", "--port", "0", "--model", str(model), "--engine", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    told = done.stdout + done.stderr
+    info = done.stdout + done.stderr
     assert done.returncode == EXIT_START
-    [line] = [line for line in told.splitlines() if "cannot start" in line]
+    [line] = [line for line in info.splitlines() if "cannot start" in line]
     assert re.search(r"decoder-64x64\.bin has 10 bytes, \d+ were built; build it again: python build_engine\.py", line)
-    assert "Traceback" not in told
+    assert "Traceback" not in info

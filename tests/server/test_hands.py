@@ -1,4 +1,4 @@
-"""What hands and hosts put where settings and keys are read: marks of editors, links of Kubernetes, empty variables."""
+"""Settings and keys as people and hosts write them: byte order marks, Kubernetes links, empty variables."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ from running_server import Running, Serve
 
 from engines.checkpoints.weights import FolderWeights, read_json
 from server.errors import EXIT_SETTINGS, SettingsError
-from server.settings import Settings, read
+from server.settings import Settings, load_settings
 
 TINY = Path(__file__).resolve().parents[2] / "models/tiny"
 HASH = "sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of foo
@@ -89,24 +89,25 @@ LINKS = [
 @pytest.mark.parametrize(("variable", "value", "service"), LINKS)
 def test_a_service_link_is_told_apart_from_a_setting(variable: str, value: str, service: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        read([], {variable: value})
+        load_settings([], {variable: value})
     for word in (variable, value, "Kubernetes", f"Service {service!r}", "enableServiceLinks: false"):
         assert word in str(caught.value)
     assert "did you mean" not in str(caught.value)
 
 
 def test_a_port_is_still_a_port() -> None:
-    assert read([], {"SPRINT_PORT": "8001"}).port == 8001
+    assert load_settings([], {"SPRINT_PORT": "8001"}).port == 8001
     with pytest.raises(SettingsError, match="0 to 65535"):
-        read([], {"SPRINT_PORT": "http"})
+        load_settings([], {"SPRINT_PORT": "http"})
 
 
 def test_an_empty_variable_is_one_that_is_not_set() -> None:
     assert (
-        read([], {"SPRINT_PORT": "", "SPRINT_MODEL": "", "SPRINT_MAX_QUEUE": "", "SPRINT_NO_SETTING": ""}) == Settings()
+        load_settings([], {"SPRINT_PORT": "", "SPRINT_MODEL": "", "SPRINT_MAX_QUEUE": "", "SPRINT_NO_SETTING": ""})
+        == Settings()
     )
     with pytest.raises(SettingsError, match="--max-queue"):
-        read(["--max-queue", ""], {})
+        load_settings(["--max-queue", ""], {})
 
 
 def test_a_pod_beside_a_service_is_told_why_it_does_not_start() -> None:

@@ -1,4 +1,4 @@
-"""python -m server as a process: what it prints, how it ends, and with which code."""
+"""python -m server as a process: its output, its end and its exit codes."""
 
 import re
 import signal
@@ -58,8 +58,8 @@ def test_the_printed_curl_line_works_and_sigterm_answers_what_was_accepted(launc
         thread.start()
 
     def accepted() -> float:
-        told = dict(re.findall(r"^(sana_sprint_jobs_\w+) (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE))
-        return len(answers) + sum(float(told[f"sana_sprint_jobs_{state}"]) for state in ("waiting", "running"))
+        gauges = dict(re.findall(r"^(sana_sprint_jobs_\w+) (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE))
+        return len(answers) + sum(float(gauges[f"sana_sprint_jobs_{state}"]) for state in ("waiting", "running"))
 
     wait_until(lambda: accepted() >= 4, "four accepted jobs")
     program.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Settings: a flag and a variable for every field; whatever is unknown or bad is told with what is allowed."""
+"""Settings: a flag and a variable per field; errors of unknown names and bad values say what is allowed."""
 
 from dataclasses import fields
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from engines.types import AdapterOption
 from server.errors import SettingsError
-from server.settings import Settings, flag_of, parser, read, variable_of
+from server.settings import Settings, flag_of, load_settings, parser, variable_of
 
 GOOD: dict[str, tuple[str, Any]] = {
     "model": ("sprint-0.6b", "sprint-0.6b"),
@@ -15,7 +15,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "engine_sizes": ("1024x1024, 512x768", ((1024, 1024), (512, 768))),
     "serve_while_building": ("yes", True),
     "backend": ("fake", "fake"),
-    "cache": ("kept", "kept"),
+    "cache": ("cache", "cache"),
     "precision": ("bf16", "bf16"),
     "device": ("cpu", "cpu"),
     "decoder": ("lite", "lite"),
@@ -56,19 +56,19 @@ def test_the_table_of_this_test_is_complete() -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_flag_and_variable_mean_the_same_and_the_flag_wins(name: str) -> None:
     text, value = GOOD[name]
-    by_flag = read([flag_of(name), text], {})
+    by_flag = load_settings([flag_of(name), text], {})
     assert getattr(by_flag, name) == value
-    assert read([], {variable_of(name): text}) == by_flag
-    assert read([flag_of(name), text], {variable_of(name): str(getattr(Settings(), name))}) == by_flag
+    assert load_settings([], {variable_of(name): text}) == by_flag
+    assert load_settings([flag_of(name), text], {variable_of(name): str(getattr(Settings(), name))}) == by_flag
 
 
 def test_adapters_are_given_one_by_one_too() -> None:
-    settings = read(["--lora", "a=x", "--lora", "b=y:2"], {"SPRINT_LORA": "c=z"})
+    settings = load_settings(["--lora", "a=x", "--lora", "b=y:2"], {"SPRINT_LORA": "c=z"})
     assert settings.lora == (AdapterOption("a", "x"), AdapterOption("b", "y", 2.0))
 
 
 def test_defaults_are_the_dataclass() -> None:
-    assert read([], {"PATH": "/bin", "OTHER_SPRINT_PORT": "x"}) == Settings()
+    assert load_settings([], {"PATH": "/bin", "OTHER_SPRINT_PORT": "x"}) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -97,20 +97,20 @@ def test_a_bad_value_is_told_with_its_name_and_what_is_allowed(name: str, text: 
         ([], {variable_of(name): text}, variable_of(name)),
     ):
         with pytest.raises(SettingsError) as caught:
-            read(arguments, environment)
+            load_settings(arguments, environment)
         assert str(caught.value).startswith(f"{source}: got {text!r}, allowed: ")
         assert allowed in str(caught.value)
 
 
 def test_an_unknown_variable_stops_the_start() -> None:
     with pytest.raises(SettingsError, match=r"SPRINT_MAX_BACH='8': unknown setting; did you mean SPRINT_MAX_BATCH\?"):
-        read([], {"SPRINT_MAX_BACH": "8"})
+        load_settings([], {"SPRINT_MAX_BACH": "8"})
 
 
 @pytest.mark.parametrize("arguments", [["--prot", "1"], ["--por", "1"], ["stray"]])
 def test_an_unknown_flag_stops_the_start(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        read(arguments, {})
+        load_settings(arguments, {})
     assert caught.value.code == 2
     assert arguments[0] in capsys.readouterr().err
 
@@ -124,10 +124,10 @@ def test_the_help_names_every_flag_its_default_and_what_is_allowed() -> None:
 
 
 def test_a_switch_needs_no_value() -> None:
-    assert read(["--serve-while-building", "--engine", "auto"], {}).serve_while_building
-    assert not read(["--serve-while-building", "no"], {}).serve_while_building
+    assert load_settings(["--serve-while-building", "--engine", "auto"], {}).serve_while_building
+    assert not load_settings(["--serve-while-building", "no"], {}).serve_while_building
 
 
 def test_engines_are_not_built_for_a_backend_that_runs_none() -> None:
     with pytest.raises(SettingsError, match="--engine: got 'auto' with --backend eager"):
-        read(["--engine", "auto", "--backend", "eager"], {})
+        load_settings(["--engine", "auto", "--backend", "eager"], {})

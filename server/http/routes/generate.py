@@ -1,4 +1,4 @@
-"""POST /generate: a picture or several, as bytes or as JSON."""
+"""POST /generate: one image as bytes, or one to eight as JSON."""
 
 import re
 import time
@@ -14,56 +14,48 @@ from server.http.disconnect import cancel_on_disconnect
 from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
 from server.http.routes.schemas import GenerateRequest
-from server.http.state import app_state, request_context
-from server.telemetry.timings import milliseconds, server_timing
+from server.http.state import app_state, request_context, result_headers
+from server.telemetry.timings import milliseconds
 
 router = APIRouter(route_class=PlainRoute)
 
 
 @router.post("/generate", **openapi.GENERATE)
 async def generate(request: Request) -> Response:
-    """Makes one to eight pictures.
+    """Generates one to eight images.
 
-    One picture comes as image bytes, unless the Accept header asks for application/json; several come as JSON.
+    Returns one image as bytes, unless the Accept header asks for application/json; returns several as JSON.
     """
-    service, context = app_state(request), request_context(request)
-    body = await read_json(request, GenerateRequest, service)
+    state, context = app_state(request), request_context(request)
+    body = await read_json(request, GenerateRequest, state)
     as_json = body.num_images > 1 or prefers_json(request.headers.get("accept", ""))
-    making = service.generator.generate(body.generation_request(base64=as_json), context.arrived)
-    del body  # it may hold large images, which are not needed once they are decoded
-    delivery = await cancel_on_disconnect(making, request.receive)
-    request.state.timings = delivery.timings_ms  # for the trace
-    headers = {"server-timing": server_timing(delivery.timings_ms)}
-    if delivery.prompt_truncated:
-        headers["x-prompt-truncated"] = "true"
+    generation = state.generator.generate(body.generation_request(base64=as_json), context.arrived)
+    del body  # frees its large images as soon as they are decoded
+    result = await cancel_on_disconnect(generation, request.receive)
+    headers = result_headers(request, result)
     if not as_json:
-        picture = delivery.images[0]
-        headers["x-seed"] = str(picture.seed)
-        return Response(picture.content, headers=headers, media_type=f"image/{delivery.output_format}")
-    model = service.scheduler.engine.info.checkpoint
-    content = await service.codec.run(answer_json, delivery, context.request_id, model)
+        image = result.images[0]
+        headers["x-seed"] = str(image.seed)
+        return Response(image.content, headers=headers, media_type=f"image/{result.output_format}")
+    model = state.scheduler.engine.info.checkpoint
+    content = await state.codec.run(answer_json, result, context.request_id, model)
     return Response(content, headers=headers, media_type="application/json")
 
 
 def prefers_json(accept: str) -> bool:
-    """Whether an Accept header names application/json, and no image type with a higher weight."""
-    accept = accept.lower()
-    if "application/json" not in accept:
-        return False
-    json_weight = image_weight = 0.0
-    for part in accept.split(","):
+    """Returns True if an Accept header names application/json, and no image type with a higher weight (RFC 9110)."""
+    weights = {"application/json": 0.0, "image/": 0.0}
+    for part in accept.lower().split(","):
         name, _, parameters = part.partition(";")
-        found = re.search(r"q\s*=\s*([01](?:\.\d*)?)", parameters)
-        weight = float(found.group(1)) if found else 1.0
-        if name.strip() == "application/json":
-            json_weight = max(json_weight, weight)
-        elif name.strip().startswith("image/"):
-            image_weight = max(image_weight, weight)
-    return json_weight > 0 and json_weight >= image_weight
+        name = "image/" if name.strip().startswith("image/") else name.strip()
+        if name in weights:
+            weight = re.search(r"q\s*=\s*([01](?:\.\d*)?)", parameters)
+            weights[name] = max(weights[name], float(weight[1]) if weight else 1.0)
+    return weights["application/json"] > 0 and weights["application/json"] >= weights["image/"]
 
 
-def answer_json(delivery: GenerationResult, request_id: str, model: str) -> bytes:
-    """The JSON answer of POST /generate (schemas.GenerateAnswer)."""
+def answer_json(result: GenerationResult, request_id: str, model: str) -> bytes:
+    """Returns the JSON body of the answer (schemas.GenerateAnswer)."""
     return to_json(
         {
             "id": request_id,
@@ -71,15 +63,15 @@ def answer_json(delivery: GenerationResult, request_id: str, model: str) -> byte
             "model": model,
             "images": [
                 {
-                    "b64": picture.content.decode("ascii"),
-                    "seed": picture.seed,
-                    "width": delivery.width,
-                    "height": delivery.height,
-                    "format": delivery.output_format,
+                    "b64": image.content.decode("ascii"),
+                    "seed": image.seed,
+                    "width": result.width,
+                    "height": result.height,
+                    "format": result.output_format,
                 }
-                for picture in delivery.images
+                for image in result.images
             ],
-            "timings_ms": milliseconds(delivery.timings_ms),
-            "prompt_truncated": delivery.prompt_truncated,
+            "timings_ms": milliseconds(result.timings_ms),
+            "prompt_truncated": result.prompt_truncated,
         }
     )

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's image routes: requests, answers and errors."""
+"""Request, answer and error bodies of OpenAI's image routes."""
 
 import json
 from contextlib import suppress
@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
-from server.errors import Fault, InvalidError
+from server.errors import FieldError, InvalidError
 from server.generation.generator import GenerationRequest
 from server.generation.image_codec import ImageFormat
-from server.http.routes.schemas import MAX_IMAGES, MAX_PROMPT, Options, StageTimings, Whole, _integral
+from server.http.routes.schemas import MAX_IMAGES, Options, StageTimings, Whole, _integral
 
 Percent = Annotated[int, Field(ge=0, le=100), BeforeValidator(_integral)]
 
@@ -18,7 +18,7 @@ STREAM_SCHEMA: JsonDict = {"const": False}
 
 
 def _null_is_absent(schema: JsonDict) -> None:
-    """Says in a schema that every field that need not be there may be null."""
+    """Adds null to the type of every optional field of a schema."""
     properties, required = schema["properties"], schema["required"]
     assert isinstance(properties, dict)
     assert isinstance(required, list)
@@ -29,11 +29,10 @@ def _null_is_absent(schema: JsonDict) -> None:
 
 
 class ImageGenerationRequest(Options):
-    """Body of the OpenAI routes: OpenAI's fields and our own. Unknown fields are ignored, null means absent."""
+    """Body of the OpenAI routes: OpenAI's fields and our own. Ignores unknown fields; null means absent."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra=_null_is_absent)
 
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
     n: Whole = Field(1, ge=1, le=MAX_IMAGES)
     size: str = Field("auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="WxH, or auto: width and height.")
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data: URI.")
@@ -42,33 +41,41 @@ class ImageGenerationRequest(Options):
         False, json_schema_extra=STREAM_SCHEMA, description="True is refused: one step has no partial images."
     )
     user: str | None = None
-    model: Any = Field(None, description="Any name is taken; CHECKPOINT:ADAPTER, as /v1/models lists it, adds `lora`.")
+    model: Any = Field(
+        None, description="Any name is accepted; CHECKPOINT:ADAPTER, as /v1/models lists it, adds `lora`."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, body: Any) -> Any:
-        """A seed of -1 is how other servers write a random one."""
+        """Drops nulls and a seed of -1, which means a random seed on other servers; parses `lora` of a form."""
         if not isinstance(body, dict):
             return body
-        kept = {name: value for name, value in body.items() if value is not None}
-        if str(kept.get("seed")) == "-1":
-            del kept["seed"]
-        if isinstance(kept.get("lora"), str):  # a form's
+        present = {name: value for name, value in body.items() if value is not None}
+        if str(present.get("seed")) == "-1":
+            del present["seed"]
+        if isinstance(present.get("lora"), str):  # from a form
             with suppress(ValueError):
-                kept["lora"] = json.loads(kept["lora"])
-        return kept
+                present["lora"] = json.loads(present["lora"])
+        return present
 
     def to_request(self, image: bytes | str | None = None) -> GenerationRequest:
-        """`image` (that of an edit) wins over the field. Raises InvalidError (422) for a stream."""
+        """Returns the request to generate; `image` overrides the field. Raises InvalidError (422) for a stream."""
         if self.stream:
-            raise InvalidError([Fault("stream", "stream: got true, allowed: false; one step has no partial images")])
+            raise InvalidError(
+                [FieldError("stream", "stream: got true, allowed: false; one step has no partial images")]
+            )
         width, height = self.width, self.height
         if self.size != "auto":
             width, height = map(int, self.size.split("x"))
         quality = self.output_quality if self.output_compression is None else max(self.output_compression, 1)
-        image = self.image if image is None else image
         return self.generation_request(
-            num_images=self.n, width=width, height=height, output_quality=quality, image=image, base64=True
+            num_images=self.n,
+            width=width,
+            height=height,
+            output_quality=quality,
+            image=self.image if image is None else image,
+            base64=True,
         )
 
 
@@ -84,7 +91,7 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens are not counted here; clients expect the fields."""
+    """Zeros: clients expect the fields, this server counts no tokens."""
 
     input_tokens: int = 0
     input_tokens_details: InputTokens = InputTokens()
@@ -93,7 +100,7 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """The answer of the OpenAI routes; `seed` and `timings_ms` are ours."""
+    """Answer of the OpenAI routes; `seed` and `timings_ms` are our own fields."""
 
     created: int
     data: list[OpenAiImage]

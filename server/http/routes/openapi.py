@@ -1,4 +1,4 @@
-"""What /openapi.json says beyond what FastAPI can see: bodies that are read by hand, byte answers, every error."""
+"""Additions to /openapi.json that FastAPI cannot derive: bodies read by hand, byte answers, every error."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def reference(model: type[BaseModel]) -> dict[str, str]:
 
 
 def errors(*statuses: int, envelope: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
-    """Responses of a route: the statuses, each with its reason, schema and headers."""
+    """Returns the error responses of a route: each status with its reason, schema and headers."""
     media_type = "application/problem+json" if envelope is Problem else "application/json"
     return {
         status: {
@@ -59,16 +59,16 @@ def json_body(model: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any
 
 
 def describe(app: FastAPI) -> None:
-    """Gives the app a schema that holds our components too."""
+    """Replaces the app's schema by one with our components."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             schemas = schema.setdefault("components", {}).setdefault("schemas", {})
             for model in COMPONENTS:
-                made = model.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas.update(made.pop("$defs", {}))
-                schemas[model.__name__] = made
+                model_schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(model_schema.pop("$defs", {}))
+                schemas[model.__name__] = model_schema
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{}, {"key": []}]
             app.openapi_schema = schema
@@ -86,7 +86,7 @@ TIMING_HEADERS = EVERY_HEADER | {
 }
 SEED_HEADER = {"X-Seed": {"description": "With image bytes: the seed.", "schema": {"type": "integer"}}}
 IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
-PICTURES = {
+IMAGE_CONTENT = {
     "application/json": {"schema": reference(GenerateAnswer)},
     "image/png": IMAGE_BYTES,
     "image/jpeg": IMAGE_BYTES,
@@ -95,13 +95,13 @@ PICTURES = {
 GENERATE: dict[str, Any] = {
     "response_class": Response,
     "responses": {
-        200: {"description": "The pictures.", "content": PICTURES, "headers": TIMING_HEADERS | SEED_HEADER},
+        200: {"description": "The images.", "content": IMAGE_CONTENT, "headers": TIMING_HEADERS | SEED_HEADER},
         **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
     },
     "openapi_extra": json_body(
         GenerateRequest,
         {
-            "one": {"summary": "One picture", "value": {"prompt": "a red circle on a white background", "seed": 7}},
+            "one": {"summary": "One image", "value": {"prompt": "a red circle on a white background", "seed": 7}},
             "four": {
                 "summary": "Four variants, as JSON",
                 "value": {"prompt": "three green triangles", "num_images": 4},
@@ -112,7 +112,7 @@ GENERATE: dict[str, Any] = {
 
 
 def answers(description: str, media_type: str, schema: dict[str, Any], *statuses: int) -> dict[str, Any]:
-    """A route that answers 200 with `media_type`, or one of the statuses."""
+    """Returns the responses of a route: 200 with `media_type`, and the errors."""
     content = {media_type: {"schema": schema}}
     ok = {"description": description, "content": content, "headers": EVERY_HEADER}
     return {"response_class": Response, "responses": {200: ok, **errors(*statuses)}}
@@ -145,7 +145,7 @@ OPENAI_IMAGES: dict[str, Any] = {
     "response_class": Response,
     "responses": {
         200: {
-            "description": "The pictures.",
+            "description": "The images.",
             "content": {"application/json": {"schema": reference(ImagesResponse)}},
             "headers": TIMING_HEADERS,
         },
@@ -162,16 +162,16 @@ OBJECT = {"type": "object"}
 
 
 def answers_json(answer: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
-    """A route of JSON that draws, with its schemas in place."""
+    """Returns body and responses of a route that generates images from JSON, with inline schemas."""
     content = {"application/json": {"schema": answer.model_json_schema()}}
-    asked = {"application/json": {"schema": body.model_json_schema()}}
+    request = {"application/json": {"schema": body.model_json_schema()}}
     return {
         "response_class": Response,
         "responses": {
-            200: {"description": "The pictures.", "content": content, "headers": TIMING_HEADERS},
+            200: {"description": "The images.", "content": content, "headers": TIMING_HEADERS},
             **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
         },
-        "openapi_extra": {"requestBody": {"required": True, "content": asked}},
+        "openapi_extra": {"requestBody": {"required": True, "content": request}},
     }
 
 

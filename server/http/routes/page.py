@@ -1,4 +1,4 @@
-"""GET / and /docs: the web pages, whose files lie in server/static."""
+"""GET / and /docs: the web pages in server/static."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ router = APIRouter(route_class=PlainRoute)
 
 @router.get("/", include_in_schema=False)
 async def page(_: Request) -> Response:
-    """The web page."""
+    """Serves the web page."""
     return _static("index.html")
 
 
 @router.get("/docs", include_in_schema=False)
 async def docs(_: Request) -> Response:
-    """The routes, for people: a page of ours over /openapi.json."""
+    """Serves the page that describes the routes, from /openapi.json."""
     return _static("docs.html")
 
 

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers, with the contract's bounds, and the sentences for values outside them."""
+"""Request and answer bodies of POST /generate, with the bounds of each field."""
 
 from dataclasses import fields
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ MAX_PROMPT = 4000
 
 
 def _integral(value: Any) -> Any:
-    """JSON knows one kind of number: 2.0 is a whole number."""
+    """Converts 2.0 to 2: JSON has one number type."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -33,7 +33,7 @@ IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 
 
 class Sampling(BaseModel):
-    """What every way to ask for a picture understands."""
+    """The fields of every API that generates images: /generate, OpenAI's routes, live sessions."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -52,7 +52,7 @@ class Sampling(BaseModel):
 
     @property
     def adapters(self) -> tuple[tuple[str, float], ...]:
-        """Of `lora`, those that change anything."""
+        """The adapters of `lora` with a scale other than 0."""
         return tuple((name, scale) for name, scale in (self.lora or {}).items() if scale)
 
     def generation_request(self, **fields: Any) -> GenerationRequest:
@@ -62,7 +62,7 @@ class Sampling(BaseModel):
 
 
 class Options(Sampling):
-    """What both POST /generate and the OpenAI routes understand."""
+    """The fields that POST /generate and the OpenAI routes share."""
 
     image: str | None = Field(
         None,
@@ -81,6 +81,7 @@ class Options(Sampling):
     timeout_ms: Milliseconds | None = Field(
         None, description="A request that cannot start by then gets 504. Null: the server's."
     )
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
 
 
 class GenerateRequest(Options):
@@ -91,7 +92,6 @@ class GenerateRequest(Options):
         json_schema_extra={"examples": [{"prompt": "a red circle on a white background", "seed": 7}]},
     )
 
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="More than 300 tokens are cut.")
     num_images: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Image i uses seed + i.")
 
 
@@ -104,7 +104,7 @@ class GeneratedImage(BaseModel):
 
 
 class StageTimings(BaseModel):
-    """Milliseconds; of several images, the slowest in each stage."""
+    """Milliseconds per stage; of several images, the maximum of each stage."""
 
     queue: float
     text: float
@@ -112,11 +112,11 @@ class StageTimings(BaseModel):
     decode: float
     encode: float
     total: float
-    safety: float | None = Field(None, description="Of the checks, where --safety is on.")
+    safety: float | None = Field(None, description="Of the checks, with --safety.")
 
 
 class GenerateAnswer(BaseModel):
-    """The answer with `Accept: application/json`, or for several images."""
+    """Answer with `Accept: application/json`, or with several images."""
 
     id: str
     created: int
@@ -133,7 +133,7 @@ class ProblemFault(BaseModel):
 
 
 class BuildingEngine(BaseModel):
-    """The step under way, and how far the whole is; `seconds_left` is null while nobody can tell."""
+    """The current step and the progress of the build; `seconds_left` is null while it is unknown."""
 
     module: str
     percent: int
@@ -141,8 +141,10 @@ class BuildingEngine(BaseModel):
 
 
 class Problem(BaseModel):
-    """Every error (RFC 9457, application/problem+json). `code` is for programs, `errors` comes with 422, `building`
-    with 503 while an engine is built."""
+    """Every error (RFC 9457, application/problem+json).
+
+    `code` is for programs. `errors` comes with 422, `building` with 503 while an engine is built.
+    """
 
     title: str
     status: int

@@ -18,15 +18,15 @@ router = APIRouter(route_class=PlainRoute)
 
 @router.get("/health/live", **openapi.LIVE)
 async def live(_: Request) -> Response:
-    """Answers while the process can answer at all."""
+    """Returns 200 while the process responds."""
     return JSONResponse({"status": "live"})
 
 
 @router.get("/health/ready", **openapi.READY)
 async def ready(request: Request) -> Response:
-    """200 once the engine is loaded and warm; 503 before, while draining, and when the engine does not answer.
+    """Returns 200 once the engine is loaded and warm; 503 before, while draining, and when the engine hangs.
 
-    `building` tells how far an engine is that is being built.
+    `building` is the progress of the engine under construction.
     """
     scheduler = app_state(request).scheduler
     scheduler.check_ready()
@@ -36,24 +36,24 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", **openapi.METRICS)
 async def metrics(request: Request) -> Response:
-    """Prometheus text."""
-    service = app_state(request)
-    return Response(await service.expose(service.metrics), media_type=exposition.CONTENT_TYPE)
+    """Returns the metrics in Prometheus' text format."""
+    state = app_state(request)
+    return Response(await state.render_metrics(state.metrics), media_type=exposition.CONTENT_TYPE)
 
 
 @router.get("/v1/info", **openapi.INFO)
 async def info(request: Request) -> Response:
-    """What runs here, what it can run, and why it was chosen."""
-    service = app_state(request)
-    engine = service.scheduler.engine
+    """Returns the running engine, its limits, and the reason of each choice."""
+    state = app_state(request)
+    engine = state.scheduler.engine
     limits = engine.limits
-    told = asdict(engine.info)
+    facts = asdict(engine.info)
     if (cores := request.app.state.cores) is not None:
         threads, why = cores
-        told |= {"threads": threads, "reasons": {**told["reasons"], "threads": why}}
+        facts |= {"threads": threads, "reasons": {**facts["reasons"], "threads": why}}
     return JSONResponse(
         {
-            **told,
+            **facts,
             "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
             "default_size": limits.default_size,
             "sizes": limits.sizes or None,
@@ -64,9 +64,9 @@ async def info(request: Request) -> Response:
             "steps": limits.steps,
             "adapters": limits.adapters,
             "conditioning": sorted(limits.conditioning),
-            "max_batch": min(limits.max_batch, service.settings.max_batch),
-            "max_queue": service.settings.max_queue,
-            "timeout_ms": service.settings.timeout_ms,
-            "safety": dict(service.settings.safety) or None,
+            "max_batch": min(limits.max_batch, state.settings.max_batch),
+            "max_queue": state.settings.max_queue,
+            "timeout_ms": state.settings.timeout_ms,
+            "safety": dict(state.settings.safety) or None,
         }
     )

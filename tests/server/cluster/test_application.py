@@ -1,4 +1,4 @@
-"""The parts of server.cluster that need no Ray: how many replicas, asking again, arguments."""
+"""The parts of server.cluster that need no Ray: autoscaling, retries, arguments."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.cluster import retry
 from server.cluster.__main__ import parse
-from server.cluster.application import Scale, application, build
-from server.cluster.scaling import INSIDE, WAITING, ByWaitingJobs
+from server.cluster.application import ScalingConfig, application, build
+from server.cluster.scaling import IN_FLIGHT, WAITING, ByWaitingJobs
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -24,35 +24,35 @@ class Context:
 
 
 def jobs(waiting: list[float], inside: list[float]) -> Mapping[str, Mapping[Any, float]]:
-    return {WAITING: dict(enumerate(waiting)), INSIDE: dict(enumerate(inside))}
+    return {WAITING: dict(enumerate(waiting)), IN_FLIGHT: dict(enumerate(inside))}
 
 
 @pytest.mark.parametrize(
-    ("running", "target", "found", "wanted"),
+    ("running", "target", "reported", "desired"),
     [
-        (2, 2, jobs([0, 0], [8, 8]), 2),  # busy, and nothing waits
-        (2, 2, jobs([10, 6], [18, 14]), 2),  # as many as may wait
+        (2, 2, jobs([0, 0], [8, 8]), 2),  # busy, no job waits
+        (2, 2, jobs([10, 6], [18, 14]), 2),  # exactly the target
         (2, 2, jobs([20, 20], [28, 28]), 5),
         (1, 1, jobs([9], [17]), 2),
-        (2, 4, jobs([10, 7], [18, 15]), 4),  # two more are being started
+        (2, 4, jobs([10, 7], [18, 15]), 4),  # two more are starting
         (2, 3, jobs([3, 3], [8, 8]), 3),
-        (3, 3, jobs([0, 0, 0], [2, 2, 2]), 2),  # fits into the others' half batches
+        (3, 3, jobs([0, 0, 0], [2, 2, 2]), 2),  # the others hold it in half batches
         (3, 3, jobs([0, 0, 0], [4, 4, 4]), 3),
         (3, 3, jobs([1, 0, 0], [1, 0, 0]), 3),
         (1, 1, jobs([0], [0]), 1),
-        (2, 3, {}, 3),  # nobody has reported yet
+        (2, 3, {}, 3),  # no replica has reported yet
         (2, 3, None, 3),
     ],
 )
 def test_replicas_follow_what_waits(
-    running: int, target: int, found: Mapping[str, Mapping[Any, float]] | None, wanted: int
+    running: int, target: int, reported: Mapping[str, Mapping[Any, float]] | None, desired: int
 ) -> None:
-    assert ByWaitingJobs(target_waiting_jobs=8, max_batch=8)(Context(running, target, found)) == (wanted, {})
+    assert ByWaitingJobs(target_waiting_jobs=8, max_batch=8)(Context(running, target, reported)) == (desired, {})
 
 
 @dataclass
 class Proxy:
-    """Serve's proxy, whose replicas do in turn what `replicas` says."""
+    """A stand-in for Serve's proxy; `replicas` lists the behaviour of each attempt."""
 
     replicas: list[str]
     bodies: list[bytes] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Proxy:
 
 
 def ask(proxy: Proxy, messages: list[Message], path: str = "/generate") -> list[Message]:
-    """What the client gets."""
+    """Returns the messages that the client receives."""
     sent: list[Message] = []
     waiting = iter(messages)
 
@@ -86,7 +86,7 @@ def ask(proxy: Proxy, messages: list[Message], path: str = "/generate") -> list[
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(retry.AskAgain(proxy)({"type": "http", "method": "POST", "path": path}, receive, send))
+    asyncio.run(retry.RetryMiddleware(proxy)({"type": "http", "method": "POST", "path": path}, receive, send))
     return sent
 
 
@@ -98,7 +98,7 @@ BODY: list[Message] = [
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(retry, "RETRY_DELAYS_S", (0.0, 0.0))
 
 
 @pytest.mark.parametrize("first", ["dies", "503", "500", "fails"])
@@ -128,7 +128,7 @@ def test_who_left_is_not_asked_for_again() -> None:
 
 
 def test_a_long_body_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "KEPT_BYTES", 4)
+    monkeypatch.setattr(retry, "MAX_BUFFERED_BYTES", 4)
     proxy = Proxy(["dies", "own 200"])
     assert ask(proxy, BODY) == []
     assert proxy.bodies == [b"one two"]
@@ -140,7 +140,7 @@ def test_the_proxys_own_routes_are_left_alone() -> None:
 
 def test_flags_are_those_of_the_cluster_and_of_the_server() -> None:
     scale, settings = parse(["--max-replicas", "4", "--gpus", "0.5", "--model", "sprint-0.6b", "--port", "9000"])
-    assert scale == Scale(max_replicas=4, gpus=0.5)
+    assert scale == ScalingConfig(max_replicas=4, gpus=0.5)
     assert (settings.model, settings.port) == ("sprint-0.6b", 9000)
 
 
@@ -159,4 +159,4 @@ def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> No
 
 def test_more_replicas_at_least_than_at_most_are_refused() -> None:
     with pytest.raises(SettingsError, match="got 3, 2, allowed: 1 <= min <= max"):
-        build(Settings(), Scale(min_replicas=3, max_replicas=2))
+        build(Settings(), ScalingConfig(min_replicas=3, max_replicas=2))

@@ -1,4 +1,4 @@
-"""python -m server.cluster with real Ray: 2,000 requests while replicas come, one is killed, and they go again."""
+"""python -m server.cluster with real Ray: 2,000 requests while replicas start, one is killed, and replicas end."""
 
 import http.client
 import json
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 
 REQUESTS = 2000
 CLIENTS = 32
-PICTURES = 100  # different ones
+IMAGES = 100  # distinct requests
 LIMIT_S = 1800
-# A machine whose cores are busy takes its time over starts and reports; Serve would give up.
+# Starts and reports are slow on busy cores; Serve would give up with its defaults.
 PATIENCE = {
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
@@ -48,11 +48,11 @@ SCALE = (
 
 
 def body(number: int) -> dict[str, object]:
-    return {"prompt": f"a circle, number {number % PICTURES}", "seed": number % PICTURES, "width": 64, "height": 64}
+    return {"prompt": f"a circle, number {number % IMAGES}", "seed": number % IMAGES, "width": 64, "height": 64}
 
 
 class Client:
-    """One kept connection, and no second attempt."""
+    """A client with one connection and no retries."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -72,7 +72,7 @@ class Client:
         answer = self._local.connection.getresponse()
         return answer.status, answer.read()
 
-    def picture(self, number: int) -> tuple[int, int, bytes]:
+    def image(self, number: int) -> tuple[int, int, bytes]:
         return (number, *self.ask("POST", "/generate", body(number)))
 
     def replicas(self) -> set[str]:
@@ -106,7 +106,7 @@ def until(what: str, condition: object) -> None:
 
 
 def replica_processes(ancestor: int) -> list[int]:
-    """Process ids of the replicas of the cluster that `ancestor` started."""
+    """Returns the process ids of the replicas of the cluster that `ancestor` started."""
 
     def parents(pid: int) -> Iterator[int]:
         while pid > 1:
@@ -131,7 +131,7 @@ def free_port() -> int:
 
 
 class Watch:
-    """Which replicas /metrics tells of, and since when."""
+    """Records which replicas /metrics lists, and since when."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -159,7 +159,7 @@ class Watch:
 def test_no_request_is_lost_while_replicas_come_die_and_go() -> None:
     single = Started("server", *SETTINGS, "--fake-delay-ms", "0", "--port", "0")
     client = single.client()
-    reference = [client.picture(number)[2] for number in range(PICTURES)]
+    reference = [client.image(number)[2] for number in range(IMAGES)]
     client.close()
     assert single.stop() == 0
 
@@ -176,10 +176,10 @@ def test_no_request_is_lost_while_replicas_come_die_and_go() -> None:
     def work() -> None:
         nonlocal wrong
         while not enough():
-            number, status, picture = client.picture(next(numbers))
+            number, status, image = client.image(next(numbers))
             with lock:
                 answers[status] += 1
-                wrong += picture != reference[number % PICTURES]
+                wrong += image != reference[number % IMAGES]
 
     lock = threading.Lock()
     began = time.monotonic()

@@ -138,7 +138,7 @@ def png_claiming(width: int, height: int) -> bytes:
 def test_what_is_no_acceptable_image_is_refused(source: Any, words: str) -> None:
     with pytest.raises(InvalidError, match=words) as caught:
         decode("control_image", source, 0)
-    assert caught.value.faults[0].field == "control_image"
+    assert caught.value.field_errors[0].field == "control_image"
 
 
 FILES = [image_file(noise(24, 24), image_format) for image_format in ("PNG", "JPEG", "WEBP")]

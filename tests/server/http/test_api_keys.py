@@ -1,4 +1,4 @@
-"""API keys: file forms, open paths, reloading, and what a bad file does."""
+"""API keys: file formats, public paths, reloading, bad files."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from running_server import Running, Serve, wait_until
 import server.http.api_keys
 from server.errors import SettingsError, UnauthorizedError
 from server.http.api_keys import ApiKeys
-from server.http.middleware import OPEN_PATHS
+from server.http.middleware import PUBLIC_PATHS
 
 HASHED = hashlib.sha256(b"hashed-key").hexdigest()
 
@@ -47,7 +47,9 @@ def test_open_paths_are_the_listed_ones(keyed: Running) -> None:
     paths = {*schema["paths"], "/", "/docs", "/openapi.json", "/nothing", "/v1/live"}
     open_ones = {path for path in paths if keyed.client.get(path).status_code != 401}
     assert (
-        open_ones == set(OPEN_PATHS) == {*("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")}
+        open_ones
+        == set(PUBLIC_PATHS)
+        == {*("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json")}
     )
 
 
@@ -108,7 +110,7 @@ def test_every_known_key_is_compared(path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(server.http.api_keys.hmac, "compare_digest", compare)
     keys.check("Bearer x")
-    assert len(compared) == 2  # no early end, although the first one matched
+    assert len(compared) == 2  # compares all, although the first one matched
     monkeypatch.undo()
     with pytest.raises(UnauthorizedError):
         keys.check(None)

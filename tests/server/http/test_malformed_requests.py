@@ -1,4 +1,4 @@
-"""Anything may be sent: the answer is a picture or a refusal that names a reason, never a failure of the server."""
+"""Malformed requests: every answer is an image or an error with a reason, never a failure of the server."""
 
 import json
 from typing import Any
@@ -53,7 +53,7 @@ def test_any_fields(plain: Running, path: str, body: dict[str, Any], given_heade
 
 
 def is_an_object(content: bytes) -> bool:
-    """Hypothesis draws what it finds in the code too, and so a sound request now and then."""
+    """Hypothesis also draws constants of the code, so some requests are valid."""
     try:
         return isinstance(json.loads(content), dict)
     except ValueError:
@@ -64,8 +64,8 @@ def is_an_object(content: bytes) -> bool:
 @given(st.sampled_from(["/generate", "/v1/images/generations", "/v1/images/edits"]), st.binary(max_size=200))
 def test_any_bytes(plain: Running, path: str, content: bytes) -> None:
     kind = "multipart/form-data; boundary=x" if path.endswith("edits") else "application/json"
-    made = check(plain, path, content, {"content-type": kind}) == 200
-    assert not made or (kind == "application/json" and is_an_object(content))
+    accepted = check(plain, path, content, {"content-type": kind}) == 200
+    assert not accepted or (kind == "application/json" and is_an_object(content))
 
 
 @usual
@@ -88,7 +88,7 @@ def test_any_form(plain: Running, parts: list[tuple[str, str, bytes]]) -> None:
 
 
 def test_the_server_is_as_before(plain: Running) -> None:
-    """Runs last: nothing above has left a job, a slot or a failure behind."""
+    """Runs last: the tests above leave no job, slot or failure behind."""
     assert plain.generate().status_code == 200
     assert plain.service.scheduler._queue.in_flight == 0
     assert plain.metric("sana_sprint_engine_failures_total", kind="error") == 0

@@ -1,4 +1,4 @@
-"""Pages of this server, of allowed sites and of others: who may make pictures, and who hears why not."""
+"""Origin checks: pages of this server and of allowed sites generate images, others get 403 with the reason."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from raw_client import Raw
 from running_server import Running, Serve, image_file
 
 from server.errors import SettingsError
-from server.settings import read
+from server.settings import load_settings
 
 EVIL = "https://evil.example"
 BODY = {"prompt": "a red circle", "width": 64, "height": 64}
@@ -117,24 +117,24 @@ STAINLESS = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stai
 )
 @pytest.mark.parametrize("network", [False, True])
 def test_the_preflight_of_an_allowed_page_passes(serve: Serve, origin: str, network: bool) -> None:
-    given = "http://LOCALHOST:5173, tauri://localhost,app://obsidian.md/,https://a.example:443/"
-    settings = read(["--cors-origins", given], {})
+    text = "http://LOCALHOST:5173, tauri://localhost,app://obsidian.md/,https://a.example:443/"
+    settings = load_settings(["--cors-origins", text], {})
     running = serve(cors_origins=settings.cors_origins)
-    asked = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": STAINLESS}
+    preflight = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": STAINLESS}
     if network:
-        asked["access-control-request-private-network"] = "true"
-    answer = running.client.options("/v1/images/generations", headers=asked)
+        preflight["access-control-request-private-network"] = "true"
+    answer = running.client.options("/v1/images/generations", headers=preflight)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == origin
     allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].split(",")}
     assert set(STAINLESS.split(",")) <= allowed
-    made = running.client.post("/generate", json=BODY, headers={"origin": origin})
-    assert made.headers["access-control-allow-origin"] == origin
-    assert running.client.options("/generate", headers=asked | {"origin": EVIL}).status_code == 400
+    answer = running.client.post("/generate", json=BODY, headers={"origin": origin})
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert running.client.options("/generate", headers=preflight | {"origin": EVIL}).status_code == 400
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("text", "normalised"),
     [
         ("https://a.example/", "https://a.example"),
         ("HTTPS://A.Example:443", "https://a.example"),
@@ -145,17 +145,17 @@ def test_the_preflight_of_an_allowed_page_passes(serve: Serve, origin: str, netw
         ("*", "*"),
     ],
 )
-def test_origins_are_taken_as_people_write_them(given: str, kept: str) -> None:
-    assert read(["--cors-origins", given], {}).cors_origins == (kept,)
+def test_origins_are_taken_as_people_write_them(text: str, normalised: str) -> None:
+    assert load_settings(["--cors-origins", text], {}).cors_origins == (normalised,)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "text",
     [
         *("https://a.example/app", "https://a.example//", "a.example", "https://", "://x", "https://a.example?x"),
         *("https://u@a.example", "https://a.example:99999", "https://a.example:x", "null", "https://*.example"),
     ],
 )
-def test_what_is_no_origin_is_refused(given: str) -> None:
+def test_what_is_no_origin_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match=r"allowed: origins such as"):
-        read(["--cors-origins", given], {})
+        load_settings(["--cors-origins", text], {})

@@ -1,4 +1,4 @@
-"""Every row of the contract's table of statuses, through real HTTP."""
+"""Every row of the contract's table of statuses, over real HTTP."""
 
 import http.client
 import json
@@ -103,14 +103,14 @@ def test_413_while_a_body_of_unknown_length_streams(serve: Serve) -> None:
         connection.sendall(head(transfer_encoding="chunked"))
         for _ in range(11):
             connection.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
-        status, _, body = answer_of(connection)  # although the body has not ended
+        status, _, body = answer_of(connection)  # before the end of the body
     assert (status, json.loads(body)["code"]) == (413, "body_too_large")
 
 
 def test_413_reaches_a_client_that_sends_everything_first(serve: Serve) -> None:
     running = serve(body_limit_mib=0.01)
     with connect(running) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that the kernel cannot take it all
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # the kernel cannot buffer all of it
         connection.sendall(head(content_length=3_000_000) + b" " * 3_000_000)
         status, _, _ = answer_of(connection)
     assert status == 413
@@ -205,7 +205,7 @@ def test_500_when_the_engine_fails_on_a_job(plain: Running) -> None:
     is_problem(plain.generate("a [[nan]] b"), 500, "engine_failed")
     is_problem(plain.generate("a [[black]] b"), 500, "engine_failed")
     assert plain.generate().status_code == 200
-    assert plain.metric("sana_sprint_engine_failures_total", kind="error") == 2  # each was tried once more
+    assert plain.metric("sana_sprint_engine_failures_total", kind="error") == 2  # each was retried once
     assert plain.metric("sana_sprint_engine_failures_total", kind="output") == 4
 
 
@@ -264,7 +264,7 @@ def test_504_promptly_and_the_job_is_never_run(serve: Serve, gated: GatedEngine)
 
 def test_504_by_the_servers_own_limit(serve: Serve, gated: GatedEngine) -> None:
     running = serve(gated, max_batch=1, timeout_ms=30)
-    first = running.submit_generate("first", timeout_ms=1000)  # to begin within, however busy the machine is
+    first = running.submit_generate("first", timeout_ms=1000)  # it starts within this time on a busy machine as well
     gated.wait_for_batch()
     time.sleep(1.0)  # its deadline has passed, but it began before
     is_problem(running.generate(), 504, "deadline_exceeded")

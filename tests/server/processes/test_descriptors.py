@@ -106,7 +106,7 @@ def test_a_worker_that_cannot_be_started_is_told_and_tried_again() -> None:
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: "cannot be started" in server.output, "the line")
         (left,) = [client for client in clients if is_answered(client)]
-        assert metric(left, "sana_sprint_workers_wanted") == [2]
+        assert metric(left, "sana_sprint_workers_desired") == [2]
         assert metric(left, "sana_sprint_worker_ready") == [1]
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
         wait_until(lambda: len(re.findall(READY, server.output)) == 3, "another worker", within_s=PROCESS_S)

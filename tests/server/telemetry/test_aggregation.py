@@ -9,27 +9,27 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.telemetry import aggregation
 
 
-def text(pictures: int) -> bytes:
+def text(count: int) -> bytes:
     registry = CollectorRegistry()
-    made = Counter("pictures", "Made.", ("size", "note"), registry=registry)
-    made.labels("64", 'a "brace {" and a space').inc(pictures)
-    Gauge("waiting", "Jobs.", registry=registry).set(pictures)
+    images = Counter("images", "Generated.", ("size", "note"), registry=registry)
+    images.labels("64", 'a "brace {" and a space').inc(count)
+    Gauge("waiting", "Jobs.", registry=registry).set(count)
     return generate_latest(registry)
 
 
 def test_every_sample_gets_its_replica_and_families_stand_together() -> None:
     whole = aggregation.merge_expositions({"0": text(1), "1": text(2)}).decode()
-    assert whole.count("# TYPE pictures_total counter") == 1
+    assert whole.count("# TYPE images_total counter") == 1
     families = {family.name: family.samples for family in text_string_to_metric_families(whole)}
     assert {s.labels["replica"]: s.value for s in families["waiting"]} == {"0": 1, "1": 2}
-    made = [s for s in families["pictures"] if s.name == "pictures_total"]
-    assert {(s.labels["replica"], s.labels["note"], s.value) for s in made} == {
+    images = [s for s in families["images"] if s.name == "images_total"]
+    assert {(s.labels["replica"], s.labels["note"], s.value) for s in images} == {
         ("0", 'a "brace {" and a space', 1),
         ("1", 'a "brace {" and a space', 2),
     }
 
 
-def test_who_does_not_answer_is_left_out(tmp_path: Path) -> None:
+def test_replicas_that_do_not_answer_are_omitted(tmp_path: Path) -> None:
     alive = text(3)
 
     async def gathered() -> bytes:

@@ -1,4 +1,4 @@
-"""Metrics: exactly the contract's names, labels and buckets; nothing that a client chose as a label."""
+"""Metrics: exactly the documented names, labels and buckets; no label that a client chooses."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from running_server import GatedEngine, Running, Serve
 
 from engines.fake import FakeEngine
 from engines.types import Deliver, EngineInfo, Job, RawImage
-from server.telemetry.metrics import ASKED_SIZES, Metrics
+from server.telemetry.metrics import MAX_REQUESTED_SIZES, Metrics
 
 REQUEST = ".005 .01 .02 .03 .04 .05 .06 .075 .1 .125 .15 .2 .25 .3 .4 .5 .75 1 2 5 10"
 STAGE = ".0005 .001 .002 .004 .008 .016 .032 .064 .128 .256 .512 1 2 5 10"
@@ -42,7 +42,7 @@ def test_names_types_and_labels(plain: Running) -> None:
             assert set(sample.labels) - {"le"} == labels, sample
     beyond = {name for name in families if name.startswith("sana_sprint_")} - set(CONTRACT)
     ours = {"sana_sprint_engine_failures", "sana_sprint_cuda_graph_misses", "sana_sprint_origins_refused"}
-    ours |= {"sana_sprint_replaced_kernels", "sana_sprint_workers_wanted", "sana_sprint_worker_ready"}
+    ours |= {"sana_sprint_replaced_kernels", "sana_sprint_workers_desired", "sana_sprint_worker_ready"}
     ours |= {"sana_sprint_safety_checks", "sana_sprint_safety_check_duration_seconds"}
     ours |= {"sana_sprint_engine_build_progress", "sana_sprint_engine_build_seconds_left"}
     assert {name for name in beyond if not name.startswith("sana_sprint_live_")} == ours
@@ -102,13 +102,13 @@ def test_whatever_clients_ask_for_routes_stay_few(plain: Running) -> None:
 
 def test_whatever_sizes_clients_ask_for_series_stay_few(serve: Serve) -> None:
     running = serve(FakeEngine())  # runs any multiple of 32, as PyTorch does
-    asked = [(32 * (2 + i % 8), 32 * (2 + i // 8)) for i in range(ASKED_SIZES + 3)]
-    for width, height in [*asked, asked[0]]:
+    sizes = [(32 * (2 + i % 8), 32 * (2 + i // 8)) for i in range(MAX_REQUESTED_SIZES + 3)]
+    for width, height in [*sizes, sizes[0]]:
         assert running.generate(width=width, height=height).status_code == 200
     width, height = running.service.scheduler.engine.limits.default_size
     assert running.generate(width=width, height=height).status_code == 200
     text = running.client.get("/metrics").text
-    assert len(re.findall(r"^sana_sprint_images_total{", text, re.MULTILINE)) == ASKED_SIZES + 2
+    assert len(re.findall(r"^sana_sprint_images_total{", text, re.MULTILINE)) == MAX_REQUESTED_SIZES + 2
     for labels, count in (
         ({"width": "64", "height": "64"}, 2),
         ({"width": "other", "height": "other"}, 3),
@@ -154,7 +154,7 @@ def test_replaced_kernels_are_named(serve: Serve) -> None:
 
 
 class SmallGraphs(FakeEngine):
-    """As an engine with CUDA graphs for 64x64 alone."""
+    """Behaves as an engine with CUDA graphs for 64x64 alone."""
 
     def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         images = [replace(image, uncaptured=jobs[0].width != 64) for image in super().generate(jobs)]

@@ -1,4 +1,4 @@
-"""Traces for OpenTelemetry, as a collector gets them over HTTP."""
+"""OpenTelemetry traces, as a collector receives them over HTTP."""
 
 import gzip
 import importlib.abc
@@ -27,7 +27,7 @@ STAGES = ["queue", "text", "denoise", "decode", "encode"]
 
 @dataclass
 class Collector:
-    """What is posted to /v1/traces."""
+    """A collector that stores the bodies of POST /v1/traces."""
 
     url: str
     spans: list[Any] = field(default_factory=list)
@@ -52,7 +52,7 @@ def collector() -> Iterator[Collector]:
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         found = Collector(f"http://127.0.0.1:{server.server_address[1]}")

@@ -1,4 +1,4 @@
-"""GET /docs: everything on it comes from this server, by relative addresses, without a key."""
+"""GET /docs loads everything from this server, by relative URLs and without a key."""
 
 import re
 import threading
@@ -12,12 +12,12 @@ from urllib.parse import urljoin
 import httpx
 from running_server import PATIENCE_S, Running, Serve
 
-PREFIX = "/pictures/of"
+PREFIX = "/images/of"
 
 
 @contextmanager
 def proxied(running: Running) -> Iterator[str]:
-    """A proxy that serves the server under a prefix, and notes nothing else."""
+    """A reverse proxy that serves the server under a prefix."""
 
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -34,7 +34,7 @@ def proxied(running: Running) -> Iterator[str]:
             self.wfile.write(answer.content)
 
         def log_message(self, *_: Any) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -43,7 +43,7 @@ def proxied(running: Running) -> Iterator[str]:
 
 
 def named(text: str) -> set[str]:
-    """What a page or a script refers to."""
+    """Returns the URLs that a page or a script refers to."""
     return {one or other for one, other in re.findall(r"""(?:src|href)="([^"]+)"|fetch\("([^"]+)"\)""", text)}
 
 

@@ -1,4 +1,4 @@
-"""POST /generate: what comes back, for every field and both forms of the answer."""
+"""POST /generate: the answer to every field, as bytes and as JSON."""
 
 import re
 from typing import Any
@@ -30,7 +30,7 @@ def fault_fields(answer: httpx.Response) -> list[str]:
     return [error["field"] for error in answer.json()["errors"]]
 
 
-def test_bytes_carry_the_picture_its_seed_and_its_timings(plain: Running) -> None:
+def test_bytes_carry_the_image_its_seed_and_its_timings(plain: Running) -> None:
     answer = plain.generate(seed=7)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
@@ -193,9 +193,9 @@ def test_long_values_are_not_repeated(plain: Running) -> None:
 
 def test_conditioning_the_engine_lacks_is_refused_with_the_remedy(serve: Serve) -> None:
     running = serve(FakeEngine(conditioning=frozenset({"text", "image"})))
-    picture = b64(image_file(stripes()))
-    assert running.generate(image=picture).status_code == 200
-    answer = running.generate(control_image=picture)
+    upload = b64(image_file(stripes()))
+    assert running.generate(image=upload).status_code == 200
+    answer = running.generate(control_image=upload)
     assert fault_fields(answer) == ["control_image"]
     assert "ControlNet" in answer.json()["detail"]
 

@@ -1,4 +1,4 @@
-"""OpenAI's routes: what its clients send is taken, what they read is there, errors come in its envelope."""
+"""OpenAI's routes accept what its clients send, return what they read, and use its error envelope."""
 
 from typing import Any
 
@@ -36,14 +36,14 @@ def test_the_answer_has_what_clients_read(plain: Running) -> None:
     assert {"created", "data", "output_format", "size", "background", "usage"} <= set(body)
     assert (body["size"], body["output_format"]) == ("64x96", "png")
     assert set(body["usage"]) == {"input_tokens", "input_tokens_details", "output_tokens", "total_tokens"}
-    assert set(body["usage"]["input_tokens_details"]) == {"image_tokens", "text_tokens"}  # LiteLLM insists
+    assert set(body["usage"]["input_tokens_details"]) == {"image_tokens", "text_tokens"}  # LiteLLM requires both
     assert [item["seed"] for item in body["data"]] == [5, 6]
     np.testing.assert_array_equal(pixels_of(body["data"][0]), expected_pixels(JOB))
     assert "server-timing" in answer.headers
 
 
 def test_what_other_clients_send_is_taken(plain: Running) -> None:
-    """Open WebUI's and LiteLLM's bodies, and OpenAI's own fields that mean nothing here."""
+    """Bodies of Open WebUI and LiteLLM, and fields of OpenAI that have no effect here."""
     body = generations(
         plain,
         model="dall-e-3",
@@ -139,13 +139,13 @@ def test_an_edit_starts_from_its_image(plain: Running, name: str) -> None:
 
 
 def test_bad_edits_come_in_the_envelope(plain: Running) -> None:
-    picture = ("x.png", image_file(np.zeros((8, 8, 3), dtype=np.uint8)), "image/png")
-    assert error_of(edit(plain, {"other": picture}))["param"] == "image"
-    assert error_of(edit(plain, [("image[]", picture), ("image[]", picture)]))["param"] == "image"
-    assert error_of(edit(plain, {"image": picture, "mask": picture}))["param"] == "mask"
+    upload = ("x.png", image_file(np.zeros((8, 8, 3), dtype=np.uint8)), "image/png")
+    assert error_of(edit(plain, {"other": upload}))["param"] == "image"
+    assert error_of(edit(plain, [("image[]", upload), ("image[]", upload)]))["param"] == "image"
+    assert error_of(edit(plain, {"image": upload, "mask": upload}))["param"] == "mask"
     assert error_of(edit(plain, {"image": ("x.png", b"no image", "image/png")}))["param"] == "image"
-    assert error_of(edit(plain, {"image": picture}, seed="x"))["param"] == "seed"
-    assert error_of(edit(plain, {"image": picture}, n="nan"))["param"] == "n"
+    assert error_of(edit(plain, {"image": upload}, seed="x"))["param"] == "seed"
+    assert error_of(edit(plain, {"image": upload}, n="nan"))["param"] == "n"
     broken = plain.client.post(
         "/v1/images/edits", content=b"--x\r\nnonsense", headers={"content-type": "multipart/form-data; boundary=x"}
     )

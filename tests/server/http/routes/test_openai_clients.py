@@ -1,4 +1,4 @@
-"""The openai client and LiteLLM, unmodified, generate and edit; and the requests that Open WebUI sends are answered.
+"""The unmodified openai client and LiteLLM generate and edit; the server answers the requests of Open WebUI.
 
 The clients live in an environment of their own (`make clients`), so that none of their dependencies enters ours.
 """
@@ -28,12 +28,12 @@ def job(seed: int = 5, **fields: Any) -> Job:
     return Job("a blue square", seed=seed, width=64, height=96, **fields)
 
 
-def shows(b64: str, wanted: Job) -> None:
-    np.testing.assert_array_equal(read_image(pybase64.b64decode(b64)), expected_pixels(wanted))
+def shows(b64: str, expected: Job) -> None:
+    np.testing.assert_array_equal(read_image(pybase64.b64decode(b64)), expected_pixels(expected))
 
 
 def run(program: str, serve: Serve, folder: Path) -> dict[str, Any]:
-    """What the program of tests/helpers/programs printed about a server with the API key `right`."""
+    """Runs a program of tests/helpers/programs against a server with the API key `right`; returns its output."""
     (folder / "keys").write_text("right\n")
     (folder / "image.png").write_bytes(image_file(IMAGE))
     running = serve(api_key_file=str(folder / "keys"))
@@ -80,18 +80,18 @@ def test_litellm(serve: Serve, tmp_path: Path) -> None:
     assert "width x height" in found["refused"]
 
 
-# What follows is what Open WebUI sends (open-webui/open-webui, backend/open_webui/routers/images.py,
-# image_generations and image_edits with the engine `openai`), and how it reads the answer.
+# Requests and parsing of Open WebUI (open-webui/open-webui, backend/open_webui/routers/images.py, image_generations and
+# image_edits with the engine `openai`).
 
 
 def read_as_open_webui(answer: httpx.Response) -> list[Pixels]:
-    """Its get_image_data: what is behind a comma, or all of it, is base64; a `url` wins where there is one."""
+    """Mirrors its get_image_data: base64 after a comma, or the whole text; `url` has precedence."""
     answer.raise_for_status()
-    pictures = []
+    images = []
     for image in answer.json()["data"]:
         data = image.get("url") or image["b64_json"]
-        pictures.append(read_image(pybase64.b64decode(data.split(",", 1)[1] if "," in data else data)))
-    return pictures
+        images.append(read_image(pybase64.b64decode(data.split(",", 1)[1] if "," in data else data)))
+    return images
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_what_open_webui_generates(plain: Running, body: dict[str, Any]) -> None
         "x-openwebui-user-role": "admin",
     }
     answer = plain.client.post("/v1/images/generations?api-version=2025-04-01-preview", json=body, headers=headers)
-    pictures = read_as_open_webui(answer)
-    assert len(pictures) == body["n"]
-    assert pictures[0].shape == ((96, 64, 3) if body.get("size") == "64x96" else (256, 256, 3))
+    images = read_as_open_webui(answer)
+    assert len(images) == body["n"]
+    assert images[0].shape == ((96, 64, 3) if body.get("size") == "64x96" else (256, 256, 3))
 
 
 @pytest.mark.parametrize("name", ["image", "image[]"])

@@ -1,4 +1,4 @@
-"""The page at /, in a real Chromium: draw, see the picture change, lose the server, find it again."""
+"""The page at / in a real Chromium: drawing, the live image, a lost and a restored connection."""
 
 import base64
 import io
@@ -34,8 +34,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield opened
 
 
-def picture(page: Page) -> Pixels:
-    """What the frame shows."""
+def shown_image(page: Page) -> Pixels:
+    """Returns the pixels of the image in the frame."""
     script = """(() => { const image = document.getElementById('picture'), canvas = document.createElement('canvas');
         canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
         canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL('image/png'); })()"""
@@ -50,12 +50,12 @@ def shown(page: Page) -> str:
 
 
 def settled(page: Page) -> None:
-    """Waits until the picture shows everything that was asked for."""
+    """Waits until the image shows the newest drawing and settings."""
     page.until("document.body.dataset.state === 'live' && !document.body.hasAttribute('data-stale')")
 
 
 def strokes(pixels: Pixels) -> float:
-    """Share of the picture that is near white: the fake engine lays strokes on top."""
+    """Returns the share of near-white pixels: the fake engine copies strokes onto its image."""
     return float((pixels.min(axis=2) > 200).mean())
 
 
@@ -69,15 +69,15 @@ def open_page(page: Page, url: str, *, phone: bool = False) -> None:
 
 @needs_browser
 @pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
-def test_the_picture_follows_the_pen(page: Page, plain: Running, phone: bool) -> None:
+def test_the_image_follows_the_pen(page: Page, plain: Running, phone: bool) -> None:
     open_page(page, plain.url, phone=phone)
     assert page.text("#status") == "Live"
     assert page.text("#model") == "fake on none, fake"
-    empty = picture(page)
+    empty = shown_image(page)
     assert strokes(empty) == 0
     page.stroke("#sketch", CIRCLE, touch=phone)
     settled(page)
-    assert strokes(picture(page)) > 0.01
+    assert strokes(shown_image(page)) > 0.01
     assert int(page.text("#latency")) > 0
     before = shown(page)
     page.run("document.getElementById('prompt').focus(), document.getElementById('prompt').select()")
@@ -87,9 +87,9 @@ def test_the_picture_follows_the_pen(page: Page, plain: Running, phone: bool) ->
     assert page.run("document.getElementById('picture').alt") == "a blue square"
     page.click("#undo")
     settled(page)
-    assert strokes(picture(page)) == 0
+    assert strokes(shown_image(page)) == 0
     wide = page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wide == 0  # nothing sticks out
+    assert wide == 0  # no horizontal overflow
     assert page.console_errors == []
 
 
@@ -101,7 +101,7 @@ def test_everything_works_from_the_keyboard(page: Page, plain: Running) -> None:
     page.press("ArrowRight", times=12)
     page.press(" ")
     settled(page)
-    assert strokes(picture(page)) > 0.001
+    assert strokes(shown_image(page)) > 0.001
     page.press("2")
     assert page.text("#steps [aria-checked=true]") == "2"
     seed = page.run("document.getElementById('seed').value")
@@ -111,19 +111,19 @@ def test_everything_works_from_the_keyboard(page: Page, plain: Running) -> None:
     assert page.run("document.getElementById('eraser').ariaChecked") == "true"
     page.press("Delete")
     settled(page)
-    assert strokes(picture(page)) == 0
+    assert strokes(shown_image(page)) == 0
     page.press("z", control=True)
     settled(page)
-    assert strokes(picture(page)) > 0.001
+    assert strokes(shown_image(page)) > 0.001
     assert page.console_errors == []
 
 
 @needs_browser
-def test_a_recent_picture_comes_back_with_all_its_settings(page: Page, plain: Running) -> None:
+def test_a_recent_image_comes_back_with_all_its_settings(page: Page, plain: Running) -> None:
     open_page(page, plain.url)
     page.stroke("#sketch", CIRCLE)
     settled(page)
-    first, seed = picture(page), page.run("document.getElementById('seed').value")
+    first, seed = shown_image(page), page.run("document.getElementById('seed').value")
     newest = "document.querySelector('#recent img')?.src === document.getElementById('picture').src"
     page.until(newest)
     page.click("#clear")
@@ -133,12 +133,12 @@ def test_a_recent_picture_comes_back_with_all_its_settings(page: Page, plain: Ru
     page.click("#recent button:nth-child(2)")
     settled(page)
     assert page.run("document.getElementById('seed').value") == seed
-    np.testing.assert_array_equal(picture(page), first)
+    np.testing.assert_array_equal(shown_image(page), first)
     assert page.console_errors == []
 
 
 @needs_browser
-def test_the_curl_line_makes_the_picture_that_is_shown(page: Page, plain: Running, tmp_path: Path) -> None:
+def test_the_curl_line_makes_the_image_that_is_shown(page: Page, plain: Running, tmp_path: Path) -> None:
     open_page(page, plain.url)
     page.stroke("#sketch", CIRCLE)
     settled(page)
@@ -147,8 +147,8 @@ def test_the_curl_line_makes_the_picture_that_is_shown(page: Page, plain: Runnin
     page.until("window.copied")
     subprocess.run(["bash", "-c", page.run("window.copied")], cwd=tmp_path, check=True, timeout=PATIENCE_S)
     with Image.open(tmp_path / "picture.png") as image:
-        made = np.array(image.convert("RGB")).astype(int)
-    assert np.abs(made - picture(page)).mean() < 3  # the page's is a webp
+        downloaded = np.array(image.convert("RGB")).astype(int)
+    assert np.abs(downloaded - shown_image(page)).mean() < 3  # the page shows a lossy webp
     assert page.run("document.getElementById('download').download").endswith(".webp")
 
 
@@ -173,7 +173,7 @@ def test_a_pause_ends_with_the_next_stroke(page: Page, serve: Serve) -> None:
     assert page.text("#status") == "Paused: draw or type to go on"
     page.stroke("#sketch", CIRCLE)
     settled(page)
-    assert strokes(picture(page)) > 0.01
+    assert strokes(shown_image(page)) > 0.01
     assert page.console_errors == []
 
 
@@ -225,7 +225,7 @@ def test_a_lost_server_is_found_again(page: Page) -> None:
         open_page(page, url)
         page.stroke("#sketch", CIRCLE)
         settled(page)
-        drawn = picture(page)
+        drawn = shown_image(page)
         assert page.console_errors == []
     page.until("document.body.dataset.state === 'lost'")
     assert page.text("#status") == "No connection, trying again"
@@ -234,7 +234,7 @@ def test_a_lost_server_is_found_again(page: Page) -> None:
         page.until("document.body.dataset.state === 'live'")
         page.until(f"document.getElementById('picture').src !== {before!r}")
         settled(page)
-        np.testing.assert_array_equal(picture(page), drawn)  # nothing of the drawing was lost
+        np.testing.assert_array_equal(shown_image(page), drawn)  # the drawing is complete
     assert [text for text in page.console_errors if "ERR_CONNECTION_REFUSED" not in text] == []
 
 

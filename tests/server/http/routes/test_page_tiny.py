@@ -1,4 +1,4 @@
-"""The page over the shipped checkpoint, in a real Chromium: what a person sees, and how long after the pen.
+"""The page with the shipped checkpoint, in a real Chromium: what a user sees, and its latency.
 
 python -m pytest -m slow tests/server/http/routes/test_page_tiny.py -s --basetemp FOLDER  # screenshots stay in FOLDER
 """
@@ -24,7 +24,7 @@ def url() -> Iterator[str]:
 
 
 def arc(radius: float, start: int, end: int) -> list[tuple[float, float]]:
-    """Points on a circle around the middle of the sketch, from the `start`-th to the `end`-th 40th of a turn."""
+    """Returns points on a circle around the centre of the sketch, from `start` to `end` in 40ths of a turn."""
     turns = [index / STROKES * 2 * math.pi for index in range(start, end + 1)]
     return [(0.5 + radius * math.cos(turn), 0.5 + radius * math.sin(turn)) for turn in turns]
 
@@ -35,7 +35,7 @@ def settled(page: Page) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(executable() is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
-def test_from_the_pen_to_the_picture(url: str, tmp_path: Path) -> None:
+def test_from_the_pen_to_the_image(url: str, tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as page:
         page.view(1280, 800)
         page.go(url + "/")
@@ -44,7 +44,7 @@ def test_from_the_pen_to_the_picture(url: str, tmp_path: Path) -> None:
         page.type(PROMPT)
         settled(page)
         waits = []
-        for index in range(STROKES):  # a circle, piece by piece; the picture settles after each
+        for index in range(STROKES):  # a circle in pieces; the image settles after each
             page.stroke("#sketch", arc(0.25, index, index + 1))
             settled(page)
             waits.append(int(page.text("#latency")))
@@ -58,7 +58,7 @@ def test_from_the_pen_to_the_picture(url: str, tmp_path: Path) -> None:
         + json.dumps(
             {
                 "strokes": len(waits),
-                "pen_to_picture_ms": {"median": statistics.median(waits), "largest": max(waits)},
+                "pen_to_image_ms": {"median": statistics.median(waits), "largest": max(waits)},
                 "screenshots": sorted(path.name for path in tmp_path.glob("*.png")),
             }
         )

@@ -1,4 +1,4 @@
-"""--safety over HTTP and live: what is flagged is refused by name, what fails is refused, and no image leaks."""
+"""--safety over HTTP and live: flagged prompts and images get 422, failed checks 503, and no image leaks."""
 
 import asyncio
 from collections import Counter
@@ -28,14 +28,14 @@ def job(prompt: str, seed: int = 7, **fields: Any) -> Job:
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on sys.path where the stand-ins are installed."""
+    """Returns a folder on sys.path with the stand-in checkers."""
     stand_in_checkers.install(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
 def listed(folder: Path, *jobs: Job) -> tuple[str, str]:
-    """--safety image=... that flags the images of these jobs."""
+    """Returns --safety image=..., which flags the images of these jobs."""
     file = folder / "digests"
     file.write_text("\n".join(digest(expected_pixels(one)) for one in jobs))
     return "image", f"listed:{file}"
@@ -48,32 +48,32 @@ def words(folder: Path, *lines: str) -> tuple[str, str]:
 
 
 def refused(answer: httpx.Response, what: str) -> str:
-    """The sentence of a refusal, which holds nothing but words."""
+    """Returns the sentence of a refusal, which holds text alone."""
     assert answer.status_code == 422, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    told = answer.json()
-    assert (told["code"], [fault["field"] for fault in told["errors"]]) == ("content_policy_violation", [what])
+    error = answer.json()
+    assert (error["code"], [fault["field"] for fault in error["errors"]]) == ("content_policy_violation", [what])
     assert len(answer.content) < 1000
-    detail: str = told["detail"]
+    detail: str = error["detail"]
     return detail
 
 
 @pytest.mark.parametrize(("harmless", "half"), [(100, 10), pytest.param(1000, 100, marks=pytest.mark.slow)])
 def test_harmless_and_flagged_requests_at_once(serve: Serve, packages: Path, harmless: int, half: int) -> None:
-    """Half of the flagged by their prompts, half by their images; each verdict is right and no image leaks."""
+    """Flags half by their prompts, half by their images: each verdict is right and no image leaks."""
     plain = [job(f"a circle, number {i}") for i in range(harmless)]
     by_word = [job(f"a gory circle, number {i}") for i in range(half)]
     by_image = [job(f"a square, number {i}") for i in range(half)]
     running = serve(safety=(words(packages, "gory"), listed(packages, *by_image)))
-    wanted = (
+    cases = (
         [(one, "200") for one in plain] + [(one, "prompt") for one in by_word] + [(one, "image") for one in by_image]
     )
-    order = np.random.default_rng(0).permutation(len(wanted))
+    order = np.random.default_rng(0).permutation(len(cases))
     seen: Counter[tuple[str, str]] = Counter()
 
     async def client(numbers: list[int], http: httpx.AsyncClient) -> None:
         for number in numbers:
-            one, expected = wanted[number]
+            one, expected = cases[number]
             answer = await http.post("/generate", json={"prompt": one.prompt, "seed": one.seed} | LOOK)
             if answer.status_code == 200:
                 np.testing.assert_array_equal(read_image(answer.content), expected_pixels(one))
@@ -137,18 +137,18 @@ def test_the_cost_is_told(serve: Serve, packages: Path) -> None:
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits"])
 @pytest.mark.parametrize("what", ["prompt", "image"])
 def test_openai_routes_have_their_envelope(serve: Serve, packages: Path, path: str, what: str) -> None:
-    """`content_policy_violation`, as OpenAI's API says it."""
+    """Answers with OpenAI's code `content_policy_violation`."""
     image = np.full((64, 64, 3), 40, np.uint8)
-    given = image if path.endswith("edits") else None
-    flagged = job("a circle", image=given, strength=0.5)
+    source = image if path.endswith("edits") else None
+    flagged = job("a circle", image=source, strength=0.5)
     running = serve(safety=(words(packages, "gore"), listed(packages, flagged)))
     body: dict[str, Any] = {"prompt": "gore" if what == "prompt" else "a circle", "seed": 7, "size": "64x64"}
-    if given is not None:
+    if source is not None:
         body["image"] = pybase64.b64encode(image_file(image)).decode()
     answer = running.client.post(path, json=body)
     assert answer.status_code == 422
-    told = answer.json()["error"]
-    assert (told["code"], told["type"], told["param"]) == ("content_policy_violation", "invalid_request_error", what)
+    error = answer.json()["error"]
+    assert (error["code"], error["type"], error["param"]) == ("content_policy_violation", "invalid_request_error", what)
     assert running.client.post(path, json=body | {"prompt": "a circle", "seed": 8}).status_code == 200
 
 
@@ -163,8 +163,8 @@ def test_a_checker_that_fails_shows_nothing(serve: Serve, checker: str, caplog: 
     ):
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
-        told = answer.json()
-        assert told.get("code", told.get("error", {}).get("code")) == "safety_check_failed"
+        error = answer.json()
+        assert error.get("code", error.get("error", {}).get("code")) == "safety_check_failed"
     assert running.metric("sana_sprint_safety_checks_total", what=what, verdict="failed") == 2
     assert running.client.get("/health/ready").status_code == 200
     assert f"the checker of the {what} failed" in caplog.text
@@ -175,12 +175,16 @@ def test_live_drawing_is_checked_too(serve: Serve, packages: Path) -> None:
     running = serve(safety=(words(packages, "gore"), listed(packages, job("a square"))))
     with live(running) as client:
         client.set(prompt="a circle of gore", seed=7, output_format="png", **LOOK)
-        told = client.expect_message("error")
-        assert (told["status"], told["code"], told["errors"][0]["field"]) == (422, "content_policy_violation", "prompt")
+        error = client.expect_message("error")
+        assert (error["status"], error["code"], error["errors"][0]["field"]) == (
+            422,
+            "content_policy_violation",
+            "prompt",
+        )
         client.set(prompt="a square")
-        told = client.expect_message("error")
-        assert (told["code"], told["errors"][0]["field"]) == ("content_policy_violation", "image")
-        shown = client.image_of(client.set(prompt="a circle"))  # the session goes on
+        error = client.expect_message("error")
+        assert (error["code"], error["errors"][0]["field"]) == ("content_policy_violation", "image")
+        shown = client.image_of(client.set(prompt="a circle"))  # the session continues
         np.testing.assert_array_equal(shown.pixels, expected_pixels(job("a circle")))
 
 
@@ -188,15 +192,15 @@ def test_live_drawing_is_checked_too(serve: Serve, packages: Path) -> None:
 def test_live_drawing_shows_nothing_where_a_checker_fails(serve: Serve) -> None:
     with live(serve(safety=(("image", "broken"),))) as client:
         client.set(prompt="a circle", **LOOK)
-        told = client.expect_message("error")
-        assert (told["status"], told["code"]) == (503, "safety_check_failed")
+        error = client.expect_message("error")
+        assert (error["status"], error["code"]) == (503, "safety_check_failed")
 
 
 def test_a_file_that_the_engine_made_is_read_back() -> None:
     pixels = np.full((8, 16, 3), (200, 30, 30), np.uint8)
     stages = FakeEngine().generate([job("x")])[0].stages
-    made = RawImage(np.zeros((0, 0, 3), np.uint8), stages, 1, file=image_file(pixels, "JPEG", quality=95))
-    seen = shown_pixels(made)
+    result = RawImage(np.zeros((0, 0, 3), np.uint8), stages, 1, file=image_file(pixels, "JPEG", quality=95))
+    seen = shown_pixels(result)
     assert seen.shape == pixels.shape
     assert np.abs(seen.astype(int) - pixels).max() < 8
 

@@ -1,4 +1,4 @@
-"""/sdapi/v1 as webuiapi and Open WebUI use it: the images are those of /generate, and nothing is dropped unsaid."""
+"""/sdapi/v1 as webuiapi and Open WebUI use it: images equal those of /generate; answers name ignored fields."""
 
 import json
 import os
@@ -27,8 +27,8 @@ def job(seed: int = 5, **fields: Any) -> Job:
     return Job("a blue square", seed=seed, width=64, height=96, **fields)
 
 
-def shows(b64: str, wanted: Job) -> None:
-    np.testing.assert_array_equal(read_image(pybase64.b64decode(b64)), expected_pixels(wanted))
+def shows(b64: str, expected: Job) -> None:
+    np.testing.assert_array_equal(read_image(pybase64.b64decode(b64)), expected_pixels(expected))
 
 
 def text_of(image: Pixels) -> str:
@@ -112,9 +112,9 @@ def test_what_cannot_be_done_is_refused(running: Running, path: str, body: dict[
 
 
 def test_an_image_is_changed_and_keeps_its_shape(running: Running) -> None:
-    given = {"init_images": [text_of(IMAGE)], "denoising_strength": 0.25}
-    shows(post(running, "img2img", **given).json()["images"][0], job(image=IMAGE, strength=0.25))
-    free = running.client.post("/sdapi/v1/img2img", json={"prompt": "x", **given})
+    fields = {"init_images": [text_of(IMAGE)], "denoising_strength": 0.25}
+    shows(post(running, "img2img", **fields).json()["images"][0], job(image=IMAGE, strength=0.25))
+    free = running.client.post("/sdapi/v1/img2img", json={"prompt": "x", **fields})
     info = info_of(free)
     assert info["height"] > info["width"]
     assert "init_images" not in free.json()["parameters"]
@@ -150,7 +150,7 @@ def test_a_password_is_a_key(serve: Serve, tmp_path: Path) -> None:
     ):
         assert running.client.get("/sdapi/v1/options", headers=headers).status_code == status
     basic = {"authorization": "Basic " + pybase64.b64encode(b"me:right").decode()}
-    assert running.client.get("/v1/models", headers=basic).status_code == 401  # there, no client needs it
+    assert running.client.get("/v1/models", headers=basic).status_code == 401  # no client of this API needs Basic
 
 
 def test_interrupt_ends_the_callers_requests_alone(serve: Serve) -> None:
@@ -169,9 +169,9 @@ def test_interrupt_ends_the_callers_requests_alone(serve: Serve) -> None:
     for thread in threads:
         thread.start()
     running.wait_for_queued(2)
-    told = running.client.get("/sdapi/v1/progress").json()
-    assert told["state"]["job_count"] == 2
-    assert 0 < told["progress"] < 1
+    progress = running.client.get("/sdapi/v1/progress").json()
+    assert progress["state"]["job_count"] == 2
+    assert 0 < progress["progress"] < 1
     assert running.client.post("/sdapi/v1/interrupt", headers={"authorization": "mine"}).json() == {}
     wait_until(lambda: "mine" in answers, "the answer of the interrupted request")
     assert answers["mine"].json()["images"] == []
@@ -196,7 +196,7 @@ def test_other_settings_are_taken_and_named(running: Running) -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"steps": 50, "negative_prompt": "ugly", "sampler_name": "DPM++ 2M"}])
 def test_what_open_webui_asks(running: Running, extra: dict[str, Any]) -> None:
-    """open-webui/open-webui, backend/open_webui/routers/images.py, engine `automatic1111`, in its order."""
+    """Requests in the order of open-webui/open-webui, backend/open_webui/routers/images.py, engine `automatic1111`."""
     headers = {"authorization": "Basic"}
     present = running.client.get("/sdapi/v1/options", headers=headers).json()
     assert [(one["title"], one["model_name"]) for one in running.client.get("/sdapi/v1/sd-models").json()] == [

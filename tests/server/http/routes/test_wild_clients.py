@@ -1,4 +1,4 @@
-"""OpenAI clients and monitors as they are: what they send that the documents do not show."""
+"""Requests of real OpenAI clients and monitors that the documentation does not show."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ EDIT = {"prompt": "a red circle", "size": "64x64", "seed": 7}
 
 
 def edited(running: Running) -> Any:
-    """What the documented way to edit gives."""
+    """Returns the result of the documented form of an edit."""
     answer = running.client.post("/v1/images/edits", files={"image": FILE}, data={k: str(v) for k, v in EDIT.items()})
     assert answer.status_code == 200, answer.text
     return answer.json()["data"]
@@ -42,15 +42,15 @@ JSON_IMAGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("given", JSON_IMAGES)
-def test_an_edit_may_be_json(plain: Running, given: dict[str, Any]) -> None:
-    answer = plain.client.post("/v1/images/edits", json=EDIT | given)
+@pytest.mark.parametrize("image_fields", JSON_IMAGES)
+def test_an_edit_may_be_json(plain: Running, image_fields: dict[str, Any]) -> None:
+    answer = plain.client.post("/v1/images/edits", json=EDIT | image_fields)
     assert answer.status_code == 200, answer.text
     assert answer.json()["data"] == edited(plain)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "image_fields",
     [
         {},
         {"image": "https://a.example/x.png"},
@@ -65,8 +65,8 @@ def test_an_edit_may_be_json(plain: Running, given: dict[str, Any]) -> None:
         {"image": "not base64!"},
     ],
 )
-def test_an_edit_in_json_without_its_image_gets_422(plain: Running, given: dict[str, Any]) -> None:
-    answer = plain.client.post("/v1/images/edits", json=EDIT | given)
+def test_an_edit_in_json_without_its_image_gets_422(plain: Running, image_fields: dict[str, Any]) -> None:
+    answer = plain.client.post("/v1/images/edits", json=EDIT | image_fields)
     assert answer.status_code == 422
     assert "image" in answer.json()["error"]["message"] or "mask" in answer.json()["error"]["message"]
 
@@ -101,10 +101,10 @@ def test_empty_fields_of_a_form_are_absent(plain: Running) -> None:
 @pytest.mark.parametrize("path", ["/v1/images/generations/", "//v1/images/generations", "/v1//images/generations//"])
 def test_slashes_that_do_not_count_are_left_out(plain: Running, path: str) -> None:
     body = {"prompt": "x", "size": "64x64", "seed": 7}
-    wanted = plain.client.post("/v1/images/generations", json=body).json()["data"]
+    expected = plain.client.post("/v1/images/generations", json=body).json()["data"]
     answer = httpx.post(plain.url + path, json=body)
     assert answer.status_code == 200
-    assert answer.json()["data"] == wanted
+    assert answer.json()["data"] == expected
     assert plain.metric("sana_sprint_requests_total", route="/v1/images/generations", status="200") >= 2
 
 
@@ -257,7 +257,7 @@ def test_other_large_images_are_refused_as_ever(plain: Running, image_format: st
 
 
 def test_a_large_jpeg_is_decoded_in_the_memory_of_a_small_one() -> None:
-    """In a process of its own, whose peak is its own."""
+    """Runs in a fresh process, whose peak memory is its own."""
     import subprocess
     import sys
 
