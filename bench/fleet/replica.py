@@ -14,10 +14,10 @@ from bench.fleet.stages import BatchSeconds, Stages
 from engines.types import BatchKey, Job, RawImage
 from server.generation.job_queue import Entry, JobQueue
 
-NOBODY = cast("asyncio.Future[object]", None)  # the queue never touches the future of an entry
+NO_FUTURE = cast("asyncio.Future[object]", None)  # the queue never touches the future of an entry
 
 
-def _no_file(_: RawImage) -> bytes:
+def _encode_nothing(_: RawImage) -> bytes:
     return b""
 
 
@@ -41,11 +41,11 @@ class Request(Entry):
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class StartedBatch:
     """A batch: when the engine is free again, and what is answered when."""
 
     free: float
-    answers: list[tuple[float, Request]]
+    completions: list[tuple[float, Request]]
 
 
 class Replica:
@@ -60,7 +60,7 @@ class Replica:
         answered: Callable[[float, Request], None],
     ) -> None:
         self.queue = JobQueue.for_engine(max_queue=limits.max_queue, max_batch=limits.max_batch, clock=clock)
-        self.busy = self.gone = False
+        self.busy = self.failed = False
         self.busy_s = 0.0
         self.late = 0
         self._limits, self._table, self._answered = limits, table, answered
@@ -69,14 +69,14 @@ class Replica:
         self._answers: list[tuple[float, int, Request]] = []  # a heap of what is in a batch, by when it is answered
         self._due: deque[Request] = deque()  # what waits or waited, oldest deadline first
 
-    def settle(self, now: float) -> None:
+    def advance(self, now: float) -> None:
         """Frees the slots of what was answered until now, and of what waited until its deadline.
 
         The server does the same by the end and by the timer of a reservation.
         """
-        answers, due, done, late = self._answers, self._due, 0, 0
-        while answers and answers[0][0] <= now:
-            at, _, request = heapq.heappop(answers)
+        completions, due, done, late = self._answers, self._due, 0, 0
+        while completions and completions[0][0] <= now:
+            at, _, request = heapq.heappop(completions)
             self._answered(at, request)
             done += 1
         while due and due[0].deadline <= now:
@@ -85,7 +85,7 @@ class Replica:
             self.queue.release(unused=0, jobs=done + late)
             self.late += late
 
-    def offer(self, request: Request, now: float) -> bool:
+    def submit(self, request: Request, now: float) -> bool:
         """Queues it, or refuses it at once (429)."""
         if not self.queue.reserve(1):
             return False
@@ -95,27 +95,27 @@ class Replica:
         self.queue.put((request,))
         return True
 
-    def begin(self, now: float) -> Begun:
+    def start_batch(self, now: float) -> StartedBatch:
         """Starts a batch of what waits."""
-        taken = self.queue.take(self._largest)
-        assert taken is not None, "the queue of a simulation is never closed"
-        batch, late = taken
+        next_batch = self.queue.take(self._largest)
+        assert next_batch is not None, "the queue of a simulation is never closed"
+        batch, late = next_batch
         if late:
             self.queue.release(unused=0, jobs=len(late))
             self.late += len(late)
         if not batch:
-            return Begun(now, [])
+            return StartedBatch(now, [])
         times = self._table[batch[0].job.key][len(batch)]
-        done, answers = now + times.before, []
+        done, completions = now + times.before, []
         for entry in batch:
             done += times.each
             assert isinstance(entry, Request)
             at = self._encoded(done) + self._http_s
             heapq.heappush(self._answers, (at, entry.place, entry))
-            answers.append((at, entry))
+            completions.append((at, entry))
         self.busy = True
         self.busy_s += done - now
-        return Begun(done, answers)
+        return StartedBatch(done, completions)
 
     def _largest(self, _: BatchKey) -> int:
         return self._limits.max_batch
@@ -128,15 +128,15 @@ class Replica:
         heapq.heapreplace(self._codecs, ready)
         return ready
 
-    def lose(self) -> list[Request]:
+    def fail(self) -> list[Request]:
         """What was inside when the process died."""
         inside = [request for _, _, request in self._answers]
         inside += [entry for entry in self.queue.clear() if isinstance(entry, Request)]
         self._answers.clear()
         self._due.clear()
-        self.gone = True
+        self.failed = True
         return inside
 
 
 def request(job: Job, arrived: float, client: int = 0, attempts: int = 0) -> Request:
-    return Request(job, _no_file, NOBODY, 0.0, arrived, arrived=arrived, client=client, attempts=attempts)
+    return Request(job, _encode_nothing, NO_FUTURE, 0.0, arrived, arrived=arrived, client=client, attempts=attempts)

@@ -14,16 +14,16 @@ from bench.harness.errors import BenchError
 from server.cluster.scaling import INSIDE, WAITING, ByWaitingJobs
 
 RULES = ("none", "cluster", "chart")
-SYNC_S, TOLERANCE, CALM_S = 15.0, 0.1, 300.0  # of a HorizontalPodAutoscaler; CALM_S as the chart sets it
-DOUBLED, ADDED = 2, 4  # it at most doubles, or adds four, each SYNC_S
+SYNC_S, TOLERANCE, STABILIZATION_S = 15.0, 0.1, 300.0  # of a HorizontalPodAutoscaler; CALM_S as the chart sets it
+MAX_FACTOR, MAX_ADDED = 2, 4  # it at most doubles, or adds four, each SYNC_S
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class FleetLoad:
     """What the replicas report, added up. `target`: how many run or were started."""
 
     waiting: int
-    inside: int
+    in_flight: int
     running: int
     target: int
 
@@ -33,7 +33,7 @@ class Rule(Protocol):
 
     every_s: float
 
-    def wanted(self, now: float, load: Load) -> int: ...
+    def wanted(self, now: float, load: FleetLoad) -> int: ...
 
 
 @dataclass(slots=True)
@@ -46,25 +46,27 @@ class _Context:
 class Cluster:
     """server.cluster: `up_s` and `down_s` are how long the rule must say the same."""
 
-    def __init__(self, jobs_waiting: int, max_batch: int, up_s: float, down_s: float) -> None:
+    def __init__(
+        self, target_waiting_jobs: int, max_batch: int, upscale_delay_s: float, downscale_delay_s: float
+    ) -> None:
         self.every_s = 1.0
-        self._rule = ByWaitingJobs(jobs_waiting, max_batch)
-        self._up_s, self._down_s = up_s, down_s
+        self._rule = ByWaitingJobs(target_waiting_jobs, max_batch)
+        self._up_s, self._down_s = upscale_delay_s, downscale_delay_s
         self._seen: deque[tuple[float, int, int]] = deque()
         self._since: tuple[int, float] = (0, 0.0)  # the way it points, and since when
 
-    def wanted(self, now: float, load: Load) -> int:
-        self._seen.append((now, load.waiting, load.inside))
+    def wanted(self, now: float, load: FleetLoad) -> int:
+        self._seen.append((now, load.waiting, load.in_flight))
         while self._seen[0][0] < now - max(self._up_s, 1.0):  # Serve's look_back_period_s
             self._seen.popleft()
-        waiting, inside = (sum(one[part] for one in self._seen) / len(self._seen) for part in (1, 2))
-        metrics = {WAITING: {"all": waiting}, INSIDE: {"all": inside}}
+        waiting, in_flight = (sum(sample[part] for sample in self._seen) / len(self._seen) for part in (1, 2))
+        metrics = {WAITING: {"all": waiting}, INSIDE: {"all": in_flight}}
         wanted, _ = self._rule(_Context(load.running, load.target, metrics))
-        way = (wanted > load.target) - (wanted < load.target)
-        if way != self._since[0]:
-            self._since = (way, now)
-        held = now - self._since[1]
-        if (way > 0 and held >= self._up_s) or (way < 0 and held >= self._down_s):
+        direction = (wanted > load.target) - (wanted < load.target)
+        if direction != self._since[0]:
+            self._since = (direction, now)
+        held_s = now - self._since[1]
+        if (direction > 0 and held_s >= self._up_s) or (direction < 0 and held_s >= self._down_s):
             self._since = (0, now)
             return wanted
         return load.target
@@ -73,27 +75,29 @@ class Cluster:
 class Chart:
     """A HorizontalPodAutoscaler on the mean of sana_sprint_jobs_waiting."""
 
-    def __init__(self, jobs_waiting: int) -> None:
+    def __init__(self, target_waiting_jobs: int) -> None:
         self.every_s = SYNC_S
-        self._jobs_waiting = jobs_waiting
-        self._said: deque[tuple[float, int]] = deque()
+        self._jobs_waiting = target_waiting_jobs
+        self._recommendations: deque[tuple[float, int]] = deque()
 
-    def wanted(self, now: float, load: Load) -> int:
+    def wanted(self, now: float, load: FleetLoad) -> int:
         ratio = load.waiting / max(load.running, 1) / self._jobs_waiting
         steady = abs(ratio - 1) <= TOLERANCE
         wanted = load.target if steady else math.ceil(load.running * ratio)
-        self._said.append((now, wanted))
-        while self._said[0][0] < now - CALM_S:
-            self._said.popleft()
+        self._recommendations.append((now, wanted))
+        while self._recommendations[0][0] < now - STABILIZATION_S:
+            self._recommendations.popleft()
         if wanted < load.target:
-            return min(load.target, max(said for _, said in self._said))
-        return min(wanted, max(DOUBLED * load.target, ADDED + load.target))
+            return min(load.target, max(recommended for _, recommended in self._recommendations))
+        return min(wanted, max(MAX_FACTOR * load.target, MAX_ADDED + load.target))
 
 
-def rule(name: str, *, jobs_waiting: int, max_batch: int, up_s: float, down_s: float) -> Rule | None:
+def rule(
+    name: str, *, target_waiting_jobs: int, max_batch: int, upscale_delay_s: float, downscale_delay_s: float
+) -> Rule | None:
     """None: as many as there are. Raises BenchError."""
     if name not in RULES:
         raise BenchError(f"--scale: got {name!r}, allowed: {', '.join(RULES)}")
     if name == "cluster":
-        return Cluster(jobs_waiting, max_batch, up_s, down_s)
-    return Chart(jobs_waiting) if name == "chart" else None
+        return Cluster(target_waiting_jobs, max_batch, upscale_delay_s, downscale_delay_s)
+    return Chart(target_waiting_jobs) if name == "chart" else None

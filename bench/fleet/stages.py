@@ -40,14 +40,14 @@ class Stages:
         found: dict[BatchKey, list[BatchSeconds]] = {}
         buckets = powers_of_two(max_batch)
         for key in keys:
-            known = self.batches.get((key.width, key.height, key.steps), {})
-            missing = [bucket for bucket in buckets if bucket not in known]
+            bucket_seconds = self.batches.get((key.width, key.height, key.steps), {})
+            missing = [bucket for bucket in buckets if bucket not in bucket_seconds]
             if missing:
                 raise BenchError(
                     f"{self.source}: no times of {key.width}x{key.height}, {key.steps} steps at a batch of "
                     f"{missing[0]}; there are {self._known()}"
                 )
-            found[key] = [known[smallest_fitting(max(jobs, 1), buckets)] for jobs in range(max_batch + 1)]
+            found[key] = [bucket_seconds[smallest_fitting(max(jobs, 1), buckets)] for jobs in range(max_batch + 1)]
         return found
 
     def _known(self) -> str:
@@ -56,7 +56,7 @@ class Stages:
         )
 
 
-class AnySize(dict[tuple[int, int, int], Mapping[int, BatchSeconds]]):
+class AnyShape(dict[tuple[int, int, int], Mapping[int, BatchSeconds]]):
     """The fake engine takes as long for every size, and hands all images out at the end."""
 
     def __init__(self, seconds: float) -> None:
@@ -67,7 +67,7 @@ class AnySize(dict[tuple[int, int, int], Mapping[int, BatchSeconds]]):
         return self._each
 
 
-def load(text: str, precision: str = "bf16", http_ms: float | None = None) -> Stages:
+def load_stages(text: str, precision: str = "bf16", http_ms: float | None = None) -> Stages:
     """`fake:MS`; the .jsonl that a card was measured into (bench/results); or a .json of rows as `rows` reads them.
 
     `http_ms` wins over what is known. Raises BenchError.
@@ -75,7 +75,7 @@ def load(text: str, precision: str = "bf16", http_ms: float | None = None) -> St
     kind, _, ms = text.partition(":")
     if kind == "fake":
         try:
-            return Stages(text, AnySize(float(ms) / 1000), http_s=(http_ms or 0.0) / 1000)
+            return Stages(text, AnyShape(float(ms) / 1000), http_s=(http_ms or 0.0) / 1000)
         except ValueError as error:
             raise BenchError(f"--stages: got {text!r}, needed is a file or fake:MS, such as fake:20") from error
     path = Path(text)
@@ -83,34 +83,34 @@ def load(text: str, precision: str = "bf16", http_ms: float | None = None) -> St
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise BenchError(f"--stages: {text}: {error}") from error
-    found = measured(path.name, lines, precision) if "about" in lines[0] else rows(path.name, lines[0])
+    found = from_measurement(path.name, lines, precision) if "about" in lines[0] else from_rows(path.name, lines[0])
     return (
         found if http_ms is None else Stages(found.source, found.batches, found.encode_s, http_ms / 1000, found.ready_s)
     )
 
 
-def measured(name: str, lines: list[dict[str, Any]], precision: str) -> Stages:
+def from_measurement(name: str, lines: list[dict[str, Any]], precision: str) -> Stages:
     """Of a card's own figures, 1024x1024: batches in bf16; JPEG on the card; what HTTP adds to a request alone.
 
     fp8 was measured over HTTP and in the decoder: its batches are those of bf16 with its own decoder, a projection.
     """
-    named = {line["name"]: line for line in lines if "name" in line}
+    by_name = {line["name"]: line for line in lines if "name" in line}
     batches: dict[tuple[int, int, int], dict[int, BatchSeconds]] = {}
-    for label, line in named.items():
+    for label, line in by_name.items():
         if (match := MEASURED.fullmatch(label)) and match["precision"] == "bf16":
             batch, each = int(match["batch"]), line["decode"]["p50"]
             before = line["total"]["p50"] - batch * each
             if precision == "fp8":
-                each -= named["decoder fp8=False"]["graph"]["p50"] - named["decoder fp8=True"]["graph"]["p50"]
+                each -= by_name["decoder fp8=False"]["graph"]["p50"] - by_name["decoder fp8=True"]["graph"]["p50"]
             batches.setdefault((1024, 1024, int(match["steps"])), {})[batch] = BatchSeconds(before / 1000, each / 1000)
-    alone = named[f"http alone jpeg {precision}"]["p50"] / 1000
+    alone = by_name[f"http alone jpeg {precision}"]["p50"] / 1000
     first = batches[1024, 1024, 1][1]
     source = f"{name}, {precision}: {lines[0]['about']}"
-    ready_s = named[f"server ready {precision}"]["s"]
+    ready_s = by_name[f"server ready {precision}"]["s"]
     return Stages(source, batches, http_s=max(alone - first.before - first.each, 0.0), ready_s=ready_s)
 
 
-def rows(name: str, document: dict[str, Any]) -> Stages:
+def from_rows(name: str, document: dict[str, Any]) -> Stages:
     """Of {"source", "rows": [{"width", "height", "steps", "batch", "before_ms", "each_ms"}], "encode_ms", "http_ms",
     "ready_s"}, written by hand or from what bench.budget projects. Raises BenchError."""
     try:

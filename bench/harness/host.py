@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def machine() -> dict[str, object]:
+def host_facts() -> dict[str, object]:
     """What the figures hold for: day, processor, cores this process may use, what else kept it busy (processes that
     wanted to run, over the last five minutes), memory, versions, revision of the code."""
     return {

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from bench.harness.errors import BenchError
 
-HEAD_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     """Header names in lower case."""
 
     status: int
@@ -31,26 +31,28 @@ class Connection:
         self._closes = False
 
     @property
-    def usable(self) -> bool:
+    def reusable(self) -> bool:
         return not (self._closes or self._reader.at_eof() or self._writer.is_closing())
 
-    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    ) -> HttpResponse:
         """Sends a request and reads its answer whole.
 
         Raises OSError or EOFError where the connection ends before that, BenchError for what is no HTTP/1.1 answer.
         """
         head = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-length: {len(body)}\r\n"
-        kind = f"content-type: {media_type}\r\n" if body else ""
+        content_type = f"content-type: {media_type}\r\n" if body else ""
         self._closes = True  # until the answer is read whole, nothing else may be sent here
-        self._writer.write(f"{head}{kind}\r\n".encode() + body)
-        return await self.answer()
+        self._writer.write(f"{head}{content_type}\r\n".encode() + body)
+        return await self.read_response()
 
-    async def answer(self) -> Answer:
+    async def read_response(self) -> HttpResponse:
         """Reads the answer to what was sent. Raises as `exchange` does."""
-        status, headers = _parsed(await self._reader.readuntil(b"\r\n\r\n"))
+        status, headers = _parse_head(await self._reader.readuntil(b"\r\n\r\n"))
         content = await self._reader.readexactly(int(headers["content-length"]))
         self._closes = headers.get("connection", "").lower() == "close"
-        return Answer(status, headers, content)
+        return HttpResponse(status, headers, content)
 
     async def close(self) -> None:
         """At once: what has not been sent or read stays so."""
@@ -59,7 +61,7 @@ class Connection:
             await self._writer.wait_closed()
 
 
-class Pool:
+class ConnectionPool:
     """Connections to one server; the one used last is used first, and more are opened as they are needed."""
 
     def __init__(self, url: str) -> None:
@@ -70,19 +72,21 @@ class Pool:
         self._host = parts.netloc
         self._idle: list[Connection] = []
 
-    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    ) -> HttpResponse:
         """As Connection.exchange, on a connection of its own."""
         connection = await self._connection()
         try:
-            answer = await connection.exchange(method, path, body, media_type)
+            response = await connection.exchange(method, path, body, media_type)
         except BaseException:
             await connection.close()
             raise
-        if connection.usable:
+        if connection.reusable:
             self._idle.append(connection)
         else:
             await connection.close()
-        return answer
+        return response
 
     async def close(self) -> None:
         while self._idle:
@@ -91,19 +95,19 @@ class Pool:
     async def _connection(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable:
+            if connection.reusable:
                 return connection
             await connection.close()
-        reader, writer = await asyncio.open_connection(*self._address, limit=HEAD_BYTES)
+        reader, writer = await asyncio.open_connection(*self._address, limit=MAX_HEAD_BYTES)
         return Connection(reader, writer, self._host)
 
 
-def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
+def _parse_head(head: bytes) -> tuple[int, dict[str, str]]:
     first, *lines = head.decode("latin-1").split("\r\n")
-    words = first.split(" ", 2)
+    status_words = first.split(" ", 2)
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdecimal():
+    if len(status_words) < 2 or not status_words[0].startswith("HTTP/1.") or not status_words[1].isdecimal():
         raise BenchError(f"answer: got {first!r}, needed is an HTTP/1.1 status line")
     if not headers.get("content-length", "").isdecimal():
         raise BenchError(f"answer: {first!r} without a Content-Length, which this client needs")
-    return int(words[1]), headers
+    return int(status_words[1]), headers

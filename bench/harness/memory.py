@@ -16,22 +16,22 @@ def _status_bytes(field: str) -> int:
 
 
 @contextlib.contextmanager
-def rise(device: torch.device) -> Iterator[list[int]]:
+def peak_rise(device: torch.device) -> Iterator[list[int]]:
     """Appends to the yielded list by how many bytes the peak within rises above what was in use before.
 
     On the CPU by resetting the process' peak (proc(5), clear_refs), on CUDA by the allocator's.
     """
-    risen: list[int] = []
+    rises: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield risen
-        risen.append(torch.cuda.max_memory_allocated(device) - before)
+        yield rises
+        rises.append(torch.cuda.max_memory_allocated(device) - before)
         return
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    yield risen
-    risen.append(_status_bytes("VmHWM") - before)
+    yield rises
+    rises.append(_status_bytes("VmHWM") - before)
 
 
 def peak_bytes(device: torch.device) -> int:

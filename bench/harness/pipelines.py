@@ -20,11 +20,11 @@ from engines.types import Job, Pixels
 STAGES = ("text", "denoise", "decode")
 GUIDANCE = 4.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Rival = Literal["diffusers", "diffusers-compiled"]
+Baseline = Literal["diffusers", "diffusers-compiled"]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Workload:
     """The pictures of one run: one prompt and one seed each."""
 
     prompts: Sequence[str]
@@ -35,22 +35,22 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class TimedImages:
     """Pictures, and seconds by stage; "total" is from prompts to uint8 pixels, taken outside."""
 
-    pictures: list[Pixels]
+    images: list[Pixels]
     seconds: dict[str, float]
 
 
-class Subject(Protocol):
+class Pipeline(Protocol):
     @property
     def facts(self) -> dict[str, object]:
         """What it is: backend, precision, device, and why."""
 
-    def run(self, task: Task) -> Made: ...
+    def run(self, task: Workload) -> TimedImages: ...
 
 
-class Ours:
+class EnginePipeline:
     """Our engine, on diffusers' schedule, so that both make the same pictures."""
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
@@ -69,7 +69,7 @@ class Ours:
             "versions": info.versions,
         }
 
-    def run(self, task: Task) -> Made:
+    def run(self, task: Workload) -> TimedImages:
         pairs = zip(task.prompts, task.seeds, strict=True)
         jobs = [Job(prompt, seed, task.width, task.height, task.steps, GUIDANCE) for prompt, seed in pairs]
         began = time.perf_counter()
@@ -79,10 +79,10 @@ class Ours:
             raise BenchError("a prompt was measured twice: the text stage would count for nothing")
         stages = images[0].stages
         seconds = {"text": stages.text, "denoise": stages.denoise, "decode": stages.decode, "total": total}
-        return Made([image.pixels for image in images], seconds)
+        return TimedImages([image.pixels for image in images], seconds)
 
 
-class Diffusers:
+class DiffusersPipeline:
     """SanaSprintPipeline as its documentation calls it, at exactly the size asked for.
 
     compiled: torch.compile of its three modules, as NVlabs' and diffusers' documentation advise. The stage "decode"
@@ -119,9 +119,9 @@ class Diffusers:
         versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
         return {"backend": backend, "precision": self._precision, "device": str(self._device), "versions": versions}
 
-    def run(self, task: Task) -> Made:
-        began = self._now()
-        pictures = self._pipe(
+    def run(self, task: Workload) -> TimedImages:
+        began = self._time()
+        images = self._pipe(
             prompt=list(task.prompts),
             num_inference_steps=task.steps,
             intermediate_timesteps=1.3 if task.steps == 2 else None,
@@ -134,23 +134,23 @@ class Diffusers:
             use_resolution_binning=False,
             output_type="pil",
         ).images
-        ended = self._now()
+        ended = self._time()
         text, decode = self._marks["text ended"], self._marks["decode began"]
         seconds = {"text": text - began, "denoise": decode - text, "decode": ended - decode, "total": ended - began}
-        return Made([np.asarray(picture) for picture in pictures], seconds)
+        return TimedImages([np.asarray(picture) for picture in images], seconds)
 
     def _timed(self, mark: str, call: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
             if not after:
-                self._marks[mark] = self._now()
+                self._marks[mark] = self._time()
             answer = call(*arguments, **options)
             if after:
-                self._marks[mark] = self._now()
+                self._marks[mark] = self._time()
             return answer
 
         return timed
 
-    def _now(self) -> float:
+    def _time(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
@@ -178,15 +178,15 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     absent = [token for token in special.values() if tokenizer.token_to_id(token) is None]
     if absent:
         raise BenchError(f"{checkpoint.name}: its tokenizer has no {', '.join(absent)}; a Gemma tokenizer is needed")
-    made = upstream.SanaSprintPipeline(
+    created = upstream.SanaSprintPipeline(
         tokenizer=tokenizers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **special),
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
         transformer=transformer.eval(),
         scheduler=upstream.SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    created.set_progress_bar_config(disable=True)
+    return created
 
 
 def _text_encoder(config: Mapping[str, object]) -> torch.nn.Module:

@@ -6,7 +6,7 @@ from typing import TypedDict
 import numpy as np
 
 
-class Spread(TypedDict):
+class Percentiles(TypedDict):
     """Of one quantity, in its own unit."""
 
     p50: float
@@ -17,13 +17,13 @@ class Spread(TypedDict):
     count: int
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def percentiles(values: Sequence[float]) -> Percentiles | None:
     """None without values; no quantity is made up."""
     if not values:
         return None
     p50, p95, p99 = (round(float(value), 6) for value in np.percentile(values, [50, 95, 99]))
     mean, largest = round(float(np.mean(values)), 6), round(float(max(values)), 6)
-    return Spread(p50=p50, p95=p95, p99=p99, mean=mean, max=largest, count=len(values))
+    return Percentiles(p50=p50, p95=p95, p99=p99, mean=mean, max=largest, count=len(values))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -74,8 +74,8 @@ def line_panels(title: str, axis: str, panels: Sequence[Panel]) -> str:
 
 def _panel(panel: Panel, axis: str, top: int) -> list[str]:
     points = [point for line in panel.lines.values() for point in line]
-    place = math.log10 if panel.logarithmic else float
-    left, right = min((place(x) for x, _ in points), default=0.0), max((place(x) for x, _ in points), default=1.0)
+    position = math.log10 if panel.logarithmic else float
+    left, right = min((position(x) for x, _ in points), default=0.0), max((position(x) for x, _ in points), default=1.0)
     most = max((y for _, y in points), default=0.0) or 1.0
     across, floor = (WIDTH - MARGIN_LEFT - RIGHT) / ((right - left) or 1.0), top + PANEL
     ends = [f"{10**end if panel.logarithmic else end:.3g}" for end in (left, right)]
@@ -89,8 +89,8 @@ def _panel(panel: Panel, axis: str, top: int) -> list[str]:
     ]
     for index, (name, line) in enumerate(panel.lines.items()):
         colour, room = COLOURS[index % len(COLOURS)], PANEL - 20
-        places = [(MARGIN_LEFT + (place(x) - left) * across, floor - y / most * room) for x, y in line]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        positions = [(MARGIN_LEFT + (position(x) - left) * across, floor - y / most * room) for x, y in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         drawn.append(f'<text x="{WIDTH - RIGHT + 6}" y="{top + 32 + 15 * index}" fill="{colour}">{escape(name)}</text>')
     return drawn

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from bench.harness.cli import command, parse_size, told
-from bench.harness.pipelines import DTYPES, Rival
+from bench.harness.cli import command, parse_size, run_benchmark
+from bench.harness.pipelines import DTYPES, Baseline
 from bench.latency.comparison import measure, show
 
 
@@ -34,7 +34,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", help="built engines for ours (python build_engine.py)")
     parser.add_argument("--precision", default="bf16", help="of our engine (default bf16)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--vs", choices=get_args(Rival), help="what ours is measured against")
+    parser.add_argument("--vs", choices=get_args(Baseline), help="what ours is measured against")
     parser.add_argument("--vs-precision", choices=tuple(DTYPES), help="of that (default: --precision, or else bf16)")
     parser.add_argument(
         "--no-reference", dest="reference", action="store_false", help="no fp32 pictures to compare with"
@@ -52,7 +52,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
-    return told(lambda: measure(options), show)
+    return run_benchmark(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

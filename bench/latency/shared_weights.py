@@ -19,19 +19,19 @@ class SharedWeights:
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, *, keep: bool = True) -> None:
         self._source, self._dtype, self._keep = source, dtype, keep
-        self._kept: dict[Part, Mapping[str, Tensor]] = {}
+        self._cached: dict[Part, Mapping[str, Tensor]] = {}
 
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Raises CheckpointError where the keys or shapes of `module` are not the checkpoint's."""
-        if part not in self._kept:
+        if part not in self._cached:
             self._source.fill(part, module, self._dtype, device)
             if self._keep:
-                self._kept[part] = module.state_dict()
+                self._cached[part] = module.state_dict()
             else:
                 for parameter in module.parameters():  # one by one: no second copy of the whole
                     parameter.data = parameter.data.to(dtype)
                 return
-        tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in self._kept[part].items()}
+        tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in self._cached[part].items()}
         assign(module, tensors, f"shared {part}")
         module.to(device)  # buffers that no checkpoint holds
 

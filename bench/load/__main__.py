@@ -13,16 +13,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from bench.harness.cli import command, parse_size, told
+from bench.harness.cli import command, parse_size, run_benchmark
 from bench.harness.load_generator import FORMATS
 from bench.load.image_checks import Check
 from bench.load.run import is_wrong, measure, show
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _int_at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text}, needed is {least} at least")
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"got {text}, needed is {minimum} at least")
         return int(text)
 
     return parse
@@ -30,14 +30,14 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and the flags of the server behind `--`. Exits with code 2 where they contradict each other."""
-    own, flags = list(argv), []
-    if "--" in own:
-        cut = own.index("--")
-        own, flags = own[:cut], own[cut + 1 :]
+    own_arguments, flags = list(argv), []
+    if "--" in own_arguments:
+        cut = own_arguments.index("--")
+        own_arguments, flags = own_arguments[:cut], own_arguments[cut + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    positive = _at_least(1)
+    positive = _int_at_least(1)
     parser.add_argument("--concurrency", type=positive, help="closed loop: clients that wait for their answers")
     parser.add_argument("--requests", type=positive, help="closed loop: how many in all")
     parser.add_argument("--rate", type=float, help="open loop: requests a second")
@@ -51,11 +51,11 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--timeout-ms", type=positive, help="sent with every request")
     parser.add_argument("--deadline-ms", type=float, default=1000.0, help="what goodput counts (default 1000)")
     parser.add_argument("--patience-s", type=float, default=120.0, help="an answer that takes longer is lost")
-    parser.add_argument("--warmup", type=_at_least(0), default=64, help="requests before the run (default 64)")
+    parser.add_argument("--warmup", type=_int_at_least(0), default=64, help="requests before the run (default 64)")
     parser.add_argument("--check", default="none", choices=get_args(Check), help="what pictures are held against")
     parser.add_argument("--check-sample", type=positive, default=32, help="pictures that --check alone makes again")
     parser.set_defaults(command=command("bench.load", argv))
-    options = parser.parse_args(own)
+    options = parser.parse_args(own_arguments)
     closed = (options.concurrency, options.requests)
     loops = [all(value is not None for value in pair) for pair in (closed, (options.rate, options.seconds))]
     if sum(loops) != 1 or sum(value is not None for value in (*closed, options.rate, options.seconds)) != 2:
@@ -69,7 +69,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parsed(sys.argv[1:] if argv is None else argv)
-    return told(lambda: measure(options, flags), show, is_wrong)
+    return run_benchmark(lambda: measure(options, flags), show, is_wrong)
 
 
 if __name__ == "__main__":

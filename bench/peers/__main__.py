@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.peers.comparison import PEERS, run, show
 
 
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.peers", given))
     options = parser.parse_args(given)
-    return told(
-        lambda: run(options), show, lambda found: any(row["lost"] for row in found["rows"] if row["peer"] == "ours")
+    return run_benchmark(
+        lambda: run(options), show, lambda result: any(row["lost"] for row in result["rows"] if row["peer"] == "ours")
     )
 
 

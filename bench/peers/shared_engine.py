@@ -20,7 +20,7 @@ PATH = "/generate"
 ENGINE_VARIABLE = "BENCH_PEER_ENGINE"
 
 
-class Asked(BaseModel):
+class GenerateBody(BaseModel):
     """The body of a request, checked as one would write it: what bench.harness.load_generator sends."""
 
     prompt: str = Field(min_length=1, max_length=4000)
@@ -29,7 +29,7 @@ class Asked(BaseModel):
     output_format: Literal["png"] = "png"
 
 
-class Work:
+class SharedEngine:
     """One engine, called by one thread at a time."""
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class Work:
         self._engine.warmup()
         self._lock = threading.Lock()
 
-    def job(self, asked: Asked) -> Job:
+    def job(self, body: GenerateBody) -> Job:
         width, height = self._engine.limits.default_size
-        return Job(asked.prompt, asked.seed, width, height, asked.num_inference_steps)
+        return Job(body.prompt, body.seed, width, height, body.num_inference_steps)
 
-    def pictures(self, jobs: Sequence[Job]) -> list[bytes]:
+    def png_files(self, jobs: Sequence[Job]) -> list[bytes]:
         """PNG files."""
         with self._lock:
             images = self._engine.generate(jobs)

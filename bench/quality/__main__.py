@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.quality.scores import measure, show
 from bench.quality.variants import Variant
 from engines.sampler import Schedule
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.quality", given))
     options = parser.parse_args(given)
-    return told(lambda: measure(options), show)
+    return run_benchmark(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ def grouped_interval(groups: Mapping[str, Sequence[float]], seed: int = 0) -> In
     return Interval(round(mean, 6), round(float(low), 6), round(float(high), 6))
 
 
-def ratio_interval(ones: Sequence[float], others: Sequence[float], seed: int = 0) -> Interval:
+def ratio_interval(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> Interval:
     """Of the ratio of medians, others over ones; runs were made in turn and are drawn in pairs."""
-    if len(ones) != len(others) or not ones:
-        raise BenchError(f"interval: got {len(ones)} and {len(others)} runs, needed are as many pairs, one at least")
-    pairs = np.stack([np.asarray(ones, np.float64), np.asarray(others, np.float64)])
+    if len(baseline) != len(candidate) or not baseline:
+        raise BenchError(
+            f"interval: got {len(baseline)} and {len(candidate)} runs, needed are as many pairs, one at least"
+        )
+    pairs = np.stack([np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)])
     chosen = np.random.default_rng(seed).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
     medians = np.median(pairs[:, chosen], axis=2)
     low, high = np.percentile(medians[1] / medians[0], [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
@@ -64,9 +66,9 @@ def ratio_interval(ones: Sequence[float], others: Sequence[float], seed: int = 0
 
 def _resampled(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
     """[RESAMPLES] means of as many values, drawn with replacement."""
-    found = np.empty(RESAMPLES)
+    means = np.empty(RESAMPLES)
     step = max(1, 2**22 // len(values))  # bounds the memory
     for first in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - first)
-        found[first : first + count] = values[rng.integers(0, len(values), (count, len(values)))].mean(1)
-    return found
+        means[first : first + count] = values[rng.integers(0, len(values), (count, len(values)))].mean(1)
+    return means

@@ -26,13 +26,13 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     lines += [READING, ""]
     for name, result in results.items():
-        told = result["machine"]
+        facts = result["machine"]
         lines += [
             f"## {name}",
             "",
             f"`{result['model']}`, {result['prompts']} held-out captions, {result['seeds']} seed(s), guidance "
-            f"{result['guidance']:g}; the first variant is `{result['compared_with']}`. {told['cores']} cores of "
-            f"{told['cpu']}, load average {told['load_average']} at the end: ratios travel better than seconds.",
+            f"{result['guidance']:g}; the first variant is `{result['compared_with']}`. {facts['cores']} cores of "
+            f"{facts['cpu']}, load average {facts['load_average']} at the end: ratios travel better than seconds.",
             "",
             show(dict(result)),
             "",

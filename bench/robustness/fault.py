@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from bench.robustness.scenario import RIGHT, Stage
+from bench.robustness.scenario import OK, Scenario
 
-Seen = Counter[str]
+Outcomes = Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class FaultScenario:
     """`play` makes it happen stage.count times and returns what those whom it hits saw.
 
     `hit` is what they may see, `bystanders` what everyone else may see meanwhile; all who want a picture ask again
@@ -19,15 +19,17 @@ class Fault:
 
     name: str
     count: int
-    play: Callable[[Stage], Awaitable[Seen]]
-    hit: frozenset[str] = frozenset({RIGHT})
-    bystanders: frozenset[str] = frozenset({RIGHT})
-    stage: str = "plain"  # which server it plays on: plain, workers, safety, or clock, whose wall clock can be set
-    crowd: int = 4  # bystanders
+    run: Callable[[Scenario], Awaitable[Outcomes]]
+    hit: frozenset[str] = frozenset({OK})
+    bystanders: frozenset[str] = frozenset({OK})
+    server_kind: str = (
+        "plain"  # which server it plays on: plain, workers, safety, or clock, whose wall clock can be set
+    )
+    background_clients: int = 4  # bystanders
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FaultResult:
     """`lost`: no answer, a wrong one, one that this fault does not excuse, or a picture that never came."""
 
     fault: str
@@ -39,17 +41,17 @@ class Row:
     recover_s: float | None  # the longest, from the fault to the next right picture
 
 
-def row(fault: Fault, stage: Stage, hit: Seen, bystanders: Seen) -> Row:
-    excused = Counter({f"hit: {label}": n for label, n in hit.items() if label not in fault.hit})
-    excused += Counter({f"bystander: {label}": n for label, n in bystanders.items() if label not in fault.bystanders})
-    if stage.never:
-        excused["never got a picture"] = stage.never
-    return Row(
+def fault_result(fault: FaultScenario, scenario: Scenario, hit: Outcomes, bystanders: Outcomes) -> FaultResult:
+    losses = Counter({f"hit: {label}": n for label, n in hit.items() if label not in fault.hit})
+    losses += Counter({f"bystander: {label}": n for label, n in bystanders.items() if label not in fault.bystanders})
+    if scenario.never_ok:
+        losses["never got a picture"] = scenario.never_ok
+    return FaultResult(
         fault.name,
-        stage.count,
+        scenario.count,
         dict(sorted(hit.items())),
         dict(sorted(bystanders.items())),
-        sum(excused.values()),
-        dict(excused),
-        round(max(stage.recovered), 3) if stage.recovered else None,
+        sum(losses.values()),
+        dict(losses),
+        round(max(scenario.recovery_s), 3) if scenario.recovery_s else None,
     )

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-Fate = Literal["read", "refused", "either"]  # a picture, a 422, or one of the two
+Expected = Literal["read", "refused", "either"]  # a picture, a 422, or one of the two
 Maker = Callable[[random.Random], bytes]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -18,7 +18,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIDE = 2048  # the largest that the server reads
 
 
-def picture(rng: random.Random, mode: str = "RGB") -> Image.Image:
+def noise_image(rng: random.Random, mode: str = "RGB") -> Image.Image:
     """Noise of a random size."""
     size = rng.randrange(1, 80), rng.randrange(1, 80)
     channels = len(Image.new(mode, (1, 1)).getbands())
@@ -26,14 +26,14 @@ def picture(rng: random.Random, mode: str = "RGB") -> Image.Image:
     return Image.frombytes(mode, size, noise.tobytes()) if mode != "1" else Image.new("1", size, rng.randrange(2))
 
 
-def file(image: Image.Image, image_format: str, **options: object) -> bytes:
+def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, image_format, **options)
     return stream.getvalue()
 
 
 def any_file(rng: random.Random) -> bytes:
-    return file(picture(rng), rng.choice(FORMATS))
+    return encode(noise_image(rng), rng.choice(FORMATS))
 
 
 def truncated(rng: random.Random) -> bytes:
@@ -49,8 +49,8 @@ def flipped(rng: random.Random) -> bytes:
 
 
 def spliced(rng: random.Random) -> bytes:
-    one, other = any_file(rng), any_file(rng)
-    return one[: rng.randrange(len(one))] + other[rng.randrange(len(other)) :]
+    first, second = any_file(rng), any_file(rng)
+    return first[: rng.randrange(len(first))] + second[rng.randrange(len(second)) :]
 
 
 def noise(rng: random.Random) -> bytes:
@@ -59,7 +59,7 @@ def noise(rng: random.Random) -> bytes:
 
 
 def other_format(rng: random.Random) -> bytes:
-    return file(picture(rng), rng.choice(("GIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX")))
+    return encode(noise_image(rng), rng.choice(("GIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX")))
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -98,21 +98,21 @@ def sixteen_bit(rng: random.Random) -> bytes:
 
 
 def few_bits(rng: random.Random) -> bytes:
-    return file(picture(rng, rng.choice(("1", "L", "LA", "RGBA"))), "PNG")
+    return encode(noise_image(rng, rng.choice(("1", "L", "LA", "RGBA"))), "PNG")
 
 
 def palette(rng: random.Random) -> bytes:
-    image = picture(rng).quantize(rng.randrange(2, 256))
-    return file(image, "PNG", transparency=0) if rng.random() < 0.5 else file(image, "PNG")
+    image = noise_image(rng).quantize(rng.randrange(2, 256))
+    return encode(image, "PNG", transparency=0) if rng.random() < 0.5 else encode(image, "PNG")
 
 
 def animated(rng: random.Random) -> bytes:
     frames = [Image.new("RGB", (16, 16), tuple(rng.randbytes(3))) for _ in range(rng.randrange(2, 6))]
-    return file(frames[0], rng.choice(("PNG", "WEBP")), save_all=True, append_images=frames[1:], duration=40)
+    return encode(frames[0], rng.choice(("PNG", "WEBP")), save_all=True, append_images=frames[1:], duration=40)
 
 
 def cmyk(rng: random.Random) -> bytes:
-    return file(picture(rng, "CMYK"), "JPEG")
+    return encode(noise_image(rng, "CMYK"), "JPEG")
 
 
 def exif(rng: random.Random) -> bytes:
@@ -121,16 +121,16 @@ def exif(rng: random.Random) -> bytes:
     tags[0x0112] = rng.randrange(10)
     tags[0x010E] = "x" * rng.randrange(2000)
     blob = tags.tobytes()
-    return file(picture(rng), rng.choice(FORMATS), exif=blob)
+    return encode(noise_image(rng), rng.choice(FORMATS), exif=blob)
 
 
 def broken_exif(rng: random.Random) -> bytes:
     blob = b"Exif\0\0" + rng.choice((b"MM\0*", b"II*\0", b"")) + rng.randbytes(rng.randrange(60))
-    return file(picture(rng), rng.choice(FORMATS), exif=blob)
+    return encode(noise_image(rng), rng.choice(FORMATS), exif=blob)
 
 
 def broken_profile(rng: random.Random) -> bytes:
-    return file(picture(rng), rng.choice(FORMATS), icc_profile=rng.randbytes(rng.randrange(1, 400)))
+    return encode(noise_image(rng), rng.choice(FORMATS), icc_profile=rng.randbytes(rng.randrange(1, 400)))
 
 
 def no_pixels(rng: random.Random) -> bytes:
@@ -153,7 +153,7 @@ def disguised(rng: random.Random) -> bytes:
     return head + any_file(rng)
 
 
-KINDS: dict[str, tuple[Maker, Fate]] = {
+KINDS: dict[str, tuple[Maker, Expected]] = {
     "whole": (any_file, "read"),
     "truncated": (truncated, "either"),
     "bits flipped": (flipped, "either"),
@@ -178,9 +178,9 @@ KINDS: dict[str, tuple[Maker, Fate]] = {
 RARE = frozenset({"largest", "bomb, inflating"})  # 4 Mpixel and many MiB each: one of fifty
 
 
-def bad_image(rng: random.Random) -> tuple[str, bytes, Fate]:
+def bad_image(rng: random.Random) -> tuple[str, bytes, Expected]:
     """The kind, the file and what must become of it."""
     rare = rng.random() < 0.02
     kind = rng.choice([kind for kind in KINDS if (kind in RARE) == rare])
-    make, fate = KINDS[kind]
-    return kind, make(rng), fate
+    make, expected = KINDS[kind]
+    return kind, make(rng), expected

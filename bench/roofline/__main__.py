@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import command, parse_size, told
+from bench.harness.cli import command, parse_size, run_benchmark
 from bench.roofline.projection import Efficiency, measure, plot, show
 
 
@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
 
     def measured() -> dict[str, Any]:
-        found = measure(options)
+        result = measure(options)
         if options.plot:
-            options.plot.write_text(plot(found), encoding="utf-8")
-        return found
+            options.plot.write_text(plot(result), encoding="utf-8")
+        return result
 
-    return told(measured, show)
+    return run_benchmark(measured, show)
 
 
 if __name__ == "__main__":

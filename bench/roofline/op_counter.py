@@ -34,7 +34,7 @@ class Call:
     written: int
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Sees every call within `with`. `execute` makes one, `note` is told of those that cost something."""
 
     def __init__(self) -> None:
@@ -44,30 +44,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        given = options or {}
+        keywords = options or {}
         # In inference mode composite calls come whole.
         if function._overloadpacket not in flop_registry and function is not _ONE_KERNEL:
             with self:
-                parts = function.decompose(*arguments, **given)
+                parts = function.decompose(*arguments, **keywords)
             if parts is not NotImplemented:
                 return parts
-        answer = self.execute(function, arguments, given)
-        views = any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns)
+        output = self.execute(function, arguments, keywords)
+        views = any(item.alias_info is not None and not item.alias_info.is_write for item in function._schema.returns)
         if not views and str(function) not in _FREE:
-            self.note(function, arguments, given, answer)
-        return answer
+            self.note(function, arguments, keywords, output)
+        return output
 
     def execute(self, function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
         return function(*arguments, **options)
 
-    def note(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> None:
-        self.calls.append(call_of(function, arguments, options, answer))
+    def note(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], output: Any) -> None:
+        self.calls.append(call_of(function, arguments, options, output))
 
 
-def call_of(function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> Call:
-    inputs, outputs = list(tensors_in((arguments, options))), list(tensors_in(answer))
+def call_of(function: Any, arguments: Sequence[Any], options: dict[str, Any], output: Any) -> Call:
+    inputs, outputs = list(tensors_in((arguments, options))), list(tensors_in(output))
     formula = flop_registry.get(function._overloadpacket)
-    operations = int(formula(*arguments, **options, out_val=answer)) if formula else 0
+    operations = int(formula(*arguments, **options, out_val=output)) if formula else 0
     kind: Kind = "product" if formula else "other"
     if function._overloadpacket is torch.ops.aten.convolution and arguments[8] == arguments[0].shape[1]:
         kind = "depthwise"
@@ -89,8 +89,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors_in(one)
+        for item in value:
+            yield from tensors_in(item)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -100,7 +100,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def count(computation: Callable[[], object]) -> list[Call]:
     """The calls of `computation`, in order. Its tensors must be on the meta device."""
-    recorder = Recorder()
+    recorder = CallRecorder()
     with torch.no_grad(), recorder:
         computation()
     return recorder.calls

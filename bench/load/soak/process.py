@@ -10,7 +10,7 @@ from bench.harness.errors import BenchError
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ProcessState:
     """`at`: seconds since the beginning. `cpu_s`: user and system, since the process began."""
 
     at: float
@@ -20,7 +20,7 @@ class State:
     cpu_s: float
 
 
-def state(pid: int, at: float) -> State:
+def process_state(pid: int, at: float) -> ProcessState:
     """Raises BenchError where the process is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -32,8 +32,8 @@ def state(pid: int, at: float) -> State:
     if memory is None or threads is None:
         raise BenchError(f"process {pid} has ended")
     seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    return State(at, int(memory[1]) * 1024, files, int(threads[1]), seconds)
+    return ProcessState(at, int(memory[1]) * 1024, files, int(threads[1]), seconds)
 
 
-def between(states: Sequence[State], begin: float, end: float) -> list[State]:
-    return [one for one in states if begin <= one.at < end]
+def in_span(states: Sequence[ProcessState], begin: float, end: float) -> list[ProcessState]:
+    return [entry for entry in states if begin <= entry.at < end]

@@ -44,15 +44,15 @@ def image_files(prompts: PromptSet, samples: int | None = None, seed: int = 0) -
         raise BenchError(f"samples: got {count}, allowed is 1 at least, and for dpg a square such as 1 or 4")
     if not 0 <= seed <= MAX_SEED - count * len(prompts.entries):
         raise BenchError(f"seed: got {seed}, allowed is 0 to {MAX_SEED - count * len(prompts.entries)}")
-    found = []
-    for at, entry in enumerate(prompts.entries):
-        seeds = tuple(range(seed + at * count, seed + (at + 1) * count))
+    image_list = []
+    for index, entry in enumerate(prompts.entries):
+        seeds = tuple(range(seed + index * count, seed + (index + 1) * count))
         if prompts.kind == "dpg":
-            found.append(ImageFile(f"{entry.key}.png", entry.prompt, seeds, entry.tag))
+            image_list.append(ImageFile(f"{entry.key}.png", entry.prompt, seeds, entry.tag))
             continue
-        for j, one in enumerate(seeds):
-            found.append(ImageFile(_name(prompts.kind, entry.key, j, count), entry.prompt, (one,), entry.tag))
-    return found
+        for j, item in enumerate(seeds):
+            image_list.append(ImageFile(_name(prompts.kind, entry.key, j, count), entry.prompt, (item,), entry.tag))
+    return image_list
 
 
 def _name(kind: Kind, key: str, sample: int, count: int) -> str:
@@ -65,9 +65,9 @@ def _name(kind: Kind, key: str, sample: int, count: int) -> str:
 def write_side_files(prompts: PromptSet, folder: Path) -> None:
     """GenEval's metadata.jsonl for each prompt; nothing for other kinds."""
     for entry in prompts.entries if prompts.kind == "geneval" else ():
-        place = folder / entry.key
-        (place / "samples").mkdir(parents=True, exist_ok=True)
-        (place / "metadata.jsonl").write_text(json.dumps(entry.metadata), encoding="utf-8")
+        prompt_folder = folder / entry.key
+        (prompt_folder / "samples").mkdir(parents=True, exist_ok=True)
+        (prompt_folder / "metadata.jsonl").write_text(json.dumps(entry.metadata), encoding="utf-8")
 
 
 def encoded(images: Sequence[Pixels], name: str) -> bytes:
@@ -75,11 +75,11 @@ def encoded(images: Sequence[Pixels], name: str) -> bytes:
     side = math.isqrt(len(images))
     rows = [np.concatenate(images[row * side : (row + 1) * side], axis=1) for row in range(side)]
     file = io.BytesIO()
-    whole = Image.fromarray(np.concatenate(rows))
+    sheet = Image.fromarray(np.concatenate(rows))
     if name.endswith(".jpg"):
-        whole.save(file, "JPEG", quality=JPEG_QUALITY)
+        sheet.save(file, "JPEG", quality=JPEG_QUALITY)
     else:
-        whole.save(file, "PNG", compress_level=1)
+        sheet.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -93,7 +93,7 @@ def chunks(files: Sequence[ImageFile], images: int) -> Iterator[list[ImageFile]]
     """Files in order, in groups of at most so many images, but of one file at least."""
     group: list[ImageFile] = []
     for file in files:
-        if group and sum(len(one.seeds) for one in group) + len(file.seeds) > images:
+        if group and sum(len(item.seeds) for item in group) + len(file.seeds) > images:
             yield group
             group = []
         group.append(file)

@@ -18,12 +18,12 @@ from distill.evaluation.scores import evaluation_prompts
 
 Kind = Literal["mjhq", "geneval", "dpg", "text", "tiny"]
 KINDS: tuple[str, ...] = get_args(Kind)
-HANDED_OUT = {"meta_data.json": "mjhq", "evaluation_metadata.jsonl": "geneval", "dpg_bench.csv": "dpg"}
+PUBLISHED_FILES = {"meta_data.json": "mjhq", "evaluation_metadata.jsonl": "geneval", "dpg_bench.csv": "dpg"}
 FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")  # what NVlabs' prepare_prompt_ar cuts off (diffusion/model/utils.py)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PromptEntry:
     """One prompt. `key` names its images; `metadata` is GenEval's own line; `tag` the category of its score."""
 
     key: str
@@ -38,7 +38,7 @@ class PromptSet:
 
     kind: Kind
     source: str
-    entries: tuple[Entry, ...]
+    entries: tuple[PromptEntry, ...]
 
     @property
     def sha256(self) -> str:
@@ -79,8 +79,8 @@ def _kind_of(source: str) -> str:
     path = Path(source)
     if re.fullmatch(r"tiny:\d+", source):
         return "tiny"
-    if path.name in HANDED_OUT:
-        return HANDED_OUT[path.name]
+    if path.name in PUBLISHED_FILES:
+        return PUBLISHED_FILES[path.name]
     if path.is_dir():
         return "dpg"
     if path.suffix == ".txt":
@@ -88,43 +88,48 @@ def _kind_of(source: str) -> str:
     raise BenchError(f"prompts: {source} tells no kind; name it with --kind {'|'.join(KINDS)}")
 
 
-def _cleaned(prompt: str) -> str:
+def _without_flags(prompt: str) -> str:
     return FLAGS.split(prompt)[0].strip()
 
 
-def _mjhq(source: str) -> list[Entry]:
-    found = json.loads(Path(source).read_text(encoding="utf-8"))
-    return [Entry(key, _cleaned(value["prompt"]), tag=value.get("category")) for key, value in found.items()]
+def _mjhq(source: str) -> list[PromptEntry]:
+    document = json.loads(Path(source).read_text(encoding="utf-8"))
+    return [
+        PromptEntry(key, _without_flags(value["prompt"]), tag=value.get("category")) for key, value in document.items()
+    ]
 
 
-def _geneval(source: str) -> list[Entry]:
+def _geneval(source: str) -> list[PromptEntry]:
     lines = [json.loads(line) for line in _lines(source)]
-    return [Entry(f"{at:05}", _cleaned(line["prompt"]), line, line["tag"]) for at, line in enumerate(lines)]
+    return [
+        PromptEntry(f"{index:05}", _without_flags(line["prompt"]), line, line["tag"])
+        for index, line in enumerate(lines)
+    ]
 
 
-def _dpg(source: str) -> list[Entry]:
+def _dpg(source: str) -> list[PromptEntry]:
     """A folder of <id>.txt as DPG-Bench ships it, its CSV with one row a question, or NVlabs' JSON."""
     path = Path(source)
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
-        return [Entry(file.stem, _cleaned(file.read_text(encoding="utf-8"))) for file in files]
+        return [PromptEntry(file.stem, _without_flags(file.read_text(encoding="utf-8"))) for file in files]
     if path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
             return [
-                Entry(key, _cleaned(text))
-                for key, text in {r["item_id"]: r["text"] for r in csv.DictReader(file)}.items()
+                PromptEntry(key, _without_flags(text))
+                for key, text in {row["item_id"]: row["text"] for row in csv.DictReader(file)}.items()
             ]
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return [Entry(key, _cleaned(value["prompt"])) for key, value in found.items()]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return [PromptEntry(key, _without_flags(value["prompt"])) for key, value in document.items()]
 
 
-def _text(source: str) -> list[Entry]:
-    return [Entry(f"{at:05}", line) for at, line in enumerate(_lines(source))]
+def _text(source: str) -> list[PromptEntry]:
+    return [PromptEntry(f"{index:05}", line) for index, line in enumerate(_lines(source))]
 
 
-def _tiny(source: str) -> list[Entry]:
+def _tiny(source: str) -> list[PromptEntry]:
     prompts = evaluation_prompts(int(source.removeprefix("tiny:")))
-    return [Entry(f"{at:05}", prompt.text, tag=prompt.category) for at, prompt in enumerate(prompts)]
+    return [PromptEntry(f"{index:05}", prompt.text, tag=prompt.category) for index, prompt in enumerate(prompts)]
 
 
 def _lines(source: str) -> Sequence[str]:

@@ -9,9 +9,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from bench.quality.images.folder import Entry, ImageFolder, digest
+from bench.quality.images.folder import ImageFolder, JournalEntry, digest
 from bench.quality.images.layouts import ImageFile, chunks, encoded, image_files, write_side_files
-from bench.quality.images.makers import Asked, Made, Maker
+from bench.quality.images.makers import FileResult, Maker, SamplingOptions
 from bench.quality.images.prompt_sets import PromptSet
 
 Progress = Callable[[int], object]  # files done since the last call
@@ -20,7 +20,7 @@ Progress = Callable[[int], object]  # files done since the last call
 def make_images(
     prompts: PromptSet,
     makers: Sequence[Maker],
-    asked: Asked,
+    sampling: SamplingOptions,
     out: Path,
     *,
     samples: int | None = None,
@@ -37,29 +37,29 @@ def make_images(
         "files": len(files),
         "samples": samples,
         "seed": seed,
-        "steps": asked.steps,
-        "guidance": asked.guidance,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
         "made_by": _common(makers),
     }
     folder = ImageFolder(out)
-    with folder.claimed(identity):
+    with folder.locked(identity):
         write_side_files(prompts, folder.images)
-        present = folder.compact()
-        progress(len(present))
+        existing = folder.compact()
+        progress(len(existing))
         began = time.perf_counter()
-        _make(files, present.keys(), makers, folder, progress)
+        _make(files, existing.keys(), makers, folder, progress)
         seconds = time.perf_counter() - began
-        made = folder.made()
-        found = {
+        finished = folder.finished()
+        result = {
             "files": len(files),
-            "made_now": len(files) - len(present),
-            "missing": len({file.name for file in files} - made.keys()),
-            "twice": folder.repeated(),
-            "prompts_truncated": sum(entry.prompt_truncated for entry in made.values()),
-            "digest": digest(made),
+            "made_now": len(files) - len(existing),
+            "missing": len({file.name for file in files} - finished.keys()),
+            "twice": folder.duplicate_count(),
+            "prompts_truncated": sum(entry.prompt_truncated for entry in finished.values()),
+            "digest": digest(finished),
         }
-        folder.finish(found)
-    return {**found, "seconds": round(seconds, 2), "identity": identity}
+        folder.finish(result)
+    return {**result, "seconds": round(seconds, 2), "identity": identity}
 
 
 def _common(makers: Sequence[Maker]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _common(makers: Sequence[Maker]) -> dict[str, Any]:
 
 def _make(
     files: Sequence[ImageFile],
-    present: Container[str],
+    existing: Container[str],
     makers: Sequence[Maker],
     folder: ImageFolder,
     progress: Progress,
@@ -82,15 +82,17 @@ def _make(
     """
     waiting: queue.SimpleQueue[list[ImageFile]] = queue.SimpleQueue()
     for group in chunks(files, min((maker.batch for maker in makers), default=1)):
-        if any(file.name not in present for file in group):
+        if any(file.name not in existing for file in group):
             waiting.put(group)
     stop, writing = threading.Event(), threading.Lock()
 
-    def write(file: ImageFile, made: Made) -> None:
-        content = encoded(made.images, file.name)
+    def write(file: ImageFile, finished: FileResult) -> None:
+        content = encoded(finished.images, file.name)
         sha256 = hashlib.sha256(content).hexdigest()
         with writing:
-            folder.add(Entry(file.name, file.prompt, file.seeds, file.tag, sha256, made.prompt_truncated), content)
+            folder.add(
+                JournalEntry(file.name, file.prompt, file.seeds, file.tag, sha256, finished.prompt_truncated), content
+            )
             progress(1)
 
     def work(maker: Maker) -> None:
@@ -100,9 +102,9 @@ def _make(
                     group = waiting.get_nowait()
                 except queue.Empty:
                     return
-                for file, made in zip(group, maker.make(group), strict=True):
-                    if file.name not in present:
-                        write(file, made)
+                for file, finished in zip(group, maker.make(group), strict=True):
+                    if file.name not in existing:
+                        write(file, finished)
         except BaseException:
             stop.set()
             raise
@@ -113,5 +115,5 @@ def _make(
             wait(running, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()  # at Ctrl-C too: what is under way is finished and kept
-        for one in running:
-            one.result()
+        for future in running:
+            future.result()

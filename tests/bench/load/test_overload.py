@@ -18,7 +18,7 @@ def load(p99: float, refused: float | None = None, goodput: float = 80.0, other:
 
 
 @pytest.mark.parametrize(
-    ("over", "words"),
+    ("over", "message"),
     [
         (load(299, 19), None),
         (load(301, 19), "accepted p99 301.0 ms, must be under 300.0 ms"),
@@ -27,14 +27,14 @@ def load(p99: float, refused: float | None = None, goodput: float = 80.0, other:
         (load(299, 19, other=1), "1 requests got neither a picture nor 429"),
     ],
 )
-def test_a_broken_bound_is_named(over: dict[str, Any], words: str | None) -> None:
-    assert broken(load(100), load(150), over, batch_ms=100) == ([] if words is None else [words])
+def test_a_broken_bound_is_named(over: dict[str, Any], message: str | None) -> None:
+    assert broken(load(100), load(150), over, batch_ms=100) == ([] if message is None else [message])
 
 
-def test_every_request_is_a_picture_or_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_request_gets_an_image_or_429(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--batch-ms", "20", "--seconds", "0.3"])  # too short for its bounds
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [one["of_capacity"] for one in found["loads"]] == [0.1, 1.0, 4.0]
-    for one in found["loads"]:
-        counted = sum(one[kind]["count"] for kind in ("accepted_ms", "refused_ms") if one[kind])
-        assert (counted, one["other"]) == (one["requests"], 0)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["of_capacity"] for row in result["loads"]] == [0.1, 1.0, 4.0]
+    for row in result["loads"]:
+        counted = sum(row[kind]["count"] for kind in ("accepted_ms", "refused_ms") if row[kind])
+        assert (counted, row["other"]) == (row["requests"], 0)

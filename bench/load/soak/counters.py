@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.harness.summary import Spread, spread
+from bench.harness.summary import Percentiles, percentiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,32 +19,32 @@ class Latency:
 
 
 @dataclass
-class Ledger:
+class Counters:
     """`seen` and `lost` count labels such as `plain: 200`; what is in `lost` must not have happened."""
 
     seen: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
     latencies: list[Latency] = field(default_factory=list)
 
-    def tell(self, kind: str, label: str, allowed: Iterable[str]) -> None:
+    def count(self, kind: str, label: str, allowed: Iterable[str]) -> None:
         self.seen[f"{kind}: {label}"] += 1
         if label not in allowed:
             self.lost[f"{kind}: {label}"] += 1
 
-    def timed(self, at: float, kind: str, seconds: float) -> None:
+    def add_latency(self, at: float, kind: str, seconds: float) -> None:
         self.latencies.append(Latency(at, kind, seconds))
 
     def milliseconds(self, begin: float, end: float) -> dict[str, list[float]]:
         """By kind, of the answers in [begin, end)."""
-        found: dict[str, list[float]] = {}
-        for one in self.latencies:
-            if begin <= one.at < end:
-                found.setdefault(one.kind, []).append(1000 * one.seconds)
-        return found
+        by_kind: dict[str, list[float]] = {}
+        for entry in self.latencies:
+            if begin <= entry.at < end:
+                by_kind.setdefault(entry.kind, []).append(1000 * entry.seconds)
+        return by_kind
 
-    def spreads(self, begin: float, end: float) -> dict[str, Spread | None]:
+    def latency_percentiles(self, begin: float, end: float) -> dict[str, Percentiles | None]:
         """Milliseconds of `milliseconds`."""
-        return {kind: spread(values) for kind, values in sorted(self.milliseconds(begin, end).items())}
+        return {kind: percentiles(values) for kind, values in sorted(self.milliseconds(begin, end).items())}
 
 
 def growth(first: float, last: float) -> float:
@@ -56,6 +56,6 @@ def median(values: Iterable[float]) -> float:
     return float(np.median(list(values)))
 
 
-def added(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+def count_increase(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
     """What `after` counts more than `before`."""
     return {label: count - before.get(label, 0) for label, count in after.items() if count != before.get(label, 0)}
