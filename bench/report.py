@@ -1,10 +1,10 @@
-"""docs/figures/bench.md and quality.md from the JSON documents in bench/results: caveats, tables, reproduction.
+"""Writes docs/figures/bench.md and quality.md from the JSON documents in bench/results.
 
     python -m bench.latency --model models/tiny --vs diffusers | tail -1 > bench/results/latency-tiny.json
     python -m bench.report
 
-A result is the last line that a bench program printed, one file each. Only what those files hold enters the page, and
-the same files always make the same page.
+A result file holds the last line that a bench program printed. The page contains nothing but those files, and the same
+files always make the same page.
 """
 
 import argparse
@@ -31,15 +31,15 @@ STAGES = ("text", "denoise", "decode")
 NO_GPU = "Nothing here was measured on a GPU. What concerns GPUs is a projection and says so in every line."
 CAVEATS = (
     "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
-    "Random weights (`random:...`) have the published size and cost the same time; their pictures are noise, and "
-    "distances between such pictures are no statement about quality.",
+    "Random weights (`random:...`) have the published size and cost the same time; their images are noise, and "
+    "distances between such images are no statement about quality.",
     "Ours and theirs run in turn in one process on the same tensors, every run with prompts that no cache has seen.",
     "Load is generated on the same machine that serves, and takes its share of it.",
 )
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """File name without ending -> result, by name. Raises BenchError for a file that is none."""
+    """Returns the results by file name without suffix. Raises BenchError for a file that is no result."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -215,7 +215,7 @@ def _by(size: Sequence[int]) -> str:
 
 
 def render(results: Mapping[str, Result]) -> dict[str, str]:
-    """File name -> text: bench.md and its plots."""
+    """Returns bench.md and its plots: text by file name."""
     lines = [
         "# Benchmarks",
         "",

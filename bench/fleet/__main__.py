@@ -1,12 +1,12 @@
-"""A fleet of cards under a load, simulated: the server's own queue, batches and deadlines on virtual time.
+"""Simulates a fleet of cards under a load: the server's own queue, batches and deadlines on virtual time.
 
     python -m bench.fleet --cards 4 --rate 150 --seconds 600 --stages bench/results/h100-2026-11-27.jsonl
     python -m bench.fleet --rate 1000 --p99-ms 500 --seconds 600 --stages bench/results/h100-2026-11-27.jsonl
     python -m bench.fleet --cards 2 --rate 60 --seconds 60 --stages fake:50 --plot fleet.svg
 
-Without --cards: the fewest that reach --p99-ms. Where the traffic needs more than --events, a cell of the fleet is
-simulated with its share, and `simulated_cards` says of how many. Prints a table, then one JSON document as the last
-line. What is not modelled: the network, the host's processors, and a card that is slow without failing.
+Without --cards it finds the fewest that reach --p99-ms. Traffic of more than --events is simulated on a part of the
+fleet with its share; `simulated_cards` has its size. Prints a table, then one JSON document as the last line. Not
+modelled: the network, the host's processors, and a card that is slow without failing.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def config_of(options: argparse.Namespace, ready_s: float) -> SimulationConfig:
-    """Raises BenchError."""
+    """Returns the simulation of these options. Raises BenchError."""
     if bool(options.rate) + bool(options.clients) + (options.arrivals not in ARRIVALS) != 1:
         raise BenchError("needed is one of --rate, --clients and a file as --arrivals")
     fleet = Fleet(

@@ -1,4 +1,4 @@
-"""The tables of docs/operate/capacity.md: cards for a rate, a card lost at peak, a day, and which setting matters.
+"""Makes the tables of docs/operate/capacity.md: cards for a rate, a lost card, and the effect of each setting.
 
     python -m bench.fleet.capacity --stages bench/results/h100-2026-11-27.jsonl
 
@@ -22,12 +22,12 @@ from bench.harness.summary import table
 
 RATES = (10.0, 1000.0, 100_000.0)
 GOALS = (LatencyGoal(100.0), LatencyGoal(250.0), LatencyGoal(1000.0))
-PEAK, BUSY = 10, 0.85  # cards, and the share of full batches' throughput that is asked of them at the peak
+PEAK, BUSY = 10, 0.85  # cards, and the load at the peak as a share of full batches' throughput
 LOST_AT_S = 60.0
 
 
 def for_rates(config: SimulationConfig, stages: Stages) -> list[dict[str, Any]]:
-    """The fewest cards for each rate and goal."""
+    """Returns the fewest cards for each rate and goal."""
     rows = []
     for rate in RATES:
         for goal in GOALS:
@@ -37,7 +37,7 @@ def for_rates(config: SimulationConfig, stages: Stages) -> list[dict[str, Any]]:
 
 
 def after_a_loss(config: SimulationConfig, stages: Stages, rate: float) -> list[dict[str, Any]]:
-    """PEAK cards that lose none, one or three, each away for a cold start."""
+    """Simulates PEAK cards that lose none, one or three, each away for a cold start."""
     rows = []
     for cards in (0, 1, 3):
         lost = ((LOST_AT_S, cards),) if cards else ()
@@ -47,7 +47,7 @@ def after_a_loss(config: SimulationConfig, stages: Stages, rate: float) -> list[
 
 
 def by_setting(config: SimulationConfig, stages: Stages, rate: float) -> list[dict[str, Any]]:
-    """PEAK cards at the peak and at a fifth more than they can do; one setting changed at a time."""
+    """Simulates PEAK cards at the peak and at a fifth above capacity, with one setting changed at a time."""
     changed = {
         "as shipped": replace(config.fleet, cards=PEAK),
         **{f"max-batch {n}": replace(config.fleet, cards=PEAK, limits=Limits(max_batch=n)) for n in (1, 2, 4)},

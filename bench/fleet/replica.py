@@ -1,6 +1,6 @@
-"""One server of the fleet: the server's own queue in front of an engine that is only a table of seconds.
+"""A simulated server: the server's own queue in front of a table of engine seconds.
 
-Nothing here decides: what is admitted, batched or too late is decided by server.generation.job_queue.
+server.generation.job_queue decides on admission, batches and deadlines; nothing here does.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from bench.fleet.stages import BatchSeconds, Stages
 from engines.types import BatchKey, Job, RawImage
 from server.generation.job_queue import Entry, JobQueue
 
-NO_FUTURE = cast("asyncio.Future[object]", None)  # the queue never touches the future of an entry
+NO_FUTURE = cast("asyncio.Future[object]", None)  # the queue never uses the future of an entry
 
 
 def _encode_nothing(_: RawImage) -> bytes:
@@ -23,7 +23,7 @@ def _encode_nothing(_: RawImage) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Settings of the server that decide."""
+    """The server settings that matter to the queue."""
 
     max_batch: int = 8
     max_queue: int = 128
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class Request(Entry):
-    """An entry of the queue. `arrived`: when its client sent it first. `client`: of a closed loop or a connection."""
+    """A queue entry. `arrived`: first sent by its client. `client`: of a closed loop or a connection."""
 
     arrived: float = 0.0
     attempts: int = 0
@@ -42,14 +42,15 @@ class Request(Entry):
 
 @dataclass(frozen=True, slots=True)
 class StartedBatch:
-    """A batch: when the engine is free again, and what is answered when."""
+    """A batch: the time at which the engine is free again, and each response with its time."""
 
     free: float
     completions: list[tuple[float, Request]]
 
 
 class Replica:
-    """`busy_s`: seconds the engine ran. `late`: jobs whose deadline passed. `answered` hears of each answer."""
+    """One card. `busy_s`: seconds the engine ran. `late`: jobs past their deadline. `answered`: called for each
+    response."""
 
     def __init__(
         self,
@@ -66,13 +67,13 @@ class Replica:
         self._limits, self._table, self._answered = limits, table, answered
         self._encode_s, self._http_s = stages.encode_s, stages.http_s
         self._codecs = [0.0] * limits.codec_threads
-        self._answers: list[tuple[float, int, Request]] = []  # a heap of what is in a batch, by when it is answered
-        self._due: deque[Request] = deque()  # what waits or waited, oldest deadline first
+        self._answers: list[tuple[float, int, Request]] = []  # a heap of the jobs in batches, by response time
+        self._due: deque[Request] = deque()  # queued jobs, oldest deadline first
 
     def advance(self, now: float) -> None:
-        """Frees the slots of what was answered until now, and of what waited until its deadline.
+        """Frees the slots of jobs answered by `now`, and of those that waited until their deadline.
 
-        The server does the same by the end and by the timer of a reservation.
+        A server does so when a reservation ends, and by its timer.
         """
         completions, due, done, late = self._answers, self._due, 0, 0
         while completions and completions[0][0] <= now:
@@ -86,7 +87,7 @@ class Replica:
             self.late += late
 
     def submit(self, request: Request, now: float) -> bool:
-        """Queues it, or refuses it at once (429)."""
+        """Queues the request, or returns False where the server answers 429."""
         if not self.queue.reserve(1):
             return False
         request.submitted = now
@@ -96,7 +97,7 @@ class Replica:
         return True
 
     def start_batch(self, now: float) -> StartedBatch:
-        """Starts a batch of what waits."""
+        """Starts a batch of waiting jobs."""
         next_batch = self.queue.take(self._largest)
         assert next_batch is not None, "the queue of a simulation is never closed"
         batch, late = next_batch
@@ -121,7 +122,7 @@ class Replica:
         return self._limits.max_batch
 
     def _encoded(self, done: float) -> float:
-        """When the file is there, by the codec thread that is free first."""
+        """Returns when the file is ready, on the codec thread that is free first."""
         if not self._encode_s:
             return done
         ready = max(done, self._codecs[0]) + self._encode_s
@@ -129,7 +130,7 @@ class Replica:
         return ready
 
     def fail(self) -> list[Request]:
-        """What was inside when the process died."""
+        """Returns the requests in flight when the process died."""
         inside = [request for _, _, request in self._answers]
         inside += [entry for entry in self.queue.clear() if isinstance(entry, Request)]
         self._answers.clear()

@@ -1,8 +1,8 @@
-"""Which replica gets a request: as the balancers in front of real servers choose.
+"""Routing policies of the balancers in front of real servers.
 
-two: the less loaded of two at random (Ray Serve). random: any (a Kubernetes Service). connections: what bench.load's
-client and the supervisor of `--workers` do together: the connection used last is used first, a new one goes to the
-worker with the fewest.
+two: the less loaded of two at random (Ray Serve). random: any (a Kubernetes Service). connections: bench.load's client
+with the supervisor of `--workers`: the most recently used connection is reused, a new one goes to the worker with the
+fewest.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""One simulation from what was asked: a cell of a large fleet, its figures, and how many cards are enough."""
+"""Runs a simulation, reduces it to figures, and searches for the fewest cards."""
 
 import math
 import time
@@ -16,13 +16,13 @@ from bench.harness.errors import BenchError
 from engines.types import Job
 
 MIN_CELL_CARDS = 16  # cards at least, where a fleet is too large to be simulated whole
-EVENTS_PER_REQUEST = 1.3  # events of a request, batches included
+EVENTS_PER_REQUEST = 1.3  # batches included
 DAY_S = 86_400.0
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """`rate` requests a second on average, in all. `most_events`: beyond them a cell of the fleet is simulated."""
+    """A fleet and its load. `rate`: requests a second in all. `max_events`: beyond it, a part is simulated."""
 
     fleet: Fleet
     rate: float
@@ -41,17 +41,17 @@ class SimulationConfig:
 
 @dataclass(frozen=True, slots=True)
 class LatencyGoal:
-    """What "enough cards" means. `refused`: the share that may be refused, late or dropped."""
+    """A goal for the fleet. `refused_share`: the share that may be refused, late or dropped."""
 
     p99_ms: float
     refused_share: float = 0.0001
 
 
 def cell(config: SimulationConfig) -> tuple[SimulationConfig, float]:
-    """The question for a part of the fleet, and how many such parts there are.
+    """Returns the simulation of a part of the fleet, and how many such parts the fleet has.
 
-    Cards are alike and requests come at random, so a part with its share of the traffic behaves as the whole does:
-    exactly where a balancer chooses at random, and but for terms of 1 / cards where it takes the better of two.
+    Cards are alike and requests come at random, so a part with its share of the traffic behaves as the whole. This is
+    exact for a random balancer, and exact up to 1 / cards for the better of two.
     """
     fleet, events = config.fleet, config.rate * config.fleet.seconds * EVENTS_PER_REQUEST
     if config.recorded or fleet.clients or events <= config.max_events:
@@ -67,7 +67,7 @@ def cell(config: SimulationConfig) -> tuple[SimulationConfig, float]:
 
 
 def simulate(config: SimulationConfig, stages: Stages) -> dict[str, Any]:
-    """The figures of one simulation. Milliseconds, images a second. Raises BenchError."""
+    """Returns the figures of one simulation. Milliseconds, images a second. Raises BenchError."""
     cell_config, parts = cell(config)
     jobs = list({job: None for _, job in cell_config.recorded}) or [share.job for share in cell_config.shares]
     fleet, began = cell_config.fleet, time.perf_counter()
@@ -96,7 +96,7 @@ def _arrivals(cell_config: SimulationConfig) -> Iterator[tuple[float, Job]]:
 
 
 def figures(config: SimulationConfig, cards: int, parts: float, outcome: Outcome) -> dict[str, Any]:
-    """`parts`: how many such cells the fleet has. Rates and sums are of the whole fleet."""
+    """Reduces an outcome to figures; rates and sums are of the whole fleet, which has `parts` such parts."""
     fleet = config.fleet
     seconds = fleet.seconds - fleet.warmup_s
     ms = 1000 * np.frombuffer(outcome.latencies, dtype=np.float64) if outcome.latencies else np.zeros(0)
@@ -139,9 +139,9 @@ def meets(result: dict[str, Any], goal: LatencyGoal) -> bool:
 
 
 def fewest_cards(config: SimulationConfig, stages: Stages, goal: LatencyGoal) -> dict[str, Any]:
-    """The figures with the fewest cards that reach the goal, found by bisection.
+    """Returns the figures with the fewest cards that reach the goal, by bisection.
 
-    Raises BenchError where no number of cards does, since one card alone with one request is too slow.
+    Raises BenchError if no number of cards does, because one request alone is too slow.
     """
     lowest = _min_card_seconds(config, stages)
     low, high = max(1, math.floor(config.rate * lowest)), max(1, math.ceil(config.rate * lowest))
@@ -163,7 +163,7 @@ def fewest_cards(config: SimulationConfig, stages: Stages, goal: LatencyGoal) ->
 
 
 def _min_card_seconds(config: SimulationConfig, stages: Stages) -> float:
-    """Seconds of a card for one request, in full batches: no fleet can do with less."""
+    """Returns card seconds per request in full batches, a lower bound for every fleet."""
     most = config.fleet.limits.max_batch
     table = stages.table(most, {share.job.key for share in config.shares})
     total = sum(share.share for share in config.shares)

@@ -1,7 +1,7 @@
-"""How many replicas are wanted: the rule of server.cluster with the delays that Ray Serve adds, and the chart's.
+"""Scaling rules: server.cluster's with the delays of Ray Serve, and the chart's HorizontalPodAutoscaler.
 
-Delays and the autoscaler of Kubernetes are modelled here, because they are Ray's and Kubernetes' own code; the rule by
-which a replica is wanted is the server's.
+The rule of server.cluster is the server's code. Ray's delays and Kubernetes' autoscaler are modelled here, because they
+are not ours.
 """
 
 import math
@@ -20,7 +20,7 @@ MAX_FACTOR, MAX_ADDED = 2, 4  # it at most doubles, or adds four, each SYNC_S
 
 @dataclass(frozen=True, slots=True)
 class FleetLoad:
-    """What the replicas report, added up. `target`: how many run or were started."""
+    """The sum of what the replicas report. `target`: replicas that run or were started."""
 
     waiting: int
     in_flight: int
@@ -29,7 +29,7 @@ class FleetLoad:
 
 
 class Rule(Protocol):
-    """Asked every `every_s` seconds."""
+    """A scaling rule, evaluated every `every_s` seconds."""
 
     every_s: float
 
@@ -44,7 +44,7 @@ class _Context:
 
 
 class Cluster:
-    """server.cluster: `up_s` and `down_s` are how long the rule must say the same."""
+    """server.cluster's rule; its result must hold for `upscale_delay_s` or `downscale_delay_s`."""
 
     def __init__(
         self, target_waiting_jobs: int, max_batch: int, upscale_delay_s: float, downscale_delay_s: float
@@ -95,7 +95,7 @@ class Chart:
 def rule(
     name: str, *, target_waiting_jobs: int, max_batch: int, upscale_delay_s: float, downscale_delay_s: float
 ) -> Rule | None:
-    """None: as many as there are. Raises BenchError."""
+    """Returns the rule of that name, None for a fixed fleet. Raises BenchError."""
     if name not in RULES:
         raise BenchError(f"--scale: got {name!r}, allowed: {', '.join(RULES)}")
     if name == "cluster":

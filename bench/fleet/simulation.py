@@ -1,4 +1,4 @@
-"""The fleet on virtual time: requests, batches, losses, starts and scaling, one event after the other."""
+"""Simulates the fleet on virtual time: requests, batches, losses, starts and scaling."""
 
 import heapq
 import random
@@ -15,12 +15,12 @@ from bench.fleet.stages import Stages
 from engines.types import Job
 from server.cluster.retry import PAUSES_S
 
-RETRY_AFTER_S = 1.0  # of a client of a closed loop that was refused: Retry-After
+RETRY_AFTER_S = 1.0  # Retry-After of a refused client of a closed loop
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`lost`: at which second so many cards fail, each to be there again after a cold start of `start_s`."""
+    """Cards and their settings. `lost`: (second, cards) that fail; each returns after a cold start of `start_s`."""
 
     cards: int
     seconds: float
@@ -30,25 +30,25 @@ class Fleet:
     start_s: float = 0.0
     least: int = 1
     most: int = 1
-    clients: int = 0  # closed loop: so many, each asking as soon as it has its answer
+    clients: int = 0  # closed loop: each sends its next request when it has a response
     warmup_s: float = 0.0  # requests that arrive before are not counted
     seed: int = 0
 
 
 @dataclass
 class Outcome:
-    """`latencies`: seconds, of answered requests, in order of the answers of each card. `cards`: (second, ready)."""
+    """Counts of a simulation. `latencies`: seconds of answered requests. `cards`: (second, ready)."""
 
     latencies: "array[float]" = field(default_factory=lambda: array("d"))
     offered: int = 0
     refused: int = 0  # 429, or 503 while no card is ready
     late: int = 0  # 504
-    dropped: int = 0  # inside of a card that was lost, and not had by asking again
+    dropped: int = 0  # in flight on a failed card, and not completed by a retry
     retries: int = 0
     events: int = 0
     batches: int = 0
     busy_s: float = 0.0
-    card_s: float = 0.0  # paid for, cold starts included
+    card_s: float = 0.0  # cold starts included
     cards: list[tuple[float, int]] = field(default_factory=list)
 
 
@@ -62,7 +62,7 @@ class EventKind(IntEnum):
 
 
 class Simulation:
-    """Runs once."""
+    """One simulation; runs once."""
 
     def __init__(self, fleet: Fleet, stages: Stages, jobs: Sequence[Job], rule: Rule | None = None) -> None:
         self._fleet, self._stages, self._rule, self._jobs = fleet, stages, rule, jobs
@@ -79,7 +79,7 @@ class Simulation:
         self._paid_since = 0.0
 
     def run(self, arrivals: Iterator[tuple[float, Job]]) -> Outcome:
-        """Until `seconds` have passed and all that was let in is answered."""
+        """Runs until `seconds` have passed and all accepted requests are answered."""
         fleet, events = self._fleet, self._events
         self._out.cards.append((0.0, len(self._ready)))
         for at, cards in fleet.lost:
@@ -111,7 +111,7 @@ class Simulation:
         return outcome
 
     def _count(self, replica: Replica) -> None:
-        """What a replica did, once it does no more."""
+        """Adds the counts of a replica that has ended."""
         self._out.late += replica.late
         self._out.busy_s += replica.busy_s
 
@@ -168,7 +168,7 @@ class Simulation:
             self._start_batches(replica)
 
     def _start_batches(self, replica: Replica) -> None:
-        """The engine is free: it takes what waits, as server.generation.engine_thread does."""
+        """Starts a batch of waiting jobs if the engine is free, as server.generation.engine_thread does."""
         outcome = self._out
         replica.advance(self._now)
         while replica.queue.waiting and not replica.busy:
@@ -187,7 +187,7 @@ class Simulation:
         self._router.answered(request)
 
     def _fail_cards(self, cards: int) -> None:
-        """Cards fail; the proxy asks again for what was inside (server.cluster.retry), and others are started."""
+        """Fails cards and starts others; the proxy retries what was in flight (server.cluster.retry)."""
         for _ in range(min(cards, len(self._ready))):
             replica = self._ready.pop(self._rng.randrange(len(self._ready)))
             replica.advance(self._now)
@@ -219,7 +219,7 @@ class Simulation:
         for _ in range(wanted - target):
             self._start()
         if wanted < len(self._ready):
-            self._retired += self._ready[wanted:]  # they answer what they have, and get no more
+            self._retired += self._ready[wanted:]  # they finish their jobs and get no more
             del self._ready[wanted:]
             self._out.cards.append((self._now, len(self._ready)))
         self._schedule(self._now + self._rule.every_s, EventKind.SCALE, None)

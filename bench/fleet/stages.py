@@ -1,4 +1,4 @@
-"""How long a batch takes on a card: measured on one, projected, or the fixed delay of the fake engine."""
+"""Batch times of a card: measured, projected, or the fake engine's fixed delay."""
 
 import json
 import re
@@ -15,7 +15,7 @@ MEASURED = re.compile(r"ours (?P<precision>bf16|fp8) batch (?P<batch>\d+) steps 
 
 @dataclass(frozen=True, slots=True)
 class BatchSeconds:
-    """Seconds until the first image begins to be decoded, and of each image: they are handed out one by one."""
+    """Seconds until the first image is decoded, and of each image: they are returned one by one."""
 
     before: float
     each: float
@@ -23,8 +23,10 @@ class BatchSeconds:
 
 @dataclass(frozen=True)
 class Stages:
-    """`batches`: by (width, height, steps) and bucket. `encode_s`: of a file on a codec thread. `http_s`: all that a
-    request alone takes beside the engine and the encoder. `ready_s`: from the start of a process until it is warm."""
+    """Stage times. `batches`: by (width, height, steps) and bucket. `encode_s`: of a file on a codec thread.
+
+    `http_s`: the rest of a single request. `ready_s`: from process start until warm.
+    """
 
     source: str
     batches: Mapping[tuple[int, int, int], Mapping[int, BatchSeconds]]
@@ -33,9 +35,9 @@ class Stages:
     ready_s: float = 0.0
 
     def table(self, max_batch: int, keys: Iterable[BatchKey]) -> dict[BatchKey, list[BatchSeconds]]:
-        """The seconds of a batch of so many jobs, by key; index 0 is not used.
+        """Returns the seconds of a batch by key and number of jobs; index 0 is unused.
 
-        Raises BenchError where a bucket was not measured: nothing is made up.
+        Raises BenchError if a bucket was not measured.
         """
         found: dict[BatchKey, list[BatchSeconds]] = {}
         buckets = powers_of_two(max_batch)
@@ -57,7 +59,7 @@ class Stages:
 
 
 class AnyShape(dict[tuple[int, int, int], Mapping[int, BatchSeconds]]):
-    """The fake engine takes as long for every size, and hands all images out at the end."""
+    """The fake engine's times: the same for every size, with all images returned at the end."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -68,9 +70,9 @@ class AnyShape(dict[tuple[int, int, int], Mapping[int, BatchSeconds]]):
 
 
 def load_stages(text: str, precision: str = "bf16", http_ms: float | None = None) -> Stages:
-    """`fake:MS`; the .jsonl that a card was measured into (bench/results); or a .json of rows as `rows` reads them.
+    """Loads stage times from `fake:MS`, a .jsonl measured on a card, or a .json as `from_rows` reads it.
 
-    `http_ms` wins over what is known. Raises BenchError.
+    `http_ms` overrides the measured value. Raises BenchError.
     """
     kind, _, ms = text.partition(":")
     if kind == "fake":
@@ -90,9 +92,9 @@ def load_stages(text: str, precision: str = "bf16", http_ms: float | None = None
 
 
 def from_measurement(name: str, lines: list[dict[str, Any]], precision: str) -> Stages:
-    """Of a card's own figures, 1024x1024: batches in bf16; JPEG on the card; what HTTP adds to a request alone.
+    """Takes 1024x1024 times from a card's figures: bf16 batches, JPEG on the card, HTTP's share.
 
-    fp8 was measured over HTTP and in the decoder: its batches are those of bf16 with its own decoder, a projection.
+    fp8 was measured over HTTP and in the decoder: its batches are a projection, those of bf16 with the fp8 decoder.
     """
     by_name = {line["name"]: line for line in lines if "name" in line}
     batches: dict[tuple[int, int, int], dict[int, BatchSeconds]] = {}
@@ -111,8 +113,8 @@ def from_measurement(name: str, lines: list[dict[str, Any]], precision: str) -> 
 
 
 def from_rows(name: str, document: dict[str, Any]) -> Stages:
-    """Of {"source", "rows": [{"width", "height", "steps", "batch", "before_ms", "each_ms"}], "encode_ms", "http_ms",
-    "ready_s"}, written by hand or from what bench.budget projects. Raises BenchError."""
+    """Reads {"source", "rows": [{"width", "height", "steps", "batch", "before_ms", "each_ms"}], "encode_ms", "http_ms",
+    "ready_s"}, from a hand-written file or bench.budget's projection. Raises BenchError."""
     try:
         batches: dict[tuple[int, int, int], dict[int, BatchSeconds]] = {}
         for row in document["rows"]:

@@ -1,11 +1,11 @@
-"""The simulation held against real servers: the same arrivals, sent and simulated, on the fake engine.
+"""Compares the simulation with real servers: the same arrivals, sent and simulated, on the fake engine.
 
     python -m bench.fleet.validation --seconds 60
 
-Six loads at one and at two workers, from a fifth of the capacity to more than all of it. What a batch of one and of
-eight takes the fake engine, and what HTTP adds to a request alone, is measured first; nothing is fitted. Prints a
-table, then one JSON document as the last line. Exit code 1 where p50 or p99 of the two differ by more than 15 %. A
-machine with other work to do makes the real server late, so its load average is told.
+Runs six loads on one and on two workers, from a fifth of the capacity to more than all of it. First it measures the
+fake engine's batches of one and of eight and HTTP's share of a single request; nothing is fitted. Prints a table, then
+one JSON document as the last line. Exit code 1: p50 or p99 of the two differ by more than 15 %. The load average is
+reported, because a busy machine delays the real server.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from engines.types import Job, powers_of_two
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.95, 1.2)  # of the capacity
 WORKERS = (1, 2)
 BATCH, QUEUE, SIDE = 8, 32, 64
-ALONE = 40  # requests one after the other, to see what HTTP adds
+ALONE = 40  # requests one after the other, to measure HTTP's share
 ALLOWED = 0.15
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Those of Traffic.open_loop."""
+    """Returns the arrival times of LoadGenerator.open_loop."""
     rng = random.Random(seed)
     at, result = 0.0, []
     for _ in range(count):
@@ -52,7 +52,7 @@ def make_requests(count: int) -> list[ImageRequest]:
 
 
 async def stages_of(url: str) -> Stages:
-    """What a batch of one and of BATCH takes the fake engine here, and what HTTP adds to a request alone."""
+    """Measures the fake engine's batches of one and of BATCH, and HTTP's share of a single request."""
     with tempfile.TemporaryFile() as spool:
         generator = LoadGenerator(url, spool)
         await generator.closed_loop(make_requests(ALONE), 1)
@@ -81,7 +81,7 @@ async def send_load(url: str, rate: float, count: int, seed: int) -> list[Reques
 def row(
     workers: int, share: float, rate: float, records: Sequence[RequestRecord], simulated: dict[str, Any]
 ) -> dict[str, Any]:
-    """Milliseconds; `off` is simulated over real, less one."""
+    """Returns the row of a load in milliseconds; `off` is simulated over real, less one."""
     good = [1000 * record.seconds for record in records if record.status == 200]
     p50, p99 = (float(value) for value in np.percentile(good, [50, 99]))
     return {
@@ -97,7 +97,7 @@ def row(
 
 
 def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
-    """Raises BenchError where a server does not start."""
+    """Returns the JSON document. Raises BenchError if a server does not start."""
     delay = options.batch_ms
     rows: list[dict[str, Any]] = []
     flags = ["--backend", "fake", "--fake-delay-ms", str(delay), "--max-batch", str(BATCH), "--max-queue", str(QUEUE)]

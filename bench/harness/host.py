@@ -1,4 +1,4 @@
-"""The machine that the figures of a measurement hold for."""
+"""Facts of the machine that a measurement ran on."""
 
 import os
 import platform
@@ -9,8 +9,7 @@ from pathlib import Path
 
 
 def host_facts() -> dict[str, object]:
-    """What the figures hold for: day, processor, cores this process may use, what else kept it busy (processes that
-    wanted to run, over the last five minutes), memory, versions, revision of the code."""
+    """Returns day, processor, usable cores, load average of five minutes, memory, versions and code revision."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),

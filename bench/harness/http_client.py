@@ -1,7 +1,7 @@
-"""A lean HTTP/1.1 client on asyncio: what it costs is not mistaken for what the server costs.
+"""A lean HTTP/1.1 client on asyncio, so that its own cost stays small beside the server's.
 
-Keep-alive connections, answers with a Content-Length only, no redirects, no TLS, no retries: an answer that does not
-come is an error, never a second request. Knows no pictures.
+Supports keep-alive and answers with a Content-Length; no redirects, TLS or retries. A missing answer is an error, never
+a second request.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class HttpResponse:
 
 
 class Connection:
-    """One connection, for one exchange at a time."""
+    """A connection that carries one exchange at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> None:
         self._reader, self._writer, self._host = reader, writer, host
@@ -37,9 +37,9 @@ class Connection:
     async def exchange(
         self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
     ) -> HttpResponse:
-        """Sends a request and reads its answer whole.
+        """Sends a request and reads the whole response.
 
-        Raises OSError or EOFError where the connection ends before that, BenchError for what is no HTTP/1.1 answer.
+        Raises OSError or EOFError if the connection ends first, BenchError if the response is not HTTP/1.1.
         """
         head = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-length: {len(body)}\r\n"
         content_type = f"content-type: {media_type}\r\n" if body else ""
@@ -48,21 +48,21 @@ class Connection:
         return await self.read_response()
 
     async def read_response(self) -> HttpResponse:
-        """Reads the answer to what was sent. Raises as `exchange` does."""
+        """Reads the response to bytes already sent. Raises as `exchange` does."""
         status, headers = _parse_head(await self._reader.readuntil(b"\r\n\r\n"))
         content = await self._reader.readexactly(int(headers["content-length"]))
         self._closes = headers.get("connection", "").lower() == "close"
         return HttpResponse(status, headers, content)
 
     async def close(self) -> None:
-        """At once: what has not been sent or read stays so."""
+        """Closes at once and discards unsent and unread bytes."""
         self._writer.transport.abort()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
 
 class ConnectionPool:
-    """Connections to one server; the one used last is used first, and more are opened as they are needed."""
+    """Reuses the most recently used idle connection and opens others on demand."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -75,7 +75,7 @@ class ConnectionPool:
     async def exchange(
         self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
     ) -> HttpResponse:
-        """As Connection.exchange, on a connection of its own."""
+        """Exchanges on an idle or new connection; see Connection.exchange."""
         connection = await self._connection()
         try:
             response = await connection.exchange(method, path, body, media_type)

@@ -1,8 +1,8 @@
-"""Requests for pictures, sent by a plan, and what became of each.
+"""Sends image requests in a closed or open loop and records each outcome.
 
-Closed loop: so many clients, each waiting for its answer before it asks again. Open loop: requests leave at random
-times of a fixed rate (Poisson), whatever the server does, and latency counts from the planned time, so that a server
-that stalls cannot hide it (no coordinated omission). Bodies are spooled to a file and looked at after the run.
+Closed loop: each client waits for its response before it sends the next request. Open loop: requests leave at Poisson
+times of a fixed rate. Latency counts from the planned time, so a stalled server cannot hide it (no coordinated
+omission). Bodies are spooled to a file for checks after the run.
 """
 
 import asyncio
@@ -16,12 +16,12 @@ from typing import BinaryIO
 from bench.harness.errors import BenchError
 from bench.harness.http_client import ConnectionPool, HttpResponse
 
-FORMATS = ("png", "jpeg", "webp")  # of pictures, as the API names them
+FORMATS = ("png", "jpeg", "webp")  # the API's names of image formats
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One request of one picture. width and height None: the server's own size, sent as nothing."""
+    """A request for one image. width and height None: the server's default size."""
 
     prompt: str
     seed: int
@@ -46,7 +46,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """What became of an order. status 0: no answer came, and `error` says why. Seconds."""
+    """The outcome of a request, in seconds. status 0: no response; `error` has the reason."""
 
     request: ImageRequest
     status: int
@@ -58,14 +58,14 @@ class RequestRecord:
 
 
 class LoadGenerator:
-    """Sends orders to one server. `patience_s`: an answer that takes longer counts as none."""
+    """Sends requests to one server. `timeout_s`: a slower response counts as none."""
 
     def __init__(self, url: str, spool: BinaryIO, *, path: str = "/generate", timeout_s: float = 120.0) -> None:
         self._pool = ConnectionPool(url)
         self._spool, self._path, self._patience_s = spool, path, timeout_s
 
     async def closed_loop(self, requests: Sequence[ImageRequest], concurrency: int) -> list[RequestRecord]:
-        """All orders, `concurrency` at a time, in the order they were finished."""
+        """Sends all requests, `concurrency` at a time; returns records in order of completion."""
         waiting = iter(requests)
         records: list[RequestRecord] = []
 
@@ -77,7 +77,7 @@ class LoadGenerator:
         return records
 
     async def open_loop(self, requests: Sequence[ImageRequest], rate: float, seed: int = 0) -> list[RequestRecord]:
-        """All orders at random times, `rate` a second on average; the same times for the same seed."""
+        """Sends all requests at random times, `rate` a second on average. A seed fixes the times."""
         rng = random.Random(seed)
         began = due = time.perf_counter()
         sent: list[asyncio.Task[RequestRecord]] = []
@@ -90,7 +90,7 @@ class LoadGenerator:
         return list(await asyncio.gather(*sent))
 
     async def get(self, path: str) -> HttpResponse:
-        """The answer to a GET. Raises BenchError where it is not 200."""
+        """Returns the response to a GET. Raises BenchError unless the status is 200."""
         response = await asyncio.wait_for(self._pool.exchange("GET", path), self._patience_s)
         if response.status != 200:
             raise BenchError(f"GET {path}: got {response.status}: {response.body[:200]!r}")
@@ -120,6 +120,6 @@ class LoadGenerator:
 
 
 def _parse_stages(header: str) -> dict[str, float]:
-    """Milliseconds by name, from `queue;dur=0.1, text;dur=2`."""
+    """Returns milliseconds by stage from `queue;dur=0.1, text;dur=2`."""
     parts = (part.partition(";dur=") for part in header.split(","))
     return {name.strip(): float(value) for name, _, value in parts if value}

@@ -1,4 +1,4 @@
-"""Memory of a process on Linux, or of CUDA."""
+"""Peak memory of this process on Linux, or of CUDA."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ def _status_bytes(field: str) -> int:
 
 @contextlib.contextmanager
 def peak_rise(device: torch.device) -> Iterator[list[int]]:
-    """Appends to the yielded list by how many bytes the peak within rises above what was in use before.
+    """Appends to the yielded list the bytes by which the peak within rises above the use before.
 
-    On the CPU by resetting the process' peak (proc(5), clear_refs), on CUDA by the allocator's.
+    On the CPU it resets the process' peak (proc(5), clear_refs), on CUDA the allocator's.
     """
     rises: list[int] = []
     if device.type == "cuda":
@@ -35,7 +35,7 @@ def peak_rise(device: torch.device) -> Iterator[list[int]]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process held so far: resident, or on CUDA allocated."""
+    """Returns the most memory this process has held: resident, or allocated on CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")  # not ru_maxrss, which a process inherits from the one that started it

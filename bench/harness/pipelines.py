@@ -1,6 +1,6 @@
-"""What is measured against each other: our engine and diffusers' SanaSprintPipeline, from one checkpoint.
+"""The two pipelines that are compared, from one checkpoint: our engine and diffusers' SanaSprintPipeline.
 
-Both are asked for the same pictures in the same way and answer with uint8 pixels and the seconds of each stage.
+Both run the same workload and return uint8 pixels and the seconds of each stage.
 """
 
 import time
@@ -25,7 +25,7 @@ Baseline = Literal["diffusers", "diffusers-compiled"]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The pictures of one run: one prompt and one seed each."""
+    """One run's images: a prompt and a seed for each."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -36,7 +36,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class TimedImages:
-    """Pictures, and seconds by stage; "total" is from prompts to uint8 pixels, taken outside."""
+    """Images, and seconds by stage; "total" runs from prompts to uint8 pixels."""
 
     images: list[Pixels]
     seconds: dict[str, float]
@@ -45,13 +45,13 @@ class TimedImages:
 class Pipeline(Protocol):
     @property
     def facts(self) -> dict[str, object]:
-        """What it is: backend, precision, device, and why."""
+        """Backend, precision, device, and the reasons for them."""
 
     def run(self, task: Workload) -> TimedImages: ...
 
 
 class EnginePipeline:
-    """Our engine, on diffusers' schedule, so that both make the same pictures."""
+    """Our engine on diffusers' schedule, so that both make the same images."""
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         self._engine = load_engine(checkpoint, schedule="diffusers", **options)
@@ -83,10 +83,10 @@ class EnginePipeline:
 
 
 class DiffusersPipeline:
-    """SanaSprintPipeline as its documentation calls it, at exactly the size asked for.
+    """SanaSprintPipeline as documented, without binning of sizes.
 
-    compiled: torch.compile of its three modules, as NVlabs' and diffusers' documentation advise. The stage "decode"
-    ends with the picture, "denoise" holds everything between text and decode.
+    compiled: torch.compile of its three modules, as NVlabs and diffusers advise. Stage "decode" ends with the image;
+    "denoise" is everything between text and decode.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class DiffusersPipeline:
         guidance: float = GUIDANCE,
     ) -> None:
         settings = checkpoint.settings
-        self._pipe = pipeline(checkpoint, DTYPES[precision], device)
+        self._pipe = build_diffusers_pipeline(checkpoint, DTYPES[precision], device)
         self._compiled, self._precision, self._device, self._guidance = compiled, precision, device, guidance
         self._instruction = INSTRUCTION.split("\n") if settings.instruction else None
         self._max_tokens = settings.max_prompt_tokens
@@ -137,7 +137,7 @@ class DiffusersPipeline:
         ended = self._time()
         text, decode = self._marks["text ended"], self._marks["decode began"]
         seconds = {"text": text - began, "denoise": decode - text, "decode": ended - decode, "total": ended - began}
-        return TimedImages([np.asarray(picture) for picture in images], seconds)
+        return TimedImages([np.asarray(image) for image in images], seconds)
 
     def _timed(self, mark: str, call: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -156,12 +156,12 @@ class DiffusersPipeline:
         return time.perf_counter()
 
 
-def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """A SanaSprintPipeline of upstream's classes with the checkpoint's weights; key names are identical."""
+def build_diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """Builds a SanaSprintPipeline from upstream's classes and the checkpoint's weights, whose keys are identical."""
     import diffusers
     import transformers
 
-    upstream: Any = diffusers  # what is called of both is untyped
+    upstream: Any = diffusers  # both are untyped
     tokenizers: Any = transformers
     config = checkpoint.transformer
     # A positional embedding is a buffer that no checkpoint holds: those transformers, all small, are built for real.
@@ -190,9 +190,9 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
 
 
 def _text_encoder(config: Mapping[str, object]) -> torch.nn.Module:
-    """transformers' Gemma2Model with parameters on the meta device and the buffers that no checkpoint holds.
+    """Builds transformers' Gemma2Model on the meta device, with the buffers that no checkpoint holds.
 
-    Attention is eager, because its logits are soft-capped, which the fused kernels do not know.
+    Attention is eager: its logits are soft-capped, which the fused kernels do not support.
     """
     from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
     from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RotaryEmbedding

@@ -1,8 +1,8 @@
-"""Samples out of a Prometheus exposition."""
+"""Parses a Prometheus exposition."""
 
 
 def parse_samples(exposition: str) -> dict[str, float]:
-    """Samples of a Prometheus exposition, by name and labels as they are written."""
+    """Returns sample values by name and labels as written, such as `a_total{status="200"}`."""
     samples = {}
     for line in exposition.splitlines():
         if line and not line.startswith("#"):

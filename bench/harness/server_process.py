@@ -1,4 +1,4 @@
-"""`python -m server` as a process of our own on a free port, and what it tells of itself."""
+"""Runs `python -m server` as a child process on a free port."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ STOP_TIMEOUT_S = 60.0
 
 @dataclass
 class RunningServer:
-    """A server that answers at `url`."""
+    """A ready server at `url`."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -39,9 +39,9 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(flags: Sequence[str]) -> Iterator[RunningServer]:
-    """A server with these flags of its own; ends it as an orchestrator would, by SIGTERM.
+    """Starts a server with these flags, yields it when ready, and ends it by SIGTERM.
 
-    Raises BenchError with its last words where it does not start, or does not leave with code 0.
+    Raises BenchError with the end of its log if it does not start, or does not exit with code 0.
     """
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Percentiles(TypedDict):
-    """Of one quantity, in its own unit."""
+    """Percentiles of one quantity, in its unit."""
 
     p50: float
     p95: float
@@ -18,7 +18,7 @@ class Percentiles(TypedDict):
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """None without values; no quantity is made up."""
+    """Returns the percentiles of the values, or None without values."""
     if not values:
         return None
     p50, p95, p99 = (round(float(value), 6) for value in np.percentile(values, [50, 95, 99]))
@@ -27,7 +27,7 @@ def percentiles(values: Sequence[float]) -> Percentiles | None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown, columns aligned; floats with four significant digits."""
+    """Returns a Markdown table with aligned columns and floats of four significant digits."""
     cells = [[_cell(value) for value in row] for row in [head, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [

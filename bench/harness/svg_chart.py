@@ -1,4 +1,4 @@
-"""Stacked bars and lines as SVG: text that a page can show and a diff can read, without a plotting library."""
+"""Draws stacked bars and lines as SVG text without a plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ WIDTH, LABEL, RIGHT, ROW, GAP, TOP = 900, 350, 90, 18, 8, 54
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Parts, by name, are drawn one after the other; the sum is written behind them."""
+    """A labelled bar of named parts, drawn one behind the other, and their sum."""
 
     label: str
     parts: Mapping[str, float]
 
 
 def stacked_bars(title: str, unit: str, bars: Sequence[Bar]) -> str:
-    """An SVG document. All bars share one scale that begins at 0."""
+    """Returns an SVG document of bars on one scale from 0."""
     names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     largest = max((sum(bar.parts.values()) for bar in bars), default=0.0) or 1.0
@@ -59,7 +59,7 @@ PANEL, MARGIN_LEFT, MARGIN_TOP, FOOT = 150, 70, 30, 40
 
 
 def line_panels(title: str, axis: str, panels: Sequence[Panel]) -> str:
-    """An SVG document: one panel below the other, each with a vertical scale of its own from 0."""
+    """Returns an SVG document of panels, one below the other, each scaled from 0."""
     height = MARGIN_TOP + len(panels) * (PANEL + FOOT) + GAP
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '

@@ -1,4 +1,4 @@
-"""Pictures by our engine and by a rival, in turn: seconds by stage, peaks of memory, distances."""
+"""Runs our engine and a baseline in turn: seconds by stage, peak memory, distances of their images."""
 
 import argparse
 import asyncio
@@ -32,7 +32,7 @@ CAPTIONS = 400  # to choose prompts of the wanted length from
 
 @dataclass
 class Series:
-    """The runs of one subject."""
+    """The runs of one pipeline."""
 
     facts: dict[str, object]
     load_seconds: float
@@ -48,7 +48,7 @@ class Series:
 
 
 class PromptPool:
-    """Captions whose own tokens, behind the instruction, are nearest to `tokens` in number; each is given once."""
+    """Captions whose own token count, behind the instruction, is nearest to `tokens`; hands each out once."""
 
     def __init__(self, checkpoint: Checkpoint, tokens: int) -> None:
         settings = checkpoint.settings
@@ -60,7 +60,7 @@ class PromptPool:
         self.used: list[int] = []
 
     def take(self, count: int) -> list[str]:
-        """Raises BenchError where no more are left."""
+        """Returns the next `count` prompts. Raises BenchError if too few are left."""
         if count > len(self._left):
             raise BenchError(f"prompts: {len(self._left)} are left, {count} are needed; take fewer --runs or --batch")
         prompts_taken, self._left = self._left[:count], self._left[count:]
@@ -69,7 +69,7 @@ class PromptPool:
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Everything, in order: reference, load, warm-up, runs in turn, the rest. Seconds and bytes."""
+    """Runs reference, load, warm-up, the runs in turn and the options; returns the JSON document. Seconds and bytes."""
     device = _device(options)
     checkpoint = open_checkpoint(options.model, options.decoder)
     width, height = options.size or checkpoint.settings.default_size
@@ -128,7 +128,7 @@ def _subject(name: str, options: argparse.Namespace, checkpoint: Checkpoint, dev
 
 
 def _reference(options: argparse.Namespace, task: Workload) -> list[Pixels]:
-    """The task's pictures in fp32, by PyTorch as it is, from weights rounded like those that are measured."""
+    """Returns the workload's images in eager fp32, from weights rounded like the measured ones."""
     checkpoint = open_checkpoint(options.model, options.decoder)
     weights = SharedWeights(checkpoint.weights, DTYPES[options.vs_precision], keep=False)
     ours = EnginePipeline(
@@ -142,14 +142,14 @@ def _reference(options: argparse.Namespace, task: Workload) -> list[Pixels]:
 
 
 def _peak(name: str, options: argparse.Namespace, task: Workload) -> int:
-    """The most memory that one subject needs, loading included, in a process that does nothing else."""
+    """Returns the most memory that one pipeline needs, loading included, in this fresh process."""
     device = _device(options)
     _subject(name, options, open_checkpoint(options.model, options.decoder), device).run(task)
     return peak_bytes(device)
 
 
 async def _over_http(options: argparse.Namespace, tasks: Sequence[Workload]) -> dict[str, object]:
-    """The same tasks, asked of a server of our own: as many requests at once as a batch holds."""
+    """Sends the same workloads to a server of our own, as many requests at once as a batch holds."""
     flags = ["--model", options.model, "--backend", options.backend, "--max-batch", str(options.batch)]
     flags += ["--engine", options.engine] if options.engine else ["--precision", options.precision]
     flags += ["--decoder", options.decoder] if options.decoder else []
@@ -212,7 +212,7 @@ def _summary(
 
 
 def _parity(expected: Sequence[Pixels], got: Sequence[Pixels]) -> dict[str, float]:
-    """Of uint8 pictures, all together: PSNR in dB, largest and mean difference in levels of 255."""
+    """Returns PSNR in dB and the largest and mean difference in levels of 255, over all images."""
     images = [torch.stack([torch.tensor(pixels) for pixels in batch]) for batch in (expected, got)]
     result = difference(*images)
     return {
@@ -223,7 +223,7 @@ def _parity(expected: Sequence[Pixels], got: Sequence[Pixels]) -> dict[str, floa
 
 
 def show(result: dict[str, Any]) -> str:
-    """The tables for people."""
+    """Returns the tables for people."""
     sides = [name for name in ("ours", "theirs") if name in result]
     head = ["seconds", *(f"{name} {kind}" for name in sides for kind in ("p50", "p95")), "ratio"]
     ratios = result.get("ratios", {}) | {"total": result.get("ratio")}

@@ -1,4 +1,4 @@
-"""One set of weights for two pipelines: both hold the very same tensors, so that a 2B text encoder fits twice."""
+"""One set of weights for two pipelines: both hold the same tensors, so that a 2B text encoder fits."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,10 @@ from engines.checkpoints.weights import Part, WeightSource, assign
 
 
 class SharedWeights:
-    """An engines.checkpoints.weights.WeightSource that reads each part once, in `dtype`, and hands the same tensors out
-    again.
+    """A WeightSource that reads each part once, in `dtype`, and hands out the same tensors again.
 
-    Another dtype that is asked for is made from those, so all who are compared start from equally rounded weights.
-    keep False: each part is read anew and nothing is held, for a single pipeline in another dtype.
+    Other dtypes are cast from those tensors, so all pipelines start from equally rounded weights. keep False: reads
+    each part again and holds nothing, for a single pipeline in another dtype.
     """
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, *, keep: bool = True) -> None:
@@ -22,7 +21,7 @@ class SharedWeights:
         self._cached: dict[Part, Mapping[str, Tensor]] = {}
 
     def fill(self, part: Part, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises CheckpointError where the keys or shapes of `module` are not the checkpoint's."""
+        """Loads a part. Raises CheckpointError if keys or shapes of `module` are not the checkpoint's."""
         if part not in self._cached:
             self._source.fill(part, module, self._dtype, device)
             if self._keep:

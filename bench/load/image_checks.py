@@ -1,8 +1,8 @@
-"""Whether answered pictures are the ones that were asked for. Runs after the load, over the spooled bodies.
+"""Checks after the run that the spooled images are the requested ones.
 
-fake: each equals the colour field of its job, to the last byte. judge: each shows what its prompt says. alone: a sample
-equals, within 1/255, what a fresh server makes of the same orders one at a time; a fresh one, because the first server
-would answer from its cache of embeddings.
+fake: each image equals its job's colour field, byte for byte. judge: each shows its prompt. rerun: a sample equals,
+within 1/255, the same requests sent one at a time to a fresh server. A fresh one, because the first would answer from
+its cache of embeddings.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from distill.world.judge import judge
 from engines.fake import expected_pixels
 from engines.types import Job, Pixels
 
-Check = Literal["none", "fake", "judge", "alone"]
+Check = Literal["none", "fake", "judge", "rerun"]
 MAX_REASONS = 5
 
 
@@ -39,11 +39,11 @@ class CheckResult:
 def run_check(
     check: Check, records: Sequence[RequestRecord], spool: int, size: tuple[int, int], flags: Sequence[str], sample: int
 ) -> CheckResult:
-    """Looks at the answered pictures in `spool` (a file descriptor). size: width, height where an order names none."""
+    """Checks the images in `spool`, a file descriptor. size: (width, height) of requests that name none."""
     answered = [record for record in records if record.status == 200]
     if check == "none":
         return CheckResult(0, 0)
-    if check == "alone":
+    if check == "rerun":
         sampled = random.Random(0).sample(answered, min(sample, len(answered)))
         return asyncio.run(_check_rerun(sampled, spool, flags))
     problem = _check_fake if check == "fake" else _check_judge
@@ -64,7 +64,7 @@ def _check_fake(record: RequestRecord, pixels: Pixels, size: tuple[int, int]) ->
     request = record.request
     width, height = request.width or size[0], request.height or size[1]
     expected = expected_pixels(Job(request.prompt, request.seed, width, height, request.steps))
-    return "" if np.array_equal(expected, pixels) else "the picture of another job"
+    return "" if np.array_equal(expected, pixels) else "the image of another job"
 
 
 def _check_judge(record: RequestRecord, pixels: Pixels, size: tuple[int, int]) -> str:
@@ -82,7 +82,7 @@ async def _check_rerun(sampled: Sequence[RequestRecord], spool: int, flags: Sequ
             requests: list[ImageRequest] = [replace(record.request, timeout_ms=None)]
             (rerun,) = await generator.closed_loop(requests, 1)
             if rerun.status != 200:
-                raise BenchError(f"alone: got {rerun.status} {rerun.error} for seed {record.request.seed}")
+                raise BenchError(f"rerun: got {rerun.status} {rerun.error} for seed {record.request.seed}")
             rerun_spool.flush()
             first, second = _read(record, spool).astype(int), _read(rerun, rerun_spool.fileno()).astype(int)
             worst = int(np.abs(first - second).max()) if first.shape == second.shape else 255

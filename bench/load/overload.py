@@ -1,12 +1,11 @@
-"""What overload does to those who are let in: open-loop load at a tenth of the capacity, at all of it, at four times.
+"""Measures overload: open-loop load at a tenth of the capacity, at the capacity, and at four times it.
 
     python -m bench.load.overload
     python -m bench.load.overload --batch-ms 50 --seconds 20 --cores 0 1
 
-The server runs the fake engine with a fixed time per batch, so its capacity is known: --max-batch over that time. The
-queue holds one batch. Prints a table, then one JSON document as the last line; exit code 1 where a bound is broken:
-accepted p99 < 2 x unloaded p99 + one batch, refused (429) p99 < 20 ms, goodput at four times no less than 95 % of that
-at capacity.
+The fake engine takes a fixed time per batch, so the capacity is --max-batch over that time. The queue holds one batch.
+Prints a table, then one JSON document as the last line. Exit code 1: a bound is broken. Bounds: accepted p99 < 2 x
+unloaded p99 + one batch; refused (429) p99 < 20 ms; goodput at four times >= 95 % of that at capacity.
 """
 
 import argparse
@@ -45,7 +44,7 @@ async def load(url: str, rate: float, seconds: float, seed: int) -> list[Request
 def summarise(
     records: Sequence[RequestRecord], share: float, rate: float, seconds: float, deadline_ms: float
 ) -> dict[str, object]:
-    """Milliseconds, pictures a second."""
+    """Returns one load's row: milliseconds, images a second."""
     good = [1000 * record.seconds for record in records if record.status == 200]
     refused = [1000 * record.seconds for record in records if record.status == 429]
     return {
@@ -61,7 +60,7 @@ def summarise(
 
 
 def broken(unloaded: dict[str, object], full: dict[str, object], over: dict[str, object], batch_ms: float) -> list[str]:
-    """The bounds that do not hold, in words."""
+    """Returns a sentence for each bound that does not hold."""
     findings = []
     bound = 2 * _p99(unloaded["accepted_ms"]) + batch_ms
     if _p99(over["accepted_ms"]) >= bound:
@@ -74,7 +73,7 @@ def broken(unloaded: dict[str, object], full: dict[str, object], over: dict[str,
     if goodput < MIN_GOODPUT_SHARE * before:
         findings.append(f"goodput {goodput:.1f}/s, at capacity it was {before:.1f}/s")
     if lost := sum(int(str(entry["other"])) for entry in (unloaded, full, over)):
-        findings.append(f"{lost} requests got neither a picture nor 429")
+        findings.append(f"{lost} requests got neither an image nor 429")
     return findings
 
 

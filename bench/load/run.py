@@ -1,4 +1,4 @@
-"""One load on one server: what was sent, what came back, and what the server told before and after."""
+"""Runs one load against one server and reads the server's state before and after."""
 
 import argparse
 import asyncio
@@ -26,7 +26,7 @@ SETTLE_S = 5.0  # for the server to notice that our connections are closed
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """What a server tells of itself at one moment."""
+    """Metrics and threads of a server at one moment."""
 
     samples: dict[str, float]
     threads: int | None  # of a server of our own
@@ -42,6 +42,8 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class Run:
+    """Records of a load, and the server's state around it."""
+
     records: list[RequestRecord]
     seconds: float
     before: ServerState
@@ -50,13 +52,13 @@ class Run:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of a picture whose order names none."""
+        """Returns width and height of images whose request names none."""
         width, height = self.info["default_size"]
         return width, height
 
 
 def make_requests(options: argparse.Namespace, count: int, first_seed: int) -> list[ImageRequest]:
-    """Captions of the tiny world in turn, every order with a seed of its own."""
+    """Returns requests with captions of the tiny world in turn, each with a different seed."""
     prompts = [prompt.text for prompt in evaluation_prompts(options.prompts, seed=options.seed)]
     width, height = options.size or (None, None)
     return [
@@ -74,7 +76,7 @@ def make_requests(options: argparse.Namespace, count: int, first_seed: int) -> l
 
 
 async def run(options: argparse.Namespace, url: str, server: RunningServer | None, spool: BinaryIO) -> Run:
-    """Warm-up, state, load, state."""
+    """Warms up, reads the state, sends the load, and reads the state again."""
     generator = LoadGenerator(url, spool, timeout_s=options.patience_s)
     count = options.requests or round(options.rate * options.seconds)
     warmup = await generator.closed_loop(make_requests(options, options.warmup, WARMUP_SEED), options.concurrency or 8)
@@ -108,7 +110,7 @@ async def _settled_state(generator: LoadGenerator, server: RunningServer | None,
 
 
 def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
-    """The whole of it, on a server of our own unless --url names one: see `summary`. Raises BenchError."""
+    """Runs the load on our own server, or the one of --url; returns `summary`. Raises BenchError."""
     with tempfile.TemporaryFile() as spool:
         with contextlib.nullcontext() if options.url else running_server(flags) as server:
             load_run = asyncio.run(run(options, server.url if server else options.url, server, spool))
@@ -119,15 +121,15 @@ def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]
 
 
 def is_wrong(result: Mapping[str, Any]) -> bool:
-    """Whether an answer was lost, or a picture is another's; `judge` only says how many look right."""
+    """Returns whether a response was lost or an image is another request's; `judge` does not count here."""
     check = result["check"]
-    return bool(result["lost"]) or (check["kind"] in ("fake", "alone") and check["wrong"] > 0)
+    return bool(result["lost"]) or (check["kind"] in ("fake", "rerun") and check["wrong"] > 0)
 
 
 def summary(
     options: argparse.Namespace, flags: Sequence[str], load_run: Run, check_result: CheckResult
 ) -> dict[str, Any]:
-    """The JSON document. Milliseconds, requests a second, bytes."""
+    """Returns the JSON document. Milliseconds, requests a second, bytes."""
     records, before, after = load_run.records, load_run.before, load_run.after
     good = [record for record in records if record.status == 200]
     statuses = Counter(record.status for record in records)
@@ -184,12 +186,12 @@ def summary(
 
 
 def _engine_ms(record: RequestRecord) -> float:
-    """What the engine says that it took; the rest of an answer's time is the server's and the queue's."""
+    """Returns the engine's share of a response's milliseconds; the rest is the server and the queue."""
     return sum(record.stages_ms.get(stage, 0.0) for stage in ("text", "denoise", "decode"))
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """The tables for people."""
+    """Returns the tables for people."""
     names = ("latency_ms", "overhead_ms", "refusal_ms", "generator_late_ms")
     times = {name.replace("_", " ").replace(" ms", ", ms"): result[name] for name in names}
     stages = result["stages_ms"]

@@ -1,6 +1,6 @@
-"""A peer: BentoML with adaptive batching, as its documentation has it: lists go in and come out, one per picture.
+"""A peer: BentoML with adaptive batching, as documented: lists of one entry per image.
 
-Its batched routes speak JSON, so that a picture travels as base64.
+Its batched routes speak JSON, so an image travels as base64.
 """
 
 from base64 import b64encode

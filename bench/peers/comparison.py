@@ -1,4 +1,4 @@
-"""Peers, started one at a time in their environments, under the same loads."""
+"""Starts the peers one at a time in their environments and sends them the same loads."""
 
 import argparse
 import asyncio
@@ -31,21 +31,21 @@ START_TIMEOUT_S, STOP_TIMEOUT_S, REQUEST_TIMEOUT_S = 180.0, 30.0, 30.0
 
 @dataclass(frozen=True, slots=True)
 class ListRequest(ImageRequest):
-    """As BentoML takes it: a list of one."""
+    """A request in BentoML's form: a list of one."""
 
     def body(self) -> bytes:
         return b'{"requests": [' + ImageRequest.body(self) + b"]}"
 
 
 def interpreter_of(peer: str) -> Path:
-    """The interpreter of its environment."""
+    """Returns the interpreter of the peer's environment."""
     if peer in ("ours", "fastapi"):
         return Path(sys.executable)
     return ENVIRONMENTS / f"peer-{peer}" / "bin" / "python"
 
 
 def command_of(peer: str, engine: str, port: int) -> list[str]:
-    """What starts `peer` on `port` of 127.0.0.1."""
+    """Returns the command that starts `peer` on `port` of 127.0.0.1."""
     if peer == "ours":
         fake = engine.startswith("fake:")
         flags = ["--backend", "fake", "--fake-delay-ms", engine[5:]] if fake else ["--model", engine]
@@ -59,7 +59,7 @@ def command_of(peer: str, engine: str, port: int) -> list[str]:
 
 @contextlib.contextmanager
 def running_peer(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """URL and process of a started peer, which may not answer yet; with the block ends all that it started."""
+    """Starts a peer and yields its URL and process, possibly before it answers; ends its process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +94,7 @@ def make_requests(peer: str, count: int, first_seed: int) -> list[ImageRequest]:
 async def measure(
     peer: str, url: str, process: subprocess.Popen[bytes], loads: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """One row for each load. Raises BenchError where the peer does not answer."""
+    """Returns one row for each load. Raises BenchError if the peer does not answer."""
     rows = []
     with tempfile.TemporaryFile() as spool:
         generator = LoadGenerator(url, spool, timeout_s=REQUEST_TIMEOUT_S)
@@ -129,7 +129,7 @@ async def _ready(generator: LoadGenerator, peer: str, process: subprocess.Popen[
 
 
 async def _throughput(generator: LoadGenerator, peer: str, clients: int) -> float:
-    """Answers a second, roughly, so that every peer is measured for as long."""
+    """Returns a rough number of responses a second, so that every peer is measured for the same time."""
     requests = make_requests(peer, 2 * clients + 8, 2 * 10**6)
     began = time.perf_counter()
     await generator.closed_loop(requests, clients)
@@ -148,7 +148,7 @@ def _row(load: str, records: Sequence[RequestRecord], seconds: float) -> dict[st
 
 
 def versions(peer: str) -> str:
-    """The release of what the peer is made of."""
+    """Returns the installed release of the peer's package."""
     package = {"ours": "sana-sprint-server"}.get(peer, peer)
     program = f"from importlib.metadata import version; print(version({package!r}))"
     done = subprocess.run([interpreter_of(peer), "-c", program], capture_output=True, text=True, check=False)
@@ -156,7 +156,7 @@ def versions(peer: str) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document; peers that are not installed stand in `absent`."""
+    """Returns the JSON document; `absent` names the peers that are not installed."""
     present = [peer for peer in options.peers if interpreter_of(peer).exists()]
     rows = []
     for engine in options.engine:
@@ -183,7 +183,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> str:
-    """One table: a load in each block, a peer in each line."""
+    """Returns a table with a block for each load and a line for each peer."""
     head = ("engine", "load", "peer", "answers/s", "p50, ms", "p95, ms", "p99, ms", "lost")
     loads = list(dict.fromkeys((row["engine"], row["load"]) for row in result["rows"]))
     lines = []

@@ -1,4 +1,4 @@
-"""A peer: FastAPI as its tutorial has it, a plain function on Starlette's thread pool, one picture per call."""
+"""A peer: FastAPI as in its tutorial, a plain function on Starlette's thread pool, one image per call."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A peer: LitServe with dynamic batching, as its documentation has it."""
+"""A peer: LitServe with dynamic batching, as documented."""
 
 import sys
 from collections.abc import Sequence

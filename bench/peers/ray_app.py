@@ -1,4 +1,4 @@
-"""A peer: Ray Serve with @serve.batch, as its documentation has it."""
+"""A peer: Ray Serve with @serve.batch, as documented."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ def main() -> None:
     environment = {ENGINE_VARIABLE: os.environ[ENGINE_VARIABLE]}
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-    deployment: Any = Generate  # what the decorator made of it
+    deployment: Any = Generate  # the decorator's type
     serve.run(deployment.bind(), route_prefix=PATH)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

@@ -1,12 +1,12 @@
-"""What fp8 costs a checkpoint's pictures: the judge's score beside fp32's, and the error that each layer causes alone.
+"""Measures fp8 on a checkpoint: the judge's score beside fp32's, and the error of each layer quantised by itself.
 
     python -m bench.quality.fp8 --model tiny --prompts 500 --seeds 3
     python -m bench.quality.fp8 --model sprint-0.6b --no-score --images 4
 
-fp8 is that of engines.build.quantization (E4M3, scales from real prompts), computed by rounding in PyTorch; everything
-else stays in fp32, on any device. The score is of the tiny world (distill.evaluation.scores). Sensitivity: SQNR of the
-decoded picture when one layer alone is quantised, against fp32. Prints tables, then one JSON document as the last line.
-Exit code 1: the score is further than --allowed from fp32's.
+fp8 is engines.build.quantization's (E4M3, scales from real prompts), computed by rounding in PyTorch. Everything else
+stays in fp32, on any device. The score is the tiny world's (distill.evaluation.scores). Sensitivity is the SQNR of the
+decoded image with one quantised layer, against fp32. Prints tables, then one JSON document as the last line. Exit code
+1: the score differs from fp32's by more than --allowed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Fp8Checkpoint(Checkpoint):
-    """The checkpoint with a transformer in fp8, calibrated for one step at its default size."""
+    """A checkpoint whose transformer is in fp8, calibrated for one step at its default size."""
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
         module = quantize(
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def layer_sensitivity(checkpoint: Checkpoint, image_count: int) -> dict[str, Any]:
-    """SQNR in dB of the decoded pictures: of all layers of the table together, and of each alone, worst first."""
+    """Returns the SQNR of decoded images in dB: of all quantised layers together, and of each, worst first."""
     side, channels = _latent_size(checkpoint), checkpoint.transformer.in_channels
     texts = calibration_texts(checkpoint)
     chosen = texts.rows(image_count)
@@ -122,7 +122,7 @@ def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The tables for people."""
+    """Returns the tables for people."""
     sensitivities = result["sensitivity"]
     parts = [f"`{result['model']}` (weights {result['weights']})."]
     if "score" in result:
@@ -151,7 +151,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="tiny", help="folder, hub id, or random:<name> (default tiny)")
     parser.add_argument("--prompts", type=int, default=500, help="held-out captions to judge (default 500)")
-    parser.add_argument("--seeds", type=int, default=3, help="pictures of each caption (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="images of each caption (default 3)")
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
     parser.add_argument("--allowed", type=float, default=0.02, help="distance of the scores (default 0.02)")
     parser.add_argument("--no-score", dest="score", action="store_false", help="sensitivity alone")

@@ -1,11 +1,11 @@
-"""GenEval's score from the results of its own evaluator, with intervals.
+"""Computes GenEval's score, with intervals, from the results of its evaluator.
 
     git clone https://github.com/djghosh13/geneval
     python geneval/evaluation/evaluate_images.py runs/geneval/images --outfile results.jsonl --model-path <detectors>
     python -m bench.quality.geneval results.jsonl --images runs/geneval
 
-The evaluator needs an environment and a GPU of its own (its README: mmdet 2, mmcv, open_clip, clip_benchmark); this
-reads what it wrote. overall is the mean of the tags' scores, as its summary_scores.py has it. Prints a table, then one
+The evaluator needs a separate environment and a GPU (its README: mmdet 2, mmcv, open_clip, clip_benchmark); this
+program reads its output. overall is the mean of the tags' scores, as in its summary_scores.py. Prints a table, then one
 JSON document as the last line. Exit code 1: images are missing from the results.
 """
 
@@ -26,7 +26,7 @@ from bench.quality.intervals import grouped_interval, mean_interval
 
 
 def read_results(path: Path) -> dict[str, dict[str, list[float]]]:
-    """Tag -> prompt's metadata -> 0 or 1 of each image. Raises BenchError for a file that is no such result."""
+    """Returns tag -> prompt's metadata -> 0 or 1 of each image. Raises BenchError for other files."""
     result: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -40,7 +40,7 @@ def read_results(path: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
+    """Returns the JSON document."""
     results = read_results(options.results)
     prompts = {tag: [fmean(values) for values in result.values()] for tag, result in results.items()}
     tags = {tag: fmean(value for values in result.values() for value in values) for tag, result in results.items()}
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Returns the table for people."""
     rows = [[tag, value, *result["intervals"][tag]] for tag, value in result["tags"].items()]
     rows.append(["overall", result["overall"], *result["interval"]])
     return f"{result['images']} images, {result['missing']} missing\n\n{table(('tag', 'score', 'low', 'high'), rows)}"

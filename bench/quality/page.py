@@ -1,4 +1,4 @@
-"""docs/figures/quality.md: what precisions, steps and start angles cost, from the results of bench.quality."""
+"""Writes docs/figures/quality.md from the results of bench.quality."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ slower. `emulated` rounds in PyTorch as a GPU would, so its time means nothing. 
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown; the sheets of worst images lie beside it."""
+    """Returns the Markdown page; the sheets of worst images are files next to it."""
     lines = [
         "# Quality by precision, steps and start angle",
         "",

@@ -24,7 +24,7 @@ WORST = 4  # images of a row that the sheet shows
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Images of all prompts and seeds, prompt by prompt, and whether each is right."""
+    """Images of all prompts and seeds, prompt by prompt, and whether each is correct."""
 
     images: list[Pixels]
     correct: list[float]
@@ -32,7 +32,7 @@ class Run:
 
 @dataclass
 class Comparison:
-    """What the variants are asked, and the first one's answers, by number of steps."""
+    """The prompts, and the first variant's images by number of steps."""
 
     options: argparse.Namespace
     prompts: list[Prompt]
@@ -48,7 +48,7 @@ class Comparison:
         return Run(images, correct)
 
     def by_category(self, values: Sequence[float]) -> dict[str, list[float]]:
-        """Category -> one value for each prompt, the mean over its seeds."""
+        """Returns category -> one value per prompt, the mean over its seeds."""
         result: dict[str, list[float]] = {}
         count = len(self.prompts)
         for at, prompt in enumerate(self.prompts):
@@ -82,7 +82,7 @@ class Comparison:
         return values[seed * count : (seed + 1) * count]
 
     def worst(self, name: str, steps: int, run: Run) -> list[ImagePair]:
-        """The images that are furthest from the first variant's."""
+        """Returns the images furthest from the first variant's."""
         first = self.first[steps]
         errors = [_mean_square(a, b) for a, b in zip(first.images, run.images, strict=True)]
         order = sorted(range(len(errors)), key=errors.__getitem__, reverse=True)[:WORST]
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
+    """Returns the JSON document."""
     comparison = Comparison(options, evaluation_prompts(options.prompts), {})
     rows: list[dict[str, Any]] = []
     pairs: list[ImagePair] = []
@@ -131,7 +131,7 @@ def _rows(
     rows: list[dict[str, Any]],
     pairs: list[ImagePair],
 ) -> None:
-    """A row for each number of steps and schedule; a schedule is asked again only where its angles are others."""
+    """Adds a row for each number of steps and schedule; a schedule with the same angles is skipped."""
     options = comparison.options
     for steps in options.steps:
         for schedule in options.schedule:
@@ -149,7 +149,7 @@ def _rows(
 
 
 def _latency(variant: Variant, generate: Generate, reference: Generate, comparison: Comparison) -> dict[str, Any]:
-    """Seconds of one image of a prompt that is known already, and their ratio to the first variant's, run in turn."""
+    """Returns seconds of one image of a known prompt, and their ratio to the first variant's, run in turn."""
     runs = comparison.options.latency_runs
     if not runs or variant.emulated:
         return {"seconds": None, "ratio": None}
@@ -177,7 +177,7 @@ def _psnr(error: float) -> float | None:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Returns the tables for people."""
     head = ("variant", "steps", "schedule", "score", "95 %", "apart from the first", "95 %", "changed")
     last = ("PSNR, dB", "worst, dB", "max abs", "seconds", "times the first's", "95 %")
     rows = [

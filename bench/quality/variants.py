@@ -1,4 +1,4 @@
-"""The ways to run a checkpoint that are compared: backends, built engines, diffusers, and precisions by rounding."""
+"""Variants of a checkpoint: backends, built engines, diffusers, and precisions emulated by rounding."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ Generators = Callable[[int, Schedule], Generate]  # of a number of steps and a s
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to run the checkpoint: `backend` with `argument`, and the decoder where it is another."""
+    """A way to run the checkpoint: `backend` with `argument`, and optionally another decoder."""
 
     backend: str
     argument: str
@@ -32,7 +32,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """From <backend>:<precision>[+<decoder>]. Raises ValueError for text without two parts."""
+        """Parses <backend>:<precision>[+<decoder>]. Raises ValueError for text without two parts."""
         backend, _, rest = text.partition(":")
         argument, _, decoder = rest.partition("+")
         if not backend or not argument:
@@ -44,12 +44,12 @@ class Variant:
 
     @property
     def emulated(self) -> bool:
-        """Whether it is computed by rounding, so that its time means nothing."""
+        """True if computed by rounding, so that its time means nothing."""
         return self.backend == "emulated"
 
 
 class Fp16Checkpoint(Checkpoint):
-    """The checkpoint with a transformer whose weights and layers' outputs are rounded to fp16, computed in fp32."""
+    """A checkpoint whose transformer has fp16 weights and layer outputs by rounding, computed in fp32."""
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
         module = super().load_transformer(dtype, device)
@@ -71,7 +71,7 @@ EMULATED: dict[str, type[Checkpoint]] = {"fp8": Fp8Checkpoint, "fp16": Fp16Check
 
 @contextmanager
 def open_variant(variant: Variant, options: argparse.Namespace) -> Iterator[Generators]:
-    """Within the block the variant is loaded. Raises BenchError, CheckpointError, BackendError, ArtifactError."""
+    """Loads the variant for the block. Raises BenchError, CheckpointError, BackendError, ArtifactError."""
     if variant.backend == "diffusers":
         yield _diffusers_generators(variant, options)
         return

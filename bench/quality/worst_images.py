@@ -1,4 +1,4 @@
-"""The worst images of each variant beside the first variant's, on one sheet to look at."""
+"""Draws a sheet of each variant's worst images beside the first variant's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ TILE, GAP, LINE = 128, 8, 14  # pixels
 
 @dataclass(frozen=True, slots=True)
 class ImagePair:
-    """One prompt, drawn by the first variant and by another."""
+    """A prompt's images by the first variant and by another."""
 
     variant: str
     prompt: str
@@ -24,7 +24,7 @@ class ImagePair:
 
 
 def write_sheet(pairs: Sequence[ImagePair], path: Path) -> None:
-    """A row for each variant, worst first: left the first variant's image, right its own."""
+    """Writes a row for each variant, worst first: the first variant's image on the left."""
     rows = [list(group) for _, group in groupby(pairs, lambda pair: pair.variant)]
     wide = 2 * TILE + 2 * GAP
     width, height = wide * max(map(len, rows), default=1), (TILE + 3 * LINE) * len(rows)

@@ -1,11 +1,10 @@
-"""A seeded campaign of faults against real servers: what clients saw, what was lost, how long recovery took.
+"""Injects seeded faults into real servers and reports client outcomes, losses and recovery times.
 
     python -m bench.robustness.chaos
     python -m bench.robustness.chaos --scale 0.02 --only "poisonous job" --only "SIGTERM under load"
 
-Starts `python -m server --backend fake` under a supervisor that starts it again when it ends. While a fault plays, a
-small crowd asks for pictures and checks every one. Prints a table, then one JSON document as the last line. Exit code 1
-where anything was lost.
+Starts `python -m server --backend fake` and restarts it when it ends. During a fault a few background clients request
+images and check every one. Prints a table, then one JSON document as the last line. Exit code 1: something was lost.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def all_scenarios(clock: Clock) -> tuple[FaultScenario, ...]:
 
 
 async def run_scenario(fault: FaultScenario, server: RestartingServer, seed: int) -> FaultResult:
-    """One row of the table. The same seed makes the same orders, and the same choices of every client."""
+    """Runs one fault and returns its row. A seed fixes the requests and the choices of every client."""
     scenario = Scenario(server, random.Random(f"{seed} {fault.name}"), fault.count)
     await server.wait_ready()
     done = asyncio.Event()
@@ -57,7 +56,7 @@ async def run_scenario(fault: FaultScenario, server: RestartingServer, seed: int
 
 
 async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path) -> list[FaultResult]:
-    """A row for each fault, in order. Raises BenchError where a server does not start or does not end."""
+    """Returns a row for each fault, in order. Raises BenchError if a server does not start or does not end."""
     clock = Clock(folder)
     faults = [fault for fault in all_scenarios(clock) if not chosen or fault.name in chosen]
     servers: dict[str, RestartingServer] = {}

@@ -1,4 +1,4 @@
-"""Clients that die, dawdle or stop half way, on sockets of their own, with the right picture as the measure."""
+"""Clients that disconnect, stall or stop half way, on raw sockets; they check the image they get."""
 
 import asyncio
 import io
@@ -17,7 +17,7 @@ from engines.types import Job
 Client = Callable[[Scenario], Awaitable[str]]
 
 CONCURRENCY = 10
-OPEN_FILES_SLACK = 8  # open files: the crowd comes and goes
+OPEN_FILES_SLACK = 8  # background clients come and go
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close sends RST, as the kernel does for a killed process with unread data
 LARGE = 1024  # pixels of a side, for answers that do not fit into the kernel's buffers
 SLOW_READ = 16 * 1024
@@ -30,7 +30,7 @@ def request(job: Job) -> bytes:
 
 
 async def connect(scenario: Scenario, receive_bytes: int | None = None) -> socket.socket:
-    """A non-blocking connection; `receive_bytes` is what its kernel may hold unread."""
+    """Returns a non-blocking connection; `receive_bytes` bounds what its kernel holds unread."""
     connection = socket.socket()
     connection.setblocking(False)
     if receive_bytes is not None:
@@ -40,7 +40,7 @@ async def connect(scenario: Scenario, receive_bytes: int | None = None) -> socke
 
 
 async def read_response(connection: socket.socket) -> HttpResponse:
-    """What the server still says. Raises OSError or EOFError where it says nothing."""
+    """Returns the response still sent on the connection. Raises OSError or EOFError without one."""
     reader, writer = await asyncio.open_connection(sock=connection)
     try:
         return await Connection(reader, writer, "chaos").read_response()
@@ -49,7 +49,7 @@ async def read_response(connection: socket.socket) -> HttpResponse:
 
 
 async def killed_client(scenario: Scenario) -> str:
-    """Sends up to a random byte of its request, or all and waits up to 30 ms, or reads a little; then is gone."""
+    """Disconnects after a random byte of its request, after up to 30 ms of waiting, or after reading a little."""
     loop, message = asyncio.get_running_loop(), request(scenario.new_job(size=scenario.rng.choice((64, 256))))
     cut = scenario.rng.choice((scenario.rng.randrange(len(message)), len(message)))
     wait_s, read, reset = scenario.rng.uniform(0, 0.03), scenario.rng.choice((0, 0, 100)), scenario.rng.random() < 0.5
@@ -67,7 +67,7 @@ async def killed_client(scenario: Scenario) -> str:
 
 
 async def slow_writer(scenario: Scenario) -> str:
-    """Sends its body in five parts; half of them too slowly for the server's patience with bodies."""
+    """Sends its body in five parts; half of the clients exceed the server's body timeout."""
     loop, job = asyncio.get_running_loop(), scenario.new_job()
     head, _, body = request(job).partition(b"\r\n\r\n")
     pause_s, step = scenario.rng.choice((0.02, 0.5)), len(body) // 5 + 1
@@ -78,12 +78,12 @@ async def slow_writer(scenario: Scenario) -> str:
             await asyncio.sleep(pause_s)
             await loop.sock_sendall(connection, body[first : first + step])
     except OSError:
-        pass  # refused and closed meanwhile: the answer says so
+        pass  # refused and closed meanwhile: the response tells
     return outcome_label(await read_response(connection), job)
 
 
 async def slow_reader(scenario: Scenario) -> str:
-    """Reads a large picture a little at a time."""
+    """Reads a large image a little at a time."""
     loop, job = asyncio.get_running_loop(), scenario.new_job(size=LARGE)
     connection = await connect(scenario, receive_bytes=4096)
     await loop.sock_sendall(connection, request(job))
@@ -97,7 +97,7 @@ async def slow_reader(scenario: Scenario) -> str:
 
 
 async def half_sent(scenario: Scenario) -> str:
-    """Announces a body, sends half, and closes, closes its sending side, or goes silent."""
+    """Announces a body, sends half, then closes, closes its sending side, or stays silent."""
     loop, message = asyncio.get_running_loop(), request(scenario.new_job())
     end = scenario.rng.choice(("close", "shut", "silent"))
     connection = await connect(scenario)
@@ -115,7 +115,7 @@ async def half_sent(scenario: Scenario) -> str:
 
 
 def client_scenario(client: Client) -> Callable[[Scenario], Awaitable[Outcomes]]:
-    """`one` client after the other, TOGETHER at a time; then nothing of them may be left in the server."""
+    """Runs clients, CONCURRENCY at a time, then checks that the server keeps no file of them open."""
 
     async def run(scenario: Scenario) -> Outcomes:
         before = await _open_files(scenario)
@@ -143,7 +143,7 @@ async def _with_timeout(client: Client, scenario: Scenario) -> str:
 
 
 async def _open_files(scenario: Scenario, at_most: int = 0) -> int:
-    """Open files of the server: the fewest seen within a second, or until there are no more than `at_most`."""
+    """Returns the server's fewest open files within a second, or until they are at most `at_most`."""
     fewest = int((await scenario.server.metrics())["process_open_fds"])
     for _ in range(20):
         if fewest <= at_most:

@@ -1,4 +1,4 @@
-"""No descriptor left: for the connections of one server, and for the supervisor of several, while a worker dies."""
+"""Descriptor exhaustion: in one server with many connections, and in the supervisor while a worker dies."""
 
 import asyncio
 import contextlib
@@ -16,20 +16,23 @@ from bench.robustness.client_faults import connect
 from bench.robustness.fault import FaultScenario, Outcomes
 from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, Scenario
 
-SPARE_DESCRIPTORS = 24  # descriptors that are left to a server beside those that it has
-IDLE_CONNECTIONS = 64  # connections that then come and say nothing
-LOG_LINES_PER_S = 2  # of the log, for each second: one would be right, and seconds begin where they like
+SPARE_DESCRIPTORS = 24  # descriptors left to a server beyond its open ones
+IDLE_CONNECTIONS = 64  # connections that send nothing
+LOG_LINES_PER_S = 2  # one is expected; seconds may straddle
 
 
 def lines_of(log: Path, phrase: str, offset: int = 0) -> list[str]:
-    """The messages in the log, from that byte on, which hold these words."""
+    """Returns the log's messages from byte `start` on that hold the phrase."""
     text = log.read_bytes()[offset:].decode(errors="replace")
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     return [line["message"] for line in lines if phrase in line["message"]]
 
 
 async def too_many_connections(scenario: Scenario) -> Outcomes:
-    """More connections than the process may hold: who is there is served, who comes waits, the log stays small."""
+    """Opens more connections than the process may hold.
+
+    Open ones must be served, new ones wait, and the log stays small.
+    """
     outcomes: Outcomes = Counter()
     pid, log = scenario.server.pid, scenario.server.log
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -52,7 +55,10 @@ async def too_many_connections(scenario: Scenario) -> Outcomes:
 
 
 async def worker_lost_without_descriptors(scenario: Scenario) -> Outcomes:
-    """A worker dies while the supervisor may open nothing; its place must be told, and filled once there is room."""
+    """Kills a worker while the supervisor may open nothing.
+
+    The supervisor must log it, and start another worker once it can.
+    """
     outcomes: Outcomes = Counter()
     pid, log = scenario.server.pid, scenario.server.log
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)

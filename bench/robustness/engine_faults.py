@@ -1,4 +1,4 @@
-"""Faults of the engine, asked for by prompts that the fake engine knows (engines.fake.FaultPlan); and of checks."""
+"""Engine faults by prompts that the fake engine recognises (engines.fake), and faults of safety checks."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -11,7 +11,7 @@ CONCURRENCY = 4
 FAILED = frozenset({"500 engine_failed"})
 REFUSED, CHECK_FAILED = frozenset({"422 content_policy_violation"}), frozenset({"503 safety_check_failed"})
 REFUSED_WORD, REFUSED_SIDE, CHECK_FAILED_SIDE = "forbidden", 96, 128
-# A package of one checker, which goes by the width of an image, as pip would install it.
+# An installed package with one checker, which decides by the width of an image.
 CHECKER = {
     "sized_checker.py": f"""
 from server.generation.safety.checker import Verdict
@@ -36,7 +36,7 @@ EXIT_HANG, EXIT_ENGINE = 70, 71  # docs/operate/operations.md
 
 
 def install_checkers(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Flags and environment of a server that checks prompts and images."""
+    """Writes the checkers; returns flags and environment of a server that uses them."""
     for name, text in CHECKER.items():
         file = folder / name
         file.parent.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def install_checkers(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def marked_requests(marker: str, size: int = 64) -> Callable[[Scenario], Awaitable[Outcomes]]:
-    """Orders with `marker`, a few at a time among those of bystanders."""
+    """Sends requests with `marker`, a few at a time among those of background clients."""
 
     async def run(scenario: Scenario) -> Outcomes:
         outcomes: Outcomes = Counter()
@@ -60,7 +60,7 @@ def marked_requests(marker: str, size: int = 64) -> Callable[[Scenario], Awaitab
 
 
 def engine_exit(marker: str, exit_code: int, requests: int) -> Callable[[Scenario], Awaitable[Outcomes]]:
-    """Orders with `marker` until the process leaves; its exit code counts as seen."""
+    """Sends requests with `marker` until the process exits; a wrong exit code counts as an outcome."""
 
     async def run(scenario: Scenario) -> Outcomes:
         outcomes: Outcomes = Counter()
@@ -90,7 +90,7 @@ FAULTS = (
     FaultScenario(
         "checker that fails", 200, marked_requests("", CHECK_FAILED_SIDE), hit=CHECK_FAILED, server_kind="safety"
     ),
-    # Three jobs that fail alone make the engine prove itself; a fourth may come before or after it could not.
+    # After three failed jobs the engine's health is checked; a fourth may come before or after that fails.
     FaultScenario(
         "engine lost (exit code 71)",
         5,

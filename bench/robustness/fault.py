@@ -1,4 +1,4 @@
-"""What a fault of the campaign is, and the row of the table that it leaves."""
+"""The definition of a fault and the row of its result."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,10 +11,10 @@ Outcomes = Counter[str]
 
 @dataclass(frozen=True, slots=True)
 class FaultScenario:
-    """`play` makes it happen stage.count times and returns what those whom it hits saw.
+    """Injects a fault `scenario.count` times; `run` returns the outcomes of the affected requests.
 
-    `hit` is what they may see, `bystanders` what everyone else may see meanwhile; all who want a picture ask again
-    until they have it. Anything else counts as lost.
+    `hit`: outcomes allowed for affected requests. `bystanders`: for the others. Clients repeat a request until they get
+    an image; any other outcome is lost.
     """
 
     name: str
@@ -22,15 +22,13 @@ class FaultScenario:
     run: Callable[[Scenario], Awaitable[Outcomes]]
     hit: frozenset[str] = frozenset({OK})
     bystanders: frozenset[str] = frozenset({OK})
-    server_kind: str = (
-        "plain"  # which server it plays on: plain, workers, safety, or clock, whose wall clock can be set
-    )
+    server_kind: str = "plain"  # plain, workers, safety, or clock, whose wall clock can be set
     background_clients: int = 4  # bystanders
 
 
 @dataclass(frozen=True, slots=True)
 class FaultResult:
-    """`lost`: no answer, a wrong one, one that this fault does not excuse, or a picture that never came."""
+    """`lost`: no response, a wrong or disallowed one, or an image that never came."""
 
     fault: str
     count: int
@@ -38,14 +36,14 @@ class FaultResult:
     bystanders: Mapping[str, int]
     lost: int
     lost_what: Mapping[str, int]
-    recover_s: float | None  # the longest, from the fault to the next right picture
+    recover_s: float | None  # the longest time from a fault to the next correct image
 
 
 def fault_result(fault: FaultScenario, scenario: Scenario, hit: Outcomes, bystanders: Outcomes) -> FaultResult:
     losses = Counter({f"hit: {label}": n for label, n in hit.items() if label not in fault.hit})
     losses += Counter({f"bystander: {label}": n for label, n in bystanders.items() if label not in fault.bystanders})
     if scenario.never_ok:
-        losses["never got a picture"] = scenario.never_ok
+        losses["never got an image"] = scenario.never_ok
     return FaultResult(
         fault.name,
         scenario.count,

@@ -1,10 +1,10 @@
-"""Seeded nonsense for a real server: image files, requests and websocket frames; and schemathesis, where it is given.
+"""Sends seeded malformed images, requests and websocket frames to a real server, and runs schemathesis if given.
 
     python -m bench.robustness.fuzz --images 5000 --requests 3000 --sessions 1000 --offers 1000
     python -m bench.robustness.fuzz --schemathesis .venvs/fuzz/bin/schemathesis --examples 1000
 
-No answer may be 5xx, no picture refused that is one, nothing fail inside, and nothing grow: memory, files, threads.
-Prints a table, then one JSON document as the last line. Exit code 1 where any of that is not so.
+No response may be 5xx, no valid image refused, nothing may fail inside, and memory, files and threads must not grow.
+Prints a table, then one JSON document as the last line. Exit code 1: one of these does not hold.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from bench.robustness.upgrade_requests import upgrade_case
 CONCURRENCY = 8
 TIMEOUT_S = 60.0
 SETTLE_S = 5.0
-MEMORY_GROWTH = 0.1  # a series of metrics for each size that was asked for is no leak
-IDLE_S = 0.3  # what a raw connection waits for more, before it leaves
+MEMORY_GROWTH = 0.1  # a metric series for each requested size is no leak
+IDLE_S = 0.3  # a raw connection waits so long for more bytes
 FRAMES = 12  # of a session, at most
-WARMUP_SHARE = 0.25  # of the cases: what is loaded and cached for good is loaded and cached then
+WARMUP_SHARE = 0.25  # of the cases; permanent caches fill meanwhile
 FLAGS = (
     *("--backend", "fake", "--log-format", "json", "--max-queue", "512", "--body-timeout-s", "0.5"),
     *("--compat", "sdapi"),
@@ -48,7 +48,7 @@ CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "response_headers_conformance,unsupported_method"
 )
-# A deadline of 1 ms is theirs to ask for, and 504 the answer to it.
+# A client may set a deadline of 1 ms, which gets 504.
 SCHEMATHESIS = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n'
 Case = Callable[[RestartingServer, random.Random], Awaitable[str]]
 SIZE = {"prompt": "x", "width": 64, "height": 64, "seed": 1}
@@ -57,7 +57,7 @@ LARGEST = {**SIZE, "width": 2048, "height": 2048}  # that the fake engine makes
 
 @dataclass(frozen=True, slots=True)
 class Campaign:
-    """`growth`: of memory, as a share, files and threads, from the end of the warm-up to the end."""
+    """`growth`: of memory (a share), files and threads, from the end of the warm-up to the end."""
 
     name: str
     cases: int
@@ -67,7 +67,7 @@ class Campaign:
 
 
 async def image_case(server: RestartingServer, rng: random.Random) -> str:
-    """An odd file as `image`, `control_image`, or in a form."""
+    """Sends an odd file as `image`, `control_image`, or in a form."""
     image_kind, content, expected = bad_image(rng)
     field = rng.choice(("image", "control_image", "edit"))
     if field == "edit":
@@ -86,18 +86,18 @@ async def image_case(server: RestartingServer, rng: random.Random) -> str:
 
 
 async def request_case(server: RestartingServer, rng: random.Random) -> str:
-    """A head that may be none; whatever comes back is HTTP, and no failure."""
+    """Sends a possibly invalid request; the response must be HTTP and no server error."""
     received = await _send_raw(server, [bad_request(rng)])
     if not received:
         return "closed without an answer"
     match = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", received)
     status = int(match.group(1)) if match else 0
-    # 503 is what a websocket's handshake gets where there is no place; 504 may be asked for.
+    # A websocket handshake gets 503 without a free session; a request may ask for 504 by its timeout.
     return f"{status}" if 100 <= status < 500 else f"wrong: {received[:60]!r}"
 
 
 async def sdapi_case(server: RestartingServer, rng: random.Random) -> str:
-    """Odd fields of AUTOMATIC1111's API: images, or a sentence that names the field."""
+    """Sends odd fields to AUTOMATIC1111's API; expects images, or a 422 that names the field."""
     path, body = bad_sdapi(rng)
     response = await server.exchange("POST", path, body)
     if response.status == 422 and not json.loads(response.body)["errors"]:
@@ -106,7 +106,7 @@ async def sdapi_case(server: RestartingServer, rng: random.Random) -> str:
 
 
 async def session_case(server: RestartingServer, rng: random.Random) -> str:
-    """A live session of a few frames, most of them bad; some clients send them without waiting for the handshake."""
+    """Opens a live session with a few frames, most of them bad; some clients do not wait for the handshake."""
     handshake_request, frames = handshake(rng, server.port), [bad_frame(rng) for _ in range(rng.randrange(1, FRAMES))]
     if rng.random() < 0.2:
         received = await _send_raw(server, [handshake_request, *frames], first_s=TIMEOUT_S)
@@ -123,9 +123,9 @@ async def session_case(server: RestartingServer, rng: random.Random) -> str:
 async def _send_raw(
     server: RestartingServer, parts: Sequence[bytes], handshake_request: bytes = b"", first_s: float = IDLE_S
 ) -> bytes:
-    """What comes back for these bytes, until the server closes or says nothing for a while (`first_s`: at first).
+    """Returns what comes back, until the server closes or is silent for a while (`first_s`: at first).
 
-    `hello` goes ahead, and is answered with a head before the rest is sent.
+    `handshake_request` is sent first, and its response head is read before the rest is sent.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     received = b""
@@ -143,7 +143,7 @@ async def _send_raw(
 
 
 async def run(name: str, case: Case, cases: int, server: RestartingServer, seed: int) -> Campaign:
-    """`cases` of them, a few at a time; every case has a seed of its own."""
+    """Runs `cases` cases, a few at a time, each with its own seed."""
     outcomes: Counter[str] = Counter()
     numbers = iter(range(cases))
 
@@ -172,7 +172,7 @@ async def run(name: str, case: Case, cases: int, server: RestartingServer, seed:
 
 
 async def schemathesis(program: str, examples: int, server: RestartingServer, seed: int) -> Campaign:
-    """The program's own run against /openapi.json, after the largest orders, and a part of one with another seed."""
+    """Runs the program against /openapi.json, after the largest requests and a shorter run with another seed."""
     await warm_up(server)
     settings = server.log.with_suffix(".toml")
     settings.write_text(SCHEMATHESIS)
@@ -202,26 +202,26 @@ async def schemathesis(program: str, examples: int, server: RestartingServer, se
 
 
 async def warm_up(server: RestartingServer) -> None:
-    """The largest pictures in every format, twice, a batch of them at once: memory that is taken once and kept.
+    """Requests batches of the largest images in every format, twice, so that memory kept for good is taken first.
 
-    Without it, growth says which of the cases happened to ask for larger pictures than those before.
+    Without it, growth would tell which cases happened to request larger images than those before.
     """
     for image_kind in FORMATS * 2:
         body = json.dumps({**LARGEST, "output_format": image_kind}).encode()
         for response in await asyncio.gather(*(server.exchange("POST", "/generate", body) for _ in range(CONCURRENCY))):
             if response.status != 200:
-                raise BenchError(f"the largest picture, as {image_kind}: got {response.status}, needed 200")
+                raise BenchError(f"the largest image, as {image_kind}: got {response.status}, needed 200")
 
 
 async def _run_program(folder: Path, *argv_list: str) -> tuple[int | None, str]:
-    """Exit code and output of a program that may write into `folder`."""
+    """Returns exit code and output of a program that may write into `folder`."""
     process = await asyncio.create_subprocess_exec(*argv_list, stdout=asyncio.subprocess.PIPE, cwd=folder)
     output = (await process.communicate())[0].decode()
     return process.returncode, output
 
 
 async def resources(server: RestartingServer) -> dict[str, float]:
-    """Memory in bytes, open files, threads."""
+    """Returns memory in bytes, open files and threads."""
     samples = await server.metrics()
     match = re.search(r"^Threads:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text(), re.MULTILINE)
     assert match
@@ -230,7 +230,7 @@ async def resources(server: RestartingServer) -> dict[str, float]:
 
 
 async def resource_growth(server: RestartingServer, before: dict[str, float]) -> dict[str, float]:
-    """Since `before`, once our connections are closed there too."""
+    """Returns the growth since `before`, once the server has closed our connections."""
     end = time.monotonic() + SETTLE_S
     while (after := await resources(server))["files"] > before["files"] and time.monotonic() < end:
         await asyncio.sleep(0.05)
@@ -239,7 +239,7 @@ async def resource_growth(server: RestartingServer, before: dict[str, float]) ->
 
 
 async def server_failures(server: RestartingServer) -> dict[str, int]:
-    """What the server counts and logs of failures of its own, and whether it is still the one that was started."""
+    """Returns failures from the server's metrics and log, and its unexpected exits."""
     samples = await server.metrics()
     failed = {
         name: int(value)
@@ -263,7 +263,7 @@ CASES: dict[str, Case] = {
 
 
 async def campaigns(options: argparse.Namespace, folder: Path) -> list[Campaign]:
-    """Each on a server of its own."""
+    """Runs each campaign on a fresh server."""
     results = []
     for name in (*CASES, "schemathesis"):
         cases = options.examples if name == "schemathesis" else getattr(options, name)

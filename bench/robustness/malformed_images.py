@@ -1,4 +1,4 @@
-"""Image files that clients should not send, and odd ones that they may: seeded, each with what must become of it."""
+"""Seeded malformed and odd image files, each with the response that it must get."""
 
 import io
 import random
@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-Expected = Literal["read", "refused", "either"]  # a picture, a 422, or one of the two
+Expected = Literal["read", "refused", "either"]  # 200, 422, or either
 Maker = Callable[[random.Random], bytes]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -19,7 +19,7 @@ SIDE = 2048  # the largest that the server reads
 
 
 def noise_image(rng: random.Random, mode: str = "RGB") -> Image.Image:
-    """Noise of a random size."""
+    """Returns noise of a random size."""
     size = rng.randrange(1, 80), rng.randrange(1, 80)
     channels = len(Image.new(mode, (1, 1)).getbands())
     noise = np.frombuffer(rng.randbytes(size[0] * size[1] * channels), dtype=np.uint8)
@@ -72,13 +72,13 @@ def png(width: int, height: int, data: bytes, *, depth: int = 8, colour: int = 2
 
 
 def announced_bomb(rng: random.Random) -> bytes:
-    """Says that it is huge."""
+    """Announces a huge size."""
     side = rng.choice((SIDE + 1, 20_000, 60_000, 2**31 - 1))
     return png(side, rng.choice((1, side)), b"\0" * 100)
 
 
 def inflating_bomb(rng: random.Random) -> bytes:
-    """Says that it is small, and inflates to many MiB: beside the pixels, or in a text chunk."""
+    """Announces a small size and inflates to many MiB: in its pixels, or in a text chunk."""
     many = b"\0" * (rng.randrange(1, 24) * 2**20)
     if rng.random() < 0.5:
         return png(8, 8, many)
@@ -86,7 +86,7 @@ def inflating_bomb(rng: random.Random) -> bytes:
 
 
 def largest(rng: random.Random) -> bytes:
-    """As large as may be, and nearly nothing in bytes."""
+    """Has the largest allowed size in a few bytes."""
     return png(SIDE, SIDE, (b"\0" + bytes([rng.randrange(256)]) * SIDE) * SIDE, colour=0)
 
 
@@ -116,7 +116,7 @@ def cmyk(rng: random.Random) -> bytes:
 
 
 def exif(rng: random.Random) -> bytes:
-    """Turned, with a thumbnail's worth of noise or a tag of a wrong type."""
+    """Has an odd orientation and description."""
     tags = Image.Exif()
     tags[0x0112] = rng.randrange(10)
     tags[0x010E] = "x" * rng.randrange(2000)
@@ -138,7 +138,7 @@ def no_pixels(rng: random.Random) -> bytes:
 
 
 def polyglot(rng: random.Random) -> bytes:
-    """A picture that is something else too: behind it a zip's end, a page, a script."""
+    """Is a valid image followed by a zip's end, a page, a script, or a PDF head."""
     tail = rng.choice(
         (b"PK\x05\x06" + b"\0" * 18, b"<html><script>alert(1)</script>", b"#!/bin/sh\nid\n", b"%PDF-1.7\n")
     )
@@ -146,7 +146,7 @@ def polyglot(rng: random.Random) -> bytes:
 
 
 def disguised(rng: random.Random) -> bytes:
-    """Something else that says that it is a picture."""
+    """Has another format's head in front of an image."""
     head = rng.choice(
         (b"<svg xmlns='http://www.w3.org/2000/svg'>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.7\n", b"PK\x03\x04")
     )
@@ -179,7 +179,7 @@ RARE = frozenset({"largest", "bomb, inflating"})  # 4 Mpixel and many MiB each: 
 
 
 def bad_image(rng: random.Random) -> tuple[str, bytes, Expected]:
-    """The kind, the file and what must become of it."""
+    """Returns the kind, the file and the expected response."""
     rare = rng.random() < 0.02
     kind = rng.choice([kind for kind in KINDS if (kind in RARE) == rare])
     make, expected = KINDS[kind]

@@ -1,4 +1,4 @@
-"""Requests and websocket frames as no client should send them: seeded bytes for a raw socket."""
+"""Seeded malformed requests and websocket frames, as bytes for a raw socket."""
 
 import base64
 import json
@@ -63,7 +63,7 @@ UNITS: tuple[object, ...] = (
 
 
 def bad_sdapi(rng: random.Random) -> tuple[str, bytes]:
-    """A path of AUTOMATIC1111's API and a body of its fields, some with odd values."""
+    """Returns a path of AUTOMATIC1111's API and a body with odd values in some fields."""
     fields: dict[str, object] = {"prompt": "x", "width": 64, "height": 64}
     for name in rng.sample(SDAPI_FIELDS, rng.randrange(5)):
         fields[name] = rng.choice(SCALARS)
@@ -80,7 +80,7 @@ def bad_sdapi(rng: random.Random) -> tuple[str, bytes]:
 
 
 def bad_request(rng: random.Random) -> bytes:
-    """A head of odd lines and a body that may not be what it announces; half of them at least HTTP/1.1."""
+    """Returns odd header lines and a body that may not match them; half of the requests are valid HTTP/1.1."""
     well_formed = rng.random() < 0.5
     method = "POST" if rng.random() < 0.6 else rng.choice(METHODS[:9] if well_formed else METHODS)
     target = rng.choice(PATHS) if well_formed or rng.random() < 0.8 else "/" + rng.randbytes(9).decode("latin-1")
@@ -112,7 +112,7 @@ def handshake(rng: random.Random, port: int) -> bytes:
 
 
 def frame(opcode: int, content: bytes, mask: bytes | None, *, last: bool = True, announced: int | None = None) -> bytes:
-    """One frame of RFC 6455. `mask` None: unmasked, which a client must not send."""
+    """Returns one frame of RFC 6455. `mask` None: unmasked, which the protocol forbids to clients."""
     length = len(content) if announced is None else announced
     bit = 0 if mask is None else 0x80
     if length < 126:
@@ -126,7 +126,7 @@ def frame(opcode: int, content: bytes, mask: bytes | None, *, last: bool = True,
 
 
 def bad_frame(rng: random.Random) -> bytes:
-    """Settings with odd values, drawings that are none, broken text, or a frame that the protocol forbids."""
+    """Returns settings with odd values, an invalid drawing, broken text, or a forbidden frame."""
     mask, choice = rng.randbytes(4), rng.random()
     if choice < 0.45:
         fields = {rng.choice(SETTINGS): rng.choice(SCALARS) for _ in range(rng.randrange(1, 4))}

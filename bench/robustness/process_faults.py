@@ -1,4 +1,4 @@
-"""Faults of the process and of what is around it: signals, the wall clock, the disk, the checkpoint."""
+"""Faults of the process and its surroundings: signals, wall clock, disk, checkpoint."""
 
 import asyncio
 import json
@@ -21,8 +21,8 @@ from bench.robustness.fault import FaultScenario, Outcomes
 from bench.robustness.restarting_server import RestartingServer, free_port, ready_label
 from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, RETRY_PAUSE_S, Scenario
 
-SLOW_BATCHES = 2  # batches of half a second that the engine has to make first
-QUEUED_JOBS = 48  # jobs that wait behind them when the signal comes
+SLOW_BATCHES = 2  # batches of half a second that run first
+QUEUED_JOBS = 48  # jobs behind them when the signal arrives
 DAY = 86_400
 JUMPS_S = (3600, -DAY, 10 * 365 * DAY, -20 * 365 * DAY, 1, 0)
 FULL_DISK_REQUESTS = 20  # while the disk is full, each time
@@ -30,11 +30,11 @@ DEADLINE_EXCEEDED = "504 deadline_exceeded"
 EXIT_START = 3  # docs/operate/operations.md
 CHECKPOINT = ROOT / "models" / "tiny"
 UNAVAILABLE = frozenset({"503 not_ready", "refused", "cut"})
-RESTARTING = UNAVAILABLE | {OK, "503 draining"}  # a new connection may be cut unheard
+RESTARTING = UNAVAILABLE | {OK, "503 draining"}  # a new connection may be cut
 
 
 def signal_under_load(signal_number: signal.Signals, exit_code: int) -> Callable[[Scenario], Awaitable[Outcomes]]:
-    """The signal while INSIDE jobs are accepted and wait behind long ones. Whoever is cut asks again."""
+    """Sends the signal while QUEUED_JOBS accepted jobs wait behind slow ones. Clients that are cut retry."""
 
     async def run(scenario: Scenario) -> Outcomes:
         outcomes: Outcomes = Counter()
@@ -60,7 +60,7 @@ def signal_under_load(signal_number: signal.Signals, exit_code: int) -> Callable
 
 
 class Clock:
-    """The wall clock of a server that clock_shim.c is loaded into."""
+    """Sets the wall clock of a server that has loaded clock_shim.c."""
 
     def __init__(self, folder: Path) -> None:
         self.offset = folder / "offset"
@@ -74,7 +74,7 @@ class Clock:
             self.offset.write_bytes(struct.pack("=q", seconds))
 
     async def environment(self, folder: Path) -> dict[str, str]:
-        """What to start the server with. Raises BenchError where there is no C compiler."""
+        """Builds the shim; returns the server's environment. Raises BenchError without a C compiler."""
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
             raise BenchError("a wall clock that jumps needs a C compiler: cc or gcc; name other faults with --only")
@@ -87,7 +87,7 @@ class Clock:
 
 
 def clock_jumps(clock: Clock) -> Callable[[Scenario], Awaitable[Outcomes]]:
-    """The wall clock jumps while jobs wait: one with 30 s left must be made, one with 50 ms must get 504."""
+    """Moves the wall clock while jobs wait: one with 30 s left must succeed, one with 50 ms must get 504."""
 
     async def run(scenario: Scenario) -> Outcomes:
         outcomes: Outcomes = Counter()
@@ -114,7 +114,7 @@ def clock_jumps(clock: Clock) -> Callable[[Scenario], Awaitable[Outcomes]]:
 
 
 async def full_disk(scenario: Scenario) -> Outcomes:
-    """No file may grow any more, so no log line can be written; then there is room again."""
+    """Bounds the size of files, so that no log line can be written, and lifts the bound again."""
     outcomes: Outcomes = Counter()
     log = scenario.server.log
     for _ in range(scenario.count):
@@ -133,7 +133,10 @@ async def full_disk(scenario: Scenario) -> Outcomes:
 
 
 async def corrupted_checkpoint(scenario: Scenario) -> Outcomes:
-    """One file of the shipped checkpoint harmed: the start must end with its exit code and one line that says why."""
+    """Damages one file of the shipped checkpoint at a time.
+
+    The start must fail with its exit code and a one-line reason.
+    """
     outcomes: Outcomes = Counter()
     for name, damage in DAMAGES[: scenario.count]:
         with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +153,7 @@ async def corrupted_checkpoint(scenario: Scenario) -> Outcomes:
 
 
 async def _start_damaged(checkpoint: Path, log: Path, damage_name: str) -> Outcomes:
-    """What a client sees of a server with this checkpoint until it has left, and what is wrong with how it left."""
+    """Returns a client's outcomes until the server has exited, and faults of how it exited."""
     outcomes: Outcomes = Counter()
     port = free_port()
     command = [sys.executable, "-m", "server", "--model", str(checkpoint), "--port", str(port)]
@@ -169,19 +172,19 @@ async def _start_damaged(checkpoint: Path, log: Path, damage_name: str) -> Outco
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    """The file ends early."""
+    """Truncates the file."""
     os.truncate(path, rng.randrange(path.stat().st_size))
 
 
 def overwrite_head(path: Path, rng: random.Random) -> None:
-    """Its first bytes are random, but for the length of a safetensors header."""
+    """Overwrites the first bytes behind the length of a safetensors header with random ones."""
     with path.open("r+b") as file:
         file.seek(8)
         file.write(rng.randbytes(64))
 
 
 def fill_with_nan(path: Path, _: random.Random) -> None:
-    """Every weight is NaN."""
+    """Sets every weight to NaN."""
     content = path.read_bytes()
     head = 8 + int.from_bytes(content[:8], "little")
     path.write_bytes(content[:head] + b"\xff" * (len(content) - head))
@@ -203,7 +206,7 @@ DAMAGES = (
 
 
 def faults(clock: Clock) -> tuple[FaultScenario, ...]:
-    """`clock` is that of the server on which the jumps play."""
+    """Returns the scenarios; `clock` is the one of the server whose clock jumps."""
     killed = frozenset({OK, "cut"})
     return (
         FaultScenario("SIGTERM under load", 5, signal_under_load(signal.SIGTERM, 0), bystanders=RESTARTING),

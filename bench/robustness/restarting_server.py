@@ -1,7 +1,4 @@
-"""`python -m server` on one port, started again whenever it ends, as an orchestrator does.
-
-Knows processes, exit codes and limits of the kernel; nothing of faults and pictures.
-"""
+"""`python -m server` on one port, restarted whenever it ends, as an orchestrator does."""
 
 import asyncio
 import json
@@ -33,7 +30,7 @@ def free_port() -> int:
 async def exchange_once(
     port: int, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
 ) -> HttpResponse:
-    """On a connection of its own. Raises as Connection.exchange does."""
+    """Exchanges on a fresh connection. Raises as Connection.exchange does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     connection = Connection(reader, writer, f"127.0.0.1:{port}")
     try:
@@ -43,7 +40,7 @@ async def exchange_once(
 
 
 async def ready_label(port: int) -> str:
-    """What GET /health/ready says, as a label of bench.robustness.scenario."""
+    """Returns GET /health/ready as an outcome label of bench.robustness.scenario."""
     try:
         response = await exchange_once(port, "GET", "/health/ready")
     except ConnectionRefusedError:
@@ -54,7 +51,7 @@ async def ready_label(port: int) -> str:
 
 
 class RestartingServer:
-    """`codes` are the exit codes so far (negative: a signal). Everything the servers print is appended to `log`."""
+    """A supervised server. `exit_codes`: so far (negative: a signal). `log`: all output of the servers."""
 
     def __init__(self, flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
@@ -73,13 +70,13 @@ class RestartingServer:
         return self._process.pid
 
     async def start(self) -> None:
-        """Returns when the server is ready for the first time."""
+        """Starts the server and waits until it is ready for the first time."""
         await self._spawn()
         self._watching = asyncio.create_task(self._watch(), name="supervisor")
         await self.wait_ready()
 
     async def stop(self) -> int:
-        """SIGTERM, and no further start; the exit code."""
+        """Sends SIGTERM, stops restarting, and returns the exit code."""
         self._stop_requested = True
         self.send_signal(signal.SIGTERM)
         assert self._watching is not None
@@ -96,7 +93,7 @@ class RestartingServer:
             self._process.send_signal(signal_number)
 
     def limit_files(self, max_bytes: int) -> None:
-        """Lets no file of the server grow beyond `most_bytes`: what a full disk does (EFBIG for ENOSPC)."""
+        """Keeps the server's files from growing beyond `max_bytes`, as a full disk does (EFBIG for ENOSPC)."""
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (max_bytes, resource.RLIM_INFINITY))
 
     def lift_limit(self) -> None:
@@ -111,7 +108,7 @@ class RestartingServer:
         raise BenchError(f"the server was not ready within {START_TIMEOUT_S:g} s; its log: {self.log}")
 
     async def wait_for_exit(self, exits: int) -> int:
-        """The exit code of the exit of that number, counted from 1."""
+        """Returns the exit code of the exit of that number, counted from 1."""
         end = time.monotonic() + STOP_TIMEOUT_S
         while len(self.exit_codes) < exits:
             if time.monotonic() > end:
@@ -125,7 +122,7 @@ class RestartingServer:
         return await exchange_once(self.port, method, path, body, media_type)
 
     async def metrics(self) -> dict[str, float]:
-        """What /metrics says."""
+        """Returns the samples of /metrics."""
         return parse_samples((await self.exchange("GET", "/metrics")).body.decode())
 
     async def _spawn(self) -> None:

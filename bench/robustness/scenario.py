@@ -1,7 +1,7 @@
-"""Where a fault plays: a supervised server, customers who know what they must get, and a clock for the recovery.
+"""A fault's surroundings: a supervised server, clients that know the correct image, and recovery times.
 
-A customer's label says what it saw: `200` (the right picture), `200 wrong picture`, a status with its code, `refused`
-(no connection), `cut` (a connection that ended without an answer) or `silence` (nothing within PATIENCE_S).
+Outcome labels: `200` (the correct image), `200 wrong image`, a status with its code, `refused` (no connection), `cut`
+(the connection ended without a response), `silence` (nothing within REQUEST_TIMEOUT_S).
 """
 
 import asyncio
@@ -24,28 +24,28 @@ from engines.types import Job
 
 OK = "200"
 REQUEST_TIMEOUT_S = 60.0  # beyond this an answer is lost
-RETRY_PAUSE_S = 0.1  # between an answer that is no picture and the next attempt
+RETRY_PAUSE_S = 0.1  # between a failed attempt and the next
 SUBJECTS = ("circle", "square", "triangle", "star", "moon")
 
 
 @dataclass
 class Scenario:
-    """`count` is how often the fault is to happen; `struck` is when it last did (time.monotonic())."""
+    """State of one fault. `count`: how often to inject it. `fault_time`: the last injection, time.monotonic()."""
 
     server: RestartingServer
     rng: random.Random
     count: int
-    background_count: int = 0  # customers of the crowd
+    background_count: int = 0
     fault_time: float = 0.0
-    recovery_s: list[float] = field(default_factory=list)  # seconds from a strike to the next right picture
-    never_ok: int = 0  # orders that were asked again and again and never became a picture
+    recovery_s: list[float] = field(default_factory=list)  # seconds from a fault to the next correct image
+    never_ok: int = 0  # requests that never got an image despite retries
 
     def new_job(self, marker: str = "", size: int = 64) -> Job:
         subject = self.rng.choice(SUBJECTS)
         return Job(f"{subject} {self.rng.randrange(10**9)} {marker}".strip(), self.rng.randrange(2**31), size, size)
 
     async def ask(self, job: Job, **fields: object) -> str:
-        """What a customer sees who asks for this picture once."""
+        """Requests the image once and returns the outcome label."""
         body = json.dumps(request_fields(job) | fields).encode()
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
@@ -59,7 +59,7 @@ class Scenario:
         return outcome_label(response, job)
 
     async def request_until_ok(self, job: Job, outcomes: Counter[str]) -> None:
-        """Asks until the picture is there, as a customer does who wants it."""
+        """Requests the image until it arrives."""
         end = time.monotonic() + REQUEST_TIMEOUT_S
         while time.monotonic() < end:
             label = await self.ask(job)
@@ -70,7 +70,7 @@ class Scenario:
         self.never_ok += 1
 
     async def background_clients(self, clients: int, stop: asyncio.Event) -> Counter[str]:
-        """Customers who want one picture after the other until `done`, whatever happens to others."""
+        """Runs clients that request one image after the other until `stop`."""
         outcomes: Counter[str] = Counter()
         self.background_count = clients
 
@@ -88,19 +88,20 @@ class Scenario:
         self.fault_time = time.monotonic()
 
     async def wait_recovery(self) -> None:
-        """Waits for the next right picture, and notes how long after the strike it came."""
+        """Waits for the next correct image, and records the seconds since the fault."""
         await self.request_until_ok(self.new_job(), Counter())
         self.recovery_s.append(time.monotonic() - self.fault_time)
 
     def slow_jobs(self, batches: int) -> list[Job]:
-        """Orders that take the engine half a second each, since their sizes differ."""
+        """Returns jobs of half a second each; their sizes differ, so they are not batched."""
         return [self.new_job("[[slow]]", 96 + 32 * i) for i in range(batches)]
 
     async def wait_accepted(self, tasks: Sequence[asyncio.Task[str]]) -> None:
-        """Returns when the server has taken all of these orders in: they and the whole crowd wait, run, or are done."""
+        """Waits until the server has accepted these requests: they and those of all background clients are queued,
+        running or done."""
         end = time.monotonic() + REQUEST_TIMEOUT_S
         while True:
-            stop = sum(task.done() for task in tasks)  # before the look inside: none may count twice
+            stop = sum(task.done() for task in tasks)  # read before the metrics, so that no request counts twice
             samples = await self.server.metrics()
             in_flight = samples["sana_sprint_jobs_waiting"] + samples["sana_sprint_jobs_running"]
             if stop == len(tasks) or in_flight + stop >= len(tasks) + self.background_count:
@@ -118,5 +119,5 @@ def outcome_label(response: HttpResponse, job: Job) -> str:
     if response.status == 200:
         with Image.open(io.BytesIO(response.body)) as image:
             right = np.array_equal(np.asarray(image.convert("RGB")), expected_pixels(job))
-        return OK if right else "200 wrong picture"
+        return OK if right else "200 wrong image"
     return f"{response.status} {json.loads(response.body).get('code', '')}".strip()

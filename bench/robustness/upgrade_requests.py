@@ -1,4 +1,4 @@
-"""Offers of another protocol, cut into pieces: each request must be answered as if it had made none."""
+"""Requests that offer another protocol (Upgrade), cut into pieces; the server must answer as if without the offer."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ from bench.harness.http_client import Connection
 from bench.robustness.restarting_server import RestartingServer
 
 PROTOCOLS = (
-    *("h2c", "h2c, websocket", "websocket", "TLS/1.0", "IRC/6.9, h2c", ""),  # a websocket's is none with a POST
+    *("h2c", "h2c, websocket", "websocket", "TLS/1.0", "IRC/6.9, h2c", ""),  # websocket is no offer in a POST
 )
 CONNECTION = ("Upgrade", "Upgrade, HTTP2-Settings", "keep-alive, upgrade", "HTTP2-Settings,\tUPGRADE")
 BODIES = (
@@ -25,7 +25,7 @@ REQUEST_TIMEOUT_S = 30.0
 
 
 async def upgrade_case(server: RestartingServer, rng: random.Random) -> str:
-    """One or two such requests and a plain one behind them, or a handshake that announces a body."""
+    """Sends one or two such requests and a plain one, or a handshake that announces a body."""
     if rng.random() < 0.2:
         announced = rng.choice(("content-length: 2", "transfer-encoding: chunked", "content-length: 9" + "9" * 9))
         head = f"{HANDSHAKE}{announced}\r\n\r\n"
@@ -55,7 +55,7 @@ def _split(message: bytes, rng: random.Random) -> list[bytes]:
 
 
 async def _responses(server: RestartingServer, pieces: list[bytes], count: int) -> tuple[list[int], bool]:
-    """The statuses of so many answers, and whether the connection ended behind them."""
+    """Returns the statuses of `count` responses, and whether the connection then ended."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     connection = Connection(reader, writer, "fuzz")
     try:
@@ -63,7 +63,7 @@ async def _responses(server: RestartingServer, pieces: list[bytes], count: int) 
             for piece in pieces:
                 writer.write(piece)
                 await writer.drain()
-                await asyncio.sleep(0.001)  # a segment of its own, mostly
+                await asyncio.sleep(0.001)  # mostly a separate TCP segment
             statuses = [(await connection.read_response()).status for _ in range(count)]
             return statuses, count == 1 and await reader.read(1) == b""
     finally:

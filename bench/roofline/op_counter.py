@@ -15,16 +15,16 @@ from torch.utils.flop_counter import flop_registry
 
 Kind = Literal["product", "depthwise", "other"]  # matrix products and convolutions; those channel by channel; the rest
 
-# Answer with new memory or with none, without reading or writing any: no cost on a device.
+# Return new memory or none, without reading or writing any: no cost on a device.
 _FREE = {"aten._unsafe_view.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.lift_fresh.default"}
 _ONE_KERNEL = torch.ops.aten.rms_norm.default  # composite, but a single kernel on a GPU
-_ROWS = {"aten.embedding", "aten.index_select"}  # read of a table what they write
-_OVER = {"aten.copy_", "aten.fill_", "aten.zero_"}  # do not read what they write over
+_ROWS = {"aten.embedding", "aten.index_select"}  # read as many bytes of a table as they write
+_OVER = {"aten.copy_", "aten.fill_", "aten.zero_"}  # do not read their target
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel, if each call were one."""
+    """One operation, taken as one kernel."""
 
     name: str
     kind: Kind
@@ -35,7 +35,7 @@ class Call:
 
 
 class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Sees every call within `with`. `execute` makes one, `note` is told of those that cost something."""
+    """Sees every call within `with`. `execute` runs a call; `note` receives those that cost something."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -45,7 +45,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
     ) -> Any:
         keywords = options or {}
-        # In inference mode composite calls come whole.
+        # In inference mode composite calls arrive undecomposed.
         if function._overloadpacket not in flop_registry and function is not _ONE_KERNEL:
             with self:
                 parts = function.decompose(*arguments, **keywords)
@@ -94,12 +94,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What lies in memory: an expanded tensor repeats what it has."""
+    """Returns the bytes in memory; an expanded tensor counts once."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def count(computation: Callable[[], object]) -> list[Call]:
-    """The calls of `computation`, in order. Its tensors must be on the meta device."""
+    """Returns the calls of `computation`, in order. Its tensors must be on the meta device."""
     recorder = CallRecorder()
     with torch.no_grad(), recorder:
         computation()

@@ -1,4 +1,4 @@
-"""From counted calls to projected times, by stage and device."""
+"""Projects counted calls to times, by stage and device."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,10 @@ STAGES = ("text", "denoise", "decode")
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What kernels reach of a peak. Large dense products in cuBLAS and cuDNN reach 60 to 80 % of the arithmetic, plain
-    streams 80 to 90 % of the memory; `launch` is what the host needs for one eager call, in seconds."""
+    """Shares of the peak that kernels reach. `launch`: host seconds for one eager call.
+
+    Large dense products in cuBLAS and cuDNN reach 60 to 80 % of the arithmetic, plain streams 80 to 90 % of the memory.
+    """
 
     arithmetic: float = 0.6
     memory: float = 0.8
@@ -42,13 +44,13 @@ PEAK = Efficiency(arithmetic=1.0, memory=1.0, launch=0.0)
 
 
 def seconds(calls: Sequence[Call], device: Device, efficiency: Efficiency, *, eight_bit: bool = False) -> float:
-    """Of products and convolutions one after the other; see Device.seconds."""
+    """Returns the time of products and convolutions one after the other; see Device.seconds."""
     shares = {"arithmetic": efficiency.arithmetic, "memory": efficiency.memory}
     return sum(device.seconds(call, **shares, eight_bit=eight_bit) for call in calls if call.kind != "other")
 
 
 def eager_seconds(calls: Sequence[Call], device: Device, efficiency: Efficiency) -> float:
-    """Of all calls, each a kernel that reads and writes memory; the host launches the next meanwhile."""
+    """Returns the time of all calls as separate kernels; the host launches the next one meanwhile."""
     streams = sum(call.read + call.written for call in calls if call.kind == "other")
     busy = seconds(calls, device, efficiency) + streams / (device.bandwidth * efficiency.memory)
     return max(busy, len(calls) * efficiency.launch)
@@ -61,8 +63,10 @@ def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def workloads(
     checkpoint: Checkpoint, size: tuple[int, int], steps: int, batch: int, tokens: int
 ) -> dict[str, list[Call]]:
-    """Calls by stage, and of two stages as upstream runs them: instruction, prompt and padding every time, and the
-    decoder with upsampling not folded."""
+    """Returns calls by stage, also of the text and decode stages as upstream runs them.
+
+    Upstream encodes instruction, prompt and padding every time, and does not fold the decoder's upsampling.
+    """
     settings, dtype = checkpoint.settings, torch.bfloat16
     instruction = INSTRUCTION if settings.instruction else ""
     prefix = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens).prefix
@@ -98,7 +102,7 @@ def workloads(
 def project(
     calls: Mapping[str, Sequence[Call]], device: Device, efficiency: Efficiency, *, eight_bit: bool
 ) -> dict[str, dict[str, float | str | None]]:
-    """By stage and in total, in milliseconds: floor, projected, eager (16 bits only); what binds most of the floor."""
+    """Returns milliseconds by stage and in total: floor, projected, eager (16 bits only), and the floor's bound."""
     result: dict[str, dict[str, float | str | None]] = {}
     for stage, stage_calls in calls.items():
         narrow = eight_bit and stage in ("denoise", "decode")
@@ -119,7 +123,7 @@ def project(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document. Milliseconds; operations and bytes of one batch."""
+    """Returns the JSON document. Milliseconds; operations and bytes of one batch."""
     checkpoint = open_checkpoint(options.model, options.decoder)
     size = options.size or checkpoint.settings.default_size
     calls = workloads(checkpoint, size, options.steps, options.batch, options.tokens)
@@ -164,12 +168,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratio(eager: float | str | None, paper: str | None) -> float | None:
-    """How the eager model compares with a plain number of the paper: below 1 it is too hopeful."""
+    """Returns eager over the paper's plain number; below 1 the model is too optimistic."""
     return round(float(eager) / float(paper), 2) if eager and paper and paper.isdecimal() else None
 
 
 def show(result: dict[str, Any]) -> str:
-    """The tables for people; every line says what it is."""
+    """Returns the tables for people; every line says that it is a projection."""
     label = "projection"
     keys = ("operations", "bytes_of_products", "bytes_of_all_calls")
     work = [
@@ -193,7 +197,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any]) -> str:
-    """Floor, projected and eager time of every device, stages apart, as SVG."""
+    """Returns an SVG of floor, projected and eager time by device and stage."""
     bars = []
     for device, precision in dict.fromkeys((row["device"], row["precision"]) for row in result["rows"]):
         for kind in ("floor", "projected", "eager"):

@@ -1,4 +1,4 @@
-"""bench.report: what the results say stands on the page, and the page in docs/ is the one of the results beside it."""
+"""bench.report: results appear on the page, and the page in docs/ matches the results."""
 
 import json
 from pathlib import Path

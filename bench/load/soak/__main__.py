@@ -1,12 +1,12 @@
-"""Hours of mixed traffic of all routes and live sessions, with seeded faults, on one real server: does anything grow?
+"""Soaks one server for hours in mixed traffic of all routes and live sessions, with seeded faults.
 
     python -m bench.load.soak --hours 2 --out runs/soak
     python -m bench.load.soak --hours 0.05 --warmup-minutes 0.5 --rate 20 --out runs/soak
 
-Starts `python -m server --backend fake`, so that every picture is known and checked. A minute is a line of
-soak.jsonl; soak.svg is drawn anew after each. The last line is the verdict: the first ten minutes after the warm-up
-against the last ten. SIGTERM and SIGINT end it early, with its verdict. Prints a table, then that line. Exit code 1
-where anything was lost or wrong, memory grew by 2 % or more, files or threads grew, or the median latency by 5 %.
+Starts `python -m server --backend fake`, so that every image is known and checked. Each minute adds a line to
+soak.jsonl and redraws soak.svg. The last line is the verdict: the first ten minutes after the warm-up against the last
+ten. SIGTERM and SIGINT end it early, with a verdict. Prints a table, then that line. Exit code 1: something was lost or
+wrong, memory grew by 2 % or more, files or threads grew, or the median latency by 5 %.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from bench.robustness.fuzz import warm_up
 from bench.robustness.restarting_server import RestartingServer
 
 WINDOW_S = 60.0
-SPAN_S = 600.0  # what is compared, at both ends
+SPAN_S = 600.0  # compared at both ends
 SAMPLE_S = 1.0
 QUEUE = 64  # fewer than the orders of a burst
 
 
 def flags(delay_ms: float) -> list[str]:
-    """Of the server. The log says only what is wrong, so that hours of it stay small."""
+    """Returns the server's flags. The log holds warnings alone, so that hours of it stay small."""
     return [
         *("--backend", "fake", "--fake-delay-ms", str(delay_ms), "--max-queue", str(QUEUE)),
         *("--body-timeout-s", "1.5", "--log-format", "json", "--log-level", "warning", "--compat", "sdapi"),
@@ -47,7 +47,7 @@ def flags(delay_ms: float) -> list[str]:
 
 
 class Soak:
-    """One server, everyone who uses it, and what was seen."""
+    """Runs one server and its clients, and collects their outcomes."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -64,7 +64,7 @@ class Soak:
         return time.monotonic() - self._start_time
 
     async def run(self) -> dict[str, Any]:
-        """The verdict. Raises BenchError where it ended before anything could be compared."""
+        """Returns the verdict. Raises BenchError if it ended before two spans could be compared."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -96,7 +96,7 @@ class Soak:
             group.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """A state each second, a line each minute."""
+        """Samples the process each second and writes a line each minute."""
         previous: dict[str, int] = {}
         begin = 0.0
         while True:

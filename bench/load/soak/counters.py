@@ -1,4 +1,4 @@
-"""What was seen so far: answers by kind, latencies with the time they were taken, and what should not have been."""
+"""Outcomes by kind, latencies over time, and outcomes that must not occur."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from bench.harness.summary import Percentiles, percentiles
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """`at`: seconds since the beginning of the soak, when the answer was there."""
+    """One latency. `at`: seconds from the start of the soak to the response."""
 
     at: float
     kind: str
@@ -20,7 +20,7 @@ class Latency:
 
 @dataclass
 class Counters:
-    """`seen` and `lost` count labels such as `plain: 200`; what is in `lost` must not have happened."""
+    """Counts labels such as `plain: 200`. `lost` holds the outcomes that must not occur."""
 
     seen: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
@@ -35,7 +35,7 @@ class Counters:
         self.latencies.append(Latency(at, kind, seconds))
 
     def milliseconds(self, begin: float, end: float) -> dict[str, list[float]]:
-        """By kind, of the answers in [begin, end)."""
+        """Returns latencies by kind, of responses in [begin, end)."""
         by_kind: dict[str, list[float]] = {}
         for entry in self.latencies:
             if begin <= entry.at < end:
@@ -43,12 +43,12 @@ class Counters:
         return by_kind
 
     def latency_percentiles(self, begin: float, end: float) -> dict[str, Percentiles | None]:
-        """Milliseconds of `milliseconds`."""
+        """Returns percentiles of `milliseconds`, by kind."""
         return {kind: percentiles(values) for kind, values in sorted(self.milliseconds(begin, end).items())}
 
 
 def growth(first: float, last: float) -> float:
-    """As a share of the first; 0 where both are 0."""
+    """Returns the growth as a share of the first; 0 if both are 0."""
     return last / first - 1 if first else float(last != first)
 
 
@@ -57,5 +57,5 @@ def median(values: Iterable[float]) -> float:
 
 
 def count_increase(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-    """What `after` counts more than `before`."""
+    """Returns the counts by which `after` exceeds `before`."""
     return {label: count - before.get(label, 0) for label, count in after.items() if count != before.get(label, 0)}

@@ -1,7 +1,7 @@
-"""The seeded faults of a soak, one at a time at random moments: those of chaos and fuzz that leave the process alive.
+"""Seeded faults of a soak, one at a time at random moments: those of chaos and fuzz that leave the process alive.
 
-Faults that end the process are those of bench.robustness.chaos: a new process has a memory of its own, and what grows
-over hours could not be seen.
+bench.robustness.chaos has the faults that end the process. Here they would hide growth: a new process starts with fresh
+memory.
 """
 
 import asyncio
@@ -48,12 +48,12 @@ def _fuzz_case(case: Case) -> Callable[[Scenario], Awaitable[Outcomes]]:
 
 
 async def burst(scenario: Scenario) -> Outcomes:
-    """More orders at once than the queue holds."""
+    """Sends more requests at once than the queue holds."""
     return await scenario.request_all(scenario.new_job() for _ in range(BURST))
 
 
 async def deadline_exceeded(scenario: Scenario) -> Outcomes:
-    """An order that cannot begin in time, behind one that takes half a second."""
+    """Sends a request that cannot start in time, behind one of half a second."""
     slow = asyncio.create_task(scenario.ask(scenario.new_job("[[slow]]", 96)))
     urgent = await scenario.ask(scenario.new_job(), timeout_ms=1)
     return Counter([urgent, await slow])
@@ -79,7 +79,7 @@ FAULTS = (
 async def inject_faults(
     server: RestartingServer, interval_s: float, seed: int, counters: Counters, stop: asyncio.Event
 ) -> None:
-    """A fault every `every_s` seconds on average, until `over`."""
+    """Injects a fault every `interval_s` seconds on average, until `stop`."""
     rng = random.Random(f"{seed} faults")
     while True:
         try:

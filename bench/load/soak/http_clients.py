@@ -1,4 +1,4 @@
-"""Customers of the HTTP routes: requests at random times, each asked again until it has its right answer."""
+"""Clients of the HTTP routes: requests at random times, each repeated until its response is correct."""
 
 import asyncio
 import random
@@ -10,11 +10,11 @@ from bench.load.soak.counters import Counters
 from bench.load.soak.requests import SoakRequest, random_request
 from bench.robustness.scenario import REQUEST_TIMEOUT_S, RETRY_PAUSE_S
 
-REFUSED = "429 queue_full"  # what a burst of others excuses; the customer asks again
+REFUSED = "429 queue_full"  # allowed during a burst of other clients
 
 
 class HttpClients:
-    """Open loop: `rate` requests a second on average, whatever the server does."""
+    """Open loop: `rate` requests a second on average, independent of the server."""
 
     def __init__(self, url: str, counters: Counters, start_time: float, seed: int) -> None:
         self._pool = ConnectionPool(url)
@@ -22,7 +22,7 @@ class HttpClients:
         self._rng = random.Random(f"{seed} customers")
 
     async def run(self, rate: float, stop: asyncio.Event) -> None:
-        """Sends requests until `over`, and returns once all are answered."""
+        """Sends requests until `stop`, and returns when all are answered."""
         due = time.monotonic()
         async with asyncio.TaskGroup() as group:
             while not stop.is_set():

@@ -1,4 +1,4 @@
-"""People who draw over WS /v1/live: sessions that come and go, each picture held against the message that it shows."""
+"""Clients of WS /v1/live: sessions that come and go, and check each image against its message."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ BAD_SETTINGS: tuple[Mapping[str, object], ...] = ({"width": 33}, {"strength": 7}
 
 @dataclass
 class Session:
-    """What a client has said: the job that each of its messages made, by number."""
+    """A session, and the job of each of its messages by number."""
 
     socket: ClientConnection
     seed: int
@@ -52,7 +52,7 @@ class Session:
         await self.socket.send(message)
 
     async def receive(self) -> tuple[dict[str, Any], bytes]:
-        """The next message, and the file behind a picture."""
+        """Returns the next message and, for an image, the file behind it."""
         header: dict[str, Any] = json.loads(await self.socket.recv())
         content = await self.socket.recv() if header["type"] == "picture" else b""
         assert isinstance(content, bytes)
@@ -60,7 +60,7 @@ class Session:
 
 
 async def live_client(url: str, rng: random.Random, counters: Counters, start_time: float, stop: asyncio.Event) -> None:
-    """One session after the other until `over`."""
+    """Runs one session after the other until `stop`."""
     while not stop.is_set():
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S * 2):
@@ -87,14 +87,14 @@ async def _session(url: str, rng: random.Random, counters: Counters, start_time:
             await _wait_for_image(session, counters)
             counters.add_latency(time.monotonic() - start_time, ROUTE, time.monotonic() - sent_at)
             await asyncio.sleep(rng.uniform(*PAUSE_S) / 4)
-            for _ in range(rng.choice((1, 1, 1, 4))):  # four at once: three may be overtaken
+            for _ in range(rng.choice((1, 1, 1, 4))):  # four at once: three may be superseded
                 await _send_message(session, rng, counters)
         if rng.random() < 0.3:
-            socket.transport.abort()  # as a phone that lost its network
+            socket.transport.abort()  # like a phone without network
 
 
 async def _send_message(session: Session, rng: random.Random, counters: Counters) -> None:
-    """A drawing, another prompt, or settings that cannot be."""
+    """Sends a drawing, another prompt, or invalid settings."""
     chance = rng.random()
     if chance < 0.05:
         session.sent += 1
@@ -103,7 +103,7 @@ async def _send_message(session: Session, rng: random.Random, counters: Counters
             _check_image(session, header, counters)
         _count_refusal(header[0], counters)
         session.settings["seed"] = rng.randrange(2**31)
-        await session.send(json.dumps(session.settings))  # whole: a size that cannot be stays until it is set anew
+        await session.send(json.dumps(session.settings))  # all settings: an invalid size stays until it is replaced
     elif chance < 0.2:
         session.settings["prompt"] = _prompt(rng)
         await session.send(json.dumps({"prompt": session.settings["prompt"]}))
@@ -113,7 +113,7 @@ async def _send_message(session: Session, rng: random.Random, counters: Counters
 
 
 async def _wait_for_image(session: Session, counters: Counters) -> None:
-    """Waits for the picture of the newest message."""
+    """Waits for the image of the newest message."""
     received = 0
     while received < session.sent:
         header, content = await session.receive()
@@ -129,7 +129,7 @@ def _check_image(session: Session, received: tuple[dict[str, Any], bytes], count
     job = session.jobs.get(header["sequence"])
     with Image.open(io.BytesIO(content)) as image:
         correct = job is not None and np.array_equal(np.asarray(image.convert("RGB")), expected_pixels(job))
-    counters.count(ROUTE, OK if correct else "wrong picture", (OK,))
+    counters.count(ROUTE, OK if correct else "wrong image", (OK,))
     for number in [number for number in session.jobs if number < header["sequence"]]:
         del session.jobs[number]
 

@@ -1,4 +1,4 @@
-"""What a process of this machine holds, by /proc: memory, open files, threads, processor time."""
+"""Resources of a process: memory, open files, threads, processor time."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from bench.harness.errors import BenchError
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """`at`: seconds since the beginning. `cpu_s`: user and system, since the process began."""
+    """Resources at one moment. `at`: seconds from the start. `cpu_s`: user and system time of the process."""
 
     at: float
     memory_bytes: int
@@ -21,7 +21,7 @@ class ProcessState:
 
 
 def process_state(pid: int, at: float) -> ProcessState:
-    """Raises BenchError where the process is gone."""
+    """Returns the resources of a process. Raises BenchError if it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         files = len(os.listdir(f"/proc/{pid}/fd"))

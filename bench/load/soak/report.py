@@ -1,4 +1,4 @@
-"""A line for each minute, the verdict at the end, and the plot of both."""
+"""The line of a minute, the verdict, and the plot."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,21 @@ from bench.load.soak.counters import Counters, growth, median
 from bench.load.soak.process import ProcessState, in_span
 
 MIB = 2**20
-MEMORY_GROWTH, LATENCY_GROWTH = 0.02, 0.05  # what is allowed
-OPEN_FILES_SLACK = 4  # open connections of customers: a few more or fewer at any moment
-COMPARED_KIND = "plain"  # the kind that the verdict compares: equal orders all along
+MEMORY_GROWTH, LATENCY_GROWTH = 0.02, 0.05  # allowed
+OPEN_FILES_SLACK = 4  # connections of clients come and go
+COMPARED_KIND = "plain"  # the kind that the verdict compares: equal requests throughout
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Seconds since the beginning."""
+    """Begin and end in seconds from the start."""
 
     begin: float
     end: float
 
 
 def minute(states: Sequence[ProcessState], counters: Counters, span: Span) -> dict[str, Any]:
-    """One line of the file: what was held and how long answers took within the span."""
+    """Returns one line of the file: resources and latencies within the span."""
     in_window = in_span(states, span.begin, span.end)
     return {
         "minute": round(span.end / 60, 2),
@@ -35,7 +35,7 @@ def minute(states: Sequence[ProcessState], counters: Counters, span: Span) -> di
         "cpu_share": round(
             (in_window[-1].cpu_s - in_window[0].cpu_s) / max(in_window[-1].at - in_window[0].at, 1e-9), 4
         ),
-        "load_average": round(os.getloadavg()[0], 2),  # of the machine: what else made answers late
+        "load_average": round(os.getloadavg()[0], 2),  # of the machine: other work makes responses slow
         "latency_ms": counters.latency_percentiles(span.begin, span.end),
     }
 
@@ -45,7 +45,7 @@ def _range(values: Sequence[float]) -> dict[str, float]:
 
 
 def verdict(states: Sequence[ProcessState], counters: Counters, first_span: Span, last_span: Span) -> dict[str, Any]:
-    """The first span after the warm-up against the last one. `broken` says in words what does not hold."""
+    """Compares the first span after the warm-up with the last one. `broken` names each bound that does not hold."""
     before, after = (in_span(states, span.begin, span.end) for span in (first_span, last_span))
     memory = growth(median(item.memory_bytes for item in before), median(item.memory_bytes for item in after))
     files = min(item.files for item in after) - min(item.files for item in before)
@@ -63,7 +63,7 @@ def verdict(states: Sequence[ProcessState], counters: Counters, first_span: Span
     if threads > 0:
         broken.append(f"{threads} more threads run than at the beginning")
     if slower is None:
-        broken.append(f"no order of the kind {COMPARED_KIND} was answered in the first or in the last span")
+        broken.append(f"no request of the kind {COMPARED_KIND} was answered in the first or in the last span")
     elif slower > LATENCY_GROWTH:
         broken.append(f"the median latency grew by {slower:.2%}, at most {LATENCY_GROWTH:.0%} is allowed")
     return {
@@ -84,7 +84,7 @@ def verdict(states: Sequence[ProcessState], counters: Counters, first_span: Span
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """The table for people."""
+    """Returns the table for people."""
     percentiles_by_span = result["latency_ms"]
     rows = []
     for kind, last_span in percentiles_by_span["last"].items():
@@ -108,7 +108,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def plot(minutes: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG document of all lines so far."""
+    """Returns an SVG document of all lines so far."""
 
     def line(name: str, part: str) -> list[tuple[float, float]]:
         return [(row["minute"], row[name][part]) for row in minutes]
@@ -123,8 +123,9 @@ def plot(minutes: Sequence[Mapping[str, Any]]) -> str:
         Panel("threads", {"most": line("threads", "max")}),
         Panel("load average of the machine", {"1 min": [(row["minute"], row["load_average"]) for row in minutes]}),
         Panel(
-            "latency of plain orders, ms", {"p50": latency(COMPARED_KIND, "p50"), "p95": latency(COMPARED_KIND, "p95")}
+            "latency of plain requests, ms",
+            {"p50": latency(COMPARED_KIND, "p50"), "p95": latency(COMPARED_KIND, "p95")},
         ),
-        Panel("latency of live pictures, ms", {"p50": latency("live", "p50"), "p95": latency("live", "p95")}),
+        Panel("latency of live images, ms", {"p50": latency("live", "p50"), "p95": latency("live", "p95")}),
     ]
     return line_panels("A soak: one point for each minute", "minutes", panels)

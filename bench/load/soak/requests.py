@@ -1,4 +1,4 @@
-"""One request to each of the server's routes, drawn at random, with the pictures that its answer must hold."""
+"""Random requests to each route of the server, with the images that the response must hold."""
 
 import base64
 import binascii
@@ -16,23 +16,23 @@ from bench.robustness.scenario import SUBJECTS
 from engines.fake import expected_pixels
 from engines.types import Job, Pixels
 
-SIDE = 256  # of most pictures
+SIDE = 256  # pixels, of most images
 SIDES = (64, 128, 192, 256, 320)
-LOSSY_TOLERANCE = 8.0  # mean difference of a byte that JPEG or WebP may make; another job's colours differ by dozens
+LOSSY_TOLERANCE = 8.0  # mean difference of a byte by JPEG or WebP; another job's colours differ by dozens
 PATHS = ("/v1/models", "/v1/info", "/health/live", "/health/ready", "/metrics", "/", "/openapi.json", "/docs")
 BAD_VALUES: tuple[dict[str, object], ...] = (
     {"prompt": ""},
     {"prompt": "x", "width": 33},
     {"prompt": "x", "num_inference_steps": 9},
     {"prompt": "x", "seed": -5},
-    {"prompt": "x", "image": "no picture"},
+    {"prompt": "x", "image": "no image"},
     {"prompt": "x", "colour": "red"},
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SoakRequest:
-    """A request, the pictures of its answer, and its status."""
+    """A request, the jobs whose images it expects, and the expected status."""
 
     kind: str
     method: str
@@ -43,7 +43,7 @@ class SoakRequest:
     status: int = 200
 
     def label(self, response: HttpResponse) -> str:
-        """The status alone where the answer is what it must be, else what it is."""
+        """Returns the status if the response is correct, otherwise a description of it."""
         if response.status != self.status:
             return f"{response.status} {_code(response)}".strip()
         try:
@@ -51,17 +51,17 @@ class SoakRequest:
             correct = len(files) == len(self.jobs) and all(map(_matches, files, self.jobs))
         except (KeyError, ValueError, OSError, binascii.Error) as error:
             return f"{response.status} with {type(error).__name__}"
-        return f"{self.status}" if correct else f"{response.status} wrong picture"
+        return f"{self.status}" if correct else f"{response.status} wrong image"
 
 
 def random_request(rng: random.Random) -> SoakRequest:
-    """The next request of a customer."""
+    """Returns a client's next request."""
     (build,) = rng.choices(list(KINDS), weights=list(KINDS.values()))
     return build(rng)
 
 
 def drawing_file(rng: random.Random, side: int = 64) -> tuple[bytes, Pixels]:
-    """A PNG of white strokes on black, and its pixels."""
+    """Returns a PNG of white strokes on black, and its pixels."""
     canvas = Image.new("RGB", (side, side))
     points = [(rng.randrange(side), rng.randrange(side)) for _ in range(4)]
     ImageDraw.Draw(canvas).line(points, fill="white", width=3)
@@ -71,7 +71,7 @@ def drawing_file(rng: random.Random, side: int = 64) -> tuple[bytes, Pixels]:
 
 
 def random_job(rng: random.Random, width: int = SIDE, height: int = SIDE, steps: int = 1) -> Job:
-    """Prompts return, as people's do: the server's cache of them is hit and missed."""
+    """Returns a random job. Prompts repeat, so the server's prompt cache is hit and missed."""
     prompt = f"{rng.choice(SUBJECTS)} {rng.randrange(2000)}"
     return Job(prompt, rng.randrange(2**31), width, height, steps)
 
@@ -112,7 +112,7 @@ def _sizes(rng: random.Random) -> SoakRequest:
 def _image(rng: random.Random) -> SoakRequest:
     file, pixels = drawing_file(rng)
     name = rng.choice(("image", "control_image"))
-    job = replace(random_job(rng), **{name: pixels})  # type: ignore[arg-type]  # both are pictures
+    job = replace(random_job(rng), **{name: pixels})  # type: ignore[arg-type]  # both are pixels
     text = {name: base64.b64encode(file).decode()}
     return replace(_generate(name, job, **text), jobs=(job,))
 
@@ -176,7 +176,7 @@ def _matches(file: bytes, job: Job) -> bool:
 
 
 def _code(response: HttpResponse) -> str:
-    """Of a problem, or of OpenAI's envelope."""
+    """Returns the code of a problem document, or of OpenAI's error envelope."""
     try:
         document = json.loads(response.body)
     except ValueError:

@@ -4,10 +4,10 @@
     python -m bench.quality.images --prompts evaluation_metadata.jsonl --model sprint-0.6b --steps 2 --out runs/geneval
     python -m bench.quality.images --prompts tiny:1000 --url http://127.0.0.1:8000 --workers 2 --out runs/tiny
 
-Images lie in <out>/images in the evaluators' own layout and format, what made them in <out>/manifest.json. A run that
-was stopped goes on where it was. Image j of prompt i has the seed --seed + i * samples + j: upstream draws all images
-from one running generator instead, which no stopped run and no second worker could continue. Guidance is upstream's.
-Prints a table, then one JSON document as the last line. Exit code 1: images are missing.
+Writes <out>/images in the evaluators' layout and format, and <out>/manifest.json with the origin of the images. A
+stopped run can be continued. Image j of prompt i has the seed --seed + i * samples + j. Upstream draws all images from
+one running generator, which neither a stopped run nor a second worker could continue. Guidance is upstream's. Prints a
+table, then one JSON document as the last line. Exit code 1: images are missing.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def makers(options: argparse.Namespace) -> Iterator[list[Maker]]:
-    """As many as --workers, closed at the end. Engines of several workers load at the same time."""
+    """Yields --workers makers, which load at the same time, and closes them at the end."""
     sampling = SamplingOptions(options.steps, options.guidance, options.size)
     with ExitStack() as stack:
         opened: list[Maker] = []
@@ -100,7 +100,7 @@ def _engine_options(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _api_key(path: Path) -> str:
-    """The first key of the server's own file. Raises BenchError."""
+    """Returns the first key of the server's key file. Raises BenchError."""
     try:
         lines = path.read_text(encoding="utf-8").split()
     except OSError as error:
@@ -111,7 +111,7 @@ def _api_key(path: Path) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
+    """Returns the JSON document."""
     prompts = read_prompt_set(options.prompts, options.kind, options.limit)
     with makers(options) as opened, tqdm(unit="file", file=sys.stderr) as bar:
         bar.total = len(prompts.entries) * (options.samples or SAMPLES[prompts.kind])
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Returns the table for people."""
     names = ("files", "made_now", "missing", "twice", "prompts_truncated", "seconds", "digest")
     return table(("", ""), [(name.replace("_", " "), result[name]) for name in names])
 

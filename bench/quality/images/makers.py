@@ -1,6 +1,6 @@
-"""What makes images: an engine in this process, one in a process of its own, or a server over HTTP.
+"""Makers of images: an engine in this process, an engine in a child process, or a server over HTTP.
 
-A maker serves one thread. All make the same image of the same prompt and seed, up to the last bits of their arithmetic.
+A maker serves one thread. For a prompt and seed all make the same image, up to rounding.
 """
 
 import base64
@@ -31,7 +31,7 @@ MAX_IMAGES = 8  # of one request
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """What is the same for all images. size: (width, height), None: the checkpoint's."""
+    """Options common to all images. size: (width, height), None: the checkpoint's."""
 
     steps: int = 1
     guidance: float = 4.5
@@ -49,11 +49,11 @@ class FileResult:
 class Maker(Protocol):
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What decides the images: checkpoint, weights, backend, precision, device, versions."""
+        """The origin of the images: checkpoint, weights, backend, precision, device, versions."""
 
     @property
     def batch(self) -> int:
-        """How many images it makes at once."""
+        """The largest number of images made at once."""
 
     def make(self, files: Sequence[ImageFile]) -> list[FileResult]: ...
 
@@ -61,7 +61,7 @@ class Maker(Protocol):
 
 
 class EngineMaker:
-    """An engine in this process."""
+    """Makes images with an engine in this process."""
 
     def __init__(self, model: str, sampling: SamplingOptions, **options: Any) -> None:
         """options: of engines.loader.load_engine."""
@@ -102,7 +102,7 @@ def _file_result(images: Sequence[Any]) -> FileResult:
 
 
 class ProcessMaker:
-    """An engine in a process of its own, on a card of its own where `environment` says so."""
+    """Makes images with an engine in a child process; `environment` may select its card."""
 
     def __init__(
         self, model: str, sampling: SamplingOptions, environment: Mapping[str, str], threads: int | None, **options: Any
@@ -124,7 +124,7 @@ class ProcessMaker:
         return self._wait_ready()[1]
 
     def _wait_ready(self) -> tuple[Mapping[str, Any], int]:
-        """Waits for the engine, so that several load at once."""
+        """Waits for the engine; several load at the same time."""
         if self._ready is None:
             self._ready = self._receive()
         return self._ready
@@ -175,9 +175,9 @@ def _serve(
 
 
 class HttpMaker:
-    """A running server: one connection, one request at a time, PNG on the way whatever the file will be."""
+    """Makes images with a running server: one connection, one request at a time, always PNG."""
 
-    batch = 1  # the server makes batches of what its clients ask at once
+    batch = 1  # the server batches concurrent requests
 
     def __init__(
         self, url: str, sampling: SamplingOptions, key: str | None = None, wait: Callable[[float], None] = time.sleep
@@ -230,7 +230,7 @@ class HttpMaker:
         }
 
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer's JSON. Waits as Retry-After says where the server is full; nothing else is asked twice."""
+        """Returns the response's JSON. Waits for Retry-After if the server is full; retries nothing else."""
         waited_s = 0.0
         while True:
             try:
@@ -239,7 +239,9 @@ class HttpMaker:
                 content = response.read()
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                raise BenchError(f"{method} {path}: {error!r}; what was made is kept, start again to go on") from error
+                raise BenchError(
+                    f"{method} {path}: {error!r}; finished images are kept, start again to continue"
+                ) from error
             if response.status == 200:
                 return json.loads(content)
             pause_s = float(response.headers.get("retry-after", 1))

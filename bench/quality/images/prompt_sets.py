@@ -1,4 +1,4 @@
-"""Prompt sets as their authors publish them: MJHQ-30K, GenEval, DPG-Bench, a text file, and captions of the tiny world.
+"""Reads published prompt sets: MJHQ-30K, GenEval, DPG-Bench, text files, and captions of the tiny world.
 
 Keys and order are those of the file, because evaluators find images by them.
 """
@@ -19,12 +19,12 @@ from distill.evaluation.scores import evaluation_prompts
 Kind = Literal["mjhq", "geneval", "dpg", "text", "tiny"]
 KINDS: tuple[str, ...] = get_args(Kind)
 PUBLISHED_FILES = {"meta_data.json": "mjhq", "evaluation_metadata.jsonl": "geneval", "dpg_bench.csv": "dpg"}
-FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")  # what NVlabs' prepare_prompt_ar cuts off (diffusion/model/utils.py)
+FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")  # removed by NVlabs' prepare_prompt_ar (diffusion/model/utils.py)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEntry:
-    """One prompt. `key` names its images; `metadata` is GenEval's own line; `tag` the category of its score."""
+    """A prompt. `key` names its images; `metadata` is GenEval's line; `tag` is the category of its score."""
 
     key: str
     prompt: str
@@ -34,7 +34,7 @@ class PromptEntry:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Entries in the file's order; `sha256` is of the keys and prompts, whatever file they came from."""
+    """Entries in the file's order. `sha256` covers keys and prompts, not the file."""
 
     kind: Kind
     source: str
@@ -47,10 +47,10 @@ class PromptSet:
 
 
 def read_prompt_set(source: str, kind: str | None = None, limit: int | None = None) -> PromptSet:
-    """The prompt set in `source`: a file, DPG's folder of text files, or tiny:<count>.
+    """Reads a file, DPG's folder of text files, or tiny:<count>.
 
-    kind: one of KINDS, None: by the name of the file. limit: the first so many. Raises BenchError for what is no such
-    set, and for keys that are no file names or stand there twice.
+    kind: one of KINDS, None: detected from the file name. limit: reads the first `limit` prompts. Raises BenchError for
+    other files, and for keys that are repeated or no file names.
     """
     kind = kind or _kind_of(source)
     if kind not in KINDS:
@@ -108,7 +108,7 @@ def _geneval(source: str) -> list[PromptEntry]:
 
 
 def _dpg(source: str) -> list[PromptEntry]:
-    """A folder of <id>.txt as DPG-Bench ships it, its CSV with one row a question, or NVlabs' JSON."""
+    """Reads DPG-Bench's folder of <id>.txt, its CSV with one row a question, or NVlabs' JSON."""
     path = Path(source)
     if path.is_dir():
         files = sorted(path.glob("*.txt"))

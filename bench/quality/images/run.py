@@ -1,4 +1,4 @@
-"""Makes the images that a folder lacks, by several makers at once."""
+"""Makes the missing images of a folder with several makers at once."""
 
 import hashlib
 import queue
@@ -27,9 +27,9 @@ def make_images(
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """Makes every image of `prompts` that `out` lacks, and returns what is there then.
+    """Makes every image of `prompts` that `out` lacks; returns the state of the folder.
 
-    Raises BenchError where `out` holds images of something else, and what a maker raises; what was made is kept.
+    Raises BenchError if `out` holds images of another origin, and what a maker raises; finished images are kept.
     """
     files = image_files(prompts, samples, seed)
     identity = {
@@ -63,7 +63,7 @@ def make_images(
 
 
 def _common(makers: Sequence[Maker]) -> dict[str, Any]:
-    """What all makers say of themselves: they are started alike, so the first speaks for all."""
+    """Returns the facts of the first maker: all are started alike."""
     facts: list[Mapping[str, Any]] = [maker.facts for maker in makers]
     return dict(facts[0])
 
@@ -75,10 +75,10 @@ def _make(
     folder: ImageFolder,
     progress: Progress,
 ) -> None:
-    """Each maker in a thread of its own takes what is next; the first error ends all.
+    """Runs each maker in a thread until no group is left; the first error ends all.
 
-    Groups are those of a whole run, and one that lacks a file is made whole: batch mates can change a picture's last
-    bits, so a run that was stopped ends with the same files.
+    Groups are those of a whole run. A group that lacks a file is made whole: batch mates can change an image's last
+    bits, and a continued run must end with the same files.
     """
     waiting: queue.SimpleQueue[list[ImageFile]] = queue.SimpleQueue()
     for group in chunks(files, min((maker.batch for maker in makers), default=1)):
@@ -114,6 +114,6 @@ def _make(
         try:
             wait(running, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()  # at Ctrl-C too: what is under way is finished and kept
+            stop.set()  # on Ctrl-C too: running groups are finished and kept
         for future in running:
             future.result()

@@ -1,13 +1,13 @@
-"""Metrics of a folder of images, by the networks that published figures are measured with.
+"""Computes metrics of a folder of images with the networks of the published figures.
 
     python -m bench.quality.metrics runs/mjhq --metrics fid,clip,cmmd,hps --reference MJHQ-30K/images --download
     python -m bench.quality.metrics runs/mjhq --metrics fid --reference mjhq-1024.npz --size 1024 --weights weights/
     python -m bench.quality.metrics runs/tiny --metrics judge
 
-fid needs the extra `fid`; clip, cmmd and hps need the extra `clip`. Weights lie in --weights, or in the caches of torch
-and the hub; --download fetches what is absent. Their sha256 stands beside each figure. A metric that cannot be taken
-says why, and the others are taken. Prints a table, then one JSON document as the last line. Exit code 1: one of the
-metrics is missing.
+fid needs the extra `fid`; clip, cmmd and hps need the extra `clip`. Weights are read from --weights, or from the caches
+of torch and the hub; --download fetches missing ones. Each figure has the sha256 of its weights. An unavailable metric
+is reported with its reason and does not stop the others. Prints a table, then one JSON document as the last line. Exit
+code 1: a metric is missing.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _reference(options: argparse.Namespace, metric: str) -> Path:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
+    """Returns the JSON document."""
     items = read_images(options.images)
     results: dict[str, dict[str, Any]] = {}
     for name in options.metrics:
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> str:
-    """The table for people, and a line for each metric that is missing."""
+    """Returns the table for people, and a line for each missing metric."""
     rows = [
         [name, entry["value"], _by(entry), f"{results['images']} images"] for name, entry in results["metrics"].items()
     ]
@@ -113,7 +113,7 @@ def show(results: dict[str, Any]) -> str:
 
 
 def _by(entry: Mapping[str, Any]) -> str | None:
-    """Interval, categories, and whether the weights are the published ones."""
+    """Describes interval, categories, and whether the weights are the published ones."""
     parts = [f"95 %: {entry['interval'][0]} to {entry['interval'][1]}"] if "interval" in entry else []
     parts += [f"{name} {value}" for name, value in entry.get("categories", {}).items()]
     if "weights" in entry:

@@ -1,4 +1,4 @@
-"""CLIP networks by open_clip: for the CLIP score, for CMMD's embeddings, and HPSv2, which is one more CLIP."""
+"""CLIP networks of open_clip: for the CLIP score, for CMMD's embeddings, and HPSv2, which is a CLIP too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bench.quality.metrics.weights import Published, UnavailableError, WeightFil
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """open_clip's name of a network, and its weights."""
+    """The open_clip name of a network, and its weights."""
 
     name: str
     weights: Published

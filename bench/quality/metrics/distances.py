@@ -17,21 +17,21 @@ ROWS = 2048  # of a kernel matrix at a time
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean [D] and covariance [D, D] of features: what FID compares, and what pytorch-fid keeps in its .npz files."""
+    """Mean [D] and covariance [D, D] of features, as pytorch-fid stores them in .npz files."""
 
     mean: Features
     covariance: Features
 
     @classmethod
     def of(cls, features: Features) -> "Moments":
-        """Raises BenchError for less than two images, which have no covariance."""
+        """Computes the moments. Raises BenchError for fewer than two images, which have no covariance."""
         if len(features) < 2:
             raise BenchError(f"fid: got {len(features)} image(s), needed are two at least")
         return cls(features.mean(0), np.cov(features, rowvar=False))
 
     @classmethod
     def read(cls, path: Path) -> "Moments":
-        """From pytorch-fid's .npz with `mu` and `sigma`. Raises BenchError."""
+        """Reads pytorch-fid's .npz with `mu` and `sigma`. Raises BenchError."""
         try:
             with np.load(path) as arrays:
                 return cls(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
@@ -45,10 +45,10 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), as Heusel et al. 2017 define FID.
+    """Returns |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), FID as defined by Heusel et al. 2017.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of C1^½ C2 C1^½, which is symmetric: with
-    fewer images than dimensions scipy's sqrtm of C1 C2 meets a singular matrix, and this does not mind.
+    The trace of the root is the sum of the square roots of the eigenvalues of C1^½ C2 C1^½, which is symmetric. Unlike
+    scipy's sqrtm of C1 C2, this works with fewer images than dimensions, where the product is singular.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -59,7 +59,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def mean_discrepancy(a: Features, b: Features) -> float:
-    """CMMD of embeddings of unit length: 1000 times the squared MMD, biased estimate, Gaussian kernel of sigma 10.
+    """Returns CMMD of unit-length embeddings: 1000 times the squared MMD, biased, Gaussian kernel of sigma 10.
 
     Source: Jayasumana et al. 2024; google-research/cmmd, distance.py.
     """

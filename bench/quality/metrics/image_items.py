@@ -1,4 +1,4 @@
-"""The images that a metric looks at: paths, prompts, and batches of tensors."""
+"""The images of a metric: paths, prompts, and batches of tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ Prepare = Callable[[Image.Image], Tensor]  # RGB image -> [3, H, W]
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """One image file. `prompt` and `tag` are None where nobody told what it shows."""
+    """An image file. `prompt` and `tag` are None if unknown."""
 
     path: Path
     prompt: str | None = None
@@ -29,9 +29,9 @@ class ImageItem:
 
 
 def read_images(folder: Path) -> list[ImageItem]:
-    """The images of a folder by name: of bench.quality.images with their prompts, of any other folder without.
+    """Reads a folder in name order: one of bench.quality.images with prompts, any other without.
 
-    Raises BenchError where there are none, or where files of a known folder are absent or changed.
+    Raises BenchError if it has no images, or if files of a bench.quality.images folder are missing or changed.
     """
     if (folder / "manifest.json").is_file():
         images = ImageFolder(folder)
@@ -46,7 +46,7 @@ def read_images(folder: Path) -> list[ImageItem]:
 
 
 def with_prompts(items: Sequence[ImageItem], metric: str) -> list[tuple[Path, str]]:
-    """Raises BenchError where an image's prompt is not known."""
+    """Returns paths and prompts. Raises BenchError if a prompt is unknown."""
     pairs = [(item.path, item.prompt) for item in items if item.prompt is not None]
     if len(pairs) < len(items):
         raise BenchError(f"{metric}: needs the prompt of every image; needed is a folder of bench.quality.images")
@@ -54,7 +54,7 @@ def with_prompts(items: Sequence[ImageItem], metric: str) -> list[tuple[Path, st
 
 
 def batches(paths: Sequence[Path], prepare: Prepare, size: int) -> Iterator[Tensor]:
-    """[B, 3, H, W] of `size` images at a time, in order; the next are decoded meanwhile."""
+    """Yields [B, 3, H, W] of `size` images in order, and decodes the next batch meanwhile."""
     with ThreadPoolExecutor(THREADS) as pool:
         groups = [paths[first : first + size] for first in range(0, len(paths), size)]
         pending = [pool.submit(_stacked, groups[0], prepare)]
@@ -74,15 +74,15 @@ def _opened(path: Path) -> Image.Image:
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] in [0, 1]."""
+    """Returns [3, H, W] in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def center_crop(size: int) -> Prepare:
-    """Shorter side to `size` (bilinear, antialiased), then the square in the middle, in [0, 1].
+    """Resizes the shorter side to `size` (bilinear, antialiased) and crops the central square, in [0, 1].
 
-    As torchvision's Resize, CenterCrop, ToTensor, which NVlabs' tools/metrics/pytorch-fid/compute_fid.py applies to
-    both sets.
+    Equals torchvision's Resize, CenterCrop and ToTensor, which NVlabs' tools/metrics/pytorch-fid/compute_fid.py applies
+    to both sets.
     """
 
     def prepare(image: Image.Image) -> Tensor:

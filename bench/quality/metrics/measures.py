@@ -1,4 +1,4 @@
-"""Each metric from images to a figure, by the networks it is given."""
+"""Computes each metric from images with a given network."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +22,9 @@ BATCH = 50  # upstream's
 
 
 def fid(items: Sequence[ImageItem], reference: Path, network: Network, size: int, keep: Path | None = None) -> float:
-    """Fréchet distance between the images and those of `reference`, a folder or an .npz of pytorch-fid.
+    """Returns the Fréchet distance between the images and `reference`, a folder or pytorch-fid's .npz.
 
-    size: what both are cut to, upstream's --img_size. keep: where the statistics of the reference are written for the
-    next time.
+    size: both sets are cropped to it, upstream's --img_size. keep: writes the reference's statistics there for reuse.
     """
     if reference.suffix == ".npz":
         reference_moments = Moments.read(reference)
@@ -47,16 +46,16 @@ def _features(items: Sequence[ImageItem], network: Network, size: int) -> Featur
 
 
 def clip_score(items: Sequence[ImageItem], network: ImageText) -> Interval:
-    """Logit scale times cosine of image and prompt, its mean over images with an interval.
+    """Returns the mean of logit scale times cosine of image and prompt, with its interval.
 
-    Source: NVlabs' tools/metrics/clip-score/clip_score.py. HPSv2 is the same of its own network, times 100.
+    Source: NVlabs' tools/metrics/clip-score/clip_score.py.
     """
     scale = network.logit_scale
     return mean_interval([scale * value for value in _cosines(items, network, "clip")])
 
 
 def hps(items: Sequence[ImageItem], network: ImageText) -> Interval:
-    """100 times the cosine of image and prompt in HPSv2's space (tgxs002/HPSv2, hpsv2/img_score.py)."""
+    """Returns 100 times the cosine of image and prompt in HPSv2's space (tgxs002/HPSv2, hpsv2/img_score.py)."""
     return mean_interval([100 * value for value in _cosines(items, network, "hps")])
 
 
@@ -70,7 +69,7 @@ def _cosines(items: Sequence[ImageItem], network: ImageText, metric: str) -> lis
 
 
 def cmmd(items: Sequence[ImageItem], reference: Path, network: ImageText) -> float:
-    """Maximum mean discrepancy between CLIP embeddings of the images and of those in the folder `reference`."""
+    """Returns the maximum mean discrepancy between CLIP embeddings of the images and of the folder `reference`."""
     sets = (items, read_images(reference))
     first, second = (
         np.concatenate(
@@ -85,7 +84,7 @@ def cmmd(items: Sequence[ImageItem], reference: Path, network: ImageText) -> flo
 
 
 def judge_score(items: Sequence[ImageItem]) -> dict[str, Any]:
-    """The tiny world's judge: share of right images by category, and the mean over categories as GenEval has it."""
+    """Returns the tiny world's judge: share of correct images by category, and its mean as GenEval's."""
     correct: dict[str, list[float]] = {}
     for path, prompt in with_prompts(items, "judge"):
         with Image.open(path) as image:

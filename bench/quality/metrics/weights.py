@@ -1,4 +1,4 @@
-"""Weights of the networks that judge: their published names, where they lie, and what they are."""
+"""Weights of the metrics' networks: published names, local files, checksums."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from bench.harness.errors import BenchError
 
 
 class UnavailableError(BenchError):
-    """A metric cannot be taken here: which package or file is missing, and where it comes from."""
+    """A metric is unavailable: the message names the missing package or file and its source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A file as its authors publish it: below a hub repository, or at a URL where `hub` is None."""
+    """A published file: of a hub repository, or at a URL if `hub` is None."""
 
     file: str
     hub: str | None = None
@@ -25,7 +25,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A file of weights that is here."""
+    """A local file of weights."""
 
     path: Path
     sha256: str
@@ -37,16 +37,16 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class WeightLocations:
-    """Where to look: a folder (its files, or <hub repository's name>/<file>), else the caches of torch and the hub.
+    """Search places: a folder (its files, or <hub repository's name>/<file>), else the caches of torch and the hub.
 
-    download: whether what is absent is fetched.
+    download: fetches missing files.
     """
 
     folder: Path | None = None
     download: bool = False
 
     def find(self, metric: str, published: Published) -> WeightFile:
-        """Raises UnavailableError where it is absent."""
+        """Returns the local file. Raises UnavailableError if it is missing."""
         path = (
             self._in_folder(published)
             if self.folder

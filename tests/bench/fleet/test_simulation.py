@@ -89,7 +89,7 @@ def test_without_a_card_nothing_is_taken() -> None:
 def test_clients_that_wait_are_a_closed_loop() -> None:
     fleet = Fleet(1, 10.0, Limits(max_batch=4), clients=4)
     result = simulate(SimulationConfig(fleet, 0.0, shares=ONE), FAKE)
-    assert result["throughput"] == pytest.approx(20, rel=0.05)  # one alone and three together, in turn
+    assert result["throughput"] == pytest.approx(20, rel=0.05)  # batches of one and of three in turn
 
 
 @pytest.mark.parametrize("scale", ["cluster", "chart"])

@@ -1,4 +1,4 @@
-"""How a program that measures ends: what it prints where, and its exit code."""
+"""bench.harness.cli: output and exit code of a benchmark."""
 
 import json
 

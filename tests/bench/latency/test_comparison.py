@@ -1,4 +1,4 @@
-"""bench.latency: both sides make the same picture from the same tensors, and the figures are what they are called."""
+"""bench.latency: both sides make the same image from the same tensors, and the figures are correctly named."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 
 from bench.harness.errors import BenchError
 from bench.harness.memory import peak_rise
-from bench.harness.pipelines import DiffusersPipeline, EnginePipeline, Workload, pipeline
+from bench.harness.pipelines import DiffusersPipeline, EnginePipeline, Workload, build_diffusers_pipeline
 from bench.latency.__main__ import main
 from bench.latency.comparison import PromptPool
 from bench.latency.shared_weights import SharedWeights
@@ -69,7 +69,7 @@ def test_two_pipelines_hold_the_same_tensors(folder: Path) -> None:
     weights = SharedWeights(checkpoint.weights, torch.bfloat16)
     shared = replace(checkpoint, weights=weights)
     ours, body = shared.load_transformer(torch.bfloat16, CPU), shared.load_text_body(torch.bfloat16, CPU)
-    theirs = pipeline(shared, torch.bfloat16, CPU)
+    theirs = build_diffusers_pipeline(shared, torch.bfloat16, CPU)
     for first, second in ((ours, theirs.transformer), (body, theirs.text_encoder)):
         addresses = {key: tensor.data_ptr() for key, tensor in first.state_dict().items()}
         assert addresses == {key: tensor.data_ptr() for key, tensor in second.state_dict().items()}

@@ -1,4 +1,4 @@
-"""bench.load.overload: what it measures adds up, and every bound that is broken is named."""
+"""bench.load.overload: its counts add up, and every broken bound is named."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ def load(p99: float, refused: float | None = None, goodput: float = 80.0, other:
         (load(301, 19), "accepted p99 301.0 ms, must be under 300.0 ms"),
         (load(299, 21), "refused p99 21.0 ms, must be under 20 ms"),
         (load(299, 19, goodput=75.0), "goodput 75.0/s, at capacity it was 80.0/s"),
-        (load(299, 19, other=1), "1 requests got neither a picture nor 429"),
+        (load(299, 19, other=1), "1 requests got neither an image nor 429"),
     ],
 )
 def test_a_broken_bound_is_named(over: dict[str, Any], message: str | None) -> None:

@@ -44,7 +44,7 @@ def test_a_run_on_the_fake_engine_loses_nothing(capsys: pytest.CaptureFixture[st
         ["--concurrency", "4"],
         ["--concurrency", "4", "--requests", "9", "--rate", "3"],
         ["--rate", "3", "--seconds", "1", "--check", "fake", "--format", "jpeg"],
-        ["--rate", "3", "--seconds", "1", "--url", "http://127.0.0.1:1", "--check", "alone"],
+        ["--rate", "3", "--seconds", "1", "--url", "http://127.0.0.1:1", "--check", "rerun"],
     ],
 )
 def test_contradictions_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def request(seed: int = 0) -> ImageRequest:
 
 
 def send_to(handler: Handler, send: Callable[[LoadGenerator], Awaitable[list[RequestRecord]]]) -> list[RequestRecord]:
-    """What becomes of the orders that `send` sends to a server of one handler."""
+    """Returns the records of the requests that `send` sends to a server with this handler."""
 
     async def run() -> list[RequestRecord]:
         handled: list[asyncio.Task[None]] = []
@@ -127,7 +127,7 @@ def test_open_loop_does_not_wait_for_answers() -> None:
 def test_open_loop_counts_from_the_planned_time() -> None:
     async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if (await read_request(reader))["seed"] == 0:
-            time.sleep(0.3)  # the generator, on the same loop, cannot send what is due meanwhile
+            time.sleep(0.3)  # blocks the generator, which shares the loop
         writer.write(ANSWER)
 
     records = send_to(stall, lambda traffic: traffic.open_loop([request(seed) for seed in range(5)], 50.0))

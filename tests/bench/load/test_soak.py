@@ -1,4 +1,4 @@
-"""soak: a short one finds nothing wrong and tells what it saw; what grows, gets late or shows another job is found."""
+"""bench.load.soak: a short one finds nothing wrong; growth, slow responses and wrong images are found."""
 
 import json
 import random
@@ -95,7 +95,7 @@ def test_the_image_of_another_job_is_found(kind: str) -> None:
     expected = SoakRequest("plain", "POST", "/generate", jobs=(job,))
     headers = {"content-type": f"image/{kind}"}
     answers = [HttpResponse(200, headers, encode(expected_pixels(item), kind, 90)) for item in (job, other)]  # type: ignore[arg-type]
-    assert [expected.label(answer) for answer in answers] == ["200", "200 wrong picture"]
+    assert [expected.label(answer) for answer in answers] == ["200", "200 wrong image"]
 
 
 def test_a_drawing_is_the_file_of_its_pixels() -> None:

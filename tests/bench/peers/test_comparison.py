@@ -1,4 +1,4 @@
-"""bench.peers: every peer gets the same orders and its own environment; nothing that does not answer is a figure."""
+"""bench.peers: every peer gets the same requests and its own environment; a peer without answers gives no figure."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""fp8: each layer alone does less harm than all; the score is of fp8 pictures; the shipped checkpoint: slow."""
+"""bench.quality.fp8: one quantised layer harms less than all; the score is of fp8 images; the shipped one: slow."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What GenEval's evaluator writes, read as its summary_scores.py reads it."""
+"""bench.quality.geneval reads GenEval's results as its summary_scores.py does."""
 
 import json
 from pathlib import Path

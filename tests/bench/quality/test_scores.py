@@ -1,4 +1,4 @@
-"""bench.quality: each way to run a checkpoint gets the same captions, and is held against the first."""
+"""bench.quality: all variants get the same captions and are compared with the first."""
 
 import json
 import shutil

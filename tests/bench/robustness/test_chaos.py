@@ -51,13 +51,13 @@ def test_what_a_fault_does_not_excuse_is_lost(tmp_path: Path) -> None:
     fault = FaultScenario("x", 1, nothing, hit=frozenset({"500 engine_failed"}))
     scenario = Scenario(RestartingServer([], tmp_path / "log"), random.Random(0), 1, never_ok=1)
     result = fault_result(
-        fault, scenario, Counter({"500 engine_failed": 3, "silence": 2}), Counter({"200": 9, "200 wrong picture": 1})
+        fault, scenario, Counter({"500 engine_failed": 3, "silence": 2}), Counter({"200": 9, "200 wrong image": 1})
     )
     assert result.lost == 4
-    assert result.lost_what == {"hit: silence": 2, "bystander: 200 wrong picture": 1, "never got a picture": 1}
+    assert result.lost_what == {"hit: silence": 2, "bystander: 200 wrong image": 1, "never got an image": 1}
 
 
-def test_a_server_that_is_not_there_is_no_picture(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_is_no_image(tmp_path: Path) -> None:
     async def ask() -> str:
         scenario = Scenario(RestartingServer([], tmp_path / "log"), random.Random(0), 1)
         return await scenario.ask(scenario.new_job())

@@ -1,4 +1,4 @@
-"""fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
+"""bench.robustness.fuzz: a short campaign finds nothing, a failing server is found, and odd files are as described."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from server.generation.image_codec import decode
 
 
 def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    # Too short to tell growth: the rest is looked at.
+    # Too short for growth: only the rest is checked.
     main(["--images", "40", "--requests", "60", "--sdapi", "60", "--sessions", "16", "--offers", "40"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["campaigns"]
     names = ("images", "requests", "sdapi", "sessions", "offers")

@@ -1,4 +1,4 @@
-"""bench.roofline: counted work against hand-worked cases and torch's own counter; no line that hides what it is."""
+"""bench.roofline: counted work against hand-worked cases and torch's counter; every line says that it projects."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m bench.quality.images: an engine here, engines in processes of their own, a server; refusals in words."""
+"""bench.quality.images: an engine here, engines in child processes, a server; refusals with reasons."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Prompt sets in the form their authors publish them in, and what is no such set."""
+"""Prompt sets in their published form, and files that are no prompt sets."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Images in the evaluators' layout: whole, once, the same after a stop, and never of two makers in one folder."""
+"""Images in the evaluators' layout: whole, once, equal after a stop, and of one origin per folder."""
 
 import fcntl
 import io
@@ -26,7 +26,7 @@ SIDE = 64
 
 
 class Painter:
-    """A maker without a model: the fake engine's colours, different beside different batch mates."""
+    """A maker without a model: the fake engine's colours, which differ with the batch mates."""
 
     def __init__(self, facts: Mapping[str, Any] | None = None, batch: int = 3, fails_after: int | None = None) -> None:
         self.facts, self.batch, self._left = facts or {"checkpoint": "painter"}, batch, fails_after
@@ -100,7 +100,7 @@ def test_a_stopped_run_ends_with_the_same_files(tmp_path: Path) -> None:
     assert len(ImageFolder(tmp_path / "stopped").finished()) == 6
     (tmp_path / "stopped" / "images" / "00001.jpg").write_bytes(b"damaged")
     with (tmp_path / "stopped" / "images.jsonl").open("a") as journal:
-        journal.write('{"name": "00006.j')  # what a kill leaves
+        journal.write('{"name": "00006.j')  # left by a killed run
     again = Painter()
     result = make_images(prompts(), [again], ASKED, tmp_path / "stopped")
     assert (result["made_now"], result["missing"], result["twice"]) == (5, 0, 0)

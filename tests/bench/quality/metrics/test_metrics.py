@@ -1,5 +1,7 @@
-"""Metrics by small stand-ins for the networks: the arithmetic, the folders, and what is missing. The networks of the
-published figures: test_reference.py, in an environment of its own (make quality-proof)."""
+"""Metrics with small stand-ins for the networks: arithmetic, folders, missing weights.
+
+test_reference.py compares with the networks of the published figures, in a separate environment (make quality-proof).
+"""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
-"""FID and CLIP score beside their reference implementations, on 200 images and seeded weights, to 1e-3.
+"""FID and CLIP score against their reference implementations, on 200 images and seeded weights, to 1e-3.
 
-References: pytorch-fid's own path, torch-fidelity's own network, and OpenAI's clip with NVlabs' loop. All of it lives
-in an environment of its own (`make quality-proof`), because none of it enters ours.
+References: pytorch-fid's own path, torch-fidelity's own network, and OpenAI's clip with NVlabs' loop. They are
+installed in a separate environment (`make quality-proof`).
 """
 
 import os
@@ -89,8 +89,8 @@ def cut(sets: tuple[Path, Path, list[ImageItem]], tmp_path_factory: pytest.TempP
 
 
 def test_features_are_torch_fidelity_s(cut: tuple[Path, Path], inception_weights: Path) -> None:
-    """Given equal numbers: torch-fidelity scales bytes by (x - 128) / 128, pytorch-fid and NVlabs by x / 127.5 - 1, so
-    that its FID of these sets is 0.1157 where theirs is 0.1168."""
+    """Equal inputs are used: torch-fidelity scales bytes by (x - 128) / 128, pytorch-fid and NVlabs by x / 127.5 - 1.
+    With its own scaling its FID of these sets is 0.1157 where theirs is 0.1168."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network = FeatureExtractorInceptionV3("seeded", ["2048"], str(inception_weights))
