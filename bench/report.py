@@ -1,10 +1,10 @@
-"""docs/figures/bench.md and quality.md from the JSON documents in bench/results: caveats, tables, reproduction.
+"""Writes docs/figures/bench.md and quality.md from the JSON documents in bench/results.
 
     python -m bench.latency --model models/tiny --vs diffusers | tail -1 > bench/results/latency-tiny.json
     python -m bench.report
 
-A result is the last line that a bench program printed, one file each. Only what those files hold enters the page, and
-the same files always make the same page.
+A result file holds the last line that a bench program printed. The page contains nothing but those files, and the same
+files always make the same page.
 """
 
 import argparse
@@ -31,15 +31,15 @@ STAGES = ("text", "denoise", "decode")
 NO_GPU = "Nothing here was measured on a GPU. What concerns GPUs is a projection and says so in every line."
 CAVEATS = (
     "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
-    "Random weights (`random:...`) have the published size and cost the same time; their pictures are noise, and "
-    "distances between such pictures are no statement about quality.",
+    "Random weights (`random:...`) have the published size and cost the same time; their images are noise, and "
+    "distances between such images are no statement about quality.",
     "Ours and theirs run in turn in one process on the same tensors, every run with prompts that no cache has seen.",
     "Load is generated on the same machine that serves, and takes its share of it.",
 )
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """File name without ending -> result, by name. Raises BenchError for a file that is none."""
+    """Returns the results by file name without suffix. Raises BenchError for a file that is no result."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -57,7 +57,16 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 def _latency(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
     head = ("model", "size", "steps", "batch", "ours", "rival", "ours, s", "rival, s", "ratio", *STAGES, "over HTTP, s")
-    far_head = ("model", "size", "who", "PSNR to fp32, dB", "max abs", "PSNR to each other, dB", "peak, MiB", "tokens")
+    distance_head = (
+        "model",
+        "size",
+        "who",
+        "PSNR to fp32, dB",
+        "max abs",
+        "PSNR to each other, dB",
+        "peak, MiB",
+        "tokens",
+    )
     times, distances, bars = [], [], []
     for result in results.values():
         ours, theirs = result["ours"], result.get("theirs")
@@ -79,19 +88,19 @@ def _latency(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
                 http,
             ]
         )
-        for who, one in (("ours", ours), ("rival", theirs)):
-            if one:
-                parity = one["parity_to_fp32"] or {}
-                peak = result.get("peak_bytes", {}).get("ours" if one is ours else "theirs")
+        for who, item in (("ours", ours), ("rival", theirs)):
+            if item:
+                parity = item["parity_to_fp32"] or {}
+                peak = result.get("peak_bytes", {}).get("ours" if item is ours else "theirs")
                 each = result.get("parity_to_each_other", {}).get("psnr_db")
-                far = (parity.get("psnr_db"), parity.get("max_abs"), each)
+                distance_cells = (parity.get("psnr_db"), parity.get("max_abs"), each)
                 tokens = result["prompt_tokens"]["mean"]
-                distances.append([*shape, f"{who}: {_ran(one)}", *far, peak and peak / 2**20, tokens])
-                bars.append(Bar(f"{label}: {_ran(one)}", {stage: one["seconds"][stage]["p50"] for stage in STAGES}))
+                distances.append([*shape, f"{who}: {_ran(item)}", *distance_cells, peak and peak / 2**20, tokens])
+                bars.append(Bar(f"{label}: {_ran(item)}", {stage: item["seconds"][stage]["p50"] for stage in STAGES}))
     text = (
         "Medians in seconds from prompts to pixels; `ratio` is the rival's over ours, end to end and by stage.\n\n"
         f"{table(head, times)}\n\nHow far from fp32 on equally rounded weights, and from each other:\n\n"
-        f"{table(far_head, distances)}\n\n![Seconds by stage](bench-latency.svg)"
+        f"{table(distance_head, distances)}\n\n![Seconds by stage](bench-latency.svg)"
     )
     return text, {"bench-latency.svg": stacked_bars("From prompts to pixels", "s", bars)}
 
@@ -145,10 +154,10 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 
 
 def _quality(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
-    told = (
+    facts = (
         "Scores, distances and latency by precision, steps and start angle, with intervals: [quality.md](quality.md)."
     )
-    return told, {"quality.md": quality_page(results)}
+    return facts, {"quality.md": quality_page(results)}
 
 
 def _roofline(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
@@ -160,7 +169,7 @@ def _roofline(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
 
 
 def _peers(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
-    told = (
+    facts = (
         "The same engine, PNG encoder and batch limit (8) behind each server, one server at a time under one load "
         "generator. `fake:5` takes 5 ms a batch, whatever its size; clients are closed loops, rates open ones."
     )
@@ -169,7 +178,7 @@ def _peers(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
         known = {peer: version for peer, version in result["versions"].items() if version}  # ours is no package
         releases = [f"{peer} {version}" for peer, version in known.items()]
         parts.append(f"{peers.show(result)}\n\nReleases: {', '.join(releases)}.")
-    return "\n\n".join([told, *parts]), {}
+    return "\n\n".join([facts, *parts]), {}
 
 
 def _acceptance(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
@@ -206,7 +215,7 @@ def _by(size: Sequence[int]) -> str:
 
 
 def render(results: Mapping[str, Result]) -> dict[str, str]:
-    """File name -> text: bench.md and its plots."""
+    """Returns bench.md and its plots: text by file name."""
     lines = [
         "# Benchmarks",
         "",
@@ -215,39 +224,39 @@ def render(results: Mapping[str, Result]) -> dict[str, str]:
         "## Caveats",
         "",
     ]
-    on_gpu = any("cuda" in str(one.get("device", one.get("engine"))) for one in results.values())
+    on_gpu = any("cuda" in str(item.get("device", item.get("engine"))) for item in results.values())
     lines += [f"- {caveat}" for caveat in (CAVEATS if on_gpu else (NO_GPU, *CAVEATS))]
-    busy = [name for name, one in results.items() if _busy(one) and one["program"] != "bench.roofline"]
+    busy = [name for name, item in results.items() if _busy(item) and item["program"] != "bench.roofline"]
     if busy:
         lines.append(
             f"- The machine had other work during {', '.join(busy)}: times are too long, ratios roughly right."
         )
     files: dict[str, str] = {}
     for program, (title, section) in SECTIONS.items():
-        mine = {name: result for name, result in results.items() if result["program"] == program}
-        if mine:
-            text, plots = section(mine)
+        own_results = {name: result for name, result in results.items() if result["program"] == program}
+        if own_results:
+            text, plots = section(own_results)
             files |= plots
             lines += ["", f"## {title}", "", text]
     lines += ["", "## Reproduction", ""]
     for name, result in results.items():
-        told = result["machine"]
+        facts = result["machine"]
         lines += [
             f"### {name}",
             "",
             f"    {result['command']} | tail -1 > bench/results/{name}.json",
             "",
-            f"{told['date']}, revision {told['revision']}, {told['cores']} cores of {told['cpu']}, "
-            f"{told['memory_gib']} GiB, Python {told['python']}, torch {told['torch']}, load average "
-            f"{told['load_average']} at the end.",
+            f"{facts['date']}, revision {facts['revision']}, {facts['cores']} cores of {facts['cpu']}, "
+            f"{facts['memory_gib']} GiB, Python {facts['python']}, torch {facts['torch']}, load average "
+            f"{facts['load_average']} at the end.",
             "",
         ]
     return {"bench.md": "\n".join(lines).rstrip() + "\n", **files}
 
 
 def _busy(result: Result) -> bool:
-    told = result["machine"]
-    return bool(told["load_average"] > told["cores"] + 1)
+    facts = result["machine"]
+    return bool(facts["load_average"] > facts["cores"] + 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

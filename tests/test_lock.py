@@ -25,8 +25,6 @@ ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"])
 PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Imported by another name than the distribution's, and not installed by `make test`, so that nothing here can tell.
 NAMED = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
-# Runs bench/load/locustfile.py where it is installed; nothing of ours installs it.
-FOREIGN = ["locust"]
 
 
 def pins(lock: str) -> dict[str, Version]:
@@ -85,7 +83,7 @@ def imported_packages(folder: str) -> Iterator[str]:
 def test_what_is_imported_is_asked_for(folder: str) -> None:
     asked = {
         canonicalize_name(Requirement(line).name)
-        for lines in [*ASKED.values(), *EXTRAS.values(), PEERS, FOREIGN]
+        for lines in [*ASKED.values(), *EXTRAS.values(), PEERS]
         for line in lines
     }
     programs = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from bench.acceptance.plan import Plan, Step
+from bench.acceptance.plan import AcceptanceConfig, StepResult
 from bench.acceptance.report import show
 from bench.acceptance.steps import accept
-from bench.harness.cli import command, parse_size, told, words
+from bench.harness.cli import comma_separated, command, parse_size, run_benchmark
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.roofline.published import PAPER
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.hardware import capability_text, this_machine
@@ -47,9 +47,9 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -
     Raises SprintError for a checkpoint that cannot be opened.
     """
     device = torch.device(options.device)
-    found, steps = _about(options, device), list[Step]()
+    found, steps = _about(options, device), list[StepResult]()
 
-    def tell(step: Step) -> None:
+    def tell(step: StepResult) -> None:
         print(_line(step), file=sys.stderr, flush=True)
         steps.append(step)
         found["steps"] = [one.to_dict() for one in steps]
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -
 
     for model in options.models:
         size = options.size or open_checkpoint(model).settings.default_size
-        plan = Plan(
+        plan = AcceptanceConfig(
             model=model,
             device=device,
             engines=options.engines,
@@ -83,7 +83,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "card": here.gpu if device.type == "cuda" else here.cpu,
         "compute_capability": capability_text(here.capability) if device.type == "cuda" else None,
         "driver": here.driver,
-        "machine": machine(),
+        "machine": host_facts(),
         "failed": 0,
         "steps": [],
         "paper": [
@@ -94,7 +94,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _line(step: Step) -> str:
+def _line(step: StepResult) -> str:
     return f"{step.outcome}: {step.model}: {step.name}, {step.seconds:.0f} s" + (
         f": {step.reason}" if step.reason else ""
     )
@@ -110,14 +110,20 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", type=words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
+    parser.add_argument(
+        "--models", type=comma_separated, default=MODELS, help="folders, hub ids, random:<name>; with commas"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--precisions", type=words, default=(), help="of built engines; default fp16,fp8 on a GPU")
+    parser.add_argument(
+        "--precisions", type=comma_separated, default=(), help="of built engines; default fp16,fp8 on a GPU"
+    )
     parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: each checkpoint's)")
     parser.add_argument("--batches", type=numbers, default=(1, 2, 4, 8, 16))
     parser.add_argument("--steps", type=numbers, default=(1, 2, 4))
     parser.add_argument("--runs", type=int, default=10, help="of each measurement, after one more")
-    parser.add_argument("--peers", type=words, default=PEERS, help="among diffusers,diffusers-compiled; '' for none")
+    parser.add_argument(
+        "--peers", type=comma_separated, default=PEERS, help="among diffusers,diffusers-compiled; '' for none"
+    )
     parser.add_argument("--engines", type=Path, default=ROOT / "build" / "accept", help="folder for built engines")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     given = sys.argv[1:] if argv is None else argv
@@ -138,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BenchError("device: torch sees no GPU; --device cpu runs what a CPU can")
         return run(options, lambda so_far: keep(so_far, options.out))
 
-    return told(kept, show, lambda found: found["failed"] > 0)
+    return run_benchmark(kept, show, lambda found: found["failed"] > 0)
 
 
 def keep(found: dict[str, Any], folder: Path) -> None:

@@ -16,7 +16,7 @@ class SkippedError(BenchError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class AcceptanceConfig:
     """What is accepted, and how thoroughly. Sizes in pixels, width first."""
 
     model: str
@@ -39,7 +39,7 @@ class Plan:
 
 
 @dataclass
-class Step:
+class StepResult:
     """How one step went. figures: what it found; rows: measurements."""
 
     model: str

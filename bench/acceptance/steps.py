@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.acceptance.plan import Plan, SkippedError, Step
+from bench.acceptance.plan import AcceptanceConfig, SkippedError, StepResult
 from bench.harness.errors import BenchError
-from bench.harness.pipelines import STAGES, Diffusers, Ours, Subject, Task
+from bench.harness.pipelines import STAGES, DiffusersPipeline, EnginePipeline, Pipeline, Workload
 from bench.harness.subprocess_call import run_in_subprocess
-from bench.harness.summary import spread
+from bench.harness.summary import percentiles
 from distill.evaluation.scores import evaluation_prompts
 from engines.artifacts.manifest import NATIVE
 from engines.artifacts.reference import max_activations
@@ -40,19 +40,19 @@ FP16_LARGEST = 65504
 STEP_LIMIT_S = 2 * 3600  # the longest compile every kernel of five batch sizes
 
 
-def accept(plan: Plan, tell: Callable[[Step], object]) -> list[Step]:
+def accept(plan: AcceptanceConfig, tell: Callable[[StepResult], object]) -> list[StepResult]:
     """Every step of `plan`, in order; `tell` hears of each as it ends."""
     done = []
     for name, _ in _steps(plan):
-        step = run_apart(plan, name) if plan.on_gpu else run_step(plan, name)
+        step = run_step_in_subprocess(plan, name) if plan.on_gpu else run_step(plan, name)
         tell(step)
         done.append(step)
     return done
 
 
-def run_step(plan: Plan, name: str) -> Step:
+def run_step(plan: AcceptanceConfig, name: str) -> StepResult:
     """One step of `plan`; whatever it raises is its outcome."""
-    step = Step(plan.model, name)
+    step = StepResult(plan.model, name)
     began = time.perf_counter()
     try:
         dict(_steps(plan))[name](step)
@@ -65,20 +65,20 @@ def run_step(plan: Plan, name: str) -> Step:
     return step
 
 
-def run_apart(plan: Plan, name: str) -> Step:
+def run_step_in_subprocess(plan: AcceptanceConfig, name: str) -> StepResult:
     """`run_step` in a process of its own; if that dies, it is the step's outcome."""
     began = time.perf_counter()
     try:
         return run_in_subprocess(STEP_LIMIT_S, run_step, plan, name)
     except BenchError as error:
-        return Step(plan.model, name, "failed", str(error), round(time.perf_counter() - began, 1))
+        return StepResult(plan.model, name, "failed", str(error), round(time.perf_counter() - began, 1))
 
 
-def _steps(plan: Plan) -> Iterator[tuple[str, Callable[[Step], None]]]:
+def _steps(plan: AcceptanceConfig) -> Iterator[tuple[str, Callable[[StepResult], None]]]:
     yield "activation ranges", lambda step: _ranges(plan, step)
     for precision in plan.precisions:
         yield f"build {precision}", lambda step, p=precision: _build(plan, p, step)  # type: ignore[misc]  # default
-        yield f"pictures {precision}", lambda step, p=precision: _pictures(plan, p, step)  # type: ignore[misc]
+        yield f"pictures {precision}", lambda step, p=precision: _images(plan, p, step)  # type: ignore[misc]
     yield "graphs", lambda step: _graphs(plan, step)
     for precision in plan.precisions:
         yield f"latency engine {precision}", lambda step, p=precision: _latency(plan, step, _built(plan, p))  # type: ignore[misc]
@@ -88,7 +88,7 @@ def _steps(plan: Plan) -> Iterator[tuple[str, Callable[[Step], None]]]:
         yield f"latency {peer}", lambda step, p=peer: _latency(plan, step, _peer(plan, p))  # type: ignore[misc]
 
 
-def _ranges(plan: Plan, step: Step) -> None:
+def _ranges(plan: AcceptanceConfig, step: StepResult) -> None:
     """The largest value that goes through each module on real prompts, in fp32; the decoder first."""
     checkpoint = open_checkpoint(plan.model)
     unit = checkpoint.autoencoder.compression
@@ -108,7 +108,7 @@ def _ranges(plan: Plan, step: Step) -> None:
         step.figures[name] = {"part": part, "peak": peak, "of_fp16": peak / FP16_LARGEST}
 
 
-def _build(plan: Plan, precision: str, step: Step) -> None:
+def _build(plan: AcceptanceConfig, precision: str, step: StepResult) -> None:
     """Raises BenchError where an fp8 engine of TensorRT has no layer in fp8."""
     gpu = "native" if plan.on_gpu else "cpu"
     out = plan.folder(precision)
@@ -137,7 +137,7 @@ def _build(plan: Plan, precision: str, step: Step) -> None:
         raise BenchError(f"no layer of the transformer runs in fp8; the inspector tells {layers}")
 
 
-def _pictures(plan: Plan, precision: str, step: Step) -> None:
+def _images(plan: AcceptanceConfig, precision: str, step: StepResult) -> None:
     """Built engines against eager fp32 on the same device; again, and alone. Raises BenchError, ParityError."""
     jobs = _jobs(plan, max(plan.batches), plan.steps[0])
     folder = str(_folder(plan, precision))
@@ -162,7 +162,7 @@ def _pictures(plan: Plan, precision: str, step: Step) -> None:
         raise BenchError("the same jobs twice gave different bytes")
 
 
-def _graphs(plan: Plan, step: Step) -> None:
+def _graphs(plan: AcceptanceConfig, step: StepResult) -> None:
     """Captures every graph of PyTorch's modules; replays equal plain runs. Without a GPU: the book alone."""
     precision = "bf16" if plan.on_gpu else "fp32"
 
@@ -194,7 +194,7 @@ def _graphs(plan: Plan, step: Step) -> None:
         raise BenchError(f"replays differ from plain runs by {worst:.0f} of 255, allowed is 1")
 
 
-def _largest_fitting(plan: Plan, load: Callable[[int], T]) -> T:
+def _largest_fitting(plan: AcceptanceConfig, load: Callable[[int], T]) -> T:
     """What `load` gives for the largest batch that the device has memory for, and kernels with indices wide enough.
 
     Raises what the smallest batch raises.
@@ -208,26 +208,26 @@ def _largest_fitting(plan: Plan, load: Callable[[int], T]) -> T:
     return load(min(plan.batches))
 
 
-Made = Callable[[], tuple[Subject, Mapping[str, object]]]
+PipelineFactory = Callable[[], tuple[Pipeline, Mapping[str, object]]]
 
 
-def _built(plan: Plan, precision: str) -> Made:
-    def make() -> tuple[Subject, Mapping[str, object]]:
+def _built(plan: AcceptanceConfig, precision: str) -> PipelineFactory:
+    def make() -> tuple[Pipeline, Mapping[str, object]]:
         options: dict[str, Any] = {"device": str(plan.device), "max_batch": max(plan.batches)}
-        engine = Ours(open_checkpoint(plan.model), engine_dir=str(_folder(plan, precision)), **options)
+        engine = EnginePipeline(open_checkpoint(plan.model), engine_dir=str(_folder(plan, precision)), **options)
         return engine, {"who": "ours", "how": f"engine {precision}"}
 
     return make
 
 
-def _unbuilt(plan: Plan, backend: str) -> Made:
-    def make() -> tuple[Subject, Mapping[str, object]]:
+def _unbuilt(plan: AcceptanceConfig, backend: str) -> PipelineFactory:
+    def make() -> tuple[Pipeline, Mapping[str, object]]:
         precision = "bf16" if plan.on_gpu else "fp32"
         options: dict[str, Any] = {"precision": precision, "device": str(plan.device)}
         checkpoint = open_checkpoint(plan.model)
 
-        def load(largest: int) -> Ours:
-            return Ours(checkpoint, backend=backend, max_batch=largest, **options)
+        def load(largest: int) -> EnginePipeline:
+            return EnginePipeline(checkpoint, backend=backend, max_batch=largest, **options)
 
         try:
             return _largest_fitting(plan, load), {"who": "ours", "how": f"{backend} {precision}"}
@@ -237,11 +237,11 @@ def _unbuilt(plan: Plan, backend: str) -> Made:
     return make
 
 
-def _peer(plan: Plan, name: str) -> Made:
-    def make() -> tuple[Subject, Mapping[str, object]]:
+def _peer(plan: AcceptanceConfig, name: str) -> PipelineFactory:
+    def make() -> tuple[Pipeline, Mapping[str, object]]:
         precision = "bf16" if plan.on_gpu else "fp32"
         try:
-            rival = Diffusers(
+            rival = DiffusersPipeline(
                 open_checkpoint(plan.model), precision, plan.device, compiled=name == "diffusers-compiled"
             )
         except ImportError as error:
@@ -251,7 +251,7 @@ def _peer(plan: Plan, name: str) -> Made:
     return make
 
 
-def _latency(plan: Plan, step: Step, make: Made) -> None:
+def _latency(plan: AcceptanceConfig, step: StepResult, make: PipelineFactory) -> None:
     """Seconds by stage for every number of steps and batch, after one unmeasured run of each."""
     subject, told = make()
     step.figures = dict(subject.facts)
@@ -265,7 +265,7 @@ def _latency(plan: Plan, step: Step, make: Made) -> None:
             except (SprintError, RuntimeError) as error:  # memory, and tensors of 2³¹ elements
                 row["refused"] = _line(error)
                 continue
-            seconds = {stage: spread([one.seconds[stage] for one in made]) for stage in (*STAGES, "total")}
+            seconds = {stage: percentiles([one.seconds[stage] for one in made]) for stage in (*STAGES, "total")}
             total = seconds["total"]
             assert total is not None
             row |= {"seconds": seconds, "pictures_per_second": round(batch / total["p50"], 3)}
@@ -282,16 +282,16 @@ def _texts() -> Iterator[str]:
         number += 1
 
 
-def _task(plan: Plan, texts: Iterator[str], steps: int, batch: int) -> Task:
-    return Task([next(texts) for _ in range(batch)], list(range(batch)), *plan.size, steps)
+def _task(plan: AcceptanceConfig, texts: Iterator[str], steps: int, batch: int) -> Workload:
+    return Workload([next(texts) for _ in range(batch)], list(range(batch)), *plan.size, steps)
 
 
-def _jobs(plan: Plan, count: int, steps: int) -> list[Job]:
+def _jobs(plan: AcceptanceConfig, count: int, steps: int) -> list[Job]:
     prompts = evaluation_prompts(count)
     return [Job(prompt.text, seed, *plan.size, steps) for seed, prompt in enumerate(prompts)]
 
 
-def _folder(plan: Plan, precision: str) -> Path:
+def _folder(plan: AcceptanceConfig, precision: str) -> Path:
     folder = plan.folder(precision)
     if not folder.is_dir():
         raise SkippedError(f"no engines in {precision} were built")
@@ -302,7 +302,7 @@ def _stack(images: Sequence[RawImage]) -> torch.Tensor:
     return torch.stack([torch.tensor(image.pixels) for image in images])
 
 
-def _free(plan: Plan) -> None:
+def _free(plan: AcceptanceConfig) -> None:
     gc.collect()
     if plan.on_gpu:
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.budget.engine import BACKENDS, count_request
 from bench.budget.totals import document, show
-from bench.harness.cli import parse_size, told
+from bench.harness.cli import parse_size, run_benchmark
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.append(show(counted, found, about))
         return found
 
-    return told(measured, lambda _: tables[-1])
+    return run_benchmark(measured, lambda _: tables[-1])
 
 
 if __name__ == "__main__":

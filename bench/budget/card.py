@@ -20,7 +20,7 @@ from bench.budget.events import Event, Launch, Mark, Replay, Transfer, Wait
 from bench.budget.kernels import call_of as kernel_call
 from bench.budget.memory import Memory
 from bench.harness.errors import BenchError
-from bench.roofline.op_counter import Recorder, call_of, tensors_in
+from bench.roofline.op_counter import CallRecorder, call_of, tensors_in
 from engines.kernels.op import Launcher
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
@@ -194,7 +194,7 @@ def _there(value: Any) -> Any:
     return value
 
 
-class _Calls(Recorder):  # type: ignore[no-untyped-call]  # torch's own
+class _Calls(CallRecorder):  # type: ignore[no-untyped-call]  # torch's own
     """Counts calls whose tensors are on the card, and copies between card and host."""
 
     def __init__(self, card: Card):

@@ -1,1 +1,1 @@
-"""How many cards a load needs: the server's own queue and scaling rules on the time of a simulation."""
+"""Capacity planning: the server's own queue and scaling rules, simulated on virtual time."""

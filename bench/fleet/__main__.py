@@ -1,12 +1,12 @@
-"""A fleet of cards under a load, simulated: the server's own queue, batches and deadlines on virtual time.
+"""Simulates a fleet of cards under a load: the server's own queue, batches and deadlines on virtual time.
 
     python -m bench.fleet --cards 4 --rate 150 --seconds 600 --stages bench/results/h100-2026-11-27.jsonl
     python -m bench.fleet --rate 1000 --p99-ms 500 --seconds 600 --stages bench/results/h100-2026-11-27.jsonl
     python -m bench.fleet --cards 2 --rate 60 --seconds 60 --stages fake:50 --plot fleet.svg
 
-Without --cards: the fewest that reach --p99-ms. Where the traffic needs more than --events, a cell of the fleet is
-simulated with its share, and `simulated_cards` says of how many. Prints a table, then one JSON document as the last
-line. What is not modelled: the network, the host's processors, and a card that is slow without failing.
+Without --cards it finds the fewest that reach --p99-ms. Traffic of more than --events is simulated on a part of the
+fleet with its share; `simulated_cards` has its size. Prints a table, then one JSON document as the last line. Not
+modelled: the network, the host's processors, and a card that is slow without failing.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.fleet.arrivals import KINDS, mix, recorded
+from bench.fleet.arrivals import ARRIVALS, parse_mix, read_arrivals
 from bench.fleet.replica import Limits
 from bench.fleet.routing import POLICIES
-from bench.fleet.run import DAY_S, Goal, Question, enough, simulate
+from bench.fleet.run import DAY_S, LatencyGoal, SimulationConfig, fewest_cards, simulate
 from bench.fleet.scaling import RULES
 from bench.fleet.simulation import Fleet
-from bench.fleet.stages import load
-from bench.harness.cli import command, told
+from bench.fleet.stages import load_stages
+from bench.harness.cli import command, run_benchmark
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.harness.svg_chart import Panel, line_panels
 
@@ -41,9 +41,14 @@ def parser() -> argparse.ArgumentParser:
     add("--stages", required=True, help="a .jsonl that a card was measured into, a .json of rows, or fake:MS")
     add("--precision", default="bf16", choices=("bf16", "fp8"), help="of measured stages (default bf16)")
     add("--http-ms", type=float, help="of a request, beside engine and encoder (default: as measured, or 0)")
-    add("--arrivals", default="poisson", help=f"{', '.join(KINDS)}, or a file of recorded ones (default poisson)")
+    add("--arrivals", default="poisson", help=f"{', '.join(ARRIVALS)}, or a file of recorded ones (default poisson)")
     add("--period-s", type=float, default=DAY_S, help="the day of diurnal arrivals (default 86400)")
-    add("--mix", type=mix, default=mix("1024:1:1"), help="SIZE:STEPS:SHARE, several with commas (default 1024:1:1)")
+    add(
+        "--mix",
+        type=parse_mix,
+        default=parse_mix("1024:1:1"),
+        help="SIZE:STEPS:SHARE, several with commas (default 1024:1:1)",
+    )
     add("--clients", type=int, default=0, help="closed loop instead of --rate: so many, each waiting for its answer")
     add("--max-batch", type=int, default=8)
     add("--max-queue", type=int, default=128)
@@ -67,16 +72,16 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
-def question(options: argparse.Namespace, ready_s: float) -> Question:
-    """Raises BenchError."""
-    if bool(options.rate) + bool(options.clients) + (options.arrivals not in KINDS) != 1:
+def config_of(options: argparse.Namespace, ready_s: float) -> SimulationConfig:
+    """Returns the simulation of these options. Raises BenchError."""
+    if bool(options.rate) + bool(options.clients) + (options.arrivals not in ARRIVALS) != 1:
         raise BenchError("needed is one of --rate, --clients and a file as --arrivals")
     fleet = Fleet(
         cards=options.cards or 1,
         seconds=options.seconds,
         limits=Limits(options.max_batch, options.max_queue, options.timeout_ms / 1000),
         routing=options.routing,
-        lost=tuple(map(_loss, options.lose)),
+        lost=tuple(map(_parse_loss, options.lose)),
         start_s=ready_s if options.start_s is None else options.start_s,
         least=options.least,
         most=options.most,
@@ -84,24 +89,24 @@ def question(options: argparse.Namespace, ready_s: float) -> Question:
         warmup_s=options.warmup_s,
         seed=options.seed,
     )
-    return Question(
+    return SimulationConfig(
         fleet,
         options.rate,
         shares=tuple(options.mix),
         arrivals=options.arrivals,
         period_s=options.period_s,
-        recorded=() if options.arrivals in KINDS else tuple(recorded(Path(options.arrivals))),
+        recorded=() if options.arrivals in ARRIVALS else tuple(read_arrivals(Path(options.arrivals))),
         scale=options.scale,
         target_waiting_jobs=options.target_waiting_jobs,
         upscale_delay_s=options.upscale_delay_s,
         downscale_delay_s=options.downscale_delay_s,
         deadline_ms=options.deadline_ms,
         price=options.price,
-        most_events=options.events,
+        max_events=options.events,
     )
 
 
-def _loss(text: str) -> tuple[float, int]:
+def _parse_loss(text: str) -> tuple[float, int]:
     cards, _, second = text.partition("@")
     try:
         return float(second), int(cards)
@@ -109,37 +114,37 @@ def _loss(text: str) -> tuple[float, int]:
         raise BenchError(f"--lose: got {text!r}, needed is CARDS@SECOND, such as 1@300") from error
 
 
-def answer(options: argparse.Namespace, called: str) -> dict[str, Any]:
-    stages = load(options.stages, options.precision, options.http_ms)
-    asked = question(options, stages.ready_s)
-    found = simulate(asked, stages) if options.cards else enough(asked, stages, Goal(options.p99_ms))
+def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
+    stages = load_stages(options.stages, options.precision, options.http_ms)
+    config = config_of(options, stages.ready_s)
+    result = simulate(config, stages) if options.cards else fewest_cards(config, stages, LatencyGoal(options.p99_ms))
     if options.plot:
-        options.plot.write_text(plot(found))
-    return {"program": "bench.fleet", "command": called, "machine": machine(), **found}
+        options.plot.write_text(plot(result))
+    return {"program": "bench.fleet", "command": called, "machine": host_facts(), **result}
 
 
-def show(found: dict[str, Any]) -> str:
-    names = [name for name in found if name not in ("program", "command", "machine", "cards_over_time")]
-    return table(("fact", "value"), [[name.replace("_", " "), found[name]] for name in names])
+def show(result: dict[str, Any]) -> str:
+    names = [name for name in result if name not in ("program", "command", "machine", "cards_over_time")]
+    return table(("fact", "value"), [[name.replace("_", " "), result[name]] for name in names])
 
 
-def plot(found: dict[str, Any]) -> str:
-    steps = [(float(at), float(cards)) for at, cards in found["cards_over_time"]]
-    steps.append((found["seconds"], steps[-1][1]))
+def plot(result: dict[str, Any]) -> str:
+    steps = [(float(at), float(cards)) for at, cards in result["cards_over_time"]]
+    steps.append((result["seconds"], steps[-1][1]))
     corners = [(at, before[1]) for before, (at, _) in pairwise(steps)]
     cards = sorted([*steps, *corners])
-    latencies = [(float(share), found[f"p{share}_ms"] or 0.0) for share in (50, 95, 99)]
+    latencies = [(float(share), result[f"p{share}_ms"] or 0.0) for share in (50, 95, 99)]
     panels = [
         Panel("latency by percentile, ms", {"latency": latencies}),
         Panel("cards that are ready, by second", {"cards": cards}),
     ]
-    return line_panels(f"{found['rate']:g} requests/s on {found['cards']} cards", "", panels)
+    return line_panels(f"{result['rate']:g} requests/s on {result['cards']} cards", "", panels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(arguments)
-    return told(lambda: answer(options, command("bench.fleet", arguments)), show)
+    return run_benchmark(lambda: measure(options, command("bench.fleet", arguments)), show)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""When requests come, and what they ask for: seeded streams of (seconds, job), ascending, without an end."""
+"""Seeded arrival streams: endless (seconds, job) pairs in ascending order."""
 
 import json
 import math
@@ -11,9 +11,13 @@ from bench.harness.cli import parse_size
 from bench.harness.errors import BenchError
 from engines.types import Job
 
-BURST, BURST_S, CALM_S = 3.0, 5.0, 20.0  # bursty: so many times the calm rate, for so long, on average, so far apart
-SWING = 0.8  # diurnal: the rate swings by this share of its mean, from 0.2 to 1.8 of it
-KINDS = ("poisson", "bursty", "diurnal")
+BURST_FACTOR, BURST_S, CALM_S = (
+    3.0,
+    5.0,
+    20.0,
+)  # bursty: factor of the calm rate, mean seconds of a burst and between bursts
+DIURNAL_SWING = 0.8  # diurnal: the rate swings by this share of its mean, from 0.2 to 1.8 of it
+ARRIVALS = ("poisson", "bursty", "diurnal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,8 @@ class Share:
         return Job("", 0, self.width, self.height, self.steps)
 
 
-def mix(text: str) -> list[Share]:
-    """Of `1024x1024:1:0.8,512:2:0.2`: size, steps, share. Raises BenchError."""
+def parse_mix(text: str) -> list[Share]:
+    """Parses size, steps and share from `1024x1024:1:0.8,512:2:0.2`. Raises BenchError."""
     try:
         parts = [part.split(":") for part in text.split(",")]
         return [Share(*parse_size(size), int(steps), float(share)) for size, steps, share in parts]
@@ -40,7 +44,7 @@ def mix(text: str) -> list[Share]:
 
 
 def stream(kind: str, rate: float, shares: Sequence[Share], seed: int, period_s: float) -> Iterator[tuple[float, Job]]:
-    """`rate` a second on average; `period_s` is the day of `diurnal`, which begins at its mean and rises."""
+    """Returns arrivals at `rate` a second on average; a `diurnal` day of `period_s` starts at its mean and rises."""
     rng = random.Random(seed)
     times = {"poisson": _poisson, "bursty": _bursty}.get(kind)
     arriving = _diurnal(rate, rng, period_s) if times is None else times(rate, rng)
@@ -51,20 +55,20 @@ def stream(kind: str, rate: float, shares: Sequence[Share], seed: int, period_s:
     return ((at, choose.choices(jobs, weights)[0]) for at in arriving)
 
 
-def recorded(path: Path) -> list[tuple[float, Job]]:
-    """Lines of JSON with `at` (seconds), and `width`, `height`, `steps` where they are not 1024, 1024, 1.
+def read_arrivals(path: Path) -> list[tuple[float, Job]]:
+    """Reads JSON lines with `at` in seconds; `width`, `height`, `steps` default to 1024, 1024, 1.
 
     Raises BenchError.
     """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        found = [
+        arrivals = [
             (float(row["at"]), Job("", 0, row.get("width", 1024), row.get("height", 1024), row.get("steps", 1)))
             for row in rows
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchError(f'{path}: {error!r}; needed are lines such as {{"at": 0.5, "steps": 1}}') from error
-    return sorted(found, key=lambda one: one[0])
+    return sorted(arrivals, key=lambda arrival: arrival[0])
 
 
 def _poisson(rate: float, rng: random.Random) -> Iterator[float]:
@@ -75,21 +79,21 @@ def _poisson(rate: float, rng: random.Random) -> Iterator[float]:
 
 
 def _bursty(rate: float, rng: random.Random) -> Iterator[float]:
-    """A Poisson process whose rate is BURST times as high in bursts (a Markov-modulated one)."""
-    calm = rate * (CALM_S + BURST_S) / (CALM_S + BURST * BURST_S)
+    """Yields a Markov-modulated Poisson process whose rate is BURST_FACTOR times as high in bursts."""
+    calm = rate * (CALM_S + BURST_S) / (CALM_S + BURST_FACTOR * BURST_S)
     at, bursting = 0.0, False
     while True:
         end = at + rng.expovariate(1 / (BURST_S if bursting else CALM_S))
-        now = calm * (BURST if bursting else 1.0)
+        now = calm * (BURST_FACTOR if bursting else 1.0)
         while (at := at + rng.expovariate(now)) < end:
             yield at
-        at, bursting = end, not bursting  # without memory: what would have come later is drawn anew
+        at, bursting = end, not bursting  # memoryless: later arrivals are drawn again
 
 
 def _diurnal(rate: float, rng: random.Random, period_s: float) -> Iterator[float]:
-    """By thinning a Poisson process of the highest rate."""
-    at, most = 0.0, 1 + SWING
+    """Thins a Poisson process of the highest rate."""
+    at, most = 0.0, 1 + DIURNAL_SWING
     while True:
         at += rng.expovariate(rate * most)
-        if rng.random() * most < 1 + SWING * math.sin(2 * math.pi * at / period_s):
+        if rng.random() * most < 1 + DIURNAL_SWING * math.sin(2 * math.pi * at / period_s):
             yield at

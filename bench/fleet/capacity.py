@@ -1,4 +1,4 @@
-"""The tables of docs/operate/capacity.md: cards for a rate, a card lost at peak, a day, and which setting matters.
+"""Makes the tables of docs/operate/capacity.md: cards for a rate, a lost card, and the effect of each setting.
 
     python -m bench.fleet.capacity --stages bench/results/h100-2026-11-27.jsonl
 
@@ -13,95 +13,95 @@ from dataclasses import replace
 from typing import Any
 
 from bench.fleet.replica import Limits
-from bench.fleet.run import Goal, Question, enough, simulate
+from bench.fleet.run import LatencyGoal, SimulationConfig, fewest_cards, simulate
 from bench.fleet.simulation import Fleet
-from bench.fleet.stages import Stages, load
-from bench.harness.cli import command, told
-from bench.harness.host import machine
+from bench.fleet.stages import Stages, load_stages
+from bench.harness.cli import command, run_benchmark
+from bench.harness.host import host_facts
 from bench.harness.summary import table
 
 RATES = (10.0, 1000.0, 100_000.0)
-GOALS = (Goal(100.0), Goal(250.0), Goal(1000.0))
-PEAK, BUSY = 10, 0.85  # cards, and the share of full batches' throughput that is asked of them at the peak
+GOALS = (LatencyGoal(100.0), LatencyGoal(250.0), LatencyGoal(1000.0))
+PEAK, BUSY = 10, 0.85  # cards, and the load at the peak as a share of full batches' throughput
 LOST_AT_S = 60.0
 
 
-def for_rates(asked: Question, stages: Stages) -> list[dict[str, Any]]:
-    """The fewest cards for each rate and goal."""
-    found = []
+def for_rates(config: SimulationConfig, stages: Stages) -> list[dict[str, Any]]:
+    """Returns the fewest cards for each rate and goal."""
+    rows = []
     for rate in RATES:
         for goal in GOALS:
-            best = enough(replace(asked, rate=rate), stages, goal)
-            found.append({"rate": rate, "goal_ms": goal.p99_ms, **best, "a_card": round(rate / best["cards"], 1)})
-    return found
+            result = fewest_cards(replace(config, rate=rate), stages, goal)
+            rows.append({"rate": rate, "goal_ms": goal.p99_ms, **result, "a_card": round(rate / result["cards"], 1)})
+    return rows
 
 
-def after_a_loss(asked: Question, stages: Stages, rate: float) -> list[dict[str, Any]]:
-    """PEAK cards that lose none, one or three, each away for a cold start."""
-    found = []
+def after_a_loss(config: SimulationConfig, stages: Stages, rate: float) -> list[dict[str, Any]]:
+    """Simulates PEAK cards that lose none, one or three, each away for a cold start."""
+    rows = []
     for cards in (0, 1, 3):
         lost = ((LOST_AT_S, cards),) if cards else ()
-        fleet = replace(asked.fleet, cards=PEAK, lost=lost, start_s=stages.ready_s)
-        found.append({"lost": cards, **simulate(replace(asked, fleet=fleet, rate=rate, most_events=1e9), stages)})
-    return found
+        fleet = replace(config.fleet, cards=PEAK, lost=lost, start_s=stages.ready_s)
+        rows.append({"lost": cards, **simulate(replace(config, fleet=fleet, rate=rate, max_events=1e9), stages)})
+    return rows
 
 
-def by_setting(asked: Question, stages: Stages, rate: float) -> list[dict[str, Any]]:
-    """PEAK cards at the peak and at a fifth more than they can do; one setting changed at a time."""
+def by_setting(config: SimulationConfig, stages: Stages, rate: float) -> list[dict[str, Any]]:
+    """Simulates PEAK cards at the peak and at a fifth above capacity, with one setting changed at a time."""
     changed = {
-        "as shipped": replace(asked.fleet, cards=PEAK),
-        **{f"max-batch {n}": replace(asked.fleet, cards=PEAK, limits=Limits(max_batch=n)) for n in (1, 2, 4)},
-        **{f"max-queue {n}": replace(asked.fleet, cards=PEAK, limits=Limits(max_queue=n)) for n in (8, 32, 512)},
-        "timeout-ms 1000": replace(asked.fleet, cards=PEAK, limits=Limits(timeout_s=1.0)),
-        "a balancer at random": replace(asked.fleet, cards=PEAK, routing="random"),
+        "as shipped": replace(config.fleet, cards=PEAK),
+        **{f"max-batch {n}": replace(config.fleet, cards=PEAK, limits=Limits(max_batch=n)) for n in (1, 2, 4)},
+        **{f"max-queue {n}": replace(config.fleet, cards=PEAK, limits=Limits(max_queue=n)) for n in (8, 32, 512)},
+        "timeout-ms 1000": replace(config.fleet, cards=PEAK, limits=Limits(timeout_s=1.0)),
+        "a balancer at random": replace(config.fleet, cards=PEAK, routing="random"),
     }
-    found = []
+    rows = []
     for name, fleet in changed.items():
         for share in (1.0, 1.2 / BUSY):
-            one = simulate(replace(asked, fleet=fleet, rate=rate * share, most_events=1e9), stages)
-            found.append({"setting": name, "over": share > 1, **one})
-    return found
+            row = simulate(replace(config, fleet=fleet, rate=rate * share, max_events=1e9), stages)
+            rows.append({"setting": name, "over": share > 1, **row})
+    return rows
 
 
 def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
-    stages = load(options.stages, options.precision)
-    asked = Question(Fleet(1, options.seconds, seed=options.seed), 0.0, most_events=options.events)
-    (batches,) = [one for key, one in stages.batches.items() if key == (1024, 1024, 1)]
+    stages = load_stages(options.stages, options.precision)
+    config = SimulationConfig(Fleet(1, options.seconds, seed=options.seed), 0.0, max_events=options.events)
+    (batches,) = [row for key, row in stages.batches.items() if key == (1024, 1024, 1)]
     full = 8 / (batches[8].before + 8 * batches[8].each)
     peak = round(BUSY * PEAK * full)
     return {
         "program": "bench.fleet.capacity",
         "command": called,
-        "machine": machine(),
+        "machine": host_facts(),
         "stages": stages.source,
         "full_batches_a_second": round(full, 2),
         "peak": peak,
-        "rates": for_rates(asked, stages),
-        "losses": after_a_loss(asked, stages, peak),
-        "settings": by_setting(asked, stages, peak),
+        "rates": for_rates(config, stages),
+        "losses": after_a_loss(config, stages, peak),
+        "settings": by_setting(config, stages, peak),
     }
 
 
-def show(found: dict[str, Any]) -> str:
+def show(rows: dict[str, Any]) -> str:
     rates = [
-        [one["rate"], one["goal_ms"], one["cards"], one["a_card"], one["p50_ms"], one["p99_ms"], one["simulated_cards"]]
-        for one in found["rates"]
+        [row["rate"], row["goal_ms"], row["cards"], row["a_card"], row["p50_ms"], row["p99_ms"], row["simulated_cards"]]
+        for row in rows["rates"]
     ]
     losses = [
-        [one["lost"], one["p50_ms"], one["p95_ms"], one["p99_ms"], one["refused"], one["asked_again"], one["dropped"]]
-        for one in found["losses"]
+        [row["lost"], row["p50_ms"], row["p95_ms"], row["p99_ms"], row["refused"], row["asked_again"], row["dropped"]]
+        for row in rows["losses"]
     ]
     settings = [
         [
-            one["setting"],
-            one["rate"],
-            one["p50_ms"],
-            one["p99_ms"],
-            one["throughput"],
-            one["goodput"],
-            f"{one['failed_share']:.2%}",
+            row["setting"],
+            row["rate"],
+            row["p50_ms"],
+            row["p99_ms"],
+            row["throughput"],
+            row["goodput"],
+            f"{row['failed_share']:.2%}",
         ]
-        for one in found["settings"]
+        for row in rows["settings"]
     ]
     return "\n".join(
         [
@@ -109,7 +109,7 @@ def show(found: dict[str, Any]) -> str:
                 ("images/s", "p99 at most, ms", "cards", "images/s a card", "p50, ms", "p99, ms", "simulated"), rates
             ),
             "",
-            f"{PEAK} cards at {found['peak']} images/s; cards are lost at second {LOST_AT_S:g}:",
+            f"{PEAK} cards at {rows['peak']} images/s; cards are lost at second {LOST_AT_S:g}:",
             table(("lost", "p50, ms", "p95, ms", "p99, ms", "refused", "asked again", "dropped"), losses),
             "",
             f"{PEAK} cards at the peak and at more than they can do:",
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     called = command("bench.fleet.capacity", arguments)
-    return told(lambda: measure(options, called), show)
+    return run_benchmark(lambda: measure(options, called), show)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Which replica gets a request: as the balancers in front of real servers choose.
+"""Routing policies of the balancers in front of real servers.
 
-two: the less loaded of two at random (Ray Serve). random: any (a Kubernetes Service). connections: what bench.load's
-client and the supervisor of `--workers` do together: the connection used last is used first, a new one goes to the
-worker with the fewest.
+two: the less loaded of two at random (Ray Serve). random: any (a Kubernetes Service). connections: bench.load's client
+with the supervisor of `--workers`: the most recently used connection is reused, a new one goes to the worker with the
+fewest.
 """
 
 import random
@@ -26,13 +26,13 @@ class TwoChoices:
 
     def choose(self, _request: Request, replicas: Sequence[Replica], now: float, /) -> Replica:
         count = len(replicas)
-        one = replicas[int(self._random() * count)]
-        other = replicas[int(self._random() * count)]
-        if one is other:
-            return one
-        one.settle(now)
-        other.settle(now)
-        return one if one.queue.in_flight <= other.queue.in_flight else other
+        first = replicas[int(self._random() * count)]
+        second = replicas[int(self._random() * count)]
+        if first is second:
+            return first
+        first.advance(now)
+        second.advance(now)
+        return first if first.queue.in_flight <= second.queue.in_flight else second
 
     def answered(self, _request: Request, /) -> None:
         return
@@ -55,7 +55,7 @@ class Connections:
             request.client = self._idle.pop()
         else:
             request.client = len(self._of)
-            self._of.append(min(replicas, key=lambda replica: sum(one is replica for one in self._of)))
+            self._of.append(min(replicas, key=lambda replica: sum(first is replica for first in self._of)))
         return self._of[request.client]
 
     def answered(self, request: Request, /) -> None:

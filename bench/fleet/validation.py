@@ -1,11 +1,11 @@
-"""The simulation held against real servers: the same arrivals, sent and simulated, on the fake engine.
+"""Compares the simulation with real servers: the same arrivals, sent and simulated, on the fake engine.
 
     python -m bench.fleet.validation --seconds 60
 
-Six loads at one and at two workers, from a fifth of the capacity to more than all of it. What a batch of one and of
-eight takes the fake engine, and what HTTP adds to a request alone, is measured first; nothing is fitted. Prints a
-table, then one JSON document as the last line. Exit code 1 where p50 or p99 of the two differ by more than 15 %. A
-machine with other work to do makes the real server late, so its load average is told.
+Runs six loads on one and on two workers, from a fifth of the capacity to more than all of it. First it measures the
+fake engine's batches of one and of eight and HTTP's share of a single request; nothing is fitted. Prints a table, then
+one JSON document as the last line. Exit code 1: p50 or p99 of the two differ by more than 15 %. The load average is
+reported, because a busy machine delays the real server.
 """
 
 import argparse
@@ -20,68 +20,68 @@ from typing import Any
 import numpy as np
 
 from bench.fleet.replica import Limits
-from bench.fleet.run import Question, simulate
+from bench.fleet.run import SimulationConfig, simulate
 from bench.fleet.simulation import Fleet
 from bench.fleet.stages import BatchSeconds, Stages
-from bench.harness.cli import command, told
-from bench.harness.host import machine
-from bench.harness.load_generator import Order, Record, Traffic
-from bench.harness.server_process import serving
+from bench.harness.cli import command, run_benchmark
+from bench.harness.host import host_facts
+from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
+from bench.harness.server_process import running_server
 from bench.harness.summary import table
 from engines.types import Job, powers_of_two
 
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.95, 1.2)  # of the capacity
 WORKERS = (1, 2)
 BATCH, QUEUE, SIDE = 8, 32, 64
-ALONE = 40  # requests one after the other, to see what HTTP adds
+ALONE = 40  # requests one after the other, to measure HTTP's share
 ALLOWED = 0.15
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Those of Traffic.open_loop."""
+    """Returns the arrival times of LoadGenerator.open_loop."""
     rng = random.Random(seed)
-    at, found = 0.0, []
+    at, result = 0.0, []
     for _ in range(count):
         at += rng.expovariate(rate)
-        found.append(at)
-    return found
+        result.append(at)
+    return result
 
 
-def orders(count: int) -> list[Order]:
-    return [Order("a red circle", i, 1, "jpeg", SIDE, SIDE) for i in range(count)]
+def make_requests(count: int) -> list[ImageRequest]:
+    return [ImageRequest("a red circle", i, 1, "jpeg", SIDE, SIDE) for i in range(count)]
 
 
 async def stages_of(url: str) -> Stages:
-    """What a batch of one and of BATCH takes the fake engine here, and what HTTP adds to a request alone."""
+    """Measures the fake engine's batches of one and of BATCH, and HTTP's share of a single request."""
     with tempfile.TemporaryFile() as spool:
-        traffic = Traffic(url, spool)
-        await traffic.closed_loop(orders(ALONE), 1)
-        alone = await traffic.closed_loop(orders(ALONE), 1)
-        crowd = await traffic.closed_loop(orders(ALONE * BATCH), 2 * BATCH)
-        await traffic.close()
-    one, full = (float(np.median([_engine_s(record) for record in records])) for records in (alone, crowd))
+        generator = LoadGenerator(url, spool)
+        await generator.closed_loop(make_requests(ALONE), 1)
+        alone = await generator.closed_loop(make_requests(ALONE), 1)
+        saturated = await generator.closed_loop(make_requests(ALONE * BATCH), 2 * BATCH)
+        await generator.close()
+    one, full = (float(np.median([_engine_s(record) for record in records])) for records in (alone, saturated))
     http_s = float(np.median([record.seconds for record in alone])) - one
     batches = {jobs: BatchSeconds(one + (full - one) * (jobs - 1) / (BATCH - 1), 0.0) for jobs in powers_of_two(BATCH)}
     return Stages("measured on the fake engine", {(SIDE, SIDE, 1): batches}, http_s=http_s)
 
 
-def _engine_s(record: Record) -> float:
+def _engine_s(record: RequestRecord) -> float:
     return sum(record.stages_ms[stage] for stage in ("text", "denoise", "decode")) / 1000
 
 
-async def real(url: str, rate: float, count: int, seed: int) -> list[Record]:
+async def send_load(url: str, rate: float, count: int, seed: int) -> list[RequestRecord]:
     with tempfile.TemporaryFile() as spool:
-        traffic = Traffic(url, spool)
+        generator = LoadGenerator(url, spool)
         try:
-            return await traffic.open_loop(orders(count), rate, seed)
+            return await generator.open_loop(make_requests(count), rate, seed)
         finally:
-            await traffic.close()
+            await generator.close()
 
 
 def row(
-    workers: int, share: float, rate: float, records: Sequence[Record], simulated: dict[str, Any]
+    workers: int, share: float, rate: float, records: Sequence[RequestRecord], simulated: dict[str, Any]
 ) -> dict[str, Any]:
-    """Milliseconds; `off` is simulated over real, less one."""
+    """Returns the row of a load in milliseconds; `off` is simulated over real, less one."""
     good = [1000 * record.seconds for record in records if record.status == 200]
     p50, p99 = (float(value) for value in np.percentile(good, [50, 99]))
     return {
@@ -91,37 +91,39 @@ def row(
         "real": {"p50": round(p50, 2), "p99": round(p99, 2), "refused": sum(one.status == 429 for one in records)},
         "simulated": {"p50": simulated["p50_ms"], "p99": simulated["p99_ms"], "refused": simulated["refused"]},
         "off": {"p50": round(simulated["p50_ms"] / p50 - 1, 4), "p99": round(simulated["p99_ms"] / p99 - 1, 4)},
-        "generator_late_ms": round(1000 * float(np.percentile([record.late for record in records], 99)), 2),
+        "generator_late_ms": round(1000 * float(np.percentile([record.send_delay_s for record in records], 99)), 2),
         "load_average": round(os.getloadavg()[0], 2),
     }
 
 
 def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
-    """Raises BenchError where a server does not start."""
+    """Returns the JSON document. Raises BenchError if a server does not start."""
     delay = options.batch_ms
     rows: list[dict[str, Any]] = []
     flags = ["--backend", "fake", "--fake-delay-ms", str(delay), "--max-batch", str(BATCH), "--max-queue", str(QUEUE)]
     measured: dict[int, dict[str, float]] = {}
     for workers in WORKERS:
-        with serving([*flags, "--log-level", "warning", "--workers", str(workers)]) as served:
-            stages = asyncio.run(stages_of(served.url))
+        with running_server([*flags, "--log-level", "warning", "--workers", str(workers)]) as server:
+            stages = asyncio.run(stages_of(server.url))
             measured[workers] = {"http_ms": round(1000 * stages.http_s, 3)}
             for bucket, seconds in stages.batches[SIDE, SIDE, 1].items():
                 measured[workers][f"batch_{bucket}_ms"] = round(1000 * seconds.before, 3)
             for share in LOADS:
                 rate = share * workers * 1000 * BATCH / delay
                 count = int(rate * options.seconds)
-                records = asyncio.run(real(served.url, rate, count, options.seed))
+                records = asyncio.run(send_load(server.url, rate, count, options.seed))
                 sent = tuple((at, Job("", 0, SIDE, SIDE)) for at in arrivals(rate, count, options.seed))
                 fleet = Fleet(workers, sent[-1][0], Limits(BATCH, QUEUE), routing="connections")
-                rows.append(row(workers, share, rate, records, simulate(Question(fleet, rate, recorded=sent), stages)))
+                rows.append(
+                    row(workers, share, rate, records, simulate(SimulationConfig(fleet, rate, recorded=sent), stages))
+                )
                 print(f"{workers} workers, {share:g} of the capacity: {rows[-1]['off']}", file=sys.stderr, flush=True)
     worst = max(abs(one["off"][name]) for one in rows for name in ("p50", "p99"))
-    document = {"program": "bench.fleet.validation", "command": called, "machine": machine()}
+    document = {"program": "bench.fleet.validation", "command": called, "machine": host_facts()}
     return document | {"batch_ms": delay, "measured": measured, "loads": rows, "worst": worst}
 
 
-def show(found: dict[str, Any]) -> str:
+def show(result: dict[str, Any]) -> str:
     head = (
         "workers",
         "of capacity",
@@ -137,12 +139,12 @@ def show(found: dict[str, Any]) -> str:
         "machine's load",
     )
     rows = []
-    for one in found["loads"]:
+    for one in result["loads"]:
         cells = [one["workers"], one["of_capacity"], one["rate"]]
         for name in ("p50", "p99"):
             cells += [one["real"][name], one["simulated"][name], f"{one['off'][name]:+.1%}"]
         rows.append([*cells, one["real"]["refused"], one["simulated"]["refused"], one["load_average"]])
-    return f"{table(head, rows)}\nworst: {found['worst']:.1%}, allowed: {ALLOWED:.0%}"
+    return f"{table(head, rows)}\nworst: {result['worst']:.1%}, allowed: {ALLOWED:.0%}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     called = command("bench.fleet.validation", arguments)
-    return told(lambda: measure(options, called), show, lambda found: found["worst"] > ALLOWED)
+    return run_benchmark(lambda: measure(options, called), show, lambda result: result["worst"] > ALLOWED)
 
 
 if __name__ == "__main__":

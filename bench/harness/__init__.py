@@ -1,1 +1,1 @@
-"""What the benchmarks share: CLI, percentiles, host facts, server process, HTTP client, load generator."""
+"""Shared parts of the benchmarks: CLI, percentiles, host facts, server process, HTTP client, load generator."""

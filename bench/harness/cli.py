@@ -19,7 +19,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found.group(1)), int(found.group(2) or found.group(1))
 
 
-def words(text: str) -> tuple[str, ...]:
+def comma_separated(text: str) -> tuple[str, ...]:
     """Of `a,b`; empty of an empty text."""
     return tuple(word for word in text.split(",") if word)
 
@@ -34,7 +34,9 @@ F = TypeVar("F", bound=Mapping[str, Any])
 CANNOT = 3  # the exit code of a measurement that cannot be made
 
 
-def told(measure: Callable[[], F], show: Callable[[F], str], failed: Callable[[F], object] = lambda _: False) -> int:
+def run_benchmark(
+    measure: Callable[[], F], show: Callable[[F], str], failed: Callable[[F], object] = lambda _: False
+) -> int:
     """Measures, prints, and returns the exit code: 1 where what was found has `failed`, else 0.
 
     A SprintError becomes one line on stderr and CANNOT.

@@ -1,7 +1,7 @@
-"""What a measurement raises on purpose; continues the tree of engines.errors."""
+"""The error of a benchmark; continues the tree of engines.errors."""
 
 from engines.errors import SprintError
 
 
 class BenchError(SprintError):
-    """A measurement cannot be made as asked: what was got, what is needed."""
+    """A measurement cannot be made: the message says what was got and what is needed."""

@@ -1,4 +1,4 @@
-"""The machine that the figures of a measurement hold for."""
+"""Facts of the machine that a measurement ran on."""
 
 import os
 import platform
@@ -8,9 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def machine() -> dict[str, object]:
-    """What the figures hold for: day, processor, cores this process may use, what else kept it busy (processes that
-    wanted to run, over the last five minutes), memory, versions, revision of the code."""
+def host_facts() -> dict[str, object]:
+    """Returns day, processor, usable cores, load average of five minutes, memory, versions and code revision."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),

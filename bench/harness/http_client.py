@@ -1,7 +1,7 @@
-"""A lean HTTP/1.1 client on asyncio: what it costs is not mistaken for what the server costs.
+"""A lean HTTP/1.1 client on asyncio, so that its own cost stays small beside the server's.
 
-Keep-alive connections, answers with a Content-Length only, no redirects, no TLS, no retries: an answer that does not
-come is an error, never a second request. Knows no pictures.
+Supports keep-alive and answers with a Content-Length; no redirects, TLS or retries. A missing answer is an error, never
+a second request.
 """
 
 import asyncio
@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from bench.harness.errors import BenchError
 
-HEAD_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     """Header names in lower case."""
 
     status: int
@@ -24,43 +24,45 @@ class Answer:
 
 
 class Connection:
-    """One connection, for one exchange at a time."""
+    """A connection that carries one exchange at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> None:
         self._reader, self._writer, self._host = reader, writer, host
         self._closes = False
 
     @property
-    def usable(self) -> bool:
+    def reusable(self) -> bool:
         return not (self._closes or self._reader.at_eof() or self._writer.is_closing())
 
-    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
-        """Sends a request and reads its answer whole.
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    ) -> HttpResponse:
+        """Sends a request and reads the whole response.
 
-        Raises OSError or EOFError where the connection ends before that, BenchError for what is no HTTP/1.1 answer.
+        Raises OSError or EOFError if the connection ends first, BenchError if the response is not HTTP/1.1.
         """
         head = f"{method} {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-length: {len(body)}\r\n"
-        kind = f"content-type: {media_type}\r\n" if body else ""
+        content_type = f"content-type: {media_type}\r\n" if body else ""
         self._closes = True  # until the answer is read whole, nothing else may be sent here
-        self._writer.write(f"{head}{kind}\r\n".encode() + body)
-        return await self.answer()
+        self._writer.write(f"{head}{content_type}\r\n".encode() + body)
+        return await self.read_response()
 
-    async def answer(self) -> Answer:
-        """Reads the answer to what was sent. Raises as `exchange` does."""
-        status, headers = _parsed(await self._reader.readuntil(b"\r\n\r\n"))
+    async def read_response(self) -> HttpResponse:
+        """Reads the response to bytes already sent. Raises as `exchange` does."""
+        status, headers = _parse_head(await self._reader.readuntil(b"\r\n\r\n"))
         content = await self._reader.readexactly(int(headers["content-length"]))
         self._closes = headers.get("connection", "").lower() == "close"
-        return Answer(status, headers, content)
+        return HttpResponse(status, headers, content)
 
     async def close(self) -> None:
-        """At once: what has not been sent or read stays so."""
+        """Closes at once and discards unsent and unread bytes."""
         self._writer.transport.abort()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
 
-class Pool:
-    """Connections to one server; the one used last is used first, and more are opened as they are needed."""
+class ConnectionPool:
+    """Reuses the most recently used idle connection and opens others on demand."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -70,19 +72,21 @@ class Pool:
         self._host = parts.netloc
         self._idle: list[Connection] = []
 
-    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
-        """As Connection.exchange, on a connection of its own."""
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    ) -> HttpResponse:
+        """Exchanges on an idle or new connection; see Connection.exchange."""
         connection = await self._connection()
         try:
-            answer = await connection.exchange(method, path, body, media_type)
+            response = await connection.exchange(method, path, body, media_type)
         except BaseException:
             await connection.close()
             raise
-        if connection.usable:
+        if connection.reusable:
             self._idle.append(connection)
         else:
             await connection.close()
-        return answer
+        return response
 
     async def close(self) -> None:
         while self._idle:
@@ -91,19 +95,19 @@ class Pool:
     async def _connection(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable:
+            if connection.reusable:
                 return connection
             await connection.close()
-        reader, writer = await asyncio.open_connection(*self._address, limit=HEAD_BYTES)
+        reader, writer = await asyncio.open_connection(*self._address, limit=MAX_HEAD_BYTES)
         return Connection(reader, writer, self._host)
 
 
-def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
+def _parse_head(head: bytes) -> tuple[int, dict[str, str]]:
     first, *lines = head.decode("latin-1").split("\r\n")
-    words = first.split(" ", 2)
+    status_words = first.split(" ", 2)
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdecimal():
+    if len(status_words) < 2 or not status_words[0].startswith("HTTP/1.") or not status_words[1].isdecimal():
         raise BenchError(f"answer: got {first!r}, needed is an HTTP/1.1 status line")
     if not headers.get("content-length", "").isdecimal():
         raise BenchError(f"answer: {first!r} without a Content-Length, which this client needs")
-    return int(words[1]), headers
+    return int(status_words[1]), headers

@@ -1,8 +1,8 @@
-"""Requests for pictures, sent by a plan, and what became of each.
+"""Sends image requests in a closed or open loop and records each outcome.
 
-Closed loop: so many clients, each waiting for its answer before it asks again. Open loop: requests leave at random
-times of a fixed rate (Poisson), whatever the server does, and latency counts from the planned time, so that a server
-that stalls cannot hide it (no coordinated omission). Bodies are spooled to a file and looked at after the run.
+Closed loop: each client waits for its response before it sends the next request. Open loop: requests leave at Poisson
+times of a fixed rate. Latency counts from the planned time, so a stalled server cannot hide it (no coordinated
+omission). Bodies are spooled to a file for checks after the run.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Answer, Pool
+from bench.harness.http_client import ConnectionPool, HttpResponse
 
-FORMATS = ("png", "jpeg", "webp")  # of pictures, as the API names them
+FORMATS = ("png", "jpeg", "webp")  # the API's names of image formats
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One request of one picture. width and height None: the server's own size, sent as nothing."""
+class ImageRequest:
+    """A request for one image. width and height None: the server's default size."""
 
     prompt: str
     seed: int
@@ -45,74 +45,81 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What became of an order. status 0: no answer came, and `error` says why. Seconds."""
+class RequestRecord:
+    """The outcome of a request, in seconds. status 0: no response; `error` has the reason."""
 
-    order: Order
+    request: ImageRequest
     status: int
     seconds: float  # from the planned time to the last byte
-    late: float  # how long after the planned time it was sent: the generator's own delay
+    send_delay_s: float  # how long after the planned time it was sent: the generator's own delay
     stages_ms: dict[str, float]  # Server-Timing
-    place: tuple[int, int]  # offset and length of the body in the spool
+    spool_range: tuple[int, int]  # offset and length of the body in the spool
     error: str = ""
 
 
-class Traffic:
-    """Sends orders to one server. `patience_s`: an answer that takes longer counts as none."""
+class LoadGenerator:
+    """Sends requests to one server. `timeout_s`: a slower response counts as none."""
 
-    def __init__(self, url: str, spool: BinaryIO, *, path: str = "/generate", patience_s: float = 120.0) -> None:
-        self._pool = Pool(url)
-        self._spool, self._path, self._patience_s = spool, path, patience_s
+    def __init__(self, url: str, spool: BinaryIO, *, path: str = "/generate", timeout_s: float = 120.0) -> None:
+        self._pool = ConnectionPool(url)
+        self._spool, self._path, self._patience_s = spool, path, timeout_s
 
-    async def closed_loop(self, orders: Sequence[Order], concurrency: int) -> list[Record]:
-        """All orders, `concurrency` at a time, in the order they were finished."""
-        waiting = iter(orders)
-        records: list[Record] = []
+    async def closed_loop(self, requests: Sequence[ImageRequest], concurrency: int) -> list[RequestRecord]:
+        """Sends all requests, `concurrency` at a time; returns records in order of completion."""
+        waiting = iter(requests)
+        records: list[RequestRecord] = []
 
         async def client() -> None:
-            for order in waiting:
-                records.append(await self._send(order, time.perf_counter()))
+            for request in waiting:
+                records.append(await self._send(request, time.perf_counter()))
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return records
 
-    async def open_loop(self, orders: Sequence[Order], rate: float, seed: int = 0) -> list[Record]:
-        """All orders at random times, `rate` a second on average; the same times for the same seed."""
+    async def open_loop(self, requests: Sequence[ImageRequest], rate: float, seed: int = 0) -> list[RequestRecord]:
+        """Sends all requests at random times, `rate` a second on average. A seed fixes the times."""
         rng = random.Random(seed)
         began = due = time.perf_counter()
-        sent: list[asyncio.Task[Record]] = []
-        for order in orders:
+        sent: list[asyncio.Task[RequestRecord]] = []
+        for request in requests:
             due += rng.expovariate(rate)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            sent.append(asyncio.create_task(self._send(order, due)))
+            sent.append(asyncio.create_task(self._send(request, due)))
         if not sent:
             raise BenchError(f"open loop: no orders to send since {began:.0f} at {rate:g} a second")
         return list(await asyncio.gather(*sent))
 
-    async def get(self, path: str) -> Answer:
-        """The answer to a GET. Raises BenchError where it is not 200."""
-        answer = await asyncio.wait_for(self._pool.exchange("GET", path), self._patience_s)
-        if answer.status != 200:
-            raise BenchError(f"GET {path}: got {answer.status}: {answer.body[:200]!r}")
-        return answer
+    async def get(self, path: str) -> HttpResponse:
+        """Returns the response to a GET. Raises BenchError unless the status is 200."""
+        response = await asyncio.wait_for(self._pool.exchange("GET", path), self._patience_s)
+        if response.status != 200:
+            raise BenchError(f"GET {path}: got {response.status}: {response.body[:200]!r}")
+        return response
 
     async def close(self) -> None:
         await self._pool.close()
 
-    async def _send(self, order: Order, due: float) -> Record:
-        late = time.perf_counter() - due
+    async def _send(self, request: ImageRequest, due: float) -> RequestRecord:
+        send_delay_s = time.perf_counter() - due
         try:
             async with asyncio.timeout(self._patience_s):
-                answer = await self._pool.exchange("POST", self._path, order.body())
+                response = await self._pool.exchange("POST", self._path, request.body())
         except (OSError, EOFError, TimeoutError, BenchError) as error:
             seconds = time.perf_counter() - due
-            return Record(order, 0, seconds, late, {}, (0, 0), f"{type(error).__name__}: {error}")
+            return RequestRecord(request, 0, seconds, send_delay_s, {}, (0, 0), f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - due
-        place = (self._spool.tell(), self._spool.write(answer.body))
-        return Record(order, answer.status, seconds, late, _stages(answer.headers.get("server-timing", "")), place)
+        spool_range = (self._spool.tell(), self._spool.write(response.body))
+        return RequestRecord(
+            request,
+            response.status,
+            seconds,
+            send_delay_s,
+            _parse_stages(response.headers.get("server-timing", "")),
+            spool_range,
+        )
 
 
-def _stages(header: str) -> dict[str, float]:
-    """Milliseconds by name, from `queue;dur=0.1, text;dur=2`."""
+def _parse_stages(header: str) -> dict[str, float]:
+    """Returns milliseconds by stage from `queue;dur=0.1, text;dur=2`."""
     parts = (part.partition(";dur=") for part in header.split(","))
     return {name.strip(): float(value) for name, _, value in parts if value}

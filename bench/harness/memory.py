@@ -1,4 +1,4 @@
-"""Memory of a process on Linux, or of CUDA."""
+"""Peak memory of this process on Linux, or of CUDA."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,26 +16,26 @@ def _status_bytes(field: str) -> int:
 
 
 @contextlib.contextmanager
-def rise(device: torch.device) -> Iterator[list[int]]:
-    """Appends to the yielded list by how many bytes the peak within rises above what was in use before.
+def peak_rise(device: torch.device) -> Iterator[list[int]]:
+    """Appends to the yielded list the bytes by which the peak within rises above the use before.
 
-    On the CPU by resetting the process' peak (proc(5), clear_refs), on CUDA by the allocator's.
+    On the CPU it resets the process' peak (proc(5), clear_refs), on CUDA the allocator's.
     """
-    risen: list[int] = []
+    rises: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield risen
-        risen.append(torch.cuda.max_memory_allocated(device) - before)
+        yield rises
+        rises.append(torch.cuda.max_memory_allocated(device) - before)
         return
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    yield risen
-    risen.append(_status_bytes("VmHWM") - before)
+    yield rises
+    rises.append(_status_bytes("VmHWM") - before)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process held so far: resident, or on CUDA allocated."""
+    """Returns the most memory this process has held: resident, or allocated on CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")  # not ru_maxrss, which a process inherits from the one that started it

@@ -1,6 +1,6 @@
-"""What is measured against each other: our engine and diffusers' SanaSprintPipeline, from one checkpoint.
+"""The two pipelines that are compared, from one checkpoint: our engine and diffusers' SanaSprintPipeline.
 
-Both are asked for the same pictures in the same way and answer with uint8 pixels and the seconds of each stage.
+Both run the same workload and return uint8 pixels and the seconds of each stage.
 """
 
 import time
@@ -20,12 +20,12 @@ from engines.types import Job, Pixels
 STAGES = ("text", "denoise", "decode")
 GUIDANCE = 4.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Rival = Literal["diffusers", "diffusers-compiled"]
+Baseline = Literal["diffusers", "diffusers-compiled"]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """The pictures of one run: one prompt and one seed each."""
+class Workload:
+    """One run's images: a prompt and a seed for each."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -35,23 +35,23 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """Pictures, and seconds by stage; "total" is from prompts to uint8 pixels, taken outside."""
+class TimedImages:
+    """Images, and seconds by stage; "total" runs from prompts to uint8 pixels."""
 
-    pictures: list[Pixels]
+    images: list[Pixels]
     seconds: dict[str, float]
 
 
-class Subject(Protocol):
+class Pipeline(Protocol):
     @property
     def facts(self) -> dict[str, object]:
-        """What it is: backend, precision, device, and why."""
+        """Backend, precision, device, and the reasons for them."""
 
-    def run(self, task: Task) -> Made: ...
+    def run(self, task: Workload) -> TimedImages: ...
 
 
-class Ours:
-    """Our engine, on diffusers' schedule, so that both make the same pictures."""
+class EnginePipeline:
+    """Our engine on diffusers' schedule, so that both make the same images."""
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         self._engine = load_engine(checkpoint, schedule="diffusers", **options)
@@ -69,7 +69,7 @@ class Ours:
             "versions": info.versions,
         }
 
-    def run(self, task: Task) -> Made:
+    def run(self, task: Workload) -> TimedImages:
         pairs = zip(task.prompts, task.seeds, strict=True)
         jobs = [Job(prompt, seed, task.width, task.height, task.steps, GUIDANCE) for prompt, seed in pairs]
         began = time.perf_counter()
@@ -79,14 +79,14 @@ class Ours:
             raise BenchError("a prompt was measured twice: the text stage would count for nothing")
         stages = images[0].stages
         seconds = {"text": stages.text, "denoise": stages.denoise, "decode": stages.decode, "total": total}
-        return Made([image.pixels for image in images], seconds)
+        return TimedImages([image.pixels for image in images], seconds)
 
 
-class Diffusers:
-    """SanaSprintPipeline as its documentation calls it, at exactly the size asked for.
+class DiffusersPipeline:
+    """SanaSprintPipeline as documented, without binning of sizes.
 
-    compiled: torch.compile of its three modules, as NVlabs' and diffusers' documentation advise. The stage "decode"
-    ends with the picture, "denoise" holds everything between text and decode.
+    compiled: torch.compile of its three modules, as NVlabs and diffusers advise. Stage "decode" ends with the image;
+    "denoise" is everything between text and decode.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Diffusers:
         guidance: float = GUIDANCE,
     ) -> None:
         settings = checkpoint.settings
-        self._pipe = pipeline(checkpoint, DTYPES[precision], device)
+        self._pipe = build_diffusers_pipeline(checkpoint, DTYPES[precision], device)
         self._compiled, self._precision, self._device, self._guidance = compiled, precision, device, guidance
         self._instruction = INSTRUCTION.split("\n") if settings.instruction else None
         self._max_tokens = settings.max_prompt_tokens
@@ -119,9 +119,9 @@ class Diffusers:
         versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
         return {"backend": backend, "precision": self._precision, "device": str(self._device), "versions": versions}
 
-    def run(self, task: Task) -> Made:
-        began = self._now()
-        pictures = self._pipe(
+    def run(self, task: Workload) -> TimedImages:
+        began = self._time()
+        images = self._pipe(
             prompt=list(task.prompts),
             num_inference_steps=task.steps,
             intermediate_timesteps=1.3 if task.steps == 2 else None,
@@ -134,34 +134,34 @@ class Diffusers:
             use_resolution_binning=False,
             output_type="pil",
         ).images
-        ended = self._now()
+        ended = self._time()
         text, decode = self._marks["text ended"], self._marks["decode began"]
         seconds = {"text": text - began, "denoise": decode - text, "decode": ended - decode, "total": ended - began}
-        return Made([np.asarray(picture) for picture in pictures], seconds)
+        return TimedImages([np.asarray(image) for image in images], seconds)
 
     def _timed(self, mark: str, call: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
             if not after:
-                self._marks[mark] = self._now()
+                self._marks[mark] = self._time()
             answer = call(*arguments, **options)
             if after:
-                self._marks[mark] = self._now()
+                self._marks[mark] = self._time()
             return answer
 
         return timed
 
-    def _now(self) -> float:
+    def _time(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
 
-def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """A SanaSprintPipeline of upstream's classes with the checkpoint's weights; key names are identical."""
+def build_diffusers_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """Builds a SanaSprintPipeline from upstream's classes and the checkpoint's weights, whose keys are identical."""
     import diffusers
     import transformers
 
-    upstream: Any = diffusers  # what is called of both is untyped
+    upstream: Any = diffusers  # both are untyped
     tokenizers: Any = transformers
     config = checkpoint.transformer
     # A positional embedding is a buffer that no checkpoint holds: those transformers, all small, are built for real.
@@ -178,21 +178,21 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     absent = [token for token in special.values() if tokenizer.token_to_id(token) is None]
     if absent:
         raise BenchError(f"{checkpoint.name}: its tokenizer has no {', '.join(absent)}; a Gemma tokenizer is needed")
-    made = upstream.SanaSprintPipeline(
+    created = upstream.SanaSprintPipeline(
         tokenizer=tokenizers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **special),
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
         transformer=transformer.eval(),
         scheduler=upstream.SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    created.set_progress_bar_config(disable=True)
+    return created
 
 
 def _text_encoder(config: Mapping[str, object]) -> torch.nn.Module:
-    """transformers' Gemma2Model with parameters on the meta device and the buffers that no checkpoint holds.
+    """Builds transformers' Gemma2Model on the meta device, with the buffers that no checkpoint holds.
 
-    Attention is eager, because its logits are soft-capped, which the fused kernels do not know.
+    Attention is eager: its logits are soft-capped, which the fused kernels do not support.
     """
     from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
     from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RotaryEmbedding

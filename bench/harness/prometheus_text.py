@@ -1,11 +1,11 @@
-"""Samples out of a Prometheus exposition."""
+"""Parses a Prometheus exposition."""
 
 
-def samples(exposition: str) -> dict[str, float]:
-    """Samples of a Prometheus exposition, by name and labels as they are written."""
-    found = {}
+def parse_samples(exposition: str) -> dict[str, float]:
+    """Returns sample values by name and labels as written, such as `a_total{status="200"}`."""
+    samples = {}
     for line in exposition.splitlines():
         if line and not line.startswith("#"):
             name, _, value = line.rpartition(" ")
-            found[name] = float(value)
-    return found
+            samples[name] = float(value)
+    return samples

@@ -1,4 +1,4 @@
-"""`python -m server` as a process of our own on a free port, and what it tells of itself."""
+"""Runs `python -m server` as a child process on a free port."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from bench.harness.errors import BenchError
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = re.compile(r"^curl -s (http://\S+)/generate ", re.MULTILINE)
-START_S = 600.0  # a large checkpoint is read, an engine compiled
-STOP_S = 60.0
+START_TIMEOUT_S = 600.0  # a large checkpoint is read, an engine compiled
+STOP_TIMEOUT_S = 60.0
 
 
 @dataclass
-class Served:
-    """A server that answers at `url`."""
+class RunningServer:
+    """A ready server at `url`."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -31,49 +31,49 @@ class Served:
     def status(self, field: str) -> int:
         """A number of /proc/<pid>/status, such as VmRSS (KiB) or Threads."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)
-        if found is None:
+        match = re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)
+        if match is None:
             raise BenchError(f"/proc/{self.process.pid}/status: no {field}; this measurement needs Linux")
-        return int(found.group(1))
+        return int(match.group(1))
 
 
 @contextlib.contextmanager
-def serving(flags: Sequence[str]) -> Iterator[Served]:
-    """A server with these flags of its own; ends it as an orchestrator would, by SIGTERM.
+def running_server(flags: Sequence[str]) -> Iterator[RunningServer]:
+    """Starts a server with these flags, yields it when ready, and ends it by SIGTERM.
 
-    Raises BenchError with its last words where it does not start, or does not leave with code 0.
+    Raises BenchError with the end of its log if it does not start, or does not exit with code 0.
     """
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         command = [sys.executable, "-m", "server", "--port", "0", *flags]
         process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=log, stderr=log)
         try:
-            yield Served(_wait_ready(process, log.fileno(), began), process, time.perf_counter() - began)
+            yield RunningServer(_wait_ready(process, log.fileno(), began), process, time.perf_counter() - began)
             process.send_signal(signal.SIGTERM)
-            code = process.wait(STOP_S)
+            code = process.wait(STOP_TIMEOUT_S)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
         if code != 0:
-            raise BenchError(f"the server left with code {code}:\n{_last_words(log.fileno())}")
+            raise BenchError(f"the server left with code {code}:\n{_log_tail(log.fileno())}")
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: int, began: float) -> str:
-    while time.perf_counter() < began + START_S:
+    while time.perf_counter() < began + START_TIMEOUT_S:
         ended = process.poll() is not None
-        found = READY.search(_text(log))
-        if found:
-            return found.group(1)
+        match = READY.search(_text(log))
+        if match:
+            return match.group(1)
         if ended:
-            raise BenchError(f"the server did not start (code {process.returncode}):\n{_last_words(log)}")
+            raise BenchError(f"the server did not start (code {process.returncode}):\n{_log_tail(log)}")
         time.sleep(0.02)
-    raise BenchError(f"the server was not ready within {START_S:g} s:\n{_last_words(log)}")
+    raise BenchError(f"the server was not ready within {START_TIMEOUT_S:g} s:\n{_log_tail(log)}")
 
 
 def _text(log: int) -> str:
     return os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")
 
 
-def _last_words(log: int, lines: int = 15) -> str:
+def _log_tail(log: int, lines: int = 15) -> str:
     return "\n".join(_text(log).splitlines()[-lines:])

@@ -1,5 +1,4 @@
-"""A call in a process of its own, whose memory is then its alone; what crashes, hangs or leaves a card in a state that
-only a new process leaves costs itself alone. Knows nothing of what is called."""
+"""Runs a function in a fresh process, so that a crash, hang or broken CUDA context does not affect the caller."""
 
 import signal
 from collections.abc import Callable
@@ -14,10 +13,10 @@ R = TypeVar("R")
 
 
 def run_in_subprocess(limit_s: float | None, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
-    """What `call` answers in a fresh process; it, its arguments and its answer must be picklable.
+    """Returns the result of `call` in a fresh process; call, arguments and result must be picklable.
 
-    Raises what `call` raises, and BenchError where the process ends without an answer, or has none after `limit_s`
-    seconds (None: however long it takes).
+    Raises what `call` raises. Raises BenchError if the process dies, or has no result after `limit_s` seconds (None: no
+    limit).
     """
     context = get_context("spawn")  # a fork would share the parent's CUDA
     receiver, sender = context.Pipe(duplex=False)

@@ -6,8 +6,8 @@ from typing import TypedDict
 import numpy as np
 
 
-class Spread(TypedDict):
-    """Of one quantity, in its own unit."""
+class Percentiles(TypedDict):
+    """Percentiles of one quantity, in its unit."""
 
     p50: float
     p95: float
@@ -17,17 +17,17 @@ class Spread(TypedDict):
     count: int
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """None without values; no quantity is made up."""
+def percentiles(values: Sequence[float]) -> Percentiles | None:
+    """Returns the percentiles of the values, or None without values."""
     if not values:
         return None
     p50, p95, p99 = (round(float(value), 6) for value in np.percentile(values, [50, 95, 99]))
     mean, largest = round(float(np.mean(values)), 6), round(float(max(values)), 6)
-    return Spread(p50=p50, p95=p95, p99=p99, mean=mean, max=largest, count=len(values))
+    return Percentiles(p50=p50, p95=p95, p99=p99, mean=mean, max=largest, count=len(values))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown, columns aligned; floats with four significant digits."""
+    """Returns a Markdown table with aligned columns and floats of four significant digits."""
     cells = [[_cell(value) for value in row] for row in [head, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [

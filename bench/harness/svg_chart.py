@@ -1,4 +1,4 @@
-"""Stacked bars and lines as SVG: text that a page can show and a diff can read, without a plotting library."""
+"""Draws stacked bars and lines as SVG text without a plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ WIDTH, LABEL, RIGHT, ROW, GAP, TOP = 900, 350, 90, 18, 8, 54
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Parts, by name, are drawn one after the other; the sum is written behind them."""
+    """A labelled bar of named parts, drawn one behind the other, and their sum."""
 
     label: str
     parts: Mapping[str, float]
 
 
 def stacked_bars(title: str, unit: str, bars: Sequence[Bar]) -> str:
-    """An SVG document. All bars share one scale that begins at 0."""
+    """Returns an SVG document of bars on one scale from 0."""
     names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     largest = max((sum(bar.parts.values()) for bar in bars), default=0.0) or 1.0
@@ -59,7 +59,7 @@ PANEL, MARGIN_LEFT, MARGIN_TOP, FOOT = 150, 70, 30, 40
 
 
 def line_panels(title: str, axis: str, panels: Sequence[Panel]) -> str:
-    """An SVG document: one panel below the other, each with a vertical scale of its own from 0."""
+    """Returns an SVG document of panels, one below the other, each scaled from 0."""
     height = MARGIN_TOP + len(panels) * (PANEL + FOOT) + GAP
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
@@ -74,8 +74,8 @@ def line_panels(title: str, axis: str, panels: Sequence[Panel]) -> str:
 
 def _panel(panel: Panel, axis: str, top: int) -> list[str]:
     points = [point for line in panel.lines.values() for point in line]
-    place = math.log10 if panel.logarithmic else float
-    left, right = min((place(x) for x, _ in points), default=0.0), max((place(x) for x, _ in points), default=1.0)
+    position = math.log10 if panel.logarithmic else float
+    left, right = min((position(x) for x, _ in points), default=0.0), max((position(x) for x, _ in points), default=1.0)
     most = max((y for _, y in points), default=0.0) or 1.0
     across, floor = (WIDTH - MARGIN_LEFT - RIGHT) / ((right - left) or 1.0), top + PANEL
     ends = [f"{10**end if panel.logarithmic else end:.3g}" for end in (left, right)]
@@ -89,8 +89,8 @@ def _panel(panel: Panel, axis: str, top: int) -> list[str]:
     ]
     for index, (name, line) in enumerate(panel.lines.items()):
         colour, room = COLOURS[index % len(COLOURS)], PANEL - 20
-        places = [(MARGIN_LEFT + (place(x) - left) * across, floor - y / most * room) for x, y in line]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        positions = [(MARGIN_LEFT + (position(x) - left) * across, floor - y / most * room) for x, y in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         drawn.append(f'<text x="{WIDTH - RIGHT + 6}" y="{top + 32 + 15 * index}" fill="{colour}">{escape(name)}</text>')
     return drawn

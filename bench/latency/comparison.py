@@ -1,4 +1,4 @@
-"""Pictures by our engine and by a rival, in turn: seconds by stage, peaks of memory, distances."""
+"""Runs our engine and a baseline in turn: seconds by stage, peak memory, distances of their images."""
 
 import argparse
 import asyncio
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
-from bench.harness.load_generator import Order, Traffic
-from bench.harness.memory import peak_bytes, rise
-from bench.harness.pipelines import DTYPES, STAGES, Diffusers, Made, Ours, Subject, Task
-from bench.harness.server_process import serving
+from bench.harness.host import host_facts
+from bench.harness.load_generator import ImageRequest, LoadGenerator
+from bench.harness.memory import peak_bytes, peak_rise
+from bench.harness.pipelines import DTYPES, STAGES, DiffusersPipeline, EnginePipeline, Pipeline, TimedImages, Workload
+from bench.harness.server_process import running_server
 from bench.harness.subprocess_call import run_in_subprocess
-from bench.harness.summary import spread, table
+from bench.harness.summary import percentiles, table
 from bench.latency.shared_weights import SharedWeights
 from distill.evaluation.scores import evaluation_prompts
 from engines.backends.parity import difference
@@ -32,12 +32,12 @@ CAPTIONS = 400  # to choose prompts of the wanted length from
 
 @dataclass
 class Series:
-    """The runs of one subject."""
+    """The runs of one pipeline."""
 
     facts: dict[str, object]
     load_seconds: float
     warmup_seconds: float = 0.0
-    runs: list[Made] = field(default_factory=list)
+    runs: list[TimedImages] = field(default_factory=list)
     rises: list[int] = field(default_factory=list)
 
     def seconds(self, stage: str) -> list[float]:
@@ -47,8 +47,8 @@ class Series:
         return statistics.median(self.seconds(stage))
 
 
-class Prompts:
-    """Captions whose own tokens, behind the instruction, are nearest to `tokens` in number; each is given once."""
+class PromptPool:
+    """Captions whose own token count, behind the instruction, is nearest to `tokens`; hands each out once."""
 
     def __init__(self, checkpoint: Checkpoint, tokens: int) -> None:
         settings = checkpoint.settings
@@ -60,127 +60,127 @@ class Prompts:
         self.used: list[int] = []
 
     def take(self, count: int) -> list[str]:
-        """Raises BenchError where no more are left."""
+        """Returns the next `count` prompts. Raises BenchError if too few are left."""
         if count > len(self._left):
             raise BenchError(f"prompts: {len(self._left)} are left, {count} are needed; take fewer --runs or --batch")
-        taken, self._left = self._left[:count], self._left[count:]
-        self.used += [self._lengths[text] for text in taken]
-        return taken
+        prompts_taken, self._left = self._left[:count], self._left[count:]
+        self.used += [self._lengths[text] for text in prompts_taken]
+        return prompts_taken
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Everything, in order: reference, load, warm-up, runs in turn, the rest. Seconds and bytes."""
-    place = _place(options)
+    """Runs reference, load, warm-up, the runs in turn and the options; returns the JSON document. Seconds and bytes."""
+    device = _device(options)
     checkpoint = open_checkpoint(options.model, options.decoder)
     width, height = options.size or checkpoint.settings.default_size
-    prompts = Prompts(checkpoint, options.tokens)
+    prompt_pool = PromptPool(checkpoint, options.tokens)
 
-    def task(seed: int) -> Task:
+    def task(seed: int) -> Workload:
         seeds = [seed * options.batch + i for i in range(options.batch)]
-        return Task(prompts.take(options.batch), seeds, width, height, options.steps)
+        return Workload(prompt_pool.take(options.batch), seeds, width, height, options.steps)
 
     first, *rest = (task(seed) for seed in range(options.runs))
     warmup = task(options.runs)
     base = DTYPES[options.vs_precision]
     reference = run_in_subprocess(None, _reference, options, first) if options.reference else None
     shared = replace(checkpoint, weights=SharedWeights(checkpoint.weights, base))
-    subjects: dict[str, Subject] = {}
+    subjects: dict[str, Pipeline] = {}
     series: dict[str, Series] = {}
     for name in ("ours", "theirs") if options.vs else ("ours",):
         began = time.perf_counter()
-        subjects[name] = _subject(name, options, shared, place)
+        subjects[name] = _subject(name, options, shared, device)
         series[name] = Series(subjects[name].facts, time.perf_counter() - began)
         began = time.perf_counter()
         subjects[name].run(warmup)
         series[name].warmup_seconds = time.perf_counter() - began
     for number, one in enumerate([first, *rest]):
         for name in sorted(subjects, reverse=number % 2 == 1):
-            with rise(place) as risen:
+            with peak_rise(device) as risen:
                 series[name].runs.append(subjects[name].run(one))
             series[name].rises += risen
-    found = _summary(options, place, checkpoint, (width, height), prompts, series, reference)
+    result = _summary(options, device, checkpoint, (width, height), prompt_pool, series, reference)
     del subjects, shared
     if options.memory:
-        found["peak_bytes"] = {name: run_in_subprocess(None, _peak, name, options, warmup) for name in series}
+        result["peak_bytes"] = {name: run_in_subprocess(None, _peak, name, options, warmup) for name in series}
     if options.http:
-        found["http_seconds"] = asyncio.run(_over_http(options, [warmup, first, *rest]))
-    return found
+        result["http_seconds"] = asyncio.run(_over_http(options, [warmup, first, *rest]))
+    return result
 
 
-def _place(options: argparse.Namespace) -> torch.device:
+def _device(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _subject(name: str, options: argparse.Namespace, checkpoint: Checkpoint, place: torch.device) -> Subject:
+def _subject(name: str, options: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Pipeline:
     if name == "theirs":
         compiled = options.vs == "diffusers-compiled"
-        return Diffusers(checkpoint, options.vs_precision, place, compiled=compiled)
+        return DiffusersPipeline(checkpoint, options.vs_precision, device, compiled=compiled)
     precision = None if options.engine else options.precision
     largest = options.max_batch or options.batch
-    return Ours(
+    return EnginePipeline(
         checkpoint,
         engine_dir=options.engine,
         backend=options.backend,
         precision=precision,
-        device=str(place),
+        device=str(device),
         max_batch=largest,
     )
 
 
-def _reference(options: argparse.Namespace, task: Task) -> list[Pixels]:
-    """The task's pictures in fp32, by PyTorch as it is, from weights rounded like those that are measured."""
+def _reference(options: argparse.Namespace, task: Workload) -> list[Pixels]:
+    """Returns the workload's images in eager fp32, from weights rounded like the measured ones."""
     checkpoint = open_checkpoint(options.model, options.decoder)
     weights = SharedWeights(checkpoint.weights, DTYPES[options.vs_precision], keep=False)
-    ours = Ours(
+    ours = EnginePipeline(
         replace(checkpoint, weights=weights),
         backend="eager",
         precision="fp32",
-        device=str(_place(options)),
+        device=str(_device(options)),
         max_batch=len(task.prompts),
     )
-    return ours.run(task).pictures
+    return ours.run(task).images
 
 
-def _peak(name: str, options: argparse.Namespace, task: Task) -> int:
-    """The most memory that one subject needs, loading included, in a process that does nothing else."""
-    place = _place(options)
-    _subject(name, options, open_checkpoint(options.model, options.decoder), place).run(task)
-    return peak_bytes(place)
+def _peak(name: str, options: argparse.Namespace, task: Workload) -> int:
+    """Returns the most memory that one pipeline needs, loading included, in this fresh process."""
+    device = _device(options)
+    _subject(name, options, open_checkpoint(options.model, options.decoder), device).run(task)
+    return peak_bytes(device)
 
 
-async def _over_http(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, object]:
-    """The same tasks, asked of a server of our own: as many requests at once as a batch holds."""
+async def _over_http(options: argparse.Namespace, tasks: Sequence[Workload]) -> dict[str, object]:
+    """Sends the same workloads to a server of our own, as many requests at once as a batch holds."""
     flags = ["--model", options.model, "--backend", options.backend, "--max-batch", str(options.batch)]
     flags += ["--engine", options.engine] if options.engine else ["--precision", options.precision]
     flags += ["--decoder", options.decoder] if options.decoder else []
     seconds, overhead = [], []
-    with serving(flags) as served, tempfile.TemporaryFile() as spool:
-        traffic = Traffic(served.url, spool, patience_s=600)
+    with running_server(flags) as served, tempfile.TemporaryFile() as spool:
+        generator = LoadGenerator(served.url, spool, timeout_s=600)
         for number, task in enumerate(tasks):
             pairs = zip(task.prompts, task.seeds, strict=True)
-            asked = [Order(text, seed, task.steps, "png", task.width, task.height) for text, seed in pairs]
-            for record in await traffic.closed_loop(asked, options.batch):
+            requests = [ImageRequest(text, seed, task.steps, "png", task.width, task.height) for text, seed in pairs]
+            for record in await generator.closed_loop(requests, options.batch):
                 if record.status != 200:
-                    raise BenchError(f"http: got {record.status} {record.error} for {record.order}")
+                    raise BenchError(f"http: got {record.status} {record.error} for {record.request}")
                 if number:  # the first is the warm-up
                     seconds.append(record.seconds)
                     engine = sum(record.stages_ms[stage] for stage in STAGES) / 1000
                     overhead.append(record.seconds - engine)
-        await traffic.close()
+        await generator.close()
         start = served.start_seconds
-    return {"server_start": round(start, 3), "total": spread(seconds), "overhead": spread(overhead)}
+    return {"server_start": round(start, 3), "total": percentiles(seconds), "overhead": percentiles(overhead)}
 
 
 def _summary(
     options: argparse.Namespace,
-    place: torch.device,
+    device: torch.device,
     checkpoint: Checkpoint,
     size: tuple[int, int],
-    prompts: Prompts,
+    prompt_pool: PromptPool,
     series: dict[str, Series],
     reference: list[Pixels] | None,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "program": "bench.latency",
         "command": options.command,
         "model": options.model,
@@ -190,46 +190,50 @@ def _summary(
         "batch": options.batch,
         "runs": options.runs,
         "vs": options.vs,
-        "device": str(place),
-        "machine": machine() | {"threads": torch.get_num_threads()},
-        "prompt_tokens": {"mean": statistics.fmean(prompts.used), "max": max(prompts.used)},
+        "device": str(device),
+        "machine": host_facts() | {"threads": torch.get_num_threads()},
+        "prompt_tokens": {"mean": statistics.fmean(prompt_pool.used), "max": max(prompt_pool.used)},
         "weights_rounded_to": options.vs_precision,
     }
     for name, one in series.items():
-        found[name] = one.facts | {
+        result[name] = one.facts | {
             "load_seconds": round(one.load_seconds, 3),
             "warmup_seconds": round(one.warmup_seconds, 3),
-            "seconds": {stage: spread(one.seconds(stage)) for stage in (*STAGES, "total")},
+            "seconds": {stage: percentiles(one.seconds(stage)) for stage in (*STAGES, "total")},
             "rise_bytes": max(one.rises),
-            "parity_to_fp32": _parity(reference, one.runs[0].pictures) if reference else None,
+            "parity_to_fp32": _parity(reference, one.runs[0].images) if reference else None,
         }
     if "theirs" in series:
         ours, theirs = series["ours"], series["theirs"]
-        found["parity_to_each_other"] = _parity(theirs.runs[0].pictures, ours.runs[0].pictures)
-        found["ratios"] = {stage: round(theirs.median(stage) / ours.median(stage), 3) for stage in STAGES}
-        found["ratio"] = round(theirs.median("total") / ours.median("total"), 3)
-    return found
+        result["parity_to_each_other"] = _parity(theirs.runs[0].images, ours.runs[0].images)
+        result["ratios"] = {stage: round(theirs.median(stage) / ours.median(stage), 3) for stage in STAGES}
+        result["ratio"] = round(theirs.median("total") / ours.median("total"), 3)
+    return result
 
 
 def _parity(expected: Sequence[Pixels], got: Sequence[Pixels]) -> dict[str, float]:
-    """Of uint8 pictures, all together: PSNR in dB, largest and mean difference in levels of 255."""
-    pictures = [torch.stack([torch.tensor(picture) for picture in batch]) for batch in (expected, got)]
-    found = difference(*pictures)
-    return {"psnr_db": round(found.psnr_db or 0.0, 2), "max_abs": found.max_abs, "mean_abs": round(found.mean_abs, 4)}
+    """Returns PSNR in dB and the largest and mean difference in levels of 255, over all images."""
+    images = [torch.stack([torch.tensor(pixels) for pixels in batch]) for batch in (expected, got)]
+    result = difference(*images)
+    return {
+        "psnr_db": round(result.psnr_db or 0.0, 2),
+        "max_abs": result.max_abs,
+        "mean_abs": round(result.mean_abs, 4),
+    }
 
 
-def show(found: dict[str, Any]) -> str:
-    """The tables for people."""
-    names = [name for name in ("ours", "theirs") if name in found]
-    head = ["seconds", *(f"{name} {kind}" for name in names for kind in ("p50", "p95")), "ratio"]
-    ratios = found.get("ratios", {}) | {"total": found.get("ratio")}
+def show(result: dict[str, Any]) -> str:
+    """Returns the tables for people."""
+    sides = [name for name in ("ours", "theirs") if name in result]
+    head = ["seconds", *(f"{name} {kind}" for name in sides for kind in ("p50", "p95")), "ratio"]
+    ratios = result.get("ratios", {}) | {"total": result.get("ratio")}
     rows: list[list[object]] = []
     for stage in (*STAGES, "total"):
-        times = [found[name]["seconds"][stage][kind] for name in names for kind in ("p50", "p95")]
+        times = [result[name]["seconds"][stage][kind] for name in sides for kind in ("p50", "p95")]
         rows.append([stage, *times, ratios.get(stage)])
     facts: list[list[object]] = []
-    for name in names:
-        one = found[name]
+    for name in sides:
+        one = result[name]
         parity = one["parity_to_fp32"] or {}
         facts.append(
             [
@@ -239,7 +243,7 @@ def show(found: dict[str, Any]) -> str:
                 parity.get("psnr_db"),
                 parity.get("max_abs"),
                 one["rise_bytes"] / 2**20,
-                found.get("peak_bytes", {}).get(name, 0) / 2**20 or None,
+                result.get("peak_bytes", {}).get(name, 0) / 2**20 or None,
                 one["load_seconds"],
                 one["warmup_seconds"],
             ]
@@ -256,9 +260,9 @@ def show(found: dict[str, Any]) -> str:
         "warm-up, s",
     )
     parts = [table(head, rows), "", table(columns, facts)]
-    if "parity_to_each_other" in found:
-        parts += ["", f"ours against theirs: {found['parity_to_each_other']}"]
-    if "http_seconds" in found:
-        total, over = found["http_seconds"]["total"], found["http_seconds"]["overhead"]
+    if "parity_to_each_other" in result:
+        parts += ["", f"ours against theirs: {result['parity_to_each_other']}"]
+    if "http_seconds" in result:
+        total, over = result["http_seconds"]["total"], result["http_seconds"]["overhead"]
         parts += ["", f"over HTTP: p50 {total['p50']:.4f} s, beyond the engine's stages p50 {over['p50']:.4f} s"]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""One set of weights for two pipelines: both hold the very same tensors, so that a 2B text encoder fits twice."""
+"""One set of weights for two pipelines: both hold the same tensors, so that a 2B text encoder fits."""
 
 from collections.abc import Mapping
 
@@ -10,28 +10,27 @@ from engines.checkpoints.weights import Component, WeightSource, load_strict
 
 
 class SharedWeights:
-    """An engines.checkpoints.weights.WeightSource that reads each part once, in `dtype`, and hands the same tensors out
-    again.
+    """A WeightSource that reads each part once, in `dtype`, and hands out the same tensors again.
 
-    Another dtype that is asked for is made from those, so all who are compared start from equally rounded weights.
-    keep False: each part is read anew and nothing is held, for a single pipeline in another dtype.
+    Other dtypes are cast from those tensors, so all pipelines start from equally rounded weights. keep False: reads
+    each part again and holds nothing, for a single pipeline in another dtype.
     """
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, *, keep: bool = True) -> None:
         self._source, self._dtype, self._keep = source, dtype, keep
-        self._kept: dict[Component, Mapping[str, Tensor]] = {}
+        self._cached: dict[Component, Mapping[str, Tensor]] = {}
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises CheckpointError where the keys or shapes of `module` are not the checkpoint's."""
-        if part not in self._kept:
+        """Loads a part. Raises CheckpointError if keys or shapes of `module` are not the checkpoint's."""
+        if part not in self._cached:
             self._source.load_into(part, module, self._dtype, device)
             if self._keep:
-                self._kept[part] = module.state_dict()
+                self._cached[part] = module.state_dict()
             else:
                 for parameter in module.parameters():  # one by one: no second copy of the whole
                     parameter.data = parameter.data.to(dtype)
                 return
-        tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in self._kept[part].items()}
+        tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in self._cached[part].items()}
         load_strict(module, tensors, f"shared {part}")
         module.to(device)  # buffers that no checkpoint holds
 

@@ -1,12 +1,11 @@
-"""What overload does to those who are let in: open-loop load at a tenth of the capacity, at all of it, at four times.
+"""Measures overload: open-loop load at a tenth of the capacity, at the capacity, and at four times it.
 
     python -m bench.load.overload
     python -m bench.load.overload --batch-ms 50 --seconds 20 --cores 0 1
 
-The server runs the fake engine with a fixed time per batch, so its capacity is known: --max-batch over that time. The
-queue holds one batch. Prints a table, then one JSON document as the last line; exit code 1 where a bound is broken:
-accepted p99 < 2 x unloaded p99 + one batch, refused (429) p99 < 20 ms, goodput at four times no less than 95 % of that
-at capacity.
+The fake engine takes a fixed time per batch, so the capacity is --max-batch over that time. The queue holds one batch.
+Prints a table, then one JSON document as the last line. Exit code 1: a bound is broken. Bounds: accepted p99 < 2 x
+unloaded p99 + one batch; refused (429) p99 < 20 ms; goodput at four times >= 95 % of that at capacity.
 """
 
 import argparse
@@ -18,62 +17,64 @@ import tempfile
 from collections.abc import Sequence
 
 from bench.harness.cli import command
-from bench.harness.host import machine
-from bench.harness.load_generator import Order, Record, Traffic
-from bench.harness.server_process import serving
-from bench.harness.summary import Spread, spread, table
+from bench.harness.host import host_facts
+from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
+from bench.harness.server_process import running_server
+from bench.harness.summary import Percentiles, percentiles, table
 
 BATCH = 8
 UNLOADED, OVER = 0.1, 4.0  # of the capacity
 REFUSED_MS = 20.0
-KEPT = 0.95
+MIN_GOODPUT_SHARE = 0.95
 SIDE = 64
 
 
-async def load(url: str, rate: float, seconds: float, seed: int) -> list[Record]:
-    orders = [Order("a red circle", seed * 10**6 + i, 1, "jpeg", SIDE, SIDE) for i in range(int(rate * seconds))]
+async def load(url: str, rate: float, seconds: float, seed: int) -> list[RequestRecord]:
+    requests = [
+        ImageRequest("a red circle", seed * 10**6 + i, 1, "jpeg", SIDE, SIDE) for i in range(int(rate * seconds))
+    ]
     with tempfile.TemporaryFile() as spool:
-        traffic = Traffic(url, spool)
+        generator = LoadGenerator(url, spool)
         try:
-            return await traffic.open_loop(orders, rate, seed)
+            return await generator.open_loop(requests, rate, seed)
         finally:
-            await traffic.close()
+            await generator.close()
 
 
-def measured(
-    records: Sequence[Record], share: float, rate: float, seconds: float, deadline_ms: float
+def summarise(
+    records: Sequence[RequestRecord], share: float, rate: float, seconds: float, deadline_ms: float
 ) -> dict[str, object]:
-    """Milliseconds, pictures a second."""
+    """Returns one load's row: milliseconds, images a second."""
     good = [1000 * record.seconds for record in records if record.status == 200]
     refused = [1000 * record.seconds for record in records if record.status == 429]
     return {
         "of_capacity": share,
         "rate": round(rate, 1),
         "requests": len(records),
-        "accepted_ms": spread(good),
-        "refused_ms": spread(refused),
+        "accepted_ms": percentiles(good),
+        "refused_ms": percentiles(refused),
         "other": sum(record.status not in (200, 429) for record in records),
         "goodput": round(sum(ms <= deadline_ms for ms in good) / seconds, 2),
-        "generator_late_ms": spread([1000 * record.late for record in records]),
+        "generator_late_ms": percentiles([1000 * record.send_delay_s for record in records]),
     }
 
 
 def broken(unloaded: dict[str, object], full: dict[str, object], over: dict[str, object], batch_ms: float) -> list[str]:
-    """The bounds that do not hold, in words."""
-    found = []
+    """Returns a sentence for each bound that does not hold."""
+    findings = []
     bound = 2 * _p99(unloaded["accepted_ms"]) + batch_ms
     if _p99(over["accepted_ms"]) >= bound:
-        found.append(f"accepted p99 {_p99(over['accepted_ms']):.1f} ms, must be under {bound:.1f} ms")
+        findings.append(f"accepted p99 {_p99(over['accepted_ms']):.1f} ms, must be under {bound:.1f} ms")
     if _p99(over["refused_ms"]) >= REFUSED_MS:
-        found.append(f"refused p99 {_p99(over['refused_ms']):.1f} ms, must be under {REFUSED_MS:g} ms")
+        findings.append(f"refused p99 {_p99(over['refused_ms']):.1f} ms, must be under {REFUSED_MS:g} ms")
     goodput, before = over["goodput"], full["goodput"]
     assert isinstance(goodput, float)
     assert isinstance(before, float)
-    if goodput < KEPT * before:
-        found.append(f"goodput {goodput:.1f}/s, at capacity it was {before:.1f}/s")
-    if lost := sum(int(str(one["other"])) for one in (unloaded, full, over)):
-        found.append(f"{lost} requests got neither a picture nor 429")
-    return found
+    if goodput < MIN_GOODPUT_SHARE * before:
+        findings.append(f"goodput {goodput:.1f}/s, at capacity it was {before:.1f}/s")
+    if lost := sum(int(str(entry["other"])) for entry in (unloaded, full, over)):
+        findings.append(f"{lost} requests got neither an image nor 429")
+    return findings
 
 
 def _p99(value: object) -> float:
@@ -94,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = ["--backend", "fake", "--fake-delay-ms", str(options.batch_ms), "--max-batch", str(BATCH)]
     flags += ["--max-queue", str(BATCH), "--log-level", "warning"]
     rows = []
-    with serving(flags) as served:
+    with running_server(flags) as server:
         if options.cores:
-            os.sched_setaffinity(served.process.pid, {options.cores[0]})
+            os.sched_setaffinity(server.process.pid, {options.cores[0]})
             os.sched_setaffinity(0, {options.cores[1]})
         for share in (UNLOADED, UNLOADED, 1.0, OVER):  # the first warms up
             rate = share * capacity
-            records = asyncio.run(load(served.url, rate, options.seconds, options.seed))
+            records = asyncio.run(load(server.url, rate, options.seconds, options.seed))
             deadline_ms = 4 * options.batch_ms
-            rows.append(measured(records, share, rate, options.seconds, deadline_ms))
+            rows.append(summarise(records, share, rate, options.seconds, deadline_ms))
     unloaded, full, over = rows[1:]
     wrong = broken(unloaded, full, over, options.batch_ms)
     print(show([unloaded, full, over]))
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {
         "program": "bench.load.overload",
         "command": command("bench.load.overload", arguments),
-        "machine": machine(),
+        "machine": host_facts(),
     }
     print(json.dumps({**document, "batch_ms": options.batch_ms, "loads": [unloaded, full, over], "broken": wrong}))
     return int(bool(wrong))
@@ -120,9 +121,11 @@ def show(rows: Sequence[dict[str, object]]) -> str:
     head = ("load", "requests/s", "goodput/s", "accepted", "p50, ms", "p99, ms", "refused", "p50, ms", "p99, ms")
     cells = []
     for row in rows:
-        spreads: list[Spread | None] = [row["accepted_ms"], row["refused_ms"]]  # type: ignore[list-item]  # of `measured`
+        spreads: list[Percentiles | None] = [row["accepted_ms"], row["refused_ms"]]  # type: ignore[list-item]  # of `measured`
         figures = [
-            figure for one in spreads for figure in ((one["count"], one["p50"], one["p99"]) if one else (0, None, None))
+            figure
+            for entry in spreads
+            for figure in ((entry["count"], entry["p50"], entry["p99"]) if entry else (0, None, None))
         ]
         cells.append([f"{row['of_capacity']:g}x", row["rate"], row["goodput"], *figures])
     return table(head, cells)

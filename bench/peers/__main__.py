@@ -1,19 +1,19 @@
-"""The same engine behind our server and behind what one would otherwise write, under the same load, in one run.
+"""Compares our server with common servers around the same engine, under the same load, in one run.
 
     make peers
     python -m bench.peers --engine fake:5 --rates 50,100,200 --concurrency 1,8,64 --seconds 3
 
-Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (files *_app.py),
-each in an environment of its own that `make peers` makes. One server runs at a time; one load generator, on the same
-machine, measures all. Every peer has our engine, our PNG encoder, batches of 8 and, where it waits for a batch to fill,
-5 ms to do so. A request without an answer of status 200 counts as lost.
+Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (files *_app.py).
+`make peers` makes an environment for each. One server runs at a time, and one load generator on the same machine
+measures all. Every peer has our engine, our PNG encoder and batches of 8; those that wait for a batch to fill wait 5
+ms. A request without status 200 counts as lost.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.peers.comparison import PEERS, run, show
 
 
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.peers", given))
     options = parser.parse_args(given)
-    return told(
-        lambda: run(options), show, lambda found: any(row["lost"] for row in found["rows"] if row["peer"] == "ours")
+    return run_benchmark(
+        lambda: run(options), show, lambda result: any(row["lost"] for row in result["rows"] if row["peer"] == "ours")
     )
 
 

@@ -1,4 +1,4 @@
-"""Peers, started one at a time in their environments, under the same loads."""
+"""Starts the peers one at a time in their environments and sends them the same loads."""
 
 import argparse
 import asyncio
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
-from bench.harness.load_generator import Order, Record, Traffic
-from bench.harness.summary import spread, table
+from bench.harness.host import host_facts
+from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
+from bench.harness.summary import percentiles, table
 from distill.evaluation.scores import evaluation_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,148 +26,149 @@ ENVIRONMENTS = ROOT / ".venvs"
 PEERS = ("ours", "fastapi", "litserve", "ray", "bentoml")
 CAPTIONS = 400
 WARMUP = 64
-READY_S, END_S, PATIENCE_S = 180.0, 30.0, 30.0
+START_TIMEOUT_S, STOP_TIMEOUT_S, REQUEST_TIMEOUT_S = 180.0, 30.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Listed(Order):
-    """As BentoML takes it: a list of one."""
+class ListRequest(ImageRequest):
+    """A request in BentoML's form: a list of one."""
 
     def body(self) -> bytes:
-        return b'{"orders": [' + Order.body(self) + b"]}"
+        return b'{"requests": [' + ImageRequest.body(self) + b"]}"
 
 
-def python_of(peer: str) -> Path:
-    """The interpreter of its environment."""
+def interpreter_of(peer: str) -> Path:
+    """Returns the interpreter of the peer's environment."""
     if peer in ("ours", "fastapi"):
         return Path(sys.executable)
     return ENVIRONMENTS / f"peer-{peer}" / "bin" / "python"
 
 
 def command_of(peer: str, engine: str, port: int) -> list[str]:
-    """What starts `peer` on `port` of 127.0.0.1."""
+    """Returns the command that starts `peer` on `port` of 127.0.0.1."""
     if peer == "ours":
         fake = engine.startswith("fake:")
         flags = ["--backend", "fake", "--fake-delay-ms", engine[5:]] if fake else ["--model", engine]
-        words = ["server", *flags, "--max-batch", "8", "--max-queue", "512", "--port", str(port)]
+        arguments = ["server", *flags, "--max-batch", "8", "--max-queue", "512", "--port", str(port)]
     elif peer == "bentoml":
-        words = ["bentoml", "serve", "bench.peers.bentoml_app:Generate", "--host", "127.0.0.1", "--port", str(port)]
+        arguments = ["bentoml", "serve", "bench.peers.bentoml_app:Generate", "--host", "127.0.0.1", "--port", str(port)]
     else:
-        words = [f"bench.peers.{peer}_app", str(port)]
-    return [str(python_of(peer)), "-m", *words]
+        arguments = [f"bench.peers.{peer}_app", str(port)]
+    return [str(interpreter_of(peer)), "-m", *arguments]
 
 
 @contextlib.contextmanager
-def running(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """URL and process of a started peer, which may not answer yet; with the block ends all that it started."""
+def running_peer(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Starts a peer and yields its URL and process, possibly before it answers; ends its process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         environment = {**os.environ, "BENCH_PEER_ENGINE": engine, "BENTOML_DO_NOT_TRACK": "True"}
-        words = command_of(peer, engine, port)
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        arguments = command_of(peer, engine, port)
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             yield f"http://127.0.0.1:{port}", process
         except BenchError as error:
             last = os.pread(log.fileno(), 2000, max(0, os.fstat(log.fileno()).st_size - 2000)).decode(errors="replace")
             raise BenchError(f"{peer}: {error}\n{last}") from error
         finally:
-            _end(process)
+            _terminate(process)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for number, patience in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    for signal_number, timeout_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(timeout_s)
     process.wait()
 
 
-def orders(peer: str, count: int, first_seed: int) -> list[Order]:
-    kind = Listed if peer == "bentoml" else Order
+def make_requests(peer: str, count: int, first_seed: int) -> list[ImageRequest]:
+    request_type = ListRequest if peer == "bentoml" else ImageRequest
     prompts = [prompt.text for prompt in evaluation_prompts(CAPTIONS)]
-    return [kind(prompts[i % CAPTIONS], first_seed + i, 1, "png") for i in range(count)]
+    return [request_type(prompts[i % CAPTIONS], first_seed + i, 1, "png") for i in range(count)]
 
 
 async def measure(
     peer: str, url: str, process: subprocess.Popen[bytes], loads: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """One row for each load. Raises BenchError where the peer does not answer."""
+    """Returns one row for each load. Raises BenchError if the peer does not answer."""
     rows = []
     with tempfile.TemporaryFile() as spool:
-        traffic = Traffic(url, spool, patience_s=PATIENCE_S)
-        await _ready(traffic, peer, process)
-        await traffic.closed_loop(orders(peer, WARMUP, 10**6), 8)
+        generator = LoadGenerator(url, spool, timeout_s=REQUEST_TIMEOUT_S)
+        await _ready(generator, peer, process)
+        await generator.closed_loop(make_requests(peer, WARMUP, 10**6), 8)
         for clients in loads.concurrency:
-            pace = await _paced(traffic, peer, clients)
-            asked = orders(peer, max(3 * clients, round(pace * loads.seconds)), 0)
+            pace = await _throughput(generator, peer, clients)
+            requests = make_requests(peer, max(3 * clients, round(pace * loads.seconds)), 0)
             began = time.perf_counter()
-            records = await traffic.closed_loop(asked, clients)
+            records = await generator.closed_loop(requests, clients)
             rows.append(_row(f"{clients} clients", records, time.perf_counter() - began))
         for rate in loads.rates:
-            asked = orders(peer, round(rate * loads.seconds), 0)
+            requests = make_requests(peer, round(rate * loads.seconds), 0)
             began = time.perf_counter()
-            records = await traffic.open_loop(asked, rate)
+            records = await generator.open_loop(requests, rate)
             rows.append(_row(f"{rate:g}/s", records, time.perf_counter() - began))
-        await traffic.close()
+        await generator.close()
     return rows
 
 
-async def _ready(traffic: Traffic, peer: str, process: subprocess.Popen[bytes]) -> None:
-    end = time.perf_counter() + READY_S
+async def _ready(generator: LoadGenerator, peer: str, process: subprocess.Popen[bytes]) -> None:
+    end = time.perf_counter() + START_TIMEOUT_S
     while time.perf_counter() < end and process.poll() is None:
-        [record] = await traffic.closed_loop(orders(peer, 1, 10**6), 1)
+        [record] = await generator.closed_loop(make_requests(peer, 1, 10**6), 1)
         if record.status == 200:
             return
         await asyncio.sleep(0.2)
     raise BenchError(
-        f"not ready within {READY_S:g} s, or gone (code {process.returncode}): got {record.status} {record.error}"
+        f"not ready within {START_TIMEOUT_S:g} s, or gone (code {process.returncode}): "
+        f"got {record.status} {record.error}"
     )
 
 
-async def _paced(traffic: Traffic, peer: str, clients: int) -> float:
-    """Answers a second, roughly, so that every peer is measured for as long."""
-    asked = orders(peer, 2 * clients + 8, 2 * 10**6)
+async def _throughput(generator: LoadGenerator, peer: str, clients: int) -> float:
+    """Returns a rough number of responses a second, so that every peer is measured for the same time."""
+    requests = make_requests(peer, 2 * clients + 8, 2 * 10**6)
     began = time.perf_counter()
-    await traffic.closed_loop(asked, clients)
-    return len(asked) / (time.perf_counter() - began)
+    await generator.closed_loop(requests, clients)
+    return len(requests) / (time.perf_counter() - began)
 
 
-def _row(load: str, records: Sequence[Record], seconds: float) -> dict[str, object]:
+def _row(load: str, records: Sequence[RequestRecord], seconds: float) -> dict[str, object]:
     good = [record for record in records if record.status == 200]
     return {
         "load": load,
         "requests": len(records),
         "lost": len(records) - len(good),
         "throughput": round(len(good) / seconds, 2),
-        "latency_ms": spread([1000 * record.seconds for record in good]),
+        "latency_ms": percentiles([1000 * record.seconds for record in good]),
     }
 
 
 def versions(peer: str) -> str:
-    """The release of what the peer is made of."""
+    """Returns the installed release of the peer's package."""
     package = {"ours": "sana-sprint-server"}.get(peer, peer)
     program = f"from importlib.metadata import version; print(version({package!r}))"
-    done = subprocess.run([python_of(peer), "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([interpreter_of(peer), "-c", program], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document; peers that are not installed stand in `absent`."""
-    present = [peer for peer in options.peers if python_of(peer).exists()]
+    """Returns the JSON document; `absent` names the peers that are not installed."""
+    present = [peer for peer in options.peers if interpreter_of(peer).exists()]
     rows = []
     for engine in options.engine:
         for peer in present:
-            with running(peer, engine) as (url, process):
+            with running_peer(peer, engine) as (url, process):
                 for row in asyncio.run(measure(peer, url, process, options)):
                     rows.append({"engine": engine, "peer": peer, **row})
                     print(_line(rows[-1]), file=sys.stderr, flush=True)
     return {
         "program": "bench.peers",
         "command": options.command,
-        "machine": machine(),
+        "machine": host_facts(),
         "seconds": options.seconds,
         "absent": [peer for peer in options.peers if peer not in present],
         "versions": {peer: versions(peer) for peer in present},
@@ -181,16 +182,16 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['engine']} {row['peer']} {row['load']}: {row['throughput']}/s, {figures} ms, {row['lost']} lost"
 
 
-def show(found: dict[str, Any]) -> str:
-    """One table: a load in each block, a peer in each line."""
+def show(result: dict[str, Any]) -> str:
+    """Returns a table with a block for each load and a line for each peer."""
     head = ("engine", "load", "peer", "answers/s", "p50, ms", "p95, ms", "p99, ms", "lost")
-    loads = list(dict.fromkeys((row["engine"], row["load"]) for row in found["rows"]))
+    loads = list(dict.fromkeys((row["engine"], row["load"]) for row in result["rows"]))
     lines = []
     for engine, load in loads:
-        for row in found["rows"]:
+        for row in result["rows"]:
             if (row["engine"], row["load"]) == (engine, load):
                 times = row["latency_ms"] or {}
                 figures = (times.get(key) for key in ("p50", "p95", "p99"))
                 lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"]])
-    absent = f"\n\nnot installed (make peers): {', '.join(found['absent'])}" if found["absent"] else ""
+    absent = f"\n\nnot installed (make peers): {', '.join(result['absent'])}" if result["absent"] else ""
     return table(head, lines) + absent

@@ -1,20 +1,20 @@
-"""A peer: FastAPI as its tutorial has it, a plain function on Starlette's thread pool, one picture per call."""
+"""A peer: FastAPI as in its tutorial, a plain function on Starlette's thread pool, one image per call."""
 
 import sys
 
 import uvicorn
 from fastapi import FastAPI, Response
 
-from bench.peers.shared_engine import PATH, Asked, Work
+from bench.peers.shared_engine import PATH, GenerateBody, SharedEngine
 
 
 def main() -> None:
-    app, work = FastAPI(), Work()
+    app, engine = FastAPI(), SharedEngine()
 
     @app.post(PATH)
-    def generate(asked: Asked) -> Response:
-        [picture] = work.pictures([work.job(asked)])
-        return Response(picture, media_type="image/png")
+    def generate(body: GenerateBody) -> Response:
+        [file] = engine.png_files([engine.job(body)])
+        return Response(file, media_type="image/png")
 
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]))
 

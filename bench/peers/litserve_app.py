@@ -1,4 +1,4 @@
-"""A peer: LitServe with dynamic batching, as its documentation has it."""
+"""A peer: LitServe with dynamic batching, as documented."""
 
 import sys
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from typing import Any
 import litserve  # type: ignore[import-not-found]  # in the peer's own environment only
 from fastapi import Response
 
-from bench.peers.shared_engine import MAX_BATCH, PATH, WAIT_S, Asked, Work
+from bench.peers.shared_engine import MAX_BATCH, PATH, WAIT_S, GenerateBody, SharedEngine
 from engines.types import Job
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]  # as above
     def setup(self, device: str) -> None:
         del device
-        self.work = Work()
+        self.engine = SharedEngine()
 
-    def decode_request(self, request: Asked, **_: Any) -> Job:
-        return self.work.job(request)
+    def decode_request(self, request: GenerateBody, **_: Any) -> Job:
+        return self.engine.job(request)
 
     def batch(self, inputs: Sequence[Job]) -> list[Job]:
         return list(inputs)
 
     def predict(self, x: list[Job], **_: Any) -> list[bytes]:
-        return self.work.pictures(x)
+        return self.engine.png_files(x)
 
     def unbatch(self, output: list[bytes]) -> list[bytes]:
         return output

@@ -1,6 +1,6 @@
-"""What every peer serves: the engine, orders as jobs, pictures as PNG files; all of it the same as behind our server.
+"""The engine that every peer serves: request to job, images to PNG files, as behind our server.
 
-Runs in the peer's own environment. BENCH_PEER_ENGINE says which engine: fake:<milliseconds>, or a checkpoint.
+Runs in the peer's environment. BENCH_PEER_ENGINE selects the engine: fake:<milliseconds>, or a checkpoint.
 """
 
 import os
@@ -15,13 +15,13 @@ from engines.fake import FakeEngine
 from engines.types import Engine, Job
 
 MAX_BATCH = 8
-WAIT_S = 0.005  # that a batch waits to be filled, where a peer asks for such a time
+WAIT_S = 0.005  # a batch waits to be filled, where a peer has such a setting
 PATH = "/generate"
 ENGINE_VARIABLE = "BENCH_PEER_ENGINE"
 
 
-class Asked(BaseModel):
-    """The body of a request, checked as one would write it: what bench.harness.load_generator sends."""
+class GenerateBody(BaseModel):
+    """The request body that bench.harness.load_generator sends, validated."""
 
     prompt: str = Field(min_length=1, max_length=4000)
     seed: int = Field(ge=0)
@@ -29,8 +29,8 @@ class Asked(BaseModel):
     output_format: Literal["png"] = "png"
 
 
-class Work:
-    """One engine, called by one thread at a time."""
+class SharedEngine:
+    """An engine behind a lock: one thread at a time."""
 
     def __init__(self) -> None:
         name = os.environ[ENGINE_VARIABLE]
@@ -44,12 +44,12 @@ class Work:
         self._engine.warmup()
         self._lock = threading.Lock()
 
-    def job(self, asked: Asked) -> Job:
+    def job(self, body: GenerateBody) -> Job:
         width, height = self._engine.limits.default_size
-        return Job(asked.prompt, asked.seed, width, height, asked.num_inference_steps)
+        return Job(body.prompt, body.seed, width, height, body.num_inference_steps)
 
-    def pictures(self, jobs: Sequence[Job]) -> list[bytes]:
-        """PNG files."""
+    def png_files(self, jobs: Sequence[Job]) -> list[bytes]:
+        """Returns a PNG file for each job."""
         with self._lock:
             images = self._engine.generate(jobs)
         files = []

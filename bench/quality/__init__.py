@@ -1,1 +1,1 @@
-"""What precisions, decoders and steps cost in images: scores with intervals, and the cost of fp8."""
+"""The cost of precisions, decoders and steps in image quality: scores with intervals, and fp8's sensitivity."""

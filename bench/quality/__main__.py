@@ -1,14 +1,14 @@
-"""What speed costs in images: scores and latency on held-out captions for each way to run a checkpoint.
+"""Scores and times each way to run a checkpoint on held-out captions.
 
     python -m bench.quality --model models/tiny --variants eager:fp32,eager:bf16,eager:int8,emulated:fp8 --steps 1,2,4
     python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
 
 A variant is <backend>:<precision>, engine:<folder of build_engine.py>, diffusers:<precision>, or emulated:<fp8|fp16>,
-which rounds in PyTorch as a GPU would; +<folder or hub id> behind it takes another decoder. All get the same captions
-and seeds. Scores are the tiny world's judge's (GenEval's six categories). Beside each stands how far it is from the
-first variant's on the same prompt, with a 95 % interval (bootstrap over prompts), and its latency: one image, in turn
-with the first variant. Other programs here: bench.quality.images makes the images of a prompt set,
-bench.quality.metrics takes FID and CLIP score of them. Prints tables, then one JSON document as the last line.
+which rounds in PyTorch as a GPU would. +<folder or hub id> behind it selects another decoder. All variants get the same
+captions and seeds. The tiny world's judge scores them in GenEval's six categories. Each score has its difference from
+the first variant's on the same prompts, with a 95 % interval (bootstrap over prompts). Latency is of one image, in turn
+with the first variant. bench.quality.images makes the images of a prompt set, bench.quality.metrics computes FID and
+CLIP score. Prints tables, then one JSON document as the last line.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.quality.scores import measure, show
 from bench.quality.variants import Variant
 from engines.sampler import Schedule
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", type=_variants, default="eager:fp32,eager:bf16", help="separated by commas")
     parser.add_argument("--steps", type=_steps, default="1,2,4", help="separated by commas (default 1,2,4)")
     parser.add_argument("--prompts", type=int, default=120, help="held-out captions (default 120)")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures for each caption (default 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="images for each caption (default 1)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the checkpoint's)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (default: the checkpoint's)")
     parser.add_argument("--schedule", type=_schedules, default="paper", help=f"of ours: {SCHEDULES} (default paper)")
     parser.add_argument("--latency-runs", type=int, default=10, help="images timed for each row (default 10, 0: none)")
     parser.add_argument("--worst", type=Path, help="write the worst images of each variant to this file (.webp, .png)")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=command("bench.quality", given))
     options = parser.parse_args(given)
-    return told(lambda: measure(options), show)
+    return run_benchmark(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""GenEval's score from the results of its own evaluator, with intervals.
+"""Computes GenEval's score, with intervals, from the results of its evaluator.
 
     git clone https://github.com/djghosh13/geneval
     python geneval/evaluation/evaluate_images.py runs/geneval/images --outfile results.jsonl --model-path <detectors>
     python -m bench.quality.geneval results.jsonl --images runs/geneval
 
-The evaluator needs an environment and a GPU of its own (its README: mmdet 2, mmcv, open_clip, clip_benchmark); this
-reads what it wrote. overall is the mean of the tags' scores, as its summary_scores.py has it. Prints a table, then one
+The evaluator needs a separate environment and a GPU (its README: mmdet 2, mmcv, open_clip, clip_benchmark); this
+program reads its output. overall is the mean of the tags' scores, as in its summary_scores.py. Prints a table, then one
 JSON document as the last line. Exit code 1: images are missing from the results.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.summary import table
 from bench.quality.images.folder import ImageFolder
@@ -26,25 +26,25 @@ from bench.quality.intervals import grouped_interval, mean_interval
 
 
 def read_results(path: Path) -> dict[str, dict[str, list[float]]]:
-    """Tag -> prompt's metadata -> 0 or 1 of each image. Raises BenchError for a file that is no such result."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Returns tag -> prompt's metadata -> 0 or 1 of each image. Raises BenchError for other files."""
+    result: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
-            one = json.loads(line)
-            found[one["tag"]][one["metadata"]].append(float(one["correct"]))
+            entry = json.loads(line)
+            result[entry["tag"]][entry["metadata"]].append(float(entry["correct"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{path}: {error!r}; needed is what GenEval's evaluate_images.py writes") from error
-    if not found:
+    if not result:
         raise BenchError(f"{path}: holds no results")
-    return found
+    return result
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
+    """Returns the JSON document."""
     results = read_results(options.results)
-    prompts = {tag: [fmean(values) for values in found.values()] for tag, found in results.items()}
-    tags = {tag: fmean(value for values in found.values() for value in values) for tag, found in results.items()}
-    images = sum(len(values) for found in results.values() for values in found.values())
+    prompts = {tag: [fmean(values) for values in result.values()] for tag, result in results.items()}
+    tags = {tag: fmean(value for values in result.values() for value in values) for tag, result in results.items()}
+    images = sum(len(values) for result in results.values() for values in result.values())
     folder = None if options.images is None else ImageFolder(options.images).manifest()
     missing = 0 if folder is None else int(folder["identity"]["files"]) - images
     interval = grouped_interval(prompts)
@@ -62,11 +62,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> str:
-    """The table for people."""
-    rows = [[tag, value, *found["intervals"][tag]] for tag, value in found["tags"].items()]
-    rows.append(["overall", found["overall"], *found["interval"]])
-    return f"{found['images']} images, {found['missing']} missing\n\n{table(('tag', 'score', 'low', 'high'), rows)}"
+def show(result: dict[str, Any]) -> str:
+    """Returns the table for people."""
+    rows = [[tag, value, *result["intervals"][tag]] for tag, value in result["tags"].items()]
+    rows.append(["overall", result["overall"], *result["interval"]])
+    return f"{result['images']} images, {result['missing']} missing\n\n{table(('tag', 'score', 'low', 'high'), rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     parser.set_defaults(command=command("bench.quality.geneval", given))
     options = parser.parse_args(given)
-    return told(lambda: measure(options), show, lambda found: found["missing"])
+    return run_benchmark(lambda: measure(options), show, lambda result: result["missing"])
 
 
 if __name__ == "__main__":

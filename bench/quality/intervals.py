@@ -1,4 +1,4 @@
-"""Means with confidence intervals: 95 %, by a seeded bootstrap over prompts, whose images are not independent."""
+"""Means with 95 % intervals, by a seeded bootstrap over prompts, because images of one prompt are not independent."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,15 +28,14 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Of a mean over independent prompts: one value each. Raises BenchError without values."""
+    """Returns the interval of a mean over independent prompts, one value each. Raises BenchError without values."""
     return grouped_interval({"": values}, seed)
 
 
 def grouped_interval(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
-    """Of a mean over groups of their means (GenEval's categories); prompts are drawn anew within each group.
+    """Returns the interval of a mean of group means (GenEval's categories), resampling prompts within groups.
 
-    For a paired comparison the values are differences of two systems on one prompt. Raises BenchError for an empty
-    group.
+    For a paired comparison, pass the differences of two systems on each prompt. Raises BenchError for an empty group.
     """
     if not groups or not all(len(values) for values in groups.values()):
         raise BenchError("interval: got a group without values, needed is one prompt at least in each")
@@ -50,11 +49,13 @@ def grouped_interval(groups: Mapping[str, Sequence[float]], seed: int = 0) -> In
     return Interval(round(mean, 6), round(float(low), 6), round(float(high), 6))
 
 
-def ratio_interval(ones: Sequence[float], others: Sequence[float], seed: int = 0) -> Interval:
-    """Of the ratio of medians, others over ones; runs were made in turn and are drawn in pairs."""
-    if len(ones) != len(others) or not ones:
-        raise BenchError(f"interval: got {len(ones)} and {len(others)} runs, needed are as many pairs, one at least")
-    pairs = np.stack([np.asarray(ones, np.float64), np.asarray(others, np.float64)])
+def ratio_interval(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> Interval:
+    """Returns the interval of the ratio of medians, candidate over baseline, resampling pairs of runs."""
+    if len(baseline) != len(candidate) or not baseline:
+        raise BenchError(
+            f"interval: got {len(baseline)} and {len(candidate)} runs, needed are as many pairs, one at least"
+        )
+    pairs = np.stack([np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)])
     chosen = np.random.default_rng(seed).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
     medians = np.median(pairs[:, chosen], axis=2)
     low, high = np.percentile(medians[1] / medians[0], [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
@@ -63,10 +64,10 @@ def ratio_interval(ones: Sequence[float], others: Sequence[float], seed: int = 0
 
 
 def _resampled(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """[RESAMPLES] means of as many values, drawn with replacement."""
-    found = np.empty(RESAMPLES)
+    """Returns [RESAMPLES] means of samples drawn with replacement."""
+    means = np.empty(RESAMPLES)
     step = max(1, 2**22 // len(values))  # bounds the memory
     for first in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - first)
-        found[first : first + count] = values[rng.integers(0, len(values), (count, len(values)))].mean(1)
-    return found
+        means[first : first + count] = values[rng.integers(0, len(values), (count, len(values)))].mean(1)
+    return means

@@ -1,4 +1,4 @@
-"""docs/figures/quality.md: what precisions, steps and start angles cost, from the results of bench.quality."""
+"""Writes docs/figures/quality.md from the results of bench.quality."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ slower. `emulated` rounds in PyTorch as a GPU would, so its time means nothing. 
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown; the sheets of worst images lie beside it."""
+    """Returns the Markdown page; the sheets of worst images are files next to it."""
     lines = [
         "# Quality by precision, steps and start angle",
         "",
@@ -26,13 +26,13 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     lines += [READING, ""]
     for name, result in results.items():
-        told = result["machine"]
+        facts = result["machine"]
         lines += [
             f"## {name}",
             "",
             f"`{result['model']}`, {result['prompts']} held-out captions, {result['seeds']} seed(s), guidance "
-            f"{result['guidance']:g}; the first variant is `{result['compared_with']}`. {told['cores']} cores of "
-            f"{told['cpu']}, load average {told['load_average']} at the end: ratios travel better than seconds.",
+            f"{result['guidance']:g}; the first variant is `{result['compared_with']}`. {facts['cores']} cores of "
+            f"{facts['cpu']}, load average {facts['load_average']} at the end: ratios travel better than seconds.",
             "",
             show(dict(result)),
             "",

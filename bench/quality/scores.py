@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.quality.intervals import grouped_interval, ratio_interval
-from bench.quality.variants import Generators, Variant, opened
-from bench.quality.worst import Pair, write_sheet
+from bench.quality.variants import Generators, Variant, open_variant
+from bench.quality.worst_images import ImagePair, write_sheet
 from distill.evaluation.scores import SEED_STRIDE, Generate, Prompt, evaluation_prompts
 from distill.world.judge import judge
 from engines.sampler import Schedule, angles_for
@@ -24,43 +24,43 @@ WORST = 4  # images of a row that the sheet shows
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Images of all prompts and seeds, prompt by prompt, and whether each is right."""
+    """Images of all prompts and seeds, prompt by prompt, and whether each is correct."""
 
     images: list[Pixels]
-    right: list[float]
+    correct: list[float]
 
 
 @dataclass
-class Compared:
-    """What the variants are asked, and the first one's answers, by number of steps."""
+class Comparison:
+    """The prompts, and the first variant's images by number of steps."""
 
     options: argparse.Namespace
     prompts: list[Prompt]
     first: dict[int, Run]
 
     def run(self, generate: Generate) -> Run:
-        images, right = [], []
+        images, correct = [], []
         for seed in range(self.options.seeds):
             seeds = [seed * SEED_STRIDE + at for at in range(len(self.prompts))]
             for prompt, image in zip(self.prompts, generate([p.text for p in self.prompts], seeds), strict=True):
                 images.append(image)
-                right.append(float(judge(image, prompt.requirement).correct))
-        return Run(images, right)
+                correct.append(float(judge(image, prompt.requirement).correct))
+        return Run(images, correct)
 
     def by_category(self, values: Sequence[float]) -> dict[str, list[float]]:
-        """Category -> one value for each prompt, the mean over its seeds."""
-        found: dict[str, list[float]] = {}
+        """Returns category -> one value per prompt, the mean over its seeds."""
+        result: dict[str, list[float]] = {}
         count = len(self.prompts)
         for at, prompt in enumerate(self.prompts):
-            found.setdefault(prompt.category, []).append(fmean(values[at::count]))
-        return found
+            result.setdefault(prompt.category, []).append(fmean(values[at::count]))
+        return result
 
     def row(self, variant: Variant, steps: int, schedule: Schedule, run: Run) -> dict[str, Any]:
         first = self.first[steps]
-        categories = self.by_category(run.right)
-        by_seed = [self.by_category(self._of_seed(run.right, seed)) for seed in range(self.options.seeds)]
-        means = [fmean(map(fmean, found.values())) for found in by_seed]
-        apart = [one - other for one, other in zip(run.right, first.right, strict=True)]
+        categories = self.by_category(run.correct)
+        by_seed = [self.by_category(self._of_seed(run.correct, seed)) for seed in range(self.options.seeds)]
+        means = [fmean(map(fmean, result.values())) for result in by_seed]
+        apart = [one - other for one, other in zip(run.correct, first.correct, strict=True)]
         errors = [_mean_square(a, b) for a, b in zip(first.images, run.images, strict=True)]
         return {
             "variant": str(variant),
@@ -81,30 +81,30 @@ class Compared:
         count = len(self.prompts)
         return values[seed * count : (seed + 1) * count]
 
-    def worst(self, name: str, steps: int, run: Run) -> list[Pair]:
-        """The images that are furthest from the first variant's."""
+    def worst(self, name: str, steps: int, run: Run) -> list[ImagePair]:
+        """Returns the images furthest from the first variant's."""
         first = self.first[steps]
         errors = [_mean_square(a, b) for a, b in zip(first.images, run.images, strict=True)]
         order = sorted(range(len(errors)), key=errors.__getitem__, reverse=True)[:WORST]
         texts = [self.prompts[at % len(self.prompts)].text for at in order]
         return [
-            Pair(name, text, _psnr(errors[at]), first.images[at], run.images[at])
+            ImagePair(name, text, _psnr(errors[at]), first.images[at], run.images[at])
             for text, at in zip(texts, order, strict=True)
         ]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
-    compared = Compared(options, evaluation_prompts(options.prompts), {})
+    """Returns the JSON document."""
+    comparison = Comparison(options, evaluation_prompts(options.prompts), {})
     rows: list[dict[str, Any]] = []
-    pairs: list[Pair] = []
-    with opened(options.variants[0], options) as reference:
+    pairs: list[ImagePair] = []
+    with open_variant(options.variants[0], options) as reference:
         for variant in options.variants:
             if variant is options.variants[0]:
-                _rows(variant, reference, reference, compared, rows, pairs)
+                _rows(variant, reference, reference, comparison, rows, pairs)
                 continue
-            with opened(variant, options) as generators:
-                _rows(variant, generators, reference, compared, rows, pairs)
+            with open_variant(variant, options) as generators:
+                _rows(variant, generators, reference, comparison, rows, pairs)
     if options.worst is not None:
         write_sheet(pairs, options.worst)
     return {
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "compared_with": str(options.variants[0]),
         "latency_runs": options.latency_runs,
         "worst": None if options.worst is None else options.worst.name,
-        "machine": machine(),
+        "machine": host_facts(),
         "rows": rows,
     }
 
@@ -127,12 +127,12 @@ def _rows(
     variant: Variant,
     generators: Generators,
     reference: Generators,
-    compared: Compared,
+    comparison: Comparison,
     rows: list[dict[str, Any]],
-    pairs: list[Pair],
+    pairs: list[ImagePair],
 ) -> None:
-    """A row for each number of steps and schedule; a schedule is asked again only where its angles are others."""
-    options = compared.options
+    """Adds a row for each number of steps and schedule; a schedule with the same angles is skipped."""
+    options = comparison.options
     for steps in options.steps:
         for schedule in options.schedule:
             if schedule != options.schedule[0] and angles_for(steps, schedule) == angles_for(
@@ -140,27 +140,27 @@ def _rows(
             ):
                 continue
             generate = generators(steps, schedule)
-            run = compared.run(generate)
-            compared.first.setdefault(steps, run)
-            row = compared.row(variant, steps, schedule, run)
-            rows.append(row | _latency(variant, generate, reference(steps, options.schedule[0]), compared))
-            if run is not compared.first[steps] and steps == options.steps[0]:
-                pairs += compared.worst(f"{variant}, {schedule}", steps, run)
+            run = comparison.run(generate)
+            comparison.first.setdefault(steps, run)
+            row = comparison.row(variant, steps, schedule, run)
+            rows.append(row | _latency(variant, generate, reference(steps, options.schedule[0]), comparison))
+            if run is not comparison.first[steps] and steps == options.steps[0]:
+                pairs += comparison.worst(f"{variant}, {schedule}", steps, run)
 
 
-def _latency(variant: Variant, generate: Generate, reference: Generate, compared: Compared) -> dict[str, Any]:
-    """Seconds of one image of a prompt that is known already, and their ratio to the first variant's, run in turn."""
-    runs = compared.options.latency_runs
+def _latency(variant: Variant, generate: Generate, reference: Generate, comparison: Comparison) -> dict[str, Any]:
+    """Returns seconds of one image of a known prompt, and their ratio to the first variant's, run in turn."""
+    runs = comparison.options.latency_runs
     if not runs or variant.emulated:
         return {"seconds": None, "ratio": None}
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(runs + 1):
-        prompt = compared.prompts[number % len(compared.prompts)].text
-        for kept, one in zip(seconds, (reference, generate), strict=True):
+        prompt = comparison.prompts[number % len(comparison.prompts)].text
+        for timings, one in zip(seconds, (reference, generate), strict=True):
             began = time.perf_counter()
             list(one([prompt], [number]))
             if number:  # the first warms both
-                kept.append(time.perf_counter() - began)
+                timings.append(time.perf_counter() - began)
     return {"seconds": round(median(seconds[1]), 5), "ratio": list(ratio_interval(*seconds))}
 
 
@@ -176,8 +176,8 @@ def _psnr(error: float) -> float | None:
     return round(float(10 * np.log10(255**2 / error)), 2) if error else None
 
 
-def show(found: dict[str, Any]) -> str:
-    """The table for people."""
+def show(result: dict[str, Any]) -> str:
+    """Returns the tables for people."""
     head = ("variant", "steps", "schedule", "score", "95 %", "apart from the first", "95 %", "changed")
     last = ("PSNR, dB", "worst, dB", "max abs", "seconds", "times the first's", "95 %")
     rows = [
@@ -191,10 +191,10 @@ def show(found: dict[str, Any]) -> str:
             row["ratio"] and row["ratio"][0],
             row["ratio"] and _bounds(row["ratio"][1:]),
         ]
-        for row in found["rows"]
+        for row in result["rows"]
     ]
-    names = list(found["rows"][0]["categories"])
-    each = [[row["variant"], row["steps"], row["schedule"], *row["categories"].values()] for row in found["rows"]]
+    names = list(result["rows"][0]["categories"])
+    each = [[row["variant"], row["steps"], row["schedule"], *row["categories"].values()] for row in result["rows"]]
     return "\n\n".join([table((*head, *last), rows), table(("variant", "steps", "schedule", *names), each)])
 
 

@@ -1,4 +1,4 @@
-"""The ways to run a checkpoint that are compared: backends, built engines, diffusers, and precisions by rounding."""
+"""Variants of a checkpoint: backends, built engines, diffusers, and precisions emulated by rounding."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bench.harness.errors import BenchError
-from bench.harness.pipelines import DTYPES, Diffusers, Task
-from bench.quality.fp8 import Quantised
+from bench.harness.pipelines import DTYPES, DiffusersPipeline, Workload
+from bench.quality.fp8 import Fp8Checkpoint
 from distill.evaluation.scores import Generate, engine_generator
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.loader import load_engine
@@ -24,7 +24,7 @@ Generators = Callable[[int, Schedule], Generate]  # of a number of steps and a s
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to run the checkpoint: `backend` with `argument`, and the decoder where it is another."""
+    """A way to run the checkpoint: `backend` with `argument`, and optionally another decoder."""
 
     backend: str
     argument: str
@@ -32,7 +32,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """From <backend>:<precision>[+<decoder>]. Raises ValueError for text without two parts."""
+        """Parses <backend>:<precision>[+<decoder>]. Raises ValueError for text without two parts."""
         backend, _, rest = text.partition(":")
         argument, _, decoder = rest.partition("+")
         if not backend or not argument:
@@ -44,12 +44,12 @@ class Variant:
 
     @property
     def emulated(self) -> bool:
-        """Whether it is computed by rounding, so that its time means nothing."""
+        """True if computed by rounding, so that its time means nothing."""
         return self.backend == "emulated"
 
 
-class Rounded16(Checkpoint):
-    """The checkpoint with a transformer whose weights and layers' outputs are rounded to fp16, computed in fp32."""
+class Fp16Checkpoint(Checkpoint):
+    """A checkpoint whose transformer has fp16 weights and layer outputs by rounding, computed in fp32."""
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device) -> SprintTransformer:
         module = super().load_transformer(dtype, device)
@@ -66,14 +66,14 @@ def _rounded(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return output.half().to(output.dtype) if isinstance(output, torch.Tensor) else output
 
 
-EMULATED: dict[str, type[Checkpoint]] = {"fp8": Quantised, "fp16": Rounded16}
+EMULATED: dict[str, type[Checkpoint]] = {"fp8": Fp8Checkpoint, "fp16": Fp16Checkpoint}
 
 
 @contextmanager
-def opened(variant: Variant, options: argparse.Namespace) -> Iterator[Generators]:
-    """Within the block the variant is loaded. Raises BenchError, CheckpointError, BackendError, ArtifactError."""
+def open_variant(variant: Variant, options: argparse.Namespace) -> Iterator[Generators]:
+    """Loads the variant for the block. Raises BenchError, CheckpointError, BackendError, ArtifactError."""
     if variant.backend == "diffusers":
-        yield _of_diffusers(variant, options)
+        yield _diffusers_generators(variant, options)
         return
     engines = [_engine(variant, options, schedule) for schedule in options.schedule]
     by_schedule = dict(zip(options.schedule, engines, strict=True))
@@ -105,18 +105,18 @@ def _engine(variant: Variant, options: argparse.Namespace, schedule: Schedule) -
     )
 
 
-def _of_diffusers(variant: Variant, options: argparse.Namespace) -> Generators:
+def _diffusers_generators(variant: Variant, options: argparse.Namespace) -> Generators:
     if variant.argument not in DTYPES:
         raise BenchError(f"variants: got {variant}, diffusers runs in {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(options.model, variant.decoder)
-    rival = Diffusers(checkpoint, variant.argument, torch.device("cpu"), guidance=options.guidance)
+    baseline = DiffusersPipeline(checkpoint, variant.argument, torch.device("cpu"), guidance=options.guidance)
     size = options.size or checkpoint.settings.default_size[0]
 
     def generators(steps: int, _: Schedule) -> Generate:
         def generate(texts: list[str], seeds: list[int]) -> Iterator[Pixels]:
             for first in range(0, len(texts), options.max_batch):
-                some = slice(first, first + options.max_batch)
-                yield from rival.run(Task(texts[some], seeds[some], size, size, steps)).pictures
+                batch = slice(first, first + options.max_batch)
+                yield from baseline.run(Workload(texts[batch], seeds[batch], size, size, steps)).images
 
         return generate
 

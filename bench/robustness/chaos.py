@@ -1,11 +1,10 @@
-"""A seeded campaign of faults against real servers: what clients saw, what was lost, how long recovery took.
+"""Injects seeded faults into real servers and reports client outcomes, losses and recovery times.
 
     python -m bench.robustness.chaos
     python -m bench.robustness.chaos --scale 0.02 --only "poisonous job" --only "SIGTERM under load"
 
-Starts `python -m server --backend fake` under a supervisor that starts it again when it ends. While a fault plays, a
-small crowd asks for pictures and checks every one. Prints a table, then one JSON document as the last line. Exit code 1
-where anything was lost.
+Starts `python -m server --backend fake` and restarts it when it ends. During a fault a few background clients request
+images and check every one. Prints a table, then one JSON document as the last line. Exit code 1: something was lost.
 """
 
 import argparse
@@ -23,13 +22,13 @@ from pathlib import Path
 
 from bench.harness.cli import command
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.robustness import client_faults, descriptor_faults, engine_faults, process_faults
-from bench.robustness.fault import Fault, Row, row
+from bench.robustness.fault import FaultResult, FaultScenario, fault_result
 from bench.robustness.process_faults import Clock
-from bench.robustness.restarting_server import Supervisor
-from bench.robustness.scenario import Stage
+from bench.robustness.restarting_server import RestartingServer
+from bench.robustness.scenario import Scenario
 
 # A batch takes 5 ms; a hang shows in two seconds, a body must come within 1.5. The queue holds every accepted job.
 FLAGS = (
@@ -38,58 +37,66 @@ FLAGS = (
 )
 
 
-def all_faults(clock: Clock) -> tuple[Fault, ...]:
+def all_scenarios(clock: Clock) -> tuple[FaultScenario, ...]:
     return (*engine_faults.FAULTS, *client_faults.FAULTS, *process_faults.faults(clock), *descriptor_faults.FAULTS)
 
 
-async def play(fault: Fault, supervisor: Supervisor, seed: int) -> Row:
-    """One row of the table. The same seed makes the same orders, and the same choices of every client."""
-    stage = Stage(supervisor, random.Random(f"{seed} {fault.name}"), fault.count)
-    await supervisor.wait_ready()
-    over = asyncio.Event()
-    crowd = asyncio.create_task(stage.crowd(fault.crowd, over))
+async def run_scenario(fault: FaultScenario, server: RestartingServer, seed: int) -> FaultResult:
+    """Runs one fault and returns its row. A seed fixes the requests and the choices of every client."""
+    scenario = Scenario(server, random.Random(f"{seed} {fault.name}"), fault.count)
+    await server.wait_ready()
+    done = asyncio.Event()
+    background_clients = asyncio.create_task(scenario.background_clients(fault.background_clients, done))
     try:
-        hit = await fault.play(stage)
+        hit = await fault.run(scenario)
     finally:
-        over.set()
-        bystanders = await crowd
-    return row(fault, stage, hit, bystanders)
+        done.set()
+        bystanders = await background_clients
+    return fault_result(fault, scenario, hit, bystanders)
 
 
-async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path) -> list[Row]:
-    """A row for each fault, in order. Raises BenchError where a server does not start or does not end."""
+async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path) -> list[FaultResult]:
+    """Returns a row for each fault, in order. Raises BenchError if a server does not start or does not end."""
     clock = Clock(folder)
-    faults = [fault for fault in all_faults(clock) if not chosen or fault.name in chosen]
-    servers: dict[str, Supervisor] = {}
+    faults = [fault for fault in all_scenarios(clock) if not chosen or fault.name in chosen]
+    servers: dict[str, RestartingServer] = {}
     rows = []
     try:
         for fault in faults:
-            if fault.stage not in servers:
-                environment = await clock.environment(folder) if fault.stage == "clock" else {}
-                flags: tuple[str, ...] = (*FLAGS, "--workers", "2") if fault.stage == "workers" else FLAGS
-                if fault.stage == "safety":
-                    told, environment = engine_faults.install_checkers(folder)
-                    flags = (*FLAGS, *told)
-                servers[fault.stage] = Supervisor(flags, folder / f"{fault.stage}.log", environment)
-                await servers[fault.stage].start()
+            if fault.server_kind not in servers:
+                environment = await clock.environment(folder) if fault.server_kind == "clock" else {}
+                flags: tuple[str, ...] = (*FLAGS, "--workers", "2") if fault.server_kind == "workers" else FLAGS
+                if fault.server_kind == "safety":
+                    safety_flags, environment = engine_faults.install_checkers(folder)
+                    flags = (*FLAGS, *safety_flags)
+                servers[fault.server_kind] = RestartingServer(flags, folder / f"{fault.server_kind}.log", environment)
+                await servers[fault.server_kind].start()
             scaled = replace(fault, count=max(1, math.ceil(fault.count * scale)))
-            rows.append(await play(scaled, servers[fault.stage], seed))
+            rows.append(await run_scenario(scaled, servers[fault.server_kind], seed))
             print(f"{fault.name}: {rows[-1].lost} lost", file=sys.stderr, flush=True)
     finally:
-        codes = [await supervisor.stop() for supervisor in servers.values()]
-    if any(codes):
-        raise BenchError(f"at the end the servers left with {codes}, needed is 0")
+        exit_codes = [await server.stop() for server in servers.values()]
+    if any(exit_codes):
+        raise BenchError(f"at the end the servers left with {exit_codes}, needed is 0")
     return rows
 
 
-def show(rows: Sequence[Row]) -> str:
+def show(rows: Sequence[FaultResult]) -> str:
     head = ("fault", "count", "what clients saw", "what others saw", "lost (must be 0)", "time to recover, s")
     cells = [
-        [one.fault, one.count, _counted(one.hit), _counted(one.bystanders), one.lost, one.recover_s] for one in rows
+        [
+            entry.fault,
+            entry.count,
+            _counted(entry.hit),
+            _counted(entry.bystanders),
+            entry.lost,
+            entry.recover_s,
+        ]
+        for entry in rows
     ]
-    shown = table(head, cells)
-    losses = [f"{one.fault}: {_counted(one.lost_what)}" for one in rows if one.lost]
-    return "\n".join([shown, *losses])
+    rendered = table(head, cells)
+    losses = [f"{entry.fault}: {_counted(entry.lost_what)}" for entry in rows if entry.lost]
+    return "\n".join([rendered, *losses])
 
 
 def _counted(labels: Mapping[str, int]) -> str:
@@ -97,7 +104,7 @@ def _counted(labels: Mapping[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
+    argv_list = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m bench.robustness.chaos",
         description=__doc__,
@@ -106,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each fault happens (default 1)")
     parser.add_argument("--only", action="append", default=[], metavar="FAULT", help="this fault; may be repeated")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv_list)
     with tempfile.TemporaryDirectory() as folder:
-        known = [fault.name for fault in all_faults(Clock(Path(folder)))]
+        known = [fault.name for fault in all_scenarios(Clock(Path(folder)))]
         if unknown := set(options.only) - set(known):
             parser.error(f"--only: got {', '.join(sorted(unknown))}, allowed: {', '.join(known)}")
         began = time.monotonic()
@@ -117,18 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BenchError as error:
             print(f"error: {error}", file=sys.stderr)
             return 3
-    found = {
+    result = {
         "program": "bench.robustness.chaos",
-        "command": command("bench.robustness.chaos", arguments),
+        "command": command("bench.robustness.chaos", argv_list),
         "seed": options.seed,
-        "machine": machine(),
+        "machine": host_facts(),
         "seconds": round(time.monotonic() - began, 1),
-        "rows": [asdict(one) for one in rows],
-        "lost": sum(one.lost for one in rows),
+        "rows": [asdict(entry) for entry in rows],
+        "lost": sum(entry.lost for entry in rows),
     }
     print(show(rows))
-    print(json.dumps(found))
-    return int(found["lost"] != 0)
+    print(json.dumps(result))
+    return int(result["lost"] != 0)
 
 
 if __name__ == "__main__":

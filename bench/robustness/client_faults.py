@@ -1,4 +1,4 @@
-"""Clients that die, dawdle or stop half way, on sockets of their own, with the right picture as the measure."""
+"""Clients that disconnect, stall or stop half way, on raw sockets; they check the image they get."""
 
 import asyncio
 import io
@@ -9,55 +9,55 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Answer, Connection
-from bench.robustness.fault import Fault, Seen
-from bench.robustness.scenario import PATIENCE_S, RIGHT, Stage, fields_of, label_of
+from bench.harness.http_client import Connection, HttpResponse
+from bench.robustness.fault import FaultScenario, Outcomes
+from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, Scenario, outcome_label, request_fields
 from engines.types import Job
 
-Client = Callable[[Stage], Awaitable[str]]
+Client = Callable[[Scenario], Awaitable[str]]
 
-TOGETHER = 10
-SLACK = 8  # open files: the crowd comes and goes
+CONCURRENCY = 10
+OPEN_FILES_SLACK = 8  # background clients come and go
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close sends RST, as the kernel does for a killed process with unread data
 LARGE = 1024  # pixels of a side, for answers that do not fit into the kernel's buffers
 SLOW_READ = 16 * 1024
 
 
 def request(job: Job) -> bytes:
-    body = json.dumps(fields_of(job)).encode()
+    body = json.dumps(request_fields(job)).encode()
     head = "POST /generate HTTP/1.1\r\nhost: chaos\r\ncontent-type: application/json\r\nconnection: close\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def connected(stage: Stage, receive_bytes: int | None = None) -> socket.socket:
-    """A non-blocking connection; `receive_bytes` is what its kernel may hold unread."""
+async def connect(scenario: Scenario, receive_bytes: int | None = None) -> socket.socket:
+    """Returns a non-blocking connection; `receive_bytes` bounds what its kernel holds unread."""
     connection = socket.socket()
     connection.setblocking(False)
     if receive_bytes is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", stage.supervisor.port))
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", scenario.server.port))
     return connection
 
 
-async def answer_on(connection: socket.socket) -> Answer:
-    """What the server still says. Raises OSError or EOFError where it says nothing."""
+async def read_response(connection: socket.socket) -> HttpResponse:
+    """Returns the response still sent on the connection. Raises OSError or EOFError without one."""
     reader, writer = await asyncio.open_connection(sock=connection)
     try:
-        return await Connection(reader, writer, "chaos").answer()
+        return await Connection(reader, writer, "chaos").read_response()
     finally:
         writer.close()
 
 
-async def killed_client(stage: Stage) -> str:
-    """Sends up to a random byte of its request, or all and waits up to 30 ms, or reads a little; then is gone."""
-    loop, whole = asyncio.get_running_loop(), request(stage.order(size=stage.rng.choice((64, 256))))
-    cut = stage.rng.choice((stage.rng.randrange(len(whole)), len(whole)))
-    wait_s, read, reset = stage.rng.uniform(0, 0.03), stage.rng.choice((0, 0, 100)), stage.rng.random() < 0.5
-    connection = await connected(stage)
+async def killed_client(scenario: Scenario) -> str:
+    """Disconnects after a random byte of its request, after up to 30 ms of waiting, or after reading a little."""
+    loop, message = asyncio.get_running_loop(), request(scenario.new_job(size=scenario.rng.choice((64, 256))))
+    cut = scenario.rng.choice((scenario.rng.randrange(len(message)), len(message)))
+    wait_s, read, reset = scenario.rng.uniform(0, 0.03), scenario.rng.choice((0, 0, 100)), scenario.rng.random() < 0.5
+    connection = await connect(scenario)
     try:
-        await loop.sock_sendall(connection, whole[:cut])
+        await loop.sock_sendall(connection, message[:cut])
         await asyncio.sleep(wait_s)
-        if read and cut == len(whole):
+        if read and cut == len(message):
             await loop.sock_recv(connection, read)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -66,26 +66,26 @@ async def killed_client(stage: Stage) -> str:
     return "left"
 
 
-async def slow_writer(stage: Stage) -> str:
-    """Sends its body in five parts; half of them too slowly for the server's patience with bodies."""
-    loop, job = asyncio.get_running_loop(), stage.order()
+async def slow_writer(scenario: Scenario) -> str:
+    """Sends its body in five parts; half of the clients exceed the server's body timeout."""
+    loop, job = asyncio.get_running_loop(), scenario.new_job()
     head, _, body = request(job).partition(b"\r\n\r\n")
-    pause_s, step = stage.rng.choice((0.02, 0.5)), len(body) // 5 + 1
-    connection = await connected(stage)
+    pause_s, step = scenario.rng.choice((0.02, 0.5)), len(body) // 5 + 1
+    connection = await connect(scenario)
     try:
         await loop.sock_sendall(connection, head + b"\r\n\r\n")
         for first in range(0, len(body), step):
             await asyncio.sleep(pause_s)
             await loop.sock_sendall(connection, body[first : first + step])
     except OSError:
-        pass  # refused and closed meanwhile: the answer says so
-    return label_of(await answer_on(connection), job)
+        pass  # refused and closed meanwhile: the response tells
+    return outcome_label(await read_response(connection), job)
 
 
-async def slow_reader(stage: Stage) -> str:
-    """Reads a large picture a little at a time."""
-    loop, job = asyncio.get_running_loop(), stage.order(size=LARGE)
-    connection = await connected(stage, receive_bytes=4096)
+async def slow_reader(scenario: Scenario) -> str:
+    """Reads a large image a little at a time."""
+    loop, job = asyncio.get_running_loop(), scenario.new_job(size=LARGE)
+    connection = await connect(scenario, receive_bytes=4096)
     await loop.sock_sendall(connection, request(job))
     received = io.BytesIO()
     while part := await loop.sock_recv(connection, SLOW_READ):
@@ -93,15 +93,15 @@ async def slow_reader(stage: Stage) -> str:
         await asyncio.sleep(0.002)
     connection.close()
     head, _, body = received.getvalue().partition(b"\r\n\r\n")
-    return label_of(Answer(int(head.split(b" ", 2)[1]), {}, body), job)
+    return outcome_label(HttpResponse(int(head.split(b" ", 2)[1]), {}, body), job)
 
 
-async def half_sent(stage: Stage) -> str:
-    """Announces a body, sends half, and closes, closes its sending side, or goes silent."""
-    loop, whole = asyncio.get_running_loop(), request(stage.order())
-    end = stage.rng.choice(("close", "shut", "silent"))
-    connection = await connected(stage)
-    await loop.sock_sendall(connection, whole[: -stage.rng.randrange(1, 40)])
+async def half_sent(scenario: Scenario) -> str:
+    """Announces a body, sends half, then closes, closes its sending side, or stays silent."""
+    loop, message = asyncio.get_running_loop(), request(scenario.new_job())
+    end = scenario.rng.choice(("close", "shut", "silent"))
+    connection = await connect(scenario)
+    await loop.sock_sendall(connection, message[: -scenario.rng.randrange(1, 40)])
     if end == "close":
         connection.close()
         return "left"
@@ -110,53 +110,53 @@ async def half_sent(stage: Stage) -> str:
         received = await loop.sock_recv(connection, SLOW_READ)
         connection.close()
         return f"answered {received[:40]!r}" if received else "closed"
-    answer = await answer_on(connection)
-    return f"{answer.status} {json.loads(answer.body)['code']}"
+    response = await read_response(connection)
+    return f"{response.status} {json.loads(response.body)['code']}"
 
 
-def clients(one: Client) -> Callable[[Stage], Awaitable[Seen]]:
-    """`one` client after the other, TOGETHER at a time; then nothing of them may be left in the server."""
+def client_scenario(client: Client) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    """Runs clients, CONCURRENCY at a time, then checks that the server keeps no file of them open."""
 
-    async def play(stage: Stage) -> Seen:
-        before = await _idle(stage)
-        seen: Seen = Counter()
-        for first in range(0, stage.count, TOGETHER):
-            stage.strike()
-            group = [_patiently(one, stage) for _ in range(min(TOGETHER, stage.count - first))]
-            seen += Counter(await asyncio.gather(*group))
-            await stage.recover()
-        left = await _idle(stage, at_most=before + SLACK)
-        if left > before + SLACK:
-            seen["files left open"] += left - before
-        return seen
+    async def run(scenario: Scenario) -> Outcomes:
+        before = await _open_files(scenario)
+        outcomes: Outcomes = Counter()
+        for first in range(0, scenario.count, CONCURRENCY):
+            scenario.mark_fault()
+            group = [_with_timeout(client, scenario) for _ in range(min(CONCURRENCY, scenario.count - first))]
+            outcomes += Counter(await asyncio.gather(*group))
+            await scenario.wait_recovery()
+        remaining = await _open_files(scenario, at_most=before + OPEN_FILES_SLACK)
+        if remaining > before + OPEN_FILES_SLACK:
+            outcomes["files left open"] += remaining - before
+        return outcomes
 
-    return play
+    return run
 
 
-async def _patiently(one: Client, stage: Stage) -> str:
+async def _with_timeout(client: Client, scenario: Scenario) -> str:
     try:
-        return await asyncio.wait_for(one(stage), PATIENCE_S)
+        return await asyncio.wait_for(client(scenario), REQUEST_TIMEOUT_S)
     except TimeoutError:
         return "silence"
     except (OSError, EOFError, BenchError):
         return "cut"
 
 
-async def _idle(stage: Stage, at_most: int = 0) -> int:
-    """Open files of the server: the fewest seen within a second, or until there are no more than `at_most`."""
-    fewest = int((await stage.supervisor.samples())["process_open_fds"])
+async def _open_files(scenario: Scenario, at_most: int = 0) -> int:
+    """Returns the server's fewest open files within a second, or until they are at most `at_most`."""
+    fewest = int((await scenario.server.metrics())["process_open_fds"])
     for _ in range(20):
         if fewest <= at_most:
             break
         await asyncio.sleep(0.05)
-        fewest = min(fewest, int((await stage.supervisor.samples())["process_open_fds"]))
+        fewest = min(fewest, int((await scenario.server.metrics())["process_open_fds"]))
     return fewest
 
 
 LEFT = frozenset({"left"})
 FAULTS = (
-    Fault("clients killed at random points", 500, clients(killed_client), hit=LEFT),
-    Fault("slow writers", 100, clients(slow_writer), hit=frozenset({RIGHT, "408 body_timeout"})),
-    Fault("slow readers", 50, clients(slow_reader)),
-    Fault("half-sent bodies", 100, clients(half_sent), hit=LEFT | {"closed", "408 body_timeout"}),
+    FaultScenario("clients killed at random points", 500, client_scenario(killed_client), hit=LEFT),
+    FaultScenario("slow writers", 100, client_scenario(slow_writer), hit=frozenset({OK, "408 body_timeout"})),
+    FaultScenario("slow readers", 50, client_scenario(slow_reader)),
+    FaultScenario("half-sent bodies", 100, client_scenario(half_sent), hit=LEFT | {"closed", "408 body_timeout"}),
 )

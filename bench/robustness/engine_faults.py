@@ -1,17 +1,17 @@
-"""Faults of the engine, requested by prompts that engines.fake.FaultInjection knows; and faults of checks."""
+"""Engine faults by prompts that the fake engine recognises (engines.fake), and faults of safety checks."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench.robustness.fault import Fault, Seen
-from bench.robustness.scenario import RIGHT, Stage
+from bench.robustness.fault import FaultScenario, Outcomes
+from bench.robustness.scenario import OK, Scenario
 
-TOGETHER = 4
+CONCURRENCY = 4
 FAILED = frozenset({"500 engine_failed"})
-REFUSED, UNCHECKED = frozenset({"422 content_policy_violation"}), frozenset({"503 safety_check_failed"})
-REFUSED_WORD, REFUSED_SIDE, UNCHECKED_SIDE = "forbidden", 96, 128
-# A package of one checker, which goes by the width of an image, as pip would install it.
+REFUSED, CHECK_FAILED = frozenset({"422 content_policy_violation"}), frozenset({"503 safety_check_failed"})
+REFUSED_WORD, REFUSED_SIDE, CHECK_FAILED_SIDE = "forbidden", 96, 128
+# An installed package with one checker, which decides by the width of an image.
 CHECKER = {
     "sized_checker.py": f"""
 from server.generation.safety.checker import Verdict
@@ -21,7 +21,7 @@ class Sized:
         pass
 
     def check(self, pixels):
-        if pixels.shape[1] == {UNCHECKED_SIDE}:
+        if pixels.shape[1] == {CHECK_FAILED_SIDE}:
             raise RuntimeError("no verdict")
         return Verdict(pixels.shape[1] != {REFUSED_SIDE}, "its width")
 """,
@@ -29,12 +29,14 @@ class Sized:
     "sized_checker-1.0.dist-info/entry_points.txt": "[sana_sprint.safety.image]\nsized = sized_checker:Sized\n",
     "words": REFUSED_WORD,
 }
-DYING = frozenset({RIGHT, "500 engine_failed", "503 engine_hung", "503 engine_lost", "503 not_ready", "refused", "cut"})
+ENGINE_LOST = frozenset(
+    {OK, "500 engine_failed", "503 engine_hung", "503 engine_lost", "503 not_ready", "refused", "cut"}
+)
 EXIT_HANG, EXIT_ENGINE = 70, 71  # docs/operate/operations.md
 
 
 def install_checkers(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Flags and environment of a server that checks prompts and images."""
+    """Writes the checkers; returns flags and environment of a server that uses them."""
     for name, text in CHECKER.items():
         file = folder / name
         file.parent.mkdir(exist_ok=True)
@@ -42,50 +44,58 @@ def install_checkers(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     return ("--safety", f"prompt={folder / 'words'},image=sized"), {"PYTHONPATH": str(folder)}
 
 
-def prompts(marker: str, size: int = 64) -> Callable[[Stage], Awaitable[Seen]]:
-    """Orders with `marker`, a few at a time among those of bystanders."""
+def marked_requests(marker: str, size: int = 64) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    """Sends requests with `marker`, a few at a time among those of background clients."""
 
-    async def play(stage: Stage) -> Seen:
-        seen: Seen = Counter()
-        for first in range(0, stage.count, TOGETHER):
-            jobs = [stage.order(marker, size) for _ in range(min(TOGETHER, stage.count - first))]
-            stage.strike()
-            seen += await stage.together(jobs)
-            await stage.recover()
-        return seen
+    async def run(scenario: Scenario) -> Outcomes:
+        outcomes: Outcomes = Counter()
+        for first in range(0, scenario.count, CONCURRENCY):
+            jobs = [scenario.new_job(marker, size) for _ in range(min(CONCURRENCY, scenario.count - first))]
+            scenario.mark_fault()
+            outcomes += await scenario.request_all(jobs)
+            await scenario.wait_recovery()
+        return outcomes
 
-    return play
+    return run
 
 
-def loses_engine(marker: str, exit_code: int, orders: int) -> Callable[[Stage], Awaitable[Seen]]:
-    """Orders with `marker` until the process leaves; its exit code counts as seen."""
+def engine_exit(marker: str, exit_code: int, requests: int) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    """Sends requests with `marker` until the process exits; a wrong exit code counts as an outcome."""
 
-    async def play(stage: Stage) -> Seen:
-        seen: Seen = Counter()
-        for _ in range(stage.count):
-            exits = len(stage.supervisor.codes)
-            stage.strike()
-            for _ in range(orders):
-                seen[await stage.ask(stage.order(marker))] += 1
-            code = await stage.supervisor.wait_exit(exits + 1)
+    async def run(scenario: Scenario) -> Outcomes:
+        outcomes: Outcomes = Counter()
+        for _ in range(scenario.count):
+            exits = len(scenario.server.exit_codes)
+            scenario.mark_fault()
+            for _ in range(requests):
+                outcomes[await scenario.ask(scenario.new_job(marker))] += 1
+            code = await scenario.server.wait_for_exit(exits + 1)
             if code != exit_code:
-                seen[f"exit code {code}, not {exit_code}"] += 1
-            await stage.recover()
-        return seen
+                outcomes[f"exit code {code}, not {exit_code}"] += 1
+            await scenario.wait_recovery()
+        return outcomes
 
-    return play
+    return run
 
 
 FAULTS = (
-    Fault("engine exception that passes", 200, prompts("[[once]]")),
-    Fault("poisonous job", 200, prompts("[[raise]]"), hit=FAILED),
-    Fault("out of memory in a batch", 200, prompts("[[memory]]", 96)),
-    Fault("NaN", 200, prompts("[[nan]]"), hit=FAILED),
-    Fault("all-black output", 200, prompts("[[black]]"), hit=FAILED),
-    Fault("hang (exit code 70)", 5, loses_engine("[[hang]]", EXIT_HANG, 1), hit=FAILED, bystanders=DYING),
-    Fault("refused prompt", 200, prompts(REFUSED_WORD), hit=REFUSED, stage="safety"),
-    Fault("refused image", 200, prompts("", REFUSED_SIDE), hit=REFUSED, stage="safety"),
-    Fault("checker that fails", 200, prompts("", UNCHECKED_SIDE), hit=UNCHECKED, stage="safety"),
-    # Three jobs that fail alone make the engine prove itself; a fourth may come before or after it could not.
-    Fault("engine lost (exit code 71)", 5, loses_engine("[[break]]", EXIT_ENGINE, 3), hit=DYING, bystanders=DYING),
+    FaultScenario("engine exception that passes", 200, marked_requests("[[once]]")),
+    FaultScenario("poisonous job", 200, marked_requests("[[raise]]"), hit=FAILED),
+    FaultScenario("out of memory in a batch", 200, marked_requests("[[memory]]", 96)),
+    FaultScenario("NaN", 200, marked_requests("[[nan]]"), hit=FAILED),
+    FaultScenario("all-black output", 200, marked_requests("[[black]]"), hit=FAILED),
+    FaultScenario("hang (exit code 70)", 5, engine_exit("[[hang]]", EXIT_HANG, 1), hit=FAILED, bystanders=ENGINE_LOST),
+    FaultScenario("refused prompt", 200, marked_requests(REFUSED_WORD), hit=REFUSED, server_kind="safety"),
+    FaultScenario("refused image", 200, marked_requests("", REFUSED_SIDE), hit=REFUSED, server_kind="safety"),
+    FaultScenario(
+        "checker that fails", 200, marked_requests("", CHECK_FAILED_SIDE), hit=CHECK_FAILED, server_kind="safety"
+    ),
+    # After three failed jobs the engine's health is checked; a fourth may come before or after that fails.
+    FaultScenario(
+        "engine lost (exit code 71)",
+        5,
+        engine_exit("[[break]]", EXIT_ENGINE, 3),
+        hit=ENGINE_LOST,
+        bystanders=ENGINE_LOST,
+    ),
 )

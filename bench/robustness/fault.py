@@ -1,34 +1,34 @@
-"""What a fault of the campaign is, and the row of the table that it leaves."""
+"""The definition of a fault and the row of its result."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from bench.robustness.scenario import RIGHT, Stage
+from bench.robustness.scenario import OK, Scenario
 
-Seen = Counter[str]
+Outcomes = Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """`play` makes it happen stage.count times and returns what those whom it hits saw.
+class FaultScenario:
+    """Injects a fault `scenario.count` times; `run` returns the outcomes of the affected requests.
 
-    `hit` is what they may see, `bystanders` what everyone else may see meanwhile; all who want a picture ask again
-    until they have it. Anything else counts as lost.
+    `hit`: outcomes allowed for affected requests. `bystanders`: for the others. Clients repeat a request until they get
+    an image; any other outcome is lost.
     """
 
     name: str
     count: int
-    play: Callable[[Stage], Awaitable[Seen]]
-    hit: frozenset[str] = frozenset({RIGHT})
-    bystanders: frozenset[str] = frozenset({RIGHT})
-    stage: str = "plain"  # which server it plays on: plain, workers, safety, or clock, whose wall clock can be set
-    crowd: int = 4  # bystanders
+    run: Callable[[Scenario], Awaitable[Outcomes]]
+    hit: frozenset[str] = frozenset({OK})
+    bystanders: frozenset[str] = frozenset({OK})
+    server_kind: str = "plain"  # plain, workers, safety, or clock, whose wall clock can be set
+    background_clients: int = 4  # bystanders
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """`lost`: no answer, a wrong one, one that this fault does not excuse, or a picture that never came."""
+class FaultResult:
+    """`lost`: no response, a wrong or disallowed one, or an image that never came."""
 
     fault: str
     count: int
@@ -36,20 +36,20 @@ class Row:
     bystanders: Mapping[str, int]
     lost: int
     lost_what: Mapping[str, int]
-    recover_s: float | None  # the longest, from the fault to the next right picture
+    recover_s: float | None  # the longest time from a fault to the next correct image
 
 
-def row(fault: Fault, stage: Stage, hit: Seen, bystanders: Seen) -> Row:
-    excused = Counter({f"hit: {label}": n for label, n in hit.items() if label not in fault.hit})
-    excused += Counter({f"bystander: {label}": n for label, n in bystanders.items() if label not in fault.bystanders})
-    if stage.never:
-        excused["never got a picture"] = stage.never
-    return Row(
+def fault_result(fault: FaultScenario, scenario: Scenario, hit: Outcomes, bystanders: Outcomes) -> FaultResult:
+    losses = Counter({f"hit: {label}": n for label, n in hit.items() if label not in fault.hit})
+    losses += Counter({f"bystander: {label}": n for label, n in bystanders.items() if label not in fault.bystanders})
+    if scenario.never_ok:
+        losses["never got an image"] = scenario.never_ok
+    return FaultResult(
         fault.name,
-        stage.count,
+        scenario.count,
         dict(sorted(hit.items())),
         dict(sorted(bystanders.items())),
-        sum(excused.values()),
-        dict(excused),
-        round(max(stage.recovered), 3) if stage.recovered else None,
+        sum(losses.values()),
+        dict(losses),
+        round(max(scenario.recovery_s), 3) if scenario.recovery_s else None,
     )

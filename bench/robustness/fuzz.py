@@ -1,10 +1,10 @@
-"""Seeded nonsense for a real server: image files, requests and websocket frames; and schemathesis, where it is given.
+"""Sends seeded malformed images, requests and websocket frames to a real server, and runs schemathesis if given.
 
     python -m bench.robustness.fuzz --images 5000 --requests 3000 --sessions 1000 --offers 1000
     python -m bench.robustness.fuzz --schemathesis .venvs/fuzz/bin/schemathesis --examples 1000
 
-No answer may be 5xx, no picture refused that is one, nothing fail inside, and nothing grow: memory, files, threads.
-Prints a table, then one JSON document as the last line. Exit code 1 where any of that is not so.
+No response may be 5xx, no valid image refused, nothing may fail inside, and memory, files and threads must not grow.
+Prints a table, then one JSON document as the last line. Exit code 1: one of these does not hold.
 """
 
 import argparse
@@ -24,21 +24,21 @@ from pathlib import Path
 
 from bench.harness.cli import command
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.harness.load_generator import FORMATS
 from bench.harness.summary import table
 from bench.robustness.malformed_images import bad_image
 from bench.robustness.malformed_requests import bad_frame, bad_request, bad_sdapi, handshake
-from bench.robustness.offers import offer_case
-from bench.robustness.restarting_server import Supervisor
+from bench.robustness.restarting_server import RestartingServer
+from bench.robustness.upgrade_requests import upgrade_case
 
-TOGETHER = 8
-PATIENCE_S = 60.0
+CONCURRENCY = 8
+TIMEOUT_S = 60.0
 SETTLE_S = 5.0
-MEMORY_GROWTH = 0.1  # a series of metrics for each size that was asked for is no leak
-QUIET_S = 0.3  # what a raw connection waits for more, before it leaves
+MEMORY_GROWTH = 0.1  # a metric series for each requested size is no leak
+IDLE_S = 0.3  # a raw connection waits so long for more bytes
 FRAMES = 12  # of a session, at most
-WARMUP_SHARE = 0.25  # of the cases: what is loaded and cached for good is loaded and cached then
+WARMUP_SHARE = 0.25  # of the cases; permanent caches fill meanwhile
 FLAGS = (
     *("--backend", "fake", "--log-format", "json", "--max-queue", "512", "--body-timeout-s", "0.5"),
     *("--compat", "sdapi"),
@@ -48,16 +48,16 @@ CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "response_headers_conformance,unsupported_method"
 )
-# A deadline of 1 ms is theirs to ask for, and 504 the answer to it.
+# A client may set a deadline of 1 ms, which gets 504.
 SCHEMATHESIS = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n'
-Case = Callable[[Supervisor, random.Random], Awaitable[str]]
+Case = Callable[[RestartingServer, random.Random], Awaitable[str]]
 SIZE = {"prompt": "x", "width": 64, "height": 64, "seed": 1}
 LARGEST = {**SIZE, "width": 2048, "height": 2048}  # that the fake engine makes
 
 
 @dataclass(frozen=True, slots=True)
 class Campaign:
-    """`growth`: of memory, as a share, files and threads, from the end of the warm-up to the end."""
+    """`growth`: of memory (a share), files and threads, from the end of the warm-up to the end."""
 
     name: str
     cases: int
@@ -66,106 +66,114 @@ class Campaign:
     wrong: dict[str, int]
 
 
-async def image_case(server: Supervisor, rng: random.Random) -> str:
-    """An odd file as `image`, `control_image`, or in a form."""
-    kind, content, fate = bad_image(rng)
-    way = rng.choice(("image", "control_image", "edit"))
-    if way == "edit":
+async def image_case(server: RestartingServer, rng: random.Random) -> str:
+    """Sends an odd file as `image`, `control_image`, or in a form."""
+    image_kind, content, expected = bad_image(rng)
+    field = rng.choice(("image", "control_image", "edit"))
+    if field == "edit":
         parts = [f'--b\r\ncontent-disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in SIZE.items()]
         parts.append(b'--b\r\ncontent-disposition: form-data; name="image"; filename="../x.png"\r\n\r\n' + content)
         body, media_type = b"".join(parts) + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
-        answer = await server.exchange("POST", "/v1/images/edits", body, media_type)
+        response = await server.exchange("POST", "/v1/images/edits", body, media_type)
     else:
         text = base64.b64encode(content).decode()
-        body = json.dumps({**SIZE, way: text if rng.random() < 0.7 else f"data:image/png;base64,{text}"}).encode()
-        answer = await server.exchange("POST", "/generate", body)
-    allowed = {"read": (200,), "refused": (422,), "either": (200, 422)}[fate]
-    return str(answer.status) if answer.status in allowed else f"wrong: {answer.status} for {kind} as {way}"
+        body = json.dumps({**SIZE, field: text if rng.random() < 0.7 else f"data:image/png;base64,{text}"}).encode()
+        response = await server.exchange("POST", "/generate", body)
+    allowed = {"read": (200,), "refused": (422,), "either": (200, 422)}[expected]
+    return (
+        str(response.status) if response.status in allowed else f"wrong: {response.status} for {image_kind} as {field}"
+    )
 
 
-async def request_case(server: Supervisor, rng: random.Random) -> str:
-    """A head that may be none; whatever comes back is HTTP, and no failure."""
-    received = await _raw(server, [bad_request(rng)])
+async def request_case(server: RestartingServer, rng: random.Random) -> str:
+    """Sends a possibly invalid request; the response must be HTTP and no server error."""
+    received = await _send_raw(server, [bad_request(rng)])
     if not received:
         return "closed without an answer"
-    found = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", received)
-    status = int(found.group(1)) if found else 0
-    # 503 is what a websocket's handshake gets where there is no place; 504 may be asked for.
+    match = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", received)
+    status = int(match.group(1)) if match else 0
+    # A websocket handshake gets 503 without a free session; a request may ask for 504 by its timeout.
     return f"{status}" if 100 <= status < 500 else f"wrong: {received[:60]!r}"
 
 
-async def sdapi_case(server: Supervisor, rng: random.Random) -> str:
-    """Odd fields of AUTOMATIC1111's API: images, or a sentence that names the field."""
+async def sdapi_case(server: RestartingServer, rng: random.Random) -> str:
+    """Sends odd fields to AUTOMATIC1111's API; expects images, or a 422 that names the field."""
     path, body = bad_sdapi(rng)
-    answer = await server.exchange("POST", path, body)
-    if answer.status == 422 and not json.loads(answer.body)["errors"]:
+    response = await server.exchange("POST", path, body)
+    if response.status == 422 and not json.loads(response.body)["errors"]:
         return "wrong: 422 that names no field"
-    return str(answer.status) if answer.status in (200, 422) else f"wrong: {answer.status} for {body[:60]!r}"
+    return str(response.status) if response.status in (200, 422) else f"wrong: {response.status} for {body[:60]!r}"
 
 
-async def session_case(server: Supervisor, rng: random.Random) -> str:
-    """A live session of a few frames, most of them bad; some clients send them without waiting for the handshake."""
-    hello, frames = handshake(rng, server.port), [bad_frame(rng) for _ in range(rng.randrange(1, FRAMES))]
+async def session_case(server: RestartingServer, rng: random.Random) -> str:
+    """Opens a live session with a few frames, most of them bad; some clients do not wait for the handshake."""
+    handshake_request, frames = handshake(rng, server.port), [bad_frame(rng) for _ in range(rng.randrange(1, FRAMES))]
     if rng.random() < 0.2:
-        received = await _raw(server, [hello, *frames], first_s=PATIENCE_S)
+        received = await _send_raw(server, [handshake_request, *frames], first_s=TIMEOUT_S)
         if not received:
             return "closed before the handshake"
     else:
-        received = await _raw(server, frames, hello)
+        received = await _send_raw(server, frames, handshake_request)
     if not received.startswith(b"HTTP/1.1 101"):
         return f"wrong: {received[:60]!r}"
     kinds = sorted(set(re.findall(rb'"type":"(\w+)"', received)))
     return b" and ".join(kinds).decode() or "closed before the greeting"
 
 
-async def _raw(server: Supervisor, parts: Sequence[bytes], hello: bytes = b"", first_s: float = QUIET_S) -> bytes:
-    """What comes back for these bytes, until the server closes or says nothing for a while (`first_s`: at first).
+async def _send_raw(
+    server: RestartingServer, parts: Sequence[bytes], handshake_request: bytes = b"", first_s: float = IDLE_S
+) -> bytes:
+    """Returns what comes back, until the server closes or is silent for a while (`first_s`: at first).
 
-    `hello` goes ahead, and is answered with a head before the rest is sent.
+    `handshake_request` is sent first, and its response head is read before the rest is sent.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     received = b""
     with contextlib.suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
-        if hello:
-            writer.write(hello)
-            received = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
+        if handshake_request:
+            writer.write(handshake_request)
+            received = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), TIMEOUT_S)
         for part in parts:
             writer.write(part)
-            await asyncio.wait_for(writer.drain(), PATIENCE_S)
-        while more := await asyncio.wait_for(reader.read(2**16), QUIET_S if received else first_s):
+            await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+        while more := await asyncio.wait_for(reader.read(2**16), IDLE_S if received else first_s):
             received += more
     writer.transport.abort()
     return received
 
 
-async def run(name: str, case: Case, cases: int, server: Supervisor, seed: int) -> Campaign:
-    """`cases` of them, a few at a time; every case has a seed of its own."""
-    seen: Counter[str] = Counter()
+async def run(name: str, case: Case, cases: int, server: RestartingServer, seed: int) -> Campaign:
+    """Runs `cases` cases, a few at a time, each with its own seed."""
+    outcomes: Counter[str] = Counter()
     numbers = iter(range(cases))
 
     async def worker(until: int) -> None:
         for number in numbers:
             try:
-                one = asyncio.wait_for(case(server, random.Random(f"{seed} {name} {number}")), PATIENCE_S)
-                seen[await one] += 1
+                attempt = asyncio.wait_for(case(server, random.Random(f"{seed} {name} {number}")), TIMEOUT_S)
+                outcomes[await attempt] += 1
             except (OSError, EOFError, BenchError) as error:
-                seen[f"wrong: case {number}: {type(error).__name__} {error}"] += 1
+                outcomes[f"wrong: case {number}: {type(error).__name__} {error}"] += 1
             if number >= until:
                 return
 
     warm = int(cases * WARMUP_SHARE)
-    await asyncio.gather(*(worker(warm) for _ in range(TOGETHER)))
-    before = await state(server)
-    await asyncio.gather(*(worker(cases) for _ in range(TOGETHER)))
-    wrong = {label: count for label, count in seen.items() if label.startswith("wrong")}
+    await asyncio.gather(*(worker(warm) for _ in range(CONCURRENCY)))
+    before = await resources(server)
+    await asyncio.gather(*(worker(cases) for _ in range(CONCURRENCY)))
+    wrong = {label: count for label, count in outcomes.items() if label.startswith("wrong")}
     return Campaign(
-        name, sum(seen.values()), dict(sorted(seen.items())), await growth(server, before), wrong | await faults(server)
+        name,
+        sum(outcomes.values()),
+        dict(sorted(outcomes.items())),
+        await resource_growth(server, before),
+        wrong | await server_failures(server),
     )
 
 
-async def schemathesis(program: str, examples: int, server: Supervisor, seed: int) -> Campaign:
-    """The program's own run against /openapi.json, after the largest orders, and a part of one with another seed."""
-    await fill(server)
+async def schemathesis(program: str, examples: int, server: RestartingServer, seed: int) -> Campaign:
+    """Runs the program against /openapi.json, after the largest requests and a shorter run with another seed."""
+    await warm_up(server)
     settings = server.log.with_suffix(".toml")
     settings.write_text(SCHEMATHESIS)
     warm = [
@@ -177,56 +185,62 @@ async def schemathesis(program: str, examples: int, server: Supervisor, seed: in
     ]
     warm += ["--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--generation-database", "none"]
     part = max(1, int(examples * WARMUP_SHARE))
-    await _said(settings.parent, *warm, "--seed", str(seed + 1), "--max-examples", str(part))
-    before = await state(server)
-    code, said = await _said(settings.parent, *warm, "--seed", str(seed), "--max-examples", str(examples))
-    print(said, file=sys.stderr)
-    found = re.search(r"(\d+) generated", said)
-    seen = {f"exit code {code}": 1}
-    wrong = await faults(server) | (seen if code else {})
-    return Campaign("schemathesis", int(found.group(1)) if found else 0, seen, await growth(server, before), wrong)
+    await _run_program(settings.parent, *warm, "--seed", str(seed + 1), "--max-examples", str(part))
+    before = await resources(server)
+    code, output = await _run_program(settings.parent, *warm, "--seed", str(seed), "--max-examples", str(examples))
+    print(output, file=sys.stderr)
+    match = re.search(r"(\d+) generated", output)
+    outcomes = {f"exit code {code}": 1}
+    wrong = await server_failures(server) | (outcomes if code else {})
+    return Campaign(
+        "schemathesis",
+        int(match.group(1)) if match else 0,
+        outcomes,
+        await resource_growth(server, before),
+        wrong,
+    )
 
 
-async def fill(server: Supervisor) -> None:
-    """The largest pictures in every format, twice, a batch of them at once: memory that is taken once and kept.
+async def warm_up(server: RestartingServer) -> None:
+    """Requests batches of the largest images in every format, twice, so that memory kept for good is taken first.
 
-    Without it, growth says which of the cases happened to ask for larger pictures than those before.
+    Without it, growth would tell which cases happened to request larger images than those before.
     """
-    for kind in FORMATS * 2:
-        body = json.dumps({**LARGEST, "output_format": kind}).encode()
-        for answer in await asyncio.gather(*(server.exchange("POST", "/generate", body) for _ in range(TOGETHER))):
-            if answer.status != 200:
-                raise BenchError(f"the largest picture, as {kind}: got {answer.status}, needed 200")
+    for image_kind in FORMATS * 2:
+        body = json.dumps({**LARGEST, "output_format": image_kind}).encode()
+        for response in await asyncio.gather(*(server.exchange("POST", "/generate", body) for _ in range(CONCURRENCY))):
+            if response.status != 200:
+                raise BenchError(f"the largest image, as {image_kind}: got {response.status}, needed 200")
 
 
-async def _said(folder: Path, *arguments: str) -> tuple[int | None, str]:
-    """Exit code and output of a program that may write into `folder`."""
-    process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, cwd=folder)
-    said = (await process.communicate())[0].decode()
-    return process.returncode, said
+async def _run_program(folder: Path, *argv_list: str) -> tuple[int | None, str]:
+    """Returns exit code and output of a program that may write into `folder`."""
+    process = await asyncio.create_subprocess_exec(*argv_list, stdout=asyncio.subprocess.PIPE, cwd=folder)
+    output = (await process.communicate())[0].decode()
+    return process.returncode, output
 
 
-async def state(server: Supervisor) -> dict[str, float]:
-    """Memory in bytes, open files, threads."""
-    samples = await server.samples()
-    found = re.search(r"^Threads:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text(), re.MULTILINE)
-    assert found
+async def resources(server: RestartingServer) -> dict[str, float]:
+    """Returns memory in bytes, open files and threads."""
+    samples = await server.metrics()
+    match = re.search(r"^Threads:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text(), re.MULTILINE)
+    assert match
     memory, files = samples["process_resident_memory_bytes"], samples["process_open_fds"]
-    return {"memory": memory, "files": files, "threads": float(found.group(1))}
+    return {"memory": memory, "files": files, "threads": float(match.group(1))}
 
 
-async def growth(server: Supervisor, before: dict[str, float]) -> dict[str, float]:
-    """Since `before`, once our connections are closed there too."""
+async def resource_growth(server: RestartingServer, before: dict[str, float]) -> dict[str, float]:
+    """Returns the growth since `before`, once the server has closed our connections."""
     end = time.monotonic() + SETTLE_S
-    while (after := await state(server))["files"] > before["files"] and time.monotonic() < end:
+    while (after := await resources(server))["files"] > before["files"] and time.monotonic() < end:
         await asyncio.sleep(0.05)
-    grown = {name: after[name] - before[name] for name in ("files", "threads")}
-    return {"memory": round(after["memory"] / before["memory"] - 1, 4), **grown}
+    growth_by_name = {name: after[name] - before[name] for name in ("files", "threads")}
+    return {"memory": round(after["memory"] / before["memory"] - 1, 4), **growth_by_name}
 
 
-async def faults(server: Supervisor) -> dict[str, int]:
-    """What the server counts and logs of failures of its own, and whether it is still the one that was started."""
-    samples = await server.samples()
+async def server_failures(server: RestartingServer) -> dict[str, int]:
+    """Returns failures from the server's metrics and log, and its unexpected exits."""
+    samples = await server.metrics()
     failed = {
         name: int(value)
         for name, value in samples.items()
@@ -234,8 +248,8 @@ async def faults(server: Supervisor) -> dict[str, int]:
     }
     if traces := server.log.read_text(errors="replace").count("Traceback"):
         failed["tracebacks in the log"] = traces
-    if server.codes:
-        failed[f"left with {server.codes}"] = len(server.codes)
+    if server.exit_codes:
+        failed[f"left with {server.exit_codes}"] = len(server.exit_codes)
     return failed
 
 
@@ -244,40 +258,40 @@ CASES: dict[str, Case] = {
     "requests": request_case,
     "sdapi": sdapi_case,
     "sessions": session_case,
-    "offers": offer_case,
+    "offers": upgrade_case,
 }
 
 
 async def campaigns(options: argparse.Namespace, folder: Path) -> list[Campaign]:
-    """Each on a server of its own."""
-    found = []
+    """Runs each campaign on a fresh server."""
+    results = []
     for name in (*CASES, "schemathesis"):
         cases = options.examples if name == "schemathesis" else getattr(options, name)
         if not cases or (name == "schemathesis" and not options.schemathesis):
             continue
-        server = Supervisor(FLAGS, folder / f"{name}.log")
+        server = RestartingServer(FLAGS, folder / f"{name}.log")
         await server.start()
         try:
             if name in CASES:
-                found.append(await run(name, CASES[name], cases, server, options.seed))
+                results.append(await run(name, CASES[name], cases, server, options.seed))
             else:
-                found.append(await schemathesis(options.schemathesis, cases, server, options.seed))
+                results.append(await schemathesis(options.schemathesis, cases, server, options.seed))
         finally:
             code = await server.stop()
         if code:
-            found[-1].wrong[f"exit code {code} after SIGTERM"] = 1
+            results[-1].wrong[f"exit code {code} after SIGTERM"] = 1
         if options.keep_logs:
             (options.keep_logs / f"{name}.log").write_bytes(server.log.read_bytes())
-    return found
+    return results
 
 
-def is_clean(one: Campaign) -> bool:
-    grown = one.growth
-    return not one.wrong and grown["memory"] < MEMORY_GROWTH and grown["files"] <= 0 and grown["threads"] <= 0
+def is_clean(campaign: Campaign) -> bool:
+    growth = campaign.growth
+    return not campaign.wrong and growth["memory"] < MEMORY_GROWTH and growth["files"] <= 0 and growth["threads"] <= 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
+    argv_list = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m bench.robustness.fuzz",
         description=__doc__,
@@ -292,26 +306,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=1000, help="of schemathesis, for each operation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-logs", type=Path, metavar="FOLDER", help="where to leave the servers' logs")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv_list)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = asyncio.run(campaigns(options, Path(folder)))
+            results = asyncio.run(campaigns(options, Path(folder)))
         except BenchError as error:
             print(f"error: {error}", file=sys.stderr)
             return 3
     head = ("campaign", "cases", "answers", "memory growth", "files", "threads", "wrong (must be none)")
     rows = []
-    for one in found:
-        grown = (f"{one.growth['memory']:.2%}", one.growth["files"], one.growth["threads"])
-        rows.append([one.name, one.cases, _counted(one.seen), *grown, _counted(one.wrong) or "none"])
+    for campaign in results:
+        growth_by_name = (
+            f"{campaign.growth['memory']:.2%}",
+            campaign.growth["files"],
+            campaign.growth["threads"],
+        )
+        rows.append(
+            [
+                campaign.name,
+                campaign.cases,
+                _counted(campaign.seen),
+                *growth_by_name,
+                _counted(campaign.wrong) or "none",
+            ]
+        )
     print(table(head, rows))
     document = {
         "program": "bench.robustness.fuzz",
-        "command": command("bench.robustness.fuzz", arguments),
-        "machine": machine(),
+        "command": command("bench.robustness.fuzz", argv_list),
+        "machine": host_facts(),
     }
-    print(json.dumps({**document, "campaigns": [asdict(one) for one in found]}))
-    return int(not all(map(is_clean, found)))
+    print(json.dumps({**document, "campaigns": [asdict(campaign) for campaign in results]}))
+    return int(not all(map(is_clean, results)))
 
 
 def _counted(labels: dict[str, int]) -> str:

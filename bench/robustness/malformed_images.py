@@ -1,4 +1,4 @@
-"""Image files that clients should not send, and odd ones that they may: seeded, each with what must become of it."""
+"""Seeded malformed and odd image files, each with the response that it must get."""
 
 import io
 import random
@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-Fate = Literal["read", "refused", "either"]  # a picture, a 422, or one of the two
+Expected = Literal["read", "refused", "either"]  # 200, 422, or either
 Maker = Callable[[random.Random], bytes]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -18,22 +18,22 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIDE = 2048  # the largest that the server reads
 
 
-def picture(rng: random.Random, mode: str = "RGB") -> Image.Image:
-    """Noise of a random size."""
+def noise_image(rng: random.Random, mode: str = "RGB") -> Image.Image:
+    """Returns noise of a random size."""
     size = rng.randrange(1, 80), rng.randrange(1, 80)
     channels = len(Image.new(mode, (1, 1)).getbands())
     noise = np.frombuffer(rng.randbytes(size[0] * size[1] * channels), dtype=np.uint8)
     return Image.frombytes(mode, size, noise.tobytes()) if mode != "1" else Image.new("1", size, rng.randrange(2))
 
 
-def file(image: Image.Image, image_format: str, **options: object) -> bytes:
+def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, image_format, **options)
     return stream.getvalue()
 
 
 def any_file(rng: random.Random) -> bytes:
-    return file(picture(rng), rng.choice(FORMATS))
+    return encode(noise_image(rng), rng.choice(FORMATS))
 
 
 def truncated(rng: random.Random) -> bytes:
@@ -49,8 +49,8 @@ def flipped(rng: random.Random) -> bytes:
 
 
 def spliced(rng: random.Random) -> bytes:
-    one, other = any_file(rng), any_file(rng)
-    return one[: rng.randrange(len(one))] + other[rng.randrange(len(other)) :]
+    first, second = any_file(rng), any_file(rng)
+    return first[: rng.randrange(len(first))] + second[rng.randrange(len(second)) :]
 
 
 def noise(rng: random.Random) -> bytes:
@@ -59,7 +59,7 @@ def noise(rng: random.Random) -> bytes:
 
 
 def other_format(rng: random.Random) -> bytes:
-    return file(picture(rng), rng.choice(("GIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX")))
+    return encode(noise_image(rng), rng.choice(("GIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX")))
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -72,13 +72,13 @@ def png(width: int, height: int, data: bytes, *, depth: int = 8, colour: int = 2
 
 
 def announced_bomb(rng: random.Random) -> bytes:
-    """Says that it is huge."""
+    """Announces a huge size."""
     side = rng.choice((SIDE + 1, 20_000, 60_000, 2**31 - 1))
     return png(side, rng.choice((1, side)), b"\0" * 100)
 
 
 def inflating_bomb(rng: random.Random) -> bytes:
-    """Says that it is small, and inflates to many MiB: beside the pixels, or in a text chunk."""
+    """Announces a small size and inflates to many MiB: in its pixels, or in a text chunk."""
     many = b"\0" * (rng.randrange(1, 24) * 2**20)
     if rng.random() < 0.5:
         return png(8, 8, many)
@@ -86,7 +86,7 @@ def inflating_bomb(rng: random.Random) -> bytes:
 
 
 def largest(rng: random.Random) -> bytes:
-    """As large as may be, and nearly nothing in bytes."""
+    """Has the largest allowed size in a few bytes."""
     return png(SIDE, SIDE, (b"\0" + bytes([rng.randrange(256)]) * SIDE) * SIDE, colour=0)
 
 
@@ -98,39 +98,39 @@ def sixteen_bit(rng: random.Random) -> bytes:
 
 
 def few_bits(rng: random.Random) -> bytes:
-    return file(picture(rng, rng.choice(("1", "L", "LA", "RGBA"))), "PNG")
+    return encode(noise_image(rng, rng.choice(("1", "L", "LA", "RGBA"))), "PNG")
 
 
 def palette(rng: random.Random) -> bytes:
-    image = picture(rng).quantize(rng.randrange(2, 256))
-    return file(image, "PNG", transparency=0) if rng.random() < 0.5 else file(image, "PNG")
+    image = noise_image(rng).quantize(rng.randrange(2, 256))
+    return encode(image, "PNG", transparency=0) if rng.random() < 0.5 else encode(image, "PNG")
 
 
 def animated(rng: random.Random) -> bytes:
     frames = [Image.new("RGB", (16, 16), tuple(rng.randbytes(3))) for _ in range(rng.randrange(2, 6))]
-    return file(frames[0], rng.choice(("PNG", "WEBP")), save_all=True, append_images=frames[1:], duration=40)
+    return encode(frames[0], rng.choice(("PNG", "WEBP")), save_all=True, append_images=frames[1:], duration=40)
 
 
 def cmyk(rng: random.Random) -> bytes:
-    return file(picture(rng, "CMYK"), "JPEG")
+    return encode(noise_image(rng, "CMYK"), "JPEG")
 
 
 def exif(rng: random.Random) -> bytes:
-    """Turned, with a thumbnail's worth of noise or a tag of a wrong type."""
+    """Has an odd orientation and description."""
     tags = Image.Exif()
     tags[0x0112] = rng.randrange(10)
     tags[0x010E] = "x" * rng.randrange(2000)
     blob = tags.tobytes()
-    return file(picture(rng), rng.choice(FORMATS), exif=blob)
+    return encode(noise_image(rng), rng.choice(FORMATS), exif=blob)
 
 
 def broken_exif(rng: random.Random) -> bytes:
     blob = b"Exif\0\0" + rng.choice((b"MM\0*", b"II*\0", b"")) + rng.randbytes(rng.randrange(60))
-    return file(picture(rng), rng.choice(FORMATS), exif=blob)
+    return encode(noise_image(rng), rng.choice(FORMATS), exif=blob)
 
 
 def broken_profile(rng: random.Random) -> bytes:
-    return file(picture(rng), rng.choice(FORMATS), icc_profile=rng.randbytes(rng.randrange(1, 400)))
+    return encode(noise_image(rng), rng.choice(FORMATS), icc_profile=rng.randbytes(rng.randrange(1, 400)))
 
 
 def no_pixels(rng: random.Random) -> bytes:
@@ -138,7 +138,7 @@ def no_pixels(rng: random.Random) -> bytes:
 
 
 def polyglot(rng: random.Random) -> bytes:
-    """A picture that is something else too: behind it a zip's end, a page, a script."""
+    """Is a valid image followed by a zip's end, a page, a script, or a PDF head."""
     tail = rng.choice(
         (b"PK\x05\x06" + b"\0" * 18, b"<html><script>alert(1)</script>", b"#!/bin/sh\nid\n", b"%PDF-1.7\n")
     )
@@ -146,14 +146,14 @@ def polyglot(rng: random.Random) -> bytes:
 
 
 def disguised(rng: random.Random) -> bytes:
-    """Something else that says that it is a picture."""
+    """Has another format's head in front of an image."""
     head = rng.choice(
         (b"<svg xmlns='http://www.w3.org/2000/svg'>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.7\n", b"PK\x03\x04")
     )
     return head + any_file(rng)
 
 
-KINDS: dict[str, tuple[Maker, Fate]] = {
+KINDS: dict[str, tuple[Maker, Expected]] = {
     "whole": (any_file, "read"),
     "truncated": (truncated, "either"),
     "bits flipped": (flipped, "either"),
@@ -178,9 +178,9 @@ KINDS: dict[str, tuple[Maker, Fate]] = {
 RARE = frozenset({"largest", "bomb, inflating"})  # 4 Mpixel and many MiB each: one of fifty
 
 
-def bad_image(rng: random.Random) -> tuple[str, bytes, Fate]:
-    """The kind, the file and what must become of it."""
+def bad_image(rng: random.Random) -> tuple[str, bytes, Expected]:
+    """Returns the kind, the file and the expected response."""
     rare = rng.random() < 0.02
     kind = rng.choice([kind for kind in KINDS if (kind in RARE) == rare])
-    make, fate = KINDS[kind]
-    return kind, make(rng), fate
+    make, expected = KINDS[kind]
+    return kind, make(rng), expected

@@ -1,4 +1,4 @@
-"""Requests and websocket frames as no client should send them: seeded bytes for a raw socket."""
+"""Seeded malformed requests and websocket frames, as bytes for a raw socket."""
 
 import base64
 import json
@@ -63,44 +63,44 @@ UNITS: tuple[object, ...] = (
 
 
 def bad_sdapi(rng: random.Random) -> tuple[str, bytes]:
-    """A path of AUTOMATIC1111's API and a body of its fields, some with odd values."""
-    told: dict[str, object] = {"prompt": "x", "width": 64, "height": 64}
+    """Returns a path of AUTOMATIC1111's API and a body with odd values in some fields."""
+    fields: dict[str, object] = {"prompt": "x", "width": 64, "height": 64}
     for name in rng.sample(SDAPI_FIELDS, rng.randrange(5)):
-        told[name] = rng.choice(SCALARS)
+        fields[name] = rng.choice(SCALARS)
     if rng.random() < 0.3:
-        told["alwayson_scripts"] = {rng.choice(("controlnet", "ControlNet", "ADetailer")): rng.choice(UNITS)}
+        fields["alwayson_scripts"] = {rng.choice(("controlnet", "ControlNet", "ADetailer")): rng.choice(UNITS)}
     if rng.random() < 0.2:
-        told["override_settings"] = {rng.choice(("samples_format", "sd_model_checkpoint")): rng.choice(SCALARS)}
+        fields["override_settings"] = {rng.choice(("samples_format", "sd_model_checkpoint")): rng.choice(SCALARS)}
     path = rng.choice(("txt2img", "txt2img", "img2img", "options", "interrupt"))
     if path == "img2img":
-        told["init_images"] = [base64.b64encode(bad_image(rng)[1][: 2**18]).decode(), *rng.choices(SCALARS, k=1)][
+        fields["init_images"] = [base64.b64encode(bad_image(rng)[1][: 2**18]).decode(), *rng.choices(SCALARS, k=1)][
             : rng.randrange(3)
         ]
-    return f"/sdapi/v1/{path}", json.dumps(told).encode()
+    return f"/sdapi/v1/{path}", json.dumps(fields).encode()
 
 
 def bad_request(rng: random.Random) -> bytes:
-    """A head of odd lines and a body that may not be what it announces; half of them at least HTTP/1.1."""
-    polite = rng.random() < 0.5
-    method = "POST" if rng.random() < 0.6 else rng.choice(METHODS[:9] if polite else METHODS)
-    target = rng.choice(PATHS) if polite or rng.random() < 0.8 else "/" + rng.randbytes(9).decode("latin-1")
-    version = "1.1" if polite else rng.choice(("1.1", "1.1", "1.0", "0.9", "2.0", "9"))
+    """Returns odd header lines and a body that may not match them; half of the requests are valid HTTP/1.1."""
+    well_formed = rng.random() < 0.5
+    method = "POST" if rng.random() < 0.6 else rng.choice(METHODS[:9] if well_formed else METHODS)
+    target = rng.choice(PATHS) if well_formed or rng.random() < 0.8 else "/" + rng.randbytes(9).decode("latin-1")
+    version = "1.1" if well_formed else rng.choice(("1.1", "1.1", "1.0", "0.9", "2.0", "9"))
     lines = [f"{rng.choice(NAMES)}: {rng.choice(VALUES)}" for _ in range(rng.randrange(0, 9))]
-    if polite:
+    if well_formed:
         lines = [line for line in lines if line.isprintable() and not line.startswith(FRAMING)]
     elif rng.random() < 0.2:
         lines.append(rng.choice((" folded", "no colon", ": no name", "a b: c", "x:" + "y" * 70_000)))
     body = rng.choice(
         (b"", b"{}", b'{"prompt": "x", "width": 64, "height": 64}', b"5\r\nhello\r\n0\r\n\r\n", b"zz\r\n")
     )
-    if polite or rng.random() < 0.6:
+    if well_formed or rng.random() < 0.6:
         lines.append(f"content-length: {len(body)}")
     if rng.random() < 0.6:
         lines.append("content-type: application/json")
-    ending = "\r\n" if polite else rng.choice(("\r\n", "\n"))
+    ending = "\r\n" if well_formed else rng.choice(("\r\n", "\n"))
     head = ending.join([f"{method} {target} HTTP/{version}", "host: fuzz", *lines]) + ending * 2
-    sent = head.encode("latin-1", "replace") + body
-    return sent if polite or rng.random() < 0.8 else sent[: rng.randrange(len(sent) + 1)]
+    message = head.encode("latin-1", "replace") + body
+    return message if well_formed or rng.random() < 0.8 else message[: rng.randrange(len(message) + 1)]
 
 
 def handshake(rng: random.Random, port: int) -> bytes:
@@ -112,7 +112,7 @@ def handshake(rng: random.Random, port: int) -> bytes:
 
 
 def frame(opcode: int, content: bytes, mask: bytes | None, *, last: bool = True, announced: int | None = None) -> bytes:
-    """One frame of RFC 6455. `mask` None: unmasked, which a client must not send."""
+    """Returns one frame of RFC 6455. `mask` None: unmasked, which the protocol forbids to clients."""
     length = len(content) if announced is None else announced
     bit = 0 if mask is None else 0x80
     if length < 126:
@@ -126,11 +126,11 @@ def frame(opcode: int, content: bytes, mask: bytes | None, *, last: bool = True,
 
 
 def bad_frame(rng: random.Random) -> bytes:
-    """Settings with odd values, drawings that are none, broken text, or a frame that the protocol forbids."""
+    """Returns settings with odd values, an invalid drawing, broken text, or a forbidden frame."""
     mask, choice = rng.randbytes(4), rng.random()
     if choice < 0.45:
-        told = {rng.choice(SETTINGS): rng.choice(SCALARS) for _ in range(rng.randrange(1, 4))}
-        return frame(1, json.dumps({"prompt": "x", "width": 64, "height": 64} | told).encode(), mask)
+        fields = {rng.choice(SETTINGS): rng.choice(SCALARS) for _ in range(rng.randrange(1, 4))}
+        return frame(1, json.dumps({"prompt": "x", "width": 64, "height": 64} | fields).encode(), mask)
     if choice < 0.75:
         return frame(2, bad_image(rng)[1][: 2**18], mask)
     if choice < 0.85:

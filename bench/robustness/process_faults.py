@@ -1,4 +1,4 @@
-"""Faults of the process and of what is around it: signals, the wall clock, the disk, the checkpoint."""
+"""Faults of the process and its surroundings: signals, wall clock, disk, checkpoint."""
 
 import asyncio
 import json
@@ -17,50 +17,50 @@ from pathlib import Path
 
 from bench.harness.errors import BenchError
 from bench.harness.server_process import ROOT
-from bench.robustness.fault import Fault, Seen
-from bench.robustness.restarting_server import Supervisor, free_port, ready_label
-from bench.robustness.scenario import AGAIN_S, PATIENCE_S, RIGHT, Stage
+from bench.robustness.fault import FaultScenario, Outcomes
+from bench.robustness.restarting_server import RestartingServer, free_port, ready_label
+from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, RETRY_PAUSE_S, Scenario
 
-LONG = 2  # batches of half a second that the engine has to make first
-INSIDE = 48  # jobs that wait behind them when the signal comes
+SLOW_BATCHES = 2  # batches of half a second that run first
+QUEUED_JOBS = 48  # jobs behind them when the signal arrives
 DAY = 86_400
 JUMPS_S = (3600, -DAY, 10 * 365 * DAY, -20 * 365 * DAY, 1, 0)
-DISK_ORDERS = 20  # while the disk is full, each time
-LATE = "504 deadline_exceeded"
+FULL_DISK_REQUESTS = 20  # while the disk is full, each time
+DEADLINE_EXCEEDED = "504 deadline_exceeded"
 EXIT_START = 3  # docs/operate/operations.md
 CHECKPOINT = ROOT / "models" / "tiny"
-NOT_THERE = frozenset({"503 not_ready", "refused", "cut"})
-RESTART = NOT_THERE | {RIGHT, "503 draining"}  # a new connection may be cut unheard
+UNAVAILABLE = frozenset({"503 not_ready", "refused", "cut"})
+RESTARTING = UNAVAILABLE | {OK, "503 draining"}  # a new connection may be cut
 
 
-def signalled(number: signal.Signals, exit_code: int) -> Callable[[Stage], Awaitable[Seen]]:
-    """The signal while INSIDE jobs are accepted and wait behind long ones. Whoever is cut asks again."""
+def signal_under_load(signal_number: signal.Signals, exit_code: int) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    """Sends the signal while QUEUED_JOBS accepted jobs wait behind slow ones. Clients that are cut retry."""
 
-    async def play(stage: Stage) -> Seen:
-        seen: Seen = Counter()
-        for _ in range(stage.count):
-            exits = len(stage.supervisor.codes)
-            jobs = [*stage.long_orders(LONG), *(stage.order() for _ in range(INSIDE))]
-            accepted = [asyncio.create_task(stage.ask(job)) for job in jobs]
-            await stage.accepted(accepted)
-            stage.strike()
-            stage.supervisor.send(number)
-            labels = await asyncio.gather(*accepted)
-            seen += Counter(labels)
-            code = await stage.supervisor.wait_exit(exits + 1)
+    async def run(scenario: Scenario) -> Outcomes:
+        outcomes: Outcomes = Counter()
+        for _ in range(scenario.count):
+            exits = len(scenario.server.exit_codes)
+            jobs = [*scenario.slow_jobs(SLOW_BATCHES), *(scenario.new_job() for _ in range(QUEUED_JOBS))]
+            tasks = [asyncio.create_task(scenario.ask(job)) for job in jobs]
+            await scenario.wait_accepted(tasks)
+            scenario.mark_fault()
+            scenario.server.send_signal(signal_number)
+            labels = await asyncio.gather(*tasks)
+            outcomes += Counter(labels)
+            code = await scenario.server.wait_for_exit(exits + 1)
             if code != exit_code:
-                seen[f"exit code {code}, not {exit_code}"] += 1
-            await stage.recover()
+                outcomes[f"exit code {code}, not {exit_code}"] += 1
+            await scenario.wait_recovery()
             for job, label in zip(jobs, labels, strict=True):
-                if label != RIGHT:
-                    await stage.insist(job, Counter())
-        return seen
+                if label != OK:
+                    await scenario.request_until_ok(job, Counter())
+        return outcomes
 
-    return play
+    return run
 
 
 class Clock:
-    """The wall clock of a server that clock_shim.c is loaded into."""
+    """Sets the wall clock of a server that has loaded clock_shim.c."""
 
     def __init__(self, folder: Path) -> None:
         self.offset = folder / "offset"
@@ -74,7 +74,7 @@ class Clock:
             self.offset.write_bytes(struct.pack("=q", seconds))
 
     async def environment(self, folder: Path) -> dict[str, str]:
-        """What to start the server with. Raises BenchError where there is no C compiler."""
+        """Builds the shim; returns the server's environment. Raises BenchError without a C compiler."""
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
             raise BenchError("a wall clock that jumps needs a C compiler: cc or gcc; name other faults with --only")
@@ -86,102 +86,105 @@ class Clock:
         return {"LD_PRELOAD": str(shim), "CLOCK_OFFSET": str(self.offset)}
 
 
-def clock_jumps(clock: Clock) -> Callable[[Stage], Awaitable[Seen]]:
-    """The wall clock jumps while jobs wait: one with 30 s left must be made, one with 50 ms must get 504."""
+def clock_jumps(clock: Clock) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    """Moves the wall clock while jobs wait: one with 30 s left must succeed, one with 50 ms must get 504."""
 
-    async def play(stage: Stage) -> Seen:
-        seen: Seen = Counter()
-        for i in range(stage.count):
-            running = [asyncio.create_task(stage.ask(job)) for job in stage.long_orders(2 * LONG)]
-            await stage.accepted(running)
-            patient = asyncio.create_task(stage.ask(stage.order(), timeout_ms=30_000))
-            hasty = asyncio.create_task(stage.ask(stage.order(), timeout_ms=50))
-            await asyncio.sleep(AGAIN_S)
-            stage.strike()
+    async def run(scenario: Scenario) -> Outcomes:
+        outcomes: Outcomes = Counter()
+        for i in range(scenario.count):
+            running = [asyncio.create_task(scenario.ask(job)) for job in scenario.slow_jobs(2 * SLOW_BATCHES)]
+            await scenario.wait_accepted(running)
+            long_deadline = asyncio.create_task(scenario.ask(scenario.new_job(), timeout_ms=30_000))
+            short_deadline = asyncio.create_task(scenario.ask(scenario.new_job(), timeout_ms=50))
+            await asyncio.sleep(RETRY_PAUSE_S)
+            scenario.mark_fault()
             seconds = JUMPS_S[i % len(JUMPS_S)]
             clock.set(seconds)
-            await stage.recover()
-            answer = await stage.supervisor.exchange("POST", "/v1/images/generations", b'{"prompt": "x"}')
-            if abs(json.loads(answer.body)["created"] - time.time() - seconds) > PATIENCE_S:
-                seen["the clock did not jump"] += 1
-            seen += Counter(await asyncio.gather(*running, patient))
-            label = await hasty
-            seen[label if label == LATE else f"{label}, not {LATE}"] += 1
+            await scenario.wait_recovery()
+            response = await scenario.server.exchange("POST", "/v1/images/generations", b'{"prompt": "x"}')
+            if abs(json.loads(response.body)["created"] - time.time() - seconds) > REQUEST_TIMEOUT_S:
+                outcomes["the clock did not jump"] += 1
+            outcomes += Counter(await asyncio.gather(*running, long_deadline))
+            label = await short_deadline
+            outcomes[label if label == DEADLINE_EXCEEDED else f"{label}, not {DEADLINE_EXCEEDED}"] += 1
         clock.set(0)
-        return seen
+        return outcomes
 
-    return play
+    return run
 
 
-async def full_disk(stage: Stage) -> Seen:
-    """No file may grow any more, so no log line can be written; then there is room again."""
-    seen: Seen = Counter()
-    log = stage.supervisor.log
-    for _ in range(stage.count):
-        stage.strike()
-        stage.supervisor.limit_files(log.stat().st_size)
+async def full_disk(scenario: Scenario) -> Outcomes:
+    """Bounds the size of files, so that no log line can be written, and lifts the bound again."""
+    outcomes: Outcomes = Counter()
+    log = scenario.server.log
+    for _ in range(scenario.count):
+        scenario.mark_fault()
+        scenario.server.limit_files(log.stat().st_size)
         size = log.stat().st_size  # a line may have come before the limit stood
-        seen += await stage.together(stage.order() for _ in range(DISK_ORDERS))
+        outcomes += await scenario.request_all(scenario.new_job() for _ in range(FULL_DISK_REQUESTS))
         if log.stat().st_size > size:
-            seen["the disk was not full"] += 1
-        stage.supervisor.lift_limit()
-        await stage.recover()
-        await asyncio.sleep(AGAIN_S)
+            outcomes["the disk was not full"] += 1
+        scenario.server.lift_limit()
+        await scenario.wait_recovery()
+        await asyncio.sleep(RETRY_PAUSE_S)
         if log.stat().st_size <= size:
-            seen["no log line after it"] += 1
-    return seen
+            outcomes["no log line after it"] += 1
+    return outcomes
 
 
-async def corrupted_checkpoint(stage: Stage) -> Seen:
-    """One file of the shipped checkpoint harmed: the start must end with its exit code and one line that says why."""
-    seen: Seen = Counter()
-    for name, harm in HARMS[: stage.count]:
+async def corrupted_checkpoint(scenario: Scenario) -> Outcomes:
+    """Damages one file of the shipped checkpoint at a time.
+
+    The start must fail with its exit code and a one-line reason.
+    """
+    outcomes: Outcomes = Counter()
+    for name, damage in DAMAGES[: scenario.count]:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder, "checkpoint")
             shutil.copytree(CHECKPOINT, checkpoint)
-            harm(checkpoint / name, stage.rng)
-            seen += await _start(checkpoint, Path(folder, "log"), f"{harm.__name__} {name}")
-    stage.strike()
-    whole = Supervisor(["--model", str(CHECKPOINT)], stage.supervisor.log)
+            damage(checkpoint / name, scenario.rng)
+            outcomes += await _start_damaged(checkpoint, Path(folder, "log"), f"{damage.__name__} {name}")
+    scenario.mark_fault()
+    whole = RestartingServer(["--model", str(CHECKPOINT)], scenario.server.log)
     await whole.start()
-    stage.recovered.append(time.monotonic() - stage.struck)
+    scenario.recovery_s.append(time.monotonic() - scenario.fault_time)
     await whole.stop()
-    return seen
+    return outcomes
 
 
-async def _start(checkpoint: Path, log: Path, what: str) -> Seen:
-    """What a client sees of a server with this checkpoint until it has left, and what is wrong with how it left."""
-    seen: Seen = Counter()
+async def _start_damaged(checkpoint: Path, log: Path, damage_name: str) -> Outcomes:
+    """Returns a client's outcomes until the server has exited, and faults of how it exited."""
+    outcomes: Outcomes = Counter()
     port = free_port()
     command = [sys.executable, "-m", "server", "--model", str(checkpoint), "--port", str(port)]
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=file, stderr=file)
     ended = asyncio.create_task(process.wait())
     while not ended.done():
-        seen[await ready_label(port)] += 1
+        outcomes[await ready_label(port)] += 1
         await asyncio.wait([ended], timeout=0.1)
-    said = log.read_text(errors="replace")
+    log_text = log.read_text(errors="replace")
     if await ended != EXIT_START:
-        seen[f"exit code {process.returncode} of {what}"] += 1
-    if "cannot start" not in said or "Traceback" in said:
-        seen[f"no plain reason for {what}"] += 1
-    return seen
+        outcomes[f"exit code {process.returncode} of {damage_name}"] += 1
+    if "cannot start" not in log_text or "Traceback" in log_text:
+        outcomes[f"no plain reason for {damage_name}"] += 1
+    return outcomes
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    """The file ends early."""
+    """Truncates the file."""
     os.truncate(path, rng.randrange(path.stat().st_size))
 
 
-def garble(path: Path, rng: random.Random) -> None:
-    """Its first bytes are random, but for the length of a safetensors header."""
+def overwrite_head(path: Path, rng: random.Random) -> None:
+    """Overwrites the first bytes behind the length of a safetensors header with random ones."""
     with path.open("r+b") as file:
         file.seek(8)
         file.write(rng.randbytes(64))
 
 
-def poison(path: Path, _: random.Random) -> None:
-    """Every weight is NaN."""
+def fill_with_nan(path: Path, _: random.Random) -> None:
+    """Sets every weight to NaN."""
     content = path.read_bytes()
     head = 8 + int.from_bytes(content[:8], "little")
     path.write_bytes(content[:head] + b"\xff" * (len(content) - head))
@@ -192,23 +195,29 @@ def remove(path: Path, _: random.Random) -> None:
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-HARMS = (
+DAMAGES = (
     (f"transformer/{WEIGHTS}", cut),
-    (f"vae/{WEIGHTS}", garble),
+    (f"vae/{WEIGHTS}", overwrite_head),
     ("text_encoder/model.safetensors", remove),
-    (f"vae/{WEIGHTS}", poison),
+    (f"vae/{WEIGHTS}", fill_with_nan),
     ("transformer/config.json", cut),
     ("tokenizer/tokenizer.json", cut),
 )
 
 
-def faults(clock: Clock) -> tuple[Fault, ...]:
-    """`clock` is that of the server on which the jumps play."""
-    dies = frozenset({RIGHT, "cut"})
+def faults(clock: Clock) -> tuple[FaultScenario, ...]:
+    """Returns the scenarios; `clock` is the one of the server whose clock jumps."""
+    killed = frozenset({OK, "cut"})
     return (
-        Fault("SIGTERM under load", 5, signalled(signal.SIGTERM, 0), bystanders=RESTART),
-        Fault("SIGKILL under load, restart", 5, signalled(signal.SIGKILL, -9), hit=dies, bystanders=RESTART),
-        Fault("clock jumps", 12, clock_jumps(clock), hit=frozenset({RIGHT, LATE}), stage="clock"),
-        Fault("full disk", 10, full_disk),
-        Fault("corrupted checkpoint", len(HARMS), corrupted_checkpoint, hit=NOT_THERE, crowd=0),
+        FaultScenario("SIGTERM under load", 5, signal_under_load(signal.SIGTERM, 0), bystanders=RESTARTING),
+        FaultScenario(
+            "SIGKILL under load, restart", 5, signal_under_load(signal.SIGKILL, -9), hit=killed, bystanders=RESTARTING
+        ),
+        FaultScenario(
+            "clock jumps", 12, clock_jumps(clock), hit=frozenset({OK, DEADLINE_EXCEEDED}), server_kind="clock"
+        ),
+        FaultScenario("full disk", 10, full_disk),
+        FaultScenario(
+            "corrupted checkpoint", len(DAMAGES), corrupted_checkpoint, hit=UNAVAILABLE, background_clients=0
+        ),
     )

@@ -1,7 +1,4 @@
-"""`python -m server` on one port, started again whenever it ends, as an orchestrator does.
-
-Knows processes, exit codes and limits of the kernel; nothing of faults and pictures.
-"""
+"""`python -m server` on one port, restarted whenever it ends, as an orchestrator does."""
 
 import asyncio
 import json
@@ -15,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Answer, Connection
-from bench.harness.prometheus_text import samples
-from bench.harness.server_process import ROOT, START_S
+from bench.harness.http_client import Connection, HttpResponse
+from bench.harness.prometheus_text import parse_samples
+from bench.harness.server_process import ROOT, START_TIMEOUT_S
 
 POLL_S = 0.01
-STOP_S = 60.0
+STOP_TIMEOUT_S = 60.0
 
 
 def free_port() -> int:
@@ -30,10 +27,10 @@ def free_port() -> int:
         return port
 
 
-async def exchange_with(
+async def exchange_once(
     port: int, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
-) -> Answer:
-    """On a connection of its own. Raises as Connection.exchange does."""
+) -> HttpResponse:
+    """Exchanges on a fresh connection. Raises as Connection.exchange does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     connection = Connection(reader, writer, f"127.0.0.1:{port}")
     try:
@@ -43,27 +40,27 @@ async def exchange_with(
 
 
 async def ready_label(port: int) -> str:
-    """What GET /health/ready says, as a label of bench.robustness.scenario."""
+    """Returns GET /health/ready as an outcome label of bench.robustness.scenario."""
     try:
-        answer = await exchange_with(port, "GET", "/health/ready")
+        response = await exchange_once(port, "GET", "/health/ready")
     except ConnectionRefusedError:
         return "refused"
     except (OSError, EOFError):
         return "cut"
-    return "200" if answer.status == 200 else f"{answer.status} {json.loads(answer.body)['code']}"
+    return "200" if response.status == 200 else f"{response.status} {json.loads(response.body)['code']}"
 
 
-class Supervisor:
-    """`codes` are the exit codes so far (negative: a signal). Everything the servers print is appended to `log`."""
+class RestartingServer:
+    """A supervised server. `exit_codes`: so far (negative: a signal). `log`: all output of the servers."""
 
     def __init__(self, flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
         self.log = log
-        self.codes: list[int] = []
+        self.exit_codes: list[int] = []
         self._command = [sys.executable, "-m", "server", "--port", str(self.port), *flags]
         self._environment = {**os.environ, **(environment or {})}
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stop_requested = False
         self._watching: asyncio.Task[None] | None = None
 
     @property
@@ -73,58 +70,60 @@ class Supervisor:
         return self._process.pid
 
     async def start(self) -> None:
-        """Returns when the server is ready for the first time."""
+        """Starts the server and waits until it is ready for the first time."""
         await self._spawn()
         self._watching = asyncio.create_task(self._watch(), name="supervisor")
         await self.wait_ready()
 
     async def stop(self) -> int:
-        """SIGTERM, and no further start; the exit code."""
-        self._stopping = True
-        self.send(signal.SIGTERM)
+        """Sends SIGTERM, stops restarting, and returns the exit code."""
+        self._stop_requested = True
+        self.send_signal(signal.SIGTERM)
         assert self._watching is not None
         try:
-            await asyncio.wait_for(asyncio.shield(self._watching), STOP_S)
+            await asyncio.wait_for(asyncio.shield(self._watching), STOP_TIMEOUT_S)
         except TimeoutError as error:
-            self.send(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
             await self._watching
-            raise BenchError(f"the server did not leave within {STOP_S:g} s of SIGTERM") from error
-        return self.codes[-1]
+            raise BenchError(f"the server did not leave within {STOP_TIMEOUT_S:g} s of SIGTERM") from error
+        return self.exit_codes[-1]
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, signal_number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(number)
+            self._process.send_signal(signal_number)
 
-    def limit_files(self, most_bytes: int) -> None:
-        """Lets no file of the server grow beyond `most_bytes`: what a full disk does (EFBIG for ENOSPC)."""
-        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+    def limit_files(self, max_bytes: int) -> None:
+        """Keeps the server's files from growing beyond `max_bytes`, as a full disk does (EFBIG for ENOSPC)."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (max_bytes, resource.RLIM_INFINITY))
 
     def lift_limit(self) -> None:
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     async def wait_ready(self) -> None:
-        end = time.monotonic() + START_S
+        end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end:
             if await ready_label(self.port) == "200":
                 return
             await asyncio.sleep(POLL_S)
-        raise BenchError(f"the server was not ready within {START_S:g} s; its log: {self.log}")
+        raise BenchError(f"the server was not ready within {START_TIMEOUT_S:g} s; its log: {self.log}")
 
-    async def wait_exit(self, exits: int) -> int:
-        """The exit code of the exit of that number, counted from 1."""
-        end = time.monotonic() + STOP_S
-        while len(self.codes) < exits:
+    async def wait_for_exit(self, exits: int) -> int:
+        """Returns the exit code of the exit of that number, counted from 1."""
+        end = time.monotonic() + STOP_TIMEOUT_S
+        while len(self.exit_codes) < exits:
             if time.monotonic() > end:
-                raise BenchError(f"the server did not end within {STOP_S:g} s; its log: {self.log}")
+                raise BenchError(f"the server did not end within {STOP_TIMEOUT_S:g} s; its log: {self.log}")
             await asyncio.sleep(POLL_S)
-        return self.codes[exits - 1]
+        return self.exit_codes[exits - 1]
 
-    async def exchange(self, method: str, path: str, body: bytes = b"", media_type: str = "application/json") -> Answer:
-        return await exchange_with(self.port, method, path, body, media_type)
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    ) -> HttpResponse:
+        return await exchange_once(self.port, method, path, body, media_type)
 
-    async def samples(self) -> dict[str, float]:
-        """What /metrics says."""
-        return samples((await self.exchange("GET", "/metrics")).body.decode())
+    async def metrics(self) -> dict[str, float]:
+        """Returns the samples of /metrics."""
+        return parse_samples((await self.exchange("GET", "/metrics")).body.decode())
 
     async def _spawn(self) -> None:
         with self.log.open("ab") as log:
@@ -136,7 +135,7 @@ class Supervisor:
         while True:
             assert self._process is not None
             code = await self._process.wait()
-            self.codes.append(code)
-            if self._stopping:
+            self.exit_codes.append(code)
+            if self._stop_requested:
                 return
             await self._spawn()

@@ -1,7 +1,7 @@
-"""Where a fault plays: a supervised server, customers who know what they must get, and a clock for the recovery.
+"""A fault's surroundings: a supervised server, clients that know the correct image, and recovery times.
 
-A customer's label says what it saw: `200` (the right picture), `200 wrong picture`, a status with its code, `refused`
-(no connection), `cut` (a connection that ended without an answer) or `silence` (nothing within PATIENCE_S).
+Outcome labels: `200` (the correct image), `200 wrong image`, a status with its code, `refused` (no connection), `cut`
+(the connection ended without a response), `silence` (nothing within REQUEST_TIMEOUT_S).
 """
 
 import asyncio
@@ -17,106 +17,107 @@ import numpy as np
 from PIL import Image
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Answer
-from bench.robustness.restarting_server import Supervisor
+from bench.harness.http_client import HttpResponse
+from bench.robustness.restarting_server import RestartingServer
 from engines.fake import expected_pixels
 from engines.types import Job
 
-RIGHT = "200"
-PATIENCE_S = 60.0  # beyond this an answer is lost
-AGAIN_S = 0.1  # between an answer that is no picture and the next attempt
+OK = "200"
+REQUEST_TIMEOUT_S = 60.0  # beyond this an answer is lost
+RETRY_PAUSE_S = 0.1  # between a failed attempt and the next
 SUBJECTS = ("circle", "square", "triangle", "star", "moon")
 
 
 @dataclass
-class Stage:
-    """`count` is how often the fault is to happen; `struck` is when it last did (time.monotonic())."""
+class Scenario:
+    """State of one fault. `count`: how often to inject it. `fault_time`: the last injection, time.monotonic()."""
 
-    supervisor: Supervisor
+    server: RestartingServer
     rng: random.Random
     count: int
-    crowded: int = 0  # customers of the crowd
-    struck: float = 0.0
-    recovered: list[float] = field(default_factory=list)  # seconds from a strike to the next right picture
-    never: int = 0  # orders that were asked again and again and never became a picture
+    background_count: int = 0
+    fault_time: float = 0.0
+    recovery_s: list[float] = field(default_factory=list)  # seconds from a fault to the next correct image
+    never_ok: int = 0  # requests that never got an image despite retries
 
-    def order(self, marker: str = "", size: int = 64) -> Job:
+    def new_job(self, marker: str = "", size: int = 64) -> Job:
         subject = self.rng.choice(SUBJECTS)
         return Job(f"{subject} {self.rng.randrange(10**9)} {marker}".strip(), self.rng.randrange(2**31), size, size)
 
     async def ask(self, job: Job, **fields: object) -> str:
-        """What a customer sees who asks for this picture once."""
-        body = json.dumps(fields_of(job) | fields).encode()
+        """Requests the image once and returns the outcome label."""
+        body = json.dumps(request_fields(job) | fields).encode()
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                answer = await self.supervisor.exchange("POST", "/generate", body)
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                response = await self.server.exchange("POST", "/generate", body)
         except TimeoutError:
             return "silence"
         except ConnectionRefusedError:
             return "refused"
         except (OSError, EOFError, BenchError):
             return "cut"
-        return label_of(answer, job)
+        return outcome_label(response, job)
 
-    async def insist(self, job: Job, seen: Counter[str]) -> None:
-        """Asks until the picture is there, as a customer does who wants it."""
-        end = time.monotonic() + PATIENCE_S
+    async def request_until_ok(self, job: Job, outcomes: Counter[str]) -> None:
+        """Requests the image until it arrives."""
+        end = time.monotonic() + REQUEST_TIMEOUT_S
         while time.monotonic() < end:
             label = await self.ask(job)
-            seen[label] += 1
-            if label == RIGHT:
+            outcomes[label] += 1
+            if label == OK:
                 return
-            await asyncio.sleep(AGAIN_S)
-        self.never += 1
+            await asyncio.sleep(RETRY_PAUSE_S)
+        self.never_ok += 1
 
-    async def crowd(self, customers: int, done: asyncio.Event) -> Counter[str]:
-        """Customers who want one picture after the other until `done`, whatever happens to others."""
-        seen: Counter[str] = Counter()
-        self.crowded = customers
+    async def background_clients(self, clients: int, stop: asyncio.Event) -> Counter[str]:
+        """Runs clients that request one image after the other until `stop`."""
+        outcomes: Counter[str] = Counter()
+        self.background_count = clients
 
-        async def customer(rng: random.Random) -> None:
-            while not done.is_set():
-                await self.insist(Job(f"bystander {rng.random()}", rng.randrange(2**31), 64, 64), seen)
+        async def client(rng: random.Random) -> None:
+            while not stop.is_set():
+                await self.request_until_ok(Job(f"bystander {rng.random()}", rng.randrange(2**31), 64, 64), outcomes)
 
-        await asyncio.gather(*(customer(random.Random(self.rng.random())) for _ in range(customers)))
-        return seen
+        await asyncio.gather(*(client(random.Random(self.rng.random())) for _ in range(clients)))
+        return outcomes
 
-    async def together(self, jobs: Iterable[Job]) -> Counter[str]:
+    async def request_all(self, jobs: Iterable[Job]) -> Counter[str]:
         return Counter(await asyncio.gather(*(self.ask(job) for job in jobs)))
 
-    def strike(self) -> None:
-        self.struck = time.monotonic()
+    def mark_fault(self) -> None:
+        self.fault_time = time.monotonic()
 
-    async def recover(self) -> None:
-        """Waits for the next right picture, and notes how long after the strike it came."""
-        await self.insist(self.order(), Counter())
-        self.recovered.append(time.monotonic() - self.struck)
+    async def wait_recovery(self) -> None:
+        """Waits for the next correct image, and records the seconds since the fault."""
+        await self.request_until_ok(self.new_job(), Counter())
+        self.recovery_s.append(time.monotonic() - self.fault_time)
 
-    def long_orders(self, batches: int) -> list[Job]:
-        """Orders that take the engine half a second each, since their sizes differ."""
-        return [self.order("[[slow]]", 96 + 32 * i) for i in range(batches)]
+    def slow_jobs(self, batches: int) -> list[Job]:
+        """Returns jobs of half a second each; their sizes differ, so they are not batched."""
+        return [self.new_job("[[slow]]", 96 + 32 * i) for i in range(batches)]
 
-    async def accepted(self, orders: Sequence[asyncio.Task[str]]) -> None:
-        """Returns when the server has taken all of these orders in: they and the whole crowd wait, run, or are done."""
-        end = time.monotonic() + PATIENCE_S
+    async def wait_accepted(self, tasks: Sequence[asyncio.Task[str]]) -> None:
+        """Waits until the server has accepted these requests: they and those of all background clients are queued,
+        running or done."""
+        end = time.monotonic() + REQUEST_TIMEOUT_S
         while True:
-            done = sum(order.done() for order in orders)  # before the look inside: none may count twice
-            samples = await self.supervisor.samples()
-            inside = samples["sana_sprint_jobs_waiting"] + samples["sana_sprint_jobs_running"]
-            if done == len(orders) or inside + done >= len(orders) + self.crowded:
+            stop = sum(task.done() for task in tasks)  # read before the metrics, so that no request counts twice
+            samples = await self.server.metrics()
+            in_flight = samples["sana_sprint_jobs_waiting"] + samples["sana_sprint_jobs_running"]
+            if stop == len(tasks) or in_flight + stop >= len(tasks) + self.background_count:
                 return
             if time.monotonic() > end:
-                raise BenchError(f"{len(orders)} orders were never inside at the same time")
+                raise BenchError(f"{len(tasks)} orders were never inside at the same time")
             await asyncio.sleep(0.005)
 
 
-def fields_of(job: Job) -> dict[str, object]:
+def request_fields(job: Job) -> dict[str, object]:
     return {"prompt": job.prompt, "seed": job.seed, "width": job.width, "height": job.height}
 
 
-def label_of(answer: Answer, job: Job) -> str:
-    if answer.status == 200:
-        with Image.open(io.BytesIO(answer.body)) as image:
+def outcome_label(response: HttpResponse, job: Job) -> str:
+    if response.status == 200:
+        with Image.open(io.BytesIO(response.body)) as image:
             right = np.array_equal(np.asarray(image.convert("RGB")), expected_pixels(job))
-        return RIGHT if right else "200 wrong picture"
-    return f"{answer.status} {json.loads(answer.body).get('code', '')}".strip()
+        return OK if right else "200 wrong image"
+    return f"{response.status} {json.loads(response.body).get('code', '')}".strip()

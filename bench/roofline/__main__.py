@@ -1,13 +1,12 @@
-"""PROJECTION, nothing measured: how fast SANA-Sprint can be on GPUs, from operations and bytes counted in its modules.
+"""PROJECTION, nothing measured: the speed of SANA-Sprint on GPUs, from operations and bytes counted in its modules.
 
     python -m bench.roofline --model random:sprint-0.6b --size 1024 --steps 1 --batch 1 --plot roofline.svg
 
-For every stage: the floor is the time of its products and convolutions one after the other at the device's peak rates,
-each bound by arithmetic or by memory, with everything between them fused away. The projected time lowers the peaks by
-a stated efficiency. The eager time runs every call as a kernel of its own; where the paper measured the same, their
-ratio says how hopeful that is. fp8 is for transformer and decoder: the text encoder must stay in bf16. Not counted:
-picture files, the host, and traffic that a cache on the device saves. Our engine as it is built, kernel by kernel and
-at measured rates, is counted by bench.budget.
+Floor: the time of a stage's products and convolutions, one after the other, at the device's peak rates. Each is bound
+by arithmetic or by memory; everything between them counts as fused. Projected: the same with peaks lowered by a stated
+efficiency. Eager: every call is a separate kernel. Where the paper measured the same, their ratio shows how optimistic
+the model is. fp8 applies to transformer and decoder; the text encoder stays in bf16. Not counted: image files, the
+host, and traffic saved by caches of the device. bench.budget counts our engine kernel by kernel at measured rates.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import command, parse_size, told
+from bench.harness.cli import command, parse_size, run_benchmark
 from bench.roofline.projection import Efficiency, measure, plot, show
 
 
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
     parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: the checkpoint's)")
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default 1)")
+    parser.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
     parser.add_argument("--tokens", type=int, default=20, help="of a prompt (default 20)")
     parser.add_argument("--arithmetic", type=float, default=Efficiency.arithmetic, help="share of the peak (0.6)")
     parser.add_argument("--memory", type=float, default=Efficiency.memory, help="share of the peak (0.8)")
@@ -38,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
 
     def measured() -> dict[str, Any]:
-        found = measure(options)
+        result = measure(options)
         if options.plot:
-            options.plot.write_text(plot(found), encoding="utf-8")
-        return found
+            options.plot.write_text(plot(result), encoding="utf-8")
+        return result
 
-    return told(measured, show)
+    return run_benchmark(measured, show)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What GPUs can do at most, as their makers state it: dense operations a second by type, bytes a second of memory."""
+"""Peak rates of GPUs from their data sheets: dense operations a second by type, bytes of memory a second."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class Device:
     source: str
 
     def peak(self, dtype: torch.dtype, *, eight_bit: bool) -> float:
-        """Of matrix products whose inputs are `dtype`, or 8 bits wide where they may be."""
+        """Returns the peak of matrix products with inputs of `dtype`, or of 8 bits where allowed."""
         if dtype in (torch.bfloat16, torch.float16):
             return self.matrix["fp8" if eight_bit else "16bit"]
         return self.matrix["fp8"] if dtype.itemsize == 1 else self.vector  # fp32 stays exact: no TF32
 
     def seconds(self, call: Call, *, arithmetic: float = 1.0, memory: float = 1.0, eight_bit: bool = False) -> float:
-        """Of one call, as slow as its arithmetic or its traffic, at these shares of the peaks.
+        """Returns the time of one call: the slower of arithmetic and traffic at these shares of the peaks.
 
-        eight_bit: dense 16-bit products read 8 bits and multiply at that rate, and still write 16.
+        eight_bit: dense 16-bit products read 8 bits and multiply at that rate, but still write 16.
         """
         narrow = eight_bit and call.kind == "product" and call.dtype.itemsize == 2 and "bmm" not in call.name
         peak = self.peak(call.dtype, eight_bit=narrow) if call.kind == "product" else self.vector

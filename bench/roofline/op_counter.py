@@ -15,16 +15,16 @@ from torch.utils.flop_counter import flop_registry
 
 Kind = Literal["product", "depthwise", "other"]  # matrix products and convolutions; those channel by channel; the rest
 
-# Answer with new memory or with none, without reading or writing any: no cost on a device.
+# Return new memory or none, without reading or writing any: no cost on a device.
 _FREE = {"aten._unsafe_view.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.lift_fresh.default"}
 _ONE_KERNEL = torch.ops.aten.rms_norm.default  # composite, but a single kernel on a GPU
-_ROWS = {"aten.embedding", "aten.index_select"}  # read of a table what they write
-_OVER = {"aten.copy_", "aten.fill_", "aten.zero_"}  # do not read what they write over
+_ROWS = {"aten.embedding", "aten.index_select"}  # read as many bytes of a table as they write
+_OVER = {"aten.copy_", "aten.fill_", "aten.zero_"}  # do not read their target
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel, if each call were one."""
+    """One operation, taken as one kernel."""
 
     name: str
     kind: Kind
@@ -34,8 +34,8 @@ class Call:
     written: int
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Sees every call within `with`. `execute` makes one, `note` is told of those that cost something."""
+class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Sees every call within `with`. `execute` runs a call; `note` receives those that cost something."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -44,30 +44,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        given = options or {}
-        # In inference mode composite calls come whole.
+        keywords = options or {}
+        # In inference mode composite calls arrive undecomposed.
         if function._overloadpacket not in flop_registry and function is not _ONE_KERNEL:
             with self:
-                parts = function.decompose(*arguments, **given)
+                parts = function.decompose(*arguments, **keywords)
             if parts is not NotImplemented:
                 return parts
-        answer = self.execute(function, arguments, given)
-        views = any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns)
+        output = self.execute(function, arguments, keywords)
+        views = any(item.alias_info is not None and not item.alias_info.is_write for item in function._schema.returns)
         if not views and str(function) not in _FREE:
-            self.note(function, arguments, given, answer)
-        return answer
+            self.note(function, arguments, keywords, output)
+        return output
 
     def execute(self, function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
         return function(*arguments, **options)
 
-    def note(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> None:
-        self.calls.append(call_of(function, arguments, options, answer))
+    def note(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], output: Any) -> None:
+        self.calls.append(call_of(function, arguments, options, output))
 
 
-def call_of(function: Any, arguments: Sequence[Any], options: dict[str, Any], answer: Any) -> Call:
-    inputs, outputs = list(tensors_in((arguments, options))), list(tensors_in(answer))
+def call_of(function: Any, arguments: Sequence[Any], options: dict[str, Any], output: Any) -> Call:
+    inputs, outputs = list(tensors_in((arguments, options))), list(tensors_in(output))
     formula = flop_registry.get(function._overloadpacket)
-    operations = int(formula(*arguments, **options, out_val=answer)) if formula else 0
+    operations = int(formula(*arguments, **options, out_val=output)) if formula else 0
     kind: Kind = "product" if formula else "other"
     if function._overloadpacket is torch.ops.aten.convolution and arguments[8] == arguments[0].shape[1]:
         kind = "depthwise"
@@ -89,18 +89,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors_in(one)
+        for item in value:
+            yield from tensors_in(item)
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What lies in memory: an expanded tensor repeats what it has."""
+    """Returns the bytes in memory; an expanded tensor counts once."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def count(computation: Callable[[], object]) -> list[Call]:
-    """The calls of `computation`, in order. Its tensors must be on the meta device."""
-    recorder = Recorder()
+    """Returns the calls of `computation`, in order. Its tensors must be on the meta device."""
+    recorder = CallRecorder()
     with torch.no_grad(), recorder:
         computation()
     return recorder.calls

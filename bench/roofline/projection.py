@@ -1,4 +1,4 @@
-"""From counted calls to projected times, by stage and device."""
+"""Projects counted calls to times, by stage and device."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
 from bench.roofline.gpu_specs import DEVICES, Device
@@ -30,8 +30,10 @@ STAGES = ("text", "denoise", "decode")
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What kernels reach of a peak. Large dense products in cuBLAS and cuDNN reach 60 to 80 % of the arithmetic, plain
-    streams 80 to 90 % of the memory; `launch` is what the host needs for one eager call, in seconds."""
+    """Shares of the peak that kernels reach. `launch`: host seconds for one eager call.
+
+    Large dense products in cuBLAS and cuDNN reach 60 to 80 % of the arithmetic, plain streams 80 to 90 % of the memory.
+    """
 
     arithmetic: float = 0.6
     memory: float = 0.8
@@ -42,13 +44,13 @@ PEAK = Efficiency(arithmetic=1.0, memory=1.0, launch=0.0)
 
 
 def seconds(calls: Sequence[Call], device: Device, efficiency: Efficiency, *, eight_bit: bool = False) -> float:
-    """Of products and convolutions one after the other; see Device.seconds."""
+    """Returns the time of products and convolutions one after the other; see Device.seconds."""
     shares = {"arithmetic": efficiency.arithmetic, "memory": efficiency.memory}
     return sum(device.seconds(call, **shares, eight_bit=eight_bit) for call in calls if call.kind != "other")
 
 
 def eager_seconds(calls: Sequence[Call], device: Device, efficiency: Efficiency) -> float:
-    """Of all calls, each a kernel that reads and writes memory; the host launches the next meanwhile."""
+    """Returns the time of all calls as separate kernels; the host launches the next one meanwhile."""
     streams = sum(call.read + call.written for call in calls if call.kind == "other")
     busy = seconds(calls, device, efficiency) + streams / (device.bandwidth * efficiency.memory)
     return max(busy, len(calls) * efficiency.launch)
@@ -61,8 +63,10 @@ def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def workloads(
     checkpoint: Checkpoint, size: tuple[int, int], steps: int, batch: int, tokens: int
 ) -> dict[str, list[Call]]:
-    """Calls by stage, and of two stages as upstream runs them: instruction, prompt and padding every time, and the
-    decoder with upsampling not folded."""
+    """Returns calls by stage, also of the text and decode stages as upstream runs them.
+
+    Upstream encodes instruction, prompt and padding every time, and does not fold the decoder's upsampling.
+    """
     settings, dtype = checkpoint.settings, torch.bfloat16
     instruction = INSTRUCTION if settings.instruction else ""
     prefix = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens).prefix
@@ -98,44 +102,44 @@ def workloads(
 def project(
     calls: Mapping[str, Sequence[Call]], device: Device, efficiency: Efficiency, *, eight_bit: bool
 ) -> dict[str, dict[str, float | str | None]]:
-    """By stage and in total, in milliseconds: floor, projected, eager (16 bits only); what binds most of the floor."""
-    found: dict[str, dict[str, float | str | None]] = {}
-    for stage, made in calls.items():
+    """Returns milliseconds by stage and in total: floor, projected, eager (16 bits only), and the floor's bound."""
+    result: dict[str, dict[str, float | str | None]] = {}
+    for stage, stage_calls in calls.items():
         narrow = eight_bit and stage in ("denoise", "decode")
-        floor = 1000 * seconds(made, device, PEAK, eight_bit=narrow)
+        floor = 1000 * seconds(stage_calls, device, PEAK, eight_bit=narrow)
         endless = replace(device, bandwidth=float("inf"))
-        arithmetic = 1000 * seconds(made, endless, PEAK, eight_bit=narrow)
-        found[stage] = {
+        arithmetic = 1000 * seconds(stage_calls, endless, PEAK, eight_bit=narrow)
+        result[stage] = {
             "floor": round(floor, 3),
-            "projected": round(1000 * seconds(made, device, efficiency, eight_bit=narrow), 3),
-            "eager": None if eight_bit else round(1000 * eager_seconds(made, device, efficiency), 3),
+            "projected": round(1000 * seconds(stage_calls, device, efficiency, eight_bit=narrow), 3),
+            "eager": None if eight_bit else round(1000 * eager_seconds(stage_calls, device, efficiency), 3),
             "bound": "arithmetic" if arithmetic > floor / 2 else "memory",
         }
     total = {
-        key: round(sum(found[stage][key] for stage in STAGES), 3)  # type: ignore[misc]  # numbers where not fp8
+        key: round(sum(result[stage][key] for stage in STAGES), 3)  # type: ignore[misc]  # numbers where not fp8
         for key in ("floor", "projected", *(() if eight_bit else ("eager",)))
     }
-    return {**found, "total": {"eager": None, "bound": None, **total}}
+    return {**result, "total": {"eager": None, "bound": None, **total}}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document. Milliseconds; operations and bytes of one batch."""
+    """Returns the JSON document. Milliseconds; operations and bytes of one batch."""
     checkpoint = open_checkpoint(options.model, options.decoder)
     size = options.size or checkpoint.settings.default_size
     calls = workloads(checkpoint, size, options.steps, options.batch, options.tokens)
     efficiency = Efficiency(options.arithmetic, options.memory)
-    published = size == (1024, 1024) and options.batch == 1
+    paper_applies = size == (1024, 1024) and options.batch == 1
     rows: list[dict[str, Any]] = []
     for device in DEVICES:
         for precision in ("fp16 or bf16", "fp8"):
             if precision == "fp8" and "fp8" not in device.matrix:
                 continue
             for stage, times in project(calls, device, efficiency, eight_bit=precision == "fp8").items():
-                shown = published and precision != "fp8"
-                paper = PAPER.get((device.name, stage), {}).get(options.steps) if shown else None
+                in_paper = paper_applies and precision != "fp8"
+                paper = PAPER.get((device.name, stage), {}).get(options.steps) if in_paper else None
                 rows.append(
                     {"projection": True, "device": device.name, "precision": precision, "stage": stage, **times}
-                    | {"paper": paper, "eager_over_paper": _over(times["eager"], paper)}
+                    | {"paper": paper, "eager_over_paper": _ratio(times["eager"], paper)}
                 )
     return {
         "program": "bench.roofline",
@@ -147,60 +151,62 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "prompt_tokens": options.tokens,
         "efficiency": asdict(efficiency),
-        "machine": machine(),
+        "machine": host_facts(),
         "devices": {device.name: device.source for device in DEVICES},
         "work": {
             stage: {
                 "projection": True,
-                "operations": sum(call.operations for call in made),
-                "bytes_of_products": sum(call.read + call.written for call in made if call.kind != "other"),
-                "bytes_of_all_calls": sum(call.read + call.written for call in made),
-                "calls": len(made),
+                "operations": sum(call.operations for call in stage_calls),
+                "bytes_of_products": sum(call.read + call.written for call in stage_calls if call.kind != "other"),
+                "bytes_of_all_calls": sum(call.read + call.written for call in stage_calls),
+                "calls": len(stage_calls),
             }
-            for stage, made in calls.items()
+            for stage, stage_calls in calls.items()
         },
         "rows": rows,
     }
 
 
-def _over(eager: float | str | None, paper: str | None) -> float | None:
-    """How the eager model compares with a plain number of the paper: below 1 it is too hopeful."""
+def _ratio(eager: float | str | None, paper: str | None) -> float | None:
+    """Returns eager over the paper's plain number; below 1 the model is too optimistic."""
     return round(float(eager) / float(paper), 2) if eager and paper and paper.isdecimal() else None
 
 
-def show(found: dict[str, Any]) -> str:
-    """The tables for people; every line says what it is."""
-    mark = "projection"
+def show(result: dict[str, Any]) -> str:
+    """Returns the tables for people; every line says that it is a projection."""
+    label = "projection"
     keys = ("operations", "bytes_of_products", "bytes_of_all_calls")
-    work = [[mark, stage, *(one[key] / 1e9 for key in keys), one["calls"]] for stage, one in found["work"].items()]
+    work = [
+        [label, stage, *(entry[key] / 1e9 for key in keys), entry["calls"]] for stage, entry in result["work"].items()
+    ]
     columns = ("device", "precision", "stage", "floor", "projected", "eager", "bound", "paper", "eager_over_paper")
-    rows = [[mark, *(row[column] for column in columns)] for row in found["rows"]]
-    head = (mark, *columns[:3], "floor, ms", "projected, ms", "eager, ms", "bound", "paper, ms", "eager / paper")
-    width, height = found["size"]
-    efficiency = found["efficiency"]
+    rows = [[label, *(row[column] for column in columns)] for row in result["rows"]]
+    head = (label, *columns[:3], "floor, ms", "projected, ms", "eager, ms", "bound", "paper, ms", "eager / paper")
+    width, height = result["size"]
+    efficiency = result["efficiency"]
     parts = [
-        f"projection of {found['model']}, {width}x{height}, {found['steps']} steps, batch {found['batch']}: "
+        f"projection of {result['model']}, {width}x{height}, {result['steps']} steps, batch {result['batch']}: "
         f"{efficiency['arithmetic']:.0%} of the peak arithmetic, {efficiency['memory']:.0%} of the peak memory rate",
         'projection of counted work, nothing measured here; the column "paper" is what the paper measured',
         "",
-        table((mark, "work of", "GFLOP", "GB, products", "GB, all calls", "calls"), work),
+        table((label, "work of", "GFLOP", "GB, products", "GB, all calls", "calls"), work),
         "",
         table(head, rows),
     ]
     return "\n".join(parts)
 
 
-def plot(found: dict[str, Any]) -> str:
-    """Floor, projected and eager time of every device, stages apart, as SVG."""
+def plot(result: dict[str, Any]) -> str:
+    """Returns an SVG of floor, projected and eager time by device and stage."""
     bars = []
-    for device, precision in dict.fromkeys((row["device"], row["precision"]) for row in found["rows"]):
+    for device, precision in dict.fromkeys((row["device"], row["precision"]) for row in result["rows"]):
         for kind in ("floor", "projected", "eager"):
             stages = {
                 row["stage"]: row[kind]
-                for row in found["rows"]
+                for row in result["rows"]
                 if (row["device"], row["precision"]) == (device, precision) and row["stage"] in STAGES
             }
             if None not in stages.values():
                 bars.append(Bar(f"projection: {device}, {precision}, {kind}", stages))
-    width, height = found["size"]
-    return stacked_bars(f"Projection, not measured: {found['model']} at {width}x{height}", "ms", bars)
+    width, height = result["size"]
+    return stacked_bars(f"Projection, not measured: {result['model']} at {width}x{height}", "ms", bars)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-# What the paper (arXiv 2503.09641) measured at 1024x1024, one picture, bf16, in milliseconds: figure 1a (stages, 1.6B),
+# Measured by the paper (arXiv 2503.09641) at 1024x1024, one image, bf16, in milliseconds: figure 1a (stages, 1.6B),
 # table 2 (whole, 0.6B and 1.6B), section 1. (device, stage) -> by steps.
 PAPER: Mapping[tuple[str, str], Mapping[int, str]] = {
     ("A100 SXM 80GB", "text upstream"): {1: "< 50", 2: "< 50", 4: "< 50"},

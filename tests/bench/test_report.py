@@ -1,4 +1,4 @@
-"""bench.report: what the results say stands on the page, and the page in docs/ is the one of the results beside it."""
+"""bench.report: results appear on the page, and the page in docs/ matches the results."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SPREAD = {"p50": 1.5, "p95": 2.0, "p99": 2.5, "mean": 1.6, "max": 3.0, "count": 
 
 
 def latency(**changes: Any) -> dict[str, Any]:
-    one = {
+    side = {
         "backend": "eager",
         "precision": "bf16",
         "parity_to_fp32": {"psnr_db": 41.5, "max_abs": 9.0},
@@ -39,8 +39,8 @@ def latency(**changes: Any) -> dict[str, Any]:
         "batch": 2,
         "vs": "diffusers",
         "device": "cpu",
-        "ours": one,
-        "theirs": one,
+        "ours": side,
+        "theirs": side,
         "ratio": 3.21,
         "ratios": {"text": 9.1, "denoise": 1.1, "decode": 2.2},
         "parity_to_each_other": {"psnr_db": 51.0},

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from bench.acceptance.over_http.beside import count, measure_peer
-from bench.acceptance.over_http.client import figures_of, fresh_prompts, told
+from bench.acceptance.over_http.client import figures_of, fresh_prompts, get_body
 from bench.acceptance.over_http.figures import About, Figures
-from bench.harness.cli import words
+from bench.harness.cli import comma_separated
 from bench.harness.errors import BenchError
-from bench.harness.server_process import ROOT, serving
+from bench.harness.server_process import ROOT, running_server
 from bench.harness.subprocess_call import run_in_subprocess
 from engines.checkpoints.checkpoint import open_checkpoint
 
@@ -52,10 +52,12 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", type=words, default=MODELS, help="folders, hub ids, random:<name>; with commas")
+    parser.add_argument(
+        "--models", type=comma_separated, default=MODELS, help="folders, hub ids, random:<name>; with commas"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--precisions", type=words, help="default bf16,fp8 on a GPU, fp32 on a CPU")
-    parser.add_argument("--peers", type=words, help="default diffusers,diffusers-compiled; '' for none")
+    parser.add_argument("--precisions", type=comma_separated, help="default bf16,fp8 on a GPU, fp32 on a CPU")
+    parser.add_argument("--peers", type=comma_separated, help="default diffusers,diffusers-compiled; '' for none")
     parser.add_argument("--controlnet", help="for checkpoints that have none")
     parser.add_argument("--quick", action="store_true", help="three requests of each kind, one and two clients")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing else is begun (default 60)")
@@ -90,8 +92,8 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
         figures.left_out += 1
         return
     try:
-        with serving(flags) as server:
-            info = json.loads(told(server.url, "/v1/info"))
+        with running_server(flags) as server:
+            info = json.loads(get_body(server.url, "/v1/info"))
             facts = {
                 key: info[key] for key in ("checkpoint", "backend", "versions", "replaced_kernels", "default_size")
             }

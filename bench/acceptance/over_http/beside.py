@@ -9,8 +9,8 @@ import torch
 from bench.acceptance.over_http.client import fresh_prompts
 from bench.budget.engine import count_request
 from bench.budget.totals import document
-from bench.harness.pipelines import Diffusers, Task
-from bench.harness.summary import spread
+from bench.harness.pipelines import DiffusersPipeline, Workload
+from bench.harness.summary import percentiles
 from engines.checkpoints.checkpoint import open_checkpoint
 
 
@@ -22,9 +22,9 @@ def count(model: str, size: tuple[int, int], precision: str) -> dict[str, Any]:
 def measure_peer(peer: str, model: str, precision: str, device: str, runs: int) -> dict[str, Any]:
     """Milliseconds of diffusers' pipeline by stage, after three runs that are not counted."""
     checkpoint = open_checkpoint(model)
-    rival = Diffusers(checkpoint, precision, torch.device(device), compiled=peer == "diffusers-compiled")
+    rival = DiffusersPipeline(checkpoint, precision, torch.device(device), compiled=peer == "diffusers-compiled")
     width, height = checkpoint.settings.default_size
     prompts = fresh_prompts(checkpoint, 20)
-    made = [rival.run(Task([prompt], [0], width, height, 1)) for prompt in islice(prompts, runs + 3)][3:]
+    made = [rival.run(Workload([prompt], [0], width, height, 1)) for prompt in islice(prompts, runs + 3)][3:]
     stages = made[0].seconds
-    return {"ms": {stage: spread([one.seconds[stage] * 1e3 for one in made]) for stage in stages}, **rival.facts}
+    return {"ms": {stage: percentiles([one.seconds[stage] * 1e3 for one in made]) for stage in stages}, **rival.facts}

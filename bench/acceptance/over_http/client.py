@@ -14,10 +14,10 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Pool
-from bench.harness.load_generator import Order, Traffic
-from bench.harness.prometheus_text import samples
-from bench.harness.summary import spread
+from bench.harness.http_client import ConnectionPool
+from bench.harness.load_generator import ImageRequest, LoadGenerator
+from bench.harness.prometheus_text import parse_samples
+from bench.harness.summary import percentiles
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
@@ -43,7 +43,7 @@ def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[st
     """`runs` requests one after the other, each of a new prompt: milliseconds, the last answer's stages and bytes."""
 
     async def ask() -> dict[str, Any]:
-        pool, took, stages, size = Pool(url), [], "", 0
+        pool, took, stages, size = ConnectionPool(url), [], "", 0
         try:
             for seed in range(runs):
                 body = json.dumps({"prompt": next(prompts), "seed": seed, **fields}).encode()
@@ -55,7 +55,7 @@ def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[st
                 stages, size = answer.headers.get("server-timing", ""), len(answer.body)
         finally:
             await pool.close()
-        return {"ms": spread(took), "stages": stages, "bytes": size}
+        return {"ms": percentiles(took), "stages": stages, "bytes": size}
 
     return asyncio.run(ask())
 
@@ -65,8 +65,8 @@ def closed_loop(url: str, prompts: Iterator[str], clients: int, each: int) -> di
 
     async def send() -> dict[str, Any]:
         with tempfile.TemporaryFile() as spool:
-            traffic = Traffic(url, spool, patience_s=PATIENCE_S)
-            orders = [Order(next(prompts), seed, 1, "jpeg") for seed in range(clients * each)]
+            traffic = LoadGenerator(url, spool, timeout_s=PATIENCE_S)
+            orders = [ImageRequest(next(prompts), seed, 1, "jpeg") for seed in range(clients * each)]
             began = time.perf_counter()
             records = await traffic.closed_loop(orders, clients)
             seconds = time.perf_counter() - began
@@ -75,7 +75,7 @@ def closed_loop(url: str, prompts: Iterator[str], clients: int, each: int) -> di
         if len(good) < len(records):
             failed = next(record for record in records if record.status != 200)
             raise BenchError(f"{len(records) - len(good)} of {len(records)} failed: {failed.status} {failed.error}")
-        return {"per_second": round(len(good) / seconds, 2), "ms": spread(good)}
+        return {"per_second": round(len(good) / seconds, 2), "ms": percentiles(good)}
 
     return asyncio.run(send())
 
@@ -84,7 +84,7 @@ def drawing(url: str, prompts: Iterator[str], runs: int) -> dict[str, Any]:
     """WS /v1/live: milliseconds from a drawing's departure to the last byte of its picture; each drawing is new."""
     took = []
     with connect(url.replace("http", "ws", 1) + "/v1/live", open_timeout=PATIENCE_S, proxy=None) as socket:
-        _told(socket.recv(PATIENCE_S), "ready")
+        _expect_message(socket.recv(PATIENCE_S), "ready")
         socket.send(json.dumps({"prompt": next(prompts), "seed": 1}))
         sequence = 1
         for run in range(runs):
@@ -93,12 +93,12 @@ def drawing(url: str, prompts: Iterator[str], runs: int) -> dict[str, Any]:
             socket.send(content)
             sequence += 1
             while True:
-                header = _told(socket.recv(PATIENCE_S), "picture")
+                header = _expect_message(socket.recv(PATIENCE_S), "picture")
                 socket.recv(PATIENCE_S)
                 if header["sequence"] >= sequence:
                     break
             took.append((time.perf_counter() - began) * 1e3)
-    return {"ms": spread(took)}
+    return {"ms": percentiles(took)}
 
 
 def strokes(number: int) -> str:
@@ -110,12 +110,12 @@ def strokes(number: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def told(url: str, path: str) -> bytes:
+def get_body(url: str, path: str) -> bytes:
     """The body of GET `path`. Raises BenchError where it is not 200."""
 
     async def get() -> bytes:
         with tempfile.TemporaryFile() as spool:
-            traffic = Traffic(url, spool, patience_s=PATIENCE_S)
+            traffic = LoadGenerator(url, spool, timeout_s=PATIENCE_S)
             answer = await traffic.get(path)
             await traffic.close()
             return answer.body
@@ -125,7 +125,7 @@ def told(url: str, path: str) -> bytes:
 
 def memory(url: str) -> dict[str, Any]:
     """Bytes that the server tells of its card, and of its process."""
-    found = samples(told(url, "/metrics").decode())
+    found = parse_samples(get_body(url, "/metrics").decode())
     return {
         name: value
         for name, value in found.items()
@@ -133,7 +133,7 @@ def memory(url: str) -> dict[str, Any]:
     }
 
 
-def _told(message: str | bytes, kind: str) -> dict[str, Any]:
+def _expect_message(message: str | bytes, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(message) if isinstance(message, str) else {"type": "bytes"}
     if found.get("type") != kind:
         raise BenchError(f"live: got {found}, expected {kind}")

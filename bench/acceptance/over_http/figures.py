@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 
 About = dict[str, Any]  # what a figure holds for: model, precision, device
 
@@ -17,7 +17,7 @@ class Figures:
         self._path, self._deadline, self._clock = path, deadline, clock
         self._done: set[str] = set()
         self.left_out = 0
-        self._machine = machine()
+        self._machine = host_facts()
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 found = json.loads(line)

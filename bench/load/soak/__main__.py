@@ -1,12 +1,12 @@
-"""Hours of mixed traffic of all routes and live sessions, with seeded faults, on one real server: does anything grow?
+"""Soaks one server for hours in mixed traffic of all routes and live sessions, with seeded faults.
 
     python -m bench.load.soak --hours 2 --out runs/soak
     python -m bench.load.soak --hours 0.05 --warmup-minutes 0.5 --rate 20 --out runs/soak
 
-Starts `python -m server --backend fake`, so that every picture is known and checked. A minute is a line of
-soak.jsonl; soak.svg is drawn anew after each. The last line is the verdict: the first ten minutes after the warm-up
-against the last ten. SIGTERM and SIGINT end it early, with its verdict. Prints a table, then that line. Exit code 1
-where anything was lost or wrong, memory grew by 2 % or more, files or threads grew, or the median latency by 5 %.
+Starts `python -m server --backend fake`, so that every image is known and checked. Each minute adds a line to
+soak.jsonl and redraws soak.svg. The last line is the verdict: the first ten minutes after the warm-up against the last
+ten. SIGTERM and SIGINT end it early, with a verdict. Prints a table, then that line. Exit code 1: something was lost or
+wrong, memory grew by 2 % or more, files or threads grew, or the median latency by 5 %.
 """
 
 import argparse
@@ -20,26 +20,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
-from bench.load.soak.customers import Customers
-from bench.load.soak.drawers import drawer
-from bench.load.soak.faults import strike
-from bench.load.soak.ledger import Ledger, added
-from bench.load.soak.process import State, state
+from bench.harness.host import host_facts
+from bench.load.soak.counters import Counters, count_increase
+from bench.load.soak.faults import inject_faults
+from bench.load.soak.http_clients import HttpClients
+from bench.load.soak.live_clients import live_client
+from bench.load.soak.process import ProcessState, process_state
 from bench.load.soak.report import Span, minute, plot, show, verdict
-from bench.robustness.fuzz import fill
-from bench.robustness.restarting_server import Supervisor
+from bench.robustness.fuzz import warm_up
+from bench.robustness.restarting_server import RestartingServer
 
 WINDOW_S = 60.0
-SPAN_S = 600.0  # what is compared, at both ends
+SPAN_S = 600.0  # compared at both ends
 SAMPLE_S = 1.0
 QUEUE = 64  # fewer than the orders of a burst
 
 
 def flags(delay_ms: float) -> list[str]:
-    """Of the server. The log says only what is wrong, so that hours of it stay small."""
+    """Returns the server's flags. The log holds warnings alone, so that hours of it stay small."""
     return [
         *("--backend", "fake", "--fake-delay-ms", str(delay_ms), "--max-queue", str(QUEUE)),
         *("--body-timeout-s", "1.5", "--log-format", "json", "--log-level", "warning", "--compat", "sdapi"),
@@ -47,71 +47,73 @@ def flags(delay_ms: float) -> list[str]:
 
 
 class Soak:
-    """One server, everyone who uses it, and what was seen."""
+    """Runs one server and its clients, and collects their outcomes."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._out: Path = options.out
-        self._server = Supervisor(flags(options.delay_ms), self._out / "server.log")
-        self._ledger = Ledger()
-        self._states: list[State] = []
+        self._server = RestartingServer(flags(options.delay_ms), self._out / "server.log")
+        self._counters = Counters()
+        self._states: list[ProcessState] = []
         self._minutes: list[dict[str, Any]] = []
-        self._over = asyncio.Event()
-        self._began = 0.0
+        self._stop = asyncio.Event()
+        self._start_time = 0.0
 
     @property
     def _now(self) -> float:
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start_time
 
     async def run(self) -> dict[str, Any]:
-        """The verdict. Raises BenchError where it ended before anything could be compared."""
+        """Returns the verdict. Raises BenchError if it ended before two spans could be compared."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._over.set)
+            loop.add_signal_handler(number, self._stop.set)
         await self._server.start()
         try:
-            await fill(self._server)
-            self._began = time.monotonic()
-            loop.call_later(3600 * self._options.hours, self._over.set)
-            await self._everyone()
+            await warm_up(self._server)
+            self._start_time = time.monotonic()
+            loop.call_later(3600 * self._options.hours, self._stop.set)
+            await self._run_clients()
         finally:
             code = await self._server.stop()
-        if codes := self._server.codes[:-1]:
-            self._ledger.lost[f"the server left with {codes}"] += 1
+        if exit_codes := self._server.exit_codes[:-1]:
+            self._counters.lost[f"the server left with {exit_codes}"] += 1
         if code:
-            self._ledger.lost[f"exit code {code} after SIGTERM"] += 1
+            self._counters.lost[f"exit code {code} after SIGTERM"] += 1
         return self._verdict()
 
-    async def _everyone(self) -> None:
-        options, ledger, began, over = self._options, self._ledger, self._began, self._over
+    async def _run_clients(self) -> None:
+        options, counters, start_time, stop = self._options, self._counters, self._start_time, self._stop
         url = f"http://127.0.0.1:{self._server.port}"
-        customers = Customers(url, ledger, began, options.seed)
+        http_clients = HttpClients(url, counters, start_time, options.seed)
         async with asyncio.TaskGroup() as group:
-            group.create_task(customers.arrive(options.rate, over))
+            group.create_task(http_clients.run(options.rate, stop))
             for number in range(options.sessions):
-                group.create_task(drawer(url, random.Random(f"{options.seed} {number}"), ledger, began, over))
-            group.create_task(strike(self._server, options.fault_every_s, options.seed, ledger, over))
+                group.create_task(
+                    live_client(url, random.Random(f"{options.seed} {number}"), counters, start_time, stop)
+                )
+            group.create_task(inject_faults(self._server, options.fault_every_s, options.seed, counters, stop))
             group.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """A state each second, a line each minute."""
-        seen: dict[str, int] = {}
+        """Samples the process each second and writes a line each minute."""
+        previous: dict[str, int] = {}
         begin = 0.0
         while True:
-            self._states.append(state(self._server.pid, self._now))
-            ends = self._over.is_set()
+            self._states.append(process_state(self._server.pid, self._now))
+            ends = self._stop.is_set()
             if self._now >= begin + WINDOW_S or (ends and self._now > begin):
                 span = Span(begin, self._now)
-                row = minute(self._states, self._ledger, span)
-                row |= {"seen": added(seen, self._ledger.seen), "lost": dict(self._ledger.lost)}
+                row = minute(self._states, self._counters, span)
+                row |= {"seen": count_increase(previous, self._counters.seen), "lost": dict(self._counters.lost)}
                 self._minutes.append(row)
                 self._write(row)
                 (self._out / "soak.svg").write_text(plot(self._minutes))
-                begin, seen = span.end, dict(self._ledger.seen)
+                begin, previous = span.end, dict(self._counters.seen)
             if ends:
                 return
             try:
-                await asyncio.wait_for(self._over.wait(), SAMPLE_S)
+                await asyncio.wait_for(self._stop.wait(), SAMPLE_S)
             except TimeoutError:
                 continue
 
@@ -124,16 +126,16 @@ class Soak:
         span = min(SPAN_S, (end - warm) / 3)
         if span <= 2 * SAMPLE_S:
             raise BenchError(f"it ended after {end:.0f} s, needed are more than {warm + 6 * SAMPLE_S:.0f} s")
-        found = {
+        result = {
             "program": "bench.load.soak",
             "command": self._options.command,
-            "machine": machine(),
+            "machine": host_facts(),
             "server": flags(self._options.delay_ms),
             "seconds": round(end, 1),
-            **verdict(self._states, self._ledger, Span(warm, warm + span), Span(end - span, end)),
+            **verdict(self._states, self._counters, Span(warm, warm + span), Span(end - span, end)),
         }
-        self._write(found)
-        return found
+        self._write(result)
+        return result
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -158,7 +160,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(sys.argv[1:] if argv is None else argv)
-    return told(lambda: asyncio.run(Soak(options).run()), show, lambda found: found["broken"])
+    return run_benchmark(lambda: asyncio.run(Soak(options).run()), show, lambda result: result["broken"])
 
 
 if __name__ == "__main__":

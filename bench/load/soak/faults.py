@@ -1,7 +1,7 @@
-"""The seeded faults of a soak, one at a time at random moments: those of chaos and fuzz that leave the process alive.
+"""Seeded faults of a soak, one at a time at random moments: those of chaos and fuzz that leave the process alive.
 
-Faults that end the process are those of bench.robustness.chaos: a new process has a memory of its own, and what grows
-over hours could not be seen.
+bench.robustness.chaos has the faults that end the process. Here they would hide growth: a new process starts with fresh
+memory.
 """
 
 import asyncio
@@ -10,80 +10,86 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from bench.harness.errors import BenchError
-from bench.load.soak.ledger import Ledger
+from bench.load.soak.counters import Counters
 from bench.robustness import client_faults, engine_faults
-from bench.robustness.fault import Fault, Seen, row
+from bench.robustness.fault import FaultScenario, Outcomes, fault_result
 from bench.robustness.fuzz import CASES, Case
-from bench.robustness.process_faults import LATE
-from bench.robustness.restarting_server import Supervisor
-from bench.robustness.scenario import PATIENCE_S, RIGHT, Stage
+from bench.robustness.process_faults import DEADLINE_EXCEEDED
+from bench.robustness.restarting_server import RestartingServer
+from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, Scenario
 
 REFUSED = "429 queue_full"
-ODD = "as it must be"
+HANDLED = "as it must be"
 BURST = 96  # orders at once, more than the queue holds
 ENDS_PROCESS = ("hang (exit code 70)", "engine lost (exit code 71)")
 
 
-def _client(one: Callable[[Stage], Awaitable[str]]) -> Callable[[Stage], Awaitable[Seen]]:
-    async def play(stage: Stage) -> Seen:
+def _client(client: Callable[[Scenario], Awaitable[str]]) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    async def run(scenario: Scenario) -> Outcomes:
         try:
-            return Counter([await asyncio.wait_for(one(stage), PATIENCE_S)])
+            return Counter([await asyncio.wait_for(client(scenario), REQUEST_TIMEOUT_S)])
         except TimeoutError:
             return Counter(["silence"])
         except (OSError, EOFError, BenchError):
             return Counter(["cut"])
 
-    return play
+    return run
 
 
-def _nonsense(case: Case) -> Callable[[Stage], Awaitable[Seen]]:
-    async def play(stage: Stage) -> Seen:
+def _fuzz_case(case: Case) -> Callable[[Scenario], Awaitable[Outcomes]]:
+    async def run(scenario: Scenario) -> Outcomes:
         try:
-            label = await asyncio.wait_for(case(stage.supervisor, stage.rng), PATIENCE_S)
+            label = await asyncio.wait_for(case(scenario.server, scenario.rng), REQUEST_TIMEOUT_S)
         except (OSError, EOFError, BenchError, TimeoutError) as error:
             label = f"wrong: {type(error).__name__} {error}"
-        return Counter([label if label.startswith("wrong") else ODD])
+        return Counter([label if label.startswith("wrong") else HANDLED])
 
-    return play
-
-
-async def burst(stage: Stage) -> Seen:
-    """More orders at once than the queue holds."""
-    return await stage.together(stage.order() for _ in range(BURST))
+    return run
 
 
-async def late(stage: Stage) -> Seen:
-    """An order that cannot begin in time, behind one that takes half a second."""
-    long = asyncio.create_task(stage.ask(stage.order("[[slow]]", 96)))
-    hasty = await stage.ask(stage.order(), timeout_ms=1)
-    return Counter([hasty, await long])
+async def burst(scenario: Scenario) -> Outcomes:
+    """Sends more requests at once than the queue holds."""
+    return await scenario.request_all(scenario.new_job() for _ in range(BURST))
 
 
-LEFT = frozenset({"left"})
+async def deadline_exceeded(scenario: Scenario) -> Outcomes:
+    """Sends a request that cannot start in time, behind one of half a second."""
+    slow = asyncio.create_task(scenario.ask(scenario.new_job("[[slow]]", 96)))
+    urgent = await scenario.ask(scenario.new_job(), timeout_ms=1)
+    return Counter([urgent, await slow])
+
+
+DISCONNECTED = frozenset({"left"})
 FAULTS = (
-    *(fault for fault in engine_faults.FAULTS if fault.stage == "plain" and fault.name not in ENDS_PROCESS),
-    Fault("killed client", 1, _client(client_faults.killed_client), hit=LEFT),
-    Fault("slow writer", 1, _client(client_faults.slow_writer), hit=frozenset({RIGHT, "408 body_timeout", REFUSED})),
-    Fault("slow reader", 1, _client(client_faults.slow_reader), hit=frozenset({RIGHT})),
-    Fault("half-sent body", 1, _client(client_faults.half_sent), hit=LEFT | {"closed", "408 body_timeout"}),
-    *(Fault(f"odd {name}", 1, _nonsense(case), hit=frozenset({ODD})) for name, case in CASES.items()),
-    Fault("burst", 1, burst, hit=frozenset({RIGHT, REFUSED})),
-    Fault("deadline", 1, late, hit=frozenset({RIGHT, LATE})),
+    *(fault for fault in engine_faults.FAULTS if fault.server_kind == "plain" and fault.name not in ENDS_PROCESS),
+    FaultScenario("killed client", 1, _client(client_faults.killed_client), hit=DISCONNECTED),
+    FaultScenario(
+        "slow writer", 1, _client(client_faults.slow_writer), hit=frozenset({OK, "408 body_timeout", REFUSED})
+    ),
+    FaultScenario("slow reader", 1, _client(client_faults.slow_reader), hit=frozenset({OK})),
+    FaultScenario(
+        "half-sent body", 1, _client(client_faults.half_sent), hit=DISCONNECTED | {"closed", "408 body_timeout"}
+    ),
+    *(FaultScenario(f"odd {name}", 1, _fuzz_case(case), hit=frozenset({HANDLED})) for name, case in CASES.items()),
+    FaultScenario("burst", 1, burst, hit=frozenset({OK, REFUSED})),
+    FaultScenario("deadline", 1, deadline_exceeded, hit=frozenset({OK, DEADLINE_EXCEEDED})),
 )
 
 
-async def strike(supervisor: Supervisor, every_s: float, seed: int, ledger: Ledger, over: asyncio.Event) -> None:
-    """A fault every `every_s` seconds on average, until `over`."""
+async def inject_faults(
+    server: RestartingServer, interval_s: float, seed: int, counters: Counters, stop: asyncio.Event
+) -> None:
+    """Injects a fault every `interval_s` seconds on average, until `stop`."""
     rng = random.Random(f"{seed} faults")
     while True:
         try:
-            await asyncio.wait_for(over.wait(), rng.expovariate(1 / every_s))
+            await asyncio.wait_for(stop.wait(), rng.expovariate(1 / interval_s))
             return
         except TimeoutError:
             fault = rng.choice(FAULTS)
-        stage = Stage(supervisor, random.Random(rng.random()), 1)
-        told = row(fault, stage, await fault.play(stage), Counter())
-        for label, count in told.hit.items():
-            ledger.seen[f"{fault.name}: {label}"] += count
-        for label, count in told.lost_what.items():
-            ledger.lost[f"{fault.name}: {label}"] += count
+        scenario = Scenario(server, random.Random(rng.random()), 1)
+        result = fault_result(fault, scenario, await fault.run(scenario), Counter())
+        for label, count in result.hit.items():
+            counters.seen[f"{fault.name}: {label}"] += count
+        for label, count in result.lost_what.items():
+            counters.lost[f"{fault.name}: {label}"] += count

@@ -1,4 +1,4 @@
-"""What a process of this machine holds, by /proc: memory, open files, threads, processor time."""
+"""Resources of a process: memory, open files, threads, processor time."""
 
 import os
 import re
@@ -10,8 +10,8 @@ from bench.harness.errors import BenchError
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """`at`: seconds since the beginning. `cpu_s`: user and system, since the process began."""
+class ProcessState:
+    """Resources at one moment. `at`: seconds from the start. `cpu_s`: user and system time of the process."""
 
     at: float
     memory_bytes: int
@@ -20,8 +20,8 @@ class State:
     cpu_s: float
 
 
-def state(pid: int, at: float) -> State:
-    """Raises BenchError where the process is gone."""
+def process_state(pid: int, at: float) -> ProcessState:
+    """Returns the resources of a process. Raises BenchError if it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         files = len(os.listdir(f"/proc/{pid}/fd"))
@@ -32,8 +32,8 @@ def state(pid: int, at: float) -> State:
     if memory is None or threads is None:
         raise BenchError(f"process {pid} has ended")
     seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    return State(at, int(memory[1]) * 1024, files, int(threads[1]), seconds)
+    return ProcessState(at, int(memory[1]) * 1024, files, int(threads[1]), seconds)
 
 
-def between(states: Sequence[State], begin: float, end: float) -> list[State]:
-    return [one for one in states if begin <= one.at < end]
+def in_span(states: Sequence[ProcessState], begin: float, end: float) -> list[ProcessState]:
+    return [entry for entry in states if begin <= entry.at < end]

@@ -1,6 +1,6 @@
-"""A folder of images that knows what made them: manifest.json, a journal of one line an image file, and images/.
+"""A folder of images with their origin: manifest.json, a journal of one line per image file, and images/.
 
-A file counts as made when the journal names it and its bytes are those; it is written whole or not at all, and once.
+A file is finished when the journal names it with the sha256 of its bytes. Each file is written atomically, and once.
 """
 
 import fcntl
@@ -19,8 +19,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the journal: an image file and what it shows. sha256 is of its bytes."""
+class JournalEntry:
+    """A line of the journal: an image file, its prompt and seeds. sha256 is of its bytes."""
 
     name: str
     prompt: str
@@ -31,17 +31,17 @@ class Entry:
 
 
 class ImageFolder:
-    """`root`/images, its journal and its manifest."""
+    """The images of `root`/images, with journal and manifest."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.images = root, root / "images"
         self._journal, self._manifest = root / "images.jsonl", root / "manifest.json"
 
     @contextmanager
-    def claimed(self, identity: Mapping[str, Any]) -> Iterator[None]:
-        """Within the block this process alone writes here, and `identity` is what makes the images.
+    def locked(self, identity: Mapping[str, Any]) -> Iterator[None]:
+        """Locks the folder for this process. `identity` is the origin of the images.
 
-        Raises BenchError where another process writes here, or the images here were made by something else.
+        Raises BenchError if another process writes here, or the images have another origin.
         """
         self.images.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as lock:
@@ -57,80 +57,82 @@ class ImageFolder:
                 self._write({"format": FORMAT, "identity": dict(identity)})
             yield
 
-    def _check(self, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-        asked = json.loads(json.dumps(asked))
-        names = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
+    def _check(self, existing: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+        requested = json.loads(json.dumps(requested))
+        names = sorted(name for name in existing.keys() | requested.keys() if existing.get(name) != requested.get(name))
         if names:
-            apart = "; ".join(f"{name} was {there.get(name)}, is now {asked.get(name)}" for name in names)
-            raise BenchError(f"out: the images in {self.root} are made by something else: {apart}. Name another folder")
+            differences = "; ".join(f"{name} was {existing.get(name)}, is now {requested.get(name)}" for name in names)
+            raise BenchError(
+                f"out: the images in {self.root} are made by something else: {differences}. Name another folder"
+            )
 
     def manifest(self) -> dict[str, Any]:
-        """Raises BenchError where there is none, or it is of another format."""
+        """Returns the manifest. Raises BenchError if it is missing or of another format."""
         try:
-            found: dict[str, Any] = json.loads(self._manifest.read_text(encoding="utf-8"))
+            entries: dict[str, Any] = json.loads(self._manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BenchError(
                 f"{self._manifest}: {error}; needed is a folder of `python -m bench.quality.images`"
             ) from error
-        if found.get("format") != FORMAT:
-            raise BenchError(f"{self._manifest}: got format {found.get('format')}, this version reads {FORMAT}")
-        return found
+        if entries.get("format") != FORMAT:
+            raise BenchError(f"{self._manifest}: got format {entries.get('format')}, this version reads {FORMAT}")
+        return entries
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Adds what is known at the end to the manifest."""
+        """Adds the facts of a finished run to the manifest."""
         self._write({**self.manifest(), **facts})
 
     def _write(self, document: Mapping[str, Any]) -> None:
-        write_whole(self._manifest, (json.dumps(document, indent=2) + "\n").encode())
+        write_atomically(self._manifest, (json.dumps(document, indent=2) + "\n").encode())
 
-    def add(self, entry: Entry, content: bytes) -> None:
-        """Writes a file, then its line. A run that is killed in between makes the file again."""
+    def add(self, entry: JournalEntry, content: bytes) -> None:
+        """Writes a file, then its line. A run killed in between makes the file again."""
         path = self.images / entry.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        write_atomically(path, content)
         with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(asdict(entry)) + "\n")
 
-    def made(self) -> dict[str, Entry]:
-        """Name -> line, of the files that are there and unchanged. Raises BenchError for a damaged line."""
-        found: dict[str, Entry] = {}
+    def finished(self) -> dict[str, JournalEntry]:
+        """Returns name -> line of the files that exist unchanged. Raises BenchError for a damaged line."""
+        entries: dict[str, JournalEntry] = {}
         lines = self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
-        for at, line in enumerate(lines):
+        for number, line in enumerate(lines):
             try:
                 values = json.loads(line)
-                entry = Entry(**{**values, "seeds": tuple(values["seeds"])})
+                entry = JournalEntry(**{**values, "seeds": tuple(values["seeds"])})
             except (ValueError, TypeError, KeyError) as error:
-                if at == len(lines) - 1:
-                    break  # cut short by a kill
-                raise BenchError(f"{self._journal}: line {at + 1} is damaged ({error!r})") from error
-            found[entry.name] = entry
-        return {name: entry for name, entry in found.items() if self._is_there(entry)}
+                if number == len(lines) - 1:
+                    break  # cut short when the run was killed
+                raise BenchError(f"{self._journal}: line {number + 1} is damaged ({error!r})") from error
+            entries[entry.name] = entry
+        return {name: entry for name, entry in entries.items() if self._is_intact(entry)}
 
-    def _is_there(self, entry: Entry) -> bool:
+    def _is_intact(self, entry: JournalEntry) -> bool:
         path = self.images / entry.name
         return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
 
-    def compact(self) -> dict[str, Entry]:
-        """`made`, and a journal of just these lines, so that no name stands twice and none is cut short."""
-        made = self.made()
-        text = "".join(json.dumps(asdict(entry)) + "\n" for entry in made.values())
-        write_whole(self._journal, text.encode())
-        return made
+    def compact(self) -> dict[str, JournalEntry]:
+        """Rewrites the journal with the lines of `finished`, so that no name occurs twice."""
+        finished = self.finished()
+        text = "".join(json.dumps(asdict(entry)) + "\n" for entry in finished.values())
+        write_atomically(self._journal, text.encode())
+        return finished
 
-    def repeated(self) -> int:
-        """Lines of the journal beyond one for each name: files that were made twice."""
+    def duplicate_count(self) -> int:
+        """Returns the lines beyond one for each name: files that were made twice."""
         names = [json.loads(line)["name"] for line in self._journal.read_text(encoding="utf-8").splitlines()]
         return len(names) - len(set(names))
 
 
-def digest(made: Mapping[str, Entry]) -> str:
-    """sha256 over names and contents: equal folders have equal digests."""
-    lines = (f"{name} {made[name].sha256}\n" for name in sorted(made))
+def digest(finished: Mapping[str, JournalEntry]) -> str:
+    """Returns the sha256 over names and contents, equal for equal folders."""
+    lines = (f"{name} {finished[name].sha256}\n" for name in sorted(finished))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """The file at `path`, whole or not at all, on a file system that renames atomically."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file and renames it to `path`."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)

@@ -1,8 +1,8 @@
-"""Where the images of a prompt set lie and in which format, as the public evaluators read them.
+"""File layouts and formats of prompt sets, as the public evaluators read them.
 
-mjhq: <key>.jpg at quality 75, as NVlabs' scripts/inference_sana_sprint.py saves them. geneval: <index>/samples/<n>.png
+mjhq: <key>.jpg at quality 75, as saved by NVlabs' scripts/inference_sana_sprint.py. geneval: <index>/samples/<n>.png
 beside <index>/metadata.jsonl (djghosh13/geneval, evaluate_images.py). dpg: <id>.png, four images in a square (ELLA's
-compute_dpg_bench.py cuts them apart). text and tiny: <index>.png.
+compute_dpg_bench.py splits them). text and tiny: <index>.png.
 """
 
 import io
@@ -25,7 +25,7 @@ SAMPLES: dict[Kind, int] = {"mjhq": 1, "geneval": 4, "dpg": 4, "text": 1, "tiny"
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One file to make: a prompt and the seeds of its images, more than one for a square of them."""
+    """A file to make: a prompt and the seeds of its images; several form a square."""
 
     name: str  # below the folder of images
     prompt: str
@@ -34,25 +34,24 @@ class ImageFile:
 
 
 def image_files(prompts: PromptSet, samples: int | None = None, seed: int = 0) -> list[ImageFile]:
-    """Every file of the set; image j of prompt i has the seed `seed` + i * samples + j, so none has another's noise.
+    """Returns every file of the set. Image j of prompt i has the seed `seed` + i * samples + j.
 
-    samples: images for each prompt, None: as many as the evaluator wants. Raises BenchError for numbers that the layout
-    cannot hold.
+    samples: images per prompt, None: the evaluator's number. Raises BenchError for numbers that the layout cannot hold.
     """
     count = SAMPLES[prompts.kind] if samples is None else samples
     if count < 1 or (prompts.kind == "dpg" and math.isqrt(count) ** 2 != count):
         raise BenchError(f"samples: got {count}, allowed is 1 at least, and for dpg a square such as 1 or 4")
     if not 0 <= seed <= MAX_SEED - count * len(prompts.entries):
         raise BenchError(f"seed: got {seed}, allowed is 0 to {MAX_SEED - count * len(prompts.entries)}")
-    found = []
-    for at, entry in enumerate(prompts.entries):
-        seeds = tuple(range(seed + at * count, seed + (at + 1) * count))
+    image_list = []
+    for index, entry in enumerate(prompts.entries):
+        seeds = tuple(range(seed + index * count, seed + (index + 1) * count))
         if prompts.kind == "dpg":
-            found.append(ImageFile(f"{entry.key}.png", entry.prompt, seeds, entry.tag))
+            image_list.append(ImageFile(f"{entry.key}.png", entry.prompt, seeds, entry.tag))
             continue
-        for j, one in enumerate(seeds):
-            found.append(ImageFile(_name(prompts.kind, entry.key, j, count), entry.prompt, (one,), entry.tag))
-    return found
+        for j, item in enumerate(seeds):
+            image_list.append(ImageFile(_name(prompts.kind, entry.key, j, count), entry.prompt, (item,), entry.tag))
+    return image_list
 
 
 def _name(kind: Kind, key: str, sample: int, count: int) -> str:
@@ -63,37 +62,37 @@ def _name(kind: Kind, key: str, sample: int, count: int) -> str:
 
 
 def write_side_files(prompts: PromptSet, folder: Path) -> None:
-    """GenEval's metadata.jsonl for each prompt; nothing for other kinds."""
+    """Writes GenEval's metadata.jsonl for each prompt; nothing for other kinds."""
     for entry in prompts.entries if prompts.kind == "geneval" else ():
-        place = folder / entry.key
-        (place / "samples").mkdir(parents=True, exist_ok=True)
-        (place / "metadata.jsonl").write_text(json.dumps(entry.metadata), encoding="utf-8")
+        prompt_folder = folder / entry.key
+        (prompt_folder / "samples").mkdir(parents=True, exist_ok=True)
+        (prompt_folder / "metadata.jsonl").write_text(json.dumps(entry.metadata), encoding="utf-8")
 
 
 def encoded(images: Sequence[Pixels], name: str) -> bytes:
-    """The file `name` of one image, or of a square of them, row by row."""
+    """Encodes the file `name` from one image, or from a square of them in row order."""
     side = math.isqrt(len(images))
     rows = [np.concatenate(images[row * side : (row + 1) * side], axis=1) for row in range(side)]
     file = io.BytesIO()
-    whole = Image.fromarray(np.concatenate(rows))
+    sheet = Image.fromarray(np.concatenate(rows))
     if name.endswith(".jpg"):
-        whole.save(file, "JPEG", quality=JPEG_QUALITY)
+        sheet.save(file, "JPEG", quality=JPEG_QUALITY)
     else:
-        whole.save(file, "PNG", compress_level=1)
+        sheet.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def decoded(content: bytes) -> Pixels:
-    """uint8 RGB pixels [H, W, 3] of an image file."""
+    """Returns an image file's pixels: uint8 RGB [H, W, 3]."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def chunks(files: Sequence[ImageFile], images: int) -> Iterator[list[ImageFile]]:
-    """Files in order, in groups of at most so many images, but of one file at least."""
+    """Yields the files in order, in groups of at most `images` images and at least one file."""
     group: list[ImageFile] = []
     for file in files:
-        if group and sum(len(one.seeds) for one in group) + len(file.seeds) > images:
+        if group and sum(len(item.seeds) for item in group) + len(file.seeds) > images:
             yield group
             group = []
         group.append(file)

@@ -1,4 +1,4 @@
-"""Prompt sets as their authors publish them: MJHQ-30K, GenEval, DPG-Bench, a text file, and captions of the tiny world.
+"""Reads published prompt sets: MJHQ-30K, GenEval, DPG-Bench, text files, and captions of the tiny world.
 
 Keys and order are those of the file, because evaluators find images by them.
 """
@@ -18,13 +18,13 @@ from distill.evaluation.scores import evaluation_prompts
 
 Kind = Literal["mjhq", "geneval", "dpg", "text", "tiny"]
 KINDS: tuple[str, ...] = get_args(Kind)
-HANDED_OUT = {"meta_data.json": "mjhq", "evaluation_metadata.jsonl": "geneval", "dpg_bench.csv": "dpg"}
-FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")  # what NVlabs' prepare_prompt_ar cuts off (diffusion/model/utils.py)
+PUBLISHED_FILES = {"meta_data.json": "mjhq", "evaluation_metadata.jsonl": "geneval", "dpg_bench.csv": "dpg"}
+FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")  # removed by NVlabs' prepare_prompt_ar (diffusion/model/utils.py)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One prompt. `key` names its images; `metadata` is GenEval's own line; `tag` the category of its score."""
+class PromptEntry:
+    """A prompt. `key` names its images; `metadata` is GenEval's line; `tag` is the category of its score."""
 
     key: str
     prompt: str
@@ -34,11 +34,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Entries in the file's order; `sha256` is of the keys and prompts, whatever file they came from."""
+    """Entries in the file's order. `sha256` covers keys and prompts, not the file."""
 
     kind: Kind
     source: str
-    entries: tuple[Entry, ...]
+    entries: tuple[PromptEntry, ...]
 
     @property
     def sha256(self) -> str:
@@ -47,10 +47,10 @@ class PromptSet:
 
 
 def read_prompt_set(source: str, kind: str | None = None, limit: int | None = None) -> PromptSet:
-    """The prompt set in `source`: a file, DPG's folder of text files, or tiny:<count>.
+    """Reads a file, DPG's folder of text files, or tiny:<count>.
 
-    kind: one of KINDS, None: by the name of the file. limit: the first so many. Raises BenchError for what is no such
-    set, and for keys that are no file names or stand there twice.
+    kind: one of KINDS, None: detected from the file name. limit: reads the first `limit` prompts. Raises BenchError for
+    other files, and for keys that are repeated or no file names.
     """
     kind = kind or _kind_of(source)
     if kind not in KINDS:
@@ -79,8 +79,8 @@ def _kind_of(source: str) -> str:
     path = Path(source)
     if re.fullmatch(r"tiny:\d+", source):
         return "tiny"
-    if path.name in HANDED_OUT:
-        return HANDED_OUT[path.name]
+    if path.name in PUBLISHED_FILES:
+        return PUBLISHED_FILES[path.name]
     if path.is_dir():
         return "dpg"
     if path.suffix == ".txt":
@@ -88,43 +88,48 @@ def _kind_of(source: str) -> str:
     raise BenchError(f"prompts: {source} tells no kind; name it with --kind {'|'.join(KINDS)}")
 
 
-def _cleaned(prompt: str) -> str:
+def _without_flags(prompt: str) -> str:
     return FLAGS.split(prompt)[0].strip()
 
 
-def _mjhq(source: str) -> list[Entry]:
-    found = json.loads(Path(source).read_text(encoding="utf-8"))
-    return [Entry(key, _cleaned(value["prompt"]), tag=value.get("category")) for key, value in found.items()]
+def _mjhq(source: str) -> list[PromptEntry]:
+    document = json.loads(Path(source).read_text(encoding="utf-8"))
+    return [
+        PromptEntry(key, _without_flags(value["prompt"]), tag=value.get("category")) for key, value in document.items()
+    ]
 
 
-def _geneval(source: str) -> list[Entry]:
+def _geneval(source: str) -> list[PromptEntry]:
     lines = [json.loads(line) for line in _lines(source)]
-    return [Entry(f"{at:05}", _cleaned(line["prompt"]), line, line["tag"]) for at, line in enumerate(lines)]
+    return [
+        PromptEntry(f"{index:05}", _without_flags(line["prompt"]), line, line["tag"])
+        for index, line in enumerate(lines)
+    ]
 
 
-def _dpg(source: str) -> list[Entry]:
-    """A folder of <id>.txt as DPG-Bench ships it, its CSV with one row a question, or NVlabs' JSON."""
+def _dpg(source: str) -> list[PromptEntry]:
+    """Reads DPG-Bench's folder of <id>.txt, its CSV with one row a question, or NVlabs' JSON."""
     path = Path(source)
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
-        return [Entry(file.stem, _cleaned(file.read_text(encoding="utf-8"))) for file in files]
+        return [PromptEntry(file.stem, _without_flags(file.read_text(encoding="utf-8"))) for file in files]
     if path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
             return [
-                Entry(key, _cleaned(text))
-                for key, text in {r["item_id"]: r["text"] for r in csv.DictReader(file)}.items()
+                PromptEntry(key, _without_flags(text))
+                for key, text in {row["item_id"]: row["text"] for row in csv.DictReader(file)}.items()
             ]
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return [Entry(key, _cleaned(value["prompt"])) for key, value in found.items()]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return [PromptEntry(key, _without_flags(value["prompt"])) for key, value in document.items()]
 
 
-def _text(source: str) -> list[Entry]:
-    return [Entry(f"{at:05}", line) for at, line in enumerate(_lines(source))]
+def _text(source: str) -> list[PromptEntry]:
+    return [PromptEntry(f"{index:05}", line) for index, line in enumerate(_lines(source))]
 
 
-def _tiny(source: str) -> list[Entry]:
+def _tiny(source: str) -> list[PromptEntry]:
     prompts = evaluation_prompts(int(source.removeprefix("tiny:")))
-    return [Entry(f"{at:05}", prompt.text, tag=prompt.category) for at, prompt in enumerate(prompts)]
+    return [PromptEntry(f"{index:05}", prompt.text, tag=prompt.category) for index, prompt in enumerate(prompts)]
 
 
 def _lines(source: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Makes the images that a folder lacks, by several makers at once."""
+"""Makes the missing images of a folder with several makers at once."""
 
 import hashlib
 import queue
@@ -9,9 +9,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from bench.quality.images.folder import Entry, ImageFolder, digest
+from bench.quality.images.folder import ImageFolder, JournalEntry, digest
 from bench.quality.images.layouts import ImageFile, chunks, encoded, image_files, write_side_files
-from bench.quality.images.makers import Asked, Made, Maker
+from bench.quality.images.makers import FileResult, Maker, SamplingOptions
 from bench.quality.images.prompt_sets import PromptSet
 
 Progress = Callable[[int], object]  # files done since the last call
@@ -20,16 +20,16 @@ Progress = Callable[[int], object]  # files done since the last call
 def make_images(
     prompts: PromptSet,
     makers: Sequence[Maker],
-    asked: Asked,
+    sampling: SamplingOptions,
     out: Path,
     *,
     samples: int | None = None,
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """Makes every image of `prompts` that `out` lacks, and returns what is there then.
+    """Makes every image of `prompts` that `out` lacks; returns the state of the folder.
 
-    Raises BenchError where `out` holds images of something else, and what a maker raises; what was made is kept.
+    Raises BenchError if `out` holds images of another origin, and what a maker raises; finished images are kept.
     """
     files = image_files(prompts, samples, seed)
     identity = {
@@ -37,60 +37,62 @@ def make_images(
         "files": len(files),
         "samples": samples,
         "seed": seed,
-        "steps": asked.steps,
-        "guidance": asked.guidance,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
         "made_by": _common(makers),
     }
     folder = ImageFolder(out)
-    with folder.claimed(identity):
+    with folder.locked(identity):
         write_side_files(prompts, folder.images)
-        present = folder.compact()
-        progress(len(present))
+        existing = folder.compact()
+        progress(len(existing))
         began = time.perf_counter()
-        _make(files, present.keys(), makers, folder, progress)
+        _make(files, existing.keys(), makers, folder, progress)
         seconds = time.perf_counter() - began
-        made = folder.made()
-        found = {
+        finished = folder.finished()
+        result = {
             "files": len(files),
-            "made_now": len(files) - len(present),
-            "missing": len({file.name for file in files} - made.keys()),
-            "twice": folder.repeated(),
-            "prompts_truncated": sum(entry.prompt_truncated for entry in made.values()),
-            "digest": digest(made),
+            "made_now": len(files) - len(existing),
+            "missing": len({file.name for file in files} - finished.keys()),
+            "twice": folder.duplicate_count(),
+            "prompts_truncated": sum(entry.prompt_truncated for entry in finished.values()),
+            "digest": digest(finished),
         }
-        folder.finish(found)
-    return {**found, "seconds": round(seconds, 2), "identity": identity}
+        folder.finish(result)
+    return {**result, "seconds": round(seconds, 2), "identity": identity}
 
 
 def _common(makers: Sequence[Maker]) -> dict[str, Any]:
-    """What all makers say of themselves: they are started alike, so the first speaks for all."""
+    """Returns the facts of the first maker: all are started alike."""
     facts: list[Mapping[str, Any]] = [maker.facts for maker in makers]
     return dict(facts[0])
 
 
 def _make(
     files: Sequence[ImageFile],
-    present: Container[str],
+    existing: Container[str],
     makers: Sequence[Maker],
     folder: ImageFolder,
     progress: Progress,
 ) -> None:
-    """Each maker in a thread of its own takes what is next; the first error ends all.
+    """Runs each maker in a thread until no group is left; the first error ends all.
 
-    Groups are those of a whole run, and one that lacks a file is made whole: batch mates can change a picture's last
-    bits, so a run that was stopped ends with the same files.
+    Groups are those of a whole run. A group that lacks a file is made whole: batch mates can change an image's last
+    bits, and a continued run must end with the same files.
     """
     waiting: queue.SimpleQueue[list[ImageFile]] = queue.SimpleQueue()
     for group in chunks(files, min((maker.batch for maker in makers), default=1)):
-        if any(file.name not in present for file in group):
+        if any(file.name not in existing for file in group):
             waiting.put(group)
     stop, writing = threading.Event(), threading.Lock()
 
-    def write(file: ImageFile, made: Made) -> None:
-        content = encoded(made.images, file.name)
+    def write(file: ImageFile, finished: FileResult) -> None:
+        content = encoded(finished.images, file.name)
         sha256 = hashlib.sha256(content).hexdigest()
         with writing:
-            folder.add(Entry(file.name, file.prompt, file.seeds, file.tag, sha256, made.prompt_truncated), content)
+            folder.add(
+                JournalEntry(file.name, file.prompt, file.seeds, file.tag, sha256, finished.prompt_truncated), content
+            )
             progress(1)
 
     def work(maker: Maker) -> None:
@@ -100,9 +102,9 @@ def _make(
                     group = waiting.get_nowait()
                 except queue.Empty:
                     return
-                for file, made in zip(group, maker.make(group), strict=True):
-                    if file.name not in present:
-                        write(file, made)
+                for file, finished in zip(group, maker.make(group), strict=True):
+                    if file.name not in existing:
+                        write(file, finished)
         except BaseException:
             stop.set()
             raise
@@ -112,6 +114,6 @@ def _make(
         try:
             wait(running, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()  # at Ctrl-C too: what is under way is finished and kept
-        for one in running:
-            one.result()
+            stop.set()  # on Ctrl-C too: running groups are finished and kept
+        for future in running:
+            future.result()

@@ -1,13 +1,13 @@
-"""Metrics of a folder of images, by the networks that published figures are measured with.
+"""Computes metrics of a folder of images with the networks of the published figures.
 
     python -m bench.quality.metrics runs/mjhq --metrics fid,clip,cmmd,hps --reference MJHQ-30K/images --download
     python -m bench.quality.metrics runs/mjhq --metrics fid --reference mjhq-1024.npz --size 1024 --weights weights/
     python -m bench.quality.metrics runs/tiny --metrics judge
 
-fid needs the extra `fid`; clip, cmmd and hps need the extra `clip`. Weights lie in --weights, or in the caches of torch
-and the hub; --download fetches what is absent. Their sha256 stands beside each figure. A metric that cannot be taken
-says why, and the others are taken. Prints a table, then one JSON document as the last line. Exit code 1: one of the
-metrics is missing.
+fid needs the extra `fid`; clip, cmmd and hps need the extra `clip`. Weights are read from --weights, or from the caches
+of torch and the hub; --download fetches missing ones. Each figure has the sha256 of its weights. An unavailable metric
+is reported with its reason and does not stop the others. Prints a table, then one JSON document as the last line. Exit
+code 1: a metric is missing.
 """
 
 import argparse
@@ -18,59 +18,59 @@ from typing import Any
 
 import torch
 
-from bench.harness.cli import command, told
+from bench.harness.cli import command, run_benchmark
 from bench.harness.errors import BenchError
-from bench.harness.host import machine
+from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.quality.images.folder import ImageFolder
 from bench.quality.intervals import Interval
 from bench.quality.metrics import clip
+from bench.quality.metrics.image_items import ImageItem, read_images
 from bench.quality.metrics.inception import INCEPTION, Inception
-from bench.quality.metrics.measures import clip_score, cmmd, fid, hps, judged
-from bench.quality.metrics.shown import Shown, read_shown
-from bench.quality.metrics.weights import UnavailableError, WeightPlaces
+from bench.quality.metrics.measures import clip_score, cmmd, fid, hps, judge_score
+from bench.quality.metrics.weights import UnavailableError, WeightLocations
 
 
-def _fid(shown: Sequence[Shown], options: argparse.Namespace) -> dict[str, Any]:
-    weights = options.places.find("fid", INCEPTION)
+def _fid(items: Sequence[ImageItem], options: argparse.Namespace) -> dict[str, Any]:
+    weights = options.locations.find("fid", INCEPTION)
     network = Inception(weights.path, options.device)
-    value = fid(shown, _reference(options, "fid"), network, options.size, options.keep_statistics)
+    value = fid(items, _reference(options, "fid"), network, options.size, options.keep_statistics)
     return {"value": round(value, 4), "size": options.size, "weights": weights.to_dict()}
 
 
-def _clip(shown: Sequence[Shown], options: argparse.Namespace) -> dict[str, Any]:
-    return _scored(shown, options, "clip", clip.SMALL if options.clip == "ViT-B-32" else clip.SCORE, clip_score)
+def _clip(items: Sequence[ImageItem], options: argparse.Namespace) -> dict[str, Any]:
+    return _scored(items, options, "clip", clip.SMALL if options.clip == "ViT-B-32" else clip.SCORE, clip_score)
 
 
-def _hps(shown: Sequence[Shown], options: argparse.Namespace) -> dict[str, Any]:
-    return _scored(shown, options, "hps", clip.HPS, hps)
+def _hps(items: Sequence[ImageItem], options: argparse.Namespace) -> dict[str, Any]:
+    return _scored(items, options, "hps", clip.HPS, hps)
 
 
 def _scored(
-    shown: Sequence[Shown],
+    items: Sequence[ImageItem],
     options: argparse.Namespace,
     name: str,
     architecture: clip.Architecture,
-    score: Callable[[Sequence[Shown], clip.ImageText], Interval],
+    score: Callable[[Sequence[ImageItem], clip.ImageText], Interval],
 ) -> dict[str, Any]:
-    weights = options.places.find(name, architecture.weights)
-    found = score(shown, clip.OpenClip(architecture, weights, options.device))
-    told = {"value": round(found.mean, 4), "interval": [round(found.low, 4), round(found.high, 4)]}
-    return told | {"network": architecture.name, "weights": weights.to_dict()}
+    weights = options.locations.find(name, architecture.weights)
+    results = score(items, clip.OpenClip(architecture, weights, options.device))
+    figures = {"value": round(results.mean, 4), "interval": [round(results.low, 4), round(results.high, 4)]}
+    return figures | {"network": architecture.name, "weights": weights.to_dict()}
 
 
-def _cmmd(shown: Sequence[Shown], options: argparse.Namespace) -> dict[str, Any]:
-    weights = options.places.find("cmmd", clip.CMMD.weights)
+def _cmmd(items: Sequence[ImageItem], options: argparse.Namespace) -> dict[str, Any]:
+    weights = options.locations.find("cmmd", clip.CMMD.weights)
     network = clip.OpenClip(clip.CMMD, weights, options.device)
-    value = cmmd(shown, _reference(options, "cmmd"), network)
+    value = cmmd(items, _reference(options, "cmmd"), network)
     return {"value": round(value, 4), "network": clip.CMMD.name, "weights": weights.to_dict()}
 
 
-def _judge(shown: Sequence[Shown], _: argparse.Namespace) -> dict[str, Any]:
-    return judged(shown)
+def _judge(items: Sequence[ImageItem], _: argparse.Namespace) -> dict[str, Any]:
+    return judge_score(items)
 
 
-Metric = Callable[[Sequence[Shown], argparse.Namespace], dict[str, Any]]
+Metric = Callable[[Sequence[ImageItem], argparse.Namespace], dict[str, Any]]
 METRICS: Mapping[str, Metric] = {"fid": _fid, "clip": _clip, "cmmd": _cmmd, "hps": _hps, "judge": _judge}
 
 
@@ -82,41 +82,43 @@ def _reference(options: argparse.Namespace, metric: str) -> Path:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
-    shown = read_shown(options.images)
-    found: dict[str, dict[str, Any]] = {}
+    """Returns the JSON document."""
+    items = read_images(options.images)
+    results: dict[str, dict[str, Any]] = {}
     for name in options.metrics:
-        print(f"{name} of {len(shown)} images", file=sys.stderr, flush=True)
+        print(f"{name} of {len(items)} images", file=sys.stderr, flush=True)
         try:
-            found[name] = METRICS[name](shown, options)
+            results[name] = METRICS[name](items, options)
         except UnavailableError as error:
-            found[name] = {"value": None, "unavailable": str(error)}
+            results[name] = {"value": None, "unavailable": str(error)}
     manifest = (options.images / "manifest.json").is_file()
     return {
         "program": "bench.quality.metrics",
         "command": options.command,
-        "images": len(shown),
+        "images": len(items),
         "reference": None if options.reference is None else options.reference.name,
         "manifest": ImageFolder(options.images).manifest() if manifest else None,
-        "metrics": found,
-        "machine": machine(),
+        "metrics": results,
+        "machine": host_facts(),
     }
 
 
-def show(found: dict[str, Any]) -> str:
-    """The table for people, and a line for each metric that is missing."""
-    rows = [[name, one["value"], _by(one), f"{found['images']} images"] for name, one in found["metrics"].items()]
-    missing = [one["unavailable"] for one in found["metrics"].values() if "unavailable" in one]
+def show(results: dict[str, Any]) -> str:
+    """Returns the table for people, and a line for each missing metric."""
+    rows = [
+        [name, entry["value"], _by(entry), f"{results['images']} images"] for name, entry in results["metrics"].items()
+    ]
+    missing = [entry["unavailable"] for entry in results["metrics"].values() if "unavailable" in entry]
     return "\n".join([table(("metric", "value", "by", "of"), rows), *missing])
 
 
-def _by(one: Mapping[str, Any]) -> str | None:
-    """Interval, categories, and whether the weights are the published ones."""
-    parts = [f"95 %: {one['interval'][0]} to {one['interval'][1]}"] if "interval" in one else []
-    parts += [f"{name} {value}" for name, value in one.get("categories", {}).items()]
-    if "weights" in one:
-        parts.append(f"{one['weights']['file']}, sha256 {one['weights']['sha256'][:8]}")
-        if one["weights"]["published"] is False:
+def _by(entry: Mapping[str, Any]) -> str | None:
+    """Describes interval, categories, and whether the weights are the published ones."""
+    parts = [f"95 %: {entry['interval'][0]} to {entry['interval'][1]}"] if "interval" in entry else []
+    parts += [f"{name} {value}" for name, value in entry.get("categories", {}).items()]
+    if "weights" in entry:
+        parts.append(f"{entry['weights']['file']}, sha256 {entry['weights']['sha256'][:8]}")
+        if entry["weights"]["published"] is False:
             parts.append("NOT the published weights")
     return ", ".join(parts) or None
 
@@ -148,17 +150,17 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--download", action="store_true", help="fetch weights that are absent")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (default cpu)")
     options = parser.parse_args(argv)
-    options.places = WeightPlaces(options.weights, options.download)
+    options.locations = WeightLocations(options.weights, options.download)
     options.command = command("bench.quality.metrics", argv)
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(sys.argv[1:] if argv is None else argv)
-    return told(
+    return run_benchmark(
         lambda: measure(options),
         show,
-        lambda found: any("unavailable" in one for one in found["metrics"].values()),
+        lambda results: any("unavailable" in entry for entry in results["metrics"].values()),
     )
 
 

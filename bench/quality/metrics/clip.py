@@ -1,4 +1,4 @@
-"""CLIP networks by open_clip: for the CLIP score, for CMMD's embeddings, and HPSv2, which is one more CLIP."""
+"""CLIP networks of open_clip: for the CLIP score, for CMMD's embeddings, and HPSv2, which is a CLIP too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bench.quality.metrics.weights import Found, Published, UnavailableError
+from bench.quality.metrics.weights import Published, UnavailableError, WeightFile
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """open_clip's name of a network, and its weights."""
+    """The open_clip name of a network, and its weights."""
 
     name: str
     weights: Published
@@ -48,7 +48,7 @@ class ImageText(Protocol):
 class OpenClip:
     """An ImageText of open_clip, in fp32."""
 
-    def __init__(self, architecture: Architecture, weights: Found, device: torch.device) -> None:
+    def __init__(self, architecture: Architecture, weights: WeightFile, device: torch.device) -> None:
         """Raises UnavailableError where open_clip is not installed or the weights are another network's."""
         try:
             import open_clip
@@ -56,11 +56,11 @@ class OpenClip:
             raise UnavailableError(f"clip: the package {error.name} is missing; pip install '.[clip]'") from error
         name = architecture.name
         try:
-            made: Any = open_clip.create_model_and_transforms(name, pretrained=str(weights.path), device=device)
+            created: Any = open_clip.create_model_and_transforms(name, pretrained=str(weights.path), device=device)
         except RuntimeError as error:  # keys or shapes that do not fit
             first = str(error).splitlines()[0]
             raise UnavailableError(f"clip: {weights.path} holds no weights of {name}: {first}") from error
-        self._network, _, self._transform = made
+        self._network, _, self._transform = created
         self._network.eval()
         self._tokenizer: Any = open_clip.get_tokenizer(name)
         self._device = device

@@ -1,4 +1,4 @@
-"""Weights of the networks that judge: their published names, where they lie, and what they are."""
+"""Weights of the metrics' networks: published names, local files, checksums."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from bench.harness.errors import BenchError
 
 
 class UnavailableError(BenchError):
-    """A metric cannot be taken here: which package or file is missing, and where it comes from."""
+    """A metric is unavailable: the message names the missing package or file and its source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A file as its authors publish it: below a hub repository, or at a URL where `hub` is None."""
+    """A published file: of a hub repository, or at a URL if `hub` is None."""
 
     file: str
     hub: str | None = None
@@ -24,8 +24,8 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A file of weights that is here."""
+class WeightFile:
+    """A local file of weights."""
 
     path: Path
     sha256: str
@@ -36,56 +36,58 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightPlaces:
-    """Where to look: a folder (its files, or <hub repository's name>/<file>), else the caches of torch and the hub.
+class WeightLocations:
+    """Search places: a folder (its files, or <hub repository's name>/<file>), else the caches of torch and the hub.
 
-    download: whether what is absent is fetched.
+    download: fetches missing files.
     """
 
     folder: Path | None = None
     download: bool = False
 
-    def find(self, metric: str, wanted: Published) -> Found:
-        """Raises UnavailableError where it is absent."""
+    def find(self, metric: str, published: Published) -> WeightFile:
+        """Returns the local file. Raises UnavailableError if it is missing."""
         path = (
-            self._in_folder(wanted) if self.folder else (self._of_hub(wanted) if wanted.hub else self._of_url(wanted))
+            self._in_folder(published)
+            if self.folder
+            else (self._from_hub(published) if published.hub else self._from_url(published))
         )
         if path is None:
-            place = f"in {self.folder}" if self.folder else "in the cache"
-            source = f"https://huggingface.co/{wanted.hub}" if wanted.hub else wanted.url
+            location = f"in {self.folder}" if self.folder else "in the cache"
+            source = f"https://huggingface.co/{published.hub}" if published.hub else published.url
             raise UnavailableError(
-                f"{metric}: {wanted.file} is not {place}; it comes from {source} (--download fetches it)"
+                f"{metric}: {published.file} is not {location}; it comes from {source} (--download fetches it)"
             )
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        known = wanted.sha256
-        return Found(path, sha256, None if known is None else sha256.startswith(known))
+        checksum = published.sha256
+        return WeightFile(path, sha256, None if checksum is None else sha256.startswith(checksum))
 
-    def _in_folder(self, wanted: Published) -> Path | None:
+    def _in_folder(self, published: Published) -> Path | None:
         assert self.folder is not None
-        places = [self.folder / wanted.file]
-        if wanted.hub:
-            places.insert(0, self.folder / wanted.hub.partition("/")[2] / wanted.file)
-        return next((place for place in places if place.is_file()), None)
+        locations = [self.folder / published.file]
+        if published.hub:
+            locations.insert(0, self.folder / published.hub.partition("/")[2] / published.file)
+        return next((location for location in locations if location.is_file()), None)
 
-    def _of_url(self, wanted: Published) -> Path | None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / wanted.file
-        if not path.is_file() and self.download and wanted.url:
+    def _from_url(self, published: Published) -> Path | None:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / published.file
+        if not path.is_file() and self.download and published.url:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
+                torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
             except (OSError, RuntimeError) as error:
-                raise UnavailableError(f"{wanted.file}: cannot be fetched from {wanted.url}: {error}") from error
+                raise UnavailableError(f"{published.file}: cannot be fetched from {published.url}: {error}") from error
         return path if path.is_file() else None
 
-    def _of_hub(self, wanted: Published) -> Path | None:
+    def _from_hub(self, published: Published) -> Path | None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        assert wanted.hub is not None
+        assert published.hub is not None
         try:
-            return Path(hf_hub_download(wanted.hub, wanted.file, local_files_only=not self.download))
+            return Path(hf_hub_download(published.hub, published.file, local_files_only=not self.download))
         except LocalEntryNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UnavailableError(f"{wanted.hub}: cannot be fetched from the hub: {error}") from error
+            raise UnavailableError(f"{published.hub}: cannot be fetched from the hub: {error}") from error

@@ -11,9 +11,9 @@ import torch
 
 from bench import report
 from bench.acceptance.__main__ import main, parsed
-from bench.acceptance.plan import Plan, Step
+from bench.acceptance.plan import AcceptanceConfig, StepResult
 from bench.acceptance.report import show
-from bench.acceptance.steps import _largest_fitting, accept, run_apart
+from bench.acceptance.steps import _largest_fitting, accept, run_step_in_subprocess
 from bench.harness.errors import BenchError
 from engines.errors import OutOfMemoryError
 
@@ -114,7 +114,7 @@ def test_a_step_that_fails_is_told_and_stops_no_other(
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
         raise RuntimeError("the card fell off the bus\nand more")
 
-    monkeypatch.setattr("bench.acceptance.steps.Diffusers", exhausted)
+    monkeypatch.setattr("bench.acceptance.steps.DiffusersPipeline", exhausted)
     monkeypatch.setattr("bench.acceptance.steps.run_calibration", exhausted)
     line = command(folder, tmp_path, "--precisions", "int4", "--batches", "1", "--steps", "1")
     assert main(line) == 1
@@ -136,8 +136,8 @@ def test_a_step_that_fails_is_told_and_stops_no_other(
 def test_a_step_has_a_process_of_its_own_which_may_die(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan(str(folder), torch.device("cpu"), tmp_path, ("fp32",), (64, 64), (1,), (1,), 1, (), ())
-    alone = run_apart(plan, "pictures fp32")
+    plan = AcceptanceConfig(str(folder), torch.device("cpu"), tmp_path, ("fp32",), (64, 64), (1,), (1,), 1, (), ())
+    alone = run_step_in_subprocess(plan, "pictures fp32")
     assert (alone.outcome, alone.reason) == ("skipped", "no engines in fp32 were built")
 
     def dies(*_: object) -> None:
@@ -145,7 +145,7 @@ def test_a_step_has_a_process_of_its_own_which_may_die(
 
     monkeypatch.setattr("bench.acceptance.steps.run_in_subprocess", dies)
     monkeypatch.setattr("bench.acceptance.steps._free", lambda _: None)
-    told: list[Step] = []
+    told: list[StepResult] = []
     accept(replace(plan, device=torch.device("cuda")), told.append)
     assert len(told) == 5
     assert {(step.outcome, step.reason) for step in told} == {("failed", "its process died: SIGSEGV")}
@@ -154,9 +154,9 @@ def test_a_step_has_a_process_of_its_own_which_may_die(
 def test_what_was_found_is_kept_after_every_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def two_steps(plan: Plan, tell: Callable[[Step], object]) -> None:
+    def two_steps(plan: AcceptanceConfig, tell: Callable[[StepResult], object]) -> None:
         for name in ("one", "two"):
-            tell(Step(plan.model, name, "failed", "a reason"))
+            tell(StepResult(plan.model, name, "failed", "a reason"))
             seen.append(len(written(tmp_path)[0]["steps"]))
 
     monkeypatch.setattr("bench.acceptance.__main__.accept", two_steps)
@@ -166,7 +166,7 @@ def test_what_was_found_is_kept_after_every_step(folder: Path, tmp_path: Path, m
 
 
 def test_the_largest_batch_that_fits_is_measured(tmp_path: Path) -> None:
-    plan = Plan("tiny", torch.device("cpu"), tmp_path, (), (64, 64), (1, 2, 4, 8), (1,), 1, (), ())
+    plan = AcceptanceConfig("tiny", torch.device("cpu"), tmp_path, (), (64, 64), (1, 2, 4, 8), (1,), 1, (), ())
     tried: list[int] = []
 
     def load(largest: int) -> int:

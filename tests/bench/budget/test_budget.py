@@ -28,55 +28,55 @@ def card() -> Card:
 
 
 @pytest.fixture(scope="module")
-def picture() -> dict[str, Any]:
+def image() -> dict[str, Any]:
     """0.6B, 1024x1024, one step, batch 1, a new prompt of 20 tokens, cuda-graph."""
     return document(count_request("random:sprint-0.6b", "cuda-graph", (1024, 1024), 1, 1, 20))
 
 
-def test_launches_of_a_picture(picture: dict[str, Any]) -> None:
+def test_launches_of_a_picture(image: dict[str, Any]) -> None:
     """More are allowed where they are measured to be faster on a card; fewer are always welcome."""
-    assert picture["launches"] == {
+    assert image["launches"] == {
         "text": 185,  # seven a layer, and embedding, scaling and first norm
         "denoise": 461,  # fifteen a block; the rest are the prompt's, the time's and the sampler's
         "decode": 128,  # ten a block of attention, 21 in ResBlocks, 8 in upsamplings, and the two ends
     }
     # An embedding is put together, kept and laid where the graph reads it; what a graph gives is copied.
-    assert picture["launches_outside_graphs"] == 9
+    assert image["launches_outside_graphs"] == 9
 
 
-def test_a_picture_waits_for_nothing_but_itself(picture: dict[str, Any]) -> None:
+def test_a_picture_waits_for_nothing_but_itself(image: dict[str, Any]) -> None:
     """Waits: for the pixels, and for the stopwatch, which has stopped by then."""
-    assert picture["transfers"] == {"pageable": 0, "pinned": 7}
-    assert picture["waits"] == 2
+    assert image["transfers"] == {"pageable": 0, "pinned": 7}
+    assert image["waits"] == 2
 
 
-def test_bytes_of_a_picture(picture: dict[str, Any]) -> None:
+def test_bytes_of_a_picture(image: dict[str, Any]) -> None:
     """Text reads its 26 layers of weights once, 4.05 GB; at most 1 % more than today for the others."""
-    gigabytes = {stage: count / 1e9 for stage, count in picture["bytes"].items()}
+    gigabytes = {stage: count / 1e9 for stage, count in image["bytes"].items()}
     assert 4.05 < gigabytes["text"] < 4.45
     assert gigabytes["denoise"] < 4.48
     assert gigabytes["decode"] < 12.95
     # On a card 7.44 GB were allocated when the weights were loaded; the rest is the pool that graphs share.
-    assert picture["peak_bytes"] < 8.15e9
+    assert image["peak_bytes"] < 8.15e9
 
 
-def test_projection_is_what_was_measured(picture: dict[str, Any]) -> None:
+def test_projection_is_what_was_measured(image: dict[str, Any]) -> None:
     """On 27 November the stages took 2.3, 3.85 and 14.3 ms as graphs on an H100, their kernels 2.22, 3.78 and 13.5."""
-    h100 = picture["projected_ms"]["H100"]
+    h100 = image["projected_ms"]["H100"]
     assert h100["text"] == pytest.approx(2.22, rel=0.03)
     assert h100["denoise"] == pytest.approx(3.82, rel=0.03)
     assert h100["decode"] == pytest.approx(13.53, rel=0.03)
     assert h100["total"] < 20.1
     assert h100["total"] == pytest.approx(sum(value for key, value in h100.items() if key != "total"), abs=0.01)
-    assert picture["projected_ms"]["H200"]["total"] < h100["total"] < picture["projected_ms"]["RTX 4090"]["total"]
+    assert image["projected_ms"]["H200"]["total"] < h100["total"] < image["projected_ms"]["RTX 4090"]["total"]
 
 
 def test_the_last_line_is_the_contract(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(folder), "--size", "64", "--batch", "2", "--steps", "2", "--tokens", "8"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
+    result = json.loads(last)
     stages = {"text", "denoise", "decode"}
-    assert {key: set(value) if isinstance(value, dict) else type(value) for key, value in found.items()} == {
+    assert {key: set(value) if isinstance(value, dict) else type(value) for key, value in result.items()} == {
         "launches_outside_graphs": int,
         "launches": stages,
         "bytes": stages,
@@ -85,9 +85,9 @@ def test_the_last_line_is_the_contract(folder: Path, capsys: pytest.CaptureFixtu
         "waits": int,
         "projected_ms": {"H100", "H200", "RTX 4090"},
     }
-    assert all(set(times) == {*stages, "rest", "total"} for times in found["projected_ms"].values())
+    assert all(set(times) == {*stages, "rest", "total"} for times in result["projected_ms"].values())
     assert "counted, not timed" in lines[0]
-    assert found["waits"] == 4  # two pictures are handed out one after the other
+    assert result["waits"] == 4  # two pictures are handed out one after the other
 
 
 def test_a_step_more_is_a_transformer_more(folder: Path) -> None:
@@ -101,18 +101,18 @@ def test_a_step_more_is_a_transformer_more(folder: Path) -> None:
 
 def test_a_built_engine_is_one_launch(folder: Path) -> None:
     counted = count_request(str(folder), "tensorrt", (64, 64), 1, 1, 8)
-    found = document(counted)
-    assert found["launches"]["decode"] == 1
-    assert found["launches"]["text"] == 0  # built engines hold no text encoder
-    assert found["launches_outside_graphs"] > 50
-    assert "and " in show(counted, found, "")
+    result = document(counted)
+    assert result["launches"]["decode"] == 1
+    assert result["launches"]["text"] == 0  # built engines hold no text encoder
+    assert result["launches_outside_graphs"] > 50
+    assert "and " in show(counted, result, "")
 
 
-def test_fp8_reads_less(folder: Path, picture: dict[str, Any]) -> None:
+def test_fp8_reads_less(folder: Path, image: dict[str, Any]) -> None:
     narrow = document(count_request("random:sprint-0.6b", "cuda-graph", (1024, 1024), 1, 1, 20, precision="fp8"))
-    assert narrow["launches"] == picture["launches"]
-    assert narrow["bytes"]["text"] == picture["bytes"]["text"]
-    assert narrow["bytes"]["decode"] < 0.9 * picture["bytes"]["decode"]
+    assert narrow["launches"] == image["launches"]
+    assert narrow["bytes"]["text"] == image["bytes"]["text"]
+    assert narrow["bytes"]["decode"] < 0.9 * image["bytes"]["decode"]
     assert narrow["projected_ms"]["H100"]["decode"] < 11.2  # measured: 11.0 as a graph
     with pytest.raises(BenchError, match="counted in bf16 alone"):
         count_request(str(folder), "tensorrt", (64, 64), 1, 1, 8, precision="fp8")

@@ -8,27 +8,27 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.fleet.__main__ import main
-from bench.fleet.arrivals import mix, recorded
+from bench.fleet.arrivals import parse_mix, read_arrivals
 from bench.fleet.capacity import main as capacity
-from bench.fleet.stages import load
+from bench.fleet.stages import load_stages
 from bench.fleet.validation import arrivals
 from bench.harness.errors import BenchError
 
 H100 = str(Path(__file__).resolve().parents[3] / "bench" / "results" / "h100-2026-11-27.jsonl")
 
 
-def told(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+def run_fleet(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
     assert main(flags) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
 
 
 def test_the_last_line_has_what_the_contract_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "fleet.svg"
     flags = ("--cards", "2", "--rate", "40", "--seconds", "20", "--stages", "fake:50", "--plot", str(plot))
-    found = told(capsys, *flags)
-    assert {"p50_ms", "p95_ms", "p99_ms", "goodput", "refused", "events"} <= set(found)
-    assert 50 <= found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"]
+    result = run_fleet(capsys, *flags)
+    assert {"p50_ms", "p95_ms", "p99_ms", "goodput", "refused", "events"} <= set(result)
+    assert 50 <= result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"]
     ElementTree.parse(plot)
 
 
@@ -36,9 +36,9 @@ def test_the_last_line_has_what_the_contract_names(tmp_path: Path, capsys: pytes
 def test_an_h100_is_foretold_as_it_was_measured(
     clients: int, images_s: float, p50_ms: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = told(capsys, "--cards", "1", "--clients", str(clients), "--seconds", "30", "--stages", H100)
-    assert found["throughput"] == pytest.approx(images_s, rel=0.1)
-    assert found["p50_ms"] == pytest.approx(p50_ms, rel=0.1)
+    result = run_fleet(capsys, "--cards", "1", "--clients", str(clients), "--seconds", "30", "--stages", H100)
+    assert result["throughput"] == pytest.approx(images_s, rel=0.1)
+    assert result["p50_ms"] == pytest.approx(p50_ms, rel=0.1)
 
 
 def test_what_was_not_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,31 +53,31 @@ def test_a_question_that_is_none_is_refused(flags: list[str], capsys: pytest.Cap
 
 
 def test_fp8_decodes_faster() -> None:
-    bf16, fp8 = (load(H100, precision).batches[1024, 1024, 1][8].each for precision in ("bf16", "fp8"))
+    bf16, fp8 = (load_stages(H100, precision).batches[1024, 1024, 1][8].each for precision in ("bf16", "fp8"))
     assert fp8 == pytest.approx(bf16 - 0.003315)
 
 
 def test_recorded_arrivals_are_read(tmp_path: Path) -> None:
     path = tmp_path / "arrivals.jsonl"
     path.write_text('{"at": 2, "steps": 4}\n{"at": 1}\n')
-    assert [(at, job.steps) for at, job in recorded(path)] == [(1.0, 1), (2.0, 4)]
+    assert [(at, job.steps) for at, job in read_arrivals(path)] == [(1.0, 1), (2.0, 4)]
     path.write_text("[]\n")
     with pytest.raises(BenchError, match="needed are lines"):
-        recorded(path)
+        read_arrivals(path)
 
 
 def test_a_mix_is_read() -> None:
-    (large, small) = mix("1024:1:0.8,640x384:2:0.2")
+    (large, small) = parse_mix("1024:1:0.8,640x384:2:0.2")
     assert (large.width, small.width, small.height, small.steps, small.share) == (1024, 640, 384, 2, 0.2)
     with pytest.raises(BenchError, match="SIZE:STEPS:SHARE"):
-        mix("1024")
+        parse_mix("1024")
 
 
 def test_capacity_tells_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert capacity(["--stages", H100, "--seconds", "10", "--events", "2000"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {one["rate"] for one in found["rates"]} == {10, 1000, 100_000}
-    assert [one["lost"] for one in found["losses"]] == [0, 1, 3]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["rate"] for row in result["rates"]} == {10, 1000, 100_000}
+    assert [row["lost"] for row in result["losses"]] == [0, 1, 3]
 
 
 def test_validation_foretells_when_the_generator_sends() -> None:

@@ -1,10 +1,10 @@
-"""How a program that measures ends: what it prints where, and its exit code."""
+"""bench.harness.cli: output and exit code of a benchmark."""
 
 import json
 
 import pytest
 
-from bench.harness.cli import told
+from bench.harness.cli import run_benchmark
 from bench.harness.errors import BenchError
 
 
@@ -12,12 +12,17 @@ from bench.harness.errors import BenchError
 def test_a_table_then_one_document_and_what_was_found_decides(
     figure: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"figure": figure}
-    assert told(lambda: given, lambda found: f"figure: {found['figure']}", lambda found: found["figure"] > 5) == code
+    figures = {"figure": figure}
+    assert (
+        run_benchmark(
+            lambda: figures, lambda result: f"figure: {result['figure']}", lambda result: result["figure"] > 5
+        )
+        == code
+    )
     printed = capsys.readouterr()
     table, document = printed.out.splitlines()
     assert table == f"figure: {figure}"
-    assert json.loads(document) == given
+    assert json.loads(document) == figures
     assert printed.err == ""
 
 
@@ -25,7 +30,7 @@ def test_what_cannot_be_measured_is_one_line_and_code_3(capsys: pytest.CaptureFi
     def measure() -> dict[str, object]:
         raise BenchError("device: got none, needed is one")
 
-    assert told(measure, str) == 3
+    assert run_benchmark(measure, str) == 3
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "error: device: got none, needed is one\n"

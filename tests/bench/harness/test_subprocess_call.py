@@ -1,4 +1,4 @@
-"""A call in a process of its own answers, dies or hangs, and its caller goes on."""
+"""run_in_subprocess: the call returns, dies or hangs, and its caller goes on."""
 
 import operator
 import os

@@ -1,4 +1,4 @@
-"""bench.latency: both sides make the same picture from the same tensors, and the figures are what they are called."""
+"""bench.latency: both sides make the same image from the same tensors, and the figures are correctly named."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench.harness.errors import BenchError
-from bench.harness.memory import rise
-from bench.harness.pipelines import Diffusers, Ours, Task, pipeline
+from bench.harness.memory import peak_rise
+from bench.harness.pipelines import DiffusersPipeline, EnginePipeline, Workload, build_diffusers_pipeline
 from bench.latency.__main__ import main
-from bench.latency.comparison import Prompts
+from bench.latency.comparison import PromptPool
 from bench.latency.shared_weights import SharedWeights
 from engines.checkpoints.checkpoint import open_checkpoint
 
@@ -22,43 +22,43 @@ def test_a_run_against_diffusers(folder: Path, capsys: pytest.CaptureFixture[str
     assert (
         main(["--model", str(folder), "--runs", "2", "--precision", "fp32", "--vs", "diffusers", "--tokens", "25"]) == 0
     )
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["parity_to_each_other"]["max_abs"] <= 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["parity_to_each_other"]["max_abs"] <= 1
     for name in ("ours", "theirs"):
-        assert found[name]["parity_to_fp32"]["max_abs"] <= 1
-        assert {stage["count"] for stage in found[name]["seconds"].values()} == {2}
-        assert found[name]["rise_bytes"] >= 0
-    medians = {name: found[name]["seconds"]["total"]["p50"] for name in ("ours", "theirs")}
-    assert found["ratio"] == pytest.approx(medians["theirs"] / medians["ours"], rel=0.01)
-    stages = found["theirs"]["seconds"]
+        assert result[name]["parity_to_fp32"]["max_abs"] <= 1
+        assert {stage["count"] for stage in result[name]["seconds"].values()} == {2}
+        assert result[name]["rise_bytes"] >= 0
+    medians = {name: result[name]["seconds"]["total"]["p50"] for name in ("ours", "theirs")}
+    assert result["ratio"] == pytest.approx(medians["theirs"] / medians["ours"], rel=0.01)
+    stages = result["theirs"]["seconds"]
     assert sum(stages[name]["mean"] for name in ("text", "denoise", "decode")) == pytest.approx(
         stages["total"]["mean"], abs=1e-5
     )
-    assert found["prompt_tokens"]["mean"] == pytest.approx(25, abs=3)
+    assert result["prompt_tokens"]["mean"] == pytest.approx(25, abs=3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_both_make_the_same_pictures(folder: Path, steps: int) -> None:
+def test_both_make_the_same_images(folder: Path, steps: int) -> None:
     checkpoint = open_checkpoint(str(folder))
-    task = Task(["a red circle", "two blue squares on gray"], [3, 4], 64, 96, steps)
-    ours = Ours(checkpoint, precision="fp32", device="cpu").run(task)
-    theirs = Diffusers(checkpoint, "fp32", CPU, compiled=False).run(task)
-    for one, other in zip(ours.pictures, theirs.pictures, strict=True):
-        assert one.shape == other.shape == (96, 64, 3)
-        assert abs(one.astype(int) - other).max() <= 1
+    task = Workload(["a red circle", "two blue squares on gray"], [3, 4], 64, 96, steps)
+    ours = EnginePipeline(checkpoint, precision="fp32", device="cpu").run(task)
+    theirs = DiffusersPipeline(checkpoint, "fp32", CPU, compiled=False).run(task)
+    for first, second in zip(ours.images, theirs.images, strict=True):
+        assert first.shape == second.shape == (96, 64, 3)
+        assert abs(first.astype(int) - second).max() <= 1
 
 
 def test_a_prompt_is_not_measured_twice(folder: Path) -> None:
-    ours = Ours(open_checkpoint(str(folder)), precision="fp32", device="cpu")
-    ours.run(Task(["a red circle"], [1], 64, 64, 1))
+    ours = EnginePipeline(open_checkpoint(str(folder)), precision="fp32", device="cpu")
+    ours.run(Workload(["a red circle"], [1], 64, 64, 1))
     with pytest.raises(BenchError, match="twice"):
-        ours.run(Task(["A red circle "], [2], 64, 64, 1))
+        ours.run(Workload(["A red circle "], [2], 64, 64, 1))
 
 
 def test_prompts_are_of_the_length_asked_for_and_given_once(folder: Path) -> None:
-    prompts = Prompts(open_checkpoint(str(folder)), 18)
-    taken = [*prompts.take(5), *prompts.take(5)]
-    assert len(set(taken)) == 10
+    prompts = PromptPool(open_checkpoint(str(folder)), 18)
+    prompts_taken = [*prompts.take(5), *prompts.take(5)]
+    assert len(set(prompts_taken)) == 10
     assert all(abs(length - 18) <= 2 for length in prompts.used)
     with pytest.raises(BenchError, match="are needed"):
         prompts.take(10_000)
@@ -69,21 +69,23 @@ def test_two_pipelines_hold_the_same_tensors(folder: Path) -> None:
     weights = SharedWeights(checkpoint.weights, torch.bfloat16)
     shared = replace(checkpoint, weights=weights)
     ours, body = shared.load_transformer(torch.bfloat16, CPU), shared.load_text_body(torch.bfloat16, CPU)
-    theirs = pipeline(shared, torch.bfloat16, CPU)
-    for one, other in ((ours, theirs.transformer), (body, theirs.text_encoder)):
-        places = {key: tensor.data_ptr() for key, tensor in one.state_dict().items()}
-        assert places == {key: tensor.data_ptr() for key, tensor in other.state_dict().items()}
+    theirs = build_diffusers_pipeline(shared, torch.bfloat16, CPU)
+    for first, second in ((ours, theirs.transformer), (body, theirs.text_encoder)):
+        addresses = {key: tensor.data_ptr() for key, tensor in first.state_dict().items()}
+        assert addresses == {key: tensor.data_ptr() for key, tensor in second.state_dict().items()}
     exact = shared.load_transformer(torch.float32, CPU)
-    alone = replace(checkpoint, weights=SharedWeights(checkpoint.weights, torch.bfloat16, keep=False))
-    for one, other in zip(exact.parameters(), alone.load_transformer(torch.float32, CPU).parameters(), strict=True):
-        assert one.dtype == torch.float32
-        assert torch.equal(one, other)
-        assert torch.equal(one, one.to(torch.bfloat16).float())
+    uncached = replace(checkpoint, weights=SharedWeights(checkpoint.weights, torch.bfloat16, keep=False))
+    for first, second in zip(
+        exact.parameters(), uncached.load_transformer(torch.float32, CPU).parameters(), strict=True
+    ):
+        assert first.dtype == torch.float32
+        assert torch.equal(first, second)
+        assert torch.equal(first, first.to(torch.bfloat16).float())
 
 
 def test_the_rise_sees_memory_that_is_freed_again() -> None:
     size = 64 * 2**20
-    with rise(CPU) as risen:
+    with peak_rise(CPU) as risen:
         torch.ones(size, dtype=torch.uint8).sum()
     assert risen[0] > size // 2
 
@@ -92,7 +94,7 @@ def test_the_rise_sees_memory_that_is_freed_again() -> None:
 def test_a_run_on_the_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--model", str(folder), "--runs", "2", "--vs", "diffusers", "--memory", "--device", "cuda"]
     assert main(line) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["ours"]["rise_bytes"] > 0
-    assert found["peak_bytes"]["ours"] > 0
-    assert found["ours"]["backend"] == "cuda-graph"
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ours"]["rise_bytes"] > 0
+    assert result["peak_bytes"]["ours"] > 0
+    assert result["ours"]["backend"] == "cuda-graph"

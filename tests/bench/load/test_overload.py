@@ -1,4 +1,4 @@
-"""bench.load.overload: what it measures adds up, and every bound that is broken is named."""
+"""bench.load.overload: its counts add up, and every broken bound is named."""
 
 import json
 from typing import Any
@@ -18,23 +18,23 @@ def load(p99: float, refused: float | None = None, goodput: float = 80.0, other:
 
 
 @pytest.mark.parametrize(
-    ("over", "words"),
+    ("over", "message"),
     [
         (load(299, 19), None),
         (load(301, 19), "accepted p99 301.0 ms, must be under 300.0 ms"),
         (load(299, 21), "refused p99 21.0 ms, must be under 20 ms"),
         (load(299, 19, goodput=75.0), "goodput 75.0/s, at capacity it was 80.0/s"),
-        (load(299, 19, other=1), "1 requests got neither a picture nor 429"),
+        (load(299, 19, other=1), "1 requests got neither an image nor 429"),
     ],
 )
-def test_a_broken_bound_is_named(over: dict[str, Any], words: str | None) -> None:
-    assert broken(load(100), load(150), over, batch_ms=100) == ([] if words is None else [words])
+def test_a_broken_bound_is_named(over: dict[str, Any], message: str | None) -> None:
+    assert broken(load(100), load(150), over, batch_ms=100) == ([] if message is None else [message])
 
 
-def test_every_request_is_a_picture_or_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_request_gets_an_image_or_429(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--batch-ms", "20", "--seconds", "0.3"])  # too short for its bounds
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [one["of_capacity"] for one in found["loads"]] == [0.1, 1.0, 4.0]
-    for one in found["loads"]:
-        counted = sum(one[kind]["count"] for kind in ("accepted_ms", "refused_ms") if one[kind])
-        assert (counted, one["other"]) == (one["requests"], 0)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["of_capacity"] for row in result["loads"]] == [0.1, 1.0, 4.0]
+    for row in result["loads"]:
+        counted = sum(row[kind]["count"] for kind in ("accepted_ms", "refused_ms") if row[kind])
+        assert (counted, row["other"]) == (row["requests"], 0)

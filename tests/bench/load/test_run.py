@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.harness.load_generator import Order, Record, Traffic
-from bench.harness.prometheus_text import samples
+from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
+from bench.harness.prometheus_text import parse_samples
 from bench.load.__main__ import main
 from bench.load.image_checks import run_check
 from engines.fake import expected_pixels
@@ -28,13 +28,13 @@ ANSWER = (
 def test_a_run_on_the_fake_engine_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     load = ["--concurrency", "4", "--requests", "40", "--size", "64x64", "--check", "fake", "--warmup", "4"]
     assert main([*load, "--", "--backend", "fake", "--max-batch", "2"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["statuses"] == {"200": 40}
-    assert found["lost"] == 0
-    assert (found["check"]["checked"], found["check"]["wrong"]) == (40, 0)
-    assert found["latency_ms"]["count"] == found["stages_ms"]["decode"]["count"] == 40
-    assert 1 <= found["batch"]["mean_size"] <= 2
-    assert found["engine"]["backend"] == "fake"
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["statuses"] == {"200": 40}
+    assert result["lost"] == 0
+    assert (result["check"]["checked"], result["check"]["wrong"]) == (40, 0)
+    assert result["latency_ms"]["count"] == result["stages_ms"]["decode"]["count"] == 40
+    assert 1 <= result["batch"]["mean_size"] <= 2
+    assert result["engine"]["backend"] == "fake"
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_a_run_on_the_fake_engine_loses_nothing(capsys: pytest.CaptureFixture[st
         ["--concurrency", "4"],
         ["--concurrency", "4", "--requests", "9", "--rate", "3"],
         ["--rate", "3", "--seconds", "1", "--check", "fake", "--format", "jpeg"],
-        ["--rate", "3", "--seconds", "1", "--url", "http://127.0.0.1:1", "--check", "alone"],
+        ["--rate", "3", "--seconds", "1", "--url", "http://127.0.0.1:1", "--check", "rerun"],
     ],
 )
 def test_contradictions_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main(arguments)
-    assert left.value.code == 2
+    assert exit_info.value.code == 2
     assert "need" in capsys.readouterr().err
 
 
@@ -59,14 +59,14 @@ def test_a_server_that_does_not_start_is_an_error(capsys: pytest.CaptureFixture[
     assert "allowed: auto, eager" in capsys.readouterr().err
 
 
-def order(seed: int = 0) -> Order:
-    return Order("a red circle", seed, 1, "png", 64, 64)
+def request(seed: int = 0) -> ImageRequest:
+    return ImageRequest("a red circle", seed, 1, "png", 64, 64)
 
 
-def sent(handler: Handler, send: Callable[[Traffic], Awaitable[list[Record]]]) -> list[Record]:
-    """What becomes of the orders that `send` sends to a server of one handler."""
+def send_to(handler: Handler, send: Callable[[LoadGenerator], Awaitable[list[RequestRecord]]]) -> list[RequestRecord]:
+    """Returns the records of the requests that `send` sends to a server with this handler."""
 
-    async def run() -> list[Record]:
+    async def run() -> list[RequestRecord]:
         handled: list[asyncio.Task[None]] = []
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,7 +79,7 @@ def sent(handler: Handler, send: Callable[[Traffic], Awaitable[list[Record]]]) -
 
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         with tempfile.TemporaryFile() as spool:
-            traffic = Traffic(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", spool, patience_s=5)
+            traffic = LoadGenerator(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", spool, timeout_s=5)
             records = await send(traffic)
             await traffic.close()
         server.close()
@@ -92,8 +92,8 @@ def sent(handler: Handler, send: Callable[[Traffic], Awaitable[list[Record]]]) -
 async def read_request(reader: asyncio.StreamReader) -> dict[str, object]:
     head = await reader.readuntil(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-    found: dict[str, object] = json.loads(await reader.readexactly(length))
-    return found
+    result: dict[str, object] = json.loads(await reader.readexactly(length))
+    return result
 
 
 def test_a_connection_cut_in_mid_answer_is_a_lost_request() -> None:
@@ -101,7 +101,7 @@ def test_a_connection_cut_in_mid_answer_is_a_lost_request() -> None:
         body = await read_request(reader)
         writer.write(ANSWER if body["seed"] else ANSWER[:-1])
 
-    records = sent(cut, lambda traffic: traffic.closed_loop([order(0), order(1), order(2)], 1))
+    records = send_to(cut, lambda traffic: traffic.closed_loop([request(0), request(1), request(2)], 1))
     assert [record.status for record in records] == [0, 200, 200]
     assert "IncompleteReadError" in records[0].error
     assert records[1].stages_ms == {"queue": 0.5, "text": 2.0}
@@ -109,17 +109,17 @@ def test_a_connection_cut_in_mid_answer_is_a_lost_request() -> None:
 
 def test_open_loop_does_not_wait_for_answers() -> None:
     arrived: list[object] = []
-    everyone = asyncio.Event()
+    all_arrived = asyncio.Event()
 
     async def answer_all_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         arrived.append(reader)
         if len(arrived) == 5:
-            everyone.set()
-        await everyone.wait()  # a client that waited for its answers would never send the fifth
+            all_arrived.set()
+        await all_arrived.wait()  # a client that waited for its answers would never send the fifth
         writer.write(ANSWER)
 
-    records = sent(answer_all_at_once, lambda traffic: traffic.open_loop([order(seed) for seed in range(5)], 50.0))
+    records = send_to(answer_all_at_once, lambda traffic: traffic.open_loop([request(seed) for seed in range(5)], 50.0))
     assert [record.status for record in records] == [200] * 5
     assert records[0].seconds > records[4].seconds
 
@@ -127,39 +127,41 @@ def test_open_loop_does_not_wait_for_answers() -> None:
 def test_open_loop_counts_from_the_planned_time() -> None:
     async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if (await read_request(reader))["seed"] == 0:
-            time.sleep(0.3)  # the generator, on the same loop, cannot send what is due meanwhile
+            time.sleep(0.3)  # blocks the generator, which shares the loop
         writer.write(ANSWER)
 
-    records = sent(stall, lambda traffic: traffic.open_loop([order(seed) for seed in range(5)], 50.0))
-    assert max(record.late for record in records) > 0.1
-    assert all(record.seconds > record.late for record in records)
+    records = send_to(stall, lambda traffic: traffic.open_loop([request(seed) for seed in range(5)], 50.0))
+    assert max(record.send_delay_s for record in records) > 0.1
+    assert all(record.seconds > record.send_delay_s for record in records)
 
 
-def spooled(pictures: list[tuple[Order, np.ndarray]], path: Path) -> list[Record]:
+def spooled(images: list[tuple[ImageRequest, np.ndarray]], path: Path) -> list[RequestRecord]:
     records = []
     with path.open("wb") as spool:
-        for asked, pixels in pictures:
+        for image_request, pixels in images:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
-            records.append(Record(asked, 200, 0.1, 0.0, {}, (spool.tell(), spool.write(file.getvalue()))))
+            records.append(
+                RequestRecord(image_request, 200, 0.1, 0.0, {}, (spool.tell(), spool.write(file.getvalue())))
+            )
     return records
 
 
 def test_answers_that_were_mixed_up_are_found(tmp_path: Path) -> None:
-    one, other = (expected_pixels(Job("a red circle", seed, 64, 64)) for seed in (0, 1))
-    records = spooled([(order(0), one), (order(1), other), (order(2), one)], tmp_path / "spool")
+    first, second = (expected_pixels(Job("a red circle", seed, 64, 64)) for seed in (0, 1))
+    records = spooled([(request(0), first), (request(1), second), (request(2), first)], tmp_path / "spool")
     with (tmp_path / "spool").open("rb") as spool:
         outcome = run_check("fake", records, spool.fileno(), (64, 64), [], 1)
     assert (outcome.checked, outcome.wrong) == (3, 1)
     assert "seed 2" in outcome.reasons[0]
 
 
-def test_the_judge_reads_prompts_and_pictures(tmp_path: Path) -> None:
+def test_the_judge_reads_prompts_and_images(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:64, :64]
     disc = (rows - 32) ** 2 + (columns - 32) ** 2 < 15**2
-    picture = np.where(disc[..., None], (220, 40, 40), (255, 255, 255)).astype(np.uint8)
-    blue = Order("a blue circle", 1, 1, "png")
-    records = spooled([(order(), picture), (blue, picture)], tmp_path / "spool")
+    image = np.where(disc[..., None], (220, 40, 40), (255, 255, 255)).astype(np.uint8)
+    blue = ImageRequest("a blue circle", 1, 1, "png")
+    records = spooled([(request(), image), (blue, image)], tmp_path / "spool")
     with (tmp_path / "spool").open("rb") as spool:
         outcome = run_check("judge", records, spool.fileno(), (64, 64), [], 1)
     assert (outcome.checked, outcome.wrong) == (2, 1)
@@ -168,4 +170,4 @@ def test_the_judge_reads_prompts_and_pictures(tmp_path: Path) -> None:
 
 def test_samples_of_an_exposition() -> None:
     text = '# HELP a b\n# TYPE a counter\na_total{route="/x y",status="200"} 3.0\nb 1e+06\n'
-    assert samples(text) == {'a_total{route="/x y",status="200"}': 3.0, "b": 1e6}
+    assert parse_samples(text) == {'a_total{route="/x y",status="200"}': 3.0, "b": 1e6}

@@ -1,11 +1,11 @@
-"""bench.peers: every peer gets the same orders and its own environment; nothing that does not answer is a figure."""
+"""bench.peers: every peer gets the same requests and its own environment; a peer without answers gives no figure."""
 
 import json
 
 import pytest
 
 from bench.peers.__main__ import main
-from bench.peers.comparison import PEERS, ROOT, command_of, orders, python_of
+from bench.peers.comparison import PEERS, ROOT, command_of, interpreter_of, make_requests
 from bench.report import render
 
 
@@ -13,16 +13,16 @@ def test_ours_beside_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--engine", "fake:1", "--peers", "ours,fastapi", "--concurrency", "2", "--rates", "40"]
     assert main([*options, "--seconds", "0.3"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out.splitlines()[-1])
-    assert [(row["peer"], row["load"]) for row in found["rows"]] == [
+    result = json.loads(out.splitlines()[-1])
+    assert [(row["peer"], row["load"]) for row in result["rows"]] == [
         (peer, load) for peer in ("ours", "fastapi") for load in ("2 clients", "40/s")
     ]
-    for row in found["rows"]:
+    for row in result["rows"]:
         assert row["lost"] == 0
         assert row["throughput"] > 0
         assert 1 <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
     assert "fake:1 fastapi 40/s" in err
-    page = render({"peers": found})["bench.md"]
+    page = render({"peers": result})["bench.md"]
     assert "| fake:1 | 40/s      | fastapi |" in page
 
 
@@ -43,15 +43,17 @@ def test_a_peer_that_ends_shows_its_last_words(capsys: pytest.CaptureFixture[str
     assert "'no-such-checkpoint' is no folder" in error
 
 
-def test_all_are_asked_for_the_same_pictures() -> None:
-    plain, listed = orders("ours", 3, 7), orders("bentoml", 3, 7)
-    assert [json.loads(order.body()) for order in plain] == [json.loads(order.body())["orders"][0] for order in listed]
-    assert len({order.seed for order in plain}) == 3
+def test_all_get_the_same_requests() -> None:
+    plain, listed = make_requests("ours", 3, 7), make_requests("bentoml", 3, 7)
+    assert [json.loads(request.body()) for request in plain] == [
+        json.loads(request.body())["requests"][0] for request in listed
+    ]
+    assert len({request.seed for request in plain}) == 3
 
 
 def test_every_peer_has_a_command() -> None:
     commands = {peer: command_of(peer, "models/tiny", 81) for peer in PEERS}
-    assert all("81" in words and words[0] == str(python_of(peer)) for peer, words in commands.items())
+    assert all("81" in words and words[0] == str(interpreter_of(peer)) for peer, words in commands.items())
     assert commands["ours"][3:5] == ["--model", "models/tiny"]
     assert len({words[0] for words in commands.values()}) == 4
     for peer in set(PEERS) - {"ours"}:

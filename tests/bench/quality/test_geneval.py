@@ -1,4 +1,4 @@
-"""What GenEval's evaluator writes, read as its summary_scores.py reads it."""
+"""bench.quality.geneval reads GenEval's results as its summary_scores.py does."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ RIGHT = {"single_object": [(1, 1, 1, 1), (1, 0, 1, 1)], "counting": [(0, 0, 0, 1
 
 def results(path: Path, right: dict[str, list[tuple[int, ...]]] = RIGHT) -> Path:
     lines = [
-        {"filename": "x", "tag": tag, "prompt": "p", "correct": bool(one), "metadata": json.dumps([tag, number])}
+        {"filename": "x", "tag": tag, "prompt": "p", "correct": bool(correct), "metadata": json.dumps([tag, number])}
         for tag, prompts in right.items()
         for number, images in enumerate(prompts)
-        for one in images
+        for correct in images
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -29,18 +29,18 @@ def run(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[int, dict[str, 
 
 
 def test_overall_is_the_mean_of_the_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = run(capsys, str(results(tmp_path / "results.jsonl")))
-    assert (code, found["images"], found["prompts"]) == (0, 12, 3)
-    assert found["tags"] == {"single_object": 0.875, "counting": 0.25}
-    assert found["overall"] == 0.5625
-    assert found["interval"][0] <= 0.5625 <= found["interval"][1]
+    code, result = run(capsys, str(results(tmp_path / "results.jsonl")))
+    assert (code, result["images"], result["prompts"]) == (0, 12, 3)
+    assert result["tags"] == {"single_object": 0.875, "counting": 0.25}
+    assert result["overall"] == 0.5625
+    assert result["interval"][0] <= 0.5625 <= result["interval"][1]
 
 
 def test_images_that_nobody_judged_are_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with ImageFolder(tmp_path / "images").claimed({"files": 16}):
+    with ImageFolder(tmp_path / "images").locked({"files": 16}):
         pass
-    code, found = run(capsys, str(results(tmp_path / "r.jsonl")), "--images", str(tmp_path / "images"))
-    assert (code, found["missing"]) == (1, 4)
+    code, result = run(capsys, str(results(tmp_path / "r.jsonl")), "--images", str(tmp_path / "images"))
+    assert (code, result["missing"]) == (1, 4)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "no json"])

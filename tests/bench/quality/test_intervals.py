@@ -18,17 +18,17 @@ def test_a_mean_s_interval_covers_as_often_as_it_says() -> None:
 
 
 def test_groups_weigh_alike_whatever_their_size() -> None:
-    found = grouped_interval({"a": [1.0] * 90, "b": [0.0] * 10})
-    assert found == (0.5, 0.5, 0.5)
-    assert found.excludes_zero
+    result = grouped_interval({"a": [1.0] * 90, "b": [0.0] * 10})
+    assert result == (0.5, 0.5, 0.5)
+    assert result.excludes_zero
     assert not grouped_interval({"a": [1.0, -1.0] * 20}).excludes_zero
 
 
 def test_a_ratio_of_medians() -> None:
     ones = np.linspace(1, 1.2, 21)
-    found = ratio_interval(list(ones), list(2 * ones))
-    assert found.mean == pytest.approx(2)
-    assert found.low == pytest.approx(found.high) == pytest.approx(2), "paired: what both share does not widen it"
+    result = ratio_interval(list(ones), list(2 * ones))
+    assert result.mean == pytest.approx(2)
+    assert result.low == pytest.approx(result.high) == pytest.approx(2), "paired: what both share does not widen it"
 
 
 @pytest.mark.parametrize("groups", [{}, {"a": [1.0], "b": []}])

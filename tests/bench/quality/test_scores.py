@@ -1,4 +1,4 @@
-"""bench.quality: each way to run a checkpoint gets the same captions, and is held against the first."""
+"""bench.quality: all variants get the same captions and are compared with the first."""
 
 import json
 import shutil
@@ -15,14 +15,14 @@ def test_variants_and_steps(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     variants = "eager:fp32,diffusers:fp32,eager:bf16"
     arguments = ["--model", str(folder), "--variants", variants, "--steps", "1,3", "--prompts", "6", "--max-batch", "4"]
     assert main([*arguments, "--schedule", "diffusers", "--latency-runs", "1"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = {(row["variant"], row["steps"]): row for row in found["rows"]}
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["variant"], row["steps"]): row for row in result["rows"]}
     assert list(rows) == [(variant, steps) for variant in variants.split(",") for steps in (1, 3)]
     for steps in (1, 3):
         assert rows["eager:fp32", steps]["max_abs"] == 0
         assert rows["diffusers:fp32", steps]["max_abs"] <= 1
         assert rows["eager:bf16", steps]["max_abs"] > 1
-    assert all(row["mean"] == 0 for row in found["rows"])  # this checkpoint draws noise
+    assert all(row["mean"] == 0 for row in result["rows"])  # this checkpoint draws noise
 
 
 def test_pairs_schedules_latency_and_the_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,17 +42,17 @@ def test_pairs_schedules_latency_and_the_page(folder: Path, tmp_path: Path, caps
         str(sheet),
     ]
     assert main([*line, *more]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = {(row["variant"], row["steps"], row["schedule"]): row for row in found["rows"]}
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["variant"], row["steps"], row["schedule"]): row for row in result["rows"]}
     combinations = [(1, "paper"), (1, "figures"), (2, "paper")]  # two steps start alike in both
     assert list(rows) == [(name, *rest) for name in ("eager:fp32", "emulated:fp16") for rest in combinations]
-    first, other, rounded = (
+    first, figures_row, rounded = (
         rows["eager:fp32", 1, "paper"],
         rows["eager:fp32", 1, "figures"],
         rows["emulated:fp16", 1, "paper"],
     )
     assert (first["psnr_db"], first["max_abs"], first["changed"], first["apart"]) == (None, 0, 0, [0, 0, 0])
-    assert 5 < other["psnr_db"] < rounded["psnr_db"]
+    assert 5 < figures_row["psnr_db"] < rounded["psnr_db"]
     assert rounded["worst_psnr_db"] <= rounded["psnr_db"] < 90
     assert first["seconds"] > 0
     assert first["ratio"][1] <= first["ratio"][0] <= first["ratio"][2]
@@ -60,7 +60,7 @@ def test_pairs_schedules_latency_and_the_page(folder: Path, tmp_path: Path, caps
     with Image.open(sheet) as image:
         assert image.size == (4 * 272, 3 * 170)  # of the first variant's other schedule, and of both of the second's
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "quality-small.json").write_text(json.dumps(found))
+    (tmp_path / "results" / "quality-small.json").write_text(json.dumps(result))
     assert report.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "quality.md").read_text()
     assert "![the worst images of each variant](worst.png)" in page

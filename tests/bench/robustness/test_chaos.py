@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench.robustness.chaos import main
-from bench.robustness.fault import Fault, row
-from bench.robustness.restarting_server import Supervisor
-from bench.robustness.scenario import Stage
+from bench.robustness.fault import FaultScenario, fault_result
+from bench.robustness.restarting_server import RestartingServer
+from bench.robustness.scenario import Scenario
 
 SHORT = (
     *("engine exception that passes", "poisonous job", "out of memory in a batch", "NaN", "all-black output"),
@@ -22,14 +22,14 @@ SHORT = (
 )
 
 
-def play(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, object]]:
+def run_chaos(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, object]]:
     assert main([*arguments]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return {one["fault"]: one for one in found["rows"]}
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return {entry["fault"]: entry for entry in result["rows"]}
 
 
 def test_a_short_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = play(capsys, "--scale", "0.01", *(word for name in SHORT for word in ("--only", name)))
+    rows = run_chaos(capsys, "--scale", "0.01", *(word for name in SHORT for word in ("--only", name)))
     assert set(rows) == set(SHORT)
     assert rows["poisonous job"]["hit"] == {"500 engine_failed": 2}
     assert rows["refused prompt"]["hit"] == rows["refused image"]["hit"] == {"422 content_policy_violation": 2}
@@ -41,26 +41,26 @@ def test_a_short_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.slow
 def test_the_whole_campaign_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(play(capsys)) == 21
+    assert len(run_chaos(capsys)) == 21
 
 
 def test_what_a_fault_does_not_excuse_is_lost(tmp_path: Path) -> None:
-    async def nothing(_: Stage) -> Counter[str]:
+    async def nothing(_: Scenario) -> Counter[str]:
         return Counter()
 
-    fault = Fault("x", 1, nothing, hit=frozenset({"500 engine_failed"}))
-    stage = Stage(Supervisor([], tmp_path / "log"), random.Random(0), 1, never=1)
-    found = row(
-        fault, stage, Counter({"500 engine_failed": 3, "silence": 2}), Counter({"200": 9, "200 wrong picture": 1})
+    fault = FaultScenario("x", 1, nothing, hit=frozenset({"500 engine_failed"}))
+    scenario = Scenario(RestartingServer([], tmp_path / "log"), random.Random(0), 1, never_ok=1)
+    result = fault_result(
+        fault, scenario, Counter({"500 engine_failed": 3, "silence": 2}), Counter({"200": 9, "200 wrong image": 1})
     )
-    assert found.lost == 4
-    assert found.lost_what == {"hit: silence": 2, "bystander: 200 wrong picture": 1, "never got a picture": 1}
+    assert result.lost == 4
+    assert result.lost_what == {"hit: silence": 2, "bystander: 200 wrong image": 1, "never got an image": 1}
 
 
-def test_a_server_that_is_not_there_is_no_picture(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_is_no_image(tmp_path: Path) -> None:
     async def ask() -> str:
-        stage = Stage(Supervisor([], tmp_path / "log"), random.Random(0), 1)
-        return await stage.ask(stage.order())
+        scenario = Scenario(RestartingServer([], tmp_path / "log"), random.Random(0), 1)
+        return await scenario.ask(scenario.new_job())
 
     assert asyncio.run(ask()) == "refused"
 

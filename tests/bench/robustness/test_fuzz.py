@@ -1,4 +1,4 @@
-"""fuzz: a short campaign finds nothing, a server that fails is found out, and odd files are what they say."""
+"""bench.robustness.fuzz: a short campaign finds nothing, a failing server is found, and odd files are as described."""
 
 import asyncio
 import json
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from bench.robustness.fuzz import Campaign, faults, is_clean, main
+from bench.robustness.fuzz import Campaign, is_clean, main, server_failures
 from bench.robustness.malformed_images import KINDS
 from bench.robustness.malformed_requests import frame
-from bench.robustness.restarting_server import Supervisor
+from bench.robustness.restarting_server import RestartingServer
 from server.errors import InvalidError
 from server.generation.image_codec import decode
 
 
 def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    # Too short to tell growth: the rest is looked at.
+    # Too short for growth: only the rest is checked.
     main(["--images", "40", "--requests", "60", "--sdapi", "60", "--sessions", "16", "--offers", "40"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["campaigns"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["campaigns"]
     names = ("images", "requests", "sdapi", "sessions", "offers")
-    assert [(one["name"], one["wrong"]) for one in found] == [(name, {}) for name in names]
-    assert {"200", "422"} <= set(found[0]["seen"])
-    assert {"400", "405"} <= set(found[1]["seen"])
-    assert set(found[2]["seen"]) == {"200", "422"}
+    assert [(entry["name"], entry["wrong"]) for entry in result] == [(name, {}) for name in names]
+    assert {"200", "422"} <= set(result[0]["seen"])
+    assert {"400", "405"} <= set(result[1]["seen"])
+    assert set(result[2]["seen"]) == {"200", "422"}
 
 
 @pytest.mark.slow
@@ -37,31 +37,31 @@ def test_the_whole_campaign_finds_nothing() -> None:
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so and goes on
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_meet_their_fate(kind: str) -> None:
-    make, fate = KINDS[kind]
+    make, expected = KINDS[kind]
     for seed in range(3):
         content = make(random.Random(seed))
         assert content == make(random.Random(seed))
         try:
             decode("image", content, 0)
         except InvalidError:
-            assert fate != "read"
+            assert expected != "read"
         else:
-            assert fate != "refused"
+            assert expected != "refused"
 
 
 def test_failures_inside_are_found(tmp_path: Path) -> None:
     async def run() -> dict[str, int]:
-        server = Supervisor(["--backend", "fake"], tmp_path / "log")
+        server = RestartingServer(["--backend", "fake"], tmp_path / "log")
         await server.start()
         try:
             await server.exchange("POST", "/generate", b'{"prompt": "[[raise]]", "width": 64, "height": 64}')
-            return await faults(server)
+            return await server_failures(server)
         finally:
             await server.stop()
 
-    found = asyncio.run(run())
-    assert found['sana_sprint_requests_total{route="/generate",status="500"}'] == 1
-    assert found["tracebacks in the log"] >= 1
+    result = asyncio.run(run())
+    assert result['sana_sprint_requests_total{route="/generate",status="500"}'] == 1
+    assert result["tracebacks in the log"] >= 1
 
 
 @pytest.mark.parametrize(

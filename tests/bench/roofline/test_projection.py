@@ -1,4 +1,4 @@
-"""bench.roofline: counted work against hand-worked cases and torch's own counter; no line that hides what it is."""
+"""bench.roofline: counted work against hand-worked cases and torch's counter; every line says that it projects."""
 
 import json
 from pathlib import Path
@@ -39,9 +39,9 @@ def test_an_expanded_tensor_is_read_once() -> None:
 def test_convolutions_channel_by_channel_are_told_apart() -> None:
     x = torch.empty(1, 8, 5, 5, device=META)
     weights = {groups: torch.empty(8, 8 // groups, 3, 3, device=META) for groups in (1, 2, 8)}
-    found = {groups: count(lambda g=groups: F.conv2d(x, weights[g], padding=1, groups=g))[0] for groups in weights}
-    assert [call.kind for call in found.values()] == ["product", "product", "depthwise"]
-    assert [call.operations for call in found.values()] == [2 * 25 * 9 * 64, 2 * 25 * 9 * 32, 2 * 25 * 9 * 8]
+    result = {groups: count(lambda g=groups: F.conv2d(x, weights[g], padding=1, groups=g))[0] for groups in weights}
+    assert [call.kind for call in result.values()] == ["product", "product", "depthwise"]
+    assert [call.operations for call in result.values()] == [2 * 25 * 9 * 64, 2 * 25 * 9 * 32, 2 * 25 * 9 * 8]
 
 
 def call(operations: int, read: int, written: int, **other: object) -> Call:
@@ -67,7 +67,7 @@ def test_work_of_the_published_sizes() -> None:
     """Against the counts of this project's notes: 8.37 TFLOP to decode, 1.12 per step (at 300 text tokens)."""
     checkpoint = open_checkpoint("random:sprint-0.6b")
     calls = workloads(checkpoint, (1024, 1024), 2, 1, 299)
-    work = {stage: sum(call.operations for call in made) for stage, made in calls.items()}
+    work = {stage: sum(call.operations for call in stage_calls) for stage, stage_calls in calls.items()}
     assert work["decode upstream"] / 1e9 == pytest.approx(8369, rel=0.01)
     assert 0.9e12 < work["decode upstream"] - work["decode"] < 1.1e12  # upsampling folded: 16 of 36 taps are left
     assert work["denoise"] / 1e9 == pytest.approx(2 * 1121, rel=0.01)
@@ -86,11 +86,11 @@ def test_every_line_says_projection(folder: Path, tmp_path: Path, capsys: pytest
     assert main(["--model", str(folder), "--batch", "2", "--plot", str(tmp_path / "plot.svg")]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.strip("|- ") and "projection" not in line] == []
-    found = json.loads(last)
-    assert found["projection"]
-    assert all(row["projection"] for row in found["rows"])
-    assert all(row["floor"] <= row["projected"] for row in found["rows"])
-    assert {row["paper"] for row in found["rows"]} == {None}  # it says nothing of this size
+    result = json.loads(last)
+    assert result["projection"]
+    assert all(row["projection"] for row in result["rows"])
+    assert all(row["floor"] <= row["projected"] for row in result["rows"])
+    assert {row["paper"] for row in result["rows"]} == {None}  # it says nothing of this size
     assert "Projection" in (tmp_path / "plot.svg").read_text()
 
 
@@ -103,12 +103,12 @@ def test_the_paper_stands_beside_what_it_measured(capsys: pytest.CaptureFixture[
 
 
 def test_bars_are_drawn_to_scale() -> None:
-    picture = ElementTree.fromstring(
+    chart = ElementTree.fromstring(
         stacked_bars("a & b", "ms", [Bar("one", {"x": 1.0, "y": 3.0}), Bar("two", {"x": 2.0})])
     )
-    rectangles = [one for one in picture if one.tag.endswith("rect")][-3:]
-    widths = [float(one.attrib["width"]) for one in rectangles]
+    rectangles = [element for element in chart if element.tag.endswith("rect")][-3:]
+    widths = [float(element.attrib["width"]) for element in rectangles]
     assert widths[1] == pytest.approx(3 * widths[0], rel=0.01)
     assert widths[2] == pytest.approx(2 * widths[0], rel=0.01)
     assert 300 < sum(widths[:2]) < 600  # the longest bar fills its field
-    assert [one.text for one in picture if one.text and one.text.endswith(" ms")] == ["4 ms", "2 ms"]
+    assert [element.text for element in chart if element.text and element.text.endswith(" ms")] == ["4 ms", "2 ms"]

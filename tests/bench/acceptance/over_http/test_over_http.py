@@ -24,15 +24,15 @@ def test_every_figure_once(tmp_path: Path) -> None:
     command = ["--device", "cpu", "--quick", "--models", "tiny", "--peers", "", "--out", str(tmp_path)]
     assert main(command) == 0
     [path] = tmp_path.iterdir()
-    found = {line["name"]: line for line in lines(path)}
+    result = {line["name"]: line for line in lines(path)}
     alone = {f"{kind} alone" for kind in ("jpeg", "png", "webp", "2 steps", "4 steps", "controlnet")}
-    assert set(found) == alone | {
+    assert set(result) == alone | {
         "projected", "ready", "first request", "live", "closed loop 1", "closed loop 2", "memory",
     }  # fmt: skip
-    assert not any("error" in line for line in found.values())
-    assert found["png alone"]["ms"]["count"] == 3
-    assert found["closed loop 2"]["per_second"] > 0
-    assert found["projected"]["projected_ms"]["H100"]["total"] > 0
+    assert not any("error" in line for line in result.values())
+    assert result["png alone"]["ms"]["count"] == 3
+    assert result["closed loop 2"]["per_second"] > 0
+    assert result["projected"]["projected_ms"]["H100"]["total"] > 0
     before = path.read_text()
     assert main(command) == 0, "nothing is left to do"
     assert path.read_text() == before

@@ -1,7 +1,7 @@
-"""FID and CLIP score beside their reference implementations, on 200 images and seeded weights, to 1e-3.
+"""FID and CLIP score against their reference implementations, on 200 images and seeded weights, to 1e-3.
 
-References: pytorch-fid's own path, torch-fidelity's own network, and OpenAI's clip with NVlabs' loop. All of it lives
-in an environment of its own (`make quality-proof`), because none of it enters ours.
+References: pytorch-fid's own path, torch-fidelity's own network, and OpenAI's clip with NVlabs' loop. They are
+installed in a separate environment (`make quality-proof`).
 """
 
 import os
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from bench.quality.metrics.clip import SMALL, Architecture, OpenClip
+from bench.quality.metrics.image_items import ImageItem, center_crop
 from bench.quality.metrics.inception import INCEPTION, Inception, _as_torch_hub
 from bench.quality.metrics.measures import clip_score, cmmd, fid
-from bench.quality.metrics.shown import Shown, cut_to
-from bench.quality.metrics.weights import WeightPlaces
+from bench.quality.metrics.weights import WeightLocations
 from distill.world.captions import caption_of
 from distill.world.rendering import render, sample_scene
 from distill.world.scenes import CATEGORIES, World
@@ -32,10 +32,10 @@ COUNT, SIDE, CUT = 200, 320, 299
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Shown]]:
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[ImageItem]]:
     """Two folders of 200 scenes each, and the first with its captions."""
     root = tmp_path_factory.mktemp("sets")
-    shown = []
+    items = []
     for name, seed in (("ours", 1), ("reference", 2)):
         (root / name).mkdir()
         rng = np.random.default_rng(seed)
@@ -46,8 +46,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Sho
             path = root / name / f"{at:05}.png"
             Image.fromarray(pixels).save(path)
             if name == "ours":
-                shown.append(Shown(path, caption_of(scene.requirement, rng)))
-    return root / "ours", root / "reference", shown
+                items.append(ImageItem(path, caption_of(scene.requirement, rng)))
+    return root / "ours", root / "reference", items
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cut(sets: tuple[Path, Path, list[Shown]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def cut(sets: tuple[Path, Path, list[ImageItem]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Both sets as NVlabs' script has them before they are tensors: cut by torchvision."""
     from torchvision import transforms
 
@@ -83,28 +83,28 @@ def cut(sets: tuple[Path, Path, list[Shown]], tmp_path_factory: pytest.TempPathF
         for path in sorted(folder.glob("*.png")):
             image = made(Image.open(path))
             image.save(target / path.name)
-            assert torch.equal(cut_to(CUT)(Image.open(path)), transforms.ToTensor()(image))
+            assert torch.equal(center_crop(CUT)(Image.open(path)), transforms.ToTensor()(image))
         folders.append(target)
     return folders[0], folders[1]
 
 
 def test_features_are_torch_fidelity_s(cut: tuple[Path, Path], inception_weights: Path) -> None:
-    """Given equal numbers: torch-fidelity scales bytes by (x - 128) / 128, pytorch-fid and NVlabs by x / 127.5 - 1, so
-    that its FID of these sets is 0.1157 where theirs is 0.1168."""
+    """Equal inputs are used: torch-fidelity scales bytes by (x - 128) / 128, pytorch-fid and NVlabs by x / 127.5 - 1.
+    With its own scaling its FID of these sets is 0.1157 where theirs is 0.1168."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network = FeatureExtractorInceptionV3("seeded", ["2048"], str(inception_weights))
     pixels = [np.array(Image.open(path)) for path in sorted(cut[0].glob("*.png"))[:16]]
     batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     ours, theirs = Inception(inception_weights, CPU)(batch / 256), network(batch)[0]
-    apart = float((ours - theirs).abs().max() / theirs.abs().max())
-    print(f"features of 16 images beside torch-fidelity's: at most {apart:.2e} of the largest apart")
+    distance = float((ours - theirs).abs().max() / theirs.abs().max())
+    print(f"features of 16 images beside torch-fidelity's: at most {distance:.2e} of the largest apart")
     assert theirs.std(0).median() > 0
-    assert apart <= 1e-3
+    assert distance <= 1e-3
 
 
 def test_fid_is_pytorch_fid_s(
-    sets: tuple[Path, Path, list[Shown]], cut: tuple[Path, Path], inception_weights: Path
+    sets: tuple[Path, Path, list[ImageItem]], cut: tuple[Path, Path], inception_weights: Path
 ) -> None:
     from pytorch_fid.fid_score import calculate_fid_given_paths
 
@@ -146,18 +146,18 @@ def openai_clip(weights: Path) -> tuple[Any, Any]:
 
 
 def test_clip_score_is_that_of_openai_s_network_in_upstream_s_loop(
-    sets: tuple[Path, Path, list[Shown]], clip_weights: Path
+    sets: tuple[Path, Path, list[ImageItem]], clip_weights: Path
 ) -> None:
     import clip
 
-    shown = sets[2]
-    found = WeightPlaces(clip_weights).find("clip", SMALL.weights)
-    ours = clip_score(shown, OpenClip(Architecture(SMALL.name, SMALL.weights), found, CPU))
+    items = sets[2]
+    found = WeightLocations(clip_weights).find("clip", SMALL.weights)
+    ours = clip_score(items, OpenClip(Architecture(SMALL.name, SMALL.weights), found, CPU))
     network, prepare = openai_clip(clip_weights)
     total = 0.0
     with torch.no_grad():
         for first in range(0, COUNT, 50):
-            some = shown[first : first + 50]
+            some = items[first : first + 50]
             images = network.encode_image(torch.stack([prepare(Image.open(one.path)) for one in some]))
             texts = network.encode_text(clip.tokenize([one.prompt for one in some], context_length=77, truncate=True))
             images, texts = (value / value.norm(dim=1, keepdim=True) for value in (images, texts))
@@ -168,9 +168,9 @@ def test_clip_score_is_that_of_openai_s_network_in_upstream_s_loop(
 
 
 def test_cmmd_is_google_s_formula_on_openai_s_embeddings(
-    sets: tuple[Path, Path, list[Shown]], clip_weights: Path
+    sets: tuple[Path, Path, list[ImageItem]], clip_weights: Path
 ) -> None:
-    found = WeightPlaces(clip_weights).find("cmmd", SMALL.weights)
+    found = WeightLocations(clip_weights).find("cmmd", SMALL.weights)
     ours = cmmd(sets[2], sets[1], OpenClip(SMALL, found, CPU))
     network, prepare = openai_clip(clip_weights)
     embedded = []

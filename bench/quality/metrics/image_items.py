@@ -1,4 +1,4 @@
-"""The images that a metric looks at: paths, prompts, and batches of tensors."""
+"""The images of a metric: paths, prompts, and batches of tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,48 +20,48 @@ Prepare = Callable[[Image.Image], Tensor]  # RGB image -> [3, H, W]
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """One image file. `prompt` and `tag` are None where nobody told what it shows."""
+class ImageItem:
+    """An image file. `prompt` and `tag` are None if unknown."""
 
     path: Path
     prompt: str | None = None
     tag: str | None = None
 
 
-def read_shown(folder: Path) -> list[Shown]:
-    """The images of a folder by name: of bench.quality.images with their prompts, of any other folder without.
+def read_images(folder: Path) -> list[ImageItem]:
+    """Reads a folder in name order: one of bench.quality.images with prompts, any other without.
 
-    Raises BenchError where there are none, or where files of a known folder are absent or changed.
+    Raises BenchError if it has no images, or if files of a bench.quality.images folder are missing or changed.
     """
     if (folder / "manifest.json").is_file():
         images = ImageFolder(folder)
-        wanted, made = int(images.manifest()["identity"]["files"]), images.made()
-        if len(made) < wanted:
-            raise BenchError(f"{folder}: {len(made)} of {wanted} images are there; make the others first")
-        return [Shown(images.images / name, made[name].prompt, made[name].tag) for name in sorted(made)]
+        expected, finished = int(images.manifest()["identity"]["files"]), images.finished()
+        if len(finished) < expected:
+            raise BenchError(f"{folder}: {len(finished)} of {expected} images are there; make the others first")
+        return [ImageItem(images.images / name, finished[name].prompt, finished[name].tag) for name in sorted(finished)]
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
     if not found:
         raise BenchError(f"{folder}: holds no images; needed is a folder of them")
-    return [Shown(path) for path in found]
+    return [ImageItem(path) for path in found]
 
 
-def with_prompts(shown: Sequence[Shown], metric: str) -> list[tuple[Path, str]]:
-    """Raises BenchError where an image's prompt is not known."""
-    pairs = [(one.path, one.prompt) for one in shown if one.prompt is not None]
-    if len(pairs) < len(shown):
+def with_prompts(items: Sequence[ImageItem], metric: str) -> list[tuple[Path, str]]:
+    """Returns paths and prompts. Raises BenchError if a prompt is unknown."""
+    pairs = [(item.path, item.prompt) for item in items if item.prompt is not None]
+    if len(pairs) < len(items):
         raise BenchError(f"{metric}: needs the prompt of every image; needed is a folder of bench.quality.images")
     return pairs
 
 
 def batches(paths: Sequence[Path], prepare: Prepare, size: int) -> Iterator[Tensor]:
-    """[B, 3, H, W] of `size` images at a time, in order; the next are decoded meanwhile."""
+    """Yields [B, 3, H, W] of `size` images in order, and decodes the next batch meanwhile."""
     with ThreadPoolExecutor(THREADS) as pool:
         groups = [paths[first : first + size] for first in range(0, len(paths), size)]
-        ahead = [pool.submit(_stacked, groups[0], prepare)]
-        for at in range(len(groups)):
-            if at + 1 < len(groups):
-                ahead.append(pool.submit(_stacked, groups[at + 1], prepare))
-            yield ahead.pop(0).result()
+        pending = [pool.submit(_stacked, groups[0], prepare)]
+        for index in range(len(groups)):
+            if index + 1 < len(groups):
+                pending.append(pool.submit(_stacked, groups[index + 1], prepare))
+            yield pending.pop(0).result()
 
 
 def _stacked(paths: Sequence[Path], prepare: Prepare) -> Tensor:
@@ -74,15 +74,15 @@ def _opened(path: Path) -> Image.Image:
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] in [0, 1]."""
+    """Returns [3, H, W] in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def cut_to(size: int) -> Prepare:
-    """Shorter side to `size` (bilinear, antialiased), then the square in the middle, in [0, 1].
+def center_crop(size: int) -> Prepare:
+    """Resizes the shorter side to `size` (bilinear, antialiased) and crops the central square, in [0, 1].
 
-    As torchvision's Resize, CenterCrop, ToTensor, which NVlabs' tools/metrics/pytorch-fid/compute_fid.py applies to
-    both sets.
+    Equals torchvision's Resize, CenterCrop and ToTensor, which NVlabs' tools/metrics/pytorch-fid/compute_fid.py applies
+    to both sets.
     """
 
     def prepare(image: Image.Image) -> Tensor:

@@ -1,4 +1,4 @@
-"""The worst images of each variant beside the first variant's, on one sheet to look at."""
+"""Draws a sheet of each variant's worst images beside the first variant's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ TILE, GAP, LINE = 128, 8, 14  # pixels
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt, drawn by the first variant and by another."""
+class ImagePair:
+    """A prompt's images by the first variant and by another."""
 
     variant: str
     prompt: str
@@ -23,22 +23,22 @@ class Pair:
     other: Pixels
 
 
-def write_sheet(pairs: Sequence[Pair], path: Path) -> None:
-    """A row for each variant, worst first: left the first variant's image, right its own."""
+def write_sheet(pairs: Sequence[ImagePair], path: Path) -> None:
+    """Writes a row for each variant, worst first: the first variant's image on the left."""
     rows = [list(group) for _, group in groupby(pairs, lambda pair: pair.variant)]
     wide = 2 * TILE + 2 * GAP
     width, height = wide * max(map(len, rows), default=1), (TILE + 3 * LINE) * len(rows)
     sheet = Image.new("RGB", (width, max(height, 1)), "white")
     draw = ImageDraw.Draw(sheet)
-    for at, row in enumerate(rows):
-        top = at * (TILE + 3 * LINE)
+    for index, row in enumerate(rows):
+        top = index * (TILE + 3 * LINE)
         draw.text((GAP, top), row[0].variant, "black")
         for column, pair in enumerate(row):
             left = column * wide
             for side, pixels in enumerate((pair.first, pair.other)):
                 image = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.LANCZOS)
                 sheet.paste(image, (left + side * (TILE + 1), top + 2 * LINE))
-            told = "equal" if pair.psnr_db is None else f"{pair.psnr_db:.1f} dB"
-            draw.text((left + GAP, top + LINE), f"{told}: {pair.prompt}"[:44], "black")
+            distance = "equal" if pair.psnr_db is None else f"{pair.psnr_db:.1f} dB"
+            draw.text((left + GAP, top + LINE), f"{distance}: {pair.prompt}"[:44], "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
