@@ -12,7 +12,7 @@ UNTOUCHED = re.compile(r"torch|triton|nvidia|cuda", re.IGNORECASE)  # at the beg
 
 # What diffusers wants beyond the server's own dependencies.
 PEER = frozenset(
-    {"diffusers", "importlib-metadata", "zipp", "requests", "urllib3", "certifi", "charset-normalizer"}
+    {"diffusers", "importlib-metadata", "lazy-importer", "zipp", "requests", "urllib3", "certifi", "charset-normalizer"}
     | {"httpx", "httpcore"}
 )
 

@@ -7,6 +7,7 @@ own files and last words. Exit code 1: a step failed, or time ended before it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from bench.harness.server_process import ROOT
 
 LEAST_S = 15.0  # of what is left of a call, for one step more
 GROUP = "group"  # file in `work`: the processes of the step under way
+MARK = "SPRINT_KIT"  # variable of their environment, which names `work`
 
 
 class Runner:
@@ -60,21 +62,24 @@ class Runner:
         stem = self._place.out / "logs" / re.sub(r"\W+", "-", step.name)
         began = time.monotonic()
         with stem.with_suffix(".out").open("wb") as out, stem.with_suffix(".log").open("wb") as log:
-            process = subprocess.Popen(step.command, cwd=ROOT, stdout=out, stderr=log, start_new_session=True)
+            own = {**os.environ, MARK: str(self._place.work)}
+            process = subprocess.Popen(step.command, cwd=ROOT, env=own, stdout=out, stderr=log, start_new_session=True)
             (self._place.work / GROUP).write_text(f"{process.pid}\n")
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
                 raise BenchError(f"not done after {limit:.0f} s") from None
             finally:
-                self._end_group()
+                with contextlib.suppress(ProcessLookupError):  # all of it has ended
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                (self._place.work / GROUP).unlink()
         if code:
             raise BenchError(f"code {code}: {_last_line(stem)}")
         return {"seconds": round(time.monotonic() - began, 1), "found": _document(stem.with_suffix(".out").read_text())}
 
     def _end_group(self) -> None:
-        """Ends what is left of the step that is under way, or that was when an earlier call was killed."""
+        """Ends what is left of the step that was under way when an earlier call was killed."""
         file = self._place.work / GROUP
         if not file.exists():
             return
@@ -88,7 +93,7 @@ def _is_ours(process: Path, group: int, work: Path) -> bool:
     """Whether a process of /proc belongs to the group, and was started from `work`: numbers are given out again."""
     try:
         fields = (process / "stat").read_text().rpartition(")")[2].split()
-        return int(fields[2]) == group and f"SPRINT_KIT={work}\0".encode() in (process / "environ").read_bytes()
+        return int(fields[2]) == group and f"{MARK}={work}\0".encode() in (process / "environ").read_bytes()
     except (OSError, IndexError):
         return False
 
@@ -132,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place(options.work.absolute(), options.out.absolute(), options.rehearse)
     if not place.rehearsal and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --rehearse runs what a CPU can")
-    os.environ["SPRINT_KIT"] = str(place.work)  # by which processes of a call that was killed are known
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runner = Runner(place, time.monotonic() + options.minutes * 60)
     for step in CALLS[options.call](place):
