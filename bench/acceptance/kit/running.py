@@ -30,7 +30,7 @@ from bench.harness.server_process import ROOT
 
 LEAST_S = 15.0  # of what is left of a call, for one step more
 GROUP = "group"  # file in `work`: the processes of the step under way
-MARK = "SPRINT_KIT"  # variable of their environment, which names `work`
+MARK = "KIT_WORK"  # variable of their environment, which names `work`
 
 
 class Runner:
