@@ -23,6 +23,9 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
 
+# For `make accept-kit`: versions of the hosts' Python, with commas.
+HOST_PYTHON ?= 3.12
+
 # For `make soak`.
 HOURS ?= 2
 OUT ?= runs/soak
@@ -42,7 +45,7 @@ PEER_bentoml := bentoml==1.4.35
 QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check proof accept-gpu chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers quality-proof
+.PHONY: help run test lint check proof accept-gpu accept-kit chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers quality-proof
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +82,9 @@ accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, t
 	done; \
 	$(BIN)/python -m bench.acceptance.over_http $(if $(MODEL),--models $(MODEL)) || failed=1; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
+
+accept-kit: $(DEV) ## packs what a GPU host with PyTorch and no network lacks into build/accept-kit, below 60 MB (HOST_PYTHON=3.12)
+	$(BIN)/python -m bench.acceptance.kit --python $(HOST_PYTHON)
 
 soak: $(DEV) ## hours of mixed traffic with faults on one server: does anything grow? (HOURS=2, OUT=runs/soak: a new folder)
 	$(BIN)/python -m bench.load.soak --hours $(HOURS) --out $(OUT)

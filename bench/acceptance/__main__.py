@@ -69,8 +69,12 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -
             runs=options.runs,
             backends=BACKENDS[device.type],
             peers=options.peers,
+            only=options.only,
         )
         accept(plan, tell)
+    unknown = set(options.only) - {step.name for step in steps}
+    if unknown:
+        raise BenchError(f"--only: no step is called {', '.join(sorted(unknown))}")
     return found
 
 
@@ -123,6 +127,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10, help="of each measurement, after one more")
     parser.add_argument(
         "--peers", type=comma_separated, default=PEERS, help="among diffusers,diffusers-compiled; '' for none"
+    )
+    parser.add_argument(
+        "--only", type=comma_separated, default=(), help="names of steps, as 'latency cuda-graph'; default all"
     )
     parser.add_argument("--engines", type=Path, default=ROOT / "build" / "accept", help="folder for built engines")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the results")

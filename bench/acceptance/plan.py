@@ -29,6 +29,7 @@ class AcceptanceConfig:
     runs: int
     backends: tuple[str, ...]  # of ours, without built engines
     peers: tuple[str, ...]
+    only: tuple[str, ...] = ()  # names of steps; empty: all
 
     @property
     def on_gpu(self) -> bool:

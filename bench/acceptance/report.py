@@ -74,5 +74,5 @@ def _summary(step: dict[str, Any]) -> str:
         )
         return f"{figures['seconds']:.0f} s by {figures['vendor']}: " + "; ".join(modules)
     if step["name"].startswith("latency"):
-        return f"{figures['backend']}, {figures['precision']}"
+        return f"{figures['backend']}, {figures['precision']}, at most {figures['peak_bytes'] / 1e9:.2f} GB"
     return "; ".join(f"{name} {value}" for name, value in figures.items())

@@ -16,6 +16,7 @@ import torch
 
 from bench.acceptance.plan import AcceptanceConfig, SkippedError, StepResult
 from bench.harness.errors import BenchError
+from bench.harness.memory import peak_bytes
 from bench.harness.pipelines import STAGES, DiffusersPipeline, EnginePipeline, Pipeline, Workload
 from bench.harness.subprocess_call import run_in_subprocess
 from bench.harness.summary import percentiles
@@ -43,7 +44,7 @@ STEP_LIMIT_S = 2 * 3600  # the longest compile every kernel of five batch sizes
 def accept(plan: AcceptanceConfig, tell: Callable[[StepResult], object]) -> list[StepResult]:
     """Every step of `plan`, in order; `tell` hears of each as it ends."""
     done = []
-    for name, _ in _steps(plan):
+    for name in (name for name, _ in _steps(plan) if not plan.only or name in plan.only):
         step = run_step_in_subprocess(plan, name) if plan.on_gpu else run_step(plan, name)
         tell(step)
         done.append(step)
@@ -269,6 +270,7 @@ def _latency(plan: AcceptanceConfig, step: StepResult, make: PipelineFactory) ->
             total = seconds["total"]
             assert total is not None
             row |= {"seconds": seconds, "pictures_per_second": round(batch / total["p50"], 3)}
+    step.figures["peak_bytes"] = peak_bytes(plan.device)
     if not any("seconds" in row for row in step.rows):
         raise BenchError(f"nothing could be measured: {step.rows[0].get('refused')}")
 

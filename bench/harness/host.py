@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+REVISION = "REVISION"  # file in the root of code that was packed from a checkout (bench.acceptance.kit)
+
 
 def host_facts() -> dict[str, object]:
     """Returns day, processor, usable cores, load average of five minutes, memory, versions and code revision."""
@@ -32,7 +34,10 @@ def _field(path: str, name: str) -> str:
 
 
 def _revision() -> str | None:
-    """The commit, marked where files differ from it; None outside a git checkout."""
+    """The commit, marked where files differ from it; that of packed code in its file; None without either."""
+    told = Path(__file__).parents[2] / REVISION
+    if told.is_file():
+        return told.read_text().strip()
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -37,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in options.models:
         for precision in options.precisions:
             about = {"model": model, "precision": precision, "device": _card(options.device)}
-            _projected(figures, about, options)
+            if options.engine:
+                about["engine"] = str(options.engine)
             _over_http(figures, about, options)
+            if _asked(options, "projected"):
+                _projected(figures, about, options)
         peers = {"model": model, "precision": "bf16" if options.device == "cuda" else "fp32"}
         for peer in options.peers:
             about = {**peers, "device": _card(options.device)}
@@ -59,6 +62,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", type=comma_separated, help="default bf16,fp8 on a GPU, fp32 on a CPU")
     parser.add_argument("--peers", type=comma_separated, help="default diffusers,diffusers-compiled; '' for none")
     parser.add_argument("--controlnet", help="for checkpoints that have none")
+    parser.add_argument("--engine", type=Path, help="folder of a built engine that is served, of the one precision")
+    parser.add_argument(
+        "--figures", type=comma_separated, help="names of the figures to take, with commas; default all"
+    )
     parser.add_argument("--quick", action="store_true", help="three requests of each kind, one and two clients")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing else is begun (default 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the file")
@@ -80,14 +87,15 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
     """Starts the server once for all that is not there yet."""
     checkpoint = open_checkpoint(about["model"])
     runs, clients, each = (3, (1, 2), 2) if options.quick else (40, (1, 8, 32), 12)
-    flags = ["--model", about["model"], "--device", options.device, "--precision", about["precision"]]
+    flags = ["--model", about["model"], "--device", options.device]
+    flags += ["--engine", str(options.engine)] if options.engine else ["--precision", about["precision"]]
     if options.controlnet:
         flags += ["--controlnet", options.controlnet]
-    wanted = ["ready", *(name for name, _ in figures_of("", iter(()), runs=1, clients=clients, each=1, control=True))]
-    optional = {"controlnet alone", "live"}
-    if all(figures.has(about, name) for name in wanted if name not in optional):
+    optional = set() if options.figures or options.controlnet else {"controlnet alone", "live"}
+    known = figures_of("", iter(()), runs=1, clients=clients, each=1, control=True)
+    names = [name for name in ("ready", *(name for name, _ in known)) if _asked(options, name)]
+    if all(figures.has(about, name) for name in names if name not in optional):
         return
-
     if figures.late:
         figures.left_out += 1
         return
@@ -98,7 +106,8 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
                 key: info[key] for key in ("checkpoint", "backend", "versions", "replaced_kernels", "default_size")
             }
             seconds = round(server.start_seconds, 2)
-            figures.take(about, "ready", lambda: {"seconds": seconds, **facts})
+            if _asked(options, "ready"):
+                figures.take(about, "ready", lambda: {"seconds": seconds, **facts})
             measures = figures_of(
                 server.url,
                 fresh_prompts(checkpoint, 20),
@@ -108,9 +117,14 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
                 control="control" in info["conditioning"],
             )
             for name, measure in measures:
-                figures.take(about, name, measure)
+                if _asked(options, name):
+                    figures.take(about, name, measure)
     except BenchError as error:  # it did not start, or did not leave as it should
         figures.fail(about, "server", error)
+
+
+def _asked(options: argparse.Namespace, name: str) -> bool:
+    return options.figures is None or name in options.figures
 
 
 def _projected(figures: Figures, about: About, options: argparse.Namespace) -> None:

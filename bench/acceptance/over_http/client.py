@@ -4,9 +4,13 @@ import asyncio
 import base64
 import io
 import json
+import re
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,8 @@ from engines.models.instruction import INSTRUCTION
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 PATIENCE_S = 120.0
+AT_ONCE = 8  # requests
+USED = 'sana_sprint_gpu_memory_bytes{kind="used"}'
 
 
 def fresh_prompts(checkpoint: Checkpoint, tokens: int) -> Iterator[str]:
@@ -40,10 +46,10 @@ def fresh_prompts(checkpoint: Checkpoint, tokens: int) -> Iterator[str]:
 
 
 def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[str, Any]:
-    """`runs` requests one after the other, each of a new prompt: milliseconds, the last answer's stages and bytes."""
+    """`runs` requests one after the other, each of a new prompt: milliseconds, medians of the stages, bytes."""
 
     async def ask() -> dict[str, Any]:
-        pool, took, stages, size = ConnectionPool(url), [], "", 0
+        pool, took, stages, size = ConnectionPool(url), [], list[dict[str, float]](), 0
         try:
             for seed in range(runs):
                 body = json.dumps({"prompt": next(prompts), "seed": seed, **fields}).encode()
@@ -52,12 +58,25 @@ def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[st
                 took.append((time.perf_counter() - began) * 1e3)
                 if answer.status != 200:
                     raise BenchError(f"POST /generate: got {answer.status}: {answer.body[:200]!r}")
-                stages, size = answer.headers.get("server-timing", ""), len(answer.body)
+                stages.append(stages_of(answer.headers.get("server-timing", "")))
+                size = len(answer.body)
         finally:
             await pool.close()
-        return {"ms": percentiles(took), "stages": stages, "bytes": size}
+        medians = {name: round(median(one[name] for one in stages), 3) for name in stages[0]}
+        return {"ms": percentiles(took), "stages": medians, "bytes": size}
 
     return asyncio.run(ask())
+
+
+def stages_of(header: str) -> dict[str, float]:
+    """Milliseconds by stage, of a Server-Timing header."""
+    return {name: float(value) for name, value in re.findall(r"(\w+);dur=([\d.]+)", header)}
+
+
+def at_once(url: str, prompts: Iterator[str], count: int, rounds: int) -> dict[str, Any]:
+    """`count` requests sent together to a server that rests, `rounds` times: milliseconds of an answer."""
+    found = [closed_loop(url, prompts, count, 1)["ms"] for _ in range(rounds)]
+    return {"mean_ms": round(sum(one["mean"] for one in found) / rounds, 3), "rounds": rounds}
 
 
 def closed_loop(url: str, prompts: Iterator[str], clients: int, each: int) -> dict[str, Any]:
@@ -124,13 +143,17 @@ def get_body(url: str, path: str) -> bytes:
 
 
 def memory(url: str) -> dict[str, Any]:
-    """Bytes that the server tells of its card, and of its process."""
-    found = parse_samples(get_body(url, "/metrics").decode())
-    return {
+    """Bytes that the server tells of its card and process; without NVML nvidia-smi tells of the card."""
+    found: dict[str, Any] = {
         name: value
-        for name, value in found.items()
+        for name, value in parse_samples(get_body(url, "/metrics").decode()).items()
         if name.startswith(("sana_sprint_gpu_memory_bytes", "process_resident_memory_bytes"))
     }
+    if USED not in found and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        mebibytes = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+        found |= {USED: int(mebibytes[0]) * 2**20} if mebibytes and mebibytes[0].isdigit() else {}
+    return found
 
 
 def _expect_message(message: str | bytes, kind: str) -> dict[str, Any]:
@@ -146,18 +169,21 @@ Measure = Callable[[], dict[str, Any]]
 def figures_of(
     url: str, prompts: Iterator[str], *, runs: int, clients: Sequence[int], each: int, control: bool
 ) -> Iterator[tuple[str, Measure]]:
-    """Every figure of a server that is ready, by name, in the order they are taken."""
+    """Every figure of a server that is ready, by name, in the order they are taken: the most important first."""
+
+    def single(**fields: Any) -> Measure:
+        return lambda: alone(url, prompts, runs, **fields)
+
     yield "first request", lambda: alone(url, prompts, 1, output_format="jpeg")
-    for image_format in ("jpeg", "png", "webp"):
-        yield f"{image_format} alone", lambda kind=image_format: alone(url, prompts, runs, output_format=kind)  # type: ignore[misc]  # default
+    yield "jpeg alone", single(output_format="jpeg")
+    for count in sorted(clients, reverse=True):
+        yield f"closed loop {count}", lambda n=count: closed_loop(url, prompts, n, each)  # type: ignore[misc]  # default
+    yield f"{AT_ONCE} at once", lambda: at_once(url, prompts, AT_ONCE, max(1, runs // 5))
     for steps in (2, 4):
-        yield (
-            f"{steps} steps alone",
-            lambda n=steps: alone(url, prompts, runs, output_format="jpeg", num_inference_steps=n),  # type: ignore[misc]
-        )
-    if control:
-        yield "controlnet alone", lambda: alone(url, prompts, runs, output_format="jpeg", control_image=strokes(0))
-        yield "live", lambda: drawing(url, prompts, runs)
-    for count in clients:
-        yield f"closed loop {count}", lambda n=count: closed_loop(url, prompts, n, each)  # type: ignore[misc]
+        yield f"{steps} steps alone", single(output_format="jpeg", num_inference_steps=steps)
+    yield "png alone", single(output_format="png")
     yield "memory", lambda: memory(url)
+    if control:
+        yield "controlnet alone", single(output_format="jpeg", control_image=strokes(0))
+        yield "live", lambda: drawing(url, prompts, runs)
+    yield "webp alone", single(output_format="webp")

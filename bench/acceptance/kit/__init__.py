@@ -1,0 +1,1 @@
+"""What a GPU host without network lacks to be accepted, packed; and what runs there."""

@@ -1,0 +1,171 @@
+"""The two calls of a kit as steps, in the order of what a second of the card's time is worth. Knows no engine."""
+
+import sys
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+SPACE_S = 15.0  # between the time that a program is given and the end of its process
+STAGES = "bench.acceptance"
+HTTP = "bench.acceptance.over_http"
+READY = ("ready", "first request", "jpeg alone", "memory")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call runs. work: what is built; out: what is found; rehearsal: the tiny checkpoint on a CPU."""
+
+    work: Path
+    out: Path
+    rehearsal: bool
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("tiny",) if self.rehearsal else ("random:sprint-0.6b", "random:sprint-1.6b")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return ("fp32",) if self.rehearsal else ("bf16", "fp8")
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
+
+    @property
+    def backend(self) -> str:
+        return "eager" if self.rehearsal else "cuda-graph"
+
+    @property
+    def patience(self) -> float:
+        """By how much limits are wider: a rehearsal's CPU may be one of two, which others use."""
+        return 4.0 if self.rehearsal else 1.0
+
+    def engine(self, precision: str) -> Path:
+        return self.work / f"engine-{precision}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program with a time limit in seconds; modules and paths that it needs, and whether it needs a card."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit_s: float
+    modules: tuple[str, ...] = ()
+    paths: tuple[Path, ...] = ()
+    card: bool = False
+    builds: bool = False  # into `work`; the others measure
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, *self.arguments)
+
+    def lacks(self, place: Place) -> str | None:
+        """Why it cannot run here; None where it can."""
+        if self.card and place.rehearsal:
+            return "a rehearsal has no card"
+        absent = [name for name in self.modules if find_spec(name) is None]
+        if absent:
+            return f"{', '.join(absent)} is not installed"
+        missing = [str(path) for path in self.paths if not path.exists()]
+        return f"{', '.join(missing)} is not there" if missing else None
+
+
+def engine_call(place: Place) -> list[Step]:
+    """Stages in the engine, native engines built and served, diffusers."""
+    small, *larger = place.models
+    steps = [
+        _kernels(place, small, 150),
+        _stages(place, small, f"latency {place.backend}", 120),
+        _build(place, small, "bf16", 210),
+        _served(place, small, "bf16"),
+        _peer(place, small, "diffusers", 90),
+        _peer(place, small, "diffusers-compiled", 200),
+    ]
+    if not place.rehearsal:
+        steps += [_build(place, small, "fp8", 210), _served(place, small, "fp8")]
+    return [*steps, *(_stages(place, model, f"latency {place.backend}", 150) for model in larger)]
+
+
+def http_call(place: Place) -> list[Step]:
+    """The server over HTTP, with a ControlNet, with the larger model; and how many threads the engine should have."""
+    small, *larger = place.models
+    branch = place.work / "controlnet"
+    drawing = _http(
+        *(place, f"http controlnet {place.precisions[0]}", small, place.precisions[0], 120),
+        *("--controlnet", str(branch), "--figures", "controlnet alone,live"),
+    )
+    return [
+        _kernels(place, small, 150),
+        *(_http(place, f"http {precision}", small, precision, 150) for precision in place.precisions),
+        replace(_module("controlnet", "controlnet", 60, "--model", small, "--out", str(branch)), builds=True),
+        replace(drawing, paths=(branch,)),
+        *(_http(place, f"http {model} bf16", model, "bf16", 180) for model in larger),
+        _threads(place, small, 120),
+    ]
+
+
+CALLS = {"engine": engine_call, "http": http_call}
+
+
+def _kernels(place: Place, model: str, limit_s: float) -> Step:
+    """Before a server compiles them one by one. A rehearsal compiles a few, for a card that is not there."""
+    share = ("--capability", "9.0", "--of", "32") if place.rehearsal else ()
+    step = _module("kernels", "kernels", limit_s, "--model", model, "--cache", str(place.work / "triton"), *share)
+    return replace(step, modules=("triton",), builds=True)
+
+
+def _stages(place: Place, model: str, only: str, limit_s: float, modules: tuple[str, ...] = ()) -> Step:
+    name = f"{only} {model}"
+    batches, steps, runs = ("1", "1", "2") if place.rehearsal else ("1,8", "1,2,4", "15")
+    if modules:  # diffusers, beside one picture in one step
+        batches, steps = "1", "1"
+    arguments: tuple[str, ...]
+    arguments = ("-m", STAGES, "--models", model, "--device", place.device, "--only", only, "--batches", batches)
+    arguments += ("--steps", steps, "--runs", runs, "--precisions", "bf16", "--out", str(_folder(place, name)))
+    return Step(name, arguments, limit_s, modules)
+
+
+def _peer(place: Place, model: str, peer: str, limit_s: float) -> Step:
+    return _stages(place, model, f"latency {peer}", limit_s, ("diffusers", "transformers"))
+
+
+def _build(place: Place, model: str, precision: str, limit_s: float) -> Step:
+    gpu = "h100" if place.rehearsal else "native"  # ahead of time, where no card is
+    arguments: tuple[str, ...]
+    arguments = ("build_engine.py", "--model", model, "--vendor", "native", "--gpu", gpu, "--precision", precision)
+    arguments += ("--out", str(place.engine(precision)), *(("--batches", "1") if place.rehearsal else ()))
+    return Step(f"build native {precision}", arguments, limit_s, modules=("triton",), builds=True)
+
+
+def _served(place: Place, model: str, precision: str) -> Step:
+    folder = place.engine(precision)
+    more = ("--engine", str(folder), "--figures", ",".join(READY))
+    step = _http(place, f"served native {precision}", model, precision, 60, *more)
+    return replace(step, paths=(folder,), card=True)
+
+
+def _threads(place: Place, model: str, limit_s: float) -> Step:
+    few = ("--runs", "1", "--rounds", "1") if place.rehearsal else ()
+    return _module("threads", "threads", limit_s, "--model", model, "--device", place.device, *few)
+
+
+def _http(place: Place, name: str, model: str, precision: str, limit_s: float, *more: str) -> Step:
+    arguments: tuple[str, ...]
+    arguments = ("-m", HTTP, "--models", model, "--device", place.device, "--precisions", precision, "--peers", "")
+    arguments += (
+        "--minutes",
+        f"{(limit_s - SPACE_S) * place.patience / 60:g}",
+        "--out",
+        str(_folder(place, "http")),
+        *more,
+    )
+    return Step(name, (*arguments, "--quick") if place.rehearsal else arguments, limit_s)
+
+
+def _module(name: str, module: str, limit_s: float, *arguments: str) -> Step:
+    return Step(name, ("-m", f"bench.acceptance.kit.{module}", *arguments), limit_s)
+
+
+def _folder(place: Place, name: str) -> Path:
+    return place.out / name.replace(":", "-").replace(" ", "-")
