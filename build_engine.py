@@ -153,7 +153,9 @@ def line_of(entry: Listed) -> str:
     return f"{entry.path}: {what}, {entry.bytes / 1e6:.0f} MB{'' if entry.old is None else f', old: {entry.old}'}"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Builds, lists or removes engines; the command line is sys.argv unless given. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith(("--list", "--prune")):
         return catalogue(arguments)
     spec = parse(arguments)
@@ -171,4 +173,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
