@@ -18,6 +18,7 @@ from bench.acceptance import report as accept
 from bench.harness.errors import BenchError
 from bench.harness.summary import table
 from bench.harness.svg_chart import Bar, stacked_bars
+from bench.latency.headline import Headline, read_headline
 from bench.peers import comparison as peers
 from bench.quality import fp8
 from bench.quality.page import page as quality_page
@@ -29,10 +30,14 @@ Result = dict[str, Any]
 STAGES = ("text", "denoise", "decode")
 
 NO_GPU = "Nothing here was measured on a GPU. What concerns GPUs is a projection and says so in every line."
+ELSEWHERE = (
+    "The tables below were measured on CPUs, or are projections that say so in every line. What was measured on an "
+    "H100 is in the first table, in the [log](../../bench/LOG.md) and in `bench/results/h100-2026-11-27.jsonl`."
+)
 CAVEATS = (
     "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
-    "Random weights (`random:...`) have the published size and cost the same time; their pictures are noise, and "
-    "distances between such pictures are no statement about quality.",
+    "Random weights (`random:...`) have the published size and cost the same time; their images are noise, and "
+    "distances between such images are no statement about quality.",
     "Ours and theirs run in turn in one process on the same tensors, every run with prompts that no cache has seen.",
     "Load is generated on the same machine that serves, and takes its share of it.",
 )
@@ -205,31 +210,34 @@ def _by(size: Sequence[int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def render(results: Mapping[str, Result]) -> dict[str, str]:
-    """File name -> text: bench.md and its plots."""
+def render(results: Mapping[str, Result], headline: Headline | None = None) -> dict[str, str]:
+    """Returns file name -> text: bench.md and its plots. The headline is the five figures on top."""
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m bench.report` from `bench/results/`; not by hand.",
-        "",
-        "## Caveats",
+        "For readers who want figures: first the five that matter, then every table, folded.",
+        "`python -m bench.report` writes this page from `bench/results/`.",
         "",
     ]
+    files: dict[str, str] = {}
+    if headline:
+        files |= headline.plots()
+        lines += ["## Five figures", "", headline.page(), ""]
+    lines += ["## Caveats", ""]
     on_gpu = any("cuda" in str(one.get("device", one.get("engine"))) for one in results.values())
-    lines += [f"- {caveat}" for caveat in (CAVEATS if on_gpu else (NO_GPU, *CAVEATS))]
+    lines += [f"- {caveat}" for caveat in (CAVEATS if on_gpu else (ELSEWHERE if headline else NO_GPU, *CAVEATS))]
     busy = [name for name, one in results.items() if _busy(one) and one["program"] != "bench.roofline"]
     if busy:
         lines.append(
             f"- The machine had other work during {', '.join(busy)}: times are too long, ratios roughly right."
         )
-    files: dict[str, str] = {}
     for program, (title, section) in SECTIONS.items():
         mine = {name: result for name, result in results.items() if result["program"] == program}
         if mine:
             text, plots = section(mine)
             files |= plots
-            lines += ["", f"## {title}", "", text]
-    lines += ["", "## Reproduction", ""]
+            lines += ["", f"## {title}", "", *_folded(text, len(mine))]
+    lines += ["", "## Reproduction", "", "<details><summary>The command and the machine of each file</summary>", ""]
     for name, result in results.items():
         told = result["machine"]
         lines += [
@@ -242,7 +250,16 @@ def render(results: Mapping[str, Result]) -> dict[str, str]:
             f"{told['load_average']} at the end.",
             "",
         ]
+    lines += ["</details>"]
     return {"bench.md": "\n".join(lines).rstrip() + "\n", **files}
+
+
+def _folded(text: str, results: int) -> list[str]:
+    """Returns the lines of a section that a reader opens; one without a table stays open."""
+    if "\n|" not in text:
+        return [text]
+    files = "1 file" if results == 1 else f"{results} files"
+    return [f"<details><summary>Tables of {files}</summary>", "", text, "", "</details>"]
 
 
 def _busy(result: Result) -> bool:
@@ -261,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = read_results(options.results)
         if not results:
             raise BenchError(f"{options.results}: no results; see python -m bench.report --help")
-        files = render(results)
+        files = render(results, read_headline(options.results, results))
     except SprintError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

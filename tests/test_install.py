@@ -99,7 +99,6 @@ def _run(*command: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_installed_script_shows_its_flags(scripts: Path, tmp_path: Path, name: str) -> None:
     shown = _run(scripts / name, "--help", cwd=tmp_path)
@@ -107,7 +106,6 @@ def test_an_installed_script_shows_its_flags(scripts: Path, tmp_path: Path, name
     assert "--precision" in shown
 
 
-@pytest.mark.slow
 def test_an_installed_server_draws_with_the_shipped_checkpoint(scripts: Path, tmp_path: Path) -> None:
     command = [scripts / "sana-sprint-server", "--port", "0", "--log-level", "error"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SPRINT_"))}
