@@ -19,7 +19,7 @@ from packaging.version import Version
 import build_engine
 from server import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTS = {"sana-sprint-server": "python -m server", "sana-sprint-build": "build_engine.py"}
 BODY = {"prompt": "a red circle on a white background", "seed": 7}
