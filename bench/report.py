@@ -36,8 +36,8 @@ ELSEWHERE = (
 )
 CAVEATS = (
     "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
-    "Random weights (`random:...`) have the published size and cost the same time; their images are noise, and "
-    "distances between such images are no statement about quality.",
+    "Random weights (`random:...`) have the published size and cost the same time. Their images are noise, and "
+    "distances between them are no statement about quality.",
     "Ours and theirs run in turn in one process on the same tensors, every run with prompts that no cache has seen.",
     "Load is generated on the same machine that serves, and takes its share of it.",
 )
@@ -141,11 +141,11 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
             ]
         )
     return (
-        "Over HTTP, `in time` within the deadline; overhead is what an answer takes beyond the engine's own stages, so "
-        "at more than one client it holds the wait for others. Engine is the sum of its stages, for the whole batch; "
-        "encode is what a file takes from its pixels, the wait for a codec thread included, while the engine's thread "
-        "is at its next batch (`tests/server/generation/test_delivery.py` stops all encoders and sees batch after "
-        "batch run).\n\n" + table(head, rows)
+        "Over HTTP; `in time` means within the deadline. Overhead is the time of an answer beyond the engine's own "
+        "stages, so with more than one client it holds the wait for others. Engine is the sum of its stages, for the "
+        "whole batch. Encode is the time from pixels to a file, the wait for a codec thread included. The engine's "
+        "thread is at its next batch meanwhile: `tests/server/generation/test_delivery.py` stops all encoders and "
+        "sees batch after batch run.\n\n" + table(head, rows)
     ), {}
 
 

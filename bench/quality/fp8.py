@@ -137,7 +137,7 @@ def show(found: dict[str, Any]) -> str:
             table(("precision", "mean", "std over seeds", *score["fp32"]["categories"]), rows),
         ]
     parts += [
-        f"SQNR of {told['pictures']} decoded pictures against fp32: {told['together_db']} dB with every layer of the "
+        f"SQNR of {told['pictures']} decoded images against fp32: {told['together_db']} dB with every layer of the "
         "table in fp8; with one layer alone, worst first:",
         table(("layer", "SQNR, dB"), [[f"`{name}`", value] for name, value in told["layers"].items()]),
         f"Not quantised, by the table: {', '.join(f'`{pattern}`' for pattern in told['kept_out'])}.",

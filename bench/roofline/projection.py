@@ -180,8 +180,8 @@ def show(found: dict[str, Any]) -> str:
     efficiency = found["efficiency"]
     parts = [
         f"projection of {found['model']}, {width}x{height}, {found['steps']} steps, batch {found['batch']}: "
-        f"{efficiency['arithmetic']:.0%} of the peak arithmetic, {efficiency['memory']:.0%} of the peak memory rate",
-        'projection of counted work, nothing measured here; the column "paper" is what the paper measured',
+        f"{efficiency['arithmetic']:.0%} of the peak arithmetic, {efficiency['memory']:.0%} of the peak memory rate.",
+        'A projection of counted work, nothing measured here; the column "paper" is what the paper measured.',
         "",
         table((mark, "work of", "GFLOP", "GB, products", "GB, all calls", "calls"), work),
         "",
