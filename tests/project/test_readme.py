@@ -57,8 +57,9 @@ def builder(words: list[str]) -> None:
 def compose(words: list[str]) -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     profiles = {profile for service in services.values() for profile in service.get("profiles", [])}
-    assert words[words.index("--profile") + 1] in profiles
-    assert words[words.index("--profile") + 2 :] == ["up", "--build", "--detach"]
+    if "--profile" in words:
+        assert words[words.index("--profile") + 1] in profiles
+    assert set(words[words.index("up") + 1 :]) <= {"--build", "--detach"}
 
 
 def container(words: list[str]) -> None:
