@@ -152,7 +152,9 @@ def describe(entry: CatalogEntry) -> str:
     return f"{entry.path}: {engine}, {entry.bytes / 1e6:.0f} MB{outdated}"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Builds, lists or removes engines; the command line is sys.argv unless given. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith(("--list", "--prune")):
         return catalogue(arguments)
     spec = parse(arguments)
@@ -170,4 +172,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

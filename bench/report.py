@@ -7,7 +7,6 @@ A result file holds the last line that a bench program printed. The page contain
 files always make the same page.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.acceptance import report as accept
+from bench.harness.cli import BenchmarkParser
 from bench.harness.errors import BenchError
-from bench.harness.summary import table
+from bench.harness.summary import STAGES, table
 from bench.harness.svg_chart import Bar, stacked_bars
+from bench.latency.headline import Headline, read_headline
 from bench.peers import comparison as peers
 from bench.quality import fp8
 from bench.quality.page import page as quality_page
@@ -26,9 +27,12 @@ from engines.errors import SprintError
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
-STAGES = ("text", "denoise", "decode")
 
 NO_GPU = "Nothing here was measured on a GPU. What concerns GPUs is a projection and says so in every line."
+ELSEWHERE = (
+    "The tables below were measured on CPUs, or are projections that say so in every line. What was measured on an "
+    "H100 is in the first table, in the [log](../../bench/LOG.md) and in `bench/results/h100-2026-11-27.jsonl`."
+)
 CAVEATS = (
     "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
     "Random weights (`random:...`) have the published size and cost the same time; their images are noise, and "
@@ -145,11 +149,11 @@ def _load(results: Mapping[str, Result]) -> tuple[str, dict[str, str]]:
             ]
         )
     return (
-        "Over HTTP, `in time` within the deadline; overhead is what an answer takes beyond the engine's own stages, so "
-        "at more than one client it holds the wait for others. Engine is the sum of its stages, for the whole batch; "
-        "encode is what a file takes from its pixels, the wait for a codec thread included, while the engine's thread "
-        "is at its next batch (`tests/server/generation/test_delivery.py` stops all encoders and sees batch after "
-        "batch run).\n\n" + table(head, rows)
+        "Over HTTP; `in time` means within the deadline. Overhead is the time of an answer beyond the engine's own "
+        "stages, so with more than one client it holds the wait for others. Engine is the sum of its stages, for the "
+        "whole batch. Encode is the time from pixels to a file, the wait for a codec thread included. The engine's "
+        "thread is at its next batch meanwhile: `tests/server/generation/test_delivery.py` stops all encoders and "
+        "sees batch after batch run.\n\n" + table(head, rows)
     ), {}
 
 
@@ -214,31 +218,34 @@ def _by(size: Sequence[int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def render(results: Mapping[str, Result]) -> dict[str, str]:
-    """Returns bench.md and its plots: text by file name."""
+def render(results: Mapping[str, Result], headline: Headline | None = None) -> dict[str, str]:
+    """Returns bench.md and its plots: text by file name. The headline is the five figures on top."""
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m bench.report` from `bench/results/`; not by hand.",
-        "",
-        "## Caveats",
+        "For readers who want figures: first the five that matter, then every table, folded.",
+        "`python -m bench.report` writes this page from `bench/results/`.",
         "",
     ]
+    files: dict[str, str] = {}
+    if headline:
+        files |= headline.plots()
+        lines += ["## Five figures", "", headline.page(), ""]
+    lines += ["## Caveats", ""]
     on_gpu = any("cuda" in str(item.get("device", item.get("engine"))) for item in results.values())
-    lines += [f"- {caveat}" for caveat in (CAVEATS if on_gpu else (NO_GPU, *CAVEATS))]
+    lines += [f"- {caveat}" for caveat in (CAVEATS if on_gpu else (ELSEWHERE if headline else NO_GPU, *CAVEATS))]
     busy = [name for name, item in results.items() if _busy(item) and item["program"] != "bench.roofline"]
     if busy:
         lines.append(
             f"- The machine had other work during {', '.join(busy)}: times are too long, ratios roughly right."
         )
-    files: dict[str, str] = {}
     for program, (title, section) in SECTIONS.items():
         own_results = {name: result for name, result in results.items() if result["program"] == program}
         if own_results:
             text, plots = section(own_results)
             files |= plots
-            lines += ["", f"## {title}", "", text]
-    lines += ["", "## Reproduction", ""]
+            lines += ["", f"## {title}", "", *_folded(text, len(own_results))]
+    lines += ["", "## Reproduction", "", "<details><summary>The command and the machine of each file</summary>", ""]
     for name, result in results.items():
         facts = result["machine"]
         lines += [
@@ -251,7 +258,16 @@ def render(results: Mapping[str, Result]) -> dict[str, str]:
             f"{facts['load_average']} at the end.",
             "",
         ]
+    lines += ["</details>"]
     return {"bench.md": "\n".join(lines).rstrip() + "\n", **files}
+
+
+def _folded(text: str, results: int) -> list[str]:
+    """Returns the lines of a section that a reader opens; one without a table stays open."""
+    if "\n|" not in text:
+        return [text]
+    files = "1 file" if results == 1 else f"{results} files"
+    return [f"<details><summary>Tables of {files}</summary>", "", text, "", "</details>"]
 
 
 def _busy(result: Result) -> bool:
@@ -260,17 +276,15 @@ def _busy(result: Result) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.report", __doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="a folder (default docs/figures)")
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     try:
         results = read_results(options.results)
         if not results:
             raise BenchError(f"{options.results}: no results; see python -m bench.report --help")
-        files = render(results)
+        files = render(results, read_headline(options.results, results))
     except SprintError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -1,6 +1,7 @@
 """What the documentation names exists: files, links, targets, programs, flags."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,50 @@ def test_nothing_names_a_machine() -> None:
     private = re.compile(r"(?<![\w.$}])/(?:root|home|work)/\w")
     texts = [name for name in NAMES if name.endswith((".md", ".py", ".toml", ".yml", ".yaml", ".lock", "Makefile"))]
     assert [name for name in texts if private.search(text_of(name))] == []
+
+
+# Pages that people read; README.md is for three readers and says so in its headings.
+PAGES = [name for name in DOCUMENTS if name.startswith("docs/")]
+PROSE = [*PAGES, "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+MOST_WORDS = 25
+BULLET = re.compile(r"^\s*(?:-|\d+\.)\s")
+# Fixed by the protocol or by programs, or about code that a docstring describes: the tree of ARCHITECTURE.md.
+OTHER_IMAGE = re.compile(r"`[^`]*`|^ {2,}\S+/ .*$", re.MULTILINE)
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs and list items of a page, without code, tables, headings and images."""
+    lines: list[str] = []
+    for line in [*re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines(), ""]:
+        apart = not line.strip() or line.startswith(("|", "#", "<", "![", "    "))
+        if (apart or BULLET.match(line)) and lines:
+            yield " ".join(lines)
+            lines = []
+        if not apart:
+            lines.append(BULLET.sub("", line).strip())
+
+
+def sentences(text: str) -> Iterator[str]:
+    for paragraph in paragraphs(text):
+        plain = re.sub(r"`[^`]*`", "code", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph))
+        yield from re.split(r"(?<=[.!?:])\**\s+(?=[A-Z0-9*(\"\[]|code)| · ", plain)
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_the_first_line_of_a_page_names_its_reader(document: str) -> None:
+    title, empty, first = text_of(document).splitlines()[:3]
+    assert title.startswith("# ")
+    assert empty == ""
+    assert re.match(r"For (?:those|readers) ", first), f"{document} begins with: {first}"
+
+
+@pytest.mark.parametrize("document", PROSE)
+def test_sentences_are_short(document: str) -> None:
+    counted = {sentence: len(re.findall(r"\S*\w\S*", sentence)) for sentence in sentences(text_of(document))}
+    assert {sentence: count for sentence, count in counted.items() if count > MOST_WORDS} == {}
+
+
+@pytest.mark.parametrize("document", PROSE)
+def test_an_image_is_called_an_image(document: str) -> None:
+    prose = OTHER_IMAGE.sub("", text_of(document))
+    assert re.findall(r"(?i)[^\n]*\bpictures?\b[^\n]*", prose) == []

@@ -32,7 +32,7 @@ def parsed(line: str) -> Line:
     words = shlex.split(line)
     assert words[:2] == ["curl", "-s"]
     assert words[3:5] == ["-H", "content-type: application/json"]
-    assert (words[5], words[7:]) == ("-d", ["-o", "picture.png"])
+    assert (words[5], words[7], Path(words[8]).suffix, words[9:]) == ("-d", "-o", ".png", [])
     return Line(words[2], words[6])
 
 

@@ -94,3 +94,55 @@ def _panel(panel: Panel, axis: str, top: int) -> list[str]:
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         drawn.append(f'<text x="{WIDTH - RIGHT + 6}" y="{top + 32 + 15 * index}" fill="{colour}">{escape(name)}</text>')
     return drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A bar from 0 to `low`, paler up to `high`; `ours` chooses the colour."""
+
+    label: str
+    low: float
+    high: float
+    ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Bars that share a scale from 0, with a line of small print about the measurement."""
+
+    title: str
+    unit: str
+    intervals: Sequence[Interval]
+    source: str
+
+
+def grouped_intervals(title: str, groups: Sequence[Group]) -> str:
+    """Returns an SVG document: one group below the other, each with its own scale."""
+    lines = [f'<text x="10" y="20" font-size="14" font-weight="bold">{escape(title)}</text>']
+    y = TOP - 10
+    for group in groups:
+        largest = max((interval.high for interval in group.intervals), default=0.0) or 1.0
+        scale = (WIDTH - LABEL - 2 * RIGHT) / largest
+        lines.append(f'<text x="10" y="{y + 13}" font-weight="bold">{escape(group.title)}</text>')
+        for interval in group.intervals:
+            y += ROW + GAP
+            colour = COLOURS[0] if interval.ours else COLOURS[1]
+            low, high = interval.low * scale, interval.high * scale
+            value = f"{interval.low:.3g}"
+            if interval.high > interval.low:
+                value += f" to {interval.high:.3g}"
+            lines += [
+                f'<text x="{LABEL - 8}" y="{y + 13}" text-anchor="end">{escape(interval.label)}</text>',
+                f'<rect x="{LABEL}" y="{y}" width="{high:.1f}" height="{ROW}" fill="{colour}" fill-opacity="0.4"/>',
+                f'<rect x="{LABEL}" y="{y}" width="{low:.1f}" height="{ROW}" fill="{colour}"/>',
+                f'<text x="{LABEL + high + 6:.1f}" y="{y + 13}">{value} {escape(group.unit)}</text>',
+            ]
+        y += ROW + GAP
+        lines.append(f'<text x="{LABEL}" y="{y + 9}" font-size="11" fill="#555555">{escape(group.source)}</text>')
+        y += ROW + GAP
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + GAP}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{WIDTH}" height="{y + GAP}" fill="white"/>',
+    ]
+    return "\n".join([*head, *lines, "</svg>", ""])

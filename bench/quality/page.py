@@ -6,14 +6,17 @@ from typing import Any
 from bench.quality.scores import show
 
 READING = """\
-`score` is the judge's: the share of right images, its mean over GenEval's six categories. Each image is compared with
-the first variant's of the same prompt and seed: `apart from the first` is the difference of the scores, `changed` the
-images whose verdict is another, PSNR that over all images, and of the worst. Intervals are 95 %, by bootstrap over
-prompts; one that holds zero says that these prompts tell no difference, not that there is none. Where no verdict
-changed it has no width, and 3 of as many images as were judged may still change (the rule of three). `seconds` are of
-one image of a prompt that was asked before, and the ratio is to the first variant's, in turn with it: above 1 is
-slower. `emulated` rounds in PyTorch as a GPU would, so its time means nothing. `figures` starts one step at 1.55413,
-`paper` at pi/2."""
+`score` is the judge's: the share of right images, as the mean over GenEval's six categories. Each image is compared
+with the first variant's image of the same prompt and seed. `apart from the first` is the difference of the scores.
+`changed` counts the images whose verdict differs. PSNR is over all images, and of the worst one.
+
+Intervals are 95 %, by bootstrap over prompts. An interval that holds zero says that these prompts show no difference,
+not that there is none. Where no verdict changed, the interval has no width. Then 3 of as many images as were judged may
+still change (the rule of three).
+
+`seconds` are of one image of a prompt that the cache has seen. The ratio is to the first variant's time, in turn with
+it: above 1 is slower. `emulated` rounds in PyTorch as a GPU would, so its time means nothing. `figures` starts one step
+at 1.55413, `paper` at pi/2."""
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -21,7 +24,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Quality by precision, steps and start angle",
         "",
-        "Written by `python -m bench.report`; not by hand.",
+        "For readers who choose a precision or a number of steps. `python -m bench.report` writes this page.",
         "",
     ]
     lines += [READING, ""]

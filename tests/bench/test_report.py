@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from bench.harness.errors import BenchError
+from bench.latency.headline import CARD, CARD_DIFFUSERS, read_headline
 from bench.report import main, read_results, render
 
 ROOT = Path(__file__).parents[2]
@@ -100,5 +102,35 @@ def test_files_that_are_no_results_are_refused(text: str, tmp_path: Path, capsys
 
 
 def test_the_page_in_docs_is_current() -> None:
-    for name, text in render(read_results(ROOT / "bench" / "results")).items():
+    folder = ROOT / "bench" / "results"
+    results = read_results(folder)
+    for name, text in render(results, read_headline(folder, results)).items():
         assert (ROOT / "docs" / "figures" / name).read_text() == text, "run python -m bench.report"
+
+
+def test_the_headline_is_of_the_measured_files_alone() -> None:
+    folder = ROOT / "bench" / "results"
+    results = read_results(folder)
+    headline = read_headline(folder, results)
+    assert headline
+    page = headline.page()
+    for words in (
+        "26.0 ms in bf16, 22.8 ms in fp8",
+        "22.7 ms",
+        "101 to 122 ms",
+        "206 to 220 ms",
+        "54.6",
+        "18.1 s in int8",
+    ):
+        assert words in page
+    assert all("projection" not in plot.lower() for plot in headline.plots().values())
+    assert "548" in headline.plots()["bench-servers.svg"]
+
+
+def test_a_folder_without_the_cards_files_has_no_headline(tmp_path: Path) -> None:
+    results = read_results(ROOT / "bench" / "results")
+    assert read_headline(tmp_path, results) is None
+    for name in (CARD, CARD_DIFFUSERS):
+        (tmp_path / name).write_text("no lines of JSON")
+    with pytest.raises(BenchError, match="not JSON lines"):
+        read_headline(tmp_path, results)

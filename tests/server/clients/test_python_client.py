@@ -51,7 +51,8 @@ def test_the_examples_of_the_readme_run(
 
 def test_the_example_of_the_main_readme_runs(plain: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = PYTHON.findall((ROOT / "README.md").read_text())
+    examples = PYTHON.findall((ROOT / "README.md").read_text())
+    (example,) = [example for example in examples if "sana_sprint_client" in example]
     exec(compile(example.replace(ADDRESS, plain.url), "README.md", "exec"), {})
     assert len(list(tmp_path.glob("triangles-*.png"))) == 4
     assert (tmp_path / "circle.png").exists()

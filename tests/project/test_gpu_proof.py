@@ -4,7 +4,7 @@ them."""
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ONLY_THERE = re.compile(r"\btorch\.cuda\.(?!OutOfMemoryError)|== \"cuda\"|!= \"cuda\"|device\(\"cuda\"\)|!= \"cpu\"")
 
 # Speaks of a card that is not there: all of it runs, and is tested, without one (tests/bench/budget).
