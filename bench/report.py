@@ -7,7 +7,6 @@ A result file holds the last line that a bench program printed. The page contain
 files always make the same page.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.acceptance import report as accept
+from bench.harness.cli import BenchmarkParser
 from bench.harness.errors import BenchError
-from bench.harness.summary import table
+from bench.harness.summary import STAGES, table
 from bench.harness.svg_chart import Bar, stacked_bars
 from bench.peers import comparison as peers
 from bench.quality import fp8
@@ -26,7 +26,6 @@ from engines.errors import SprintError
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
-STAGES = ("text", "denoise", "decode")
 
 NO_GPU = "Nothing here was measured on a GPU. What concerns GPUs is a projection and says so in every line."
 CAVEATS = (
@@ -260,12 +259,10 @@ def _busy(result: Result) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.report", __doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="a folder (default docs/figures)")
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     try:
         results = read_results(options.results)
         if not results:
