@@ -1,1 +1,1 @@
-"""What a GPU host runs once."""
+"""Acceptance on a GPU host, run once."""

@@ -17,9 +17,10 @@ import torch
 from bench.acceptance.plan import AcceptanceConfig, SkippedError, StepResult
 from bench.harness.errors import BenchError
 from bench.harness.memory import peak_bytes
-from bench.harness.pipelines import STAGES, DiffusersPipeline, EnginePipeline, Pipeline, Workload
+from bench.harness.summary import STAGES
+from bench.harness.pipelines import DiffusersPipeline, EnginePipeline, Pipeline, Workload
 from bench.harness.subprocess_call import run_in_subprocess
-from bench.harness.summary import percentiles
+from bench.harness.summary import STAGES, percentiles
 from distill.evaluation.scores import evaluation_prompts
 from engines.artifacts.manifest import NATIVE
 from engines.artifacts.reference import max_activations

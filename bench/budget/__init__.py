@@ -1,1 +1,1 @@
-"""What a request costs on a GPU, counted from the engine as it is built."""
+"""The cost of a request on a GPU, counted from the engine as it is built."""

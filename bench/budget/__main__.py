@@ -1,12 +1,12 @@
-"""What a request costs on a GPU, counted from the engine as it is built, on a machine without one.
+"""Counts the cost of a request on a GPU, on a machine without one.
 
     python -m bench.budget --model random:sprint-0.6b --size 1024 --steps 1 --batch 1 --backend cuda-graph --tokens 20
 
-The engine is loaded, captured and asked for pictures on a card that is not there (bench.budget.card): everything runs
-but the kernels. One batch of new prompts is counted. cuda-graph: our kernels. tensorrt: each built engine is
-one launch, as fast as its products at stated shares of a peak; the text stage and what stands around them as built.
-Not counted: what libraries launch within one call (cuBLAS clears a workspace now and then), their workspaces, and the
-memory of the CUDA context; picture files, queue and HTTP.
+Loads the engine, captures its graphs and requests images on a simulated card (bench.budget.card): everything runs but
+the kernels. One batch of new prompts is counted. cuda-graph: our kernels. tensorrt: each built engine is one launch, as
+fast as its products at stated shares of a peak; the text stage and the rest are counted as built. Not counted: launches
+within one library call (cuBLAS sometimes clears a workspace), workspaces, the memory of the CUDA context, image files,
+queue and HTTP.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
     parser.add_argument("--size", type=parse_size, default=(1024, 1024), help="N or WxH in pixels (default 1024)")
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
-    parser.add_argument("--batch", type=int, default=1, choices=range(1, 9), help="pictures at once (default 1)")
+    parser.add_argument("--batch", type=int, default=1, choices=range(1, 9), help="images at once (default 1)")
     parser.add_argument("--backend", default="cuda-graph", choices=BACKENDS)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"), help="of cuda-graph (default bf16)")
     parser.add_argument("--tokens", type=int, default=20, help="of a prompt (default 20)")

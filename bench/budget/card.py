@@ -1,8 +1,8 @@
-"""A card that is not there: code that runs on a GPU runs on it whole, computes nothing on it, and is counted.
+"""A simulated card: code that runs on a GPU runs on it unchanged, computes nothing there, and is counted.
 
-Its tensors are meta tensors that say they are on cuda. What the host computes is computed; what it brings from the
-card is ones. Kernels are counted where they would be launched (`Card.launcher`), every other call where PyTorch
-dispatches it, graphs where they are replayed (`Card.recorder`).
+Its tensors are meta tensors that report device cuda. The host's computations run; values copied from the card are ones.
+Kernels are counted at their launch (`Card.launcher`), other calls where PyTorch dispatches them, graphs at their replay
+(`Card.recorder`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Card:
-    """Within `present`, the card named `name`. `events` are what happened since `clear`."""
+    """The card named `name`, within `present`. `events`: recorded since `clear`."""
 
     def __init__(self, name: str, processors: int, capability: tuple[int, int]):
         self.name, self.processors, self.capability = name, processors, capability
@@ -72,7 +72,7 @@ class Card:
             yield
 
     def clear(self) -> None:
-        """Before what is to be counted."""
+        """Starts a new count."""
         self.events = []
         self.memory.settle()
 
@@ -85,7 +85,7 @@ class Card:
         self.memory.holds(tensor, pooled=self._capturing)
 
     def pins(self, tensor: Tensor) -> Tensor:
-        """`tensor`, whose memory is pinned from now on."""
+        """Returns `tensor` and treats its memory as pinned from now on."""
         storage = tensor.untyped_storage()
         self._pinned[storage._cdata] = storage
         return tensor
@@ -94,7 +94,7 @@ class Card:
         return tensor.untyped_storage()._cdata in self._pinned
 
     def captured(self, launch: Callable[[], T]) -> tuple[tuple[Launch, ...], T]:
-        """What `launch` launches, kept out of `events`, and its outputs."""
+        """Returns the launches of `launch`, kept out of `events`, and its outputs."""
         outside, self.events, self._capturing = self.events, [], True
         try:
             outputs = launch()
@@ -103,7 +103,7 @@ class Card:
             self.events, self._capturing = outside, False
 
     def fused(self, name: str, work: Callable[[], T]) -> T:
-        """`work` as one launch that makes its products and convolutions, and keeps all else on the chip."""
+        """Runs `work` as one launch: its products and convolutions are counted, all else stays on the chip."""
         outside, self.events = self.events, []
         try:
             made = work()
@@ -125,13 +125,13 @@ class _Launcher(Launcher):
 
 
 class _GraphRecorder:
-    """engines.backends.cuda.graphs.GraphCapture."""
+    """Implements engines.backends.cuda.graphs.GraphCapture."""
 
     def __init__(self, card: Card):
         self._card = card
 
     def warm(self, launch: Callable[[], object]) -> None:
-        """Warm-ups leave nothing behind, so none is needed here."""
+        """Does nothing: no state remains from a warm-up."""
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         self._card.memory.settle()
@@ -144,7 +144,7 @@ class _Stream:
         self._card = card
 
     def wait_stream(self, other: "_Stream") -> None:
-        """One stream waits for another; the host does not."""
+        """Does nothing: one stream waits for another, the host does not."""
 
     def synchronize(self) -> None:
         self._card.saw(Wait())
@@ -166,7 +166,7 @@ class _CudaEvent:
 
 
 class _Names(TorchFunctionMode):
-    """Meta tensors are called cuda, and pinned memory can be had."""
+    """Reports meta tensors as cuda, and provides pinned memory."""
 
     def __init__(self, card: Card):
         super().__init__()
@@ -188,14 +188,14 @@ class _Names(TorchFunctionMode):
 
 
 def _there(value: Any) -> Any:
-    """cuda is where meta is."""
+    """Replaces cuda by meta."""
     if isinstance(value, torch.device | str) and str(value).partition(":")[0] == "cuda":
         return _META
     return value
 
 
 class _Calls(CallRecorder):  # type: ignore[no-untyped-call]  # torch's own
-    """Counts calls whose tensors are on the card, and copies between card and host."""
+    """Counts calls with tensors on the card, and copies between card and host."""
 
     def __init__(self, card: Card):
         super().__init__()
@@ -214,7 +214,7 @@ class _Calls(CallRecorder):  # type: ignore[no-untyped-call]  # torch's own
         return answer
 
     def _crossed(self, arguments: Sequence[Any], options: dict[str, Any]) -> Tensor:
-        """copy_(to, from) or _to_copy(from, device=...)."""
+        """Performs copy_(to, from) or _to_copy(from, device=...)."""
         *into, source = arguments[:2]
         if into:
             made: Tensor = into[0]
@@ -236,7 +236,7 @@ class _Calls(CallRecorder):  # type: ignore[no-untyped-call]  # torch's own
 
 
 def _crosses(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    """Whether it is a copy between card and host."""
+    """Returns whether it is a copy between card and host."""
     if function is _COPY:
         return bool(arguments[0].is_meta != arguments[1].is_meta)
     device = options.get("device")
@@ -244,7 +244,7 @@ def _crosses(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]
 
 
 def _kernels(name: str, arguments: Sequence[Any]) -> int:
-    """How many launches PyTorch makes of one call."""
+    """Returns the number of launches that PyTorch makes of one call."""
     if name == "aten.convolution":
         return 1 if arguments[2] is None else 2  # cuDNN's, and the bias
     return _LAUNCHES.get(name, 1)

@@ -1,4 +1,4 @@
-"""What happens while a request runs, in order."""
+"""Events of a request, in order."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from bench.roofline.op_counter import Call
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A call on the card, made of `kernels` launches; 0 where it is a part of the launch before."""
+    """A call on the card, made of `kernels` launches; 0 if it is part of the launch before."""
 
     call: Call
     kernels: int = 1
@@ -22,7 +22,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A copy between host and card. From pageable memory the host waits for it, which is not counted as a Wait."""
+    """A copy between host and card. From pageable memory the host waits for it; that is not counted as a Wait."""
 
     bytes: int
     pinned: bool
@@ -35,7 +35,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The engine's stopwatch ends a lap."""
+    """The engine's timer records an event."""
 
 
 Event = Launch | Replay | Transfer | Wait | Mark

@@ -1,5 +1,7 @@
-"""Arithmetic and traffic of one launch of our Triton kernels, from its arguments: inputs read once, outputs written
-once."""
+"""Arithmetic and traffic of one launch of our Triton kernels, from its arguments.
+
+Inputs count as read once, outputs as written once.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +22,7 @@ def _size(given: Arguments, name: str) -> tuple[int, ...]:
 
 
 def _tensor(value: Any) -> Tensor:
-    """Itself, or what a tensor descriptor describes."""
+    """Returns the tensor, or the one that a tensor descriptor describes."""
     found: Tensor = getattr(value, "base", value)
     return found
 
@@ -51,7 +53,7 @@ def _apply(given: Arguments) -> int:
 
 
 def _attention_part(given: Arguments, mixed: int) -> int:
-    """One d x d product a token and head, and `mixed` more in heads that are mixed."""
+    """Returns the operations of one d x d product per token and head, and of `mixed` more in mixed heads."""
     batch, heads = _size(given, "ctx")[:2]
     products = heads + (mixed * (heads - given["SPLIT"]) if given["MIXED"] else 0)
     return int(2 * batch * products * given["N"] * given["HD"] ** 2)
@@ -94,7 +96,7 @@ _SHARES: Mapping[str, Callable[[Arguments], Mapping[str, float]]] = {
 
 
 def _all(given: Arguments) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor once: what is not used is given as another argument again."""
+    """Yields each tensor once: unused parameters get another argument again."""
     seen = set()
     for name, value in given.items():
         tensor = _tensor(value)
@@ -107,7 +109,7 @@ def _all(given: Arguments) -> Iterator[tuple[str, Tensor]]:
 
 
 def call_of(kernel: Any, grid: tuple[int, ...], given: Arguments) -> Call:
-    """One launch of `kernel` with its arguments by name."""
+    """Returns one launch of `kernel` as a call; `given`: its arguments by name."""
     name: str = kernel.__name__
     tensors = dict(_all(given))
     shares = _SHARES[name](given) if name in _SHARES else {}

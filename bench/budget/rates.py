@@ -1,7 +1,7 @@
-"""How long a kernel takes on a card: as far above what the card could do as it was where it was measured.
+"""Kernel times on a card, scaled from measured ones.
 
-A kernel has a fixed time of its own, and beside it the time of its arithmetic or of its traffic at the card's peak,
-over the share of that peak it reached on an H100. Of cards that nobody measured, the share is taken to be the same.
+A kernel has a fixed time, plus the time of its arithmetic or traffic at the card's peak over the share of that peak it
+reached on an H100. Cards that were not measured are taken to reach the same share.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ PINNED, PAGEABLE = 45 * GIGA, 9 * GIGA  # bytes a second: 3 MB in 0.07 and in 0.
 
 @dataclass(frozen=True)
 class Measured:
-    """Of all launches of a kernel in one stage: milliseconds on an H100, work as `kernels.call_of` counts it."""
+    """All launches of a kernel in one stage: milliseconds on an H100, work as `kernels.call_of` counts it."""
 
     ms: float
     launches: int
@@ -65,14 +65,14 @@ _UNMEASURED = 0.6  # of the peak: what large products and plain streams reach at
 
 
 def row_of(call: Call) -> str:
-    """What it is called in tables: products of PyTorch are one row, what else it launches another."""
+    """Returns the call's row in tables: PyTorch's products are one row, its other launches another."""
     if not call.name.startswith("aten."):
         return f"{call.name}, fp8" if call.kind == "product" and call.dtype.itemsize == 1 else call.name
     return "torch" if call.kind == "other" else "product"
 
 
 def share(stage: str, call: Call) -> float:
-    """Of the H100's peak that this kernel reached in this stage."""
+    """Returns the share of the H100's peak that this kernel reached in this stage."""
     found = _MEASURED.get((stage, row_of(call)))
     if found is None:
         return _UNMEASURED
@@ -84,7 +84,7 @@ def share(stage: str, call: Call) -> float:
 
 
 def floor_ms(call: Call, card: Device) -> float:
-    """Milliseconds at the card's peaks."""
+    """Returns milliseconds at the card's peaks."""
     return 1000 * card.seconds(call)
 
 

@@ -1,4 +1,4 @@
-"""What happened on a card, added up: the JSON document of `python -m bench.budget`, and its tables."""
+"""Sums the events of a card: the JSON document of `python -m bench.budget`, and its tables."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ STAGES = ("text", "denoise", "decode")
 
 @dataclass(frozen=True)
 class _Placed:
-    """A launch, in which lap of the engine's stopwatch it was, and whether in a graph."""
+    """A launch with its stage, and whether it is in a graph."""
 
     stage: str
     launch: Launch
@@ -43,8 +43,11 @@ def _placed(events: Sequence[Event]) -> Iterator[_Placed]:
 
 
 def document(counted: Counted) -> dict[str, Any]:
-    """Counts of one batch. launches: within graphs; bytes and projected_ms: of all launches of a stage, and in `rest`
-    the host's part in those outside of graphs, and the copies."""
+    """Returns the counts of one batch.
+
+    launches: within graphs. bytes and projected_ms: of all launches of a stage. `rest`: the host's part in launches
+    outside graphs, and the copies.
+    """
     placed, events = list(_placed(counted.events)), counted.events
     transfers = [event for event in events if isinstance(event, Transfer)]
     outside = sum(one.launch.kernels for one in placed if not one.captured)
@@ -77,8 +80,7 @@ def _traffic(launch: Launch) -> int:
 
 
 def show(counted: Counted, found: dict[str, Any], about: str) -> str:
-    """For people: the kernels of each stage with the arithmetic of their time, what happens outside of graphs, and the
-    projection."""
+    """Returns tables for people: kernels by stage with the arithmetic of their time, the rest, and the projection."""
     placed = list(_placed(counted.events))
     rows: dict[tuple[str, str], list[Launch]] = defaultdict(list)
     for one in placed:

@@ -23,17 +23,15 @@ from bench.fleet.run import DAY_S, LatencyGoal, SimulationConfig, fewest_cards, 
 from bench.fleet.scaling import RULES
 from bench.fleet.simulation import Fleet
 from bench.fleet.stages import load_stages
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.harness.svg_chart import Panel, line_panels
 
 
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
-        prog="python -m bench.fleet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> BenchmarkParser:
+    own = BenchmarkParser("bench.fleet", __doc__)
     add = own.add_argument
     add("--cards", type=int, help="one server each; left out: as few as reach --p99-ms")
     add("--rate", type=float, default=0.0, help="requests a second, on average, of the whole fleet")
@@ -114,13 +112,13 @@ def _parse_loss(text: str) -> tuple[float, int]:
         raise BenchError(f"--lose: got {text!r}, needed is CARDS@SECOND, such as 1@300") from error
 
 
-def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     stages = load_stages(options.stages, options.precision, options.http_ms)
     config = config_of(options, stages.ready_s)
     result = simulate(config, stages) if options.cards else fewest_cards(config, stages, LatencyGoal(options.p99_ms))
     if options.plot:
         options.plot.write_text(plot(result))
-    return {"program": "bench.fleet", "command": called, "machine": host_facts(), **result}
+    return {"program": "bench.fleet", "command": options.command, "machine": host_facts(), **result}
 
 
 def show(result: dict[str, Any]) -> str:
@@ -142,9 +140,8 @@ def plot(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    options = parser().parse_args(arguments)
-    return run_benchmark(lambda: measure(options, command("bench.fleet", arguments)), show)
+    options = parser().options(argv)
+    return run_benchmark(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

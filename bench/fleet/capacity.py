@@ -16,7 +16,7 @@ from bench.fleet.replica import Limits
 from bench.fleet.run import LatencyGoal, SimulationConfig, fewest_cards, simulate
 from bench.fleet.simulation import Fleet
 from bench.fleet.stages import Stages, load_stages
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.host import host_facts
 from bench.harness.summary import table
 
@@ -63,7 +63,7 @@ def by_setting(config: SimulationConfig, stages: Stages, rate: float) -> list[di
     return rows
 
 
-def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     stages = load_stages(options.stages, options.precision)
     config = SimulationConfig(Fleet(1, options.seconds, seed=options.seed), 0.0, max_events=options.events)
     (batches,) = [row for key, row in stages.batches.items() if key == (1024, 1024, 1)]
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
     peak = round(BUSY * PEAK * full)
     return {
         "program": "bench.fleet.capacity",
-        "command": called,
+        "command": options.command,
         "machine": host_facts(),
         "stages": stages.source,
         "full_batches_a_second": round(full, 2),
@@ -119,18 +119,14 @@ def show(rows: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.fleet.capacity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.fleet.capacity", __doc__)
     parser.add_argument("--stages", required=True, help="a .jsonl that a card was measured into, or a .json of rows")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--seconds", type=float, default=180.0, help="of each simulation (default 180)")
     parser.add_argument("--events", type=float, default=2e5, help="of each simulation at most (default 200,000)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    called = command("bench.fleet.capacity", arguments)
-    return run_benchmark(lambda: measure(options, called), show)
+    options = parser.options(argv)
+    return run_benchmark(lambda: measure(options), show)
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ class Simulation:
             outcome.refused += is_counted
             return
         if self._fleet.routing == "connections":
-            for one in self._ready:
-                one.advance(now)
+            for entry in self._ready:
+                entry.advance(now)
         replica = self._router.choose(request, self._ready, now)
         replica.advance(now)
         if not replica.submit(request, now):
@@ -192,11 +192,11 @@ class Simulation:
             replica = self._ready.pop(self._rng.randrange(len(self._ready)))
             replica.advance(self._now)
             self._count(replica)
-            for one in replica.fail():
-                if one.attempts < len(RETRY_DELAYS_S):
-                    again = request(one.job, one.arrived, one.client, one.attempts + 1)
+            for entry in replica.fail():
+                if entry.attempts < len(RETRY_DELAYS_S):
+                    again = request(entry.job, entry.arrived, entry.client, entry.attempts + 1)
                     self._out.retries += 1
-                    self._schedule(self._now + RETRY_DELAYS_S[one.attempts], EventKind.AGAIN, again)
+                    self._schedule(self._now + RETRY_DELAYS_S[entry.attempts], EventKind.AGAIN, again)
                 else:
                     self._out.dropped += 1
             self._start()

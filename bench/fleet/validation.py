@@ -23,7 +23,7 @@ from bench.fleet.replica import Limits
 from bench.fleet.run import SimulationConfig, simulate
 from bench.fleet.simulation import Fleet
 from bench.fleet.stages import BatchSeconds, Stages
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.host import host_facts
 from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
 from bench.harness.server_process import running_server
@@ -59,14 +59,12 @@ async def stages_of(url: str) -> Stages:
         alone = await generator.closed_loop(make_requests(ALONE), 1)
         saturated = await generator.closed_loop(make_requests(ALONE * BATCH), 2 * BATCH)
         await generator.close()
-    one, full = (float(np.median([_engine_s(record) for record in records])) for records in (alone, saturated))
-    http_s = float(np.median([record.seconds for record in alone])) - one
-    batches = {jobs: BatchSeconds(one + (full - one) * (jobs - 1) / (BATCH - 1), 0.0) for jobs in powers_of_two(BATCH)}
+    single, full = (float(np.median([record.engine_ms / 1000 for record in records])) for records in (alone, saturated))
+    http_s = float(np.median([record.seconds for record in alone])) - single
+    batches = {
+        jobs: BatchSeconds(single + (full - single) * (jobs - 1) / (BATCH - 1), 0.0) for jobs in powers_of_two(BATCH)
+    }
     return Stages("measured on the fake engine", {(SIDE, SIDE, 1): batches}, http_s=http_s)
-
-
-def _engine_s(record: RequestRecord) -> float:
-    return sum(record.stages_ms[stage] for stage in ("text", "denoise", "decode")) / 1000
 
 
 async def send_load(url: str, rate: float, count: int, seed: int) -> list[RequestRecord]:
@@ -88,7 +86,11 @@ def row(
         "workers": workers,
         "of_capacity": share,
         "rate": round(rate, 1),
-        "real": {"p50": round(p50, 2), "p99": round(p99, 2), "refused": sum(one.status == 429 for one in records)},
+        "real": {
+            "p50": round(p50, 2),
+            "p99": round(p99, 2),
+            "refused": sum(record.status == 429 for record in records),
+        },
         "simulated": {"p50": simulated["p50_ms"], "p99": simulated["p99_ms"], "refused": simulated["refused"]},
         "off": {"p50": round(simulated["p50_ms"] / p50 - 1, 4), "p99": round(simulated["p99_ms"] / p99 - 1, 4)},
         "generator_late_ms": round(1000 * float(np.percentile([record.send_delay_s for record in records], 99)), 2),
@@ -96,7 +98,7 @@ def row(
     }
 
 
-def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the JSON document. Raises BenchError if a server does not start."""
     delay = options.batch_ms
     rows: list[dict[str, Any]] = []
@@ -118,8 +120,8 @@ def measure(options: argparse.Namespace, called: str) -> dict[str, Any]:
                     row(workers, share, rate, records, simulate(SimulationConfig(fleet, rate, recorded=sent), stages))
                 )
                 print(f"{workers} workers, {share:g} of the capacity: {rows[-1]['off']}", file=sys.stderr, flush=True)
-    worst = max(abs(one["off"][name]) for one in rows for name in ("p50", "p99"))
-    document = {"program": "bench.fleet.validation", "command": called, "machine": host_facts()}
+    worst = max(abs(load["off"][name]) for load in rows for name in ("p50", "p99"))
+    document = {"program": "bench.fleet.validation", "command": options.command, "machine": host_facts()}
     return document | {"batch_ms": delay, "measured": measured, "loads": rows, "worst": worst}
 
 
@@ -139,27 +141,21 @@ def show(result: dict[str, Any]) -> str:
         "machine's load",
     )
     rows = []
-    for one in result["loads"]:
-        cells = [one["workers"], one["of_capacity"], one["rate"]]
+    for load in result["loads"]:
+        cells = [load["workers"], load["of_capacity"], load["rate"]]
         for name in ("p50", "p99"):
-            cells += [one["real"][name], one["simulated"][name], f"{one['off'][name]:+.1%}"]
-        rows.append([*cells, one["real"]["refused"], one["simulated"]["refused"], one["load_average"]])
+            cells += [load["real"][name], load["simulated"][name], f"{load['off'][name]:+.1%}"]
+        rows.append([*cells, load["real"]["refused"], load["simulated"]["refused"], load["load_average"]])
     return f"{table(head, rows)}\nworst: {result['worst']:.1%}, allowed: {ALLOWED:.0%}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.fleet.validation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = BenchmarkParser("bench.fleet.validation", __doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load (default 30)")
     parser.add_argument("--batch-ms", type=float, default=100.0, help="of a batch of 8 (default 100)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    called = command("bench.fleet.validation", arguments)
-    return run_benchmark(lambda: measure(options, called), show, lambda result: result["worst"] > ALLOWED)
+    options = parser.options(argv)
+    return run_benchmark(lambda: measure(options), show, lambda result: result["worst"] > ALLOWED)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from bench.harness.errors import BenchError
 from bench.harness.http_client import ConnectionPool, HttpResponse
+from bench.harness.summary import STAGES
 
 FORMATS = ("png", "jpeg", "webp")  # the API's names of image formats
 
@@ -56,13 +57,18 @@ class RequestRecord:
     spool_range: tuple[int, int]  # offset and length of the body in the spool
     error: str = ""
 
+    @property
+    def engine_ms(self) -> float:
+        """The engine's share of the response time; the rest is the server and the queue."""
+        return sum(self.stages_ms.get(stage, 0.0) for stage in STAGES)
+
 
 class LoadGenerator:
     """Sends requests to one server. `timeout_s`: a slower response counts as none."""
 
-    def __init__(self, url: str, spool: BinaryIO, *, path: str = "/generate", timeout_s: float = 120.0) -> None:
+    def __init__(self, url: str, spool: BinaryIO, *, timeout_s: float = 120.0) -> None:
         self._pool = ConnectionPool(url)
-        self._spool, self._path, self._patience_s = spool, path, timeout_s
+        self._spool, self._timeout_s = spool, timeout_s
 
     async def closed_loop(self, requests: Sequence[ImageRequest], concurrency: int) -> list[RequestRecord]:
         """Sends all requests, `concurrency` at a time; returns records in order of completion."""
@@ -91,7 +97,7 @@ class LoadGenerator:
 
     async def get(self, path: str) -> HttpResponse:
         """Returns the response to a GET. Raises BenchError unless the status is 200."""
-        response = await asyncio.wait_for(self._pool.exchange("GET", path), self._patience_s)
+        response = await asyncio.wait_for(self._pool.exchange("GET", path), self._timeout_s)
         if response.status != 200:
             raise BenchError(f"GET {path}: got {response.status}: {response.body[:200]!r}")
         return response
@@ -102,8 +108,8 @@ class LoadGenerator:
     async def _send(self, request: ImageRequest, due: float) -> RequestRecord:
         send_delay_s = time.perf_counter() - due
         try:
-            async with asyncio.timeout(self._patience_s):
-                response = await self._pool.exchange("POST", self._path, request.body())
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._pool.exchange("POST", "/generate", request.body())
         except (OSError, EOFError, TimeoutError, BenchError) as error:
             seconds = time.perf_counter() - due
             return RequestRecord(request, 0, seconds, send_delay_s, {}, (0, 0), f"{type(error).__name__}: {error}")

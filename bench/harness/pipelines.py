@@ -17,7 +17,6 @@ from engines.loader import load_engine
 from engines.models.instruction import INSTRUCTION
 from engines.types import Job, Pixels
 
-STAGES = ("text", "denoise", "decode")
 GUIDANCE = 4.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Baseline = Literal["diffusers", "diffusers-compiled"]
@@ -47,7 +46,7 @@ class Pipeline(Protocol):
     def facts(self) -> dict[str, object]:
         """Backend, precision, device, and the reasons for them."""
 
-    def run(self, task: Workload) -> TimedImages: ...
+    def run(self, workload: Workload) -> TimedImages: ...
 
 
 class EnginePipeline:
@@ -69,9 +68,9 @@ class EnginePipeline:
             "versions": info.versions,
         }
 
-    def run(self, task: Workload) -> TimedImages:
-        pairs = zip(task.prompts, task.seeds, strict=True)
-        jobs = [Job(prompt, seed, task.width, task.height, task.steps, GUIDANCE) for prompt, seed in pairs]
+    def run(self, workload: Workload) -> TimedImages:
+        pairs = zip(workload.prompts, workload.seeds, strict=True)
+        jobs = [Job(prompt, seed, workload.width, workload.height, workload.steps, GUIDANCE) for prompt, seed in pairs]
         began = time.perf_counter()
         images = self._engine.generate(jobs)
         total = time.perf_counter() - began
@@ -119,16 +118,16 @@ class DiffusersPipeline:
         versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
         return {"backend": backend, "precision": self._precision, "device": str(self._device), "versions": versions}
 
-    def run(self, task: Workload) -> TimedImages:
+    def run(self, workload: Workload) -> TimedImages:
         began = self._time()
         images = self._pipe(
-            prompt=list(task.prompts),
-            num_inference_steps=task.steps,
-            intermediate_timesteps=1.3 if task.steps == 2 else None,
+            prompt=list(workload.prompts),
+            num_inference_steps=workload.steps,
+            intermediate_timesteps=1.3 if workload.steps == 2 else None,
             guidance_scale=self._guidance,
-            height=task.height,
-            width=task.width,
-            generator=[torch.Generator().manual_seed(seed) for seed in task.seeds],
+            height=workload.height,
+            width=workload.width,
+            generator=[torch.Generator().manual_seed(seed) for seed in workload.seeds],
             max_sequence_length=self._max_tokens,
             complex_human_instruction=self._instruction,
             use_resolution_binning=False,

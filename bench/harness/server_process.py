@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,14 +29,6 @@ class RunningServer:
     process: subprocess.Popen[bytes]
     start_seconds: float
 
-    def status(self, field: str) -> int:
-        """A number of /proc/<pid>/status, such as VmRSS (KiB) or Threads."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        match = re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)
-        if match is None:
-            raise BenchError(f"/proc/{self.process.pid}/status: no {field}; this measurement needs Linux")
-        return int(match.group(1))
-
 
 @contextlib.contextmanager
 def running_server(flags: Sequence[str]) -> Iterator[RunningServer]:
@@ -56,7 +49,15 @@ def running_server(flags: Sequence[str]) -> Iterator[RunningServer]:
                 process.kill()
                 process.wait()
         if code != 0:
-            raise BenchError(f"the server left with code {code}:\n{_log_tail(log.fileno())}")
+            raise BenchError(f"the server left with code {code}:\n{log_tail(log.fileno())}")
+
+
+def free_port() -> int:
+    """Returns a port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: int, began: float) -> str:
@@ -66,14 +67,15 @@ def _wait_ready(process: subprocess.Popen[bytes], log: int, began: float) -> str
         if match:
             return match.group(1)
         if ended:
-            raise BenchError(f"the server did not start (code {process.returncode}):\n{_log_tail(log)}")
+            raise BenchError(f"the server did not start (code {process.returncode}):\n{log_tail(log)}")
         time.sleep(0.02)
-    raise BenchError(f"the server was not ready within {START_TIMEOUT_S:g} s:\n{_log_tail(log)}")
+    raise BenchError(f"the server was not ready within {START_TIMEOUT_S:g} s:\n{log_tail(log)}")
 
 
 def _text(log: int) -> str:
     return os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")
 
 
-def _log_tail(log: int, lines: int = 15) -> str:
-    return "\n".join(_text(log).splitlines()[-lines:])
+def log_tail(log: int) -> str:
+    """Returns the last lines of a file by its descriptor."""
+    return "\n".join(_text(log).splitlines()[-15:])

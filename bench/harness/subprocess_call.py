@@ -20,7 +20,7 @@ def run_in_subprocess(limit_s: float | None, call: Callable[P, R], *arguments: P
     """
     context = get_context("spawn")  # a fork would share the parent's CUDA
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, call, arguments, options))
+    process = context.Process(target=_send_result, args=(sender, call, arguments, options))
     process.start()
     sender.close()
     with receiver:
@@ -28,7 +28,7 @@ def run_in_subprocess(limit_s: float | None, call: Callable[P, R], *arguments: P
             if not receiver.poll(limit_s):
                 process.kill()
                 raise BenchError(f"not done after {limit_s:g} s; its process was ended")
-            answer, raised = receiver.recv()
+            result, raised = receiver.recv()
         except EOFError:
             process.join()
             raise BenchError(f"its process died: {_ending(process.exitcode)}") from None
@@ -36,18 +36,18 @@ def run_in_subprocess(limit_s: float | None, call: Callable[P, R], *arguments: P
             process.join()
     if raised is not None:
         raise raised
-    made: R = answer
-    return made
+    returned: R = result
+    return returned
 
 
-def _answer(
+def _send_result(
     sender: Connection, call: Callable[..., object], arguments: tuple[object, ...], options: dict[str, object]
 ) -> None:
     try:
-        found: tuple[object, Exception | None] = call(*arguments, **options), None
-    except Exception as error:  # raised again where the answer is awaited
-        found = None, error
-    sender.send(found)
+        outcome: tuple[object, Exception | None] = call(*arguments, **options), None
+    except Exception as failure:  # raised again where the answer is awaited
+        outcome = None, failure
+    sender.send(outcome)
 
 
 def _ending(code: int | None) -> str:

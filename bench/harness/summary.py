@@ -1,9 +1,12 @@
 """Percentiles and tables."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
+
+STAGES = ("text", "denoise", "decode")  # of the engine
 
 
 class Percentiles(TypedDict):
@@ -24,6 +27,11 @@ def percentiles(values: Sequence[float]) -> Percentiles | None:
     p50, p95, p99 = (round(float(value), 6) for value in np.percentile(values, [50, 95, 99]))
     mean, largest = round(float(np.mean(values)), 6), round(float(max(values)), 6)
     return Percentiles(p50=p50, p95=p95, p99=p99, mean=mean, max=largest, count=len(values))
+
+
+def counted(labels: Mapping[str, int], most: int | None = None) -> str:
+    """Returns the most common labels, None: all, as in `200 x9, 429 x1`."""
+    return ", ".join(f"{label} x{count}" for label, count in Counter(labels).most_common(most))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -13,15 +13,13 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from bench.harness.cli import command, parse_size, run_benchmark
+from bench.harness.cli import BenchmarkParser, parse_size, run_benchmark
 from bench.harness.pipelines import DTYPES, Baseline
 from bench.latency.comparison import measure, show
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.latency", __doc__)
     parser.add_argument("--model", required=True, help="folder, hub id, or random:<name> for random weights")
     parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
     parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: the checkpoint's)")
@@ -39,9 +37,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no fp32 images to compare with")
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
     parser.add_argument("--http", action="store_true", help="ours through python -m server too")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.latency", given))
-    options = parser.parse_args(given)
+    options = parser.options(argv)
     if min(options.batch, options.runs, options.tokens) < 1:
         parser.error("--batch, --runs and --tokens: needed is 1 at least")
     options.vs_precision = options.vs_precision or (options.precision if options.precision in DTYPES else "bf16")

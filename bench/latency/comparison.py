@@ -15,10 +15,10 @@ from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.load_generator import ImageRequest, LoadGenerator
 from bench.harness.memory import peak_bytes, peak_rise
-from bench.harness.pipelines import DTYPES, STAGES, DiffusersPipeline, EnginePipeline, Pipeline, TimedImages, Workload
+from bench.harness.pipelines import DTYPES, DiffusersPipeline, EnginePipeline, Pipeline, TimedImages, Workload
 from bench.harness.server_process import running_server
 from bench.harness.subprocess_call import run_in_subprocess
-from bench.harness.summary import percentiles, table
+from bench.harness.summary import STAGES, percentiles, table
 from bench.latency.shared_weights import SharedWeights
 from distill.evaluation.scores import evaluation_prompts
 from engines.backends.parity import difference
@@ -75,31 +75,31 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     width, height = options.size or checkpoint.settings.default_size
     prompt_pool = PromptPool(checkpoint, options.tokens)
 
-    def task(seed: int) -> Workload:
+    def workload(seed: int) -> Workload:
         seeds = [seed * options.batch + i for i in range(options.batch)]
         return Workload(prompt_pool.take(options.batch), seeds, width, height, options.steps)
 
-    first, *rest = (task(seed) for seed in range(options.runs))
-    warmup = task(options.runs)
+    first, *rest = (workload(seed) for seed in range(options.runs))
+    warmup = workload(options.runs)
     base = DTYPES[options.vs_precision]
     reference = run_in_subprocess(None, _reference, options, first) if options.reference else None
     shared = replace(checkpoint, weights=SharedWeights(checkpoint.weights, base))
-    subjects: dict[str, Pipeline] = {}
+    compared: dict[str, Pipeline] = {}
     series: dict[str, Series] = {}
     for name in ("ours", "theirs") if options.vs else ("ours",):
         began = time.perf_counter()
-        subjects[name] = _subject(name, options, shared, device)
-        series[name] = Series(subjects[name].facts, time.perf_counter() - began)
+        compared[name] = _pipeline(name, options, shared, device)
+        series[name] = Series(compared[name].facts, time.perf_counter() - began)
         began = time.perf_counter()
-        subjects[name].run(warmup)
+        compared[name].run(warmup)
         series[name].warmup_seconds = time.perf_counter() - began
-    for number, one in enumerate([first, *rest]):
-        for name in sorted(subjects, reverse=number % 2 == 1):
+    for number, current in enumerate([first, *rest]):
+        for name in sorted(compared, reverse=number % 2 == 1):
             with peak_rise(device) as risen:
-                series[name].runs.append(subjects[name].run(one))
+                series[name].runs.append(compared[name].run(current))
             series[name].rises += risen
     result = _summary(options, device, checkpoint, (width, height), prompt_pool, series, reference)
-    del subjects, shared
+    del compared, shared
     if options.memory:
         result["peak_bytes"] = {name: run_in_subprocess(None, _peak, name, options, warmup) for name in series}
     if options.http:
@@ -111,7 +111,7 @@ def _device(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _subject(name: str, options: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Pipeline:
+def _pipeline(name: str, options: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Pipeline:
     if name == "theirs":
         compiled = options.vs == "diffusers-compiled"
         return DiffusersPipeline(checkpoint, options.vs_precision, device, compiled=compiled)
@@ -127,7 +127,7 @@ def _subject(name: str, options: argparse.Namespace, checkpoint: Checkpoint, dev
     )
 
 
-def _reference(options: argparse.Namespace, task: Workload) -> list[Pixels]:
+def _reference(options: argparse.Namespace, workload: Workload) -> list[Pixels]:
     """Returns the workload's images in eager fp32, from weights rounded like the measured ones."""
     checkpoint = open_checkpoint(options.model, options.decoder)
     weights = SharedWeights(checkpoint.weights, DTYPES[options.vs_precision], keep=False)
@@ -136,19 +136,19 @@ def _reference(options: argparse.Namespace, task: Workload) -> list[Pixels]:
         backend="eager",
         precision="fp32",
         device=str(_device(options)),
-        max_batch=len(task.prompts),
+        max_batch=len(workload.prompts),
     )
-    return ours.run(task).images
+    return ours.run(workload).images
 
 
-def _peak(name: str, options: argparse.Namespace, task: Workload) -> int:
+def _peak(name: str, options: argparse.Namespace, workload: Workload) -> int:
     """Returns the most memory that one pipeline needs, loading included, in this fresh process."""
     device = _device(options)
-    _subject(name, options, open_checkpoint(options.model, options.decoder), device).run(task)
+    _pipeline(name, options, open_checkpoint(options.model, options.decoder), device).run(workload)
     return peak_bytes(device)
 
 
-async def _over_http(options: argparse.Namespace, tasks: Sequence[Workload]) -> dict[str, object]:
+async def _over_http(options: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, object]:
     """Sends the same workloads to a server of our own, as many requests at once as a batch holds."""
     flags = ["--model", options.model, "--backend", options.backend, "--max-batch", str(options.batch)]
     flags += ["--engine", options.engine] if options.engine else ["--precision", options.precision]
@@ -156,16 +156,17 @@ async def _over_http(options: argparse.Namespace, tasks: Sequence[Workload]) -> 
     seconds, overhead = [], []
     with running_server(flags) as served, tempfile.TemporaryFile() as spool:
         generator = LoadGenerator(served.url, spool, timeout_s=600)
-        for number, task in enumerate(tasks):
-            pairs = zip(task.prompts, task.seeds, strict=True)
-            requests = [ImageRequest(text, seed, task.steps, "png", task.width, task.height) for text, seed in pairs]
+        for number, workload in enumerate(workloads):
+            pairs = zip(workload.prompts, workload.seeds, strict=True)
+            requests = [
+                ImageRequest(text, seed, workload.steps, "png", workload.width, workload.height) for text, seed in pairs
+            ]
             for record in await generator.closed_loop(requests, options.batch):
                 if record.status != 200:
                     raise BenchError(f"http: got {record.status} {record.error} for {record.request}")
                 if number:  # the first is the warm-up
                     seconds.append(record.seconds)
-                    engine = sum(record.stages_ms[stage] for stage in STAGES) / 1000
-                    overhead.append(record.seconds - engine)
+                    overhead.append(record.seconds - record.engine_ms / 1000)
         await generator.close()
         start = served.start_seconds
     return {"server_start": round(start, 3), "total": percentiles(seconds), "overhead": percentiles(overhead)}
@@ -195,13 +196,13 @@ def _summary(
         "prompt_tokens": {"mean": statistics.fmean(prompt_pool.used), "max": max(prompt_pool.used)},
         "weights_rounded_to": options.vs_precision,
     }
-    for name, one in series.items():
-        result[name] = one.facts | {
-            "load_seconds": round(one.load_seconds, 3),
-            "warmup_seconds": round(one.warmup_seconds, 3),
-            "seconds": {stage: percentiles(one.seconds(stage)) for stage in (*STAGES, "total")},
-            "rise_bytes": max(one.rises),
-            "parity_to_fp32": _parity(reference, one.runs[0].images) if reference else None,
+    for name, entry in series.items():
+        result[name] = entry.facts | {
+            "load_seconds": round(entry.load_seconds, 3),
+            "warmup_seconds": round(entry.warmup_seconds, 3),
+            "seconds": {stage: percentiles(entry.seconds(stage)) for stage in (*STAGES, "total")},
+            "rise_bytes": max(entry.rises),
+            "parity_to_fp32": _parity(reference, entry.runs[0].images) if reference else None,
         }
     if "theirs" in series:
         ours, theirs = series["ours"], series["theirs"]
@@ -233,19 +234,19 @@ def show(result: dict[str, Any]) -> str:
         rows.append([stage, *times, ratios.get(stage)])
     facts: list[list[object]] = []
     for name in sides:
-        one = result[name]
-        parity = one["parity_to_fp32"] or {}
+        entry = result[name]
+        parity = entry["parity_to_fp32"] or {}
         facts.append(
             [
                 name,
-                one["backend"],
-                one["precision"],
+                entry["backend"],
+                entry["precision"],
                 parity.get("psnr_db"),
                 parity.get("max_abs"),
-                one["rise_bytes"] / 2**20,
+                entry["rise_bytes"] / 2**20,
                 result.get("peak_bytes", {}).get(name, 0) / 2**20 or None,
-                one["load_seconds"],
-                one["warmup_seconds"],
+                entry["load_seconds"],
+                entry["warmup_seconds"],
             ]
         )
     columns = (

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from bench.harness.cli import command, parse_size, run_benchmark
+from bench.harness.cli import BenchmarkParser, parse_size, run_benchmark
 from bench.harness.load_generator import FORMATS
 from bench.load.image_checks import Check
 from bench.load.run import is_wrong, measure, show
@@ -29,15 +29,9 @@ def _int_at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the options, and the server's flags behind `--`. Exits with code 2 if they contradict each other."""
-    own_arguments, flags = list(argv), []
-    if "--" in own_arguments:
-        cut = own_arguments.index("--")
-        own_arguments, flags = own_arguments[:cut], own_arguments[cut + 1 :]
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options; `flags` are the server's. Exits with code 2 if they contradict each other."""
+    parser = BenchmarkParser("bench.load", __doc__)
     positive = _int_at_least(1)
     parser.add_argument("--concurrency", type=positive, help="closed loop: clients that wait for their answers")
     parser.add_argument("--requests", type=positive, help="closed loop: how many in all")
@@ -55,22 +49,22 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--warmup", type=_int_at_least(0), default=64, help="requests before the run (default 64)")
     parser.add_argument("--check", default="none", choices=get_args(Check), help="what images are held against")
     parser.add_argument("--check-sample", type=positive, default=32, help="images that --check rerun makes again")
-    parser.set_defaults(command=command("bench.load", argv))
-    options = parser.parse_args(own_arguments)
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="of our own server")
+    options = parser.options(argv)
     closed = (options.concurrency, options.requests)
     loops = [all(value is not None for value in pair) for pair in (closed, (options.rate, options.seconds))]
     if sum(loops) != 1 or sum(value is not None for value in (*closed, options.rate, options.seconds)) != 2:
         parser.error("needed is either --concurrency and --requests or --rate and --seconds")
-    if options.url and (flags or options.check == "rerun"):
+    if options.url and (options.flags or options.check == "rerun"):
         parser.error("--url takes no flags of a server, and --check rerun needs a server of our own")
     if options.format != "png" and options.check in ("fake", "rerun"):
         parser.error(f"--check {options.check} compares pixels: --format png is needed, got {options.format}")
-    return options, flags
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, flags = parsed(sys.argv[1:] if argv is None else argv)
-    return run_benchmark(lambda: measure(options, flags), show, is_wrong)
+    options = parsed(argv)
+    return run_benchmark(lambda: measure(options), show, is_wrong)
 
 
 if __name__ == "__main__":

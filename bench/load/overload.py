@@ -10,13 +10,13 @@ unloaded p99 + one batch; refused (429) p99 < 20 ms; goodput at four times >= 95
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
-from bench.harness.cli import command
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.host import host_facts
 from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
 from bench.harness.server_process import running_server
@@ -43,7 +43,7 @@ async def load(url: str, rate: float, seconds: float, seed: int) -> list[Request
 
 def summarise(
     records: Sequence[RequestRecord], share: float, rate: float, seconds: float, deadline_ms: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Returns one load's row: milliseconds, images a second."""
     good = [1000 * record.seconds for record in records if record.status == 200]
     refused = [1000 * record.seconds for record in records if record.status == 429]
@@ -59,7 +59,7 @@ def summarise(
     }
 
 
-def broken(unloaded: dict[str, object], full: dict[str, object], over: dict[str, object], batch_ms: float) -> list[str]:
+def broken(unloaded: dict[str, Any], full: dict[str, Any], over: dict[str, Any], batch_ms: float) -> list[str]:
     """Returns a sentence for each bound that does not hold."""
     findings = []
     bound = 2 * _p99(unloaded["accepted_ms"]) + batch_ms
@@ -67,30 +67,19 @@ def broken(unloaded: dict[str, object], full: dict[str, object], over: dict[str,
         findings.append(f"accepted p99 {_p99(over['accepted_ms']):.1f} ms, must be under {bound:.1f} ms")
     if _p99(over["refused_ms"]) >= REFUSED_MS:
         findings.append(f"refused p99 {_p99(over['refused_ms']):.1f} ms, must be under {REFUSED_MS:g} ms")
-    goodput, before = over["goodput"], full["goodput"]
-    assert isinstance(goodput, float)
-    assert isinstance(before, float)
-    if goodput < MIN_GOODPUT_SHARE * before:
-        findings.append(f"goodput {goodput:.1f}/s, at capacity it was {before:.1f}/s")
-    if lost := sum(int(str(entry["other"])) for entry in (unloaded, full, over)):
+    if over["goodput"] < MIN_GOODPUT_SHARE * full["goodput"]:
+        findings.append(f"goodput {over['goodput']:.1f}/s, at capacity it was {full['goodput']:.1f}/s")
+    if lost := sum(row["other"] for row in (unloaded, full, over)):
         findings.append(f"{lost} requests got neither an image nor 429")
     return findings
 
 
-def _p99(value: object) -> float:
-    return float(value["p99"]) if isinstance(value, dict) else 0.0
+def _p99(value: Percentiles | None) -> float:
+    return value["p99"] if value else 0.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.load.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch-ms", type=float, default=100.0, help="time of a batch of 8 (default 100)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
-    parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "CLIENT"), help="pins the two apart")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the JSON document. Raises BenchError if the server does not start or stop."""
     capacity = 1000 * BATCH / options.batch_ms
     flags = ["--backend", "fake", "--fake-delay-ms", str(options.batch_ms), "--max-batch", str(BATCH)]
     flags += ["--max-queue", str(BATCH), "--log-level", "warning"]
@@ -102,33 +91,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         for share in (UNLOADED, UNLOADED, 1.0, OVER):  # the first warms up
             rate = share * capacity
             records = asyncio.run(load(server.url, rate, options.seconds, options.seed))
-            deadline_ms = 4 * options.batch_ms
-            rows.append(summarise(records, share, rate, options.seconds, deadline_ms))
+            rows.append(summarise(records, share, rate, options.seconds, 4 * options.batch_ms))
     unloaded, full, over = rows[1:]
-    wrong = broken(unloaded, full, over, options.batch_ms)
-    print(show([unloaded, full, over]))
-    print("\n".join(wrong) if wrong else "every bound holds")
-    document = {
-        "program": "bench.load.overload",
-        "command": command("bench.load.overload", arguments),
-        "machine": host_facts(),
-    }
-    print(json.dumps({**document, "batch_ms": options.batch_ms, "loads": [unloaded, full, over], "broken": wrong}))
-    return int(bool(wrong))
+    document = {"program": "bench.load.overload", "command": options.command, "machine": host_facts()}
+    findings = broken(unloaded, full, over, options.batch_ms)
+    return {**document, "batch_ms": options.batch_ms, "loads": rows[1:], "broken": findings}
 
 
-def show(rows: Sequence[dict[str, object]]) -> str:
+def show(result: dict[str, Any]) -> str:
+    """Returns the table for people, and the broken bounds."""
     head = ("load", "requests/s", "goodput/s", "accepted", "p50, ms", "p99, ms", "refused", "p50, ms", "p99, ms")
     cells = []
-    for row in rows:
-        spreads: list[Percentiles | None] = [row["accepted_ms"], row["refused_ms"]]  # type: ignore[list-item]  # of `measured`
-        figures = [
-            figure
-            for entry in spreads
-            for figure in ((entry["count"], entry["p50"], entry["p99"]) if entry else (0, None, None))
-        ]
+    for row in result["loads"]:
+        figures: list[object] = []
+        for values in (row["accepted_ms"], row["refused_ms"]):
+            figures += [values["count"], values["p50"], values["p99"]] if values else [0, None, None]
         cells.append([f"{row['of_capacity']:g}x", row["rate"], row["goodput"], *figures])
-    return table(head, cells)
+    return "\n".join([table(head, cells), *(result["broken"] or ["every bound holds"])])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = BenchmarkParser("bench.load.overload", __doc__)
+    parser.add_argument("--batch-ms", type=float, default=100.0, help="time of a batch of 8 (default 100)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
+    parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "CLIENT"), help="pins the two apart")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.options(argv)
+    return run_benchmark(lambda: measure(options), show, lambda result: result["broken"])
 
 
 if __name__ == "__main__":

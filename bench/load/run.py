@@ -7,9 +7,11 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
+
+import psutil
 
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
@@ -63,13 +65,7 @@ def make_requests(options: argparse.Namespace, count: int, first_seed: int) -> l
     width, height = options.size or (None, None)
     return [
         ImageRequest(
-            prompts[i % len(prompts)],
-            first_seed + i,
-            options.steps,
-            options.format,
-            width,
-            height,
-            options.timeout_ms,
+            prompts[i % len(prompts)], first_seed + i, options.steps, options.format, width, height, options.timeout_ms
         )
         for i in range(count)
     ]
@@ -103,21 +99,21 @@ async def _settled_state(generator: LoadGenerator, server: RunningServer | None,
     end = time.perf_counter() + SETTLE_S
     while True:
         parsed = parse_samples((await generator.get("/metrics")).body.decode())
-        server_state = ServerState(parsed, server.status("Threads") if server else None)
+        server_state = ServerState(parsed, psutil.Process(server.process.pid).num_threads() if server else None)
         if server_state.files <= files or time.perf_counter() > end or not files:
             return server_state
         await asyncio.sleep(0.05)
 
 
-def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the load on our own server, or the one of --url; returns `summary`. Raises BenchError."""
     with tempfile.TemporaryFile() as spool:
-        with contextlib.nullcontext() if options.url else running_server(flags) as server:
+        with contextlib.nullcontext() if options.url else running_server(options.flags) as server:
             load_run = asyncio.run(run(options, server.url if server else options.url, server, spool))
         check_result = run_check(
-            options.check, load_run.records, spool.fileno(), load_run.size, flags, options.check_sample
+            options.check, load_run.records, spool.fileno(), load_run.size, options.flags, options.check_sample
         )
-    return summary(options, flags, load_run, check_result)
+    return summary(options, load_run, check_result)
 
 
 def is_wrong(result: Mapping[str, Any]) -> bool:
@@ -126,9 +122,7 @@ def is_wrong(result: Mapping[str, Any]) -> bool:
     return bool(result["lost"]) or (check["kind"] in ("fake", "rerun") and check["wrong"] > 0)
 
 
-def summary(
-    options: argparse.Namespace, flags: Sequence[str], load_run: Run, check_result: CheckResult
-) -> dict[str, Any]:
+def summary(options: argparse.Namespace, load_run: Run, check_result: CheckResult) -> dict[str, Any]:
     """Returns the JSON document. Milliseconds, requests a second, bytes."""
     records, before, after = load_run.records, load_run.before, load_run.after
     good = [record for record in records if record.status == 200]
@@ -148,7 +142,7 @@ def summary(
         "size": options.size or load_run.size,
         "steps": options.steps,
         "format": options.format,
-        "server": list(flags),
+        "server": list(options.flags),
         "engine": {name: load_run.info[name] for name in ("checkpoint", "backend", "precision", "device", "max_batch")},
         "machine": host_facts(),
         "requests": len(records),
@@ -162,7 +156,7 @@ def summary(
         "check": {"kind": options.check, **asdict(check_result)},
         "latency_ms": percentiles([1000 * record.seconds for record in good]),
         "refusal_ms": percentiles([1000 * record.seconds for record in records if record.status not in (0, 200)]),
-        "overhead_ms": percentiles([1000 * record.seconds - _engine_ms(record) for record in good]),
+        "overhead_ms": percentiles([1000 * record.seconds - record.engine_ms for record in good]),
         "stages_ms": {
             name: percentiles([record.stages_ms[name] for record in good if name in record.stages_ms])
             for name in ("queue", "text", "denoise", "decode", "encode", "total")
@@ -183,11 +177,6 @@ def summary(
         "threads": {"before": before.threads, "after": after.threads},
         "server_cpu_seconds": round(counted["process_cpu_seconds_total"], 3),
     }
-
-
-def _engine_ms(record: RequestRecord) -> float:
-    """Returns the engine's share of a response's milliseconds; the rest is the server and the queue."""
-    return sum(record.stages_ms.get(stage, 0.0) for stage in ("text", "denoise", "decode"))
 
 
 def show(result: Mapping[str, Any]) -> str:

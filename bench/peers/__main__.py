@@ -9,40 +9,24 @@ measures all. Every peer has our engine, our PNG encoder and batches of 8; those
 ms. A request without status 200 counts as lost.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, comma_list, run_benchmark
 from bench.peers.comparison import PEERS, run, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.peers", __doc__)
     parser.add_argument("--engine", nargs="+", default=["fake:5", "models/tiny"], help="fake:<ms>, or a checkpoint")
-    parser.add_argument("--peers", type=_words, default=PEERS, help=f"of {','.join(PEERS)}")
-    parser.add_argument("--concurrency", type=_numbers, default=(1, 8, 64), help="closed loops (default 1,8,64)")
-    parser.add_argument("--rates", type=_numbers, default=(50, 100, 200), help="open loops, requests a second")
+    parser.add_argument("--peers", type=comma_list(str, PEERS), default=PEERS, help=f"of {','.join(PEERS)}")
+    parser.add_argument("--concurrency", type=comma_list(int), default=(1, 8, 64), help="closed loops (default 1,8,64)")
+    parser.add_argument("--rates", type=comma_list(int), default=(50, 100, 200), help="open loops, requests a second")
     parser.add_argument("--seconds", type=float, default=3.0, help="about as long each load lasts (default 3)")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.peers", given))
-    options = parser.parse_args(given)
+    options = parser.options(argv)
     return run_benchmark(
         lambda: run(options), show, lambda result: any(row["lost"] for row in result["rows"] if row["peer"] == "ours")
     )
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(",") if word)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    words = tuple(text.split(","))
-    if not set(words) <= set(PEERS):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(PEERS)}")
-    return words
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,10 @@ from typing import Any
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
+from bench.harness.server_process import ROOT, free_port, log_tail
 from bench.harness.summary import percentiles, table
 from distill.evaluation.scores import evaluation_prompts
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"
 PEERS = ("ours", "fastapi", "litserve", "ray", "bentoml")
 CAPTIONS = 400
@@ -60,9 +59,7 @@ def command_of(peer: str, engine: str, port: int) -> list[str]:
 @contextlib.contextmanager
 def running_peer(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Starts a peer and yields its URL and process, possibly before it answers; ends its process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryFile() as log:
         environment = {**os.environ, "BENCH_PEER_ENGINE": engine, "BENTOML_DO_NOT_TRACK": "True"}
         arguments = command_of(peer, engine, port)
@@ -70,8 +67,7 @@ def running_peer(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen
         try:
             yield f"http://127.0.0.1:{port}", process
         except BenchError as error:
-            last = os.pread(log.fileno(), 2000, max(0, os.fstat(log.fileno()).st_size - 2000)).decode(errors="replace")
-            raise BenchError(f"{peer}: {error}\n{last}") from error
+            raise BenchError(f"{peer}: {error}\n{log_tail(log.fileno())}") from error
         finally:
             _terminate(process)
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, comma_list, run_benchmark
 from bench.quality.scores import measure, show
 from bench.quality.variants import Variant
 from engines.sampler import Schedule
 
-SCHEDULES = ", ".join(get_args(Schedule))
+SCHEDULES = get_args(Schedule)
 
 
 def _variants(text: str) -> list[Variant]:
@@ -33,37 +33,24 @@ def _variants(text: str) -> list[Variant]:
         raise argparse.ArgumentTypeError(message) from error
 
 
-def _steps(text: str) -> list[int]:
-    steps = [int(part) for part in text.split(",")]
-    if not set(steps) <= {1, 2, 3, 4}:
-        raise argparse.ArgumentTypeError(f"got {text}, allowed are 1, 2, 3, 4")
-    return steps
-
-
-def _schedules(text: str) -> list[str]:
-    if not set(text.split(",")) <= set(get_args(Schedule)):
-        raise argparse.ArgumentTypeError(f"got {text}, allowed are {SCHEDULES}")
-    return text.split(",")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.quality", __doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id; it must draw the tiny world")
     parser.add_argument("--variants", type=_variants, default="eager:fp32,eager:bf16", help="separated by commas")
-    parser.add_argument("--steps", type=_steps, default="1,2,4", help="separated by commas (default 1,2,4)")
+    parser.add_argument(
+        "--steps", type=comma_list(int, (1, 2, 3, 4)), default="1,2,4", help="separated by commas (default 1,2,4)"
+    )
     parser.add_argument("--prompts", type=int, default=120, help="held-out captions (default 120)")
     parser.add_argument("--seeds", type=int, default=1, help="images for each caption (default 1)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (default 4.5)")
     parser.add_argument("--size", type=int, help="side of the images in pixels (default: the checkpoint's)")
-    parser.add_argument("--schedule", type=_schedules, default="paper", help=f"of ours: {SCHEDULES} (default paper)")
+    parser.add_argument(
+        "--schedule", type=comma_list(str, SCHEDULES), default="paper", help=f"of {', '.join(SCHEDULES)}"
+    )
     parser.add_argument("--latency-runs", type=int, default=10, help="images timed for each row (default 10, 0: none)")
     parser.add_argument("--worst", type=Path, help="write the worst images of each variant to this file (.webp, .png)")
     parser.add_argument("--max-batch", type=int, default=8)
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.quality", given))
-    options = parser.parse_args(given)
+    options = parser.options(argv)
     return run_benchmark(lambda: measure(options), show)
 
 

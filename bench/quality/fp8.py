@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.host import host_facts
 from bench.harness.summary import table
 from distill.evaluation.scores import engine_generator, evaluate, evaluation_prompts
@@ -146,9 +146,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality.fp8", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.quality.fp8", __doc__)
     parser.add_argument("--model", default="tiny", help="folder, hub id, or random:<name> (default tiny)")
     parser.add_argument("--prompts", type=int, default=500, help="held-out captions to judge (default 500)")
     parser.add_argument("--seeds", type=int, default=3, help="images of each caption (default 3)")
@@ -156,9 +154,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--allowed", type=float, default=0.02, help="distance of the scores (default 0.02)")
     parser.add_argument("--no-score", dest="score", action="store_false", help="sensitivity alone")
     parser.add_argument("--images", type=int, default=4, help="that sensitivity is measured on (default 4)")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.quality.fp8", given))
-    options = parser.parse_args(given)
+    options = parser.options(argv)
     if min(options.prompts, options.seeds, options.images) < 1:
         parser.error("--prompts, --seeds and --images: needed is 1 at least")
     return options
@@ -167,9 +163,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     return run_benchmark(
-        lambda: measure(options),
-        show,
-        lambda result: options.score and abs(result["score"]["apart"]) > options.allowed,
+        lambda: measure(options), show, lambda result: options.score and abs(result["score"]["apart"]) > options.allowed
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.summary import table
 from bench.quality.images.folder import ImageFolder
@@ -70,16 +70,10 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality.geneval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = BenchmarkParser("bench.quality.geneval", __doc__)
     parser.add_argument("results", type=Path, help="what evaluate_images.py wrote")
     parser.add_argument("--images", type=Path, help="folder of bench.quality.images: are all of them judged?")
-    given = sys.argv[1:] if argv is None else list(argv)
-    parser.set_defaults(command=command("bench.quality.geneval", given))
-    options = parser.parse_args(given)
+    options = parser.options(argv)
     return run_benchmark(lambda: measure(options), show, lambda result: result["missing"])
 
 

@@ -22,24 +22,20 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
-
-def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Returns the interval of a mean over independent prompts, one value each. Raises BenchError without values."""
-    return grouped_interval({"": values}, seed)
+    return grouped_interval({"": values})
 
 
-def grouped_interval(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
+def grouped_interval(groups: Mapping[str, Sequence[float]]) -> Interval:
     """Returns the interval of a mean of group means (GenEval's categories), resampling prompts within groups.
 
     For a paired comparison, pass the differences of two systems on each prompt. Raises BenchError for an empty group.
     """
     if not groups or not all(len(values) for values in groups.values()):
         raise BenchError("interval: got a group without values, needed is one prompt at least in each")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     mean, drawn = 0.0, np.zeros(RESAMPLES)
     for values in groups.values():
         array = np.asarray(values, np.float64)
@@ -49,14 +45,14 @@ def grouped_interval(groups: Mapping[str, Sequence[float]], seed: int = 0) -> In
     return Interval(round(mean, 6), round(float(low), 6), round(float(high), 6))
 
 
-def ratio_interval(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> Interval:
+def ratio_interval(baseline: Sequence[float], candidate: Sequence[float]) -> Interval:
     """Returns the interval of the ratio of medians, candidate over baseline, resampling pairs of runs."""
     if len(baseline) != len(candidate) or not baseline:
         raise BenchError(
             f"interval: got {len(baseline)} and {len(candidate)} runs, needed are as many pairs, one at least"
         )
     pairs = np.stack([np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)])
-    chosen = np.random.default_rng(seed).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
+    chosen = np.random.default_rng(0).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
     medians = np.median(pairs[:, chosen], axis=2)
     low, high = np.percentile(medians[1] / medians[0], [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     mean = float(np.median(pairs[1]) / np.median(pairs[0]))

@@ -156,9 +156,9 @@ def _latency(variant: Variant, generate: Generate, reference: Generate, comparis
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(runs + 1):
         prompt = comparison.prompts[number % len(comparison.prompts)].text
-        for timings, one in zip(seconds, (reference, generate), strict=True):
+        for timings, run_one in zip(seconds, (reference, generate), strict=True):
             began = time.perf_counter()
-            list(one([prompt], [number]))
+            list(run_one([prompt], [number]))
             if number:  # the first warms both
                 timings.append(time.perf_counter() - began)
     return {"seconds": round(median(seconds[1]), 5), "ratio": list(ratio_interval(*seconds))}

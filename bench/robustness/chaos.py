@@ -9,23 +9,22 @@ images and check every one. Prints a table, then one JSON document as the last l
 
 import argparse
 import asyncio
-import json
 import math
 import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from bench.harness.cli import command
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
-from bench.harness.summary import table
+from bench.harness.summary import counted, table
 from bench.robustness import client_faults, descriptor_faults, engine_faults, process_faults
-from bench.robustness.fault import FaultResult, FaultScenario, fault_result
+from bench.robustness.fault import Fault, FaultResult, fault_result
 from bench.robustness.process_faults import Clock
 from bench.robustness.restarting_server import RestartingServer
 from bench.robustness.scenario import Scenario
@@ -37,11 +36,11 @@ FLAGS = (
 )
 
 
-def all_scenarios(clock: Clock) -> tuple[FaultScenario, ...]:
+def all_faults(clock: Clock) -> tuple[Fault, ...]:
     return (*engine_faults.FAULTS, *client_faults.FAULTS, *process_faults.faults(clock), *descriptor_faults.FAULTS)
 
 
-async def run_scenario(fault: FaultScenario, server: RestartingServer, seed: int) -> FaultResult:
+async def run_scenario(fault: Fault, server: RestartingServer, seed: int) -> FaultResult:
     """Runs one fault and returns its row. A seed fixes the requests and the choices of every client."""
     scenario = Scenario(server, random.Random(f"{seed} {fault.name}"), fault.count)
     await server.wait_ready()
@@ -58,21 +57,21 @@ async def run_scenario(fault: FaultScenario, server: RestartingServer, seed: int
 async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path) -> list[FaultResult]:
     """Returns a row for each fault, in order. Raises BenchError if a server does not start or does not end."""
     clock = Clock(folder)
-    faults = [fault for fault in all_scenarios(clock) if not chosen or fault.name in chosen]
+    faults = [fault for fault in all_faults(clock) if not chosen or fault.name in chosen]
     servers: dict[str, RestartingServer] = {}
     rows = []
     try:
         for fault in faults:
-            if fault.server_kind not in servers:
-                environment = await clock.environment(folder) if fault.server_kind == "clock" else {}
-                flags: tuple[str, ...] = (*FLAGS, "--workers", "2") if fault.server_kind == "workers" else FLAGS
-                if fault.server_kind == "safety":
+            if fault.server not in servers:
+                environment = await clock.environment(folder) if fault.server == "clock" else {}
+                flags: tuple[str, ...] = (*FLAGS, "--workers", "2") if fault.server == "workers" else FLAGS
+                if fault.server == "safety":
                     safety_flags, environment = engine_faults.install_checkers(folder)
                     flags = (*FLAGS, *safety_flags)
-                servers[fault.server_kind] = RestartingServer(flags, folder / f"{fault.server_kind}.log", environment)
-                await servers[fault.server_kind].start()
+                servers[fault.server] = RestartingServer(flags, folder / f"{fault.server}.log", environment)
+                await servers[fault.server].start()
             scaled = replace(fault, count=max(1, math.ceil(fault.count * scale)))
-            rows.append(await run_scenario(scaled, servers[fault.server_kind], seed))
+            rows.append(await run_scenario(scaled, servers[fault.server], seed))
             print(f"{fault.name}: {rows[-1].lost} lost", file=sys.stderr, flush=True)
     finally:
         exit_codes = [await server.stop() for server in servers.values()]
@@ -81,61 +80,44 @@ async def campaign(chosen: Sequence[str], scale: float, seed: int, folder: Path)
     return rows
 
 
-def show(rows: Sequence[FaultResult]) -> str:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the JSON document. Raises BenchError as `campaign` does."""
+    start_time = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = asyncio.run(campaign(options.only, options.scale, options.seed, Path(folder)))
+    return {
+        "program": "bench.robustness.chaos",
+        "command": options.command,
+        "seed": options.seed,
+        "machine": host_facts(),
+        "seconds": round(time.monotonic() - start_time, 1),
+        "rows": [asdict(row) for row in rows],
+        "lost": sum(row.lost for row in rows),
+    }
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """Returns the table for people, and a line for each fault with losses."""
     head = ("fault", "count", "what clients saw", "what others saw", "lost (must be 0)", "time to recover, s")
     cells = [
-        [
-            entry.fault,
-            entry.count,
-            _counted(entry.hit),
-            _counted(entry.bystanders),
-            entry.lost,
-            entry.recover_s,
-        ]
-        for entry in rows
+        [row["fault"], row["count"], counted(row["hit"]), counted(row["bystanders"]), row["lost"], row["recover_s"]]
+        for row in result["rows"]
     ]
-    rendered = table(head, cells)
-    losses = [f"{entry.fault}: {_counted(entry.lost_what)}" for entry in rows if entry.lost]
-    return "\n".join([rendered, *losses])
-
-
-def _counted(labels: Mapping[str, int]) -> str:
-    return ", ".join(f"{label} x{count}" for label, count in Counter(labels).most_common())
+    losses = [f"{row['fault']}: {counted(row['lost_what'])}" for row in result["rows"] if row["lost"]]
+    return "\n".join([table(head, cells), *losses])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv_list = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.robustness.chaos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = BenchmarkParser("bench.robustness.chaos", __doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each fault happens (default 1)")
     parser.add_argument("--only", action="append", default=[], metavar="FAULT", help="this fault; may be repeated")
-    options = parser.parse_args(argv_list)
+    options = parser.options(argv)
     with tempfile.TemporaryDirectory() as folder:
-        known = [fault.name for fault in all_scenarios(Clock(Path(folder)))]
-        if unknown := set(options.only) - set(known):
-            parser.error(f"--only: got {', '.join(sorted(unknown))}, allowed: {', '.join(known)}")
-        began = time.monotonic()
-        try:
-            rows = asyncio.run(campaign(options.only, options.scale, options.seed, Path(folder)))
-        except BenchError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 3
-    result = {
-        "program": "bench.robustness.chaos",
-        "command": command("bench.robustness.chaos", argv_list),
-        "seed": options.seed,
-        "machine": host_facts(),
-        "seconds": round(time.monotonic() - began, 1),
-        "rows": [asdict(entry) for entry in rows],
-        "lost": sum(entry.lost for entry in rows),
-    }
-    print(show(rows))
-    print(json.dumps(result))
-    return int(result["lost"] != 0)
+        known = [fault.name for fault in all_faults(Clock(Path(folder)))]
+    if unknown := set(options.only) - set(known):
+        parser.error(f"--only: got {', '.join(sorted(unknown))}, allowed: {', '.join(known)}")
+    return run_benchmark(lambda: measure(options), show, lambda result: result["lost"])
 
 
 if __name__ == "__main__":

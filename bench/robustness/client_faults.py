@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from bench.harness.errors import BenchError
 from bench.harness.http_client import Connection, HttpResponse
-from bench.robustness.fault import FaultScenario, Outcomes
+from bench.robustness.fault import Fault, Outcomes
 from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, Scenario, outcome_label, request_fields
 from engines.types import Job
 
@@ -155,8 +155,8 @@ async def _open_files(scenario: Scenario, at_most: int = 0) -> int:
 
 LEFT = frozenset({"left"})
 FAULTS = (
-    FaultScenario("clients killed at random points", 500, client_scenario(killed_client), hit=LEFT),
-    FaultScenario("slow writers", 100, client_scenario(slow_writer), hit=frozenset({OK, "408 body_timeout"})),
-    FaultScenario("slow readers", 50, client_scenario(slow_reader)),
-    FaultScenario("half-sent bodies", 100, client_scenario(half_sent), hit=LEFT | {"closed", "408 body_timeout"}),
+    Fault("clients killed at random points", 500, client_scenario(killed_client), hit=LEFT),
+    Fault("slow writers", 100, client_scenario(slow_writer), hit=frozenset({OK, "408 body_timeout"})),
+    Fault("slow readers", 50, client_scenario(slow_reader)),
+    Fault("half-sent bodies", 100, client_scenario(half_sent), hit=LEFT | {"closed", "408 body_timeout"}),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.harness.errors import BenchError
 from bench.robustness.client_faults import connect
-from bench.robustness.fault import FaultScenario, Outcomes
+from bench.robustness.fault import Fault, Outcomes
 from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, Scenario
 
 SPARE_DESCRIPTORS = 24  # descriptors left to a server beyond its open ones
@@ -85,13 +85,13 @@ async def _until(condition: Callable[[], bool], event: str) -> None:
 
 
 FAULTS = (
-    FaultScenario("more connections than descriptors", 5, too_many_connections, hit=frozenset({"told"})),
-    FaultScenario(
+    Fault("more connections than descriptors", 5, too_many_connections, hit=frozenset({"told"})),
+    Fault(
         "a worker dies, no descriptor left",
         3,
         worker_lost_without_descriptors,
         hit=frozenset({"told, and started again"}),
         bystanders=frozenset({OK, "cut"}),
-        server_kind="workers",
+        server="workers",
     ),
 )

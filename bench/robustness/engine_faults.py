@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench.robustness.fault import FaultScenario, Outcomes
+from bench.robustness.fault import Fault, Outcomes
 from bench.robustness.scenario import OK, Scenario
 
 CONCURRENCY = 4
@@ -79,19 +79,17 @@ def engine_exit(marker: str, exit_code: int, requests: int) -> Callable[[Scenari
 
 
 FAULTS = (
-    FaultScenario("engine exception that passes", 200, marked_requests("[[once]]")),
-    FaultScenario("poisonous job", 200, marked_requests("[[raise]]"), hit=FAILED),
-    FaultScenario("out of memory in a batch", 200, marked_requests("[[memory]]", 96)),
-    FaultScenario("NaN", 200, marked_requests("[[nan]]"), hit=FAILED),
-    FaultScenario("all-black output", 200, marked_requests("[[black]]"), hit=FAILED),
-    FaultScenario("hang (exit code 70)", 5, engine_exit("[[hang]]", EXIT_HANG, 1), hit=FAILED, bystanders=ENGINE_LOST),
-    FaultScenario("refused prompt", 200, marked_requests(REFUSED_WORD), hit=REFUSED, server_kind="safety"),
-    FaultScenario("refused image", 200, marked_requests("", REFUSED_SIDE), hit=REFUSED, server_kind="safety"),
-    FaultScenario(
-        "checker that fails", 200, marked_requests("", CHECK_FAILED_SIDE), hit=CHECK_FAILED, server_kind="safety"
-    ),
+    Fault("engine exception that passes", 200, marked_requests("[[once]]")),
+    Fault("poisonous job", 200, marked_requests("[[raise]]"), hit=FAILED),
+    Fault("out of memory in a batch", 200, marked_requests("[[memory]]", 96)),
+    Fault("NaN", 200, marked_requests("[[nan]]"), hit=FAILED),
+    Fault("all-black output", 200, marked_requests("[[black]]"), hit=FAILED),
+    Fault("hang (exit code 70)", 5, engine_exit("[[hang]]", EXIT_HANG, 1), hit=FAILED, bystanders=ENGINE_LOST),
+    Fault("refused prompt", 200, marked_requests(REFUSED_WORD), hit=REFUSED, server="safety"),
+    Fault("refused image", 200, marked_requests("", REFUSED_SIDE), hit=REFUSED, server="safety"),
+    Fault("checker that fails", 200, marked_requests("", CHECK_FAILED_SIDE), hit=CHECK_FAILED, server="safety"),
     # After three failed jobs the engine's health is checked; a fourth may come before or after that fails.
-    FaultScenario(
+    Fault(
         "engine lost (exit code 71)",
         5,
         engine_exit("[[break]]", EXIT_ENGINE, 3),

@@ -10,7 +10,7 @@ Outcomes = Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
-class FaultScenario:
+class Fault:
     """Injects a fault `scenario.count` times; `run` returns the outcomes of the affected requests.
 
     `hit`: outcomes allowed for affected requests. `bystanders`: for the others. Clients repeat a request until they get
@@ -22,7 +22,7 @@ class FaultScenario:
     run: Callable[[Scenario], Awaitable[Outcomes]]
     hit: frozenset[str] = frozenset({OK})
     bystanders: frozenset[str] = frozenset({OK})
-    server_kind: str = "plain"  # plain, workers, safety, or clock, whose wall clock can be set
+    server: str = "plain"  # plain, workers, safety, or clock, whose wall clock can be set
     background_clients: int = 4  # bystanders
 
 
@@ -39,7 +39,7 @@ class FaultResult:
     recover_s: float | None  # the longest time from a fault to the next correct image
 
 
-def fault_result(fault: FaultScenario, scenario: Scenario, hit: Outcomes, bystanders: Outcomes) -> FaultResult:
+def fault_result(fault: Fault, scenario: Scenario, hit: Outcomes, bystanders: Outcomes) -> FaultResult:
     losses = Counter({f"hit: {label}": n for label, n in hit.items() if label not in fault.hit})
     losses += Counter({f"bystander: {label}": n for label, n in bystanders.items() if label not in fault.bystanders})
     if scenario.never_ok:

@@ -18,15 +18,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.harness.cli import command
+import psutil
+
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.load_generator import FORMATS
-from bench.harness.summary import table
+from bench.harness.summary import counted, table
 from bench.robustness.malformed_images import bad_image
 from bench.robustness.malformed_requests import bad_frame, bad_request, bad_sdapi, handshake
 from bench.robustness.restarting_server import RestartingServer
@@ -176,28 +179,19 @@ async def schemathesis(program: str, examples: int, server: RestartingServer, se
     await warm_up(server)
     settings = server.log.with_suffix(".toml")
     settings.write_text(SCHEMATHESIS)
-    warm = [
-        str(Path(program).absolute()),
-        "--config-file",
-        str(settings),
-        "run",
-        f"http://127.0.0.1:{server.port}/openapi.json",
-    ]
-    warm += ["--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--generation-database", "none"]
+    url = f"http://127.0.0.1:{server.port}/openapi.json"
+    arguments = [str(Path(program).absolute()), "--config-file", str(settings), "run", url]
+    arguments += ["--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--generation-database", "none"]
     part = max(1, int(examples * WARMUP_SHARE))
-    await _run_program(settings.parent, *warm, "--seed", str(seed + 1), "--max-examples", str(part))
+    await _run_program(settings.parent, *arguments, "--seed", str(seed + 1), "--max-examples", str(part))
     before = await resources(server)
-    code, output = await _run_program(settings.parent, *warm, "--seed", str(seed), "--max-examples", str(examples))
+    code, output = await _run_program(settings.parent, *arguments, "--seed", str(seed), "--max-examples", str(examples))
     print(output, file=sys.stderr)
     match = re.search(r"(\d+) generated", output)
     outcomes = {f"exit code {code}": 1}
     wrong = await server_failures(server) | (outcomes if code else {})
     return Campaign(
-        "schemathesis",
-        int(match.group(1)) if match else 0,
-        outcomes,
-        await resource_growth(server, before),
-        wrong,
+        "schemathesis", int(match.group(1)) if match else 0, outcomes, await resource_growth(server, before), wrong
     )
 
 
@@ -213,9 +207,9 @@ async def warm_up(server: RestartingServer) -> None:
                 raise BenchError(f"the largest image, as {image_kind}: got {response.status}, needed 200")
 
 
-async def _run_program(folder: Path, *argv_list: str) -> tuple[int | None, str]:
+async def _run_program(folder: Path, *arguments: str) -> tuple[int | None, str]:
     """Returns exit code and output of a program that may write into `folder`."""
-    process = await asyncio.create_subprocess_exec(*argv_list, stdout=asyncio.subprocess.PIPE, cwd=folder)
+    process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, cwd=folder)
     output = (await process.communicate())[0].decode()
     return process.returncode, output
 
@@ -223,10 +217,8 @@ async def _run_program(folder: Path, *argv_list: str) -> tuple[int | None, str]:
 async def resources(server: RestartingServer) -> dict[str, float]:
     """Returns memory in bytes, open files and threads."""
     samples = await server.metrics()
-    match = re.search(r"^Threads:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text(), re.MULTILINE)
-    assert match
     memory, files = samples["process_resident_memory_bytes"], samples["process_open_fds"]
-    return {"memory": memory, "files": files, "threads": float(match.group(1))}
+    return {"memory": memory, "files": files, "threads": float(psutil.Process(server.pid).num_threads())}
 
 
 async def resource_growth(server: RestartingServer, before: dict[str, float]) -> dict[str, float]:
@@ -234,8 +226,8 @@ async def resource_growth(server: RestartingServer, before: dict[str, float]) ->
     end = time.monotonic() + SETTLE_S
     while (after := await resources(server))["files"] > before["files"] and time.monotonic() < end:
         await asyncio.sleep(0.05)
-    growth_by_name = {name: after[name] - before[name] for name in ("files", "threads")}
-    return {"memory": round(after["memory"] / before["memory"] - 1, 4), **growth_by_name}
+    grown = {name: after[name] - before[name] for name in ("files", "threads")}
+    return {"memory": round(after["memory"] / before["memory"] - 1, 4), **grown}
 
 
 async def server_failures(server: RestartingServer) -> dict[str, int]:
@@ -285,18 +277,37 @@ async def campaigns(options: argparse.Namespace, folder: Path) -> list[Campaign]
     return results
 
 
-def is_clean(campaign: Campaign) -> bool:
-    growth = campaign.growth
-    return not campaign.wrong and growth["memory"] < MEMORY_GROWTH and growth["files"] <= 0 and growth["threads"] <= 0
+def is_clean(campaign: Mapping[str, Any]) -> bool:
+    """Returns whether nothing went wrong and nothing grew in the campaign of the JSON document."""
+    growth = campaign["growth"]
+    return (
+        not campaign["wrong"] and growth["memory"] < MEMORY_GROWTH and growth["files"] <= 0 and growth["threads"] <= 0
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the JSON document. Raises BenchError if a server does not start or stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = asyncio.run(campaigns(options, Path(folder)))
+    document = {"program": "bench.robustness.fuzz", "command": options.command, "machine": host_facts()}
+    return {**document, "campaigns": list(map(asdict, results))}
+
+
+def show(result: dict[str, Any]) -> str:
+    """Returns the table for people."""
+    head = ("campaign", "cases", "answers", "memory growth", "files", "threads", "wrong (must be none)")
+    rows = []
+    for row in result["campaigns"]:
+        growth = row["growth"]
+        figures = (f"{growth['memory']:.2%}", growth["files"], growth["threads"])
+        rows.append(
+            [row["name"], row["cases"], counted(row["seen"], 12), *figures, counted(row["wrong"], 12) or "none"]
+        )
+    return table(head, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv_list = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.robustness.fuzz",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = BenchmarkParser("bench.robustness.fuzz", __doc__)
     parser.add_argument("--images", type=int, default=0, help="odd image files")
     parser.add_argument("--requests", type=int, default=0, help="odd heads and bodies")
     parser.add_argument("--sdapi", type=int, default=0, help="odd bodies of AUTOMATIC1111's API")
@@ -306,42 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=1000, help="of schemathesis, for each operation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-logs", type=Path, metavar="FOLDER", help="where to leave the servers' logs")
-    options = parser.parse_args(argv_list)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            results = asyncio.run(campaigns(options, Path(folder)))
-        except BenchError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 3
-    head = ("campaign", "cases", "answers", "memory growth", "files", "threads", "wrong (must be none)")
-    rows = []
-    for campaign in results:
-        growth_by_name = (
-            f"{campaign.growth['memory']:.2%}",
-            campaign.growth["files"],
-            campaign.growth["threads"],
-        )
-        rows.append(
-            [
-                campaign.name,
-                campaign.cases,
-                _counted(campaign.seen),
-                *growth_by_name,
-                _counted(campaign.wrong) or "none",
-            ]
-        )
-    print(table(head, rows))
-    document = {
-        "program": "bench.robustness.fuzz",
-        "command": command("bench.robustness.fuzz", argv_list),
-        "machine": host_facts(),
-    }
-    print(json.dumps({**document, "campaigns": [asdict(campaign) for campaign in results]}))
-    return int(not all(map(is_clean, results)))
-
-
-def _counted(labels: dict[str, int]) -> str:
-    return ", ".join(f"{label} x{count}" for label, count in Counter(labels).most_common(12))
+    options = parser.options(argv)
+    return run_benchmark(lambda: measure(options), show, lambda result: not all(map(is_clean, result["campaigns"])))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from bench.harness.errors import BenchError
-from bench.harness.server_process import ROOT
-from bench.robustness.fault import FaultScenario, Outcomes
-from bench.robustness.restarting_server import RestartingServer, free_port, ready_label
+from bench.harness.server_process import ROOT, free_port
+from bench.robustness.fault import Fault, Outcomes
+from bench.robustness.restarting_server import RestartingServer, ready_label
 from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, RETRY_PAUSE_S, Scenario
 
 SLOW_BATCHES = 2  # batches of half a second that run first
@@ -205,19 +205,15 @@ DAMAGES = (
 )
 
 
-def faults(clock: Clock) -> tuple[FaultScenario, ...]:
+def faults(clock: Clock) -> tuple[Fault, ...]:
     """Returns the scenarios; `clock` is the one of the server whose clock jumps."""
     killed = frozenset({OK, "cut"})
     return (
-        FaultScenario("SIGTERM under load", 5, signal_under_load(signal.SIGTERM, 0), bystanders=RESTARTING),
-        FaultScenario(
+        Fault("SIGTERM under load", 5, signal_under_load(signal.SIGTERM, 0), bystanders=RESTARTING),
+        Fault(
             "SIGKILL under load, restart", 5, signal_under_load(signal.SIGKILL, -9), hit=killed, bystanders=RESTARTING
         ),
-        FaultScenario(
-            "clock jumps", 12, clock_jumps(clock), hit=frozenset({OK, DEADLINE_EXCEEDED}), server_kind="clock"
-        ),
-        FaultScenario("full disk", 10, full_disk),
-        FaultScenario(
-            "corrupted checkpoint", len(DAMAGES), corrupted_checkpoint, hit=UNAVAILABLE, background_clients=0
-        ),
+        Fault("clock jumps", 12, clock_jumps(clock), hit=frozenset({OK, DEADLINE_EXCEEDED}), server="clock"),
+        Fault("full disk", 10, full_disk),
+        Fault("corrupted checkpoint", len(DAMAGES), corrupted_checkpoint, hit=UNAVAILABLE, background_clients=0),
     )

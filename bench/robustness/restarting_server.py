@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,17 +13,9 @@ from pathlib import Path
 from bench.harness.errors import BenchError
 from bench.harness.http_client import Connection, HttpResponse
 from bench.harness.prometheus_text import parse_samples
-from bench.harness.server_process import ROOT, START_TIMEOUT_S
+from bench.harness.server_process import ROOT, START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
 
 POLL_S = 0.01
-STOP_TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 async def exchange_once(

@@ -118,6 +118,6 @@ def request_fields(job: Job) -> dict[str, object]:
 def outcome_label(response: HttpResponse, job: Job) -> str:
     if response.status == 200:
         with Image.open(io.BytesIO(response.body)) as image:
-            right = np.array_equal(np.asarray(image.convert("RGB")), expected_pixels(job))
-        return OK if right else "200 wrong image"
+            correct = np.array_equal(np.asarray(image.convert("RGB")), expected_pixels(job))
+        return OK if correct else "200 wrong image"
     return f"{response.status} {json.loads(response.body).get('code', '')}".strip()

@@ -9,20 +9,17 @@ the model is. fp8 applies to transformer and decoder; the text encoder stays in 
 host, and traffic saved by caches of the device. bench.budget counts our engine kernel by kernel at measured rates.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import command, parse_size, run_benchmark
+from bench.harness.cli import BenchmarkParser, parse_size, run_benchmark
 from bench.roofline.projection import Efficiency, measure, plot, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser("bench.roofline", __doc__)
     parser.add_argument("--model", default="random:sprint-0.6b", help="folder, hub id or random:<name>")
     parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
     parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: the checkpoint's)")
@@ -32,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arithmetic", type=float, default=Efficiency.arithmetic, help="share of the peak (0.6)")
     parser.add_argument("--memory", type=float, default=Efficiency.memory, help="share of the peak (0.8)")
     parser.add_argument("--plot", type=Path, help="an SVG file to write")
-    given = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=command("bench.roofline", given))
-    options = parser.parse_args(given)
+    options = parser.options(argv)
 
     def measured() -> dict[str, Any]:
         result = measure(options)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.harness.host import host_facts
-from bench.harness.summary import table
+from bench.harness.summary import STAGES, table
 from bench.harness.svg_chart import Bar, stacked_bars
 from bench.roofline.gpu_specs import DEVICES, Device
 from bench.roofline.op_counter import Call, count
@@ -25,7 +25,6 @@ from engines.models.transformer import SprintTransformer
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
 META = torch.device("meta")
-STAGES = ("text", "denoise", "decode")
 
 
 @dataclass(frozen=True)

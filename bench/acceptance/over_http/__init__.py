@@ -1,1 +1,1 @@
-"""A GPU host's server measured over HTTP, beside diffusers and beside what was projected."""
+"""A GPU host's server measured over HTTP, with diffusers' figures and projections for comparison."""

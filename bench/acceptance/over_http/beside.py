@@ -1,5 +1,7 @@
-"""What the server's figures stand beside: a request as bench.budget counts it, and diffusers. Each in a process of its
-own, since the server needs the card's memory before and after."""
+"""Reference figures for the server: a request counted by bench.budget, and diffusers.
+
+Each runs in a fresh process, because the server needs the card's memory before and after.
+"""
 
 from itertools import islice
 from typing import Any
@@ -15,12 +17,12 @@ from engines.checkpoints.checkpoint import open_checkpoint
 
 
 def count(model: str, size: tuple[int, int], precision: str) -> dict[str, Any]:
-    """One request of a prompt of 20 tokens, by bench.budget."""
+    """Counts one request of a prompt of 20 tokens with bench.budget."""
     return document(count_request(model, "cuda-graph", size, 1, 1, 20, precision=precision))
 
 
 def measure_peer(peer: str, model: str, precision: str, device: str, runs: int) -> dict[str, Any]:
-    """Milliseconds of diffusers' pipeline by stage, after three runs that are not counted."""
+    """Measures diffusers' pipeline in milliseconds by stage, after three uncounted runs."""
     checkpoint = open_checkpoint(model)
     rival = DiffusersPipeline(checkpoint, precision, torch.device(device), compiled=peer == "diffusers-compiled")
     width, height = checkpoint.settings.default_size

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.load.soak.counters import Counters, count_increase
@@ -138,10 +138,8 @@ class Soak:
         return result
 
 
-def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.load.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = BenchmarkParser("bench.load.soak", __doc__)
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--warmup-minutes", type=float, default=10.0, help="before anything is compared (default 10)")
     parser.add_argument("--rate", type=float, default=5.0, help="requests a second on average (default 5)")
@@ -150,8 +148,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--delay-ms", type=float, default=20.0, help="of a batch of the fake engine (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="a new folder for soak.jsonl, soak.svg, server.log")
-    parser.set_defaults(command=command("bench.load.soak", argv))
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"--out: got {options.out}, which is not empty; needed is a new folder")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -159,7 +156,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parsed(sys.argv[1:] if argv is None else argv)
+    options = parsed(argv)
     return run_benchmark(lambda: asyncio.run(Soak(options).run()), show, lambda result: result["broken"])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from bench.harness.errors import BenchError
 from bench.load.soak.counters import Counters
 from bench.robustness import client_faults, engine_faults
-from bench.robustness.fault import FaultScenario, Outcomes, fault_result
+from bench.robustness.fault import Fault, Outcomes, fault_result
 from bench.robustness.fuzz import CASES, Case
 from bench.robustness.process_faults import DEADLINE_EXCEEDED
 from bench.robustness.restarting_server import RestartingServer
@@ -36,10 +36,10 @@ def _client(client: Callable[[Scenario], Awaitable[str]]) -> Callable[[Scenario]
     return run
 
 
-def _fuzz_case(case: Case) -> Callable[[Scenario], Awaitable[Outcomes]]:
+def _fuzz_case(fuzz_case: Case) -> Callable[[Scenario], Awaitable[Outcomes]]:
     async def run(scenario: Scenario) -> Outcomes:
         try:
-            label = await asyncio.wait_for(case(scenario.server, scenario.rng), REQUEST_TIMEOUT_S)
+            label = await asyncio.wait_for(fuzz_case(scenario.server, scenario.rng), REQUEST_TIMEOUT_S)
         except (OSError, EOFError, BenchError, TimeoutError) as error:
             label = f"wrong: {type(error).__name__} {error}"
         return Counter([label if label.startswith("wrong") else HANDLED])
@@ -61,18 +61,14 @@ async def deadline_exceeded(scenario: Scenario) -> Outcomes:
 
 DISCONNECTED = frozenset({"left"})
 FAULTS = (
-    *(fault for fault in engine_faults.FAULTS if fault.server_kind == "plain" and fault.name not in ENDS_PROCESS),
-    FaultScenario("killed client", 1, _client(client_faults.killed_client), hit=DISCONNECTED),
-    FaultScenario(
-        "slow writer", 1, _client(client_faults.slow_writer), hit=frozenset({OK, "408 body_timeout", REFUSED})
-    ),
-    FaultScenario("slow reader", 1, _client(client_faults.slow_reader), hit=frozenset({OK})),
-    FaultScenario(
-        "half-sent body", 1, _client(client_faults.half_sent), hit=DISCONNECTED | {"closed", "408 body_timeout"}
-    ),
-    *(FaultScenario(f"odd {name}", 1, _fuzz_case(case), hit=frozenset({HANDLED})) for name, case in CASES.items()),
-    FaultScenario("burst", 1, burst, hit=frozenset({OK, REFUSED})),
-    FaultScenario("deadline", 1, deadline_exceeded, hit=frozenset({OK, DEADLINE_EXCEEDED})),
+    *(fault for fault in engine_faults.FAULTS if fault.server == "plain" and fault.name not in ENDS_PROCESS),
+    Fault("killed client", 1, _client(client_faults.killed_client), hit=DISCONNECTED),
+    Fault("slow writer", 1, _client(client_faults.slow_writer), hit=frozenset({OK, "408 body_timeout", REFUSED})),
+    Fault("slow reader", 1, _client(client_faults.slow_reader), hit=frozenset({OK})),
+    Fault("half-sent body", 1, _client(client_faults.half_sent), hit=DISCONNECTED | {"closed", "408 body_timeout"}),
+    *(Fault(f"odd {name}", 1, _fuzz_case(fuzz_case), hit=frozenset({HANDLED})) for name, fuzz_case in CASES.items()),
+    Fault("burst", 1, burst, hit=frozenset({OK, REFUSED})),
+    Fault("deadline", 1, deadline_exceeded, hit=frozenset({OK, DEADLINE_EXCEEDED})),
 )
 
 

@@ -1,10 +1,9 @@
 """Resources of a process: memory, open files, threads, processor time."""
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 from bench.harness.errors import BenchError
 
@@ -23,17 +22,13 @@ class ProcessState:
 def process_state(pid: int, at: float) -> ProcessState:
     """Returns the resources of a process. Raises BenchError if it is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        files = len(os.listdir(f"/proc/{pid}/fd"))
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    except (FileNotFoundError, ProcessLookupError) as error:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            times, memory = process.cpu_times(), process.memory_info().rss
+            return ProcessState(at, memory, process.num_fds(), process.num_threads(), times.user + times.system)
+    except psutil.NoSuchProcess as error:  # a zombie, too
         raise BenchError(f"process {pid} is gone") from error
-    memory, threads = (re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE) for name in ("VmRSS", "Threads"))
-    if memory is None or threads is None:
-        raise BenchError(f"process {pid} has ended")
-    seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    return ProcessState(at, int(memory[1]) * 1024, files, int(threads[1]), seconds)
 
 
 def in_span(states: Sequence[ProcessState], begin: float, end: float) -> list[ProcessState]:
-    return [entry for entry in states if begin <= entry.at < end]
+    return [state for state in states if begin <= state.at < end]

@@ -26,15 +26,13 @@ class Span:
 
 def minute(states: Sequence[ProcessState], counters: Counters, span: Span) -> dict[str, Any]:
     """Returns one line of the file: resources and latencies within the span."""
-    in_window = in_span(states, span.begin, span.end)
+    window = in_span(states, span.begin, span.end)
     return {
         "minute": round(span.end / 60, 2),
-        "memory_mib": _range([item.memory_bytes / MIB for item in in_window]),
-        "files": _range([item.files for item in in_window]),
-        "threads": _range([item.threads for item in in_window]),
-        "cpu_share": round(
-            (in_window[-1].cpu_s - in_window[0].cpu_s) / max(in_window[-1].at - in_window[0].at, 1e-9), 4
-        ),
+        "memory_mib": _range([item.memory_bytes / MIB for item in window]),
+        "files": _range([item.files for item in window]),
+        "threads": _range([item.threads for item in window]),
+        "cpu_share": round((window[-1].cpu_s - window[0].cpu_s) / max(window[-1].at - window[0].at, 1e-9), 4),
         "load_average": round(os.getloadavg()[0], 2),  # of the machine: other work makes responses slow
         "latency_ms": counters.latency_percentiles(span.begin, span.end),
     }
@@ -50,8 +48,8 @@ def verdict(states: Sequence[ProcessState], counters: Counters, first_span: Span
     memory = growth(median(item.memory_bytes for item in before), median(item.memory_bytes for item in after))
     files = min(item.files for item in after) - min(item.files for item in before)
     threads = min(item.threads for item in after) - min(item.threads for item in before)
-    percentiles_by_span = [counters.latency_percentiles(span.begin, span.end) for span in (first_span, last_span)]
-    compared = [latency_percentiles.get(COMPARED_KIND) for latency_percentiles in percentiles_by_span]
+    by_span = [counters.latency_percentiles(span.begin, span.end) for span in (first_span, last_span)]
+    compared = [latency_percentiles.get(COMPARED_KIND) for latency_percentiles in by_span]
     slower = growth(compared[0]["p50"], compared[1]["p50"]) if compared[0] and compared[1] else None
     broken = []
     if counters.lost:
@@ -78,17 +76,17 @@ def verdict(states: Sequence[ProcessState], counters: Counters, first_span: Span
             "threads": threads,
             "latency_p50": None if slower is None else round(slower, 5),
         },
-        "latency_ms": {"first": percentiles_by_span[0], "last": percentiles_by_span[1]},
+        "latency_ms": {"first": by_span[0], "last": by_span[1]},
         "broken": broken,
     }
 
 
 def show(result: Mapping[str, Any]) -> str:
     """Returns the table for people."""
-    percentiles_by_span = result["latency_ms"]
+    by_span = result["latency_ms"]
     rows = []
-    for kind, last_span in percentiles_by_span["last"].items():
-        first_span = percentiles_by_span["first"].get(kind) or dict.fromkeys(("count", "p50", "p99"))
+    for kind, last_span in by_span["last"].items():
+        first_span = by_span["first"].get(kind) or dict.fromkeys(("count", "p50", "p99"))
         rows.append(
             [
                 kind,
@@ -115,7 +113,7 @@ def plot(minutes: Sequence[Mapping[str, Any]]) -> str:
 
     def latency(kind: str, part: str) -> list[tuple[float, float]]:
         rows = [(row["minute"], row["latency_ms"].get(kind)) for row in minutes]
-        return [(at, percentiles_by_span[part]) for at, percentiles_by_span in rows if percentiles_by_span]
+        return [(at, by_span[part]) for at, by_span in rows if by_span]
 
     panels = [
         Panel("memory, MiB", {"median": line("memory_mib", "median"), "most": line("memory_mib", "max")}),

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from bench.harness.cli import command, parse_size, run_benchmark
+from bench.harness.cli import BenchmarkParser, parse_size, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.summary import table
@@ -31,10 +31,8 @@ from bench.quality.images.run import make_images
 from engines.sampler import Schedule
 
 
-def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality.images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = BenchmarkParser("bench.quality.images", __doc__)
     parser.add_argument("--prompts", required=True, help="file or folder of prompts, or tiny:<count>")
     parser.add_argument("--kind", choices=KINDS, help="of the prompts (default: by the file's name)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the images")
@@ -58,12 +56,11 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     source.add_argument("--decoder", help="another autoencoder with the same latents")
     source.add_argument("--schedule", default="paper", choices=get_args(Schedule), help="of angles (default paper)")
     source.add_argument("--max-batch", type=int, default=8)
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     if (options.url is None) == (options.model is None):
         parser.error("needed is either --model or --url")
     if options.workers < 1 or (options.limit is not None and options.limit < 1):
         parser.error("--workers and --limit: needed is 1 at least")
-    options.command = command("bench.quality.images", argv)
     return options
 
 
@@ -132,7 +129,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parsed(sys.argv[1:] if argv is None else argv)
+    options = parsed(argv)
     return run_benchmark(lambda: measure(options), show, lambda result: result["missing"] or result["twice"])
 
 

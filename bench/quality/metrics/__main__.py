@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.harness.cli import command, run_benchmark
+from bench.harness.cli import BenchmarkParser, comma_list, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.summary import table
@@ -123,21 +123,10 @@ def _by(entry: Mapping[str, Any]) -> str | None:
     return ", ".join(parts) or None
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= METRICS.keys():
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(METRICS)}")
-    return names
-
-
-def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality.metrics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = BenchmarkParser("bench.quality.metrics", __doc__)
     parser.add_argument("images", type=Path, help="folder of bench.quality.images, or any folder of images")
-    parser.add_argument("--metrics", type=_names, required=True, help=f"of {', '.join(METRICS)}, separated by commas")
+    parser.add_argument("--metrics", type=comma_list(str, METRICS), required=True, help=f"of {', '.join(METRICS)}")
     parser.add_argument("--reference", type=Path, help="folder of real images; for fid also an .npz of pytorch-fid")
     parser.add_argument("--keep-statistics", type=Path, help="write the reference's for the next time (.npz)")
     parser.add_argument(
@@ -149,14 +138,13 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder of weights (default: the caches of torch and the hub)")
     parser.add_argument("--download", action="store_true", help="fetch weights that are absent")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (default cpu)")
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     options.locations = WeightLocations(options.weights, options.download)
-    options.command = command("bench.quality.metrics", argv)
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parsed(sys.argv[1:] if argv is None else argv)
+    options = parsed(argv)
     return run_benchmark(
         lambda: measure(options),
         show,

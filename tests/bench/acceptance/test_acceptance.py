@@ -1,4 +1,4 @@
-"""bench.acceptance on the CPU: every step but the card's own runs here, so that the one command of a GPU host works."""
+"""bench.acceptance on the CPU: every step but the card's own runs here, so that a GPU host's command works."""
 
 import json
 from collections.abc import Callable

@@ -67,7 +67,7 @@ def test_nothing_that_grows_is_no_finding() -> None:
         (states(files=9), ledger(), "9 more files"),
         (states(threads=1), ledger(), "1 more threads"),
         (states(), ledger(slower=1.1), "latency grew by 10.00%"),
-        (states(), Counters(), "no order of the kind plain"),
+        (states(), Counters(), "no request of the kind plain"),
     ],
 )
 def test_what_grows_is_found(seen: list[ProcessState], times: Counters, message: str) -> None:

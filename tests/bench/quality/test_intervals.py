@@ -20,8 +20,8 @@ def test_a_mean_s_interval_covers_as_often_as_it_says() -> None:
 def test_groups_weigh_alike_whatever_their_size() -> None:
     result = grouped_interval({"a": [1.0] * 90, "b": [0.0] * 10})
     assert result == (0.5, 0.5, 0.5)
-    assert result.excludes_zero
-    assert not grouped_interval({"a": [1.0, -1.0] * 20}).excludes_zero
+    low, high = grouped_interval({"a": [1.0, -1.0] * 20})[1:]
+    assert low < 0 < high
 
 
 def test_a_ratio_of_medians() -> None:

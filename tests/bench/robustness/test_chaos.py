@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.robustness.chaos import main
-from bench.robustness.fault import FaultScenario, fault_result
+from bench.robustness.fault import Fault, fault_result
 from bench.robustness.restarting_server import RestartingServer
 from bench.robustness.scenario import Scenario
 
@@ -48,7 +48,7 @@ def test_what_a_fault_does_not_excuse_is_lost(tmp_path: Path) -> None:
     async def nothing(_: Scenario) -> Counter[str]:
         return Counter()
 
-    fault = FaultScenario("x", 1, nothing, hit=frozenset({"500 engine_failed"}))
+    fault = Fault("x", 1, nothing, hit=frozenset({"500 engine_failed"}))
     scenario = Scenario(RestartingServer([], tmp_path / "log"), random.Random(0), 1, never_ok=1)
     result = fault_result(
         fault, scenario, Counter({"500 engine_failed": 3, "silence": 2}), Counter({"200": 9, "200 wrong image": 1})

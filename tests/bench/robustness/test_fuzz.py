@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.robustness.fuzz import Campaign, is_clean, main, server_failures
+from bench.robustness.fuzz import is_clean, main, server_failures
 from bench.robustness.malformed_images import KINDS
 from bench.robustness.malformed_requests import frame
 from bench.robustness.restarting_server import RestartingServer
@@ -75,7 +75,7 @@ def test_failures_inside_are_found(tmp_path: Path) -> None:
     ],
 )
 def test_growth_and_failures_decide(growth: dict[str, float], wrong: dict[str, int], clean: bool) -> None:
-    assert is_clean(Campaign("x", 1, {}, growth, wrong)) == clean
+    assert is_clean({"growth": growth, "wrong": wrong}) == clean
 
 
 def test_frames_are_masked_and_sized() -> None:

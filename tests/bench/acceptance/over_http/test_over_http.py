@@ -1,4 +1,4 @@
-"""bench.acceptance.over_http: a server of our own over HTTP on a CPU, and figures that are taken once."""
+"""bench.acceptance.over_http: our server over HTTP on a CPU, and figures taken once."""
 
 import json
 from pathlib import Path
