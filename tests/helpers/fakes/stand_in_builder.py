@@ -2,7 +2,7 @@
 
     python stand_in_builder.py PLAN [arguments of build_engine.py]
 
-PLAN is a JSON file: `manifest` (to write), `log` (a file that receives a line with the process id), and optionally
+PLAN is a JSON file with `manifest` (to write) and `log` (a file that receives a line with the process id). Optional are
 `gate` (a file to wait for half-way) and `fail` (its error message, with `code`).
 """
 
