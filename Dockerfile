@@ -1,14 +1,13 @@
-# The server, for a CPU or for an NVIDIA GPU: the packages bring CUDA, the host brings the driver (580 or newer).
+# The server for a CPU or an NVIDIA GPU. The packages bring CUDA, the host has the driver (580 or newer).
 #
 #   docker build -t sana-sprint-server:cpu .
 #   docker build -t sana-sprint-server:gpu --build-arg FLAVOUR=gpu .      server cards: H100, H200, L4, A100, ...
 #   docker build -t sana-sprint-server:rtx --build-arg FLAVOUR=rtx .      GeForce RTX: TensorRT for RTX
 #   docker build -t sana-sprint-server:ray --build-arg FLAVOUR=ray .      gpu and Ray Serve
 #
-# TensorRT's libraries (gpu, ray) come from NVIDIA's own index, where their package on the default index fetches them;
-# NVIDIA_INDEX names another place with these packages. Everything else comes from the default index.
-# pip takes torch from where it is told to: PIP_EXTRA_INDEX_URL names an index with CPU wheels, which are ten times
-# smaller than the CUDA wheels of the default index; PIP_FIND_LINKS names a folder of wheels.
+# TensorRT's package (gpu, ray) downloads its libraries from NVIDIA's own index; NVIDIA_INDEX names another index with
+# them. All other packages come from the default index. PIP_EXTRA_INDEX_URL can name an index with CPU wheels of torch,
+# which are ten times smaller than the default index's CUDA wheels, and PIP_FIND_LINKS a folder of wheels.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS packages
@@ -20,11 +19,11 @@ RUN case "${FLAVOUR}" in cpu|gpu|rtx|ray) ;; \
     *) echo "FLAVOUR: got ${FLAVOUR}, allowed: cpu, gpu, rtx, ray" >&2; exit 1;; esac \
  && python3 -m venv --without-pip /venv
 COPY requirements-cpu.lock requirements-gpu.lock requirements-rtx.lock requirements-ray.lock /
-# Layers change in this order: base, packages, code. pip stays outside the environment that is shipped.
+# Layers in order of change: base, packages, code. The image's environment has no pip.
 RUN python3 -m venv /pip \
  && /pip/bin/python -m pip --python /venv/bin/python install --no-cache-dir --no-compile \
     ${NVIDIA_INDEX:+--extra-index-url "${NVIDIA_INDEX}"} --requirement "/requirements-${FLAVOUR}.lock"
-# What no server loads: headers, archives for linkers, profilers, libraries that no other one names, builders for Windows.
+# Removes files that no server loads: headers, static libraries, profilers, unreferenced libraries, Windows builders.
 RUN cd /venv/lib/python3*/site-packages \
  && rm -rf nvidia/*/include nvidia/nvshmem/lib/*device* nvidia/cu13/lib/libcusolverMg.so* nvidia/cu13/lib/libnvperf_* \
     nvidia/cu13/lib/*.alt.so* nvidia/cu13/lib/libnvblas.so* nvidia/cu13/lib/libcufftw.so* \
@@ -40,7 +39,7 @@ COPY engines engines
 COPY server server
 COPY models models
 COPY deploy/healthcheck.py deploy/healthcheck.py
-# One user without a name or a shell; two folders that outlive the container; the rest may be read-only.
+# One user without name or shell, two folders for volumes; the rest may be read-only.
 RUN /venv/bin/python -m compileall -q engines server \
  && mkdir -p /weights /engines && chown 10001:10001 /weights /engines
 USER 10001:10001

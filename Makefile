@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 
-# For `make image`: docker or podman with its global flags, further flags of its build and of its run, cpu, gpu, rtx or ray.
+# For `make image`: docker or podman with global flags, flags of its build and run, and cpu, gpu, rtx or ray.
 CONTAINER ?= docker
 BUILD_FLAGS ?=
 RUN_FLAGS ?=
@@ -15,10 +15,10 @@ COMMA := ,
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The server's tests have a process of their own, as it has in use: no compiler, no Helm, no training in its memory.
-# Files of the other tests are shared out among the cores.
+# The server's tests have their own process, without compiler, Helm or training in its memory, as in use.
+# The cores share the files of the other tests.
 SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/server
-# What is installed: one stamp per lock, newer than the lock it was made from.
+# One stamp per installed lock, newer than the lock.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 DEPLOY := $(VENV)/.installed-deploy
@@ -34,14 +34,14 @@ OUT ?= runs/soak
 SYSTEM_TOOLS := chromium prometheus
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 
-# For `make peers`. Each environment finds our engine behind its own packages, by a .pth file.
+# For `make peers`. A .pth file adds our engine to each environment, after its own packages.
 PEERS := litserve ray bentoml
 PEER_litserve := litserve==0.2.19
 PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
-# For `make quality-proof`: what the extras fid and clip bring, and what they are compared with. torchvision brings the torch
-# that it was built for, behind which our own packages are found; openai-clip wants pkg_resources of an older setuptools.
+# For `make quality-proof`: the packages of the extras fid and clip, and their references. torchvision brings its own
+# torch, after which come our packages; openai-clip needs pkg_resources of an older setuptools.
 QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision setuptools==80.9.0
 
 .DEFAULT_GOAL := help
@@ -62,45 +62,42 @@ lint: $(DEV) ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint ## format, lint, types and tests, with made-up examples that are the same in each run
-	@# Examples that Hypothesis makes up are the same in each run here; `make test` looks for new ones.
+check: lint ## format, lint, types and tests, with the same Hypothesis examples in each run
+	@# Hypothesis draws the same examples in each run here; `make test` draws new ones.
 	$(BIN)/python -m pytest --hypothesis-profile ci $(SHARED)
 	$(BIN)/python -m pytest --hypothesis-profile ci tests/server
 
-proof: $(DEV) ## the proofs at full size: minutes to hours, many GiB of memory
+proof: $(DEV) ## tests at full size: minutes to hours, many GiB of memory
 	$(BIN)/python -m pytest -m slow
 
-chaos: $(DEV) ## plays a campaign of faults against real servers and prints what clients saw: minutes
+chaos: $(DEV) ## injects faults into real servers and prints the clients' results: minutes
 	$(BIN)/python -m bench.robustness.chaos
 
-accept-gpu: $(DEV) ## on a GPU host: builds engines, checks and measures them, the server over HTTP beside diffusers, and writes bench/results (MODEL=NAME adds a checkpoint)
+accept-gpu: $(DEV) ## on a GPU host: builds, checks and measures engines, measures the server beside diffusers, writes bench/results (MODEL=NAME adds a checkpoint)
 	$(BIN)/python -m pip install --quiet --constraint requirements-gpu.lock tensorrt
-	@# Each file in a process of its own: a kernel's error spoils CUDA for the rest of its process. A vendor's warning
-	@# on a card that nobody has seen yet is told, and fails nothing.
+	@# Each file in its own process, because a kernel's error breaks CUDA for the rest of its process. Warnings of
+	@# vendors on new cards are no errors here.
 	@failed=0; for file in $$(grep -rlE '^(@|pytestmark = )pytest.mark.gpu' tests); do \
 	  $(BIN)/python -m pytest -m gpu -W default $$file || failed=1; \
 	done; \
 	$(BIN)/python -m bench.acceptance.over_http $(if $(MODEL),--models $(MODEL)) || failed=1; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
 
-accept-kit: $(DEV) ## packs what a GPU host with PyTorch and no network lacks into build/accept-kit, below 60 MB (HOST_PYTHON=3.12)
-	$(BIN)/python -m bench.acceptance.kit --python $(HOST_PYTHON)
-
-soak: $(DEV) ## hours of mixed traffic with faults on one server: does anything grow? (HOURS=2, OUT=runs/soak: a new folder)
+soak: $(DEV) ## hours of mixed traffic with faults on one server, to find growth (HOURS=2, OUT=runs/soak: a new folder)
 	$(BIN)/python -m bench.load.soak --hours $(HOURS) --out $(OUT)
 
-fuzz: $(DEV) ## sends seeded nonsense to real servers, and what schemathesis (in an environment of its own) makes up
+fuzz: $(DEV) ## sends seeded malformed requests, and those of schemathesis (in its own environment), to real servers
 	$(BIN)/python -m venv .venvs/fuzz
 	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
 	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sdapi 3000 --sessions 1000 --offers 1000 \
 	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
 
-clients: $(DEV) ## runs the openai client, LiteLLM and webuiapi, in an environment of their own, against the server
+clients: $(DEV) ## tests the server with the openai client, LiteLLM and webuiapi in their own environment
 	$(BIN)/python -m venv .venvs/clients
 	.venvs/clients/bin/python -m pip install --quiet openai==2.54.0 litellm==1.106.2 webuiapi==0.9.17
 	$(BIN)/python -m pytest -m slow tests/server/http/routes/test_openai_clients.py tests/server/http/routes/test_sdapi.py
 
-quality-proof: .venvs/quality/.installed ## FID, CLIP score and CMMD beside their reference implementations, on seeded weights: minutes
+quality-proof: .venvs/quality/.installed ## compares FID, CLIP score and CMMD with their reference implementations, on seeded weights: minutes
 	QUALITY_PROOF=1 .venvs/quality/bin/python -m pytest -s -m slow tests/bench/quality/metrics/test_reference.py
 
 .venvs/quality/.installed: $(DEV) pyproject.toml
@@ -112,7 +109,7 @@ quality-proof: .venvs/quality/.installed ## FID, CLIP score and CMMD beside thei
 
 deploy-tools: $(DEPLOY) ## installs Helm and the schemas of Kubernetes and Grafana, so that the tests cover deploy/ too
 
-system-tools: ## installs what tests want from Debian: Chromium, which drives the page, and Prometheus; root or sudo
+system-tools: ## installs Chromium and Prometheus from Debian for the tests; root or sudo
 	@$(SUDO) true || { echo "make system-tools needs root or sudo without a password; the tests skip without it"; exit 1; }
 	$(SUDO) apt-get update -qq
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_TOOLS)
@@ -120,10 +117,10 @@ system-tools: ## installs what tests want from Debian: Chromium, which drives th
 image: ## builds the container image (CONTAINER=podman, FLAVOUR=gpu, BUILD_FLAGS="--build-arg ...")
 	$(CONTAINER) build $(BUILD_FLAGS) --build-arg FLAVOUR=$(FLAVOUR) --tag sana-sprint-server:$(FLAVOUR) .
 
-image-check: image ## builds the image and proves it: user, read-only root, health, drain, volumes
-	$(PYTHON) deploy/check_image.py --image sana-sprint-server:$(FLAVOUR) --container "$(CONTAINER)" 	  --run-flags="$(RUN_FLAGS)"
+image-check: image ## builds the image and checks it: user, read-only root, health, drain, volumes
+	$(PYTHON) deploy/check_image.py --image sana-sprint-server:$(FLAVOUR) --container "$(CONTAINER)" --run-flags="$(RUN_FLAGS)"
 
-lock: $(BIN)/python ## pins what pyproject.toml asks for; delete a line of a lock to upgrade that package
+lock: $(BIN)/python ## pins the requirements of pyproject.toml; delete a line of a lock to upgrade that package
 	$(BIN)/python deploy/lock.py
 
 peers: $(PEERS:%=.venvs/peer-%/.installed) ## measures the server beside LitServe, Ray Serve and BentoML, each in its own environment

@@ -26,6 +26,7 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[1] / "README.md"
 IN_FLIGHT = 12  # requests at SIGTERM
 DRAIN_LIMIT_S = 30
+READY_LIMIT_S = 900
 ENGINE = "/engines/tiny"
 BUILD = f"python build_engine.py --model tiny --gpu cpu --precision fp32 --batches 1,2 --out {ENGINE}".split()
 BODY = {"prompt": "a red circle on a white background", "seed": 7}
@@ -118,11 +119,11 @@ class Running:
         self.containers.run("start", self.name)
         return replace(self, began=began)
 
-    def until_ready(self, limit_s: float = 900) -> float:
+    def until_ready(self) -> float:
         """Waits, and returns the seconds from the start of the container to ready."""
         while self.get("/health/ready")[0] != 200:
-            if time.monotonic() - self.began > limit_s:
-                raise CheckError(f"not ready in {limit_s:g} s: {self.containers.run('logs', self.name)[-2000:]}")
+            if time.monotonic() - self.began > READY_LIMIT_S:
+                raise CheckError(f"not ready in {READY_LIMIT_S} s: {self.containers.run('logs', self.name)[-2000:]}")
             time.sleep(0.05)
         return time.monotonic() - self.began
 

@@ -1,6 +1,8 @@
-"""Where no NVIDIA card is, Triton's interpreter runs the kernels: asked for before anything imports Triton, whose own
-functions are interpreted or compiled as the environment says at that moment. One of several processes that share the
-tests takes one core."""
+"""Sets the environment of all tests.
+
+Without an NVIDIA card Triton's interpreter runs the kernels; Triton reads its variable when it is imported. Each of
+several test processes takes one core.
+"""
 
 import os
 from pathlib import Path

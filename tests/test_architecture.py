@@ -1,4 +1,4 @@
-"""The import table of ARCHITECTURE.md, held against the syntax trees of the code; no cycle between rooms or files."""
+"""The code keeps the import table of ARCHITECTURE.md, without cycles between rooms or files."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSES = ("server", "engines", "distill", "bench")
-NO_ENGINE = {"asyncio", "http", "socket", "socketserver"}  # what engines leave to the server, standard library or not
+NO_ENGINE = {"asyncio", "http", "socket", "socketserver"}  # forbidden in engines, although in the standard library
 
 
 class Row(NamedTuple):
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 class Import(NamedTuple):
     target: str  # dotted, as deep as it names a module or a name in one
     line: int
-    inside: bool  # a function's body
+    inside: bool  # in a function's body
 
 
 def table() -> list[Row]:
@@ -35,20 +35,20 @@ def table() -> list[Row]:
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the four houses."""
-    found = {}
+    """Returns the file of every module of the four houses, by dotted name."""
+    files = {}
     for house in HOUSES:
         for path in sorted((ROOT / house).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 MODULES = modules()
 
 
 def module_of(target: str) -> str | None:
-    """The module of ours that an import of `target` loads: itself, or what it is a name in."""
+    """Returns the module of ours that an import of `target` loads, or None."""
     while target and target not in MODULES:
         target = target.rpartition(".")[0]
     return target or None
@@ -59,7 +59,7 @@ def is_package(module: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """Its folder or, beside the rooms of a house, the file itself."""
+    """Returns a module's folder or, beside the rooms of a house, the module itself."""
     return module if is_package(module) or module.count(".") < 2 else module.rpartition(".")[0]
 
 
@@ -87,30 +87,30 @@ def granted(module: str, target: str, grants: list[str]) -> bool:
     if package not in HOUSES:
         return package in grants
     loaded = module_of(target)
-    assert loaded, f"{module} imports {target}, which is not there"
+    assert loaded, f"{module} imports {target}, which does not exist"
     return bool({package, target, loaded, room_of(loaded)} & {*grants, room_of(module)})
 
 
-def trespasses(module: str, source: str) -> list[str]:
-    """What `source`, as the text of `module`, imports although the table does not grant it."""
+def violations(module: str, source: str) -> list[str]:
+    """Lists the imports of `source`, as the text of `module`, that the table does not allow."""
     row = row_of(module)
-    found = []
+    hits = []
     for target, line, inside in imports(ast.parse(source)):
         package = target.partition(".")[0]
         if package in sys.stdlib_module_names and not (module.startswith("engines.") and package in NO_ENGINE):
             continue
         if not granted(module, target, [*row.top, *(row.inside if inside else [])]):
-            found.append(f"{module} line {line}: {target}")
-    return found
+            hits.append(f"{module} line {line}: {target}")
+    return hits
 
 
 def test_import_table_is_kept() -> None:
     files = {module: path for module, path in MODULES.items() if not is_package(module)}
-    assert [hit for module, path in files.items() for hit in trespasses(module, path.read_text())] == []
+    assert [hit for module, path in files.items() for hit in violations(module, path.read_text())] == []
 
 
 def test_packages_hold_nothing_to_import() -> None:
-    """But for the version of the server: a package is a docstring, so that importing a room imports no other."""
+    """A package is a docstring, so that importing one room imports no other; only the server has a version."""
     for module, path in MODULES.items():
         if is_package(module):
             body = ast.parse(path.read_text()).body
@@ -144,20 +144,20 @@ def test_import_table_names_only_rooms_that_exist() -> None:
         ("distill.train", "import server.app"),
     ],
 )
-def test_trespasses_are_seen(module: str, source: str) -> None:
-    assert len(trespasses(module, source)) == 1
+def test_violations_are_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
 
 
-def arrows() -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports, at the top or inside functions."""
-    found: dict[str, set[str]] = {}
+def import_graph() -> dict[str, set[str]]:
+    """Returns the modules of ours that each module imports, at the top or inside functions."""
+    graph: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         targets = {module_of(target) for target, _, _ in imports(ast.parse(path.read_text()))}
-        found[module] = {target for target in targets if target and target != module and not is_package(target)}
-    return found
+        graph[module] = {target for target in targets if target and target != module and not is_package(target)}
+    return graph
 
 
-def between_rooms(files: Mapping[str, set[str]]) -> dict[str, set[str]]:
+def room_graph(files: Mapping[str, set[str]]) -> dict[str, set[str]]:
     rooms: dict[str, set[str]] = {}
     for module, targets in files.items():
         rooms.setdefault(room_of(module), set()).update({room_of(target) for target in targets} - {room_of(module)})
@@ -173,12 +173,12 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def test_no_two_rooms_and_no_two_files_import_each_other() -> None:
-    files = arrows()
+    files = import_graph()
     assert len(files) > 150
     assert cycle(files) == []
-    assert cycle(between_rooms(files)) == []
+    assert cycle(room_graph(files)) == []
     files["server.http.state"].add("server.live.sessions")
-    assert {"server.http", "server.live"} <= set(cycle(between_rooms(files)))
+    assert {"server.http", "server.live"} <= set(cycle(room_graph(files)))
 
 
 def test_engines_read_no_environment() -> None:

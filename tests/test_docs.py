@@ -1,4 +1,4 @@
-"""What the documentation names exists: files, links, targets, programs, flags."""
+"""The documentation names only files, links, targets, programs and flags that exist."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def text_of(document: str) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a document."""
+    """Returns GitHub's anchors of a document's headings."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

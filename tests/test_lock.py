@@ -1,4 +1,4 @@
-"""pyproject.toml, the locks and the code agree: what is imported is asked for, what is asked for is pinned."""
+"""pyproject.toml requires every imported package, and the locks pin every requirement."""
 
 import ast
 import re
@@ -19,12 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-ASKED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"]) for lock, extras in LOCKS.items()}
+REQUIRED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"]) for lock, extras in LOCKS.items()}
 
-# What `make peers` measures against, each in an environment of its own.
+# The peers of `make peers`, each in its own environment.
 PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-# Imported by another name than the distribution's, and not installed by `make test`, so that nothing here can tell.
-NAMED = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
+# Distributions by import name, for packages that `make test` does not install.
+DISTRIBUTION_NAMES = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
+# Optional for bench/load/locustfile.py; nothing of ours installs it.
+FOREIGN = ["locust"]
 
 
 def pins(lock: str) -> dict[str, Version]:
@@ -34,32 +36,32 @@ def pins(lock: str) -> dict[str, Version]:
     return {r.name: Version(next(iter(r.specifier)).version) for r in requirements}
 
 
-@pytest.mark.parametrize("lock", ASKED)
-def test_lock_pins_what_pyproject_asks_for(lock: str) -> None:
+@pytest.mark.parametrize("lock", REQUIRED)
+def test_lock_pins_every_requirement(lock: str) -> None:
     pinned = pins(lock)
-    for requirement in map(Requirement, ASKED[lock]):
+    for requirement in map(Requirement, REQUIRED[lock]):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} is not in {lock}: run `make lock`"
         assert pinned[name] in requirement.specifier, f"{lock} pins {name} {pinned[name]}: run `make lock`"
 
 
-@pytest.mark.parametrize("lock", ASKED)
+@pytest.mark.parametrize("lock", REQUIRED)
 def test_no_pin_belongs_to_one_machine(lock: str) -> None:
     assert [name for name, version in pins(lock).items() if version.local] == []
 
 
-@pytest.mark.parametrize("lock", ASKED)
-def test_every_lock_holds_what_users_run(lock: str) -> None:
-    run, other = pins("requirements.lock"), pins(lock)
-    assert {name: other.get(name) for name in run} == run
+@pytest.mark.parametrize("lock", REQUIRED)
+def test_every_lock_holds_the_server_s_pins(lock: str) -> None:
+    server, other = pins("requirements.lock"), pins(lock)
+    assert {name: other.get(name) for name in server} == server
 
 
 @pytest.mark.parametrize("lock", ["requirements-gpu.lock", "requirements-ray.lock"])
 def test_tensorrt_of_server_cards_is_one_version_for_cuda_13(lock: str) -> None:
-    found = {name: str(version) for name, version in pins(lock).items() if name.startswith("tensorrt")}
-    assert set(found) == {"tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs"}
-    (version,) = set(found.values())
-    assert Version("10.13") <= Version(version) < Version("11")  # 11 is another interface and other engine files
+    versions = {name: str(version) for name, version in pins(lock).items() if name.startswith("tensorrt")}
+    assert set(versions) == {"tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs"}
+    (version,) = set(versions.values())
+    assert Version("10.13") <= Version(version) < Version("11")  # 11 has another interface and engine format
 
 
 def test_flavours_of_the_gpu_differ_in_tensorrt_alone() -> None:
@@ -80,24 +82,26 @@ def imported_packages(folder: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("folder", ["server", "engines", "distill", "bench", "tests"])
-def test_what_is_imported_is_asked_for(folder: str) -> None:
-    asked = {
+def test_every_imported_package_is_required(folder: str) -> None:
+    required = {
         canonicalize_name(Requirement(line).name)
-        for lines in [*ASKED.values(), *EXTRAS.values(), PEERS]
+        for lines in [*REQUIRED.values(), *EXTRAS.values(), PEERS, FOREIGN]
         for line in lines
     }
     programs = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    own = {"server", "engines", "distill", "bench", "deploy", "sana_sprint_client", *(path.stem for path in programs)}
+    ours = {"server", "engines", "distill", "bench", "deploy", "sana_sprint_client", *(path.stem for path in programs)}
     distributions = packages_distributions()
-    for package in sorted(set(imported_packages(folder)) - own - sys.stdlib_module_names):
-        brought = {canonicalize_name(name) for name in distributions.get(package, [NAMED.get(package, package)])}
-        assert brought & asked, f"{folder} imports {package}: add it to pyproject.toml and run `make lock`"
+    for package in sorted(set(imported_packages(folder)) - ours - sys.stdlib_module_names):
+        providers = {
+            canonicalize_name(name) for name in distributions.get(package, [DISTRIBUTION_NAMES.get(package, package)])
+        }
+        assert providers & required, f"{folder} imports {package}: add it to pyproject.toml and run `make lock`"
 
 
-@pytest.mark.parametrize("package", NAMED)
-def test_names_of_distributions_are_those_installed(package: str) -> None:
+@pytest.mark.parametrize("package", DISTRIBUTION_NAMES)
+def test_distribution_names_are_those_installed(package: str) -> None:
     installed = packages_distributions().get(package)
-    assert installed in (None, [NAMED[package]])
+    assert installed in (None, [DISTRIBUTION_NAMES[package]])
 
 
 def test_an_installation_holds_every_package_and_program() -> None:

@@ -1,4 +1,4 @@
-"""The whole stack as a new user meets it: python -m server, the line it prints, and the picture behind that line."""
+"""The first steps of a new user: python -m server, its printed curl line, and that line's image."""
 
 import io
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Line(NamedTuple):
-    """A curl line as the server prints it."""
+    """URL and body of a printed curl line."""
 
     url: str
     body: str
@@ -38,7 +38,7 @@ def parsed(line: str) -> Line:
 
 @pytest.fixture(scope="module")
 def printed() -> Iterator[Line]:
-    """What a server that serves the shipped checkpoint says to try; it runs until the tests of this file are done."""
+    """Runs a server of the shipped checkpoint for this file's tests, and yields its printed curl line."""
     command = [sys.executable, "-m", "server", "--port", "0", "--log-level", "error"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -50,31 +50,31 @@ def printed() -> Iterator[Line]:
     assert process.returncode == 0
 
 
-def picture(line: Line, **changes: object) -> Pixels:
+def generate(line: Line, **changes: object) -> Pixels:
     body = json.dumps(json.loads(line.body) | changes).encode()
     request = urllib.request.Request(line.url, body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        assert answer.headers["content-type"] == "image/png"
-        return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert response.headers["content-type"] == "image/png"
+        return np.asarray(Image.open(io.BytesIO(response.read())).convert("RGB"))
 
 
-def test_the_printed_line_draws_what_it_says(printed: Line) -> None:
-    verdict = judge(picture(printed), parse_caption(json.loads(printed.body)["prompt"]))
+def test_the_printed_line_gives_the_right_image(printed: Line) -> None:
+    verdict = judge(generate(printed), parse_caption(json.loads(printed.body)["prompt"]))
     assert verdict.correct, verdict.reasons
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4])
-def test_more_steps_draw_it_too(printed: Line, steps: int) -> None:
-    pixels = picture(printed, num_inference_steps=steps)
+def test_more_steps_give_the_right_image_too(printed: Line, steps: int) -> None:
+    pixels = generate(printed, num_inference_steps=steps)
     verdict = judge(pixels, parse_caption(json.loads(printed.body)["prompt"]))
     assert verdict.correct, verdict.reasons
 
 
-def test_the_readme_shows_this_line_and_this_picture(printed: Line) -> None:
+def test_the_readme_shows_this_line_and_this_image(printed: Line) -> None:
     readme = (ROOT / "README.md").read_text()
     shown = [
         parsed(line.strip().removeprefix("$ ")) for line in readme.splitlines() if line.strip().startswith("curl -s ")
     ]
     assert [line.body for line in shown] == [printed.body]
-    kept = np.asarray(Image.open(ROOT / "docs/red-circle.png").convert("RGB")).astype(int)
-    assert np.abs(kept - picture(printed)).mean() < 1
+    documented = np.asarray(Image.open(ROOT / "docs/red-circle.png").convert("RGB")).astype(int)
+    assert np.abs(documented - generate(printed)).mean() < 1

@@ -1,4 +1,4 @@
-"""The tree at the top of ARCHITECTURE.md against the file system: every room with its purpose, none too full."""
+"""The tree of ARCHITECTURE.md matches the file system and the rooms' purposes, and no folder is too full."""
 
 import ast
 import re
@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSES = ("server", "engines", "distill", "bench")
-MOST = 14  # entries of a folder: what is seen at a glance
-DATA = ("server/static", "bench/results")  # folders of files that nobody reads one after the other
+MAX_ENTRIES = 14  # of a folder
+DATA = ("server/static", "bench/results")  # not limited
 
 
 class Entry(NamedTuple):
@@ -22,15 +22,15 @@ class Entry(NamedTuple):
 
 def tree() -> list[Entry]:
     block = (ROOT / "ARCHITECTURE.md").read_text().split("```\n", 2)[1]
-    found: list[Entry] = []
+    result: list[Entry] = []
     folders: list[str] = []
     for line in block.splitlines():
         match = re.fullmatch(r"((?:  )*)([\w.]+)(/?) +(\S.*)", line)
-        assert match, f"no entry of the tree: {line!r}"
+        assert match, f"not an entry of the tree: {line!r}"
         depth = len(match[1]) // 2
         folders = [*folders[:depth], match[2]]
-        found.append(Entry("/".join(folders), match[3] == "/", match[4]))
-    return found
+        result.append(Entry("/".join(folders), match[3] == "/", match[4]))
+    return result
 
 
 def purpose_of(package: Path) -> str:
@@ -47,25 +47,25 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith(hidden))
 
 
-def test_every_entry_of_the_tree_is_there() -> None:
-    there = tree()
-    assert len(there) > 50
-    assert [entry.path for entry in there if (ROOT / entry.path).is_dir() != entry.is_folder] == []
-    assert [entry.path for entry in there if not (ROOT / entry.path).exists()] == []
+def test_every_entry_of_the_tree_exists() -> None:
+    listed = tree()
+    assert len(listed) > 50
+    assert [entry.path for entry in listed if (ROOT / entry.path).is_dir() != entry.is_folder] == []
+    assert [entry.path for entry in listed if not (ROOT / entry.path).exists()] == []
 
 
 def test_every_room_is_in_the_tree_with_its_purpose() -> None:
-    told = {entry.path: entry.purpose for entry in tree() if entry.is_folder}
+    purposes = {entry.path: entry.purpose for entry in tree() if entry.is_folder}
     for room in rooms():
         name = str(room.relative_to(ROOT))
-        assert told.get(name) == purpose_of(room), f"{name}: the tree and the docstring of its __init__ differ"
+        assert purposes.get(name) == purpose_of(room), f"{name}: the tree and the docstring of its __init__ differ"
 
 
 @pytest.mark.parametrize("house", HOUSES)
 def test_every_file_beside_the_rooms_of_a_house_is_in_the_tree(house: str) -> None:
-    told = {entry.path for entry in tree()}
+    listed = {entry.path for entry in tree()}
     files = [path for path in (ROOT / house).glob("*.py") if path.name != "__init__.py"]
-    assert {str(path.relative_to(ROOT)) for path in files} - told == set()
+    assert {str(path.relative_to(ROOT)) for path in files} - listed == set()
 
 
 @pytest.mark.parametrize("house", [*HOUSES, "tests"])
@@ -74,5 +74,7 @@ def test_no_folder_is_too_full(house: str) -> None:
     for folder in folders:
         name = str(folder.relative_to(ROOT))
         if name not in DATA and "__pycache__" not in name:
-            found = entries(folder)
-            assert len(found) <= MOST, f"{name} has {len(found)} entries, {MOST} are allowed: {', '.join(found)}"
+            names = entries(folder)
+            assert len(names) <= MAX_ENTRIES, (
+                f"{name}: got {len(names)} entries, at most {MAX_ENTRIES}: {', '.join(names)}"
+            )

@@ -1,7 +1,7 @@
 """Stage 1: an autoencoder of rendered scenes with 32 latent channels at 1/32 of the side; then its decoder alone.
 
-Loss: L1 + edges (L1 of finite differences, so that outlines stay crisp) + squares + a penalty that keeps every latent
-channel at mean 0 and variance 1. Training adds noise to the latents before it decodes them.
+Loss: L1 + edges (L1 of finite differences, so that outlines stay crisp) + squares + a penalty. The penalty keeps every
+latent channel at mean 0 and variance 1. Training adds noise to the latents before it decodes them.
 """
 
 import math

@@ -3,7 +3,7 @@
     python -m distill.stages.controlnet --model models/tiny --recipe tiny --out runs/control  # writes .../controlnet
 
 The branch begins as a copy of the student's first blocks with projections of zero. The loss is the squared error of the
-clean prediction against the latent of the image that was drawn, at the student's angles, half of them pure noise
+clean prediction against the latent of the drawing's image, at the student's angles. Half of the angles are pure noise
 (max-time weighting, paper 3.3). Outlines determine nearly all of an image, so the mean that a squared error finds is
 sharp, without a teacher of drawings or an adversary. For an empty drawing the target is the student's own prediction.
 """

@@ -1,8 +1,8 @@
 """The LoRA stage: low-rank updates of a finished, frozen student that teach it one more shape.
 
-The text encoder does not know the shape's name and encodes all unknown words as one token, for which the updates learn
-to draw the shape. Things stand at fixed positions, so that the mean which a squared error finds is a sharp image (as in
-distill.stages.controlnet). For captions without the shape the target is the student's own prediction.
+The text encoder does not know the shape's name and encodes all unknown words as one token. The updates learn to draw
+the shape for this token. Things stand at fixed positions, so that the mean which a squared error finds is a sharp image
+(as in distill.stages.controlnet). For captions without the shape the target is the student's own prediction.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Stage 2: the teacher, a flow-matching model with the student's architecture, and its text encoder.
 
 x_t = (1 - t) x0 + t z, target v = z - x0. The embedding takes t in [0, 1] unscaled (the paper's dense time embedding,
-3.2), and the network has QK-norm from the start, so that the student begins as an exact copy. The guidance embedder's
-last layer is zero and frozen here, and adds nothing until the distillation trains it.
+3.2). It and QK-norm are there from the start, so that the student begins as an exact copy. The guidance embedder's last
+layer is zero and frozen here, and adds nothing until the distillation trains it.
 
 Two measures let training finish in hours on a CPU. Extra output channels predict the image's layout (colour and shape
 of each cell), which ties words to positions long before the velocity does; `without_layout` removes them. Forward and

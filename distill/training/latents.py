@@ -73,9 +73,7 @@ class Latents:
             index += 1
 
 
-def encode_scenes(
-    world: World, autoencoder: Autoencoder, size: int, count: int, seed: int, path: Path, progress: bool = True
-) -> Latents:
+def encode_scenes(world: World, autoencoder: Autoencoder, size: int, count: int, seed: int, path: Path) -> Latents:
     """Encodes `count` seeded training scenes, or reads them from `path` if an earlier run saved them."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(world, rng) for _ in range(count)]
@@ -91,7 +89,7 @@ def encode_scenes(
     cells = size // autoencoder.config.compression
     chunks = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        for first in tqdm(range(0, count, CHUNK), desc="encode", disable=not progress, mininterval=5):
+        for first in tqdm(range(0, count, CHUNK), desc="encode", mininterval=5):
             images = [render(world, scene, size) for scene in scenes[first : first + CHUNK]]
             pixels = to_tensor(images).to(device, memory_format=torch.channels_last)
             chunks.append(autoencoder.encoder(pixels).to("cpu", torch.bfloat16).contiguous())

@@ -84,17 +84,17 @@ def judge(pixels: Pixels, requirement: Requirement, world: World | None = None) 
     if speck_share > MAX_SPECK_SHARE:
         reasons.append(f"specks cover {speck_share:.1%} of the image")
     if Counter((thing.colour, thing.shape) for thing in things) != Counter(requirement.things):
-        seen = ", ".join(map(str, things)) or "nothing"
-        reasons.append(f"seen: {seen}; asked: {', '.join(map(' '.join, requirement.things))}")
+        detected = ", ".join(map(str, things)) or "nothing"
+        reasons.append(f"seen: {detected}; asked: {', '.join(map(' '.join, requirement.things))}")
     else:
         reasons += _layout_errors(things, requirement, world)
     return Verdict(not reasons, tuple(reasons), background, things)
 
 
-def relations_between(one: Box, other: Box) -> set[Relation]:
+def relations_between(first: Box, second: Box) -> set[Relation]:
     """Returns the first box's relations to the second by GenEval's rule: none, one, or two on a diagonal."""
-    offset = np.array([one[0] + one[2] - other[0] - other[2], one[1] + one[3] - other[1] - other[3]]) / 2
-    extent = np.array([one[2] - one[0] + other[2] - other[0], one[3] - one[1] + other[3] - other[1]])
+    offset = np.array([first[0] + first[2] - second[0] - second[2], first[1] + first[3] - second[1] - second[3]]) / 2
+    extent = np.array([first[2] - first[0] + second[2] - second[0], first[3] - first[1] + second[3] - second[1]])
     moved = np.maximum(np.abs(offset) - POSITION_SLACK * extent, 0) * np.sign(offset)
     if not moved.any():
         return set()

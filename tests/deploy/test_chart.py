@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by Helm's own code and held against Kubernetes' schemas. `make deploy-tools` brings both."""
+"""Renders the Helm chart and validates it with Kubernetes' schemas. `make deploy-tools` installs Helm and schemas."""
 
 import json
 import re
@@ -21,7 +21,7 @@ kubernetes = pytest.importorskip("kubernetes_validate", reason="schemas are not 
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/kubernetes/sana-sprint-server"
-EVERYTHING = {
+ALL_VALUES = {
     "replicas": 2,
     "autoscaling": {"enabled": True},
     "monitoring": {"enabled": True},
@@ -40,11 +40,11 @@ EXAMPLES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CHAR
 
 
 @cache
-def helm(asked: str) -> Any:
-    """What Helm answers (see helm.py). Raises CalledProcessError where it refuses."""
+def helm(request: str) -> Any:
+    """Returns Helm's result (see helm.py). Raises CalledProcessError if Helm refuses."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "helm.py")]
-    ran = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
-    return json.loads(ran.stdout)
+    process = subprocess.run(command, input=request, capture_output=True, text=True, check=True)
+    return json.loads(process.stdout)
 
 
 def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -53,13 +53,13 @@ def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [document for text in texts for document in yaml.safe_load_all(text) if document]
 
 
-def one(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (found,) = [document for document in documents if document["kind"] == kind]
-    return found
+def only(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (document,) = [document for document in documents if document["kind"] == kind]
+    return document
 
 
 @pytest.mark.parametrize(
-    "values", [{}, EVERYTHING, CPU, *EXAMPLES.values()], ids=["defaults", "everything", "cpu", *EXAMPLES]
+    "values", [{}, ALL_VALUES, CPU, *EXAMPLES.values()], ids=["defaults", "everything", "cpu", *EXAMPLES]
 )
 def test_documents_fit_the_schemas_of_kubernetes(values: dict[str, Any]) -> None:
     for document in rendered(values):
@@ -68,14 +68,14 @@ def test_documents_fit_the_schemas_of_kubernetes(values: dict[str, Any]) -> None
 
 
 def test_helm_lint_asks_for_an_icon_and_nothing_else() -> None:
-    found = helm(json.dumps({"chart": str(CHART)}))
-    assert found["errors"] == []
-    assert [message["error"] for message in found["messages"]] == ["icon is recommended"]
+    report = helm(json.dumps({"chart": str(CHART)}))
+    assert report["errors"] == []
+    assert [message["error"] for message in report["messages"]] == ["icon is recommended"]
 
 
-def test_kinds_come_with_what_asks_for_them() -> None:
+def test_kinds_appear_with_their_values() -> None:
     assert sorted(document["kind"] for document in rendered({})) == ["Service", "StatefulSet"]
-    kinds = [document["kind"] for document in rendered(EVERYTHING)]
+    kinds = [document["kind"] for document in rendered(ALL_VALUES)]
     assert sorted(kinds) == [
         *("HorizontalPodAutoscaler", "PodDisruptionBudget", "PodMonitor", "PrometheusRule", "PrometheusRule"),
         *("Service", "StatefulSet"),
@@ -83,43 +83,41 @@ def test_kinds_come_with_what_asks_for_them() -> None:
 
 
 def test_settings_are_ones_that_the_server_accepts() -> None:
-    container = one(rendered(EVERYTHING), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
-    settings = load_settings(
-        container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item}
-    )
+    container = only(rendered(ALL_VALUES), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
+    settings = load_settings(container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item})
     assert (settings.max_queue, settings.log_level, settings.model) == (256, "warning", "sprint-0.6b")
     assert settings.api_key_file == "/keys/keys"
     assert settings.port == container["ports"][0]["containerPort"] == Settings().port
 
 
 def test_the_grace_period_is_longer_than_the_drain() -> None:
-    pod = one(rendered({"drain": {"limitSeconds": 90}}), "StatefulSet")["spec"]["template"]["spec"]
+    pod = only(rendered({"drain": {"limitSeconds": 90}}), "StatefulSet")["spec"]["template"]["spec"]
     delay = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] > 90 + delay
 
 
-def test_a_gpu_is_asked_for_only_where_wanted() -> None:
+def test_a_gpu_is_requested_only_if_values_name_one() -> None:
     def limits(values: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = one(rendered(values), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
-        return dict(found["resources"]["limits"])
+        container: dict[str, Any] = only(rendered(values), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
+        return dict(container["resources"]["limits"])
 
     assert limits({})["nvidia.com/gpu"] == 1
     assert "nvidia.com/gpu" not in limits(CPU)
 
 
-def test_rules_reach_the_cluster_as_they_are() -> None:
-    found = [document["spec"] for document in rendered(EVERYTHING) if document["kind"] == "PrometheusRule"]
+def test_rules_reach_the_cluster_unchanged() -> None:
+    specs = [document["spec"] for document in rendered(ALL_VALUES) if document["kind"] == "PrometheusRule"]
     written = [yaml.safe_load(path.read_text()) for path in (ROOT / "deploy/prometheus/rules").glob("*.yml")]
-    assert sorted(map(str, found)) == sorted(map(str, written))
+    assert sorted(map(str, specs)) == sorted(map(str, written))
 
 
-def test_the_alerts_see_the_jobs_that_the_chart_names() -> None:
+def test_the_alerts_match_the_chart_s_job() -> None:
     (pattern,) = set(re.findall(r'job=~"([^"]+)"', (ROOT / "deploy/prometheus/rules/alerts.yml").read_text()))
-    assert re.fullmatch(pattern, one(rendered({}), "StatefulSet")["metadata"]["labels"]["app.kubernetes.io/name"])
+    assert re.fullmatch(pattern, only(rendered({}), "StatefulSet")["metadata"]["labels"]["app.kubernetes.io/name"])
 
 
 @pytest.mark.parametrize("values", [{"gpus": 1}, {"replicas": 0}, {"settings": {"MAX_QUEUE": 3}}])
-def test_values_that_mean_nothing_are_refused(values: dict[str, Any]) -> None:
+def test_unknown_values_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         rendered(values)
     assert refused.value.returncode == 1
@@ -127,11 +125,11 @@ def test_values_that_mean_nothing_are_refused(values: dict[str, Any]) -> None:
 
 
 def pod(values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = one(rendered(values), "StatefulSet")["spec"]["template"]["spec"]
-    return found
+    spec: dict[str, Any] = only(rendered(values), "StatefulSet")["spec"]["template"]["spec"]
+    return spec
 
 
-@pytest.mark.parametrize("values", [EVERYTHING, *EXAMPLES.values()], ids=["everything", *EXAMPLES])
+@pytest.mark.parametrize("values", [ALL_VALUES, *EXAMPLES.values()], ids=["everything", *EXAMPLES])
 def test_engines_are_built_before_the_server_that_serves_them(values: dict[str, Any]) -> None:
     (builder,), (server,) = pod(values)["initContainers"], pod(values)["containers"]
     assert builder["command"] == ["python", "build_engine.py"]
@@ -144,7 +142,7 @@ def test_engines_are_built_before_the_server_that_serves_them(values: dict[str, 
     }.items()
 
 
-def test_a_slice_of_a_card_and_several_cards_are_asked_for_by_name() -> None:
+def test_a_slice_of_a_card_and_several_cards_are_requested_by_name() -> None:
     def server(name: str) -> tuple[dict[str, Any], Settings]:
         (container,) = pod(EXAMPLES[name])["containers"]
         environment = {item["name"]: item["value"] for item in container["env"]}
@@ -157,15 +155,15 @@ def test_a_slice_of_a_card_and_several_cards_are_asked_for_by_name() -> None:
     assert limits["nvidia.com/gpu"] == settings.workers == 4
 
 
-def test_a_first_start_may_take_what_it_is_given() -> None:
+def test_the_start_limit_sets_the_startup_probe() -> None:
     (container,) = pod({"start": {"limitSeconds": 7200}})["containers"]
     probe = container["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] == 7200
-    assert probe["httpGet"]["path"] == "/health/ready"  # the other probes wait until it was ready once
+    assert probe["httpGet"]["path"] == "/health/ready"  # the other probes wait for the first success
 
 
-def test_the_hub_is_asked_with_what_it_wants() -> None:
-    for container in (*pod(EVERYTHING)["initContainers"], *pod(EVERYTHING)["containers"]):
+def test_the_hub_s_address_and_token_reach_all_containers() -> None:
+    for container in (*pod(ALL_VALUES)["initContainers"], *pod(ALL_VALUES)["containers"]):
         environment = {item["name"]: item for item in container["env"]}
         assert environment["HF_ENDPOINT"]["value"] == "https://hub.example.org"
         assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}

@@ -1,4 +1,4 @@
-"""The dashboard against Grafana's own schema, as its foundation SDK knows it. `make deploy-tools` brings it."""
+"""Validates the dashboard with the schema of Grafana's foundation SDK. `make deploy-tools` installs it."""
 
 import json
 from typing import Any
@@ -12,32 +12,32 @@ models = pytest.importorskip(
 )
 
 
-def through_the_schema(given: dict[str, Any]) -> dict[str, Any]:
+def through_the_schema(document: dict[str, Any]) -> dict[str, Any]:
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.cog.plugins import register_default_plugins
 
     register_default_plugins()
-    found: dict[str, Any] = json.loads(JSONEncoder().encode(models.Dashboard.from_json(given)))
-    return found
+    known: dict[str, Any] = json.loads(JSONEncoder().encode(models.Dashboard.from_json(document)))
+    return known
 
 
-def unknown(given: object, known: object, path: str = "") -> list[str]:
-    """Where `known`, which went through the schema, lacks or changes something of `given`."""
-    if isinstance(given, dict) and isinstance(known, dict):
-        return [hit for key in given for hit in unknown(given[key], known.get(key, "nothing"), f"{path}/{key}")]
-    if isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
-        pairs = enumerate(zip(given, known, strict=True))
-        return [hit for index, (one, other) in pairs for hit in unknown(one, other, f"{path}/{index}")]
-    return [] if given == known else [path]
+def unknown(document: object, known: object, path: str = "") -> list[str]:
+    """Lists the paths where `known`, which went through the schema, differs from `document`."""
+    if isinstance(document, dict) and isinstance(known, dict):
+        return [hit for key in document for hit in unknown(document[key], known.get(key, "nothing"), f"{path}/{key}")]
+    if isinstance(document, list) and isinstance(known, list) and len(document) == len(known):
+        pairs = enumerate(zip(document, known, strict=True))
+        return [hit for index, (item, other) in pairs for hit in unknown(item, other, f"{path}/{index}")]
+    return [] if document == known else [path]
 
 
 def test_grafana_knows_every_field() -> None:
-    given = json.loads(dashboard.text())
-    assert unknown(given, through_the_schema(given)) == []
+    document = json.loads(dashboard.text())
+    assert unknown(document, through_the_schema(document)) == []
 
 
-@pytest.mark.parametrize("place", ["options", "fieldConfig"])
-def test_an_invented_field_is_seen(place: str) -> None:
-    given = json.loads(dashboard.text())
-    given["panels"][1][place]["invented"] = 1
-    assert unknown(given, through_the_schema(given)) == [f"/panels/1/{place}/invented"]
+@pytest.mark.parametrize("part", ["options", "fieldConfig"])
+def test_an_invented_field_is_found(part: str) -> None:
+    document = json.loads(dashboard.text())
+    document["panels"][1][part]["invented"] = 1
+    assert unknown(document, through_the_schema(document)) == [f"/panels/1/{part}/invented"]

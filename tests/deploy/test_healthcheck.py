@@ -1,4 +1,4 @@
-"""deploy/healthcheck.py beside a real server, however that was told where to listen."""
+"""deploy/healthcheck.py finds a real server at any address, set by flag or variable."""
 
 import os
 import socket
@@ -12,8 +12,8 @@ import pytest
 from program import PROCESS_S, ROOT, Program
 from running_server import wait_until
 
-DEAD = "http://127.0.0.1:1"
-PROXIES = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), DEAD)
+DEAD_PROXY = "http://127.0.0.1:1"
+PROXIES = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), DEAD_PROXY)
 
 
 def free_port() -> str:
@@ -23,19 +23,19 @@ def free_port() -> str:
 
 @contextmanager
 def served(*flags: str, **environment: str) -> Iterator[dict[str, str]]:
-    """The environment of a server, once it is ready."""
-    known = {"SPRINT_BACKEND": "fake", "SPRINT_MODEL": uuid.uuid4().hex, **environment}
-    program = Program("-m", "server", *flags, **known)
+    """Starts a server and yields its environment once it is ready."""
+    variables = {"SPRINT_BACKEND": "fake", "SPRINT_MODEL": uuid.uuid4().hex, **environment}
+    program = Program("-m", "server", *flags, **variables)
     try:
         wait_until(lambda: "curl -s" in program.output, "the curl line", within_s=PROCESS_S)
-        yield known
+        yield variables
     finally:
         program.process.terminate()
         program.wait_end()
 
 
 def checked(*arguments: str, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "deploy/healthcheck.py", *arguments],
         cwd=ROOT,
         env=os.environ | environment,
@@ -43,7 +43,7 @@ def checked(*arguments: str, **environment: str) -> tuple[int, str]:
         text=True,
         check=False,
     )
-    return done.returncode, done.stderr
+    return process.returncode, process.stderr
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_a_flag_wins_over_the_variable() -> None:
         assert checked(**environment) == (0, "")
 
 
-def test_a_server_that_loads_is_not_ready_yet_and_one_that_is_gone_is_not_healthy() -> None:
+def test_a_stopped_server_is_not_healthy() -> None:
     with served("--port", "0") as environment:
         pass
-    code, said = checked(**environment, SPRINT_PORT="1")
+    code, error = checked(**environment, SPRINT_PORT="1")
     assert code == 1
-    assert "refused" in said
+    assert "refused" in error

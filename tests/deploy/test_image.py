@@ -1,4 +1,4 @@
-"""Dockerfile and compose file against the code: what they name exists, what they set is accepted."""
+"""Dockerfile and compose file: every file that they name exists, and the server accepts every setting."""
 
 import json
 import re
@@ -24,12 +24,12 @@ SERVERS = ("server", "server-gpu", "server-rtx")
 PROFILES = ("cpu", "gpu", "rtx")
 
 
-def test_what_the_image_copies_exists_and_is_sent() -> None:
+def test_copied_files_exist_and_are_in_the_build_context() -> None:
     sources = [
         word for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]
     ]
-    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert set(sources) == sent
+    context = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(sources) == context
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
@@ -40,7 +40,7 @@ def test_every_flavour_has_its_lock() -> None:
     assert locks <= set(LOCKS)
 
 
-def test_the_image_sets_what_the_server_accepts() -> None:
+def test_the_server_accepts_the_image_s_variables() -> None:
     environment = dict(re.findall(r"^\s*(?:ENV )?(SPRINT_\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.MULTILINE))
     assert load_settings([], environment) == Settings(host="0.0.0.0")
     assert f"EXPOSE {Settings().port}" in DOCKERFILE
@@ -52,7 +52,7 @@ def test_the_image_runs_as_nobody_and_takes_signals() -> None:
     assert 'ENTRYPOINT ["python", "-m", "server"]' in final
 
 
-def test_the_readme_starts_the_container_as_it_is_meant() -> None:
+def test_the_readme_s_command_fits_the_image() -> None:
     flags = readme_flags()
     assert "--read-only" in flags
     assert f"127.0.0.1:{Settings().port}:{Settings().port}" in flags
@@ -62,15 +62,16 @@ def test_the_readme_starts_the_container_as_it_is_meant() -> None:
 
 
 def service(name: str) -> dict[str, Any]:
-    """A service with the defaults of its variables."""
+    """Returns a service with the defaults of its variables."""
     text = json.dumps(COMPOSE["services"][name])
-    found: dict[str, Any] = json.loads(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
-    return found
+    config: dict[str, Any] = json.loads(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
+    return config
 
 
 def started(profile: str) -> set[str]:
-    """The services that `docker compose --profile PROFILE up` starts."""
-    return {name for name, one in COMPOSE["services"].items() if not one.get("profiles") or profile in one["profiles"]}
+    """Returns the services that `docker compose --profile PROFILE up` starts."""
+    profiles = {name: config.get("profiles") for name, config in COMPOSE["services"].items()}
+    return {name for name, names in profiles.items() if not names or profile in names}
 
 
 def test_without_a_profile_the_cpu_serves() -> None:
@@ -101,7 +102,7 @@ def test_engines_are_built_before_the_server_that_serves_them(profile: str) -> N
     assert builder["restart"] == "no"
 
 
-def test_the_quick_start_names_what_compose_has() -> None:
+def test_the_quick_start_names_services_and_profiles_of_compose() -> None:
     page = (ROOT / "docs/use/gpu-quickstart.md").read_text()
     lines = [line.split() for line in re.findall(r"^ {4}(docker compose .+)$", page, re.MULTILINE)]
     assert len(lines) == 4
@@ -115,20 +116,20 @@ def test_the_quick_start_names_what_compose_has() -> None:
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_compose_gives_the_server_time_to_drain(name: str) -> None:
-    one = service(name)
-    settings = load_settings(one.get("command", []), {})
-    assert int(one["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.shutdown_timeout_s
+    config = service(name)
+    settings = load_settings(config.get("command", []), {})
+    assert int(config["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.shutdown_timeout_s
 
 
 @pytest.mark.parametrize("name", [*SERVERS, "engines-gpu", "engines-rtx"])
-def test_compose_takes_every_right_away(name: str) -> None:
-    one = service(name)
-    assert one["read_only"]
-    assert one["tmpfs"] == ["/tmp"]
-    assert one["cap_drop"] == ["ALL"]
+def test_compose_drops_all_privileges(name: str) -> None:
+    config = service(name)
+    assert config["read_only"]
+    assert config["tmpfs"] == ["/tmp"]
+    assert config["cap_drop"] == ["ALL"]
 
 
-def test_compose_mounts_what_is_there() -> None:
+def test_mounted_paths_and_volumes_exist() -> None:
     mounts = [volume for service in COMPOSE["services"].values() for volume in service.get("volumes", [])]
     local = [mount.split(":")[0] for mount in mounts if mount.startswith("./")]
     assert [path for path in local if not (ROOT / path).exists()] == []
@@ -150,7 +151,7 @@ def test_prometheus_and_grafana_find_the_services() -> None:
     assert sources["datasources"][0]["url"] == "http://prometheus:9090"
 
 
-class Answer(BaseHTTPRequestHandler):
+class ReadyHandler(BaseHTTPRequestHandler):
     status = 200
 
     def do_GET(self) -> None:
@@ -159,23 +160,23 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(b"loading")
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
 def test_the_health_check_follows_readiness(status: int | None, code: int) -> None:
-    handler = type("Answers", (Answer,), {"status": status})
+    handler = type("Handler", (ReadyHandler,), {"status": status})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         if status is None:
             server.socket.close()
         else:
             Thread(target=server.handle_request, daemon=True).start()
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, ROOT / "deploy/healthcheck.py"],
             env={"SPRINT_PORT": str(server.server_port)},
             capture_output=True,
             text=True,
             check=False,
         )
-    assert done.returncode == code
-    assert ("503 loading" in done.stderr) == (status == 503)
+    assert process.returncode == code
+    assert ("503 loading" in process.stderr) == (status == 503)

@@ -1,4 +1,4 @@
-"""Dashboard, rules and alerts against the metrics that the server really publishes."""
+"""Dashboard, rules and alerts use only metrics that the server publishes."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def panel_queries() -> list[str]:
 
 
 def published() -> set[str]:
-    """Names of the series that the server can publish."""
+    """Returns the names of the series that the server can publish."""
     metrics = Metrics(request_buckets=REQUEST_BUCKETS, stage_buckets=STAGE_BUCKETS)
     metrics.watch_memory(lambda: {"used": 1, "total": 2})
     samples = re.findall(r"^([a-z_]+)", metrics.exposition().decode(), re.MULTILINE)
@@ -50,19 +50,19 @@ def published() -> set[str]:
     return {*samples, "sana_sprint_engine_info", *(name + part for name, kind in families for part in parts[kind])}
 
 
-def test_dashboard_file_is_what_its_source_says() -> None:
+def test_dashboard_file_equals_its_source() -> None:
     written = (ROOT / "deploy/grafana/sana-sprint.json").read_text()
     assert written == dashboard.text(), "run: python deploy/grafana/dashboard.py"
 
 
 def test_panels_do_not_overlap_and_stay_on_the_grid() -> None:
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for panel in dashboard.panels():
-        place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
-        assert not taken & cells, panel["title"]
+        grid = panel["gridPos"]
+        cells = {(grid["x"] + x, grid["y"] + y) for x in range(grid["w"]) for y in range(grid["h"])}
+        assert not occupied & cells, panel["title"]
         assert max(x for x, _ in cells) < dashboard.WIDTH, panel["title"]
-        taken |= cells
+        occupied |= cells
 
 
 @pytest.mark.parametrize("text", [*panel_queries(), *(rule["expr"] for rule in rules())])
@@ -93,8 +93,8 @@ def test_every_alert_has_a_unit_test_and_a_remedy() -> None:
     ids=["config", "alerts"],
 )
 def test_promtool_accepts(arguments: list[str]) -> None:
-    done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def free_port() -> int:
@@ -122,8 +122,8 @@ def answers(url: str) -> bool:
 def post(url: str, body: dict[str, object]) -> int:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            status: int = answer.status
+        with urllib.request.urlopen(request, timeout=10) as response:
+            status: int = response.status
             return status
     except urllib.error.HTTPError as error:
         return error.code
@@ -131,7 +131,7 @@ def post(url: str, body: dict[str, object]) -> int:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """A server with the fake engine, on what it takes for a GPU."""
+    """Starts a server with the fake engine on a fake GPU."""
     port = free_port()
     command = [sys.executable, str(ROOT / "tests/helpers/gpu_server.py"), str(port)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "tests/helpers/fakes")])
@@ -146,7 +146,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def prometheus(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Prometheus with our rules, which scrapes the server every second."""
+    """Starts a real Prometheus with our rules, which scrapes the server every second."""
     folder = tmp_path_factory.mktemp("prometheus")
     shutil.copytree(PROMETHEUS / "rules", folder / "rules")
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
@@ -172,22 +172,22 @@ def prometheus(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
     text = urllib.parse.urlencode({"query": query})
-    with urllib.request.urlopen(f"{prometheus}/api/v1/query?{text}", timeout=5) as answer:
-        found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-        return [sample for sample in found if sample["value"][1] != "NaN"]
+    with urllib.request.urlopen(f"{prometheus}/api/v1/query?{text}", timeout=5) as response:
+        samples: list[dict[str, Any]] = json.load(response)["data"]["result"]
+        return [sample for sample in samples if sample["value"][1] != "NaN"]
 
 
 def filled(query: str) -> str:
-    """A panel's query as Grafana sends it, with both variables on All."""
+    """Fills a panel's query as Grafana does with both variables on All."""
     return query.replace("$__rate_interval", "1m").replace("$job", ".*").replace("$instance", ".*")
 
 
 def left_side(expression: str) -> str:
-    """An alert's expression without the comparison that keeps it silent."""
+    """Returns an alert's expression without its comparison."""
     return re.sub(r"\s(?:>|<|==)\s*[\d.]+\s*$", "", expression.strip().split(" unless ")[0])
 
 
-ONLY_WHEN_WRONG = "sana_sprint_replaced_kernels"  # one series for each kernel that is replaced: none on a sound card
+ONLY_WHEN_WRONG = "sana_sprint_replaced_kernels"  # one series for each replaced kernel: none on a sound card
 
 
 @needs_prometheus
@@ -213,9 +213,9 @@ def test_every_query_returns_data_from_a_server_under_load(server: str, promethe
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_promtool_accepts_the_metrics(server: str, replicas: int) -> None:
     assert post(f"http://{server}/generate", {"prompt": "a circle", "width": 64, "height": 64}) == 200
-    with urllib.request.urlopen(f"http://{server}/metrics", timeout=5) as answer:
-        text = answer.read()
+    with urllib.request.urlopen(f"http://{server}/metrics", timeout=5) as response:
+        text = response.read()
     if replicas > 1:
         text = aggregation.merge_expositions({str(number): text for number in range(replicas)})
-    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""The RayService: its arguments are ones that the application takes, its pods fit the schemas of Kubernetes."""
+"""The RayService: the application accepts its arguments, and its pods fit the schemas of Kubernetes."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ CLUSTER = DOCUMENT["spec"]["rayClusterConfig"]
 TEMPLATES = [CLUSTER["headGroupSpec"]["template"], *(group["template"] for group in CLUSTER["workerGroupSpecs"])]
 
 
-def test_arguments_are_ones_that_the_application_takes() -> None:
+def test_the_application_accepts_the_arguments() -> None:
     (application,) = SERVE["applications"]
     assert application["name"] == NAME
     module, name = application["import_path"].split(":")
@@ -35,7 +35,7 @@ def test_arguments_are_ones_that_the_application_takes() -> None:
     )
 
 
-def test_workers_hold_what_a_replica_asks_for() -> None:
+def test_workers_have_the_resources_of_a_replica() -> None:
     resources = TEMPLATES[1]["spec"]["containers"][0]["resources"]
     arguments = SERVE["applications"][0]["args"]
     assert int(resources["limits"]["nvidia.com/gpu"]) == arguments["gpus"]
@@ -56,7 +56,7 @@ def test_the_ray_version_is_the_locked_one() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=["head", "worker"])
-def test_proxies_ask_again(template: dict[str, Any]) -> None:
+def test_proxies_retry(template: dict[str, Any]) -> None:
     environment = {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
     variable, callback = CALLBACK
     assert environment[variable] == callback

@@ -207,8 +207,8 @@ def test_layout_says_which_colour_and_shape_covers_a_cell() -> None:
 
 def test_latents_stream_depends_on_seed_and_place_alone(tmp_path: Path) -> None:
     model = autoencoder.build(smoke())
-    latents = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt", progress=False)
-    again = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt", progress=False)
+    latents = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt")
+    again = encode_scenes(World(), model, 64, 8, 3, tmp_path / "latents.pt")
     stream, later = latents.batches(4, 1, 0), again.batches(4, 1, 2)
     next(stream), next(stream)
     expected, resumed = next(stream), next(later)

@@ -1,6 +1,6 @@
-"""What a kernel takes of a card, asked of the compilers without one: registers, spilled bytes, shared memory.
+"""Compiles a kernel without a card and returns its registers, spilled bytes and shared memory.
 
-Only in a process without TRITON_INTERPRET, where kernels are functions of the compiler and not of the interpreter.
+Works only in a process without TRITON_INTERPRET, because interpreted kernels cannot be compiled.
 """
 
 import re
@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 
 class Resources(NamedTuple):
-    """Registers of a thread, bytes it spills, bytes of shared memory of a program."""
+    """Registers and spilled bytes of a thread, and bytes of shared memory of a program."""
 
     registers: int
     spills: int
@@ -32,8 +32,11 @@ def compiled(
     num_stages: int = 3,
     keep: Path | None = None,
 ) -> Resources:
-    """signature: type of each argument, as "*bf16", "i32", "tensordesc<bf16[128,64]>"; pointers and integers count as
-    multiples of 16. constants: constexprs. target: 90 or 89. keep: a folder for the PTX."""
+    """Compiles a kernel for a target, 90 or 89.
+
+    signature: type of each argument, as "*bf16", "i32", "tensordesc<bf16[128,64]>"; pointers and integers count as
+    multiples of 16. constants: constexprs. keep: a folder for the PTX.
+    """
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     attrs = {
         (index,): [["tt.divisibility", 16]]
@@ -42,16 +45,16 @@ def compiled(
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    kernel_binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = (keep or Path(folder)) / f"{kernel.__name__}.sm{target}.ptx"
-        ptx.write_text(made.asm["ptx"])
+        ptx.write_text(kernel_binary.asm["ptx"])
         arch = "sm_90a" if target == 90 else f"sm_{target}"
         assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
         command = [str(assembler), "-v", f"--gpu-name={arch}", str(ptx), "-o", str(Path(folder) / "cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", said)
-    spills = re.search(r"(\d+) bytes spill stores", said)
-    assert registers is not None, said
-    assert spills is not None, said
-    return Resources(int(registers[1]), int(spills[1]), made.metadata.shared)
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores", log)
+    assert registers is not None, log
+    assert spills is not None, log
+    return Resources(int(registers[1]), int(spills[1]), kernel_binary.metadata.shared)

@@ -1,4 +1,4 @@
-"""A server with the fake engine on a stand-in's GPU: python gpu_server.py PORT, with helpers and fakes on the path."""
+"""Serves the fake engine on a fake GPU: python gpu_server.py PORT, with helpers and fakes on the path."""
 
 import sys
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""Helm's own code, asked for one thing on stdin: {"chart": path} to lint it, with "values" to render it.
+"""Runs Helm's own code on one JSON request from stdin: {"chart": path} lints it, with "values" it renders it.
 
-A program and not a module: Helm's library brings Go's runtime with its signal handlers. Loaded into the tests' process
-it ended that process with SIGSEGV in Go's code, now and then, and without a word.
-Answers in JSON on stdout; 1 with Helm's message on stderr where Helm refuses.
+Prints JSON, or exits with 1 and Helm's message on stderr. It is a program because Helm's library brings Go's runtime,
+whose signal handlers sometimes ended the tests' process with SIGSEGV.
 """
 
 import json
@@ -12,14 +11,14 @@ import helm_python
 
 
 def main() -> int:
-    asked = json.load(sys.stdin)
-    if "values" not in asked:
-        print(json.dumps(helm_python.lint(asked["chart"])))
+    request = json.load(sys.stdin)
+    if "values" not in request:
+        print(json.dumps(helm_python.lint(request["chart"])))
         return 0
     try:
-        with helm_python.Chart.load(asked["chart"]) as chart:
-            chart.validate_schema(asked["values"])
-            print(json.dumps(chart.render(asked["values"], name="pictures", namespace="prod")))
+        with helm_python.Chart.load(request["chart"]) as chart:
+            chart.validate_schema(request["values"])
+            print(json.dumps(chart.render(request["values"], name="pictures", namespace="prod")))
     except helm_python.HelmError as error:
         print(f"helm: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""A client of WS /v1/live for the tests: settings and drawings in, pictures out, each with its header."""
+"""A client of WS /v1/live for the tests: sends settings and drawings, receives images with their headers."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class LiveImage:
 
 
 class LiveClient:
-    """Counts what it sends, as the server counts what it gets."""
+    """A live session. `sequence` counts sent messages as the server does."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
@@ -47,16 +47,16 @@ class LiveClient:
         return self.sequence
 
     def next_message(self) -> dict[str, Any]:
-        """The next text message."""
+        """Returns the next text message."""
         text = self.socket.recv(PATIENCE_S)
         assert isinstance(text, str), "a binary message without its header"
-        told: dict[str, Any] = json.loads(text)
-        return told
+        message: dict[str, Any] = json.loads(text)
+        return message
 
     def expect_message(self, kind: str) -> dict[str, Any]:
-        told = self.next_message()
-        assert told.pop("type") == kind, told
-        return told
+        message = self.next_message()
+        assert message.pop("type") == kind, message
+        return message
 
     def image(self) -> LiveImage:
         header = self.expect_message("picture")
@@ -66,15 +66,15 @@ class LiveClient:
         return LiveImage(header, content)
 
     def picture_of(self, sequence: int) -> LiveImage:
-        """The first picture that shows the message of that number, or a newer one."""
-        while (shown := self.image()).sequence < sequence:
+        """Returns the first image of the message of that number, or of a newer one."""
+        while (received := self.image()).sequence < sequence:
             pass
-        return shown
+        return received
 
 
 @contextmanager
 def live(running: Running, **options: Any) -> Iterator[LiveClient]:
-    """A session, from its greeting to the end of the block."""
+    """Opens a session for the block."""
     url = running.url.replace("http", "ws") + "/v1/live"
     with connect(url, open_timeout=PATIENCE_S, proxy=None, **options) as socket:
         yield LiveClient(socket)

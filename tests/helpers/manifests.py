@@ -1,4 +1,4 @@
-"""The manifest of engines for this CPU, of which tests change what they are about."""
+"""A valid manifest of engines for this CPU; tests replace single fields."""
 
 from engines.artifacts.manifest import Manifest
 

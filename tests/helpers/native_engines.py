@@ -1,4 +1,4 @@
-"""Native engines for tests: asked for, loaded by the kernels' references, drawn with, compiled in part."""
+"""Native engines for tests: build specs, loading with the kernels' references, images, and partial compilation."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from engines.pipeline.native import NativeBackend
 from engines.types import Engine, Job, RawImage
 
 ROOT = Path(__file__).resolve().parents[2]
-_PART = 10  # of all kernels every 10th is compiled where not all of them matter
+_PART = 10  # every 10th kernel suffices for most tests
 
 _compile_kernels = compiling.compile_kernels
 
@@ -32,12 +32,12 @@ def spec(model: Path, out: Path, gpu: str = "h100", precision: str = "bf16") -> 
 
 
 def loaded(model: Path, engine: Path | None = None, **more: Any) -> Engine:
-    """By the references of the kernels; without `engine` straight from the checkpoint."""
-    native = NativeBackend(Ops(None), open_checkpoint(str(model)).autoencoder)
-    given = {"precision": "bf16", "backend": "cuda-graph", "max_batch": 1} if engine is None else {}
+    """Loads `engine`, or without it the checkpoint itself, with the kernels' references."""
+    native = Native(Ops(None), open_checkpoint(str(model)).autoencoder)
+    options = {"precision": "bf16", "backend": "cuda-graph", "max_batch": 1} if engine is None else {}
     folder = None if engine is None else str(engine)
-    words = {**given, "device": "cpu", "recorder": EagerReplay(), **more}
-    return load_engine(str(model), engine_dir=folder, native=native, **words)
+    options = {**options, "device": "cpu", "recorder": EagerReplay(), **more}
+    return load_engine(str(model), engine_dir=folder, native=native, **options)
 
 
 def drawn(engine: Engine) -> list[RawImage]:
@@ -46,7 +46,7 @@ def drawn(engine: Engine) -> list[RawImage]:
 
 
 def compile_some(request: CompileRequest, _jobs: int) -> Mapping[str, str]:
-    """In place of compile_kernels."""
+    """Replaces compile_kernels."""
     return _compile_kernels(replace(request, of=_PART), 1)
 
 
@@ -75,10 +75,10 @@ print(json.dumps([launches(), len(seen), [name for name, hit in seen if not hit]
 
 
 def launched(engine: Path, scratch: Path, whole: bool = False) -> tuple[int, int, list[str], int]:
-    """Launches from the folder `engine` what was compiled, in a process without a C compiler and with an empty cache
-    of its own: counts the launches, the kernels looked up, those compiled anew by name, and those that failed.
+    """Launches the compiled kernels of the folder `engine` in a process with an empty cache and no C compiler.
 
-    All up to the driver is real: Triton's cache, its C launcher, its tensor maps; the driver itself is a stub.
+    Returns the launches, the kernels looked up, the names of those compiled again, and the failures. Triton's cache, C
+    launcher and tensor maps are real; the driver is a stub.
     """
     manifest = read_manifest(engine)
     major, _, minor = str(manifest.compute_capability).partition(".")
@@ -91,7 +91,7 @@ def launched(engine: Path, scratch: Path, whole: bool = False) -> tuple[int, int
     )
     arguments = [str(engine / "kernels"), str(libcuda), str(scratch / "empty"), json.dumps(asdict(request))]
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CC")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", _LAUNCHING, *arguments],
         cwd=ROOT,
         env={**environment, "PATH": "/nowhere"},
@@ -99,6 +99,6 @@ def launched(engine: Path, scratch: Path, whole: bool = False) -> tuple[int, int
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    launches, looked_up, compiled, failed = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-2000:]
+    launches, looked_up, compiled, failed = json.loads(process.stdout.splitlines()[-1])
     return launches, looked_up, compiled, failed

@@ -1,4 +1,4 @@
-"""A program of ours in a process of its own, with what it prints."""
+"""A Python program of ours in its own process, with its output."""
 
 import os
 import re
@@ -12,14 +12,14 @@ from pathlib import Path
 from running_server import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESS_S = 180.0  # to import torch on a busy machine, say
+PROCESS_S = 180.0  # long enough to import torch on a busy machine
 
 
 class Program:
-    """`python ...`, started; `output` collects both of its streams as they come."""
+    """A started `python ...`; `output` collects stdout and stderr."""
 
     exit_timeout_s = PATIENCE_S
-    command: Sequence[str] = ()  # what runs python, with its arguments
+    command: Sequence[str] = ()  # a wrapper of python, with its arguments
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -41,7 +41,7 @@ class Program:
         self.process.stdout.close()
 
     def wait_end(self) -> int:
-        """The exit code, with all output read."""
+        """Waits for the end of process and output, and returns the exit code."""
         code = self.process.wait(self.exit_timeout_s)
         self._reader.join(PATIENCE_S)
         return code
@@ -56,18 +56,18 @@ class Server(Program):
         super().__init__("-W", "error", "-m", "server", "--port", "0", *arguments, **environment)
 
     def wait_ready(self) -> str:
-        """Its address."""
+        """Waits until the server is ready, and returns its address."""
         wait_until(
             lambda: "curl -s" in self.output or self.process.poll() is not None, "the curl line", within_s=PROCESS_S
         )
-        found = re.search(r"curl -s (http://127\.0\.0\.1:\d+)/generate", self.output)
-        assert found, self.output
-        return found.group(1)
+        match = re.search(r"curl -s (http://127\.0\.0\.1:\d+)/generate", self.output)
+        assert match, self.output
+        return match.group(1)
 
 
 @contextmanager
 def serving(*flags: str) -> Iterator[str]:
-    """The address of a `python -m server` that is ready; it must leave with code 0 on SIGTERM."""
+    """Yields the address of a ready `python -m server`, which must exit with 0 on SIGTERM."""
     server = Server(*flags)
     try:
         yield server.wait_ready()

@@ -1,4 +1,4 @@
-"""The tiny world's modules with seeded weights that make every part matter, in any precision."""
+"""Modules of the tiny recipe with seeded weights, of which every one matters, in any precision."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ SHAPE = StaticShape(height=4, width=8, channels=32, compression=32, tokens=12, c
 def random_transformer(
     config: TransformerConfig = TRANSFORMER, dtype: torch.dtype = torch.float32
 ) -> SprintTransformer:
-    """Norm weights ~ N(0, 1) too: linear attention divides a query's length out, so a norm's only trace is these."""
+    """Draws norm weights from N(0, 1) too, since linear attention divides out a query's length."""
     module = _seeded(lambda: SprintTransformer(config))
     randomise_weights(module)
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +40,7 @@ def random_transformer(
 
 
 def random_controlled(dtype: torch.dtype = torch.float32, injection: Injection = "diffusers") -> ControlledTransformer:
-    """A branch of one block whose every weight matters, on the transformer of `hot_transformer`."""
+    """Returns `random_transformer` with a ControlNet branch of one block."""
     transformer = random_transformer()
     branch = randomise_weights(ControlNet.of(transformer, 1, injection), 4)
     assert isinstance(branch, ControlNet)
@@ -48,7 +48,7 @@ def random_controlled(dtype: torch.dtype = torch.float32, injection: Injection =
 
 
 def random_module(name: ModuleName, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """`name` as the engine runs it, made for SHAPE."""
+    """Returns the engine's module `name` for SHAPE."""
     if name == "transformer":
         return random_transformer(dtype=dtype)
     if name == "controlled":

@@ -1,4 +1,4 @@
-"""Bytes to a server and what comes back, on a socket of the test's own."""
+"""Sends bytes to a server over a socket, and reads its responses."""
 
 import http.client
 import socket
@@ -30,18 +30,18 @@ class Raw:
         self.socket.close()
 
     def send(self, *lines: str, body: bytes = b"") -> None:
-        """A head of these lines, with a host, and a body behind it."""
+        """Sends a head of these lines and a Host header, and a body."""
         head = "\r\n".join([lines[0], "host: x", *lines[1:], "", ""])
         self.socket.sendall(head.encode() + body)
 
     def read_response(self, method: str = "POST") -> RawResponse:
-        """The next answer on the connection."""
+        """Reads the next response on the connection."""
         response = http.client.HTTPResponse(self.socket, method=method)
         response.begin()
         return RawResponse(response.status, response.headers, response.read())
 
     def closed(self) -> bool:
-        """Waits for the end of the connection, with nothing more on it."""
+        """Waits for data or the end of the connection, and returns True at its end."""
         try:
             return self.socket.recv(1) == b""
         except ConnectionResetError:

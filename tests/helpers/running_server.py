@@ -1,4 +1,4 @@
-"""A real server in a thread, a client for it, and a fake engine whose batches a test can hold."""
+"""A real server in a thread, its client, and a fake engine whose batches a test can hold."""
 
 import io
 import json
@@ -29,15 +29,15 @@ PATIENCE_S = 30.0
 
 
 def wait_until(condition: Callable[[], Any], what: str = "the condition", within_s: float = PATIENCE_S) -> None:
-    """Fails after `within_s`; nothing here depends on how long it takes."""
+    """Waits for a condition; fails after `within_s`."""
     end = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < end, f"{what} did not come"
+        assert time.monotonic() < end, f"timeout: {what}"
         time.sleep(0.002)
 
 
 class GatedEngine(FakeEngine):
-    """Every call of generate waits until the gate is open; `seen` lists the jobs of each call."""
+    """A fake engine that waits in `generate` until its gate is open; `seen` lists the jobs of each call."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -60,24 +60,24 @@ class GatedEngine(FakeEngine):
 
 @dataclass
 class Running:
-    """A server that answers at `url`."""
+    """A running server at `url`, and its client."""
 
     url: str
     service: AppState
     live: LiveSessions
     server: uvicorn.Server
-    left: list[int]  # exit codes that it would have left with
+    left: list[int]  # exit codes that it would have ended with
     client: httpx.Client
 
     def generate(self, prompt: str = "a red circle", **body: Any) -> httpx.Response:
         return self.client.post("/generate", json={"prompt": prompt, "width": 64, "height": 64} | body)
 
     def submit_generate(self, prompt: str = "a red circle", **body: Any) -> "PendingResponse":
-        """Sends a request from a thread of its own."""
+        """Sends a request from its own thread."""
         return PendingResponse(self, prompt, body)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one sample; 0 where it has not been seen."""
+        """Returns the value of one sample, or 0 before its first observation."""
         for family in text_string_to_metric_families(self.client.get("/metrics").text):
             for sample in family.samples:
                 if sample.name == name and sample.labels == labels:
@@ -112,7 +112,7 @@ class PendingResponse:
 
     def result(self) -> httpx.Response:
         self._thread.join(PATIENCE_S)
-        assert not self._thread.is_alive(), "no answer came"
+        assert not self._thread.is_alive(), "no response"
         if self._error is not None:
             raise self._error
         assert self._response is not None
@@ -120,7 +120,7 @@ class PendingResponse:
 
 
 def connect_and_send(running: Running, prompt: str) -> socket.socket:
-    """A client that a test can make leave."""
+    """Sends a request and returns its connection, which a test can close."""
     parts = urlsplit(running.url)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
     body = json.dumps({"prompt": prompt, "width": 64, "height": 64}).encode()

@@ -1,4 +1,4 @@
-"""A small checkpoint in the published layout, made by the upstream classes with weights that make every part matter."""
+"""A small checkpoint in the published layout, from the upstream classes, with random weights that all matter."""
 
 import json
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ SMALL_TRANSFORMER = replace(
     sample_size=4,
 )
 
-# The smallest that the kernels of a GPU take over whole (engines.backends.cuda).
+# The smallest autoencoder whose modules all run in GPU kernels (engines.backends.cuda).
 KERNEL_AUTOENCODER = AutoencoderConfig(
     latent_channels=8,
     attention_head_dim=16,
@@ -47,7 +47,7 @@ KERNEL_AUTOENCODER = AutoencoderConfig(
     decoder_act_fns=("silu",) * 4,
 )
 
-# Of a LoRA: modules of every kind that one may adapt.
+# Modules of every kind that a LoRA may adapt.
 EVERYWHERE = (
     *("patch_embed.proj", "time_embed.timestep_embedder.linear_1", "time_embed.guidance_embedder.linear_2"),
     *("time_embed.linear", "caption_projection.linear_1", "proj_out"),
@@ -62,7 +62,7 @@ EVERYWHERE = (
 
 
 def randomise_weights(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights of unit gain, and modulations ~ N(0, 1), so that no part of `module` can be left out unseen."""
+    """Draws weights of unit gain and modulations from N(0, 1), so that a test notices every missing part."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -92,14 +92,14 @@ def byte_level_tokenizer() -> object:
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    # The side on disk is the published one's; both pipelines must not care.
+    # Padding on the left, as published; both pipelines must ignore it.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
     )
 
 
 def save_checkpoint(folder: Path, *, interpolation_scale: float | None = None) -> Path:
-    """8-channel latents at 1/8 of the side, two transformer blocks, two Gemma layers with a window that matters."""
+    """Saves 8-channel latents at 1/8 of the side, two transformer blocks, and two Gemma layers with a short window."""
     from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
     from transformers import Gemma2Config, Gemma2Model
 
@@ -162,7 +162,7 @@ def save_checkpoint(folder: Path, *, interpolation_scale: float | None = None) -
 
 
 def with_settings(checkpoint: Path, folder: Path, settings: str) -> Path:
-    """The checkpoint again, in `folder`, with a sprint.json of its own."""
+    """Links the checkpoint in `folder`, with another sprint.json."""
     folder.mkdir(exist_ok=True)
     for entry in checkpoint.iterdir():
         (folder / entry.name).symlink_to(entry)
@@ -173,9 +173,9 @@ def with_settings(checkpoint: Path, folder: Path, settings: str) -> Path:
 def random_factors(
     transformer: nn.Module, modules: Iterable[str], rank: int, seed: int, size: float = 0.5
 ) -> dict[str, Tensor]:
-    """Keys and tensors as diffusers writes them, each product of about `size` times the gain of its weight."""
+    """Returns LoRA factors under diffusers' keys; each product has about `size` times the gain of its weight."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    factors = {}
     for name in modules:
         weight = transformer.get_submodule(name).weight
         assert isinstance(weight, Tensor)
@@ -183,12 +183,12 @@ def random_factors(
         out, inputs = weight.shape[:2]
         down = torch.randn(rank, inputs, *tail, generator=generator) * inputs**-0.5
         up = torch.randn(out, rank, *tail, generator=generator) * size * rank**-0.5
-        found |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
-    return found
+        factors |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    return factors
 
 
 def save_lora(path: Path, tensors: dict[str, Tensor], config: dict[str, object] | None = None) -> Path:
-    """config: peft's LoraConfig, as diffusers keeps it in the file."""
+    """Writes a LoRA file; config is peft's LoraConfig, which diffusers stores in the metadata."""
     metadata = {"format": "pt"}
     if config is not None:
         metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})

@@ -74,8 +74,8 @@ def test_captions_mean_their_scene_and_use_the_vocabulary_alone() -> None:
 
 
 def test_every_word_appears_in_training() -> None:
-    said = {word for _, texts in islice(batches(WORLD, 32, 64, seed=3), 30) for text in texts for word in text.split()}
-    assert said == set(vocabulary(WORLD))
+    words = {word for _, texts in islice(batches(WORLD, 32, 64, seed=3), 30) for text in texts for word in text.split()}
+    assert words == set(vocabulary(WORLD))
 
 
 def test_stream_is_reproducible_and_resumes() -> None:

@@ -1,4 +1,4 @@
-"""A hub's API on this machine, for the hub's own client: a repository of files, and the faults of the network."""
+"""A local server of the hub's API, for the hub's own client: one repository of files, and network faults."""
 
 import hashlib
 import json
@@ -22,28 +22,28 @@ def git_blob(content: bytes) -> str:
 
 @dataclass
 class Hub:
-    """One repository. Files of the large kind (`.safetensors`) lie on a second host, as with the real one."""
+    """One repository. Large files (`.safetensors`) lie on a second host, as on the real hub."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     repository: str = REPOSITORY
     commit: str = COMMIT
-    token: str | None = None  # that a request must carry
+    token: str | None = None  # required of each request
     status: int | None = None  # of every answer of the API
     ranges: bool = True
-    cut_after: list[int] = field(default_factory=list)  # bytes after which the next answers with content break off
+    cut_after: list[int] = field(default_factory=list)  # bytes after which the next responses with content end
     reset: bool = False  # a cut resets the connection
-    hold_after: int | None = None  # bytes after which answers with content wait for `release`
+    hold_after: int | None = None  # bytes after which responses with content wait for `release`
     release: threading.Event = field(default_factory=threading.Event)
-    corrupted: dict[str, int] = field(default_factory=dict)  # name -> how many answers with content are of other bytes
-    missing: set[str] = field(default_factory=set)  # listed, and answered with 404
-    served: list[tuple[str, int]] = field(default_factory=list)  # name, and first byte, of each answer with content
-    leaked_tokens: list[str] = field(default_factory=list)  # tokens that reached the second host
+    corrupted: dict[str, int] = field(default_factory=dict)  # responses with wrong bytes left, by name
+    missing: set[str] = field(default_factory=set)  # listed, but 404
+    served: list[tuple[str, int]] = field(default_factory=list)  # name and first byte of each response with content
+    leaked_tokens: list[str] = field(default_factory=list)  # received by the second host
     address: str = ""
     large: str = ""  # address of the second host
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        told = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
-        return told | more
+        variables = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
+        return variables | more
 
     def tree(self) -> list[dict[str, Any]]:
         entries = []
@@ -73,19 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
-        given = self.headers.get("authorization")
+        authorization = self.headers.get("authorization")
         if self.second:
-            if given is not None:
-                hub.leaked_tokens.append(given)
+            if authorization is not None:
+                hub.leaked_tokens.append(authorization)
             self._content(path.removeprefix("/"), {}, body=body)
         elif hub.status is not None:
             self._send(hub.status, b"", {})
-        elif hub.token is not None and given != f"Bearer {hub.token}":
+        elif hub.token is not None and authorization != f"Bearer {hub.token}":
             self._send(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         elif path.startswith("/api/"):
             self._api(path)
-        elif (found := re.fullmatch(rf"/{hub.repository}/resolve/{hub.commit}/(.+)", path)) and found[1] in hub.files:
-            name = found[1]
+        elif (match := re.fullmatch(rf"/{hub.repository}/resolve/{hub.commit}/(.+)", path)) and match[1] in hub.files:
+            name = match[1]
             if name in hub.missing:
                 self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
                 return
@@ -104,8 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == f"/api/models/{hub.repository}/tree/{hub.commit}":
             self._send(200, json.dumps(hub.tree()).encode(), {})
         elif path in (f"/api/models/{hub.repository}/revision/{name}" for name in ("main", hub.commit)):
-            told = {"_id": "1", "id": hub.repository, "modelId": hub.repository, "sha": hub.commit, "private": False}
-            self._send(200, json.dumps(told | {"tags": [], "downloads": 0, "likes": 0, "siblings": []}).encode(), {})
+            info = {"_id": "1", "id": hub.repository, "modelId": hub.repository, "sha": hub.commit, "private": False}
+            self._send(200, json.dumps(info | {"tags": [], "downloads": 0, "likes": 0, "siblings": []}).encode(), {})
         elif path.startswith(f"/api/models/{hub.repository}/revision/"):
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         else:
@@ -113,9 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, name: str, headers: dict[str, str], *, body: bool) -> None:
         hub, content, begin = self.hub, self.hub.files[name], 0
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
-        if asked and hub.ranges:
-            begin = int(asked[1])
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
+        if requested and hub.ranges:
+            begin = int(requested[1])
             headers |= {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
         if body:
             hub.served.append((name, begin))
@@ -141,29 +141,29 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[hold:])
         if cut is not None:
             self.wfile.flush()
-            if self.hub.reset:  # closed with unread data waiting to be sent: RST instead of FIN
+            if self.hub.reset:  # close with unsent data: RST instead of FIN
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None:
-        """A client that leaves, or is reset, is part of the tests."""
+        """Ignores clients that disconnect, which the tests do on purpose."""
 
 
 @contextmanager
 def serving_hub(files: dict[str, bytes]) -> Iterator[Hub]:
-    """The hub, answering until the block ends."""
+    """Runs the hub inside the block."""
     hub = Hub(files)
     servers = []
     for second in (False, True):
         server = _Server(("127.0.0.1", 0), type("TheHub", (_Handler,), {"hub": hub, "second": second}))
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
-    # Another name of the same machine: a token must not follow a redirect to it.
+    # `localhost` is another host to a client, which must not send its token there after a redirect.
     hub.address, hub.large = (
         f"http://{n}:{s.server_port}" for n, s in zip(("127.0.0.1", "localhost"), servers, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Stands in for nvidia-ml-py's pynvml: one card, of which tests decide how full it is."""
+"""A fake of nvidia-ml-py's pynvml with one card, whose used memory tests set."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -14,7 +14,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml(ModuleType):
-    """`used` bytes are in use; without a driver nothing answers."""
+    """One card with `used` bytes in use; without a driver every call fails."""
 
     NVMLError = NVMLError
 

@@ -1,7 +1,7 @@
-"""A vendor module with TensorRT's interface that works on the CPU: it reads and writes the addresses it is given.
+"""A fake of TensorRT that reads and writes CPU memory at the addresses that it receives.
 
-Its engine has the inputs x [b, 4] (fp32) and keep [b] (bool), and gives y = 2x + profile where keep, else 0. It refuses
-what TensorRT refuses: shapes outside the chosen profile, contexts beyond the memory, plans that it did not write.
+Its engine has the inputs x [b, 4] (fp32) and keep [b] (bool), and the output y = 2x + profile where keep, else 0. As
+TensorRT it refuses shapes outside the profile, contexts beyond the memory, and plans of others.
 """
 
 import ctypes
@@ -65,8 +65,8 @@ class Engine:
 
     def create_engine_inspector(self) -> Any:
         layers = [
-            {"Inputs": [{"Format/Datatype": given}], "Outputs": [{"Format/Datatype": made}], "TacticName": kernel}
-            for given, made, kernel in (
+            {"Inputs": [{"Format/Datatype": inputs}], "Outputs": [{"Format/Datatype": outputs}], "TacticName": kernel}
+            for inputs, outputs, kernel in (
                 ("Half", "Row major linear FP8 format", "quantise"),
                 ("Float8E4M3", "Half", "product"),
                 ("Row major linear FP16 format", "Half", "sm90_xmma_gemm_e4m3e4m3_f32f32_f16"),
@@ -130,7 +130,7 @@ ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
 
 
 class Builder:
-    """Accepts every graph; its plan says the profiles, and that it is strongly typed."""
+    """Accepts every graph. Its plan holds the batch sizes of the profiles."""
 
     def __init__(self, logger: ILogger):
         self._logger = logger

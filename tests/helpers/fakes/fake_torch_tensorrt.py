@@ -1,4 +1,4 @@
-"""A vendor module with torch_tensorrt's interface (2.14) that leaves programs as they are, and works on the CPU."""
+"""A fake of torch_tensorrt (2.14) for CPUs that returns programs unchanged."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,9 +1,9 @@
-"""Stands in for build_engine.py: the same lines, exit codes and folders, in no time and without torch.
+"""A fake of build_engine.py with its output, exit codes and folders, but without torch and without the wait.
 
     python stand_in_builder.py PLAN [arguments of build_engine.py]
 
-PLAN is a JSON file: `manifest` (what is written), `log` (gets a line with its process id), and where they are given
-`gate` (a file that it waits for half-way) and `fail` (its last words, with `code`).
+PLAN is a JSON file with `manifest` (to write) and `log` (a file that receives a line with the process id). Optional are
+`gate` (a file to wait for half-way) and `fail` (its error message, with `code`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A package of checkers that is told what to flag, and how it is installed where a test wants it."""
+"""A package of checkers that flag prompts and images of a test, and its installation."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ wordless = stand_in_checkers:Wordless
 
 
 def install(folder: Path) -> None:
-    """Writes into `folder` what pip writes for a package; the folder must be on sys.path."""
+    """Writes a package's metadata into `folder`, as pip does; the folder must be on sys.path."""
     about = folder / "stand_in_checkers-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in-checkers\nVersion: 1.0\n")
@@ -27,7 +27,7 @@ def install(folder: Path) -> None:
 
 
 class MarkedPrompts:
-    """Refuses prompts that hold `argument`."""
+    """Refuses prompts that contain `argument`."""
 
     def __init__(self, argument: str) -> None:
         self._mark = argument
@@ -37,7 +37,7 @@ class MarkedPrompts:
 
 
 class ListedImages:
-    """Refuses the images whose digests stand in the file `argument`."""
+    """Refuses images whose digests are in the file `argument`."""
 
     def __init__(self, argument: str) -> None:
         self._digests = set(Path(argument).read_text().split())
@@ -50,12 +50,12 @@ class Broken:
     def __init__(self, argument: str) -> None:
         self._argument = argument
 
-    def check(self, given: object) -> Verdict:
-        raise OSError(f"no model in {self._argument}, asked for {given}")
+    def check(self, item: object) -> Verdict:
+        raise OSError(f"no model in {self._argument}, asked for {item}")
 
 
 class Wordless:
-    """Answers with something else than a verdict."""
+    """Returns a bool instead of a verdict."""
 
     def __init__(self, _: str) -> None:
         pass

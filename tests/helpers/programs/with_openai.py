@@ -1,6 +1,6 @@
-"""Run by test_server_openai_clients.py in an environment of its own: the openai client, unmodified.
+"""Calls a server with the unmodified openai client; test_openai_clients.py runs it in its own virtualenv.
 
-argv: base URL, image file. Prints JSON: what it got.
+argv: base URL, image file. Prints its results as JSON.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""Run by test_sdapi.py in an environment of its own: webuiapi, a client of AUTOMATIC1111's API, unmodified.
+"""Calls a server with the unmodified webuiapi, a client of AUTOMATIC1111's API; test_sdapi.py runs it in a virtualenv.
 
-argv: host, port, image file. Prints JSON: what it got.
+argv: host, port, image file. Prints its results as JSON.
 """
 
 import base64
