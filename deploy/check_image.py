@@ -224,7 +224,7 @@ FIRST: dict[str, Callable[[Running], str]] = {
 
 
 def keeps_volumes(containers: Containers) -> str:
-    """What one container writes to its volumes, the next one finds."""
+    """Checks that the next container reads what one container wrote to its volumes."""
     script = "import pathlib; path = pathlib.Path('{0}/kept'); {1}"
     folders = volumes_of(readme_flags()).values()
     with containers.running() as box:

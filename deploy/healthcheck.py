@@ -39,7 +39,7 @@ def _settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def addresses(proc: Path, pid: int) -> list[tuple[str, int]]:
-    """Where a process listens for TCP, as (address, port). Raises OSError where that cannot be read."""
+    """Returns the TCP addresses (address, port) that a process listens on. Raises OSError if /proc is unreadable."""
     own = set()
     for entry in (proc / str(pid) / "fd").iterdir():
         try:

@@ -1,6 +1,7 @@
-"""Where no NVIDIA card is, Triton's interpreter runs the kernels: asked for before anything imports Triton, whose own
-functions are interpreted or compiled as the environment says at that moment. One of several processes that share the
-tests takes one core."""
+"""Selects Triton's interpreter on machines without an NVIDIA GPU, before any import of Triton.
+
+Triton reads the environment when it is imported. Each of several pytest processes uses one core.
+"""
 
 import os
 from pathlib import Path

@@ -92,7 +92,7 @@ def granted(module: str, target: str, grants: list[str]) -> bool:
 
 
 def trespasses(module: str, source: str) -> list[str]:
-    """What `source`, as the text of `module`, imports although the table does not grant it."""
+    """Returns the imports of `source`, as the text of `module`, that the table does not grant."""
     row = row_of(module)
     found = []
     for target, line, inside in imports(ast.parse(source)):

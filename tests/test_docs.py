@@ -1,4 +1,4 @@
-"""What the documentation names exists: files, links, targets, programs, flags."""
+"""Files, links, targets, programs and flags in the documentation exist."""
 
 import re
 from pathlib import Path

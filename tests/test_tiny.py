@@ -38,7 +38,7 @@ def parsed(line: str) -> Line:
 
 @pytest.fixture(scope="module")
 def printed() -> Iterator[Line]:
-    """What a server that serves the shipped checkpoint says to try; it runs until the tests of this file are done."""
+    """Starts a server with the shipped checkpoint for this file's tests; yields the command that it prints."""
     command = [sys.executable, "-m", "server", "--port", "0", "--log-level", "error"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -108,7 +108,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentence(content: bytes) -> str:
-    """What an error's body says."""
+    """Returns the sentence in the body of an error."""
     try:
         return str(json.loads(content)["detail"])
     except (ValueError, KeyError, TypeError):

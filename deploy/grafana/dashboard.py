@@ -224,7 +224,7 @@ ROWS = (
 
 
 def options(panel: Panel) -> dict[str, Any]:
-    """What Grafana keeps under `options` for this kind of panel."""
+    """Returns Grafana's `options` for this kind of panel."""
     match panel.kind:
         case "stat":
             return {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "value", "graphMode": "area"}
@@ -241,7 +241,7 @@ def options(panel: Panel) -> dict[str, Any]:
 
 
 def defaults(panel: Panel) -> dict[str, Any]:
-    """What Grafana keeps under `fieldConfig.defaults`."""
+    """Returns Grafana's `fieldConfig.defaults`."""
     steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
     if panel.red is not None:
         steps.append({"color": "red", "value": panel.red})

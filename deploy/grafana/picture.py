@@ -84,7 +84,7 @@ def words(x: float, y: float, said: str, size: int = 12, **more: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where a panel draws."""
+    """The rectangle of a panel."""
 
     x: float
     y: float

@@ -41,7 +41,7 @@ EXAMPLES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CHAR
 
 @cache
 def helm(asked: str) -> Any:
-    """What Helm answers (see helm.py). Raises CalledProcessError where it refuses."""
+    """Returns Helm's answer (tests/helpers/helm.py). Raises CalledProcessError if Helm fails."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "helm.py")]
     ran = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
     return json.loads(ran.stdout)

@@ -22,7 +22,7 @@ def through_the_schema(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def unknown(given: object, known: object, path: str = "") -> list[str]:
-    """Where `known`, which went through the schema, lacks or changes something of `given`."""
+    """Returns the paths at which `known`, parsed by the schema, lacks or changes a value of `given`."""
     if isinstance(given, dict) and isinstance(known, dict):
         return [hit for key in given for hit in unknown(given[key], known.get(key, "nothing"), f"{path}/{key}")]
     if isinstance(given, list) and isinstance(known, list) and len(given) == len(known):

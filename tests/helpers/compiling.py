@@ -1,6 +1,6 @@
-"""What a kernel takes of a card, asked of the compilers without one: registers, spilled bytes, shared memory.
+"""Compiles kernels without a GPU and returns their registers, spilled bytes and shared memory.
 
-Only in a process without TRITON_INTERPRET, where kernels are functions of the compiler and not of the interpreter.
+Needs a process without TRITON_INTERPRET, in which the compiler defines the kernels.
 """
 
 import re

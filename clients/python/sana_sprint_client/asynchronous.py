@@ -45,7 +45,7 @@ class AsyncClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def info(self) -> dict[str, Any]:
-        """What runs there, and what it can run (GET /v1/info)."""
+        """Returns the running engine and its limits (GET /v1/info)."""
         response = await self._sent(lambda: self._http.get("/v1/info"))
         told: dict[str, Any] = response.raise_for_status().json()
         return told

@@ -1,4 +1,4 @@
-"""What goes wrong, in one tree: SanaSprintError, and below it what the server refused and what never reached it."""
+"""The error tree: SanaSprintError, and below it refusals of the server and failed connections."""
 
 from dataclasses import dataclass
 from typing import Any

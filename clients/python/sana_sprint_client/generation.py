@@ -1,4 +1,4 @@
-"""What is sent and what comes back, for both clients: bodies of POST /generate, images and errors. Sends nothing."""
+"""Request bodies, images and errors of POST /generate, for both clients. Sends nothing."""
 
 import base64
 import secrets

@@ -1,4 +1,4 @@
-"""When a refused request is sent again. Asking again is safe: the same prompt and seed make the same image."""
+"""Decides when a refused request is retried. Retries are safe: the same prompt and seed make the same image."""
 
 import random
 from collections.abc import Mapping
