@@ -87,55 +87,45 @@ def text(allowed: str) -> ValueType[str]:
     return ValueType(parse, allowed)
 
 
-def origins() -> ValueType[tuple[str, ...]]:
-    def parse(value: str) -> tuple[str, ...]:
-        return tuple(parse_origin(name.strip()) for name in value.split(",") if name.strip())
-
-    return ValueType(
-        parse, "origins such as https://example.org or tauri://localhost (no path) separated by commas, or *"
-    )
+def _origins(text: str) -> tuple[str, ...]:
+    return tuple(parse_origin(name.strip()) for name in text.split(",") if name.strip())
 
 
-def sizes() -> ValueType[tuple[tuple[int, int], ...]]:
-    def parse(value: str) -> tuple[tuple[int, int], ...]:
-        parsed = []
-        for size in value.split(","):
-            width, height = (int(side) for side in size.strip().split("x"))
-            if min(width, height) <= 0:
-                raise ValueError(value)
-            parsed.append((width, height))
-        return tuple(parsed)
-
-    return ValueType(parse, "sizes such as 1024x1024,512x512 in pixels, width x height")
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for size in text.split(","):
+        width, height = (int(side) for side in size.strip().split("x"))
+        if min(width, height) <= 0:
+            raise ValueError(text)
+        sizes.append((width, height))
+    return tuple(sizes)
 
 
-def boolean() -> ValueType[bool]:
-    words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
-
-    def parse(value: str) -> bool:
-        if value.lower() not in words:
-            raise ValueError(value)
-        return words[value.lower()]
-
-    return ValueType(parse, "yes or no")
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
+        raise ValueError(text)
+    return text.lower() in ("yes", "true", "1")
 
 
-def adapters() -> ValueType[tuple[AdapterOption, ...]]:
-    def parse(value: str) -> tuple[AdapterOption, ...]:
-        return tuple(AdapterOption.parse(part) for part in value.split(",") if part.strip())
-
-    return ValueType(parse, "NAME=PATH or NAME=PATH:SCALE, several separated by commas")
+def _adapters(text: str) -> tuple[AdapterOption, ...]:
+    return tuple(AdapterOption.parse(part) for part in text.split(",") if part.strip())
 
 
-def buckets() -> ValueType[tuple[float, ...]]:
-    def parse(value: str) -> tuple[float, ...]:
-        bounds = tuple(float(part) for part in value.replace(",", " ").split())
-        rising = all(low < high for low, high in pairwise(bounds))
-        if not bounds or not rising or bounds[0] <= 0 or not math.isfinite(bounds[-1]):
-            raise ValueError(value)
-        return bounds
+def _buckets(text: str) -> tuple[float, ...]:
+    bounds = tuple(float(part) for part in text.replace(",", " ").split())
+    rising = all(low < high for low, high in pairwise(bounds))
+    if not bounds or not rising or bounds[0] <= 0 or not math.isfinite(bounds[-1]):
+        raise ValueError(text)
+    return bounds
 
-    return ValueType(parse, "rising positive seconds separated by commas or spaces")
+
+ORIGINS = ValueType(
+    _origins, "origins such as https://example.org or tauri://localhost (no path) separated by commas, or *"
+)
+SIZES = ValueType(_sizes, "sizes such as 1024x1024,512x512 in pixels, width x height")
+BOOLEAN = ValueType(_boolean, "yes or no")
+ADAPTERS = ValueType(_adapters, "NAME=PATH or NAME=PATH:SCALE, several separated by commas")
+BUCKETS = ValueType(_buckets, "rising positive seconds separated by commas or spaces")
 
 
 def choices(*names: str) -> ValueType[tuple[str, ...]]:
@@ -178,14 +168,12 @@ class Settings:
         "built engines; auto finds or builds what fits, none runs PyTorch; default: auto on a GPU, none without",
     )
     engine_sizes: tuple[tuple[int, int], ...] = option(
-        (), sizes(), "what --engine auto builds for; default: the checkpoint's sizes"
+        (), SIZES, "sizes that --engine auto builds; default: the checkpoint's sizes"
     )
-    serve_while_building: bool = option(False, boolean(), "make images by PyTorch until --engine auto has built")
-    backend: str = option("auto", choice(*BACKENDS), "how the modules are executed; auto decides and says why")
+    serve_while_building: bool = option(False, BOOLEAN, "make images by PyTorch until --engine auto has built")
+    backend: str = option("auto", choice(*BACKENDS), "how the modules are executed; auto decides and logs the reason")
     cache: str | None = option(
-        None,
-        text("a folder"),
-        "caches what was built and compiled here; default: sana-sprint in the user's cache",
+        None, text("a folder"), "cache of built and compiled engines; default: sana-sprint in the user's cache"
     )
     precision: str = option(
         "auto", choice("auto", "fp32", "bf16", "int8", "fp8"), "of the arithmetic; auto decides and says why"
@@ -196,51 +184,55 @@ class Settings:
         None, text("a name such as fp16"), "weights to take where the checkpoint has several; default: the plain ones"
     )
     controlnet: str | None = option(
-        None, text("a folder or a hub id"), "what drawings steer it with; default: controlnet/ in the checkpoint"
+        None, text("a folder or a hub id"), "ControlNet for sketches; default: controlnet/ in the checkpoint"
     )
     lora: tuple[AdapterOption, ...] = option(
-        (), adapters(), "adapters, repeats; with a scale fused at start, without one for requests to choose"
+        (), ADAPTERS, "adapters, repeats; with a scale fused at start, without one for requests to choose"
     )
-    host: str = option("127.0.0.1", text("a name or an address"), "where to listen")
-    port: int = option(8000, integer(0, 65535), "where to listen; 0 takes a free port")
+    host: str = option("127.0.0.1", text("a name or an address"), "address to listen on")
+    port: int = option(8000, integer(0, 65535), "port to listen on; 0 takes a free port")
     workers: int = option(
         1, integer(1, 64), "processes behind the port, one for each GPU; limits such as max-queue are each one's own"
     )
-    max_batch: int = option(8, integer(1, 64), "most jobs in one batch")
-    max_queue: int = option(128, integer(1, 100_000), "most jobs that may wait; more are refused at once with 429")
+    max_batch: int = option(8, integer(1, 64), "maximum number of jobs in a batch")
+    max_queue: int = option(128, integer(1, 100_000), "maximum number of waiting jobs; further ones get 429 at once")
     timeout_ms: int = option(
-        30_000, integer(1, 3_600_000), "a job that has not begun by then gets 504; requests may say less or more"
+        30_000,
+        integer(1, 3_600_000),
+        "a job that has not started within this time gets 504; requests may set another time",
     )
     api_key_file: str | None = option(
-        None, text("a file"), "one key a line, plain or sha256:<hex>; read again when it changes"
+        None, text("a file"), "one key per line, plain or sha256:<hex>; reloaded when it changes"
     )
     body_limit_mib: float = option(24.0, real(0.001, 1024), "largest request body")
-    body_timeout_s: float = option(30.0, real(0.01, 3600), "a body that has not arrived by then gets 408")
+    body_timeout_s: float = option(30.0, real(0.01, 3600), "a body that has not arrived within this time gets 408")
     codec_threads: int = option(2, integer(1, 64), "threads that decode and encode images")
     batch_timeout_s: float = option(
         300.0, real(0.05, 86_400), "a batch that runs longer means a hung engine: not ready, then exit 70"
     )
     drain_delay_s: float = option(
-        0.0, real(0, 3600), "after SIGTERM, go on listening at least this long, so that a balancer sees 503"
+        0.0, real(0, 3600), "after SIGTERM, keep listening at least this long, so that a load balancer sees 503"
     )
-    shutdown_timeout_s: float = option(30.0, real(0, 3600), "after SIGTERM, answer what was accepted within this time")
-    live_sessions: int = option(64, integer(1, 100_000), "most people who may draw at the same time, on /v1/live")
-    live_idle_s: float = option(120.0, real(0.05, 86_400), "a live session without a message for so long ends")
-    cors_origins: tuple[str, ...] = option((), origins(), "origins whose pages may call this server; none by default")
+    shutdown_timeout_s: float = option(30.0, real(0, 3600), "after SIGTERM, limit for answering accepted requests")
+    live_sessions: int = option(64, integer(1, 100_000), "maximum number of live sessions on /v1/live")
+    live_idle_s: float = option(120.0, real(0.05, 86_400), "a live session ends after this time without a message")
+    cors_origins: tuple[str, ...] = option((), ORIGINS, "origins whose pages may call this server; none by default")
     compat: tuple[str, ...] = option((), choices("sdapi"), "APIs of other servers to answer to; none by default")
     safety: tuple[tuple[str, str], ...] = option(
         (),
         assignments("prompt", "image"),
-        "what checks prompts (a file of words) and images (opennsfw); off by default",
+        "checkers of prompts (a file of words) and images (opennsfw); off by default",
     )
     otlp_endpoint: str | None = option(
-        None, text("an address such as http://collector:4318"), "where traces go, by OTLP over HTTP; none by default"
+        None,
+        text("an address such as http://collector:4318"),
+        "collector of traces, by OTLP over HTTP; none by default",
     )
-    log_format: str = option("text", choice("text", "json"), "how log lines look")
+    log_format: str = option("text", choice("text", "json"), "format of log lines")
     log_level: str = option("info", choice("debug", "info", "warning", "error"), "least severe line that is logged")
-    request_buckets: tuple[float, ...] = option(REQUEST_BUCKETS, buckets(), "histogram of request durations, seconds")
-    stage_buckets: tuple[float, ...] = option(STAGE_BUCKETS, buckets(), "histogram of stage durations, seconds")
-    fake_delay_ms: float = option(0.0, real(0, 600_000), "how long a batch takes with --backend fake")
+    request_buckets: tuple[float, ...] = option(REQUEST_BUCKETS, BUCKETS, "histogram of request durations, seconds")
+    stage_buckets: tuple[float, ...] = option(STAGE_BUCKETS, BUCKETS, "histogram of stage durations, seconds")
+    fake_delay_ms: float = option(0.0, real(0, 600_000), "duration of a batch with --backend fake")
 
     @property
     def body_limit(self) -> int:

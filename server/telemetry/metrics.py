@@ -5,6 +5,7 @@ MAX_REQUESTED_SIZES of the requested ones get their own series.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -26,112 +27,78 @@ class Metrics:
         request_bounds, stage_bounds = tuple(request_buckets), tuple(stage_buckets)
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.requests = Counter(
-            "sana_sprint_requests", "Answered requests.", ("route", "status"), registry=self.registry
-        )
-        self.request_seconds = Histogram(
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("sana_sprint_requests", "Answered requests.", ("route", "status"))
+        self.request_seconds = histogram(
             "sana_sprint_request_duration_seconds",
             "From the first byte of a request's head to the last byte of its answer.",
             ("route",),
             buckets=request_bounds,
-            registry=self.registry,
         )
-        self.stage_seconds = Histogram(
+        self.stage_seconds = histogram(
             "sana_sprint_stage_duration_seconds",
             "Duration of a stage per job; text, denoise and decode are those of its batch.",
             ("stage",),
             buckets=stage_bounds,
-            registry=self.registry,
         )
-        self.batch_size = Histogram(
-            "sana_sprint_batch_size", "Jobs in a batch.", buckets=BATCH_BUCKETS, registry=self.registry
+        self.batch_size = histogram("sana_sprint_batch_size", "Jobs in a batch.", buckets=BATCH_BUCKETS)
+        self.padding = counter("sana_sprint_batch_padding", "Padded slots run for nothing.")
+        self.cuda_graph_misses = counter(
+            "sana_sprint_cuda_graph_misses", "Batches without a captured CUDA graph, of an engine that has some."
         )
-        self.padding = Counter("sana_sprint_batch_padding", "Padded slots run for nothing.", registry=self.registry)
-        self.cuda_graph_misses = Counter(
-            "sana_sprint_cuda_graph_misses",
-            "Batches without a captured CUDA graph, of an engine that has some.",
-            registry=self.registry,
-        )
-        self.images = Counter(
-            "sana_sprint_images", "Generated images.", ("width", "height", "steps"), registry=self.registry
-        )
+        self.images = counter("sana_sprint_images", "Generated images.", ("width", "height", "steps"))
         self._sizes: dict[tuple[int, int], tuple[str, str]] = {}  # (width, height) -> labels
         self._max_sizes = MAX_REQUESTED_SIZES
-        self.waiting = Gauge("sana_sprint_jobs_waiting", "Accepted jobs that wait for a batch.", registry=self.registry)
-        self.running = Gauge("sana_sprint_jobs_running", "Jobs in the running batch.", registry=self.registry)
-        self.dropped = Counter("sana_sprint_jobs_dropped", "Jobs that never ran.", ("reason",), registry=self.registry)
-        self.cache_hits = Counter(
-            "sana_sprint_prompt_cache_hits", "Jobs whose prompt was encoded before.", registry=self.registry
-        )
-        self.cache_misses = Counter(
-            "sana_sprint_prompt_cache_misses", "Jobs whose prompt had to be encoded.", registry=self.registry
-        )
-        self.engine_failures = Counter(
+        self.waiting = gauge("sana_sprint_jobs_waiting", "Accepted jobs that wait for a batch.")
+        self.running = gauge("sana_sprint_jobs_running", "Jobs in the running batch.")
+        self.dropped = counter("sana_sprint_jobs_dropped", "Jobs that never ran.", ("reason",))
+        self.cache_hits = counter("sana_sprint_prompt_cache_hits", "Jobs whose prompt was encoded before.")
+        self.cache_misses = counter("sana_sprint_prompt_cache_misses", "Jobs whose prompt had to be encoded.")
+        self.engine_failures = counter(
             "sana_sprint_engine_failures",
             "Failed calls of the engine; a failed batch and each of its retried jobs count.",
             ("kind",),
-            registry=self.registry,
         )
-        self.origins_refused = Counter(
-            "sana_sprint_origins_refused",
-            "Requests of pages of other sites, refused by their Origin.",
-            ("kind",),
-            registry=self.registry,
+        self.origins_refused = counter(
+            "sana_sprint_origins_refused", "Requests of pages of other sites, refused by their Origin.", ("kind",)
         )
-        self.replaced_kernels = Gauge(
+        self.replaced_kernels = gauge(
             "sana_sprint_replaced_kernels",
             "1 for each kernel that its reference replaces on this GPU, with the reason.",
             ("kernel", "reason"),
-            registry=self.registry,
         )
-        self.workers_desired = Gauge(
-            "sana_sprint_workers_desired", "Configured number of processes (--workers).", registry=self.registry
+        self.workers_desired = gauge("sana_sprint_workers_desired", "Configured number of processes (--workers).")
+        self.worker_ready = gauge(
+            "sana_sprint_worker_ready", "1 if this process is ready; an ended process has no series."
         )
-        self.worker_ready = Gauge(
-            "sana_sprint_worker_ready",
-            "1 if this process is ready; an ended process has no series.",
-            registry=self.registry,
+        self.build_progress = gauge(
+            "sana_sprint_engine_build_progress", "Progress of the engine build from 0 to 1; 1 without a build."
         )
-        self.build_progress = Gauge(
-            "sana_sprint_engine_build_progress",
-            "Progress of the engine build from 0 to 1; 1 without a build.",
-            registry=self.registry,
-        )
-        self.build_seconds_left = Gauge(
-            "sana_sprint_engine_build_seconds_left",
-            "Estimated seconds until the engine build ends; 0 without a build.",
-            registry=self.registry,
+        self.build_seconds_left = gauge(
+            "sana_sprint_engine_build_seconds_left", "Estimated seconds until the engine build ends; 0 without a build."
         )
         self._engine_info = Info("sana_sprint_engine", "What runs.", registry=None)
         self._described = False
         self._memory: _GpuMemory | None = None
-        self.live_sessions = Gauge("sana_sprint_live_sessions", "Open live sessions.", registry=self.registry)
-        self.live_ended = Counter(
-            "sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",), registry=self.registry
-        )
-        self.live_seconds = Histogram(
+        self.live_sessions = gauge("sana_sprint_live_sessions", "Open live sessions.")
+        self.live_ended = counter("sana_sprint_live_sessions_ended", "Live sessions that ended.", ("reason",))
+        self.live_seconds = histogram(
             "sana_sprint_live_image_duration_seconds",
             "From receiving the newest drawing or setting of an image to sending the image.",
             buckets=request_bounds,
-            registry=self.registry,
         )
-        self.live_superseded = Counter(
-            "sana_sprint_live_drawings_superseded",
-            "Drawings that a newer one replaced before they were run.",
-            registry=self.registry,
+        self.live_superseded = counter(
+            "sana_sprint_live_drawings_superseded", "Drawings that a newer one replaced before they were run."
         )
-        self.safety_checks = Counter(
+        self.safety_checks = counter(
             "sana_sprint_safety_checks",
             "Checks of prompts and images; failed counts errors of a checker.",
             ("what", "verdict"),
-            registry=self.registry,
         )
-        self.safety_seconds = Histogram(
-            "sana_sprint_safety_check_duration_seconds",
-            "Time of one check.",
-            ("what",),
-            buckets=stage_bounds,
-            registry=self.registry,
+        self.safety_seconds = histogram(
+            "sana_sprint_safety_check_duration_seconds", "Time of one check.", ("what",), buckets=stage_bounds
         )
         for reason in ("client", "idle", "slow", "draining", "too_many_sessions"):
             self.live_ended.labels(reason)

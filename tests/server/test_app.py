@@ -11,7 +11,7 @@ from running_server import Running, Serve, wait_until
 from engines.fake import FakeEngine
 from server import __version__
 from server.http.routes.openai_schemas import ImagesResponse
-from server.http.routes.openapi import REASONS
+from server.http.routes.openapi import GENERATION_ERRORS
 from server.http.routes.schemas import GenerateAnswer, Problem
 from server.telemetry.logs import JsonFormatter, TextFormatter
 
@@ -119,7 +119,7 @@ def test_the_schema_has_every_route_and_its_errors(plain: Running) -> None:
     }
     for path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
         responses = schema["paths"][path]["post"]["responses"]
-        assert set(responses) == {"200", *map(str, REASONS)}, path
+        assert set(responses) == {"200", *map(str, GENERATION_ERRORS)}, path
         media_types = set(responses["422"]["content"])
         assert media_types == {"application/problem+json" if path == "/generate" else "application/json"}
     unresolved = [name for name in references(schema) if name not in schema["components"]["schemas"]]

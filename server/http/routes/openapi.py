@@ -13,6 +13,7 @@ from server.http.routes.schemas import GenerateAnswer, GenerateRequest, Problem
 
 REASONS = {
     401: "API keys are set, and the request carries none of them.",
+    404: "There is no such model here.",
     408: "The body did not arrive in time.",
     413: "The body is over the limit; it was not read whole.",
     415: "The body is of another media type than the route reads.",
@@ -77,6 +78,19 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI documents this as the way to extend the schema
 
 
+def responses(
+    description: str,
+    content: dict[str, Any],
+    *statuses: int,
+    headers: dict[str, Any] = EVERY_HEADER,
+    envelope: type[BaseModel] = Problem,
+) -> dict[str, Any]:
+    """Returns the responses of a route: 200 with `content` (media type -> schema), and the errors."""
+    media_types = {media_type: {"schema": schema} for media_type, schema in content.items()}
+    ok = {"description": description, "content": media_types, "headers": headers}
+    return {"response_class": Response, "responses": {200: ok, **errors(*statuses, envelope=envelope)}}
+
+
 TIMING_HEADERS = EVERY_HEADER | {
     "Server-Timing": {
         "description": "queue, text, denoise, decode, encode, total in ms.",
@@ -85,19 +99,15 @@ TIMING_HEADERS = EVERY_HEADER | {
     "X-Prompt-Truncated": {"description": "`true` where the prompt was cut.", "schema": {"type": "string"}},
 }
 SEED_HEADER = {"X-Seed": {"description": "With image bytes: the seed.", "schema": {"type": "integer"}}}
-IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
+GENERATION_ERRORS = (401, 408, 413, 415, 422, 429, 500, 503, 504)
+OBJECT = {"type": "object"}
+IMAGE_BYTES = {"type": "string", "format": "binary"}
 IMAGE_CONTENT = {
-    "application/json": {"schema": reference(GenerateAnswer)},
-    "image/png": IMAGE_BYTES,
-    "image/jpeg": IMAGE_BYTES,
-    "image/webp": IMAGE_BYTES,
+    "application/json": reference(GenerateAnswer),
+    **dict.fromkeys(("image/png", "image/jpeg", "image/webp"), IMAGE_BYTES),
 }
 GENERATE: dict[str, Any] = {
-    "response_class": Response,
-    "responses": {
-        200: {"description": "The images.", "content": IMAGE_CONTENT, "headers": TIMING_HEADERS | SEED_HEADER},
-        **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
-    },
+    **responses("The images.", IMAGE_CONTENT, *GENERATION_ERRORS, headers=TIMING_HEADERS | SEED_HEADER),
     "openapi_extra": json_body(
         GenerateRequest,
         {
@@ -110,76 +120,27 @@ GENERATE: dict[str, Any] = {
     ),
 }
 
-
-def answers(description: str, media_type: str, schema: dict[str, Any], *statuses: int) -> dict[str, Any]:
-    """Returns the responses of a route: 200 with `media_type`, and the errors."""
-    content = {media_type: {"schema": schema}}
-    ok = {"description": description, "content": content, "headers": EVERY_HEADER}
-    return {"response_class": Response, "responses": {200: ok, **errors(*statuses)}}
-
-
 STATUS = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
-LIVE = answers("The process answers.", "application/json", STATUS)
-READY = answers("The engine is loaded and warm.", "application/json", STATUS, 503)
-METRICS = answers("Prometheus text format.", "text/plain", {"type": "string"})
-INFO = answers("What runs here.", "application/json", {"type": "object"}, 401, 503)
-MODELS: dict[str, Any] = {
-    "response_class": Response,
-    "responses": {
-        200: {
-            "description": "The model, alone and with each adapter.",
-            "content": {"application/json": {"schema": {"type": "object"}}},
-        },
-        **errors(401, 503, envelope=OpenAiError),
-    },
-}
-MODEL: dict[str, Any] = {
-    "response_class": Response,
-    "responses": {
-        200: {"description": "The model.", "content": {"application/json": {"schema": {"type": "object"}}}},
-        **errors(401, 503, envelope=OpenAiError),
-        404: {**errors(401, envelope=OpenAiError)[401], "description": "There is no such model here."},
-    },
-}
-OPENAI_IMAGES: dict[str, Any] = {
-    "response_class": Response,
-    "responses": {
-        200: {
-            "description": "The images.",
-            "content": {"application/json": {"schema": reference(ImagesResponse)}},
-            "headers": TIMING_HEADERS,
-        },
-        **errors(401, 408, 413, 415, 422, 429, 500, 503, 504, envelope=OpenAiError),
-    },
-}
+LIVE = responses("The process answers.", {"application/json": STATUS})
+READY = responses("The engine is loaded and warm.", {"application/json": STATUS}, 503)
+METRICS = responses("Prometheus text format.", {"text/plain": {"type": "string"}})
+INFO = responses("What runs here.", {"application/json": OBJECT}, 401, 503)
+
+JSON_OBJECT = {"application/json": OBJECT}
+MODELS = responses("The model, alone and with each adapter.", JSON_OBJECT, 401, 503, envelope=OpenAiError)
+MODEL = responses("The model.", JSON_OBJECT, 401, 404, 503, envelope=OpenAiError)
+OPENAI_IMAGES = responses(
+    "The images.",
+    {"application/json": reference(ImagesResponse)},
+    *GENERATION_ERRORS,
+    headers=TIMING_HEADERS,
+    envelope=OpenAiError,
+)
 GENERATIONS: dict[str, Any] = OPENAI_IMAGES | {
     "openapi_extra": json_body(
         ImageGenerationRequest,
         {"openai": {"summary": "As the openai client sends it", "value": {"prompt": "a blue square", "size": "auto"}}},
     )
-}
-OBJECT = {"type": "object"}
-
-
-def answers_json(answer: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
-    """Returns body and responses of a route that generates images from JSON, with inline schemas."""
-    content = {"application/json": {"schema": answer.model_json_schema()}}
-    request = {"application/json": {"schema": body.model_json_schema()}}
-    return {
-        "response_class": Response,
-        "responses": {
-            200: {"description": "The images.", "content": content, "headers": TIMING_HEADERS},
-            **errors(401, 408, 413, 415, 422, 429, 500, 503, 504),
-        },
-        "openapi_extra": {"requestBody": {"required": True, "content": request}},
-    }
-
-
-SDAPI_OBJECT = answers("As AUTOMATIC1111 has it.", "application/json", OBJECT, 401, 503)
-SDAPI_LIST = answers("As AUTOMATIC1111 has it.", "application/json", {"type": "array", "items": OBJECT}, 401, 503)
-SDAPI_OPTIONS: dict[str, Any] = {
-    **answers("What was ignored.", "application/json", OBJECT, 401, 408, 413, 415, 422, 429, 503),
-    "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": OBJECT}}}},
 }
 EDIT_FORM = {
     "type": "object",
@@ -195,3 +156,25 @@ EDIT_BODIES = {
     "application/json": {"schema": reference(EditRequest)},
 }
 EDITS: dict[str, Any] = OPENAI_IMAGES | {"openapi_extra": {"requestBody": {"required": True, "content": EDIT_BODIES}}}
+
+
+def sdapi_images(answer: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
+    """Returns body and responses of a route that generates images from JSON, with inline schemas."""
+    content = {"application/json": answer.model_json_schema()}
+    return {
+        **responses("The images.", content, *GENERATION_ERRORS, headers=TIMING_HEADERS),
+        "openapi_extra": inline_body(body.model_json_schema()),
+    }
+
+
+def inline_body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+AS_AUTOMATIC1111 = "As AUTOMATIC1111 has it."
+SDAPI_OBJECT = responses(AS_AUTOMATIC1111, JSON_OBJECT, 401, 503)
+SDAPI_LIST = responses(AS_AUTOMATIC1111, {"application/json": {"type": "array", "items": OBJECT}}, 401, 503)
+SDAPI_OPTIONS: dict[str, Any] = {
+    **responses("What was ignored.", JSON_OBJECT, 401, 408, 413, 415, 422, 429, 503),
+    "openapi_extra": inline_body(OBJECT),
+}

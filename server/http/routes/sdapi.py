@@ -74,13 +74,13 @@ class RunningRequests:
                 request.task.cancel()
 
 
-@router.post("/txt2img", **openapi.answers_json(SdapiAnswer, Txt2ImgRequest))
+@router.post("/txt2img", **openapi.sdapi_images(SdapiAnswer, Txt2ImgRequest))
 async def txt2img(request: Request) -> Response:
     """Text to image. Accepts fields without effect on a one-step model, and names them in `info`."""
     return await _generate(request, Txt2ImgRequest)
 
 
-@router.post("/img2img", **openapi.answers_json(SdapiAnswer, Img2ImgRequest))
+@router.post("/img2img", **openapi.sdapi_images(SdapiAnswer, Img2ImgRequest))
 async def img2img(request: Request) -> Response:
     """Image to image. No masks."""
     return await _generate(request, Img2ImgRequest)

@@ -14,6 +14,7 @@ from engines.types import MAX_SEED
 from server.errors import FieldError, InvalidError
 from server.generation.generator import GenerationRequest, GenerationResult
 from server.generation.image_codec import ImageFormat
+from server.http.routes.edits import NO_MASK
 from server.http.routes.schemas import MAX_IMAGES, MAX_PROMPT
 from server.http.validation import excerpt
 from server.telemetry.timings import milliseconds
@@ -22,7 +23,6 @@ MAX_STEPS = 4
 GUIDANCE = (1.0, 10.0)
 WITHOUT_EFFECT = ("negative_prompt",)  # among the fields below
 SAMPLER = "Sprint"
-NO_MASK = "mask: got a mask, allowed: none; this model repaints the whole image"
 ONE_UNIT = "alwayson_scripts.controlnet: got {} units with an image, allowed: one"
 
 
