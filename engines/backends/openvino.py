@@ -68,9 +68,7 @@ class OpenVinoGraph:
         try:
             models = {size: self._compile(core, xml, size, settings) for size in self._buckets}
         except RuntimeError as error:
-            raise ArtifactError(
-                f"{xml.name}: OpenVINO cannot load it ({_first_line(error)}); build it again"
-            ) from error
+            raise ArtifactError(f"{xml.name}: OpenVINO cannot load it ({_last_line(error)}); build it again") from error
         self.from_cache = tuple(size for size, model in models.items() if model.get_property("LOADED_FROM_CACHE"))
         self._requests = {size: model.create_infer_request() for size, model in models.items()}
 
@@ -99,7 +97,7 @@ def _cache_key(vendor: Any, core: Any, settings: Mapping[str, Any]) -> str:
     return f"{settings['INFERENCE_PRECISION_HINT']}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -3,8 +3,8 @@
 Both forms compute out = (relu(q) @ ctx) / (relu(q) . ksum + 1e-15) per image and head, where ctx is the sum over tokens
 of relu(k) (x) v, and ksum that of relu(k):
 
-- the transformer's: q, k, v are the thirds of a row; k is first divided by the rms of its whole row and multiplied by
-  norm weights (q's rms cancels in the quotient, and its weight is folded into the projection);
+- the transformer's: q, k, v are the thirds of a row. k is first divided by the rms of its whole row and multiplied by
+  norm weights. q's rms cancels in the quotient; its weight is folded into the projection.
 - the decoder's: a row is a sequence of (q, k, v) of 3d, in two tensors; those of the second are first multiplied by a
   matrix [d, d] each, a grouped 1x1 convolution.
 

@@ -99,15 +99,9 @@ def reference_norm(x: Tensor, scale: Tensor, shift: Tensor, batch: int, eps: flo
 
 
 def reference_residual_norm(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    extra: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    batch: int,
+    x: Tensor, y: Tensor, gate: Tensor | None, extra: Tensor | None, scale: Tensor, shift: Tensor, batch: int,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns x_new = x + gate * y + extra, and LN(x_new) * (1 + scale) + shift of the unrounded x_new."""
     added = _added(x, y, gate, extra, batch)
     return added.to(x.dtype), _normed(added, scale, shift, batch, eps).to(x.dtype)

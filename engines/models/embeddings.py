@@ -11,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FREQUENCIES = 128  # each as a cosine and a sine
 
-def sinusoid(position: Tensor, channels: int = 256) -> Tensor:
-    """Returns cosines, then sines of position [B] at `channels`/2 frequencies from 1 to 1e-4: [B, channels], fp32."""
-    steps = torch.arange(channels // 2, dtype=torch.float32, device=position.device)
-    angle = position[:, None].float() * torch.exp(steps * (-math.log(10000.0) / (channels // 2)))
+
+def sinusoid(position: Tensor) -> Tensor:
+    """Returns cosines, then sines of position [B] at 128 frequencies from 1 to 1e-4: [B, 256], fp32."""
+    angle = position[:, None].float() * frequencies(position.device)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def frequencies(device: torch.device) -> Tensor:
+    """Returns the frequencies [128] of a time embedding, fp32."""
+    steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=device)
+    return torch.exp(steps * (-math.log(10000.0) / _FREQUENCIES))
 
 
 def positions(dim: int, height: int, width: int, base: int, scale: float, device: torch.device | str) -> Tensor:
@@ -85,8 +92,8 @@ class TimeGuidanceEmbed(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.timestep_embedder = MLP(256, dim, nn.SiLU())
-        self.guidance_embedder = MLP(256, dim, nn.SiLU())
+        self.timestep_embedder = MLP(2 * _FREQUENCIES, dim, nn.SiLU())
+        self.guidance_embedder = MLP(2 * _FREQUENCIES, dim, nn.SiLU())
         self.linear = nn.Linear(dim, 6 * dim)
 
     def forward(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,7 +110,7 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": MLP(256, dim, nn.SiLU())})
+        self.emb = nn.ModuleDict({"timestep_embedder": MLP(2 * _FREQUENCIES, dim, nn.SiLU())})
         self.linear = nn.Linear(dim, 6 * dim)
 
     def forward(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:

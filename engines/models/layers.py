@@ -17,9 +17,9 @@ class RMSNorm(nn.Module):
     Source: diffusers models/normalization.py RMSNorm.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, bias: bool = False, dim: int = -1) -> None:
+    def __init__(self, channels: int, bias: bool = False, dim: int = -1) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = 1e-5
         self.dim = dim
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None

@@ -214,8 +214,9 @@ class SprintTransformer(nn.Module):
     def conditioning(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embeds flow time [B] in [0, 1] and guidance [B] (already times guidance_embeds_scale).
 
-        Returns the modulation [B, 6, D] of all blocks (shift, scale, gate of attention, then of the GLUMBConv) and the
-        embedding [B, D] that modulates the output. Raises ValueError if guidance is missing or not embedded.
+        Returns the modulation [B, 6, D] of all blocks and the embedding [B, D] that modulates the output. The
+        modulation is shift, scale and gate of attention, then of the GLUMBConv. Raises ValueError if guidance is
+        missing or not embedded.
         """
         modulation, embedded = self.time_embed(timestep, guidance)
         return torch.unflatten(modulation, 1, (6, -1)), embedded

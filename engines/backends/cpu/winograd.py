@@ -1,8 +1,8 @@
 """3x3 convolutions on a CPU as six 1x3 convolutions for every four rows, which halves the products.
 
 This is Winograd's minimal filtering F(4, 3) along the rows alone (Lavin and Gray, Fast Algorithms for Convolutional
-Neural Networks, section 4.3). Six rows d0..d5 of the image and the three rows of the kernel are taken as polynomials
-and evaluated at 0, a, -a, b, -b and infinity. Each of the six products is a convolution along the columns; four rows of
+Neural Networks, section 4.3). Six rows d0..d5 of the image, and the three of the kernel, are polynomials
+evaluated at 0, a, -a, b, -b and infinity. Each of the six products is a convolution along the columns; four rows of
 the result are combined from them.
 
 The points a = 3/2 and b = 2/3 lose 3 dB less in bf16 than the usual 1 and 2, and a * b = 1 saves factors. F(2, 3) in

@@ -13,7 +13,6 @@ Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text to
 [B*N, D] between kernels.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
@@ -28,12 +27,10 @@ from engines.kernels.linear_attention import LINEAR_ATTENTION
 from engines.kernels.modulated_norm import MODULATED_NORM, RESIDUAL, RESIDUAL_NORM
 from engines.kernels.op import Ops
 from engines.kernels.silu_product import SILU_PRODUCT
-from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, positions
+from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, frequencies, positions
 from engines.models.layers import RMSNorm
 from engines.models.lora import AdapterStack
 from engines.models.transformer import TransformerConfig
-
-_FREQUENCIES = 128  # of a time embedding, each as a cosine and a sine
 
 
 class LinearLayer(NamedTuple):
@@ -185,8 +182,7 @@ class Conditioning:
             _fuse_layers([getattr(embedder, name) for embedder in embedders]) for name in ("linear_1", "linear_2")
         )
         self._last = layer_of(embed.linear)
-        steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=self._last.weight.device)
-        self._frequencies = torch.exp(steps * (-math.log(10000.0) / _FREQUENCIES))
+        self._frequencies = frequencies(self._last.weight.device)
 
     def __call__(self, timestep: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns modulation [B, 6, D] and output embedding [B, D], as SprintTransformer.conditioning.

@@ -107,10 +107,6 @@ class GraphRunner:
     def ready(self) -> bool:
         return len(self._captured) == len(self.capture_order)
 
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        return self._buckets
-
     def capture(self) -> None:
         """Captures every missing graph, largest first."""
         for key in self.capture_order:

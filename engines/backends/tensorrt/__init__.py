@@ -1,1 +1,1 @@
-"""TensorRT, TensorRT for RTX and torch-tensorrt: compiling and running their engines."""
+"""Compiles and runs engines of TensorRT, TensorRT for RTX and torch-tensorrt."""

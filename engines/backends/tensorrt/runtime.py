@@ -95,8 +95,8 @@ def _precision_of(text: str) -> str:
 class TensorRtGraph:
     """engines.backends.adapters.Graph of a built engine, run on device pointers and torch's current stream.
 
-    Each bucket has its own execution context, created at first use. `replica` returns the engine with new contexts,
-    because a CUDA graph keeps the addresses of the context it was captured from. Larger batches run in pieces.
+    Each bucket has its own execution context, created at first use. A CUDA graph keeps the addresses of the context
+    that it captured, so each graph needs a copy of this with its own contexts. Larger batches run in pieces.
     jit_cache: file for the kernels that tensorrt_rtx compiles. scratch: shared by the engines of the device.
 
     Raises ArtifactError if TensorRT rejects the file, OutOfMemoryError if a context does not fit.

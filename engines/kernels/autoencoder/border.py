@@ -32,17 +32,9 @@ def write_border(launch: Launcher, y: Tensor, second: Tensor | None, grid: Grid)
     around = 2 * (grid.width + 2) + 2 * grid.height
     channels = y.shape[1]
     launch(
-        zero_border,
-        (around, grid.batch),
-        y,
-        y if second is None else second,
-        grid.height,
-        grid.width,
-        D=channels,
-        BC=triton.next_power_of_2(channels),
-        SECOND=second is not None,
-        num_warps=1,
-    )
+        zero_border, (around, grid.batch), y, y if second is None else second, grid.height, grid.width, D=channels,
+        BC=triton.next_power_of_2(channels), SECOND=second is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def run(launch: Launcher, y: Tensor, grid: Grid) -> Tensor:

@@ -67,33 +67,10 @@ def _finish(
 
 @triton.jit
 def _convolution(
-    x,
-    w,
-    y,
-    y8,
-    taps,
-    scale,
-    bias,
-    gain,
-    residual,
-    gain2,
-    bias2,
-    w2,
-    P,
-    HP,
-    WP,
-    eps,
-    per_scale,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    SECOND: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    x, w, y, y8, taps, scale, bias, gain, residual, gain2, bias2, w2, P, HP, WP, eps, per_scale, C: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
+    SECOND: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """KIND 0: plain, 1: SiLU, 2: norm, 3: taps. SECOND: y8 is written too."""
     across: tl.constexpr = N // BN
     steps: tl.constexpr = C // BK
@@ -157,37 +134,15 @@ def _launch(
 
     programs = min(launch.processors, triton.cdiv(grid.padded, tile.rows) * (columns // tile.columns))
     launch(
-        _convolution,
-        (programs,),
-        matrix(x, tile.rows, tile.depth, launch.tma),
-        matrix(w, tile.columns, tile.depth, launch.tma),
-        y if kind == 3 else half(y),
-        y if second is None else half(second),
-        y,
-        operands.get("scale", x),
-        operands.get("bias", x),
-        operands.get("gain", x),
-        half(operands["residual"]) if "residual" in operands else x,
-        operands.get("gain2", x),
-        operands.get("bias2", x),
-        operands.get("w2", x),
-        grid.padded,
-        grid.height + 2,
-        grid.width + 2,
-        operands.get("eps", 0.0),
-        1 / operands.get("out_scale", 1.0),
-        C=channels,
-        N=columns,
-        BM=tile.rows,
-        BK=tile.depth,
-        BN=tile.columns,
-        KIND=kind,
-        SCALED=fp8,
-        SECOND=second is not None,
-        TMA=launch.tma,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        _convolution, (programs,), matrix(x, tile.rows, tile.depth, launch.tma),
+        matrix(w, tile.columns, tile.depth, launch.tma), y if kind == 3 else half(y),
+        y if second is None else half(second), y, operands.get("scale", x), operands.get("bias", x),
+        operands.get("gain", x), half(operands["residual"]) if "residual" in operands else x, operands.get("gain2", x),
+        operands.get("bias2", x), operands.get("w2", x), grid.padded, grid.height + 2, grid.width + 2,
+        operands.get("eps", 0.0), 1 / operands.get("out_scale", 1.0), C=channels, N=columns, BM=tile.rows,
+        BK=tile.depth, BN=tile.columns, KIND=kind, SCALED=fp8, SECOND=second is not None, TMA=launch.tma,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _scaled(scale: Tensor | None) -> dict[str, Tensor]:
@@ -201,31 +156,17 @@ def run(launch: Launcher, x: Tensor, weight: Tensor, scale: Tensor | None, grid:
 
 
 def run_silu(
-    launch: Launcher,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor,
-    out_scale: float,
-    grid: Grid,
-) -> Tensor:
+    launch: Launcher, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, out_scale: float, grid: Grid,
+) -> Tensor:  # fmt: skip
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     _launch(launch, x, weight, y, grid, 1, False, bias=bias, out_scale=out_scale, **_scaled(scale))
     return y
 
 
 def run_norm(
-    launch: Launcher,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    gain: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    eps: float,
-    out_scale: float | None,
-    grid: Grid,
-) -> tuple[Tensor, ...]:
+    launch: Launcher, x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor, bias: Tensor, residual: Tensor,
+    eps: float, out_scale: float | None, grid: Grid,
+) -> tuple[Tensor, ...]:  # fmt: skip
     y = torch.empty_like(residual)
     more: dict[str, Any] = _scaled(scale)
     outputs: tuple[Tensor, ...] = (y,)
@@ -237,36 +178,15 @@ def run_norm(
 
 
 def run_taps(
-    launch: Launcher,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    gain: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gain2: Tensor,
-    bias2: Tensor,
-    out_weight: Tensor,
-    eps: float,
-    grid: Grid,
-) -> Tensor:
+    launch: Launcher, x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor, bias: Tensor, residual: Tensor,
+    gain2: Tensor, bias2: Tensor, out_weight: Tensor, eps: float, grid: Grid,
+) -> Tensor:  # fmt: skip
     taps = torch.empty(TAP_OUTPUTS, grid.padded, dtype=torch.float16, device=x.device)
     last = {"gain2": gain2, "bias2": bias2, "w2": out_weight}
     _launch(
-        launch,
-        x,
-        weight,
-        taps,
-        grid,
-        3,
-        True,
-        gain=gain,
-        bias=bias,
-        residual=residual,
-        eps=eps,
-        **last,
+        launch, x, weight, taps, grid, 3, True, gain=gain, bias=bias, residual=residual, eps=eps, **last,
         **_scaled(scale),
-    )
+    )  # fmt: skip
     return taps
 
 
@@ -306,16 +226,9 @@ def reference_silu(
 
 
 def reference_norm(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    gain: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    eps: float,
-    out_scale: float | None,
-    grid: Grid,
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor, bias: Tensor, residual: Tensor, eps: float,
+    out_scale: float | None, grid: Grid,
+) -> tuple[Tensor, ...]:  # fmt: skip
     y = normed(products(x, weight, scale, grid), gain, bias, eps) + image_of(residual.float(), grid)
     padded = pad(y)
     wide = padded.to(residual.dtype)
@@ -323,18 +236,9 @@ def reference_norm(
 
 
 def reference_taps(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    gain: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gain2: Tensor,
-    bias2: Tensor,
-    out_weight: Tensor,
-    eps: float,
-    grid: Grid,
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor, bias: Tensor, residual: Tensor, gain2: Tensor,
+    bias2: Tensor, out_weight: Tensor, eps: float, grid: Grid,
+) -> Tensor:  # fmt: skip
     y = normed(products(x, weight, scale, grid), gain, bias, eps) + image_of(residual.float(), grid)
     y = F.relu(normed(y, gain2, bias2, eps)).to(out_weight.dtype).float()
     terms = torch.einsum("bchw,cn->bnhw", y, out_weight.float())[:, :TAP_OUTPUTS]

@@ -87,19 +87,9 @@ def run(launch: Launcher, x: Tensor, taps: Tensor, grid: Grid) -> Tensor:
     tiles = triton.cdiv(grid.height, _ROWS) * triton.cdiv(grid.width, _COLUMNS)
     blocks = (triton.cdiv(channels, _CHANNELS), tiles, grid.batch)
     launch(
-        _depthwise,
-        blocks,
-        x,
-        taps,
-        out,
-        grid.height,
-        grid.width,
-        C=channels,
-        R=_ROWS,
-        BW=_COLUMNS,
-        BC=_CHANNELS,
+        _depthwise, blocks, x, taps, out, grid.height, grid.width, C=channels, R=_ROWS, BW=_COLUMNS, BC=_CHANNELS,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
 
 

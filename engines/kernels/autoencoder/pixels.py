@@ -39,18 +39,9 @@ def run(launch: Launcher, taps: Tensor, bias: Tensor, grid: Grid) -> tuple[Tenso
     broken = torch.zeros(grid.batch, dtype=torch.int32, device=taps.device)
     blocks = (triton.cdiv(grid.height * grid.width, _PIXELS_PER_PROGRAM), grid.batch)
     launch(
-        _pixels,
-        blocks,
-        taps,
-        bias,
-        out,
-        broken,
-        taps.shape[1],
-        grid.height,
-        grid.width,
-        BW=_PIXELS_PER_PROGRAM,
+        _pixels, blocks, taps, bias, out, broken, taps.shape[1], grid.height, grid.width, BW=_PIXELS_PER_PROGRAM,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out, broken
 
 

@@ -20,24 +20,9 @@ Layout = Literal["plain", "bordered", "to bordered"]
 
 @triton.jit
 def _rms_norm(
-    y,
-    gain,
-    bias,
-    residual,
-    out,
-    out8,
-    M,
-    H,
-    W,
-    eps,
-    per_scale,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    BORDERED: tl.constexpr,
-    ADD_BORDER: tl.constexpr,
-    SECOND: tl.constexpr,
-):
+    y, gain, bias, residual, out, out8, M, H, W, eps, per_scale, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BORDERED: tl.constexpr, ADD_BORDER: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.arange(0, BC)
     some = cols < C
@@ -63,16 +48,9 @@ def _rms_norm(
 
 
 def run(
-    launch: Launcher,
-    y: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    eps: float,
-    layout: Layout,
-    out_scale: float | None,
-    grid: Grid,
-) -> tuple[Tensor, ...]:
+    launch: Launcher, y: Tensor, gain: Tensor, bias: Tensor, residual: Tensor, eps: float, layout: Layout,
+    out_scale: float | None, grid: Grid,
+) -> tuple[Tensor, ...]:  # fmt: skip
     rows = grid.pixels if layout == "plain" else grid.padded
     channels = y.shape[1]
     out = torch.empty(rows, channels, dtype=residual.dtype, device=y.device)
@@ -80,40 +58,17 @@ def run(
     wide = triton.next_power_of_2(channels)
     tall = max(1, min(16, 4096 // wide))
     launch(
-        _rms_norm,
-        (triton.cdiv(rows, tall),),
-        y,
-        gain,
-        bias,
-        residual,
-        out,
-        out if second is None else second,
-        rows,
-        grid.height,
-        grid.width,
-        eps,
-        1.0 if out_scale is None else 1 / out_scale,
-        C=channels,
-        BM=tall,
-        BC=wide,
-        BORDERED=layout != "plain",
-        ADD_BORDER=layout == "to bordered",
-        SECOND=second is not None,
-        num_warps=4,
-    )
+        _rms_norm, (triton.cdiv(rows, tall),), y, gain, bias, residual, out, out if second is None else second, rows,
+        grid.height, grid.width, eps, 1.0 if out_scale is None else 1 / out_scale, C=channels, BM=tall, BC=wide,
+        BORDERED=layout != "plain", ADD_BORDER=layout == "to bordered", SECOND=second is not None, num_warps=4,
+    )  # fmt: skip
     return (out,) if second is None else (out, second)
 
 
 def reference(
-    y: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    eps: float,
-    layout: Layout,
-    out_scale: float | None,
+    y: Tensor, gain: Tensor, bias: Tensor, residual: Tensor, eps: float, layout: Layout, out_scale: float | None,
     grid: Grid,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Returns residual + bias + gain * y / sqrt(mean(y²) + eps), in fp32, rounded once."""
     x = y.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain + bias + residual.float()

@@ -32,27 +32,10 @@ def _write(y, acc, m0, n0, pixel, fits, D: tl.constexpr, BH: tl.constexpr, LINES
 
 @triton.jit
 def _upsampling(
-    x,
-    w,
-    bias,
-    y,
-    y8,
-    P,
-    H,
-    W,
-    images,
-    per_scale,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    SIDE: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    BORDERED: tl.constexpr,
-    SECOND: tl.constexpr,
-    TMA: tl.constexpr,
-    LINES: tl.constexpr,
-):
+    x, w, bias, y, y8, P, H, W, images, per_scale, C: tl.constexpr, D: tl.constexpr, SIDE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BORDERED: tl.constexpr, SECOND: tl.constexpr,
+    TMA: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
     """Computes tiles; each lies in one line of the image and in one phase."""
     across: tl.constexpr = 4 * D // BN
     steps: tl.constexpr = C // BK
@@ -118,31 +101,13 @@ def run(
 
     tiles = grid.batch * grid.height * triton.cdiv(grid.width, tile.rows) * (4 * columns // tile.columns)
     launch(
-        _upsampling,
-        (min(launch.processors, tiles),),
-        matrix(x, tile.rows, tile.depth, launch.tma),
-        matrix(weight, tile.columns, tile.depth, launch.tma),
-        bias,
-        pairs(y),
-        pairs(y if second is None else second),
-        grid.padded,
-        grid.height,
-        grid.width,
-        grid.batch,
-        per_scale,
-        C=channels,
-        D=columns,
-        SIDE=2 if weight.shape[1] == 4 * channels else 3,
-        BM=tile.rows,
-        BK=tile.depth,
-        BN=tile.columns,
-        BORDERED=bordered,
-        SECOND=second is not None,
-        TMA=launch.tma,
-        LINES=lines,
-        num_warps=tile.warps,
+        _upsampling, (min(launch.processors, tiles),), matrix(x, tile.rows, tile.depth, launch.tma),
+        matrix(weight, tile.columns, tile.depth, launch.tma), bias, pairs(y), pairs(y if second is None else second),
+        grid.padded, grid.height, grid.width, grid.batch, per_scale, C=channels, D=columns,
+        SIDE=2 if weight.shape[1] == 4 * channels else 3, BM=tile.rows, BK=tile.depth, BN=tile.columns,
+        BORDERED=bordered, SECOND=second is not None, TMA=launch.tma, LINES=lines, num_warps=tile.warps,
         num_stages=tile.stages,
-    )
+    )  # fmt: skip
     if bordered:
         write_border(launch, y, second, doubled)
     return (y,) if second is None else (y, second)

@@ -1,7 +1,7 @@
 """Products of few rows by large weights, x [M <= 64, K] and w [N, K]: partial sums [S, M, N] in fp32, or gated [M, N].
 
-Reading w once bounds the time. So many small programs run (S parts of K by tiles of 64 rows of w), w is the tall
-operand of the tensor cores, and the next kernel (gemma_norm) sums the parts. S depends only on N and K.
+Reading w once bounds the time. So many small programs run: S parts of K by tiles of 64 rows of w. w is the tall operand
+of the tensor cores. The next kernel (gemma_norm) sums the parts. S depends only on N and K.
 """
 
 import torch
