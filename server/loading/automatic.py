@@ -144,12 +144,12 @@ class AutomaticEngine:
                 failures.append(f"{one.vendor}: {error}")
         there = {one.vendor: one for one in offers.each if one.vendor in paths}
         while there:
-            vendor = self._fastest.of(
+            vendor, engine = self._fastest.of(
                 {name: repr(one.requirements) for name, one in there.items()},
                 lambda name: self._open(there[name], paths[name]),
             )
             try:
-                engine = self._open(there[vendor], paths[vendor])
+                engine = engine or self._open(there[vendor], paths[vendor])
             except SprintError as error:
                 logger.error("engine: %s: %s", vendor, error)
                 failures.append(f"{vendor}: {error}")

@@ -23,18 +23,30 @@ class Fastest:
         self._path = path
         self._seconds: dict[str, float] = {}
 
-    def of(self, wanted: Mapping[str, str], open_engine: Callable[[str], Engine]) -> str:
-        """The fastest vendor of `wanted`, which says in words what each engine is. With one there is no question."""
-        if len(wanted) == 1:
-            return next(iter(wanted))
-        key = json.dumps(sorted(wanted.items()))
-        kept = self._kept()
-        if key not in kept:
-            kept[key] = {vendor: _measured(vendor, open_engine) for vendor in wanted}
+    def of(self, requirements: Mapping[str, str], open_engine: Callable[[str], Engine]) -> tuple[str, Engine | None]:
+        """Returns the fastest vendor, and its engine if the measurement left it open.
+
+        requirements: vendor -> text that identifies its engine. Measures only two vendors or more.
+        """
+        if len(requirements) == 1:
+            return next(iter(requirements)), None
+        key = json.dumps(sorted(requirements.items()))
+        cached = self._cached()
+        last: Engine | None = None
+        if key not in cached:
+            cached[key] = {}
+            for vendor in requirements:
+                if last is not None:  # one engine at a time has room on a GPU
+                    last.close()
+                last, cached[key][vendor] = _measured(vendor, open_engine)
             with contextlib.suppress(OSError):  # measured again at the next start
-                self._path.write_text(json.dumps(kept))
-        self._seconds = kept[key]
-        return min(wanted, key=lambda vendor: self._seconds.get(vendor, float("inf")))
+                self._path.write_text(json.dumps(cached))
+        self._seconds = cached[key]
+        fastest = min(requirements, key=lambda vendor: self._seconds.get(vendor, float("inf")))
+        if last is not None and fastest != vendor:
+            last.close()
+            last = None
+        return fastest, last
 
     def reason(self, vendor: str) -> str:
         """Why it was chosen."""
@@ -43,7 +55,7 @@ class Fastest:
         told = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in sorted(self._seconds.items()))
         return f"the fastest for one image: {told}"
 
-    def _kept(self) -> dict[str, dict[str, float]]:
+    def _cached(self) -> dict[str, dict[str, float]]:
         try:
             found = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
@@ -51,8 +63,11 @@ class Fastest:
         return found if isinstance(found, dict) else {}
 
 
-def _measured(vendor: str, open_engine: Callable[[str], Engine]) -> float:
-    """Median seconds of one image in one step, of a new prompt each; infinite where the engine cannot be opened."""
+def _measured(vendor: str, open_engine: Callable[[str], Engine]) -> tuple[Engine | None, float]:
+    """Returns the open engine and the median seconds of one image in one step, of a new prompt each.
+
+    None and infinity if the engine fails.
+    """
     try:
         engine = open_engine(vendor)
         engine.warmup()
@@ -62,8 +77,7 @@ def _measured(vendor: str, open_engine: Callable[[str], Engine]) -> float:
             began = time.perf_counter()
             engine.generate([Job(f"a red circle {run}", run, width, height, engine.limits.steps[0])])
             seconds.append(time.perf_counter() - began)
-        engine.close()
     except SprintError as error:
         logger.error("engine: %s: %s", vendor, error)
-        return float("inf")
-    return statistics.median(seconds)
+        return None, float("inf")
+    return engine, statistics.median(seconds)

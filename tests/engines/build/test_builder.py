@@ -53,7 +53,7 @@ def spec(model: Path, out: Path, precision: str = "fp32") -> BuildSpec:
 
 @pytest.fixture(scope="module", autouse=True)
 def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exports of equal modules are copied, because each takes seconds."""
+    """Reuses the export of equal modules, because each takes seconds."""
     kept, export = tmp_path_factory.mktemp("exported"), building.export_onnx
 
     def export_or_copy(module: nn.Module, name: str, inputs: dict[str, Tensor], path: Path) -> None:
@@ -70,7 +70,7 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engines(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only by agreement: a test that breaks it copies it first."""
+    """Builds engines that are read-only: a test that changes them copies them first."""
     out = tmp_path_factory.mktemp("built") / "engines"
     assert build(spec(small_checkpoint, out)).changed
     return out
@@ -104,7 +104,7 @@ def test_images_of_built_engines_equal_eager(engines: Path, small_checkpoint: Pa
 
 
 def test_built_engines_run_in_captured_graphs(engines: Path, small_checkpoint: Path) -> None:
-    """On a recorder without a device; the graphs are those that were asked for when they were built."""
+    """Captures without a device, for the batches and steps of the build."""
     built = load_engine(str(small_checkpoint), engine_dir=str(engines), recorder=EagerReplay())
     assert isinstance(built, SprintEngine)
     built.warmup()
@@ -232,7 +232,7 @@ def test_a_damaged_folder_is_built_again(copy: Path, small_checkpoint: Path) -> 
 
 
 class StartedError(Exception):
-    """A build got past the question whether there is anything to do."""
+    """A build started, although nothing has changed."""
 
 
 def stop(*_: object) -> None:
@@ -440,7 +440,7 @@ def test_the_autoencoders_batches_leave_the_card_room(small_checkpoint: Path, tm
     assert replace(work, target=replace(target, memory=None)).batches("decoder", (2048, 2048)) == (1, 2, 4, 8)
 
 
-# A build in a process of its own, for what only a process can suffer.
+# A build in a process of its own, which the tests kill or limit.
 
 
 def command(model: Path, out: Path) -> list[str]:
@@ -512,7 +512,7 @@ def test_errors_of_every_kind_become_one_line_and_a_code(tmp_path: Path, capsys:
 def test_a_paired_check_of_whole_images_goes_into_the_manifest(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "export_onnx", None)  # nothing is built anew
+    monkeypatch.setattr(building, "export_onnx", None)  # a new build would fail
     line = read_manifest(copy).command.split()[2:]
     line[line.index("--out") + 1] = str(copy)
     assert read_manifest(copy).quality is None

@@ -1,4 +1,4 @@
-"""Which card, precision and compiler go together."""
+"""The allowed combinations of GPU, precision and compiler."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_what_compiles(
     expected: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engines.backends.openvino.has_bf16", lambda: True)  # whatever CPU runs this test
+    monkeypatch.setattr("engines.backends.openvino.has_bf16", lambda: True)  # on any CPU
     assert resolve(gpu, precision, machine, lambda name: name in packages or None) == expected
 
 
