@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import build_engine
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import MANIFEST_FILE, Artifact, FileRecord, read_manifest
-from engines.artifacts.reference import load_reference
+from engines.artifacts.reference import Reference
 from engines.backends.cuda.graphs import EagerReplay
 from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.parity import Difference, difference
@@ -139,7 +139,7 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
             places.append(f"{device} {dtype}")
             return {}, difference(torch.ones(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8))
 
-    monkeypatch.setattr(building, "load_reference", lambda _: Seen())
+    monkeypatch.setattr(Reference, "load", lambda _: Seen())
     for of in ("engine", "graph"):
         work.parity({(64, 64): tmp_path}, lambda *_: None, of)
     assert places == ["cuda torch.float16", "cpu torch.float16"]
@@ -334,7 +334,7 @@ def test_a_decoder_that_overflows_on_the_card_is_told(engines: Path) -> None:
         outputs = {"transformer": [reference.output("transformer")], "decoder": [torch.zeros(2), torch.zeros(2)]}
         return lambda _: outputs[name]
 
-    reference = load_reference(engines / "reference-64x64.safetensors")
+    reference = Reference.load(engines / "reference-64x64.safetensors")
     with pytest.raises(ParityError, match=r"NaN or infinity .*build with --precision bf16"):
         reference.compare(graph, torch.float32)
 
