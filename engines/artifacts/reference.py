@@ -111,19 +111,19 @@ def max_activations(module: nn.Module) -> Iterator[dict[str, float]]:
 
     Values that a submodule computes inside itself, which are fp32 in every precision, do not count.
     """
-    peaks: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             for value in (*inputs, output):
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    peaks[name] = max(peaks.get(name, 0.0), float(value.abs().max()))
+                    largest[name] = max(largest.get(name, 0.0), float(value.abs().max()))
 
         return hook
 
     handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
     try:
-        yield peaks
+        yield largest
     finally:
         for handle in handles:
             handle.remove()

@@ -40,8 +40,8 @@ def download_missing(hub_id: str, commit: str, files: Sequence[HubFile]) -> Path
         directory.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(locks / "sana-sprint.lock"):  # processes with one cache download once
         missing = missing_files(folder, files)
-        absent = [file for file in missing if not file.has_full_size(blobs / file.checksum)]
-        Download(hub_id, commit, blobs, absent).run()
+        not_downloaded = [file for file in missing if not file.has_full_size(blobs / file.checksum)]
+        Download(hub_id, commit, blobs, not_downloaded).run()
         for file in missing:
             (folder / file.name).unlink(missing_ok=True)  # of another size
         snapshot_download(hub_id, revision=commit, allow_patterns=[file.name for file in files])
