@@ -530,4 +530,4 @@ def test_a_paired_check_of_whole_images_goes_into_the_manifest(
 def test_engines_of_another_machine_make_no_images(copy: Path) -> None:
     manifest = replace(read_manifest(copy), executed=False)
     with pytest.raises(BuildError, match="do not run here"):
-        build_engine.checked(BuildSpec("m", "h100", "fp16", copy), building.BuildResult(manifest, changed=False))
+        build_engine.check_quality(BuildSpec("m", "h100", "fp16", copy), building.BuildResult(manifest, changed=False))
