@@ -22,7 +22,7 @@ from server.generation.engine_source import Building
 from server.loading.attempts import Attempts
 from server.loading.build_lock import build_lock
 from server.loading.build_process import BuildProcess
-from server.loading.fastest import Fastest
+from server.loading.fastest import FastestVendor
 
 PAUSE_S = 0.5  # between two looks at a lock that another process holds
 
@@ -73,7 +73,7 @@ class AutomaticEngine:
         self._folder = folder
         self._ways = ways
         self._while_building = while_building
-        self._fastest = Fastest(folder / ".fastest.json")
+        self._fastest = FastestVendor(folder / ".fastest.json")
         self._unfit: set[Path] = set()  # engines that fitted by their manifest and could not be opened
         self._building: Building | None = None
         self._next: SimpleQueue[Engine] = SimpleQueue()
@@ -144,7 +144,7 @@ class AutomaticEngine:
                 failures.append(f"{one.vendor}: {error}")
         there = {one.vendor: one for one in offers.each if one.vendor in paths}
         while there:
-            vendor, engine = self._fastest.of(
+            vendor, engine = self._fastest.choose(
                 {name: repr(one.requirements) for name, one in there.items()},
                 lambda name: self._open(there[name], paths[name]),
             )

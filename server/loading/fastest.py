@@ -1,4 +1,4 @@
-"""Which of several vendors' engines is the fastest here: measured once, kept beside the engines."""
+"""Chooses the fastest of several vendors' engines. Measures once and keeps the result beside the engines."""
 
 import contextlib
 import json
@@ -16,55 +16,55 @@ RUNS = 5
 logger = logging.getLogger("server.build")
 
 
-class Fastest:
-    """The measurements of one folder of engines."""
+class FastestVendor:
+    """The measurements of one engine folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seconds: dict[str, float] = {}
 
-    def of(self, requirements: Mapping[str, str], open_engine: Callable[[str], Engine]) -> tuple[str, Engine | None]:
-        """Returns the fastest vendor, and its engine if the measurement left it open.
+    def choose(self, engines: Mapping[str, str], open_engine: Callable[[str], Engine]) -> tuple[str, Engine | None]:
+        """Returns the fastest vendor of `engines` (vendor -> description), and its engine if it is open.
 
-        requirements: vendor -> text that identifies its engine. Measures only two vendors or more.
+        Measures nothing if there is only one.
         """
-        if len(requirements) == 1:
-            return next(iter(requirements)), None
-        key = json.dumps(sorted(requirements.items()))
+        if len(engines) == 1:
+            return next(iter(engines)), None
+        key = json.dumps(sorted(engines.items()))
         cached = self._cached()
         last: Engine | None = None
         if key not in cached:
             cached[key] = {}
-            for vendor in requirements:
-                if last is not None:  # one engine at a time has room on a GPU
+            for vendor in engines:
+                if last is not None:  # a GPU has room for one engine
                     last.close()
-                last, cached[key][vendor] = _measured(vendor, open_engine)
-            with contextlib.suppress(OSError):  # measured again at the next start
+                last, cached[key][vendor] = _measure(vendor, open_engine)
+            with contextlib.suppress(OSError):  # a full disk: measures again at the next start
                 self._path.write_text(json.dumps(cached))
         self._seconds = cached[key]
-        fastest = min(requirements, key=lambda vendor: self._seconds.get(vendor, float("inf")))
+        fastest = min(engines, key=lambda vendor: self._seconds.get(vendor, float("inf")))
         if last is not None and fastest != vendor:
             last.close()
             last = None
         return fastest, last
 
     def reason(self, vendor: str) -> str:
-        """Why it was chosen."""
+        """Returns why `choose` took this vendor."""
         if vendor not in self._seconds:
             return "the engine that fits"
-        told = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in sorted(self._seconds.items()))
-        return f"the fastest for one image: {told}"
+        figures = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in sorted(self._seconds.items()))
+        return f"the fastest for one image: {figures}"
 
     def _cached(self) -> dict[str, dict[str, float]]:
         try:
-            found = json.loads(self._path.read_bytes())
+            cached = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return cached if isinstance(cached, dict) else {}
 
 
-def _measured(vendor: str, open_engine: Callable[[str], Engine]) -> tuple[Engine | None, float]:
-    """Returns the open engine and the median seconds of one image in one step, of a new prompt each.
+def _measure(vendor: str, open_engine: Callable[[str], Engine]) -> tuple[Engine | None, float]:
+    """Returns the open engine and the median seconds of one-step images, each of a new prompt.
 
     None and infinity if the engine fails.
     """
