@@ -131,7 +131,7 @@ class FakeEngine:
         delay = self.delay_s + self.delay_per_job_s * bucket
         if delay > 0:
             self._closed.wait(delay)
-        pixels = [expected_pixels(job) for job in jobs]
+        pixels = [_black(job) if BLACK in job.prompt else expected_pixels(job) for job in jobs]
         spent = time.perf_counter() - began
         stages = StageSeconds(text=spent * 0.1, denoise=spent * 0.3, decode=spent * 0.6)
         images = [
@@ -207,8 +207,6 @@ def expected_pixels(job: Job) -> Pixels:
     Prompt, seed, steps, guidance and adapters choose a colour gradient along each axis. 1 - strength blends `image` in;
     the strokes of `control_image` lie on top, times control_scale.
     """
-    if BLACK in job.prompt:
-        return np.zeros((job.height, job.width, 3), dtype=np.uint8)
     text = f"{job.seed}\0{job.steps}\0{job.guidance_scale}\0{job.prompt}"
     text += "".join(f"\0{name}:{scale}" for name, scale in job.lora)
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
@@ -222,6 +220,10 @@ def expected_pixels(job: Job) -> Pixels:
         strokes = _resized(job.control_image, job.width, job.height) * min(max(job.control_scale, 0.0), 1.0)
         pixels = np.maximum(pixels, strokes.astype(np.uint8))
     return pixels
+
+
+def _black(job: Job) -> Pixels:
+    return np.zeros((job.height, job.width, 3), dtype=np.uint8)
 
 
 def _ramp(first: NDArray[np.uint8], last: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:

@@ -228,8 +228,8 @@ def _load_built(folder: Path, options: _Options) -> Engine:
 
     def modules() -> Modules:
         """Returns modules with execution contexts of their own, which each CUDA graph needs."""
-        replica = loaded.new_context()
-        return Modules(text, replica.transformer, replica.decoder, replica.encoder, controlled)
+        own = loaded.new_context()
+        return Modules(text, own.transformer, own.decoder, own.encoder, controlled)
 
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size

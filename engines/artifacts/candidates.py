@@ -76,12 +76,9 @@ def candidates(
     kind = (device or ("cuda" if has_gpu() else "cpu")).partition(":")[0]
     capability = None if kind == "cpu" else machine.capability
     precision = precision or ("fp32" if kind == "cpu" else "bf16")
-    wanted_sizes = tuple(sizes) or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
-    serving = [
-        vendor
-        for vendor in vendors
-        if vendor.serves(kind, capability, precision) and backend in ("auto", vendor.backend)
-    ]
+    served_sizes = tuple(sizes) or checkpoint.settings.sizes or (checkpoint.settings.default_size,)
+    serving = [vendor for vendor in vendors if vendor.serves(kind, capability, precision)]
+    serving = [vendor for vendor in serving if backend in ("auto", vendor.backend)]
     able = [vendor for vendor in serving if vendor.can_run(installed)]
     names = ", ".join(vendor.name for vendor in serving)
     why_none = f"none of {names} is installed" if serving else f"no vendor serves {precision} on {kind}"
@@ -91,28 +88,18 @@ def candidates(
         able, why_none = [], f"built engines hold adapters fused, and {selectable[0].name} is by request"
     sha256 = fused.weights.sha256() if able else ""
     each = []
+    card = capability_text(capability) if capability else None
     for vendor in able:
         version = package_versions(vendor.name).get(vendor.name)
-        requirements = EngineRequirements(
-            sha256,
-            vendor.name,
-            version,
-            capability_text(capability) if capability else None,
-            precision,
-            wanted_sizes,
-            max_batch,
-        )
+        requirements = EngineRequirements(sha256, vendor.name, version, card, precision, served_sizes, max_batch)
         arguments = ["--model", model, *vendor.arguments, "--precision", precision]
-        arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in wanted_sizes)]
+        arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in served_sizes)]
         arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
         arguments += ["--decoder", decoder] if decoder else []
         arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
-        each.append(
-            Candidate(
-                vendor.name, _name(model, requirements), requirements, tuple(arguments), vendor.missing(installed)
-            )
-        )
-    return Candidates(checkpoint, precision, wanted_sizes, max_batch, tuple(each), why_none)
+        name, missing = _name(model, requirements), vendor.missing(installed)
+        each.append(Candidate(vendor.name, name, requirements, tuple(arguments), missing))
+    return Candidates(checkpoint, precision, served_sizes, max_batch, tuple(each), why_none)
 
 
 def _name(model: str, requirements: EngineRequirements) -> str:

@@ -94,11 +94,8 @@ def _why_outdated(manifest: Manifest) -> str | None:
 
 
 def _built(folder: Path) -> Iterator[Path]:
-    return (path for path in _entries(folder) if not path.name.startswith(".") and (path / MANIFEST_FILE).is_file())
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return (path for path in paths if not path.name.startswith(".") and (path / MANIFEST_FILE).is_file())
 
 
 def _size(folder: Path) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engines.artifacts.manifest import Artifact, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype
-from engines.artifacts.reference import MODULES, load_reference
+from engines.artifacts.reference import MODULES, Reference
 from engines.backends.adapters import (
     DecoderAdapter,
     EncoderAdapter,
@@ -133,7 +133,7 @@ def _check_first_run(
             unit = 1 if name == "encoder" else compression
             return graphs[name][height // unit, width // unit]
 
-        modules, image = load_reference(folder / record.name).compare(at, dtype, device)
+        modules, image = Reference.load(folder / record.name).compare(at, dtype, device)
         try:
             for name, distance in modules.items():
                 GATES[precisions[name, (width, height)]].check(f"{name} at {size}", distance)
@@ -154,7 +154,7 @@ def _check_cached(
 ) -> None:
     """Compares a graph from a cache, bucket by bucket, with the reference beside it."""
     size = f"{artifact.size[0]}x{artifact.size[1]}"
-    reference = load_reference(folder / manifest.references[size].name)
+    reference = Reference.load(folder / manifest.references[size].name)
     inputs, expected = reference.inputs(artifact.module, dtype, device), reference.output(artifact.module)
     for bucket in graph.from_cache:
         rows = {name: _rows(value, bucket) for name, value in inputs.items()}

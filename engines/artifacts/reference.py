@@ -37,6 +37,14 @@ class Reference:
 
     tensors: Mapping[str, Tensor]
 
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Raises ArtifactError."""
+        try:
+            return cls(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"engine: {path} cannot be read ({error}); build it again") from error
+
     def inputs(self, name: ModuleName, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Returns the arguments of `name`'s forward; dtype: of the transformer."""
         arguments = {}
@@ -68,27 +76,17 @@ class Reference:
                 "decoder: NaN or infinity where the fp32 reference is finite; build with --precision bf16"
             )
         differences["decoder"] = difference(self.output("decoder"), pixels)
-        image = graph({"latent": self._clean(velocity).to(device)})[0]
+        clean = clean_latent(self.tensors["latent"], velocity, self.tensors["timestep"])
+        image = graph({"latent": clean.to(device)})[0]
         del graph
         graph = open_graph("encoder")
         encoded = graph(self.inputs("encoder", dtype, device))[0]
         differences["encoder"] = difference(self.output("encoder"), encoded)
         return differences, difference(self.output("decoder"), image)
 
-    def _clean(self, velocity: Tensor) -> Tensor:
-        return clean_latent(self.tensors["latent"], velocity, self.tensors["timestep"])
-
     def save(self, path: Path) -> None:
         save_file({key: value.contiguous() for key, value in self.tensors.items()}, path)
         path.chmod(0o644)  # safetensors makes it private; the server may run as another user
-
-
-def load_reference(path: Path) -> Reference:
-    """Reads a reference. Raises ArtifactError."""
-    try:
-        return Reference(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"engine: {path} cannot be read ({error}); build it again") from error
 
 
 def clean_latent(x_flow: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
@@ -113,19 +111,19 @@ def max_activations(module: nn.Module) -> Iterator[dict[str, float]]:
 
     Values that a submodule computes inside itself, which are fp32 in every precision, do not count.
     """
-    peaks: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             for value in (*inputs, output):
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    peaks[name] = max(peaks.get(name, 0.0), float(value.abs().max()))
+                    largest[name] = max(largest.get(name, 0.0), float(value.abs().max()))
 
         return hook
 
     handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
     try:
-        yield peaks
+        yield largest
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,7 @@
 """Builds a folder of engines from a checkpoint: reference, export, compilation, parity gates, manifest.
 
-The fp32 reference of every size comes first, then each module once in its own precision, so that no two large modules
-are in memory together. A failed build leaves nothing behind. A build without changed inputs does nothing.
+The fp32 reference of every size comes first, then each module in its own precision: no two large modules are in memory
+together. A failed build leaves nothing behind. A build without changed inputs does nothing.
 """
 
 import gc
@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import NATIVE, Artifact, FileRecord, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype, module_precision
-from engines.artifacts.reference import (
-    MODULES,
-    Reference,
-    clean_latent,
-    load_reference,
-    max_activations,
-    reference_inputs,
-)
+from engines.artifacts.reference import MODULES, Reference, clean_latent, max_activations, reference_inputs
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, IMAGE_GATES
@@ -200,9 +193,10 @@ class _Build:
         compiled = self.compiled(graphs)
         if self.target.executable:
             parity, image_parity = self.parity(references, lambda *key: self.open(compiled[key]), "engine")
-        details = {key: {**artifact.details, **self.layers.get(key, {})} for key, artifact in compiled.items()}
-        artifacts = (replace(artifact, parity=parity[key], details=details[key]) for key, artifact in compiled.items())
-        return BuildOutput(tuple(artifacts), image_parity)
+        for key, artifact in compiled.items():
+            details = {**artifact.details, **self.layers.get(key, {})}
+            compiled[key] = replace(artifact, parity=parity[key], details=details)
+        return BuildOutput(tuple(compiled.values()), image_parity)
 
     def choose_precision(self, name: ModuleName, peaks: Mapping[str, float]) -> None:
         """Sets the precision of one module: the requested one, or bf16 for an autoencoder that overflows fp16.
@@ -275,13 +269,13 @@ class _Build:
             self.step(f"compilation of the {name} at {size_label(size)}")
             started = time.perf_counter()
             batches = self.batches(name, size)
-            result = compile_graph(self.target, graph.path, graph.path.with_suffix(""), batches, self.folder / TIMING)
+            compiled, details = compile_graph(self.target, graph.path, batches, self.folder / TIMING)
             for path in onnx_files(graph.path):
                 path.unlink()
             seconds = round(graph.seconds + time.perf_counter() - started, 1)
-            files = tuple(FileRecord.of(path) for path in result.files)
+            files = tuple(FileRecord.of(path) for path in compiled)
             share = {} if graph.fp8_share is None else {"fp8_share": round(graph.fp8_share, 4)}
-            details = {**result.details, **share, **({"reason": self.reasons[name]} if name in self.reasons else {})}
+            details = {**details, **share, **({"reason": self.reasons[name]} if name in self.reasons else {})}
             precision = self.precisions[name]
             artifacts[name, size] = Artifact(name, size, precision, batches, seconds, files, {}, details)
         return artifacts
@@ -299,7 +293,7 @@ class _Build:
                 return open_graph(name, size)
 
             device = GPU if of == "engine" and self.target.capability else CPU
-            distances, image = load_reference(path).compare(opened, self.dtype("transformer"), device)
+            distances, image = Reference.load(path).compare(opened, self.dtype("transformer"), device)
             for name, distance in distances.items():
                 gate = GATES[self.precisions[name]].check(f"{name} at {size_label(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.artifacts.manifest import Artifact, FileRecord
-from engines.artifacts.reference import MODULES, load_reference
+from engines.artifacts.reference import MODULES, Reference
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, difference
@@ -146,7 +146,7 @@ def _parity(
             build.step(f"parity of the {name} at {size_label(size)}")
             return _RowByRow(modules[name])
 
-        distances, image = load_reference(path).compare(opened, torch.bfloat16)
+        distances, image = Reference.load(path).compare(opened, torch.bfloat16)
         for name, distance in distances.items():
             gate = INT8_GATE if _precision(build.spec, name) == "fp8" else GATES["bf16"]
             passed = gate.check(f"{name} at {size_label(size)}", distance)

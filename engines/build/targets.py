@@ -100,7 +100,7 @@ def _native(gpu: str, precision: str, machine: Machine, installed: Callable[[str
         )
     capability = _capability(gpu, machine)
     if capability not in GPUS.values():
-        known = ", ".join(f"{name} ({capability_text(found)})" for name, found in GPUS.items())
+        known = ", ".join(f"{name} ({capability_text(needed)})" for name, needed in GPUS.items())
         raise BuildError(f"gpu: native engines are built for {known}, and this machine has {machine.label}")
     if not installed("triton"):
         raise BuildError("build: the package triton is missing; pip install triton")

@@ -169,9 +169,9 @@ def _from_folder(name: str, folder: Path, variant: str | None = None) -> Checkpo
         raise CheckpointError(f"{folder}: holds a {pipeline}; a {PIPELINES[0]} checkpoint is needed")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("_class_name") != "SCMScheduler" or scheduler.get("prediction_type", "trigflow") != "trigflow":
-        found = f"{scheduler.get('_class_name')} ({scheduler.get('prediction_type')})"
+        described = f"{scheduler.get('_class_name')} ({scheduler.get('prediction_type')})"
         raise CheckpointError(
-            f"{folder}: its scheduler is {found}; SCMScheduler (trigflow) is what Sprint is trained for"
+            f"{folder}: its scheduler is {described}; SCMScheduler (trigflow) is what Sprint is trained for"
         )
     try:
         transformer = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))

@@ -39,16 +39,16 @@ def load_controlnet(
         config = ControlConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: config.json: {error}") from error
-    mine, theirs = config.copies, checkpoint.transformer
+    branch, base = config.copies, checkpoint.transformer
     for key in _SHARED:
-        if getattr(mine, key) != getattr(theirs, key):
+        if getattr(branch, key) != getattr(base, key):
             raise CheckpointError(
-                f"{folder}: {key} is {getattr(mine, key)}, the transformer's {getattr(theirs, key)}; it was made for "
+                f"{folder}: {key} is {getattr(branch, key)}, the transformer's {getattr(base, key)}; it was made for "
                 "another checkpoint"
             )
-    if mine.num_layers >= theirs.num_layers:
+    if branch.num_layers >= base.num_layers:
         raise CheckpointError(
-            f"{folder}: num_layers is {mine.num_layers}; fewer than the transformer's {theirs.num_layers} are needed"
+            f"{folder}: num_layers is {branch.num_layers}; fewer than the transformer's {base.num_layers} are needed"
         )
     with meta_init():
         module = ControlNet(config)

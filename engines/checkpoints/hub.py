@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from engines.checkpoints.home import expand_home
-from engines.checkpoints.hub_files import HubFile, cache_folder, download_missing, save_revision, saved_snapshot
+from engines.checkpoints.hub_download import HubFile
+from engines.checkpoints.hub_files import cache_folder, download_missing, save_revision, saved_snapshot
 from engines.checkpoints.variants import required_files
 from engines.errors import CheckpointError
 

@@ -4,14 +4,15 @@ huggingface_hub neither resumes after the end of a process nor verifies checksum
 until its checksum is verified.
 """
 
+import hashlib
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 from engines.errors import CheckpointError
 
@@ -24,17 +25,24 @@ RETRY_STATUSES = (408, 416, 429, 500, 502, 503, 504)  # statuses that another at
 logger = logging.getLogger("engines.checkpoints")
 
 
-class File(Protocol):
-    """See engines.checkpoints.hub_files.HubFile."""
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository at one commit. `checksum`: SHA-256 in hex of a file in Git LFS, else Git's SHA-1."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def checksum(self) -> str: ...
+    name: str
+    size: int
+    checksum: str
 
-    def matches(self, path: Path) -> bool: ...
+    def matches(self, path: Path) -> bool:
+        """Returns whether the content at `path` has the checksum."""
+        with path.open("rb") as file:
+            if len(self.checksum) == 64:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self.checksum
+            return hashlib.sha1(b"blob %d\0" % path.stat().st_size + file.read()).hexdigest() == self.checksum
+
+    def has_full_size(self, path: Path) -> bool:
+        """Compares the size alone, as only verified files get their final name."""
+        return path.is_file() and path.stat().st_size == self.size
 
 
 class _StoppedError(Exception):
@@ -44,7 +52,7 @@ class _StoppedError(Exception):
 class Download:
     """Downloads files of one commit into the folder `blobs`, each named by its checksum."""
 
-    def __init__(self, hub_id: str, commit: str, blobs: Path, files: Sequence[File]):
+    def __init__(self, hub_id: str, commit: str, blobs: Path, files: Sequence[HubFile]):
         self._hub_id, self._commit, self._blobs = hub_id, commit, blobs
         self._files = {file.checksum: file for file in files}.values()  # equal contents once
         self._failures: SimpleQueue[Exception] = SimpleQueue()
@@ -62,7 +70,7 @@ class Download:
         logger.info(
             "%s: %d files, %s%s", f"downloading {self._hub_id}", len(self._files), _amount(self._total), resumed
         )
-        queue: SimpleQueue[File] = SimpleQueue()
+        queue: SimpleQueue[HubFile] = SimpleQueue()
         for file in sorted(self._files, key=lambda file: -file.size):
             queue.put(file)
         # Daemons, unlike the threads of a pool: a process that ends does not wait for gigabytes.
@@ -83,10 +91,10 @@ class Download:
                 "make room, or set HF_HOME to a folder on another disk"
             )
 
-    def _partial(self, file: File) -> Path:
+    def _partial(self, file: HubFile) -> Path:
         return self._blobs / f"{file.checksum}.sana-sprint.incomplete"
 
-    def _work(self, queue: SimpleQueue[File]) -> None:
+    def _work(self, queue: SimpleQueue[HubFile]) -> None:
         try:
             while True:
                 self._fetch(queue.get_nowait())
@@ -95,7 +103,7 @@ class Download:
         except Exception as error:  # `run` raises it
             self._failures.put(error)
 
-    def _fetch(self, file: File) -> None:
+    def _fetch(self, file: HubFile) -> None:
         """Downloads one file; once more from its start if its checksum is wrong."""
         partial = self._partial(file)
         for _ in range(2):
@@ -110,7 +118,7 @@ class Download:
             "between here and the hub (HF_ENDPOINT, a proxy, the disk), and start again"
         )
 
-    def _receive(self, file: File, partial: Path) -> None:
+    def _receive(self, file: HubFile, partial: Path) -> None:
         """Resumes `partial` until it has the file's size; retries broken connections."""
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -148,7 +156,7 @@ class Download:
             self._drop(partial)
             partial.touch()
 
-    def _receive_once(self, file: File, partial: Path) -> None:
+    def _receive_once(self, file: HubFile, partial: Path) -> None:
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported without a declaration
             build_hf_headers,

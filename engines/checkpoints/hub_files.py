@@ -4,33 +4,11 @@ huggingface_hub names and links them; engines.checkpoints.hub_download downloads
 docs/understand/decisions/0012-downloads.md.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from engines.checkpoints.hub_download import Download
+from engines.checkpoints.hub_download import Download, HubFile
 from engines.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository at one commit. `checksum`: SHA-256 in hex of a file in Git LFS, else Git's SHA-1."""
-
-    name: str
-    size: int
-    checksum: str
-
-    def matches(self, path: Path) -> bool:
-        """Returns whether the content at `path` has the checksum."""
-        with path.open("rb") as file:
-            if len(self.checksum) == 64:
-                return hashlib.file_digest(file, "sha256").hexdigest() == self.checksum
-            return hashlib.sha1(b"blob %d\0" % path.stat().st_size + file.read()).hexdigest() == self.checksum
-
-    def has_full_size(self, path: Path) -> bool:
-        """Compares the size alone, as only verified files get their final name."""
-        return path.is_file() and path.stat().st_size == self.size
 
 
 def cache_folder(hub_id: str) -> Path:
@@ -62,8 +40,8 @@ def download_missing(hub_id: str, commit: str, files: Sequence[HubFile]) -> Path
         directory.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(locks / "sana-sprint.lock"):  # processes with one cache download once
         missing = missing_files(folder, files)
-        absent = [file for file in missing if not file.has_full_size(blobs / file.checksum)]
-        Download(hub_id, commit, blobs, absent).run()
+        not_downloaded = [file for file in missing if not file.has_full_size(blobs / file.checksum)]
+        Download(hub_id, commit, blobs, not_downloaded).run()
         for file in missing:
             (folder / file.name).unlink(missing_ok=True)  # of another size
         snapshot_download(hub_id, revision=commit, allow_patterns=[file.name for file in files])

@@ -1,9 +1,8 @@
 """Times of the phases of a start. Phases may run in parallel, each on a thread of its own."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,15 +14,11 @@ class Phases:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 3)
-
     def timed(self, name: str, work: Callable[[], T]) -> T:
-        with self.phase(name):
-            return work()
+        began = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+        return result
 
     def begin(self, name: str, work: Callable[[], T], pool: Executor | None) -> Future[T]:
         """Starts a phase on a thread of `pool`. Without a pool, it runs the phase before it returns."""

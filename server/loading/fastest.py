@@ -50,6 +50,8 @@ class FastestVendor:
             return {}
         return cached if isinstance(cached, dict) else {}
 
+def _measure(vendor: str, open_engine: Callable[[str], Engine]) -> tuple[Engine | None, float]:
+    """Returns the open engine and the median seconds of one-step images, each of a new prompt.
 
 def _median_seconds(vendor: str, open_engine: Callable[[str], Engine]) -> float:
     """Returns the median seconds of one-step images, each of a new prompt; infinity if the engine does not open."""
@@ -62,8 +64,7 @@ def _median_seconds(vendor: str, open_engine: Callable[[str], Engine]) -> float:
             began = time.perf_counter()
             engine.generate([Job(f"a red circle {run}", run, width, height, engine.limits.steps[0])])
             seconds.append(time.perf_counter() - began)
-        engine.close()
     except SprintError as error:
         logger.error("engine: %s: %s", vendor, error)
-        return float("inf")
-    return statistics.median(seconds)
+        return None, float("inf")
+    return engine, statistics.median(seconds)

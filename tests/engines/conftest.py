@@ -1,4 +1,4 @@
-"""One small checkpoint for all tests of the engine, upstream's pipeline on it, and an interpreter that knows bf16."""
+"""A small checkpoint for all engine tests, upstream's pipeline on it, and bf16 in Triton's interpreter."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ _create_dot = InterpreterBuilder.create_dot
 
 
 def _dot_of_bf16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-    """The interpreter keeps bf16 as uint16 and multiplies these numbers as they are (Triton 3.7.1, create_dot)."""
+    """Converts bf16 to fp32: the interpreter multiplies its uint16 form as integers (Triton 3.7.1, create_dot)."""
     wide = [
         TensorHandle(_convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32"), tl.float32)
         if x.dtype.scalar == tl.bfloat16
@@ -27,7 +27,7 @@ InterpreterBuilder.create_dot = _dot_of_bf16
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only by agreement: a test that breaks it copies it first."""
+    """Saves a checkpoint that is read-only: a test that changes it copies it first."""
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "sprint")
 
 
@@ -42,5 +42,5 @@ def upstream(folder: Path) -> object:
 
 @pytest.fixture(scope="session")
 def small_checkpoint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights, made for 64x64."""
+    """Returns the same weights with a default size of 64x64."""
     return with_settings(folder, tmp_path_factory.mktemp("settings") / "sprint", '{"default_size": [64, 64]}')

@@ -1,4 +1,4 @@
-"""The fake engine: foretold pixels, limits, delays and planned faults."""
+"""The fake engine: expected pixels, limits, delays and injected faults."""
 
 import threading
 from dataclasses import replace

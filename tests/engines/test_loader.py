@@ -1,4 +1,4 @@
-"""What is decided at start, and the reason that is given for it."""
+"""The loader's choices and their reasons."""
 
 import subprocess
 import sys
@@ -105,7 +105,7 @@ def test_a_default_size_that_cannot_run_is_refused(settings: str, folder: Path, 
 
 
 def test_a_start_imports_neither_a_compiler_nor_transformers() -> None:
-    """Each of them costs more than a second, and a start without them takes less than three."""
+    """Each of them takes more than a second; a start without them takes less than three."""
     program = (
         "import sys; from engines.loader import load_engine; load_engine('tiny', device='cpu').warmup();"
         "print([name for name in ('torch._dynamo', 'sympy', 'transformers') if name in sys.modules])"

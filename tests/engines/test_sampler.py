@@ -1,4 +1,4 @@
-"""The closed form against upstream's scheduler loop, and what image-to-image promises."""
+"""The closed form against upstream's scheduler loop, and the angles of image-to-image."""
 
 import math
 from itertools import pairwise
@@ -25,12 +25,12 @@ SHAPE = (4, 6, 5)
 
 
 def velocity(x: Tensor, time: Tensor) -> Tensor:
-    """Stands in for a network: nonlinear, and depends on time and on place."""
+    """Stands in for a network: nonlinear, and dependent on time and position."""
     return torch.tanh(1.7 * x) + time[:, None, None, None] * x.roll(1, dims=-1)
 
 
 def upstream_loop(seed: int, steps: int) -> Tensor:
-    """The loop of diffusers' SanaSprintPipeline.__call__ (7. Denoising loop), with its scheduler and its generator."""
+    """Runs the loop of diffusers' SanaSprintPipeline.__call__ (7. Denoising loop), with its scheduler and generator."""
     scheduler = SCMScheduler()
     scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
     scheduler.set_begin_index(0)
@@ -98,7 +98,7 @@ def test_number_of_steps_out_of_range_is_an_error(steps: int) -> None:
 
 
 def test_wrap_agrees_with_flow_matching() -> None:
-    """A sample of clean and noise, seen as TrigFlow and as flow matching (paper, proposition 3.1)."""
+    """Compares a sample in TrigFlow and in flow matching (paper, proposition 3.1)."""
     torch.manual_seed(0)
     clean, noise = torch.randn(2, 5, *SHAPE, dtype=torch.float64)
     angle = torch.linspace(0.05, 1.55, 5, dtype=torch.float64)

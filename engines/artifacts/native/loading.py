@@ -1,7 +1,7 @@
 """Loads a native engine: checks its folder and reads the memory of its modules to the GPU.
 
-The folder holds the memory of each component (`storages`), the compiled kernels of one GPU type, and native.json with
-the inputs of the skeleton and the hash of the code. An ArtifactError names the first difference.
+The folder holds the memory of each component (`storages`) and the compiled kernels of one GPU type. Its native.json
+holds the inputs of the skeleton and the hash of the code. An ArtifactError names the first difference.
 """
 
 import hashlib

@@ -56,14 +56,14 @@ def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
     named = set(re.findall(r"\bcu[A-Z]\w+\b", (nvidia / "driver.c").read_text() + (nvidia / "driver.py").read_text()))
     own = set(re.findall(r"\bcu[A-Z]\w+\b", _STUB))
     rest = "\n".join(f"int {name}(void) {{ return 0; }}" for name in sorted(named - own) if not name.endswith("_t"))
-    source, made = folder / "libcuda.c", folder / "libcuda.so.1"
+    source, library = folder / "libcuda.c", folder / "libcuda.so.1"
     stub = _STUB.replace("SHARED_", "place").replace("SHARED", str(CARDS[capability][0]))
     source.write_text(f"static int place;\n{stub}{rest}\n")
-    command = [compiler, "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(made), str(source)]
+    command = [compiler, "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"build: {compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-    return made
+    return library
 
 
 def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path | None = None) -> Callable[[], int]:
@@ -83,13 +83,13 @@ def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path |
     from triton.backends.nvidia.driver import CudaDriver
 
     try:
-        made: Any = CudaDriver()
+        cuda: Any = CudaDriver()
     except Exception as error:  # of a C compiler, a linker or the loader
         raise BuildError(f"build: Triton {triton.__version__} finds no way to launch: {error}") from error
-    made.get_current_device = lambda: 0
-    made.get_current_stream = lambda _: 0
-    made.get_device_capability = lambda _: capability
-    driver.set_active(made)
+    cuda.get_current_device = lambda: 0
+    cuda.get_current_stream = lambda _: 0
+    cuda.get_device_capability = lambda _: capability
+    driver.set_active(cuda)
     count: Callable[[], int] = stub.launches
     return count
 

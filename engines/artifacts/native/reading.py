@@ -35,11 +35,11 @@ class _Reader(Protocol):
 
 def read_weights(files: Sequence[tuple[Path, str]], device: torch.device) -> dict[str, Tensor]:
     """Returns the flat tensors of safetensors files, given as (path, sha256). Raises ValueError for a changed file."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for tensors in pool.map(lambda file: _read(file[0], file[1], device), files):
-            found |= tensors
-    return found
+            weights |= tensors
+    return weights
 
 
 def _read(path: Path, sha256: str, device: torch.device) -> dict[str, Tensor]:

@@ -38,11 +38,11 @@ class Storage:
 
 def storages_of(skeleton: object) -> list[Storage]:
     """Returns the storages of an object in the order of a walk through its attributes."""
-    found: dict[int, list[TensorView]] = {}
+    groups: dict[int, list[TensorView]] = {}
     for path, tensor in _tensors(skeleton):
-        found.setdefault(tensor.untyped_storage()._cdata, []).append(TensorView(path, tensor))
+        groups.setdefault(tensor.untyped_storage()._cdata, []).append(TensorView(path, tensor))
     return [
-        Storage(views[0].path, views[0].tensor.untyped_storage().nbytes(), tuple(views)) for views in found.values()
+        Storage(views[0].path, views[0].tensor.untyped_storage().nbytes(), tuple(views)) for views in groups.values()
     ]
 
 
@@ -86,7 +86,7 @@ def attach_memory(skeleton: Any, memory: dict[str, Tensor], device: torch.device
         if flat is None or flat.nbytes != storage.bytes:
             has = "nothing" if flat is None else f"{flat.nbytes} bytes"
             raise ArtifactError(f"{storage.name}: {storage.bytes} bytes are needed, the engine has {has}")
-        views |= {id(place.tensor): _view(flat, place.tensor) for place in storage.views}
+        views |= {id(view.tensor): _view(flat, view.tensor) for view in storage.views}
     if memory:
         raise ArtifactError(f"{sorted(memory)[0]}: the engine has it, and nothing needs it")
 

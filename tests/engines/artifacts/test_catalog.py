@@ -1,4 +1,4 @@
-"""Folders of engines: what is listed, what is removed, and what could be built."""
+"""Folders of engines: the list, the removal of old ones, and the candidates for a build."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from engines.artifacts.vendors import VENDORS, Installed, Vendor
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Engines of this version, of an earlier one, of a vendor that is absent, of an earlier format, and no engines."""
+    """Makes folders of engines: current, of an earlier version, vendor or format; and a folder without engines."""
 
     def versions(*names: str) -> Mapping[str, str]:
         return {"openvino": "2026.1"} if names == ("openvino",) else {}

@@ -1,4 +1,4 @@
-"""What a manifest refuses, apart from the files (tests/engines/build/test_builder.py)."""
+"""A manifest refuses other machines and damage. tests/engines/build/test_builder.py covers its files."""
 
 import json
 from dataclasses import replace

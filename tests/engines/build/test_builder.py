@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import build_engine
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import MANIFEST_FILE, Artifact, FileRecord, read_manifest
-from engines.artifacts.reference import load_reference
+from engines.artifacts.reference import Reference
 from engines.backends.cuda.graphs import EagerReplay
 from engines.backends.openvino import OpenVinoGraph, has_bf16
 from engines.backends.parity import Difference, difference
@@ -53,7 +53,7 @@ def spec(model: Path, out: Path, precision: str = "fp32") -> BuildSpec:
 
 @pytest.fixture(scope="module", autouse=True)
 def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exports of equal modules are copied, because each takes seconds."""
+    """Reuses the export of equal modules, because each takes seconds."""
     kept, export = tmp_path_factory.mktemp("exported"), building.export_onnx
 
     def export_or_copy(module: nn.Module, name: str, inputs: dict[str, Tensor], path: Path) -> None:
@@ -70,7 +70,7 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engines(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only by agreement: a test that breaks it copies it first."""
+    """Builds engines that are read-only: a test that changes them copies them first."""
     out = tmp_path_factory.mktemp("built") / "engines"
     assert build(spec(small_checkpoint, out)).changed
     return out
@@ -104,7 +104,7 @@ def test_images_of_built_engines_equal_eager(engines: Path, small_checkpoint: Pa
 
 
 def test_built_engines_run_in_captured_graphs(engines: Path, small_checkpoint: Path) -> None:
-    """On a recorder without a device; the graphs are those that were asked for when they were built."""
+    """Captures without a device, for the batches and steps of the build."""
     built = load_engine(str(small_checkpoint), engine_dir=str(engines), recorder=EagerReplay())
     assert isinstance(built, SprintEngine)
     built.warmup()
@@ -139,7 +139,7 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
             places.append(f"{device} {dtype}")
             return {}, difference(torch.ones(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8))
 
-    monkeypatch.setattr(building, "load_reference", lambda _: Seen())
+    monkeypatch.setattr(Reference, "load", lambda _: Seen())
     for of in ("engine", "graph"):
         work.parity({(64, 64): tmp_path}, lambda *_: None, of)
     assert places == ["cuda torch.float16", "cpu torch.float16"]
@@ -232,7 +232,7 @@ def test_a_damaged_folder_is_built_again(copy: Path, small_checkpoint: Path) -> 
 
 
 class StartedError(Exception):
-    """A build got past the question whether there is anything to do."""
+    """A build started, although nothing has changed."""
 
 
 def stop(*_: object) -> None:
@@ -334,7 +334,7 @@ def test_a_decoder_that_overflows_on_the_card_is_told(engines: Path) -> None:
         outputs = {"transformer": [reference.output("transformer")], "decoder": [torch.zeros(2), torch.zeros(2)]}
         return lambda _: outputs[name]
 
-    reference = load_reference(engines / "reference-64x64.safetensors")
+    reference = Reference.load(engines / "reference-64x64.safetensors")
     with pytest.raises(ParityError, match=r"NaN or infinity .*build with --precision bf16"):
         reference.compare(graph, torch.float32)
 
@@ -440,7 +440,7 @@ def test_the_autoencoders_batches_leave_the_card_room(small_checkpoint: Path, tm
     assert replace(work, target=replace(target, memory=None)).batches("decoder", (2048, 2048)) == (1, 2, 4, 8)
 
 
-# A build in a process of its own, for what only a process can suffer.
+# A build in a process of its own, which the tests kill or limit.
 
 
 def command(model: Path, out: Path) -> list[str]:
@@ -512,7 +512,7 @@ def test_errors_of_every_kind_become_one_line_and_a_code(tmp_path: Path, capsys:
 def test_a_paired_check_of_whole_images_goes_into_the_manifest(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "export_onnx", None)  # nothing is built anew
+    monkeypatch.setattr(building, "export_onnx", None)  # a new build would fail
     line = read_manifest(copy).command.split()[2:]
     line[line.index("--out") + 1] = str(copy)
     assert read_manifest(copy).quality is None
@@ -530,4 +530,4 @@ def test_a_paired_check_of_whole_images_goes_into_the_manifest(
 def test_engines_of_another_machine_make_no_images(copy: Path) -> None:
     manifest = replace(read_manifest(copy), executed=False)
     with pytest.raises(BuildError, match="do not run here"):
-        build_engine.checked(BuildSpec("m", "h100", "fp16", copy), building.BuildResult(manifest, changed=False))
+        build_engine.check_quality(BuildSpec("m", "h100", "fp16", copy), building.BuildResult(manifest, changed=False))

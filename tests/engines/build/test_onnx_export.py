@@ -1,4 +1,4 @@
-"""Exported graphs against the torch modules they come from, run by onnxruntime."""
+"""Exported graphs in onnxruntime against their torch modules."""
 
 import sys
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_both_published_graphs_of_a_controlnet_export(injection: Injection, prec
 
 @pytest.fixture(scope="module")
 def true_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks of the 0.6B in fp16."""
+    """Makes two blocks of the 0.6B in fp16."""
     path = tmp_path_factory.mktemp("graph") / "graph.onnx"
     inputs = example_inputs("transformer", WIDE, 2, torch.float16)
     export_onnx(random_transformer(TWO_BLOCKS, torch.float16), "transformer", inputs, path)
@@ -112,7 +112,7 @@ def test_graph_is_strongly_typed_with_fp32_islands(true_width: Path) -> None:
 
 
 class ZeroQueries(nn.Module):
-    """Linear attention where no feature of any query is positive: 0 / (0 + 1e-15)."""
+    """Runs linear attention without a positive feature of any query: 0 / (0 + 1e-15)."""
 
     def __init__(self) -> None:
         super().__init__()

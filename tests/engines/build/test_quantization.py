@@ -1,4 +1,4 @@
-"""fp8: what takes it, that scales come from what is run, and that the graph says so."""
+"""fp8: the quantised layers, the scales of the calibration, and the graph."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which card, precision and compiler go together."""
+"""The allowed combinations of GPU, precision and compiler."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_what_compiles(
     expected: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engines.backends.openvino.has_bf16", lambda: True)  # whatever CPU runs this test
+    monkeypatch.setattr("engines.backends.openvino.has_bf16", lambda: True)  # on any CPU
     assert resolve(gpu, precision, machine, lambda name: name in packages or None) == expected
 
 
@@ -48,7 +48,7 @@ def test_what_compiles(
     [
         ("cpu", "fp16", PLAIN, ALL, "precision: got 'fp16', a CPU engine is built in fp32, bf16"),
         ("cpu", "fp32", PLAIN, (), r"openvino is missing; pip install '\.\[openvino\]'"),
-        ("native", "fp16", PLAIN, ALL, "which has no NVIDIA GPU; here: h100, rtx4090, cpu"),
+        ("native", "fp16", PLAIN, ALL, "none was found; use h100, rtx4090 \\(ahead of time\\) or cpu"),
         ("native", "fp8", AMPERE, ALL, "compute capability 8.6 has no fp8 arithmetic, 8.9 or newer has; use fp16"),
         ("native", "bf16", TURING, ALL, "compute capability 7.5 has no bf16 arithmetic, 8.0 or newer has"),
         ("h100", "fp16", PLAIN, ALL, "on an H100 only, and this machine has no NVIDIA GPU"),

@@ -1,4 +1,4 @@
-"""What loads, and the one line in which everything else is refused."""
+"""Checkpoints that load, and the one line that refuses all others."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
-# What is done to a copy of a good checkpoint, and what the message must name.
+# Damage of a copy of a valid checkpoint, and the text that the message must contain.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda f: (f / "model_index.json").unlink(), r"model_index\.json: no such file"),
     "another pipeline": (

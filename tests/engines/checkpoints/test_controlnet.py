@@ -1,4 +1,4 @@
-"""Drawings through the whole engine, and every ControlNet that does not fit refused in one line."""
+"""Drawings through the whole engine, and the refusal of each ControlNet that does not fit."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def save_controlnet(folder: Path, checkpoint: Path, injection: Injection) -> Pat
 
 @pytest.fixture(scope="module", params=["diffusers", "nvlabs"])
 def drawable(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint with a ControlNet in its folder."""
+    """Returns the small checkpoint with a ControlNet in its folder."""
     copy = tmp_path_factory.mktemp(request.param) / "sprint"
     copy.mkdir()
     for entry in folder.iterdir():
@@ -190,7 +190,7 @@ def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago() -> None:
     assert ask(0, 1, 0) == [0, 1, 0]
     assert calls == [2]
     assert ask(0) == [0]
-    assert ask(2) == [2]  # 1 goes
+    assert ask(2) == [2]  # drops 1
     assert ask(0) == [0]
     assert calls == [2, 1]
     assert ask(1, 0) == [1, 0]

@@ -1,4 +1,4 @@
-"""Downloads by the hub's real client from a hub on this machine: what the network does to them, and what one reads."""
+"""Downloads by huggingface_hub from a local hub: faults of the network, and the messages."""
 
 import logging
 import shutil
@@ -39,7 +39,7 @@ class Downloading(Program):
         super().__init__("-W", "error", "-c", CODE, model, **hub.environment(home, **more))
 
     def result(self) -> str:
-        """What the program said; a traceback fails the test."""
+        """Returns the output of the program; fails on a traceback."""
         assert self.wait_end() == 0, self.output
         return self.output
 
@@ -85,7 +85,7 @@ def assert_whole(folder: str) -> None:
 
 @pytest.fixture
 def fetch(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fetch]:
-    """Downloads in this process, with the client's variables as it would have read them."""
+    """Downloads in this process, with the constants that huggingface_hub reads from the environment."""
     names = {"HF_ENDPOINT": "ENDPOINT", "HF_HUB_OFFLINE": "HF_HUB_OFFLINE"}  # variable -> constant
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
 
@@ -279,7 +279,7 @@ def test_a_cache_that_cannot_be_written_serves_what_it_holds(
     try:
         said = Downloading(hub, home, command=STRANGER).result()
         assert answer(said, "folder") == folder
-        hub.commit = "9876543210" * 4  # the repository moves on, and this cache cannot
+        hub.commit = "9876543210" * 4  # a new commit, which the cache cannot store
         said = Downloading(hub, home, command=STRANGER).result()
         assert answer(said, "folder") == folder
         assert "Permission denied" in said

@@ -1,4 +1,4 @@
-"""LoRA files: what is read, what is refused by name, and what is fused."""
+"""LoRA files: reading, refusals that name file and key, and fusing."""
 
 import json
 from dataclasses import replace
@@ -160,7 +160,7 @@ def test_two_of_one_name_are_refused(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.slow
 def test_fusing_equals_diffusers_at_true_widths(tmp_path: Path) -> None:
-    """All blocks' kinds of modules of the 0.6B's width, two blocks deep, against load_lora_weights + fuse_lora."""
+    """Compares all module types at the 0.6B's width, in two blocks, with load_lora_weights + fuse_lora."""
     pytest.importorskip("peft", reason="diffusers loads a LoRA through peft alone")
     from diffusers import SanaSprintPipeline, SanaTransformer2DModel
 

@@ -1,4 +1,4 @@
-"""Weights that a seed decides."""
+"""Seeded random weights."""
 
 import torch
 from random_modules import RECIPE

@@ -1,4 +1,4 @@
-"""Checkpoints as save_pretrained and hubs keep them: variants, shards, downloads of what is read; and no home."""
+"""Checkpoints of save_pretrained and hubs: variants, shards, minimal downloads; and a user without a home."""
 
 import json
 import os
@@ -26,7 +26,7 @@ BODY = {"prompt": "a red circle on a white background", "seed": 7}
 
 
 def with_variant(folder: Path, parts: Sequence[str], variant: str, *, plain: bool = False) -> Path:
-    """tiny, with the weights of these parts under the name that diffusers gives a variant."""
+    """Returns tiny, with the weights of these components under diffusers' names of a variant."""
     shutil.copytree(TINY, folder)
     for part in parts:
         path = folder / part / f"{PARTS[part]}.safetensors"
@@ -37,7 +37,7 @@ def with_variant(folder: Path, parts: Sequence[str], variant: str, *, plain: boo
 
 
 def shard(folder: Path, part: str, names: Sequence[str], index: str) -> None:
-    """Cuts the one file of a part into files of these names."""
+    """Splits the file of a component into files of these names."""
     (whole,) = (folder / part).glob("*.safetensors")
     tensors = load_file(whole)
     weight_map = {key: names[number % len(names)] for number, key in enumerate(tensors)}
@@ -48,7 +48,7 @@ def shard(folder: Path, part: str, names: Sequence[str], index: str) -> None:
 
 
 def drawn(model: str, *flags: str, **environment: str) -> tuple[Pixels, dict[str, str]]:
-    """An image of a served checkpoint, and the reasons of its server."""
+    """Returns an image of a served checkpoint, and the reasons of its server."""
     server = Server("--model", model, *flags, **environment)
     try:
         url = server.wait_ready()
@@ -158,7 +158,7 @@ def test_of_a_hub_only_what_is_read_is_downloaded(plain: Pixels, hub: Hub, tmp_p
     hub.served.clear()
     image, _ = drawn(
         "org/model", **hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1")
-    )  # what was kept serves without the hub
+    )  # the cache serves without the hub
     assert same(image, plain)
     assert hub.served == []
 

@@ -1,4 +1,4 @@
-"""Memory of a card by NVML, on a stand-in; absent without noise where there is none."""
+"""Memory of a GPU by NVML, on a stand-in; empty without a GPU."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What engines are compared and calibrated on."""
+"""The prompts of calibration and comparison."""
 
 from dataclasses import replace
 from pathlib import Path

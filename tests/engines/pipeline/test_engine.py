@@ -1,4 +1,4 @@
-"""The whole engine: against diffusers' pipeline from the same folder, and what a job may rely on."""
+"""The whole engine: against diffusers' pipeline from the same folder, and its guarantees for jobs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,7 +37,7 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def faithful(folder: Path) -> Engine:
-    """With diffusers' schedule."""
+    """Returns an engine with diffusers' schedule."""
     return load_engine(str(folder), schedule="diffusers")
 
 
@@ -176,7 +176,7 @@ def test_jobs_outside_the_limits_are_refused(jobs: list[Job], message: str, smal
 
 
 def broken(engine: Engine, **modules: Callable[..., object]) -> SprintEngine:
-    """The engine with some of its modules replaced."""
+    """Returns the engine with some modules replaced."""
     return SprintEngine(replace(engine._modules, **modules), engine._space, engine.info, engine.limits)
 
 

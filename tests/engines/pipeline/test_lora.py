@@ -1,4 +1,4 @@
-"""Adapters by request: each job as if alone, on every path that takes them; fused, or refused, on the others."""
+"""Adapters by request: batch mates do not affect a job; backends without them fuse or refuse adapters."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ CHOICES = [(), (("one", 1.0),), (("two", -0.7),), (("two", 0.5), ("one", 0.25)),
 
 @pytest.fixture(scope="module")
 def options(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterOption]:
-    """Two of different ranks and modules."""
+    """Returns two adapters of different ranks and modules."""
     like, place = open_checkpoint(str(folder)).load_transformer(torch.float32, torch.device("cpu")), tmp_path_factory
     made = place.mktemp("lora")
     one = save_lora(made / "one.safetensors", random_factors(like, EVERYWHERE, 3, 1))
@@ -71,7 +71,7 @@ def test_a_job_by_request_equals_the_adapter_fused(
 
 def test_without_a_choice_it_draws_as_without_adapters(engine: Engine, small_checkpoint: Path) -> None:
     (expected,) = pixels(load_engine(str(small_checkpoint), precision="fp32"), PLAIN)
-    pixels(engine, replace(PLAIN, lora=(("one", 1.0),)))  # leaves nothing behind, whatever caches keep
+    pixels(engine, replace(PLAIN, lora=(("one", 1.0),)))  # must not affect the next image
     (found,) = pixels(engine, PLAIN)
     assert apart(expected, found) == 0
 

@@ -1,4 +1,4 @@
-"""The GPU path on a card: every kernel equals its reference there, and so does the engine that is made of them."""
+"""The kernels on a GPU: each equals its reference there, and so does the whole engine."""
 
 import io
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_an_image_comes_whole_and_as_a_file() -> None:
 
 
 def test_tiny_draws_the_same_as_on_a_cpu() -> None:
-    """The shipped checkpoint through all of it: its decoder is PyTorch's, text and transformer are the kernels'."""
+    """Runs the shipped checkpoint: PyTorch runs its decoder, our kernels text and transformer."""
     exact, fast = load_engine("tiny", device="cpu"), load_engine("tiny", max_batch=2, device="cuda")
     fast.warmup()
     assert fast.info.reasons["kernels"] == "all equal their references"

@@ -1,4 +1,4 @@
-"""PNG by tensor operations: any image comes back whole, and photographs are smaller than fpng makes them."""
+"""PNG by tensor operations: lossless for any image, and smaller than fpng for photographs."""
 
 import io
 import zlib
@@ -25,7 +25,7 @@ def made(encoder: PngEncoder, pixels: Pixels) -> tuple[bytes, tuple[int, int, in
 
 
 def photograph(side: int) -> Pixels:
-    """Shapes of all sizes and some grain, as photographs have them."""
+    """Returns shapes of all sizes with some grain, like a photograph."""
     rng = np.random.default_rng(5)
     image = rng.normal(0, 2, (side, side, 3))
     for cells in (3, 6, 12, 24, 48):
@@ -46,7 +46,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_comes_back_whole(encoder: PngEncoder, name: str) -> None:
-    """Pillow checks the sums of every chunk; Adler-32 is zlib's to check."""
+    """Pillow checks the sums of every chunk, zlib the Adler-32."""
     pixels = IMAGES[name]
     content, facts = made(encoder, pixels)
     with Image.open(io.BytesIO(content)) as image:
@@ -58,7 +58,7 @@ def test_an_image_comes_back_whole(encoder: PngEncoder, name: str) -> None:
 
 
 def test_sizes(encoder: PngEncoder) -> None:
-    """A photograph takes less than from fpng; noise hardly more than its pixels."""
+    """Compares a photograph with fpng, and noise with the size of its pixels."""
     photo, noise = IMAGES["photograph"], IMAGES["noise"]
     assert len(made(encoder, photo)[0]) < 0.9 * len(fpng.from_bytes(photo.tobytes(), photo.shape[1], photo.shape[0], 3))
     assert len(made(encoder, noise)[0]) < 1.02 * noise.nbytes

@@ -1,4 +1,4 @@
-"""Native engines that several files of tests load; read-only by agreement: a test that breaks one copies it first."""
+"""Native engines for several test files. They are read-only: a test that changes one copies it first."""
 
 import shutil
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from engines.build.spec import BuildSpec
 
 @pytest.fixture(scope="package")
 def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint with a decoder that the kernels can run."""
+    """Returns the small checkpoint with a decoder that our kernels can run."""
     from diffusers import AutoencoderDC
 
     made = with_settings(folder, tmp_path_factory.mktemp("ours") / "sprint", '{"default_size": [64, 64]}')
@@ -25,7 +25,7 @@ def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(asked: BuildSpec, place: Path | None = None) -> Path:
-    """With a part of the kernels; place: the working directory."""
+    """Builds with a part of the kernels; place: the working directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place or Path.cwd())
         patch.setattr("engines.artifacts.native.compiling.compile_kernels", compile_some)
@@ -40,7 +40,7 @@ def for_hopper(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def for_ada(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its decoder is one that the kernels cannot run; its checkpoint was named by a relative path."""
+    """Builds an engine with a decoder that our kernels cannot run, from a relative path of the checkpoint."""
     asked = spec(Path(small_checkpoint.name), tmp_path_factory.mktemp("ada") / "engine", "rtx4090")
     return built(asked, small_checkpoint.parent)
 

@@ -1,4 +1,4 @@
-"""What does not fit is refused in one line, and what cannot be built leaves nothing."""
+"""Native engines: a mismatch is refused in one line, and a failed build leaves nothing behind."""
 
 import json
 import os
@@ -150,7 +150,7 @@ def test_a_killed_build_leaves_nothing_that_loads_and_no_process(small_checkpoin
 
 
 def compiling(folder: Path) -> bool:
-    """Whether a process writes there."""
+    """Returns whether a process has an open file there."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -161,7 +161,7 @@ def compiling(folder: Path) -> bool:
 
 
 class StartedError(Exception):
-    """A build got past the question whether there is anything to do."""
+    """A build started, although nothing has changed."""
 
 
 def stop(*_: object) -> None:

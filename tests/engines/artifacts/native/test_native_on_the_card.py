@@ -1,5 +1,4 @@
-"""A native engine built and served on a card: nothing is compiled when it starts, and it draws what a start without one
-draws."""
+"""A native engine on a GPU: its start compiles nothing, and its images equal those without an engine."""
 
 import os
 from pathlib import Path
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Kernels that no folder had."""
+    """Returns the kernels that Triton compiled."""
     seen: list[str] = []
 
     def listen(*, src: Any, cache_hit: bool, **_: object) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of an engine, launched up to the driver in a process that can compile nothing."""
+"""Launches the kernels of an engine in a process that cannot compile."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from engines.build.builder import build
 
 
 def test_launches_compile_nothing(for_hopper: Path, tmp_path: Path) -> None:
-    """Of some kernels; the folder is moved and read-only."""
+    """Launches some kernels from a moved, read-only folder."""
     moved = Path(shutil.copytree(for_hopper, tmp_path / "moved"))
     for path in moved.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)

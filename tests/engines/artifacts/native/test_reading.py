@@ -1,4 +1,4 @@
-"""Weights through the reader, as they were written."""
+"""The reader returns weights as they were written."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from engines.artifacts.native.reading import read_weights
 
 @pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_weights_are_read_as_they_were_written(place: str, tmp_path: Path) -> None:
-    """Larger than the chunks in which they are read."""
+    """The weights are larger than a chunk."""
     written = {
         "large": torch.randint(0, 255, (80_000_001,), dtype=torch.uint8),
         "small": torch.randn(3).to(torch.bfloat16),

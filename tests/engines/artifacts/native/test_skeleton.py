@@ -1,4 +1,4 @@
-"""A native engine that was built where no card is, loaded on a CPU by the kernels' references."""
+"""A native engine that a CPU built, loaded on a CPU with the kernels' references."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
 def test_a_request_costs_what_it_does_without_an_engine(
     ours: Path, for_hopper: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted by bench.budget: as many launches, bytes, copies and waits, and no more memory."""
+    """bench.budget counts as many launches, bytes, copies and waits, and no more memory."""
 
     def read_to_meta(files: Sequence[tuple[Path, str]], _: torch.device) -> dict[str, torch.Tensor]:
         return {name: tensor.to(META) for name, tensor in read_weights(files, CPU).items()}
