@@ -17,7 +17,6 @@ import torch
 from bench.acceptance.plan import AcceptanceConfig, SkippedError, StepResult
 from bench.harness.errors import BenchError
 from bench.harness.memory import peak_bytes
-from bench.harness.summary import STAGES
 from bench.harness.pipelines import DiffusersPipeline, EnginePipeline, Pipeline, Workload
 from bench.harness.subprocess_call import run_in_subprocess
 from bench.harness.summary import STAGES, percentiles

@@ -150,12 +150,12 @@ class AutomaticEngine:
                 failures.append(f"{candidate.vendor}: {error}")
         available = {one.vendor: one for one in candidates.each if one.vendor in paths}
         while available:
-            vendor = self._fastest.choose(
+            vendor, engine = self._fastest.choose(
                 {name: repr(one.requirements) for name, one in available.items()},
                 lambda name: self._open(available[name], paths[name]),
             )
             try:
-                engine = self._open(available[vendor], paths[vendor])
+                engine = engine or self._open(available[vendor], paths[vendor])
             except SprintError as error:
                 logger.error("engine: %s: %s", vendor, error)
                 failures.append(f"{vendor}: {error}")

@@ -23,18 +23,30 @@ class FastestVendor:
         self._path = path
         self._seconds: dict[str, float] = {}
 
-    def choose(self, engines: Mapping[str, str], open_engine: Callable[[str], Engine]) -> str:
-        """Returns the fastest vendor of `engines` (vendor -> description). Measures nothing if there is only one."""
+    def choose(self, engines: Mapping[str, str], open_engine: Callable[[str], Engine]) -> tuple[str, Engine | None]:
+        """Returns the fastest vendor of `engines` (vendor -> description), and its engine if it is open.
+
+        Measures nothing if there is only one.
+        """
         if len(engines) == 1:
-            return next(iter(engines))
+            return next(iter(engines)), None
         key = json.dumps(sorted(engines.items()))
         cached = self._cached()
+        last: Engine | None = None
         if key not in cached:
-            cached[key] = {vendor: _median_seconds(vendor, open_engine) for vendor in engines}
+            cached[key] = {}
+            for vendor in engines:
+                if last is not None:  # a GPU has room for one engine
+                    last.close()
+                last, cached[key][vendor] = _measure(vendor, open_engine)
             with contextlib.suppress(OSError):  # a full disk: measures again at the next start
                 self._path.write_text(json.dumps(cached))
         self._seconds = cached[key]
-        return min(engines, key=lambda vendor: self._seconds.get(vendor, float("inf")))
+        fastest = min(engines, key=lambda vendor: self._seconds.get(vendor, float("inf")))
+        if last is not None and fastest != vendor:
+            last.close()
+            last = None
+        return fastest, last
 
     def reason(self, vendor: str) -> str:
         """Returns why `choose` took this vendor."""
@@ -50,11 +62,12 @@ class FastestVendor:
             return {}
         return cached if isinstance(cached, dict) else {}
 
+
 def _measure(vendor: str, open_engine: Callable[[str], Engine]) -> tuple[Engine | None, float]:
     """Returns the open engine and the median seconds of one-step images, each of a new prompt.
 
-def _median_seconds(vendor: str, open_engine: Callable[[str], Engine]) -> float:
-    """Returns the median seconds of one-step images, each of a new prompt; infinity if the engine does not open."""
+    None and infinity if the engine fails.
+    """
     try:
         engine = open_engine(vendor)
         engine.warmup()

@@ -84,7 +84,9 @@ def test_kinds_appear_with_their_values() -> None:
 
 def test_settings_are_ones_that_the_server_accepts() -> None:
     container = only(rendered(ALL_VALUES), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
-    settings = load_settings(container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item})
+    settings = load_settings(
+        container["args"], {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    )
     assert (settings.max_queue, settings.log_level, settings.model) == (256, "warning", "sprint-0.6b")
     assert settings.api_key_file == "/keys/keys"
     assert settings.port == container["ports"][0]["containerPort"] == Settings().port

@@ -33,7 +33,7 @@ def spec(model: Path, out: Path, gpu: str = "h100", precision: str = "bf16") -> 
 
 def loaded(model: Path, engine: Path | None = None, **more: Any) -> Engine:
     """Loads `engine`, or without it the checkpoint itself, with the kernels' references."""
-    native = Native(Ops(None), open_checkpoint(str(model)).autoencoder)
+    native = NativeBackend(Ops(None), open_checkpoint(str(model)).autoencoder)
     options = {"precision": "bf16", "backend": "cuda-graph", "max_batch": 1} if engine is None else {}
     folder = None if engine is None else str(engine)
     options = {**options, "device": "cpu", "recorder": EagerReplay(), **more}

@@ -64,7 +64,7 @@ def test_images_keep_the_gate_out_of_captured_graphs(count: int, steps: int, ser
     assert min(found[0].stages.denoise, found[0].stages.decode) > 0
     assert torch.equal(stacked(found), stacked(served.generate(jobs(count, steps)))), "not the same twice"
     eager = load_engine(MODEL, backend="eager", precision="fp32")
-    gate = PICTURE_GATES[served.info.precision]
+    gate = IMAGE_GATES[served.info.precision]
     if steps == 1:  # later steps amplify the allowed error of the first
         gate.check("image", difference(stacked(eager.generate(jobs(count, steps))), stacked(found)))
 
