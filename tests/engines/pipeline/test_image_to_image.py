@@ -12,7 +12,7 @@ from distill.world.scenes import World
 from engines.loader import load_engine
 from engines.types import Engine, Job, Pixels
 
-TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
+TINY = Path(__file__).resolve().parents[3] / "models" / "tiny"
 CASES = 12
 STRENGTHS = (0.0, 0.15, 0.3, 0.5, 0.8, 1.0)
 
