@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-WAITING, INSIDE = "target_waiting_jobs", "jobs_inside"  # what Replica.record_autoscaling_stats reports
+WAITING, INSIDE = "jobs_waiting", "jobs_inside"  # what Replica.record_autoscaling_stats reports
 
 
 class Context(Protocol):
