@@ -5,6 +5,7 @@ The clients live in an environment of their own (`make clients`), so that none o
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,16 @@ def test_the_openai_client(serve: Serve, tmp_path: Path) -> None:
     assert found["models"] == ["fake"]
     assert found["refused"] == {"code": "invalid_size", "param": "width x height", "type": "invalid_request_error"}
     assert found["unauthorized"] == "invalid_api_key"
+
+
+@pytest.mark.slow
+@needs_clients
+def test_the_example_of_the_readme(serve: Serve, tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = [example for example in examples if "from openai" in example]
+    adapted = example.replace("http://127.0.0.1:8000", serve().url).replace('model="tiny"', 'model="fake"')
+    subprocess.run([PYTHON, "-c", adapted], cwd=tmp_path, check=True)
+    assert read_image((tmp_path / "square.png").read_bytes()).shape == (256, 256, 3)
 
 
 @pytest.mark.slow
