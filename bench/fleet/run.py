@@ -68,31 +68,29 @@ def cell(config: SimulationConfig) -> tuple[SimulationConfig, float]:
 
 def simulate(config: SimulationConfig, stages: Stages) -> dict[str, Any]:
     """Returns the figures of one simulation. Milliseconds, images a second. Raises BenchError."""
-    cell_config, parts = cell(config)
-    jobs = list({job: None for _, job in cell_config.recorded}) or [share.job for share in cell_config.shares]
-    fleet, began = cell_config.fleet, time.perf_counter()
+    part, parts = cell(config)
+    jobs = list({job: None for _, job in part.recorded}) or [share.job for share in part.shares]
+    fleet, began = part.fleet, time.perf_counter()
     rules = rule(
-        cell_config.scale,
-        target_waiting_jobs=cell_config.target_waiting_jobs,
+        part.scale,
+        target_waiting_jobs=part.target_waiting_jobs,
         max_batch=fleet.limits.max_batch,
-        upscale_delay_s=cell_config.upscale_delay_s,
-        downscale_delay_s=cell_config.downscale_delay_s,
+        upscale_delay_s=part.upscale_delay_s,
+        downscale_delay_s=part.downscale_delay_s,
     )
-    outcome = Simulation(fleet, stages, jobs, rules).run(_arrivals(cell_config))
+    outcome = Simulation(fleet, stages, jobs, rules).run(_arrivals(part))
     return figures(config, fleet.cards, parts, outcome) | {
         "stages": stages.source,
         "simulated_s": round(time.perf_counter() - began, 2),
     }
 
 
-def _arrivals(cell_config: SimulationConfig) -> Iterator[tuple[float, Job]]:
-    if cell_config.fleet.clients:
+def _arrivals(part: SimulationConfig) -> Iterator[tuple[float, Job]]:
+    if part.fleet.clients:
         return iter(())
-    if cell_config.recorded:
-        return iter(cell_config.recorded)
-    return stream(
-        cell_config.arrivals, cell_config.rate, cell_config.shares, cell_config.fleet.seed, cell_config.period_s
-    )
+    if part.recorded:
+        return iter(part.recorded)
+    return stream(part.arrivals, part.rate, part.shares, part.fleet.seed, part.period_s)
 
 
 def figures(config: SimulationConfig, cards: int, parts: float, outcome: Outcome) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Series:
     rises: list[int] = field(default_factory=list)
 
     def seconds(self, stage: str) -> list[float]:
-        return [made.seconds[stage] for made in self.runs]
+        return [run.seconds[stage] for run in self.runs]
 
     def median(self, stage: str) -> float:
         return statistics.median(self.seconds(stage))

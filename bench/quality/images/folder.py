@@ -69,14 +69,14 @@ class ImageFolder:
     def manifest(self) -> dict[str, Any]:
         """Returns the manifest. Raises BenchError if it is missing or of another format."""
         try:
-            entries: dict[str, Any] = json.loads(self._manifest.read_text(encoding="utf-8"))
+            document: dict[str, Any] = json.loads(self._manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BenchError(
                 f"{self._manifest}: {error}; needed is a folder of `python -m bench.quality.images`"
             ) from error
-        if entries.get("format") != FORMAT:
-            raise BenchError(f"{self._manifest}: got format {entries.get('format')}, this version reads {FORMAT}")
-        return entries
+        if document.get("format") != FORMAT:
+            raise BenchError(f"{self._manifest}: got format {document.get('format')}, this version reads {FORMAT}")
+        return document
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Adds the facts of a finished run to the manifest."""

@@ -43,15 +43,15 @@ def image_files(prompts: PromptSet, samples: int | None = None, seed: int = 0) -
         raise BenchError(f"samples: got {count}, allowed is 1 at least, and for dpg a square such as 1 or 4")
     if not 0 <= seed <= MAX_SEED - count * len(prompts.entries):
         raise BenchError(f"seed: got {seed}, allowed is 0 to {MAX_SEED - count * len(prompts.entries)}")
-    image_list = []
+    files = []
     for index, entry in enumerate(prompts.entries):
         seeds = tuple(range(seed + index * count, seed + (index + 1) * count))
         if prompts.kind == "dpg":
-            image_list.append(ImageFile(f"{entry.key}.png", entry.prompt, seeds, entry.tag))
+            files.append(ImageFile(f"{entry.key}.png", entry.prompt, seeds, entry.tag))
             continue
-        for j, item in enumerate(seeds):
-            image_list.append(ImageFile(_name(prompts.kind, entry.key, j, count), entry.prompt, (item,), entry.tag))
-    return image_list
+        for j, image_seed in enumerate(seeds):
+            files.append(ImageFile(_name(prompts.kind, entry.key, j, count), entry.prompt, (image_seed,), entry.tag))
+    return files
 
 
 def _name(kind: Kind, key: str, sample: int, count: int) -> str:

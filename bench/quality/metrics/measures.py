@@ -41,7 +41,7 @@ def fid(items: Sequence[ImageItem], reference: Path, network: Network, size: int
 
 
 def _features(items: Sequence[ImageItem], network: Network, size: int) -> Features:
-    paths = [first.path for first in items]
+    paths = [item.path for item in items]
     return np.concatenate([network(batch).double().numpy() for batch in batches(paths, center_crop(size), BATCH)])
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.harness.cli import run_benchmark
+from bench.harness.cli import BenchmarkParser, comma_list, run_benchmark
 from bench.harness.errors import BenchError
 
 
@@ -34,3 +34,14 @@ def test_what_cannot_be_measured_is_one_line_and_code_3(capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "error: device: got none, needed is one\n"
+
+
+def test_options_hold_the_line_that_repeats_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = BenchmarkParser("bench.example", "An example.")
+    parser.add_argument("--steps", type=comma_list(int, (1, 2, 4)), default="1")
+    options = parser.options(["--steps", "1,4"])
+    assert (options.steps, options.command) == ((1, 4), "python -m bench.example --steps 1,4")
+    assert parser.options([]).steps == (1,)
+    with pytest.raises(SystemExit):
+        parser.options(["--steps", "3"])
+    assert "got '3', allowed are 1, 2, 4" in capsys.readouterr().err
