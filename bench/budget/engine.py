@@ -1,7 +1,9 @@
 """The engine that a backend makes of a checkpoint, on a card that is not there and with weights that hold nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from string import ascii_lowercase
 from typing import Any
 from unittest.mock import patch
 
@@ -52,22 +54,44 @@ def count_request(
     *,
     png: bool = False,
 ) -> Counted:
-    """One batch of new prompts of `tokens` tokens, in an engine that was loaded for it and warmed up. png:
-    files are asked for, not pixels. Raises CheckpointError, BackendError, JobError, BenchError."""
+    """`count_requests` of one number of steps."""
+    [counted] = count_requests(model, backend, size, [steps], batch, tokens, decoder, precision, png=png)
+    return counted
+
+
+def count_requests(
+    model: str,
+    backend: str,
+    size: tuple[int, int],
+    steps: Sequence[int],
+    batch: int,
+    tokens: int,
+    decoder: str | None = None,
+    precision: str = "bf16",
+    *,
+    png: bool = False,
+) -> list[Counted]:
+    """For each of `steps` a batch of new prompts of `tokens` tokens, in an engine that was loaded and warmed up.
+
+    png: files are asked for, not pixels. Raises CheckpointError, BackendError, JobError, BenchError.
+    """
     checkpoint = open_checkpoint(model, decoder)
     settings = replace(checkpoint.settings, default_size=size, sizes=(size,))
     checkpoint = replace(checkpoint, settings=settings, weights=_NoWeights(checkpoint.weights))
     card = Card("H100", PROCESSORS, CAPABILITY)
-    jobs = [
-        Job(prompt, seed=index, width=size[0], height=size[1], steps=steps, png=png)
-        for index, prompt in enumerate(prompts(checkpoint, tokens, batch))
-    ]
+    texts, found = iter(prompts(checkpoint, tokens, batch * len(steps))), []
     with card.present():
         engine = _ENGINES[backend](card, checkpoint, size, batch, precision)
         engine.warmup()
-        card.clear()
-        engine.generate(jobs)
-    return Counted(card.events, card.memory.peak)
+        for count in steps:
+            jobs = [
+                Job(prompt, seed=index, width=size[0], height=size[1], steps=count, png=png)
+                for index, prompt in enumerate(islice(texts, batch))
+            ]
+            card.clear()
+            engine.generate(jobs)
+            found.append(Counted(list(card.events), card.memory.peak))
+    return found
 
 
 def prompts(checkpoint: Checkpoint, tokens: int, count: int) -> list[str]:
@@ -79,7 +103,7 @@ def prompts(checkpoint: Checkpoint, tokens: int, count: int) -> list[str]:
         raise BenchError(f"tokens: got {tokens}, a prompt of this checkpoint has 1 to {settings.max_prompt_tokens - 1}")
     found = []
     for index in range(count):
-        prompt = "abcdefgh"[index]
+        prompt = ascii_lowercase[index]
         while len(tokenizer.encode(prompt).tokens.ids) - len(tokenizer.prefix) < tokens:
             prompt += " qx"[len(prompt) % 3]
         found.append(prompt)

@@ -31,8 +31,9 @@ class Memory:
         storage = tensor.untyped_storage()
         if storage._cdata in self._young or storage._cdata in self._old:
             return
-        self._sweep(self._young)
         part = self.pool if pooled else self.outside
+        if part.live + storage.nbytes() > part.most:  # otherwise no new peak, whatever has gone by now
+            self._sweep(self._young)
         # A weak reference keeps the address from being given away again.
         weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch's own
         self._young[storage._cdata] = (weak, storage.nbytes(), part)
