@@ -168,7 +168,7 @@ def show(facts: Facts, models: Sequence[str], about: Mapping[str, Any], *, held:
         rows.append([bar.what, f"{words} {bar.bar:g}", *values, bar.verdict(values[0]) if held else "-"])
     told = about["machine"]
     ended = {line["name"]: line for line in facts.steps}
-    steps = [[name, line.get("seconds"), line.get("error", "done")] for name, line in ended.items()]
+    steps = [[name, line.get("seconds"), str(line.get("error", "done"))[:160]] for name, line in ended.items()]
     steps += [[name, None, f"left out: {why}"] for name, why in about["skipped"].items()]
     return (
         "\n\n".join(

@@ -28,9 +28,10 @@ from bench.harness.errors import BenchError
 from bench.harness.host import machine
 from bench.harness.server_process import ROOT
 
+MINUTES = 9.5
 LEAST_S = 15.0  # of what is left of a call, for one step more
 GROUP = "group"  # file in `work`: the processes of the step under way
-MARK = "SPRINT_KIT"  # variable of their environment, which names `work`
+MARK = "KIT_WORK"  # variable of their environment, which names `work`
 
 
 class Runner:
@@ -58,7 +59,7 @@ class Runner:
 
     def _ran(self, step: Step) -> dict[str, Any]:
         """What it printed as JSON, and seconds. Raises BenchError with its last words."""
-        limit = min(step.limit_s, self._deadline - time.monotonic())
+        limit = min(step.limit_s * self._place.patience, self._deadline - time.monotonic())
         stem = self._place.out / "logs" / re.sub(r"\W+", "-", step.name)
         began = time.monotonic()
         with stem.with_suffix(".out").open("wb") as out, stem.with_suffix(".log").open("wb") as log:
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("call", choices=tuple(CALLS))
     parser.add_argument("--rehearse", action="store_true", help="the tiny checkpoint on this machine's CPU")
-    parser.add_argument("--minutes", type=float, default=9.5, help="after which all is ended (default 9.5)")
+    parser.add_argument("--minutes", type=float, help="after which all is ended (default 9.5; a rehearsal 38)")
     parser.add_argument("--work", type=Path, required=True, help="folder of what is built")
     parser.add_argument("--out", type=Path, required=True, help="folder of what is found")
     options = parser.parse_args(argv)
@@ -138,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not place.rehearsal and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --rehearse runs what a CPU can")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    runner = Runner(place, time.monotonic() + options.minutes * 60)
+    minutes = MINUTES * place.patience if options.minutes is None else options.minutes
+    runner = Runner(place, time.monotonic() + minutes * 60)
     for step in CALLS[options.call](place):
         runner.run(step)
         keep(place, runner.skipped)

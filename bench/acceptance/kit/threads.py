@@ -21,18 +21,17 @@ from bench.harness.summary import spread, table
 from engines.checkpoints.checkpoint import open_checkpoint
 
 CASES = ((1, 1), (1, 2), (8, 1))  # batch, steps
-ROUNDS = 3  # in turn, so that a card that grows warm is fair to both
 
 
-def compare(model: str, device: str, runs: int) -> dict[str, Any]:
-    """Milliseconds by stage, `runs` of each case in each of ROUNDS, after one that is not counted."""
+def compare(model: str, device: str, runs: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds by stage: `runs` after one that is not counted, `rounds` in turn, since a card grows warm."""
     checkpoint = open_checkpoint(model)
     engine = Ours(checkpoint, device=device, precision="bf16" if device == "cuda" else "fp32", max_batch=8)
     width, height = checkpoint.settings.default_size
     prompts, counts = fresh_prompts(checkpoint, 20), (1, os.cpu_count() or 1)
     seconds: dict[tuple[int, int, int], list[dict[str, float]]] = {}
     for batch, steps in CASES:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for threads in counts:
                 torch.set_num_threads(threads)
                 made = [
@@ -61,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.acceptance.kit.threads", description=__doc__)
     parser.add_argument("--model", required=True, help="folder, hub id or random:<name>")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="of each case in a round (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
     options = parser.parse_args(argv)
-    return told(lambda: compare(options.model, options.device, options.runs), show)
+    return told(lambda: compare(options.model, options.device, options.runs, options.rounds), show)
 
 
 if __name__ == "__main__":
