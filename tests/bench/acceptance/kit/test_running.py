@@ -90,6 +90,11 @@ def test_a_step_is_left_out_where_it_cannot_run(place: Place) -> None:
         "card": "a rehearsal has no card",
     }
     assert call.left_out == 0
+    running.keep(place, call.skipped)
+    again = runner(place)
+    (place.work / "engine").mkdir()
+    again.run(program("path", "pass", paths=(place.work / "engine",)))
+    assert set(again.skipped) == {"module", "card"}, "what another call left out is told as well"
 
 
 def test_a_call_that_was_killed_leaves_nothing_behind_in_the_next_one(
