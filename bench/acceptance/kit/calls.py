@@ -140,8 +140,8 @@ def _build(place: Place, model: str, precision: str, limit_s: float) -> Step:
 
 def _served(place: Place, model: str, precision: str) -> Step:
     folder = place.engine(precision)
-    more = ("--engine", str(folder), "--figures", ",".join(READY))
-    step = _http(place, f"served native {precision}", model, precision, 60, *more)
+    more = ("--figures", ",".join(READY))
+    step = _http(place, f"served native {precision}", model, precision, 60, *more, engine=str(folder))
     return replace(step, paths=(folder,), card=True)
 
 
@@ -150,16 +150,14 @@ def _threads(place: Place, model: str, limit_s: float) -> Step:
     return _module("threads", "threads", limit_s, "--model", model, "--device", place.device, *few)
 
 
-def _http(place: Place, name: str, model: str, precision: str, limit_s: float, *more: str) -> Step:
+def _http(
+    place: Place, name: str, model: str, precision: str, limit_s: float, *more: str, engine: str = "none"
+) -> Step:
+    """engine: its folder; without one a server on a GPU would build its own before it is ready."""
     arguments: tuple[str, ...]
     arguments = ("-m", HTTP, "--models", model, "--device", place.device, "--precisions", precision, "--peers", "")
-    arguments += (
-        "--minutes",
-        f"{(limit_s - SPACE_S) * place.patience / 60:g}",
-        "--out",
-        str(_folder(place, "http")),
-        *more,
-    )
+    minutes = (limit_s - SPACE_S) * place.patience / 60
+    arguments += ("--engine", engine, "--minutes", f"{minutes:g}", "--out", str(_folder(place, "http")), *more)
     return Step(name, (*arguments, "--quick") if place.rehearsal else arguments, limit_s)
 
 

@@ -41,7 +41,8 @@ class Runner:
         self._place, self._deadline = place, deadline
         files = {True: place.work / "built.jsonl", False: place.out / "steps.jsonl"}
         self._kept = {builds: Figures(file, deadline - LEAST_S, time.monotonic) for builds, file in files.items()}
-        self.skipped: dict[str, str] = {}
+        told = place.out / "acceptance.json"
+        self.skipped: dict[str, str] = json.loads(told.read_text())["skipped"] if told.exists() else {}
         (place.out / "logs").mkdir(parents=True, exist_ok=True)
         self._end_group()
 
@@ -55,6 +56,7 @@ class Runner:
         if lacks is not None:
             self.skipped[step.name] = lacks
             return
+        self.skipped.pop(step.name, None)
         self._kept[step.builds].take({"device": self._place.device}, step.name, lambda: self._ran(step))
 
     def _ran(self, step: Step) -> dict[str, Any]:

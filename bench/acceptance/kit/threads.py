@@ -24,7 +24,7 @@ CASES = ((1, 1), (1, 2), (8, 1))  # batch, steps
 
 
 def compare(model: str, device: str, runs: int, rounds: int) -> dict[str, Any]:
-    """Returns milliseconds by stage of `runs` after an uncounted one; `rounds` of all cases in turn (cards warm up)."""
+    """Milliseconds by stage: `runs` after one that is not counted, `rounds` in turn, since a card grows warm."""
     checkpoint = open_checkpoint(model)
     engine = EnginePipeline(checkpoint, device=device, precision="bf16" if device == "cuda" else "fp32", max_batch=8)
     width, height = checkpoint.settings.default_size

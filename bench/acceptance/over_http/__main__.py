@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in options.models:
         for precision in options.precisions:
             about = {"model": model, "precision": precision, "device": _card(options.device)}
-            if options.engine:
-                about["engine"] = str(options.engine)
+            if options.engine not in (None, "none"):
+                about["engine"] = options.engine
             _over_http(figures, about, options)
             if _asked(options, "projected"):
                 _projected(figures, about, options)
@@ -62,10 +62,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", type=comma_separated, help="default bf16,fp8 on a GPU, fp32 on a CPU")
     parser.add_argument("--peers", type=comma_separated, help="default diffusers,diffusers-compiled; '' for none")
     parser.add_argument("--controlnet", help="for checkpoints that have none")
-    parser.add_argument("--engine", type=Path, help="folder of a built engine that is served, of the one precision")
     parser.add_argument(
-        "--figures", type=comma_separated, help="names of the figures to take, with commas; default all"
+        "--engine", help="folder of a built engine of the one precision, or none: the server builds none"
     )
+    parser.add_argument("--figures", type=comma_separated, help="names of the figures to take, with commas; default all")
     parser.add_argument("--quick", action="store_true", help="three requests of each kind, one and two clients")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing else is begun (default 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the file")
@@ -88,7 +88,8 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
     checkpoint = open_checkpoint(about["model"])
     runs, clients, each = (3, (1, 2), 2) if options.quick else (40, (1, 8, 32), 12)
     flags = ["--model", about["model"], "--device", options.device]
-    flags += ["--engine", str(options.engine)] if options.engine else ["--precision", about["precision"]]
+    flags += [] if "engine" in about else ["--precision", about["precision"]]
+    flags += ["--engine", options.engine] if options.engine else []
     if options.controlnet:
         flags += ["--controlnet", options.controlnet]
     optional = set() if options.figures or options.controlnet else {"controlnet alone", "live"}

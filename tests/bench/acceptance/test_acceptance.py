@@ -165,6 +165,16 @@ def test_what_was_found_is_kept_after_every_step(folder: Path, tmp_path: Path, m
     assert written(tmp_path)[0]["failed"] == 2
 
 
+def test_a_step_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = command(folder, tmp_path, "--batches", "1", "--steps", "1")
+    assert main([*line, "--only", "latency eager"]) == 0
+    [step] = written(tmp_path)[0]["steps"]
+    assert step["name"] == "latency eager"
+    assert step["figures"]["peak_bytes"] > 0
+    assert main([*line, "--only", "no such step"]) == 3
+    assert "--only: no step is called no such step" in capsys.readouterr().err
+
+
 def test_the_largest_batch_that_fits_is_measured(tmp_path: Path) -> None:
     plan = AcceptanceConfig("tiny", torch.device("cpu"), tmp_path, (), (64, 64), (1, 2, 4, 8), (1,), 1, (), ())
     tried: list[int] = []

@@ -90,6 +90,11 @@ def test_a_step_is_left_out_where_it_cannot_run(place: Place) -> None:
         "card": "a rehearsal has no card",
     }
     assert call.left_out == 0
+    running.keep(place, call.skipped)
+    again = runner(place)
+    (place.work / "engine").mkdir()
+    again.run(program("path", "pass", paths=(place.work / "engine",)))
+    assert set(again.skipped) == {"module", "card"}, "what another call left out is told as well"
 
 
 def test_a_call_that_was_killed_leaves_nothing_behind_in_the_next_one(
@@ -140,6 +145,10 @@ def test_a_calls_steps_have_names_limits_and_programs_that_are_there(call: str, 
         stem = running.ROOT / program
         assert any(path.is_file() for path in (stem, stem.with_suffix(".py"), stem / "__main__.py")), program
     assert steps[0].name == "kernels"
+    for step in steps:
+        if "bench.acceptance.over_http" in step.arguments:
+            engine = step.arguments[step.arguments.index("--engine") + 1]
+            assert (engine == "none") != step.name.startswith("served native"), "a server builds none of its own"
     told = {"engine": "build native bf16", "http": "http bf16"}
     assert told[call] in [step.name for step in steps[:4]]
 

@@ -9,6 +9,7 @@ import pytest
 from bench.acceptance.over_http.__main__ import main
 from bench.acceptance.over_http.client import fresh_prompts
 from bench.acceptance.over_http.figures import Figures
+from bench.harness import host
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.instruction import INSTRUCTION
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
@@ -26,16 +27,32 @@ def test_every_figure_once(tmp_path: Path) -> None:
     [path] = tmp_path.iterdir()
     result = {line["name"]: line for line in lines(path)}
     alone = {f"{kind} alone" for kind in ("jpeg", "png", "webp", "2 steps", "4 steps", "controlnet")}
-    assert set(result) == alone | {
-        "projected", "ready", "first request", "live", "closed loop 1", "closed loop 2", "memory",
+    assert set(found) == alone | {
+        "projected", "ready", "first request", "live", "closed loop 1", "closed loop 2", "8 at once", "memory",
     }  # fmt: skip
-    assert not any("error" in line for line in result.values())
-    assert result["png alone"]["ms"]["count"] == 3
-    assert result["closed loop 2"]["per_second"] > 0
-    assert result["projected"]["projected_ms"]["H100"]["total"] > 0
+    assert not any("error" in line for line in found.values())
+    assert found["png alone"]["ms"]["count"] == 3
+    assert set(found["png alone"]["stages"]) == {"queue", "text", "denoise", "decode", "encode", "total"}
+    assert found["closed loop 2"]["per_second"] > 0
+    assert found["8 at once"]["mean_ms"] > 0
+    assert found["projected"]["projected_ms"]["H100"]["total"] > 0
     before = path.read_text()
     assert main(command) == 0, "nothing is left to do"
     assert path.read_text() == before
+
+
+def test_figures_that_are_asked_for_alone(tmp_path: Path) -> None:
+    command = ["--device", "cpu", "--quick", "--models", "tiny", "--peers", "", "--out", str(tmp_path)]
+    assert main([*command, "--figures", "ready,8 at once"]) == 0
+    [path] = tmp_path.iterdir()
+    assert [line["name"] for line in lines(path)] == ["ready", "8 at once"]
+
+
+def test_packed_code_tells_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "bench" / "harness" / "host.py"
+    monkeypatch.setattr(host, "__file__", str(module))
+    (tmp_path / host.REVISION).write_text("abc123\n")
+    assert host.machine()["revision"] == "abc123"
 
 
 @pytest.mark.gpu
