@@ -241,8 +241,8 @@ class SprintEngine:
         shape = GraphKey(batch, height, width, steps)
         runner = None if self._runners is None else (self._runners.controlled if controlled else self._runners.plain)
         if runner is not None:
-            captured = runner.graph_for(*shape)
-            return runner(inputs, shape)[0], None if captured is None else captured.bucket
+            (latent, *_), bucket = runner.run(inputs, shape)
+            return latent, bucket
         transformer = self._modules.controlled if controlled else self._modules.transformer
         assert transformer is not None  # the limits refuse drawings otherwise
         on_device = {name: value.to(self._space.device) for name, value in inputs.items()}

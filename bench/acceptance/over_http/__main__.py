@@ -65,7 +65,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--engine", help="folder of a built engine of the one precision, or none: the server builds none"
     )
-    parser.add_argument("--figures", type=comma_separated, help="names of the figures to take, with commas; default all")
+    parser.add_argument("--figures", type=comma_separated, help="names of the figures, with commas; default all")
     parser.add_argument("--quick", action="store_true", help="three requests of each kind, one and two clients")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing else is begun (default 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the file")

@@ -114,20 +114,18 @@ class GraphRunner:
                 self._captured[key] = self._capture(key)
         self.uncaptured.clear()
 
-    def graph_for(self, batch: int, height: int, width: int, steps: int) -> GraphKey | None:
-        """Returns the captured graph that `batch` jobs run in; None if they run eagerly."""
-        if batch > self._buckets[-1]:
-            return None
-        key = GraphKey(smallest_fitting(batch, self._buckets), height, width, steps)
-        return key if key in self._captured else None
-
     def __call__(self, inputs: Inputs, shape: GraphKey) -> tuple[Tensor, ...]:
         """Returns the outputs, copied, for `inputs` of this shape (`bucket` is their batch)."""
-        key = self.graph_for(*shape)
-        if key is None:
+        return self.run(inputs, shape)[0]
+
+    def run(self, inputs: Inputs, shape: GraphKey) -> tuple[tuple[Tensor, ...], int | None]:
+        """Returns the outputs and the bucket of the graph that made them; None if it ran eagerly."""
+        bucket = smallest_fitting(shape.bucket, self._buckets) if shape.bucket <= self._buckets[-1] else None
+        captured = None if bucket is None else self._captured.get(shape._replace(bucket=bucket))
+        if captured is None:
             self.uncaptured[shape] += 1
-            return self._eager({name: value.to(self._device) for name, value in inputs.items()})
-        return self._replay(self._captured[key], inputs, shape.bucket)
+            return self._eager({name: value.to(self._device) for name, value in inputs.items()}), None
+        return self._replay(captured, inputs, shape.bucket), bucket
 
     def _capture(self, key: GraphKey) -> _Captured:
         views = {

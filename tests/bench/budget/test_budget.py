@@ -47,19 +47,6 @@ def by_steps(batch: int) -> dict[int, dict[str, Any]]:
     return dict(zip(steps, map(document, found), strict=True))
 
 
-@pytest.fixture(scope="module")
-def eight() -> dict[int, dict[str, Any]]:
-    """The same for eight prompts at once, by steps."""
-    return by_steps(8)
-
-
-@cache
-def by_steps(batch: int) -> dict[int, dict[str, Any]]:
-    steps = (1, 2, 4)
-    found = count_requests("random:sprint-0.6b", "cuda-graph", (1024, 1024), steps, batch, 20)
-    return dict(zip(steps, map(document, found), strict=True))
-
-
 def test_launches_of_a_picture(image: dict[str, Any]) -> None:
     """More are allowed where they are measured to be faster on a card; fewer are always welcome."""
     assert image["launches"] == {

@@ -25,17 +25,17 @@ def test_every_figure_once(tmp_path: Path) -> None:
     command = ["--device", "cpu", "--quick", "--models", "tiny", "--peers", "", "--out", str(tmp_path)]
     assert main(command) == 0
     [path] = tmp_path.iterdir()
-    result = {line["name"]: line for line in lines(path)}
+    results = {line["name"]: line for line in lines(path)}
     alone = {f"{kind} alone" for kind in ("jpeg", "png", "webp", "2 steps", "4 steps", "controlnet")}
-    assert set(found) == alone | {
+    assert set(results) == alone | {
         "projected", "ready", "first request", "live", "closed loop 1", "closed loop 2", "8 at once", "memory",
     }  # fmt: skip
-    assert not any("error" in line for line in found.values())
-    assert found["png alone"]["ms"]["count"] == 3
-    assert set(found["png alone"]["stages"]) == {"queue", "text", "denoise", "decode", "encode", "total"}
-    assert found["closed loop 2"]["per_second"] > 0
-    assert found["8 at once"]["mean_ms"] > 0
-    assert found["projected"]["projected_ms"]["H100"]["total"] > 0
+    assert not any("error" in line for line in results.values())
+    assert results["png alone"]["ms"]["count"] == 3
+    assert set(results["png alone"]["stages"]) == {"queue", "text", "denoise", "decode", "encode", "total"}
+    assert results["closed loop 2"]["per_second"] > 0
+    assert results["8 at once"]["mean_ms"] > 0
+    assert results["projected"]["projected_ms"]["H100"]["total"] > 0
     before = path.read_text()
     assert main(command) == 0, "nothing is left to do"
     assert path.read_text() == before
