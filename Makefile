@@ -83,6 +83,9 @@ accept-gpu: $(DEV) ## on a GPU host: builds, checks and measures engines, measur
 	$(BIN)/python -m bench.acceptance.over_http $(if $(MODEL),--models $(MODEL)) || failed=1; \
 	$(BIN)/python -m bench.acceptance $(if $(MODEL),--models tiny$(COMMA)$(MODEL)) && exit $$failed
 
+accept-kit: $(DEV) ## packs the code and the missing packages for a GPU host with PyTorch and no network into build/accept-kit, below 60 MB (HOST_PYTHON=3.12)
+	$(BIN)/python -m bench.acceptance.kit --python $(HOST_PYTHON)
+
 soak: $(DEV) ## hours of mixed traffic with faults on one server, to find growth (HOURS=2, OUT=runs/soak: a new folder)
 	$(BIN)/python -m bench.load.soak --hours $(HOURS) --out $(OUT)
 

@@ -25,8 +25,6 @@ REQUIRED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies
 PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Distributions by import name, for packages that `make test` does not install.
 DISTRIBUTION_NAMES = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
-# Optional for bench/load/locustfile.py; nothing of ours installs it.
-FOREIGN = ["locust"]
 
 
 def pins(lock: str) -> dict[str, Version]:
@@ -85,7 +83,7 @@ def imported_packages(folder: str) -> Iterator[str]:
 def test_every_imported_package_is_required(folder: str) -> None:
     required = {
         canonicalize_name(Requirement(line).name)
-        for lines in [*REQUIRED.values(), *EXTRAS.values(), PEERS, FOREIGN]
+        for lines in [*REQUIRED.values(), *EXTRAS.values(), PEERS]
         for line in lines
     }
     programs = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
