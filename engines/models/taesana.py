@@ -50,7 +50,8 @@ class TaesanaConfig:
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         if unknown := sorted(values.keys() - known):
             raise CheckpointError(f"taesana config: unknown keys {', '.join(unknown)}; known are {sorted(known)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        stages = {key: tuple(value) for key, value in values.items() if key != "latent_channels"}
+        return cls(values.get("latent_channels", cls.latent_channels), **stages)
 
 
 class Squeeze(nn.Module):
@@ -88,5 +89,5 @@ class TaesanaDecoder(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, latent: Tensor) -> Tensor:
-        pixels: Tensor = super().forward(latent)
+        pixels: Tensor = super().forward(latent)  # type: ignore[no-untyped-call]  # untyped in torch's stubs
         return pixels * 2 - 1

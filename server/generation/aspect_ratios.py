@@ -50,7 +50,7 @@ def sizes_by_ratio(limits: Limits) -> dict[str, tuple[int, int]]:
             fits = limits.allows_size(*size)
         else:
             shape = _shape(name)
-            size = limits.size_of_shape(*shape)
+            size = limits.size_for_aspect_ratio(*shape)
             fits = abs(math.log(size[0] / size[1] * shape[1] / shape[0])) < _SAME_SHAPE
         if fits:
             sizes[name] = size

@@ -6,8 +6,8 @@ import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
 
-from engines.aspect_ratios import BUCKETS_1024, sizes_by_ratio
 from engines.types import Limits
+from server.generation.aspect_ratios import BUCKETS_1024, sizes_by_ratio
 
 
 def limits(side: int, sizes: tuple[tuple[int, int], ...] = ()) -> Limits:
