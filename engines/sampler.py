@@ -25,8 +25,9 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 # Table 7 and figure 6, searched by FID. The paper has no entry for 3 steps. Its 2 are the first two of its 4, so ours
 # for 3 are the first three: each further step refines the same path.
 _FIRST = math.atan(200 / 0.5)
+ONE_STEP_ANGLE = math.pi / 2
 _PAPER: dict[int, tuple[float, ...]] = {
-    1: (math.pi / 2,),
+    1: (ONE_STEP_ANGLE,),
     2: (_FIRST, 1.3),
     3: (_FIRST, 1.3, 1.1),
     4: (_FIRST, 1.3, 1.1, 0.6),
@@ -37,16 +38,17 @@ _FIGURES_FIRST = 1.55413  # one step, 0.6B; a comment of NVlabs' scripts/inferen
 _FULL_STRENGTH = 1.5
 
 
-def angles_for(steps: int, schedule: Schedule = "paper") -> tuple[float, ...]:
+def angles_for(steps: int, schedule: Schedule = "paper", one_step: float = ONE_STEP_ANGLE) -> tuple[float, ...]:
     """Returns the angle in radians at which each of `steps` (1 to 4) starts, falling; the image is at angle 0.
 
-    "paper": its searched schedules. "diffusers": those of SCMScheduler, evenly spaced from 1.57080, but 1.3 second of
-    two. "figures": as "paper", but one step starts as in upstream's script for GenEval. Raises ValueError.
+    "paper": its searched schedules, and `one_step` for a single step. "diffusers": those of SCMScheduler, evenly spaced
+    from 1.57080, but 1.3 second of two. "figures": as "paper", but one step starts as in upstream's script for GenEval.
+    Raises ValueError.
     """
     if steps not in _PAPER:
         raise ValueError(f"steps: got {steps}, allowed 1 to {max(_PAPER)}")
-    if schedule == "figures" and steps == 1:
-        return (_FIGURES_FIRST,)
+    if steps == 1 and schedule != "diffusers":
+        return (_FIGURES_FIRST if schedule == "figures" else one_step,)
     if schedule != "diffusers":
         return _PAPER[steps]
     if steps == 2:

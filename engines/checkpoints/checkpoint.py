@@ -20,6 +20,7 @@ from engines.errors import CheckpointError
 from engines.models.dcae import Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
+from engines.sampler import ONE_STEP_ANGLE
 
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
@@ -36,6 +37,7 @@ class SprintConfig:
     default_size: tuple[int, int] = (1024, 1024)
     guidance_trained: tuple[float, float] = (4.0, 5.0)
     sizes: tuple[tuple[int, int], ...] = ()
+    one_step_angle: float = ONE_STEP_ANGLE  # radians; the sampler starts there if it has one step
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SprintConfig":
@@ -46,6 +48,7 @@ class SprintConfig:
             "default_size": _is_size,
             "guidance_trained": lambda v: _is_pair(v, (int, float)),
             "sizes": lambda v: isinstance(v, list) and all(map(_is_size, v)),
+            "one_step_angle": lambda v: type(v) in (int, float) and 0 < v <= ONE_STEP_ANGLE,
         }
         for key, value in values.items():
             if key not in checks:

@@ -54,11 +54,12 @@ class Modules:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Constants of the modules' latents."""
+    """Constants of a checkpoint's latents and of its sampling."""
 
     channels: int
     compression: int  # pixels per latent cell along a side
     guidance_embeds_scale: float
+    one_step_angle: float  # radians
     dtype: torch.dtype  # of the transformer
     device: torch.device
 
@@ -283,7 +284,7 @@ class SprintEngine:
         key, space = jobs[0].key, self._space
         shape = (space.channels, key.height // space.compression, key.width // space.compression)
         noise = torch.stack([job_noise(job.seed, shape, key.steps) for job in jobs], dim=1)
-        base = angles_for(key.steps, self._schedule)
+        base = angles_for(key.steps, self._schedule, space.one_step_angle)
         images = [job.image for job in jobs if job.image is not None]
         if not images:
             return noise, torch.tensor(base)[:, None].expand(-1, len(jobs))

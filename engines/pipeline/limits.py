@@ -48,4 +48,5 @@ def limits_of(
 
 def space_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LatentSpace:
     config, compression = checkpoint.transformer, checkpoint.autoencoder.compression
-    return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, dtype, device)
+    angle = checkpoint.settings.one_step_angle
+    return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, angle, dtype, device)

@@ -4,6 +4,7 @@ Every route and live session generates through this file. It knows no HTTP.
 """
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from engines.errors import JobError
 from engines.types import MAX_SEED, Job, Limits, Pixels, RawImage
 from server.errors import FieldError, InvalidError
+from server.generation.aspect_ratios import sizes_by_ratio
 from server.generation.delivery import EncodedResult
 from server.generation.image_codec import Codec, ImageFormat, encoder, read_size
 from server.generation.safety.guard import Safety
@@ -38,6 +40,7 @@ class GenerationRequest:
     seed: int | None = None
     width: int | None = None
     height: int | None = None
+    aspect_ratio: str | None = None  # a name of server.generation.aspect_ratios, instead of width and height
     output_format: ImageFormat = "png"
     output_quality: int = 90
     image: bytes | str | None = None
@@ -83,7 +86,8 @@ class Generator:
         `arrived` is a time.monotonic(). Cancellation drops jobs that have not begun.
         """
         limits = self._scheduler.engine.limits
-        if request.keeps_shape and request.image is not None and request.width is None and request.height is None:
+        sized = (request.width, request.height, request.aspect_ratio) != (None, None, None)
+        if request.keeps_shape and request.image is not None and not sized:
             content, shape = await self._codec.run(read_size, "image", request.image)
             width, height = limits.size_for_aspect_ratio(*shape)
             request = replace(request, image=content, width=width, height=height)
@@ -149,12 +153,12 @@ def first_job(request: GenerationRequest, limits: Limits) -> Job:
     if seed > last:
         got = f"seed: got {seed} for {request.num_images} images"
         raise InvalidError([FieldError("seed", f"{got}, allowed: 0 to {last}, since image i uses seed + i")])
-    default_width, default_height = limits.default_size
+    width, height = _size(request, limits)
     job = Job(
         prompt=request.prompt,
         seed=seed,
-        width=default_width if request.width is None else request.width,
-        height=default_height if request.height is None else request.height,
+        width=width,
+        height=height,
         steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         strength=request.strength,
@@ -171,3 +175,20 @@ def first_job(request: GenerationRequest, limits: Limits) -> Job:
     except JobError as error:
         raise InvalidError.from_job_error(error) from error
     return job
+
+
+def _size(request: GenerationRequest, limits: Limits) -> tuple[int, int]:
+    """Returns (width, height) in pixels. Raises InvalidError (422) for an aspect ratio that the engine cannot run."""
+    default_width, default_height = limits.default_size
+    width = default_width if request.width is None else request.width
+    height = default_height if request.height is None else request.height
+    if request.aspect_ratio is None:
+        return width, height
+    got = f"aspect_ratio: got {json.dumps(request.aspect_ratio)}"
+    if (request.width, request.height) != (None, None):
+        raise InvalidError([FieldError("aspect_ratio", f"{got} and {width}x{height}, allowed: one of the two")])
+    sizes = sizes_by_ratio(limits)
+    if request.aspect_ratio not in sizes:
+        allowed = ", ".join(sizes) or "none; give width and height"
+        raise InvalidError([FieldError("aspect_ratio", f"{got}, this engine runs {allowed}")])
+    return sizes[request.aspect_ratio]

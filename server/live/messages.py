@@ -40,7 +40,12 @@ class LiveSettings(Sampling):
                 ]
             )
         changes = parse(LiveSettings, message.encode())
-        return self.model_copy(update={name: getattr(changes, name) for name in changes.model_fields_set})
+        update = {name: getattr(changes, name) for name in changes.model_fields_set}
+        if update.get("aspect_ratio") is not None:
+            update = {"width": None, "height": None, **update}
+        elif not {"width", "height"}.isdisjoint(update):
+            update = {"aspect_ratio": None, **update}
+        return self.model_copy(update=update)
 
 
 def message(kind: Literal["ready", "picture", "error", "end"], fields: Mapping[str, Any]) -> str:

@@ -88,6 +88,7 @@ def test_published_schedules() -> None:
     assert angles_for(4) == pytest.approx((1.56830, 1.3, 1.1, 0.6), abs=1e-5)
     assert angles_for(3) == angles_for(4)[:3]
     assert [angles_for(steps, "figures") for steps in (1, 2)] == [(1.55413,), angles_for(2)]
+    assert [angles_for(steps, "paper", 1.55651) for steps in (1, 2)] == [(1.55651,), angles_for(2)]
     assert angles_for(4, "diffusers") == pytest.approx((1.5708, 1.1781, 0.7854, 0.3927), abs=1e-4)
 
 

@@ -22,12 +22,14 @@ class Options(TypedDict, total=False):
     guidance_scale: float
     width: int
     height: int
+    aspect_ratio: str
     output_format: ImageFormat
     output_quality: int
     image: bytes | Path
     strength: float
     control_image: bytes | Path
     control_scale: float
+    lora: dict[str, float]
     timeout_ms: int
 
 

@@ -28,6 +28,7 @@ Scale = Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000), BeforeValidator(_integral)]
 
 SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
+RATIO_SCHEMA: JsonDict = {"examples": ["16:9"]}
 LORA_SCHEMA: JsonDict = {"examples": [{"ring": 1.0}]}
 IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 
@@ -42,6 +43,12 @@ class Sampling(BaseModel):
     seed: Seed | None = Field(None, description="Null: random, and returned.")
     width: Whole | None = Field(None, description="Null: the checkpoint's.", json_schema_extra=SIZE_SCHEMA)
     height: Whole | None = Field(None, description="Null: the checkpoint's.", json_schema_extra=SIZE_SCHEMA)
+    aspect_ratio: str | None = Field(
+        None,
+        max_length=8,
+        json_schema_extra=RATIO_SCHEMA,
+        description="Instead of width and height: the checkpoint's size of that name; /v1/info lists them.",
+    )
     output_format: ImageFormat = "png"
     output_quality: Whole = Field(90, ge=1, le=100, description="For jpeg and webp.")
     lora: dict[str, Scale] | None = Field(

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server import __version__
+from server.generation.aspect_ratios import sizes_by_ratio
 from server.http.plain_route import PlainRoute
 from server.http.routes import openapi
 from server.http.state import app_state
@@ -57,6 +58,7 @@ async def info(request: Request) -> Response:
             "versions": {"sana-sprint-server": __version__, "python": platform.python_version()} | engine.info.versions,
             "default_size": limits.default_size,
             "sizes": limits.sizes or None,
+            "aspect_ratios": sizes_by_ratio(limits),
             "size_multiple": limits.multiple,
             "min_side": limits.min_side,
             "max_side": limits.max_side,
