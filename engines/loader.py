@@ -157,10 +157,8 @@ def _load_modules(options: _Options) -> Engine:
     plain: nn.Module = transformer
     if selectable:
         choice = add_adapters(transformer, [adapter.factors for adapter in selectable])
-        plain, controlled = (
-            AdaptedTransformer(transformer, choice),
-            None if controlled is None else AdaptedTransformer(controlled, choice),
-        )
+        plain = AdaptedTransformer(transformer, choice)
+        controlled = controlled and AdaptedTransformer(controlled, choice)
     modules = Modules(
         text,
         prepare("transformer", plain),

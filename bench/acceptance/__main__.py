@@ -1,13 +1,13 @@
-"""What a GPU host runs once, without an edit, to prove and measure what a machine without a GPU cannot.
+"""Proves and measures on a GPU host, in one run, all that needs a GPU.
 
     make accept-gpu                       # the tiny checkpoint, and random weights at the published size
     make accept-gpu MODEL=sprint-0.6b     # the tiny checkpoint, and a published one: a hub id or a folder
     python -m bench.acceptance --device cpu --models tiny --batches 1,2 --runs 1 --peers diffusers
 
-For each checkpoint: ranges of activations, engines in each precision with their parity gates, pictures again and
-against eager fp32, graphs, then seconds by stage for every number of steps and batch, beside diffusers on the same
-device. Writes <out>/<date>_<device>.json and .md after every step; what was not measured is not in them. Exit code 1: a
-step failed.
+For each checkpoint it measures ranges of activations and builds engines in each precision with their parity gates. It
+compares images with a second run and with eager fp32, and captures graphs. It then takes seconds by stage for every
+number of steps and batch, with diffusers on the same device for comparison. It writes <out>/<date>_<device>.json and
+.md after every step; they hold measured figures alone. Exit code 1: a step failed.
 """
 
 import argparse
@@ -42,9 +42,10 @@ PEERS = ("diffusers", "diffusers-compiled")
 
 
 def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Everything; a line per step on standard error, and `keep` is given all that was found so far.
+    """Runs all steps of all models and returns their document.
 
-    Raises SprintError for a checkpoint that cannot be opened.
+    After each step it prints a line on standard error and passes the document so far to `keep`. Raises SprintError for
+    a checkpoint that it cannot open, BenchError for an unknown step in `--only`.
     """
     device = torch.device(options.device)
     found, steps = _about(options, device), list[StepResult]()
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def keep(found: dict[str, Any], folder: Path) -> None:
-    """Writes the document and its page, named by day and card."""
+    """Writes the document and its page into `folder`; day and card name the files."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", found["card"]).strip("-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{found['machine']['date']}_{name}"

@@ -1,4 +1,4 @@
-"""What bench.acceptance is to do with one checkpoint, and how each step of it went. Knows no engine."""
+"""The config of an acceptance run of one checkpoint, and the result of a step. Imports no engine."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,16 +12,16 @@ Outcome = Literal["passed", "failed", "skipped"]
 
 
 class SkippedError(BenchError):
-    """What a step needs is not here; the message says what."""
+    """A step lacks something that it needs; the message names it."""
 
 
 @dataclass(frozen=True)
 class AcceptanceConfig:
-    """What is accepted, and how thoroughly. Sizes in pixels, width first."""
+    """The checkpoint under acceptance, and the cases to run. Sizes are (width, height) in pixels."""
 
     model: str
     device: torch.device
-    engines: Path  # folder for what is built
+    engines: Path  # folder for built engines
     precisions: tuple[str, ...]
     size: tuple[int, int]
     batches: tuple[int, ...]
@@ -41,7 +41,7 @@ class AcceptanceConfig:
 
 @dataclass
 class StepResult:
-    """How one step went. figures: what it found; rows: measurements."""
+    """The outcome of one step. figures: facts by name; rows: one measurement for each case."""
 
     model: str
     name: str

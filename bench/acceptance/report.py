@@ -1,4 +1,4 @@
-"""The page of an acceptance run, for people."""
+"""Renders an acceptance run as a page in Markdown."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from bench.roofline.published import PAPER
 
 
 def show(found: dict[str, Any]) -> str:
-    """The page for people, in Markdown."""
+    """Returns the page in Markdown."""
     steps = found["steps"]
     head = f"# Acceptance on {found['card']}"
     told = found["machine"]
@@ -53,7 +53,7 @@ def _time(row: dict[str, Any], card: str) -> list[object]:
 
 
 def _paper(card: str, steps: int) -> str | None:
-    """Of the whole, on the card of that name."""
+    """Returns the paper's milliseconds for a whole image on this card; None without a figure."""
     for (name, stage), by_steps in PAPER.items():
         if stage == "total" and name.split()[0 if "RTX" not in name else 1] in card:
             return by_steps.get(steps)
@@ -61,7 +61,7 @@ def _paper(card: str, steps: int) -> str | None:
 
 
 def _summary(step: dict[str, Any]) -> str:
-    """What a step found, in a cell."""
+    """Returns a step's figures, or its reason, as the text of a table cell."""
     if step["reason"]:
         return str(step["reason"]).replace("|", "/")
     figures = step["figures"]

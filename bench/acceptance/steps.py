@@ -1,7 +1,7 @@
-"""The steps of an acceptance run: each proves or measures one thing of one checkpoint on the device, and says how.
+"""The steps of an acceptance run: each proves or measures one thing of one checkpoint on the device.
 
-A step that fails is written down with its reason and does not stop the others; nothing is estimated in its place. On a
-GPU each has a process of its own, because an error of a kernel spoils CUDA for the rest of its process.
+A failed step records its reason and does not stop the others; no estimate replaces its figures. On a GPU each step runs
+in its own process, because a kernel's error spoils CUDA for the rest of a process.
 """
 
 import gc
@@ -38,11 +38,11 @@ from engines.types import Engine, Job, RawImage
 T = TypeVar("T")
 
 FP16_LARGEST = 65504
-STEP_LIMIT_S = 2 * 3600  # the longest compile every kernel of five batch sizes
+STEP_LIMIT_S = 2 * 3600  # the longest steps compile every kernel of five batch sizes
 
 
 def accept(plan: AcceptanceConfig, tell: Callable[[StepResult], object]) -> list[StepResult]:
-    """Every step of `plan`, in order; `tell` hears of each as it ends."""
+    """Runs the steps of `plan` in order, calls `tell` with each result and returns all."""
     done = []
     for name in (name for name, _ in _steps(plan) if not plan.only or name in plan.only):
         step = run_step_in_subprocess(plan, name) if plan.on_gpu else run_step(plan, name)
@@ -52,7 +52,7 @@ def accept(plan: AcceptanceConfig, tell: Callable[[StepResult], object]) -> list
 
 
 def run_step(plan: AcceptanceConfig, name: str) -> StepResult:
-    """One step of `plan`; whatever it raises is its outcome."""
+    """Runs one step of `plan`; the result records any exception as the outcome."""
     step = StepResult(plan.model, name)
     began = time.perf_counter()
     try:
@@ -67,7 +67,7 @@ def run_step(plan: AcceptanceConfig, name: str) -> StepResult:
 
 
 def run_step_in_subprocess(plan: AcceptanceConfig, name: str) -> StepResult:
-    """`run_step` in a process of its own; if that dies, it is the step's outcome."""
+    """Calls `run_step` in a process of its own; if that dies, the step has failed."""
     began = time.perf_counter()
     try:
         return run_in_subprocess(STEP_LIMIT_S, run_step, plan, name)
@@ -90,7 +90,7 @@ def _steps(plan: AcceptanceConfig) -> Iterator[tuple[str, Callable[[StepResult],
 
 
 def _ranges(plan: AcceptanceConfig, step: StepResult) -> None:
-    """The largest value that goes through each module on real prompts, in fp32; the decoder first."""
+    """Records the largest activation of decoder and transformer on calibration prompts, in fp32."""
     checkpoint = open_checkpoint(plan.model)
     unit = checkpoint.autoencoder.compression
     side = (plan.size[1] // unit, plan.size[0] // unit)
@@ -110,7 +110,7 @@ def _ranges(plan: AcceptanceConfig, step: StepResult) -> None:
 
 
 def _build(plan: AcceptanceConfig, precision: str, step: StepResult) -> None:
-    """Raises BenchError where an fp8 engine of TensorRT has no layer in fp8."""
+    """Builds engines in `precision`. Raises BenchError where an fp8 engine of TensorRT has no layer in fp8."""
     gpu = "native" if plan.on_gpu else "cpu"
     out = plan.folder(precision)
     jobs = os.cpu_count() or 1
@@ -139,7 +139,10 @@ def _build(plan: AcceptanceConfig, precision: str, step: StepResult) -> None:
 
 
 def _images(plan: AcceptanceConfig, precision: str, step: StepResult) -> None:
-    """Built engines against eager fp32 on the same device; again, and alone. Raises BenchError, ParityError."""
+    """Compares images of built engines with eager fp32, with a second run and with batch 1.
+
+    Raises BenchError, ParityError.
+    """
     jobs = _jobs(plan, max(plan.batches), plan.steps[0])
     folder = str(_folder(plan, precision))
     engine = load_engine(plan.model, engine_dir=folder, device=str(plan.device), max_batch=len(jobs))
@@ -164,7 +167,7 @@ def _images(plan: AcceptanceConfig, precision: str, step: StepResult) -> None:
 
 
 def _graphs(plan: AcceptanceConfig, step: StepResult) -> None:
-    """Captures every graph of PyTorch's modules; replays equal plain runs. Without a GPU: the book alone."""
+    """Captures graphs of PyTorch's modules and compares replays with plain runs; a CPU repeats the launches instead."""
     precision = "bf16" if plan.on_gpu else "fp32"
 
     def load(largest: int) -> Engine:
@@ -196,16 +199,16 @@ def _graphs(plan: AcceptanceConfig, step: StepResult) -> None:
 
 
 def _largest_fitting(plan: AcceptanceConfig, load: Callable[[int], T]) -> T:
-    """What `load` gives for the largest batch that the device has memory for, and kernels with indices wide enough.
+    """Returns the result of `load` for the largest batch that loads: memory or a kernel's indices may limit it.
 
-    Raises what the smallest batch raises.
+    Raises the smallest batch's exception.
     """
     for largest in sorted(plan.batches, reverse=True)[:-1]:
         try:
             return load(largest)
         except (OutOfMemoryError, RuntimeError) as error:
             print(f"{plan.model}: batches of {largest} cannot be loaded: {_line(error)}", file=sys.stderr)
-        _free(plan)  # out here, where no traceback holds what was loaded
+        _free(plan)  # outside of `except`: a traceback would hold the engine
     return load(min(plan.batches))
 
 
@@ -253,7 +256,7 @@ def _peer(plan: AcceptanceConfig, name: str) -> PipelineFactory:
 
 
 def _latency(plan: AcceptanceConfig, step: StepResult, make: PipelineFactory) -> None:
-    """Seconds by stage for every number of steps and batch, after one unmeasured run of each."""
+    """Measures seconds by stage for every number of steps and batch, after one unmeasured run of each."""
     subject, told = make()
     step.figures = dict(subject.facts)
     texts = _texts()
@@ -276,7 +279,7 @@ def _latency(plan: AcceptanceConfig, step: StepResult, make: PipelineFactory) ->
 
 
 def _texts() -> Iterator[str]:
-    """Captions that no cache has seen, without end."""
+    """Yields captions without end; the number behind each keeps it out of caches."""
     captions = [prompt.text for prompt in evaluation_prompts(100)]
     number = 0
     while True:
@@ -311,6 +314,6 @@ def _free(plan: AcceptanceConfig) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """In one line, with the kind where it is none of ours."""
+    """Returns the message's first line, behind the type of an exception that is not ours."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return text if isinstance(error, SprintError) else f"{type(error).__name__}: {text}"[:400]

@@ -1,1 +1,1 @@
-"""The cost of a request on a GPU, counted from the engine as it is built."""
+"""Counts the cost of a request on a GPU from the engine as it is built."""

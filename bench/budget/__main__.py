@@ -3,10 +3,9 @@
     python -m bench.budget --model random:sprint-0.6b --size 1024 --steps 1 --batch 1 --backend cuda-graph --tokens 20
 
 Loads the engine, captures its graphs and requests images on a simulated card (bench.budget.card): everything runs but
-the kernels. One batch of new prompts is counted. cuda-graph: our kernels. tensorrt: each built engine is one launch, as
-fast as its products at stated shares of a peak; the text stage and the rest are counted as built. Not counted: launches
-within one library call (cuBLAS sometimes clears a workspace), workspaces, the memory of the CUDA context, image files,
-queue and HTTP.
+the kernels. It counts one batch of new prompts. cuda-graph: our kernels. tensorrt: each built engine is one launch, as
+fast as its products at stated shares of a peak; the rest counts as built. Not counted: launches within one library call
+(cuBLAS sometimes clears a workspace), workspaces, the CUDA context's memory, image files, queue and HTTP.
 """
 
 import argparse

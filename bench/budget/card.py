@@ -1,8 +1,8 @@
-"""A simulated card: code that runs on a GPU runs on it unchanged, computes nothing there, and is counted.
+"""A simulated card: runs code for a GPU unchanged, computes nothing and counts its work.
 
 Its tensors are meta tensors that report device cuda. The host's computations run; values copied from the card are ones.
-Kernels are counted at their launch (`Card.launcher`), other calls where PyTorch dispatches them, graphs at their replay
-(`Card.recorder`).
+It counts kernels at their launch (`Card.launcher`), other calls where PyTorch dispatches them, and graphs at their
+replay (`Card.recorder`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ from engines.kernels.op import Launcher
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _COPY, _TO_COPY = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
-# What is added to a product by cuBLAS is copied to where the sum goes; what is padded is filled first.
+# baddbmm first copies the summand to the output, padding first fills the output.
 _LAUNCHES = {"aten.baddbmm": 2, "aten.constant_pad_nd": 2}
 
 T = TypeVar("T")
 
 
 class Card:
-    """The card named `name`, within `present`. `events`: recorded since `clear`."""
+    """A card that torch sees within `present`. `events`: recorded since `clear`."""
 
     def __init__(self, name: str, processors: int, capability: tuple[int, int]):
         self.name, self.processors, self.capability = name, processors, capability
@@ -103,7 +103,7 @@ class Card:
             self.events, self._capturing = outside, False
 
     def fused(self, name: str, work: Callable[[], T]) -> T:
-        """Runs `work` as one launch: its products and convolutions are counted, all else stays on the chip."""
+        """Runs `work` as one launch of its products and convolutions; all else stays on the chip and counts nothing."""
         outside, self.events = self.events, []
         try:
             made = work()

@@ -1,4 +1,4 @@
-"""The engine that a backend makes of a checkpoint, on a card that is not there and with weights that hold nothing."""
+"""Counts requests of an engine on a simulated card, with weights that hold nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,13 +30,13 @@ from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.types import Engine, Job
 
 BACKENDS = ("cuda-graph", "tensorrt")
-# What the tiles and grids of kernels are chosen for, whatever card the counts are projected to.
+# Kernels choose tiles and grids for an H100, whatever card the counts are projected to.
 PROCESSORS, CAPABILITY = 132, (9, 0)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What happened on the card in one batch, and the most memory that was held, graphs and weights included."""
+    """The card's events in one batch, and its peak memory with graphs and weights."""
 
     events: list[Event]
     peak_bytes: int
@@ -54,7 +54,7 @@ def count_request(
     *,
     png: bool = False,
 ) -> Counted:
-    """`count_requests` of one number of steps."""
+    """Calls `count_requests` for one number of steps."""
     [counted] = count_requests(model, backend, size, [steps], batch, tokens, decoder, precision, png=png)
     return counted
 
@@ -71,9 +71,9 @@ def count_requests(
     *,
     png: bool = False,
 ) -> list[Counted]:
-    """For each of `steps` a batch of new prompts of `tokens` tokens, in an engine that was loaded and warmed up.
+    """Counts, for each of `steps`, one batch of new prompts of `tokens` tokens after warm-up.
 
-    png: files are asked for, not pixels. Raises CheckpointError, BackendError, JobError, BenchError.
+    png: requests files, not pixels. Raises CheckpointError, BackendError, JobError, BenchError.
     """
     checkpoint = open_checkpoint(model, decoder)
     settings = replace(checkpoint.settings, default_size=size, sizes=(size,))
@@ -95,7 +95,7 @@ def count_requests(
 
 
 def prompts(checkpoint: Checkpoint, tokens: int, count: int) -> list[str]:
-    """`count` different prompts of so many tokens behind the instruction. Raises BenchError."""
+    """Returns `count` different prompts of at least `tokens` tokens behind the instruction. Raises BenchError."""
     settings = checkpoint.settings
     instruction = INSTRUCTION if settings.instruction else ""
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
@@ -131,10 +131,10 @@ class _NoWeights:
 
 
 class _Trusted(NativeBackend):
-    """Kernels that have been compared with their references."""
+    """A native backend that skips the comparison of kernels with their references."""
 
     def compare(self, work: Callable[[], object]) -> None:
-        """Runs `work` as warm-up does before anything is captured; nothing is computed that could be compared."""
+        """Runs `work` and compares nothing, because the card computes nothing."""
         work()
 
 
@@ -152,7 +152,7 @@ def _of_kernels(card: Card, checkpoint: Checkpoint, _size: tuple[int, int], batc
 
 
 class _Fused:
-    """A built engine of one module: one launch, as far as anyone outside TensorRT sees."""
+    """A built engine of one module, which counts as one launch: TensorRT shows no others."""
 
     def __init__(self, card: Card, name: str, module: Callable[..., Any]):
         self._card, self._name, self._graph = card, name, ModuleGraph(module)
@@ -162,7 +162,7 @@ class _Fused:
 
 
 def _of_built_engines(card: Card, checkpoint: Checkpoint, size: tuple[int, int], batch: int, precision: str) -> Engine:
-    """What engines.loader makes of a folder that build_engine.py has filled, without that folder."""
+    """Loads an engine as engines.loader does from a folder of build_engine.py, without that folder."""
     if precision != "bf16":
         raise BenchError(f"precision: got {precision!r}, and built engines are counted in bf16 alone")
     dtype, device = torch.bfloat16, torch.device("cuda")

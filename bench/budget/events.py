@@ -15,14 +15,14 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A captured graph, launched whole."""
+    """One launch of a captured graph."""
 
     launches: tuple[Launch, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A copy between host and card. From pageable memory the host waits for it; that is not counted as a Wait."""
+    """A copy between host and card. The host waits for one of pageable memory, without a Wait beside it."""
 
     bytes: int
     pinned: bool

@@ -1,6 +1,6 @@
-"""Arithmetic and traffic of one launch of our Triton kernels, from its arguments.
+"""Counts arithmetic and traffic of a launch of our Triton kernels from its arguments.
 
-Inputs count as read once, outputs as written once.
+It counts each input as read once, each output as written once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from bench.roofline.op_counter import Call, Kind
 
 Arguments = Mapping[str, Any]
 
-# Asked for early and read by the kernel that follows; tables of which a few rows are read.
+# A prefetch for the next kernel, which counts the read; tables of which a kernel reads a few rows.
 _NOT_READ = {"ahead", "cosine", "sine"}
 
 

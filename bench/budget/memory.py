@@ -1,4 +1,4 @@
-"""Bytes of a card's memory that tensors hold: at most, outside of graphs and in the pool that graphs share."""
+"""Counts the peak bytes that tensors hold on a card, outside of graphs and in the pool that graphs share."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class _Part:
 
 
 class Memory:
-    """Counts storages as they come and go. What a pool once took it keeps."""
+    """Counts storages as they come and go; the pool never shrinks."""
 
     def __init__(self) -> None:
         self.outside, self.pool = _Part(), _Part()
@@ -32,16 +32,16 @@ class Memory:
         if storage._cdata in self._young or storage._cdata in self._old:
             return
         part = self.pool if pooled else self.outside
-        if part.live + storage.nbytes() > part.most:  # otherwise no new peak, whatever has gone by now
+        if part.live + storage.nbytes() > part.most:  # without a new peak no sweep is due
             self._sweep(self._young)
-        # A weak reference keeps the address from being given away again.
+        # A weak reference keeps the allocator from reusing the address.
         weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch's own
         self._young[storage._cdata] = (weak, storage.nbytes(), part)
         part.live += storage.nbytes()
         part.most = max(part.most, part.live)
 
     def settle(self) -> None:
-        """Begins anew from what is held outside of graphs now; what a pool took stays."""
+        """Resets the peak outside of graphs to the bytes held now; the pool's peak stays."""
         self._old |= self._young
         self._young = {}
         self._sweep(self._old)

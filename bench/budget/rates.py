@@ -1,7 +1,7 @@
-"""Kernel times on a card, scaled from measured ones.
+"""Projects kernel times to a card from times measured on an H100.
 
-A kernel has a fixed time, plus the time of its arithmetic or traffic at the card's peak over the share of that peak it
-reached on an H100. Cards that were not measured are taken to reach the same share.
+A kernel takes a fixed time, and that of its arithmetic or traffic at the share of the peak that it reached on an H100.
+Other cards are assumed to reach the same share.
 """
 
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ def share(stage: str, call: Call) -> float:
 
 
 def floor_ms(call: Call, card: Device) -> float:
-    """Returns milliseconds at the card's peaks."""
+    """Returns the milliseconds of `call` at the card's peaks."""
     return 1000 * card.seconds(call)
 
 

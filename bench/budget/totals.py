@@ -1,4 +1,4 @@
-"""Sums the events of a card: the JSON document of `python -m bench.budget`, and its tables."""
+"""Sums the events of a card into the JSON document and the tables of `python -m bench.budget`."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

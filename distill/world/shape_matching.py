@@ -1,11 +1,13 @@
-"""Connected regions of a mask, and the similarity of a region to each drawable shape."""
+"""Connected regions of a mask, and the similarity of a region to each drawable shape.
+
+Functions import scipy, because programs that only parse captions run without it.
+"""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from distill.world.rendering import coverage
 
@@ -33,12 +35,16 @@ class Match(NamedTuple):
 
 def connected_components(mask: Mask) -> tuple[NDArray[np.int32], int]:
     """Labels the 4-connected regions of a mask: [H,W], 0 outside and 1 to n inside, and n."""
+    from scipy import ndimage
+
     labels, count = ndimage.label(mask)
     return labels, count
 
 
 def erode_to(mask: Mask, share: float) -> Mask:
     """Erodes a region until at most `share` of its area is left, but never to nothing."""
+    from scipy import ndimage
+
     most = share * mask.sum()
     while mask.sum() > most:
         inner: Mask = ndimage.binary_erosion(mask)
@@ -77,6 +83,8 @@ def normalise_shape(cover: Cover) -> Cover:
 @lru_cache(maxsize=8)
 def templates(shapes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[float, ...], Cover]:
     """Returns every shape at every angle and blur: names, areas at size 1, normalised coverages [N,GRID*GRID]."""
+    from scipy import ndimage
+
     pixels, size = 96, 48.0
     offsets = np.arange(pixels, dtype=np.float32) - np.float32(pixels / 2 - 0.5)
     names, areas, covers = [], [], []

@@ -44,6 +44,18 @@ def test_settings_of_the_folder_reach_the_engine(folder: Path, tmp_path: Path) -
     assert image.pixels.shape == (32, 64, 3)
 
 
+def test_the_checkpoint_chooses_the_angle_of_one_step(folder: Path, tmp_path: Path) -> None:
+    """As upstream's script for GenEval starts one step, "figures"; several steps start as before."""
+    changed = load_engine(
+        str(with_settings(folder, tmp_path / "angle", '{"one_step_angle": 1.55413}')), backend="eager"
+    )
+    figures, paper = (load_engine(str(folder), backend="eager", schedule=name) for name in ("figures", "paper"))
+    one, two = (Job("a red circle", 7, 64, 64, steps) for steps in (1, 2))
+    assert (changed.generate([one])[0].pixels == figures.generate([one])[0].pixels).all()
+    assert (changed.generate([one])[0].pixels != paper.generate([one])[0].pixels).any()
+    assert (changed.generate([two])[0].pixels == paper.generate([two])[0].pixels).all()
+
+
 def test_sides_may_double_within_four_times_the_area(folder: Path, tmp_path: Path) -> None:
     engine = load_engine(str(with_settings(folder, tmp_path, '{"default_size": [128, 64]}')))
     assert engine.limits.allows_size(256, 128)

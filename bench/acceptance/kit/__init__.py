@@ -1,1 +1,1 @@
-"""What a GPU host without network lacks to be accepted, packed; and what runs there."""
+"""A kit for acceptance on a GPU host without network: its packing, and the programs that run there."""

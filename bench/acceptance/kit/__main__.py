@@ -1,10 +1,10 @@
-"""Packs a kit for a GPU host that has PyTorch and no network; below 60 MB.
+"""Packs a kit of less than 60 MB for a GPU host that has PyTorch and no network.
 
     make accept-kit                     # fills build/accept-kit
     bash run.sh engine; bash run.sh http    # there, in the kit's folder; each below ten minutes, again goes on
     bash run.sh engine --rehearse       # on any machine: the tiny checkpoint on its CPU
 
-The code is that of the commit, whatever the checkout holds beyond it.
+It packs the code of the commit; changes of the checkout stay out.
 """
 
 import argparse

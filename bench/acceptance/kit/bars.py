@@ -1,4 +1,4 @@
-"""What must be shown of a card, each row with its bar, and the figures that the steps left beside it."""
+"""Required figures of a card: each row compares a measured figure with its bar."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from bench.harness.summary import table
 
 @dataclass(frozen=True)
 class Facts:
-    """http: lines of bench.acceptance.over_http; stages: steps of bench.acceptance; steps: how each program ended."""
+    """http: lines of bench.acceptance.over_http; stages: steps of bench.acceptance; steps: each program's end."""
 
     http: Sequence[dict[str, Any]] = ()
     stages: Sequence[dict[str, Any]] = ()
@@ -29,7 +29,7 @@ class Facts:
         return {"http": list(self.http), "stages": list(self.stages), "steps": list(self.steps)}
 
     def over_http(self, model: str, precision: str, name: str, *, native: bool = False) -> dict[str, Any]:
-        """The last figure of that name; empty without one."""
+        """Returns the last figure of that name; empty without one."""
         found = [
             line
             for line in self.http
@@ -41,7 +41,10 @@ class Facts:
         return found[-1] if found else {}
 
     def engine(self, model: str, who: str) -> float | None:
-        """Median milliseconds of one picture in one step, in the process: ours, diffusers or diffusers-compiled."""
+        """Returns median milliseconds of one image in one step, without HTTP.
+
+        who: ours, diffusers or diffusers-compiled.
+        """
         rows = [row for step in self.stages if step["model"] == model for row in step["rows"]]
         found = [
             row["seconds"]["total"]["p50"] * 1e3
@@ -63,7 +66,7 @@ Of = Callable[[Facts, str], Value]
 
 @dataclass(frozen=True)
 class Bar:
-    """A row: at most `bar`, or at least where `least`."""
+    """A row: its value may be at most `bar`, or at least `bar` where `least` is set."""
 
     what: str
     bar: float
@@ -77,7 +80,7 @@ class Bar:
 
 
 def _get(found: Mapping[str, Any], *keys: str) -> Value:
-    """A number deep in a document; None where a key is missing."""
+    """Returns a nested number of a document; None where a key is missing."""
     value: Any = found
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -117,7 +120,10 @@ def _engine(who: str) -> Of:
 
 
 def bars(precisions: Sequence[str]) -> list[Bar]:
-    """The rows, of a precision without 8 bits and, where there is one, of fp8; milliseconds unless told otherwise."""
+    """Returns the rows of the first precision and, if it is among `precisions`, of fp8.
+
+    Values are milliseconds where the row names no other unit.
+    """
     plain = precisions[0]
     jpeg = _number(plain, "jpeg alone", "ms", "p50")
     rows = [
@@ -158,7 +164,7 @@ def bars(precisions: Sequence[str]) -> list[Bar]:
 
 
 def show(facts: Facts, models: Sequence[str], about: Mapping[str, Any], *, held: bool) -> str:
-    """The page in Markdown. held: the figures are a card's, and bars hold for the first model."""
+    """Returns the page in Markdown. held: the figures are a card's, and bars hold for the first model."""
     first = models[0]
     precisions = ("bf16", "fp8") if held else ("fp32",)
     rows = []

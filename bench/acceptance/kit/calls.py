@@ -1,11 +1,11 @@
-"""The two calls of a kit as steps, in the order of what a second of the card's time is worth. Knows no engine."""
+"""The two calls of a kit as steps; those worth most for their time come first. Imports no engine."""
 
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-SPACE_S = 15.0  # between the time that a program is given and the end of its process
+SPACE_S = 15.0  # between a program's own time limit and its process's
 STAGES = "bench.acceptance"
 HTTP = "bench.acceptance.over_http"
 READY = ("ready", "first request", "jpeg alone", "memory")
@@ -13,7 +13,7 @@ READY = ("ready", "first request", "jpeg alone", "memory")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a call runs. work: what is built; out: what is found; rehearsal: the tiny checkpoint on a CPU."""
+    """Folders and device of a call. work: for builds; out: for results; rehearsal: the tiny checkpoint on a CPU."""
 
     work: Path
     out: Path
@@ -37,7 +37,7 @@ class Place:
 
     @property
     def patience(self) -> float:
-        """By how much limits are wider: a rehearsal's CPU may be one of two, which others use."""
+        """Returns the factor of time limits: a rehearsal may share a CPU of two cores."""
         return 4.0 if self.rehearsal else 1.0
 
     def engine(self, precision: str) -> Path:
@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """A program with a time limit in seconds; modules and paths that it needs, and whether it needs a card."""
+    """A program with its time limit in seconds. It needs `modules`, `paths` and, if `card`, a GPU."""
 
     name: str
     arguments: tuple[str, ...]
@@ -61,7 +61,7 @@ class Step:
         return (sys.executable, *self.arguments)
 
     def lacks(self, place: Place) -> str | None:
-        """Why it cannot run here; None where it can."""
+        """Returns the reason why it cannot run here; None where it can."""
         if self.card and place.rehearsal:
             return "a rehearsal has no card"
         absent = [name for name in self.modules if find_spec(name) is None]
@@ -72,7 +72,7 @@ class Step:
 
 
 def engine_call(place: Place) -> list[Step]:
-    """Stages in the engine, native engines built and served, diffusers."""
+    """Returns the steps that time stages, build and serve native engines, and time diffusers."""
     small, *larger = place.models
     steps = [
         _kernels(place, small, 150),
@@ -88,7 +88,7 @@ def engine_call(place: Place) -> list[Step]:
 
 
 def http_call(place: Place) -> list[Step]:
-    """The server over HTTP, with a ControlNet, with the larger model; and how many threads the engine should have."""
+    """Returns the steps that measure the server over HTTP, a ControlNet, the larger model and thread counts."""
     small, *larger = place.models
     branch = place.work / "controlnet"
     drawing = _http(
@@ -109,7 +109,10 @@ CALLS = {"engine": engine_call, "http": http_call}
 
 
 def _kernels(place: Place, model: str, limit_s: float) -> Step:
-    """Before a server compiles them one by one. A rehearsal compiles a few, for a card that is not there."""
+    """Returns the step that compiles kernels, which a server would compile one by one.
+
+    A rehearsal compiles one in 32, for a card of capability 9.0.
+    """
     share = ("--capability", "9.0", "--of", "32") if place.rehearsal else ()
     step = _module("kernels", "kernels", limit_s, "--model", model, "--cache", str(place.work / "triton"), *share)
     return replace(step, modules=("triton",), builds=True)
@@ -118,7 +121,7 @@ def _kernels(place: Place, model: str, limit_s: float) -> Step:
 def _stages(place: Place, model: str, only: str, limit_s: float, modules: tuple[str, ...] = ()) -> Step:
     name = f"{only} {model}"
     batches, steps, runs = ("1", "1", "2") if place.rehearsal else ("1,8", "1,2,4", "15")
-    if modules:  # diffusers, beside one picture in one step
+    if modules:  # diffusers: one image in one step
         batches, steps = "1", "1"
     arguments: tuple[str, ...]
     arguments = ("-m", STAGES, "--models", model, "--device", place.device, "--only", only, "--batches", batches)
@@ -131,7 +134,7 @@ def _peer(place: Place, model: str, peer: str, limit_s: float) -> Step:
 
 
 def _build(place: Place, model: str, precision: str, limit_s: float) -> Step:
-    gpu = "h100" if place.rehearsal else "native"  # ahead of time, where no card is
+    gpu = "h100" if place.rehearsal else "native"  # without a card: ahead of time
     arguments: tuple[str, ...]
     arguments = ("build_engine.py", "--model", model, "--vendor", "native", "--gpu", gpu, "--precision", precision)
     arguments += ("--out", str(place.engine(precision)), *(("--batches", "1") if place.rehearsal else ()))
@@ -153,7 +156,10 @@ def _threads(place: Place, model: str, limit_s: float) -> Step:
 def _http(
     place: Place, name: str, model: str, precision: str, limit_s: float, *more: str, engine: str = "none"
 ) -> Step:
-    """engine: its folder; without one a server on a GPU would build its own before it is ready."""
+    """Returns the step of bench.acceptance.over_http.
+
+    engine: folder of built engines; "none" keeps a server on a GPU from building its own before it is ready.
+    """
     arguments: tuple[str, ...]
     arguments = ("-m", HTTP, "--models", model, "--device", place.device, "--precisions", precision, "--peers", "")
     minutes = (limit_s - SPACE_S) * place.patience / 60

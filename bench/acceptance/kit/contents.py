@@ -1,4 +1,4 @@
-"""What is packed, and what a host with PyTorch for CUDA is known to have."""
+"""The contents of a kit, and the packages that a host with PyTorch for CUDA has."""
 
 import re
 from pathlib import Path
@@ -6,19 +6,20 @@ from pathlib import Path
 # Paths of the checkout, as `git archive` takes them.
 CODE = ("server", "engines", "distill", "bench", "models", "build_engine.py", "pyproject.toml", ":!bench/results")
 
-# Distributions that come with PyTorch; none of them is packed, installed or replaced.
+# Distributions that come with PyTorch; a kit neither packs nor installs nor replaces them.
 HOST = frozenset({"torch", "triton", "numpy", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"})
 UNTOUCHED = re.compile(r"torch|triton|nvidia|cuda", re.IGNORECASE)  # at the beginning of a name
 
-# What diffusers wants beyond the server's own dependencies.
+# diffusers, and its dependencies that the server does not share.
 PEER = frozenset(
     {"diffusers", "importlib-metadata", "lazy-importer", "zipp", "requests", "urllib3", "certifi", "charset-normalizer"}
     | {"httpx", "httpcore"}
 )
 
-# Imported inside functions alone, by what no step of the kit asks for, or by what tells that it is missing.
+# Only functions import these: no step of the kit calls them, or they report the package as missing.
 NOT_PACKED = {
     "accelerate": "training",
+    "scipy": "the judge of the tiny world",
     "openvino": "engines for a CPU",
     "onnx": "TensorRT and OpenVINO",
     "onnxruntime": "TensorRT and OpenVINO",
@@ -38,14 +39,14 @@ MOST_BYTES = 60_000_000
 
 
 def pins(root: Path) -> list[str]:
-    """`name==version` of every wheel, from the locks of the checkout."""
+    """Returns `name==version` of every wheel, from the locks of the checkout."""
     run = {name: version for name, version in _locked(root / "requirements.lock").items() if name not in HOST}
     test = _locked(root / "requirements-dev.lock")
     return [f"{name}=={version}" for name, version in sorted({**run, **{name: test[name] for name in PEER}}.items())]
 
 
 def asked(root: Path) -> list[str]:
-    """What is installed on the host where it is missing or too old, as pyproject.toml asks for it."""
+    """Returns the requirements of pyproject.toml that the host's PyTorch does not bring."""
     import tomllib
 
     lines: list[str] = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]

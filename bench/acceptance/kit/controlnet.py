@@ -1,4 +1,4 @@
-"""Writes a ControlNet of seeded random weights, of upstream's size, for a transformer: none is published for Sprint.
+"""Writes a ControlNet of upstream's size with seeded random weights, because none is published for Sprint.
 
 python -m bench.acceptance.kit.controlnet --model random:sprint-0.6b --out DIR
 """
@@ -24,7 +24,10 @@ COPIES = 7  # blocks, upstream's default
 
 
 def write(model: str, out: Path) -> dict[str, Any]:
-    """config.json and bf16 weights; a transformer of few blocks gives all but one. Raises CheckpointError."""
+    """Writes config.json and bf16 weights, of at most all blocks but one. Returns the numbers of blocks and parameters.
+
+    Raises CheckpointError.
+    """
     transformer = open_checkpoint(model).transformer
     config = ControlConfig(replace(transformer, num_layers=min(COPIES, transformer.num_layers - 1)))
     with meta_init():

@@ -1,9 +1,9 @@
-"""Fills Triton's folder with the kernels that a server launches, by all cores, before a server compiles them in turn.
+"""Compiles a server's kernels on all cores into Triton's folder; a server would compile them one by one.
 
     python -m bench.acceptance.kit.kernels --model random:sprint-0.6b --cache DIR
 
-As a native engine's build does it (engines.artifacts.native.compiling); a key that differs in the server is compiled
-there again.
+Uses the compilation of native engines (engines.artifacts.native.compiling). A server compiles a kernel again where its
+key differs.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from engines.device.hardware import capability_text, this_machine
 from engines.kernels.op import Ops
 from engines.pipeline.native import NativeBackend
 
-_SEEN = (4.0, 4.0)  # of a ResBlock in 8 bits: which numbers they are changes no kernel
+_SEEN = (4.0, 4.0)  # ranges of a ResBlock in 8 bits; no kernel depends on their values
 
 
 def compile_all(model: str, cache: Path, capability: tuple[int, int], jobs: int, of: int = 1) -> dict[str, Any]:
-    """In bf16, and with a decoder in 8 bits where there are kernels for one. of: every `of`-th kernel alone.
+    """Compiles kernels in bf16, and in fp8 where the decoder has kernels for it. of: every `of`-th kernel alone.
 
-    Raises BenchError for a card that none are compiled for, BuildError where a kernel cannot be compiled.
+    Returns seconds by precision. Raises BenchError for an unknown card, BuildError where a kernel does not compile.
     """
     if capability not in CARDS:
         raise BenchError(

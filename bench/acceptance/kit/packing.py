@@ -1,4 +1,4 @@
-"""A folder with our code at a commit, the wheels that a host lacks, and what runs there."""
+"""Packs a folder with our code at a commit, the wheels that a host lacks, and run.sh."""
 
 import io
 import os
@@ -18,9 +18,9 @@ PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x8
 
 
 def pack(root: Path, out: Path, pythons: Sequence[str]) -> int:
-    """Fills `out`, which is replaced, from the commit that `root` is at; gives bytes.
+    """Replaces `out` by a kit of the commit that `root` is at. Returns its bytes.
 
-    pythons: versions of the hosts' Python, as 3.12. Raises BenchError where git or pip fails, or the limit is passed.
+    pythons: versions of the hosts' Python, as 3.12. Raises BenchError where git or pip fails, or the kit is too large.
     """
     revision = _told(["git", "rev-parse", "HEAD"], root).strip()
     made = out.with_name(f".{out.name}-unfinished")
@@ -44,7 +44,7 @@ def pack(root: Path, out: Path, pythons: Sequence[str]) -> int:
 
 
 def packed_code(root: Path) -> list[str]:
-    """The files of CODE that git knows of."""
+    """Returns the files of CODE that git tracks."""
     return _told(["git", "ls-files", *CODE], root).splitlines()
 
 

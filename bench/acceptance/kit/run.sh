@@ -12,8 +12,8 @@ if [ ! -e "$work/ready" ] || ! cmp -s "$here/REVISION" "$work/code/REVISION"; th
   rm -rf "$work/ready" "$work/code" "$work/env"
   mkdir -p "$work/code"
   tar -xzf "$here/code.tar.gz" -C "$work/code"
-  # An environment of its own before the host's packages: what is missing or too old there is installed here, and
-  # nothing of the host is touched. The host's Python may itself be an environment, so its folders are named.
+  # A separate environment, searched before the host's packages, takes those that the host lacks or has too old; the
+  # host stays as it is. host.pth names the host's folders, because its Python may itself be an environment.
   "$python" -m venv --without-pip "$work/env"
   site=$("$work/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   "$python" -c 'import sys; [print(f"import site; site.addsitedir({p!r})") for p in sys.path if p.endswith("-packages")]' > "$site/host.pth"

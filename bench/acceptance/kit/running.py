@@ -1,9 +1,9 @@
-"""Runs a call of the kit on the host: each step as a program with a time limit, and what is done is not done again.
+"""Runs a call of the kit on the host: each step is a program with a time limit, and finished ones are skipped.
 
     bash run.sh engine|http [--rehearse] [--minutes 9.5]
 
-Leaves in --out: acceptance.md (what must be shown, with its bar, and the steps), acceptance.json, and each program's
-own files and last words. Exit code 1: a step failed, or time ended before it.
+Writes to --out: acceptance.md (figures with their bars, and the steps), acceptance.json, and each program's own files
+and logs. Exit code 1: a step failed, or time ended before it.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from bench.harness.host import host_facts
 from bench.harness.server_process import ROOT
 
 MINUTES = 9.5
-LEAST_S = 15.0  # of what is left of a call, for one step more
-GROUP = "group"  # file in `work`: the processes of the step under way
-MARK = "KIT_WORK"  # variable of their environment, which names `work`
+LEAST_S = 15.0  # no step begins when a call has less left
+GROUP = "group"  # file in `work`: process group of the running step
+MARK = "KIT_WORK"  # variable of its environment that names `work`
 
 
 class Runner:
-    """One call. deadline: seconds of time.monotonic() at which its last step is ended."""
+    """Runs the steps of one call. deadline: seconds of time.monotonic() at which it ends the last step."""
 
     def __init__(self, place: Place, deadline: float) -> None:
         self._place, self._deadline = place, deadline
@@ -51,7 +51,7 @@ class Runner:
         return sum(kept.left_out for kept in self._kept.values())
 
     def run(self, step: Step) -> None:
-        """Unless it is done, or lacks something that it needs here; its failure is kept."""
+        """Runs `step`, unless it is done or lacks something that it needs, and records its failure."""
         lacks = step.lacks(self._place)
         if lacks is not None:
             self.skipped[step.name] = lacks
@@ -60,7 +60,7 @@ class Runner:
         self._kept[step.builds].take({"device": self._place.device}, step.name, lambda: self._ran(step))
 
     def _ran(self, step: Step) -> dict[str, Any]:
-        """What it printed as JSON, and seconds. Raises BenchError with its last words."""
+        """Runs the program and returns its JSON and seconds. Raises BenchError with its last line."""
         limit = min(step.limit_s * self._place.patience, self._deadline - time.monotonic())
         stem = self._place.out / "logs" / re.sub(r"\W+", "-", step.name)
         began = time.monotonic()
@@ -73,7 +73,7 @@ class Runner:
             except subprocess.TimeoutExpired:
                 raise BenchError(f"not done after {limit:.0f} s") from None
             finally:
-                with contextlib.suppress(ProcessLookupError):  # all of it has ended
+                with contextlib.suppress(ProcessLookupError):  # the whole group has ended
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 (self._place.work / GROUP).unlink()
@@ -82,7 +82,7 @@ class Runner:
         return {"seconds": round(time.monotonic() - began, 1), "found": _document(stem.with_suffix(".out").read_text())}
 
     def _end_group(self) -> None:
-        """Ends what is left of the step that was under way when an earlier call was killed."""
+        """Ends processes of a step that an earlier, killed call left behind."""
         file = self._place.work / GROUP
         if not file.exists():
             return
@@ -93,7 +93,7 @@ class Runner:
 
 
 def _is_ours(process: Path, group: int, work: Path) -> bool:
-    """Whether a process of /proc belongs to the group, and was started from `work`: numbers are given out again."""
+    """Returns whether a process of /proc is of this group and has `work` in its environment: group ids are reused."""
     try:
         fields = (process / "stat").read_text().rpartition(")")[2].split()
         return int(fields[2]) == group and f"{MARK}={work}\0".encode() in (process / "environ").read_bytes()
@@ -102,7 +102,7 @@ def _is_ours(process: Path, group: int, work: Path) -> bool:
 
 
 def _document(text: str) -> Any:
-    """The JSON that is all of `text`, or its last line; None where neither is any."""
+    """Returns the JSON of the whole `text` or of its last line; None where neither is JSON."""
     lines = text.strip().splitlines()
     for part in (text, lines[-1] if lines else ""):
         try:
@@ -110,7 +110,7 @@ def _document(text: str) -> Any:
         except ValueError:
             continue
         if isinstance(found, dict):
-            found.pop("shared", None)  # hundreds of kernels' files in the manifest of an engine
+            found.pop("shared", None)  # hundreds of kernel files in an engine's manifest
         return found
     return None
 
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def keep(place: Place, skipped: dict[str, str]) -> None:
-    """Writes the page and the document of all calls so far."""
+    """Writes acceptance.md and acceptance.json of all calls so far."""
     facts = Facts.read(place.out, place.work)
     about = {"card": _card(place), "machine": host_facts(), "skipped": skipped}
     (place.out / "acceptance.json").write_text(json.dumps({**about, **facts.to_dict()}) + "\n")

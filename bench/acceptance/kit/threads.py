@@ -1,8 +1,8 @@
-"""Whether the engine's thread should work alone: the same batches with one thread of torch and with one for each core.
+"""Times the same batches with one thread of torch and with one for each core.
 
     python -m bench.acceptance.kit.threads --model random:sprint-0.6b
 
-An engine on a GPU takes one, since waking a pool for a batch's noise was seen to take longer than the pool saves.
+An engine on a GPU uses one thread: waking a pool for a batch's noise took longer than the pool saved.
 """
 
 import argparse
@@ -24,7 +24,10 @@ CASES = ((1, 1), (1, 2), (8, 1))  # batch, steps
 
 
 def compare(model: str, device: str, runs: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds by stage: `runs` after one that is not counted, `rounds` in turn, since a card grows warm."""
+    """Returns milliseconds by stage for each case and thread count: `runs` runs after one uncounted.
+
+    Thread counts alternate for `rounds` rounds, because a card grows warm.
+    """
     checkpoint = open_checkpoint(model)
     engine = EnginePipeline(checkpoint, device=device, precision="bf16" if device == "cuda" else "fp32", max_batch=8)
     width, height = checkpoint.settings.default_size

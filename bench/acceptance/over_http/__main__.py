@@ -1,10 +1,10 @@
-"""What a user of a GPU host waits for: the real server measured over HTTP, beside what was projected, and diffusers.
+"""Measures the server over HTTP, with projections and diffusers for comparison.
 
     python -m bench.acceptance.over_http    # 0.6B and 1.6B with random weights, on a GPU
     python -m bench.acceptance.over_http --device cpu --quick --models tiny    # any machine
 
-Prints one JSON line for each figure and keeps it in --out at once. A second call goes on where the first one ended,
-which --minutes bounds; exit code 1: something failed or was left out, and its name is not in the file.
+Prints one JSON line for each figure and writes it to --out at once. --minutes limits a call; the next call goes on
+where it ended. Exit code 1: a figure failed or was left out.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def _card(device: str) -> str:
 
 
 def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> None:
-    """Starts the server once for all that is not there yet."""
+    """Starts the server once and takes all figures that the file lacks."""
     checkpoint = open_checkpoint(about["model"])
     runs, clients, each = (3, (1, 2), 2) if options.quick else (40, (1, 8, 32), 12)
     flags = ["--model", about["model"], "--device", options.device]
@@ -129,7 +129,7 @@ def _asked(options: argparse.Namespace, name: str) -> bool:
 
 
 def _projected(figures: Figures, about: About, options: argparse.Namespace) -> None:
-    """Of a GPU's precisions alone; a CPU's proof takes bf16."""
+    """Takes the projection of a request on a GPU; a CPU run projects bf16."""
     precision = about["precision"] if options.device == "cuda" else "bf16"
     size = open_checkpoint(about["model"]).settings.default_size
 

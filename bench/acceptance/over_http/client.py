@@ -1,4 +1,4 @@
-"""What one measures of a running server from outside: requests alone, closed loops, a drawing, and what it tells."""
+"""Measures a running server as a client: single requests, closed loops, drawings and memory."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ USED = 'sana_sprint_gpu_memory_bytes{kind="used"}'
 
 
 def fresh_prompts(checkpoint: Checkpoint, tokens: int) -> Iterator[str]:
-    """Prompts without end, each of so many tokens behind the instruction where words allow it, none twice."""
+    """Yields different prompts without end, each of `tokens` tokens behind the instruction where words allow it."""
     settings = checkpoint.settings
     instruction = INSTRUCTION if settings.instruction else ""
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
@@ -46,7 +46,10 @@ def fresh_prompts(checkpoint: Checkpoint, tokens: int) -> Iterator[str]:
 
 
 def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[str, Any]:
-    """`runs` requests one after the other, each of a new prompt: milliseconds, medians of the stages, bytes."""
+    """Sends `runs` requests one after the other, each with a new prompt.
+
+    Returns milliseconds, the stages' medians and the last response's bytes. Raises BenchError.
+    """
 
     async def ask() -> dict[str, Any]:
         pool, took, stages, size = ConnectionPool(url), [], list[dict[str, float]](), 0
@@ -69,18 +72,21 @@ def alone(url: str, prompts: Iterator[str], runs: int, **fields: Any) -> dict[st
 
 
 def stages_of(header: str) -> dict[str, float]:
-    """Milliseconds by stage, of a Server-Timing header."""
+    """Returns a Server-Timing header's milliseconds by stage."""
     return {name: float(value) for name, value in re.findall(r"(\w+);dur=([\d.]+)", header)}
 
 
 def at_once(url: str, prompts: Iterator[str], count: int, rounds: int) -> dict[str, Any]:
-    """`count` requests sent together to a server that rests, `rounds` times: milliseconds of an answer."""
+    """Sends `count` requests together to an idle server, `rounds` times. Returns mean milliseconds of a response."""
     found = [closed_loop(url, prompts, count, 1)["ms"] for _ in range(rounds)]
     return {"mean_ms": round(sum(one["mean"] for one in found) / rounds, 3), "rounds": rounds}
 
 
 def closed_loop(url: str, prompts: Iterator[str], clients: int, each: int) -> dict[str, Any]:
-    """`clients` at once, each with `each` requests of JPEG: pictures a second, and milliseconds of an answer."""
+    """Sends `clients * each` JPEG requests, `clients` at a time.
+
+    Returns images per second, and milliseconds of a response. Raises BenchError.
+    """
 
     async def send() -> dict[str, Any]:
         with tempfile.TemporaryFile() as spool:
@@ -100,7 +106,7 @@ def closed_loop(url: str, prompts: Iterator[str], clients: int, each: int) -> di
 
 
 def drawing(url: str, prompts: Iterator[str], runs: int) -> dict[str, Any]:
-    """WS /v1/live: milliseconds from a drawing's departure to the last byte of its picture; each drawing is new."""
+    """Sends `runs` new drawings to WS /v1/live. Returns milliseconds from sending one to its image's last byte."""
     took = []
     with connect(url.replace("http", "ws", 1) + "/v1/live", open_timeout=PATIENCE_S, proxy=None) as socket:
         _expect_message(socket.recv(PATIENCE_S), "ready")
@@ -121,7 +127,7 @@ def drawing(url: str, prompts: Iterator[str], runs: int) -> dict[str, Any]:
 
 
 def strokes(number: int) -> str:
-    """Base64 of a PNG of one white bar on black; others for other numbers."""
+    """Returns a PNG in base64: a white bar on black, at a position that `number` sets."""
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[100:110, 2 * number % 200 : 2 * number % 200 + 40] = 255
     file = io.BytesIO()
@@ -130,7 +136,7 @@ def strokes(number: int) -> str:
 
 
 def get_body(url: str, path: str) -> bytes:
-    """The body of GET `path`. Raises BenchError where it is not 200."""
+    """Returns the body of GET `path`. Raises BenchError where the status is not 200."""
 
     async def get() -> bytes:
         with tempfile.TemporaryFile() as spool:
@@ -143,7 +149,7 @@ def get_body(url: str, path: str) -> bytes:
 
 
 def memory(url: str) -> dict[str, Any]:
-    """Bytes that the server tells of its card and process; without NVML nvidia-smi tells of the card."""
+    """Returns the memory metrics of the server, in bytes; without NVML nvidia-smi reports the card's."""
     found: dict[str, Any] = {
         name: value
         for name, value in parse_samples(get_body(url, "/metrics").decode()).items()
@@ -169,7 +175,7 @@ Measure = Callable[[], dict[str, Any]]
 def figures_of(
     url: str, prompts: Iterator[str], *, runs: int, clients: Sequence[int], each: int, control: bool
 ) -> Iterator[tuple[str, Measure]]:
-    """Every figure of a server that is ready, by name, in the order they are taken: the most important first."""
+    """Yields name and measurement of each figure of a ready server, the most important first."""
 
     def single(**fields: Any) -> Measure:
         return lambda: alone(url, prompts, runs, **fields)

@@ -1,4 +1,4 @@
-"""Figures as JSON lines: each is printed and kept at once, and not measured again by the next call."""
+"""Figures as JSON lines: each is printed and written at once, and the next call skips it."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ About = dict[str, Any]  # what a figure holds for: model, precision, device
 
 
 class Figures:
-    """The lines of one file. deadline: time.monotonic() after which nothing else is begun."""
+    """The lines of one file. deadline: seconds of `clock` after which no measurement begins."""
 
     def __init__(self, path: Path, deadline: float, clock: Callable[[], float]):
         self._path, self._deadline, self._clock = path, deadline, clock
@@ -28,7 +28,7 @@ class Figures:
         return _key(about, name) in self._done
 
     def take(self, about: About, name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measures `name`, unless it is kept or time is up; keeps an exception as its error."""
+        """Measures `name`, unless the file has it or time is up; writes an exception as its error."""
         if self.has(about, name):
             return
         if self.late:
@@ -47,7 +47,7 @@ class Figures:
         return self._clock() > self._deadline
 
     def fail(self, about: About, name: str, error: Exception) -> None:
-        """Keeps the reason; the next call retries."""
+        """Writes the error; the next call retries."""
         self._write(about, name, {"error": f"{type(error).__name__}: {error}"[:400]})
         self.left_out += 1
 

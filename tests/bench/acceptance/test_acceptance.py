@@ -1,4 +1,4 @@
-"""bench.acceptance on the CPU: every step but the card's own runs here, so that a GPU host's command works."""
+"""bench.acceptance runs every step but the card's own on a CPU, which proves a GPU host's command."""
 
 import json
 from collections.abc import Callable
@@ -63,9 +63,9 @@ def test_the_figures_are_measured_ones(run: tuple[int, Path]) -> None:
     figures = {step["name"]: step["figures"] for step in found["steps"]}
     assert figures["activation ranges"]["decoder"]["peak"] > 0
     assert figures["build fp32"]["modules"]["decoder"]["parity"]["gate"] == "levels of 255 <= 1"
-    pictures = figures["pictures fp32"]
-    assert (pictures["batch"], pictures["same_twice"]) == (2, True)
-    assert max(pictures["max_abs"], pictures["alone_max_abs"]) <= 2
+    images = figures["pictures fp32"]
+    assert (images["batch"], images["same_twice"]) == (2, True)
+    assert max(images["max_abs"], images["alone_max_abs"]) <= 2
     assert figures["graphs"]["uncaptured"] == 0
     assert figures["graphs"]["max_abs_to_eager"] <= 1
     assert figures["graphs"]["device"].startswith("no graphs")

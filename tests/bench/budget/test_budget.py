@@ -1,4 +1,4 @@
-"""bench.budget: what a card that is not there is seen to do, and a bar for what a picture may cost on one."""
+"""bench.budget counts events of a simulated card, and bars limit the cost of an image."""
 
 import json
 from functools import cache
@@ -30,13 +30,13 @@ def card() -> Card:
 
 @pytest.fixture(scope="module")
 def image() -> dict[str, Any]:
-    """0.6B, 1024x1024, one step, batch 1, a new prompt of 20 tokens, cuda-graph."""
+    """Returns the document of one image: 0.6B, 1024x1024, one step, a new prompt of 20 tokens, cuda-graph."""
     return by_steps(1)[1]
 
 
 @pytest.fixture(scope="module")
 def eight() -> dict[int, dict[str, Any]]:
-    """The same for eight prompts at once, by steps."""
+    """Returns documents of eight prompts at once, by number of steps."""
     return by_steps(8)
 
 
@@ -47,41 +47,41 @@ def by_steps(batch: int) -> dict[int, dict[str, Any]]:
     return dict(zip(steps, map(document, found), strict=True))
 
 
-def test_launches_of_a_picture(image: dict[str, Any]) -> None:
-    """More are allowed where they are measured to be faster on a card; fewer are always welcome."""
+def test_launches_of_an_image(image: dict[str, Any]) -> None:
+    """Raise a count only where a card measured the change as faster."""
     assert image["launches"] == {
         "text": 185,  # seven a layer, and embedding, scaling and first norm
         "denoise": 461,  # fifteen a block; the rest are the prompt's, the time's and the sampler's
         "decode": 128,  # ten a block of attention, 21 in ResBlocks, 8 in upsamplings, and the two ends
     }
-    # An embedding is put together, kept and laid where the graph reads it; what a graph gives is copied.
+    # The host's calls join, cache and copy an embedding to the graph's input, and copy the graph's outputs.
     assert image["launches_outside_graphs"] == 9
 
 
-def test_a_picture_waits_for_nothing_but_itself(image: dict[str, Any]) -> None:
-    """Waits: for the pixels, and for the stopwatch, which has stopped by then."""
+def test_an_image_waits_for_nothing_but_itself(image: dict[str, Any]) -> None:
+    """The host waits for the pixels, and for the timer, which has stopped by then."""
     assert image["transfers"] == {"pageable": 0, "pinned": 7}
     assert image["waits"] == 2
 
 
-def test_bytes_of_a_picture(image: dict[str, Any]) -> None:
+def test_bytes_of_an_image(image: dict[str, Any]) -> None:
     """Text reads its 26 layers of weights once, 4.05 GB; at most 1 % more than today for the others."""
     gigabytes = {stage: count / 1e9 for stage, count in image["bytes"].items()}
     assert 4.05 < gigabytes["text"] < 4.45
     assert gigabytes["denoise"] < 4.48
     assert gigabytes["decode"] < 12.95
-    # On a card 7.44 GB were allocated when the weights were loaded; the rest is the pool that graphs share.
+    # A card had allocated 7.44 GB after loading the weights; the rest is the pool that graphs share.
     assert image["peak_bytes"] < 8.15e9
 
 
 def test_a_batch_of_eight(eight: dict[int, dict[str, Any]]) -> None:
-    """Text and denoising are launched once for all; pictures are decoded and handed out one by one."""
+    """The engine launches text and denoising once for all, and decodes and returns images one by one."""
     for steps, batch in eight.items():
         single = by_steps(1)[steps]
         assert batch["launches"]["text"] == 211  # one kernel more a layer
         assert batch["launches"]["denoise"] == single["launches"]["denoise"] + steps
         assert batch["launches"]["decode"] == 8 * single["launches"]["decode"]
-        # Prompt and picture have their own copies: six outside of graphs and two transfers for each of the other seven.
+        # Prompt and image have their own copies: six outside of graphs and two transfers for each of the other seven.
         assert batch["launches_outside_graphs"] == single["launches_outside_graphs"] + 7 * 6
         assert batch["transfers"] == {"pageable": 0, "pinned": single["transfers"]["pinned"] + 7 * 2}
         assert batch["waits"] == 8 * single["waits"]
@@ -93,12 +93,12 @@ def test_bytes_of_a_batch_of_eight(eight: dict[int, dict[str, Any]]) -> None:
     assert gigabytes["text"] < 5.41
     assert gigabytes["denoise"] < 27.5
     assert gigabytes["decode"] < 103.6
-    # Of 14 GB that a card may have to give: 11.0 were reserved where 8.07 are held by tensors at batch 1.
+    # The limit is 14 GB of a card, which reserved 11.0 at batch 1 where tensors hold 8.07.
     assert max(one["peak_bytes"] for one in eight.values()) < 8.2e9
 
 
 def test_steps_cost_denoising_alone(eight: dict[int, dict[str, Any]]) -> None:
-    """A text or a picture does not know of steps, and what a request does besides neither."""
+    """Text, decoding, copies and waits cost the same for any number of steps."""
     for found in (by_steps(1), eight):
         one = found[1]
         for steps in (2, 4):
@@ -140,7 +140,7 @@ def test_the_last_line_is_the_contract(folder: Path, capsys: pytest.CaptureFixtu
     }
     assert all(set(times) == {*stages, "rest", "total"} for times in result["projected_ms"].values())
     assert "counted, not timed" in lines[0]
-    assert result["waits"] == 4  # two pictures are handed out one after the other
+    assert result["waits"] == 4  # the engine returns two images one after the other
 
 
 def test_a_step_more_is_a_transformer_more(folder: Path) -> None:
@@ -273,7 +273,9 @@ def test_work_of_kernels(card: Card) -> None:
         card.clear()
         CROSS_ATTENTION.run(card.launcher, query, kv, lengths, 3, 2, False, 1e-6)
         (call,) = launched()
-        assert call.read + call.written == 2 * (64 * 32 * 2 + 10 * 2 * 32) + 4  # of keys and values one block in five
+        assert (
+            call.read + call.written == 2 * (64 * 32 * 2 + 10 * 2 * 32) + 4
+        )  # it reads one block in five of keys and values
 
 
 def test_times_scale_with_what_binds() -> None:

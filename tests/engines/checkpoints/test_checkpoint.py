@@ -121,6 +121,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "sprint.json").write_text('{"default_size": [64]}'),
         r"default_size: got \[64\], like \(1024, 1024\) is needed",
     ),
+    "angle beyond the noise": (
+        lambda f: (f / "sprint.json").write_text('{"one_step_angle": 1.6}'),
+        r"one_step_angle: got 1\.6, like 1\.57",
+    ),
 }
 
 
@@ -201,9 +205,10 @@ def test_settings_come_from_the_folder(copy: Path) -> None:
     assert open_checkpoint(str(copy)).settings == SprintConfig()
     (copy / "sprint.json").write_text(
         '{"instruction": false, "max_prompt_tokens": 24, "default_size": [64, 96], "guidance_trained": [2.5, 3],'
-        ' "sizes": [[64, 96], [64, 64]]}'
+        ' "sizes": [[64, 96], [64, 64]], "one_step_angle": 1.55413}'
     )
-    assert open_checkpoint(str(copy)).settings == SprintConfig(False, 24, (64, 96), (2.5, 3), ((64, 96), (64, 64)))
+    sizes = ((64, 96), (64, 64))
+    assert open_checkpoint(str(copy)).settings == SprintConfig(False, 24, (64, 96), (2.5, 3), sizes, 1.55413)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["checkpoint", "autoencoder"])

@@ -79,7 +79,7 @@ def test_what_the_server_says_is_what_the_node_says(node: Any, plain: Running) -
 
 
 def test_the_bounds_are_those_of_the_server(node: Any, plain: Running) -> None:
-    """What ComfyUI lets its user choose, the server takes."""
+    """The server accepts every value that ComfyUI offers."""
     schema = plain.client.get("/openapi.json").json()["components"]["schemas"]["GenerateRequest"]["properties"]
     inputs = {name: kind[1] for group in node.INPUT_TYPES().values() for name, kind in group.items()}
     names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "count": "num_images"}

@@ -1,4 +1,4 @@
-"""What a kit holds: the code at the commit, and every package that this code imports and a host may lack."""
+"""A kit holds the code at the commit, and every package that this code imports and a host may lack."""
 
 import ast
 import sys
@@ -58,7 +58,7 @@ def test_what_is_installed_is_what_the_server_depends_on() -> None:
 
 
 def test_every_package_that_a_wheel_wants_is_there() -> None:
-    """On Linux, without extras; those of wheels that the test's own environment has."""
+    """Checks the requirements of installed packages for Linux, without extras."""
     for name in packed():
         for line in requires(name) or ():
             wanted = Requirement(line)
@@ -67,7 +67,7 @@ def test_every_package_that_a_wheel_wants_is_there() -> None:
 
 
 def test_every_import_is_met() -> None:
-    """At a module's top by wheels and the host; inside functions by what is told to be left out, too."""
+    """Wheels and the host provide each import; only functions may import a package of NOT_PACKED."""
     providers = packages_distributions()
     met, unmet = packed() | HOST, set()
     for module, (_, imports) in reached().items():
@@ -82,7 +82,7 @@ def test_every_import_is_met() -> None:
 
 
 def reached() -> dict[str, tuple[Path, list[tuple[str, bool]]]]:
-    """Every module of ours that a step may load: its file, and what it imports, and whether inside a function."""
+    """Returns our modules that a step may load: each with its file, its imports, and whether a function holds them."""
     found: dict[str, tuple[Path, list[tuple[str, bool]]]] = {}
     waiting = list(STARTED)
     while waiting:

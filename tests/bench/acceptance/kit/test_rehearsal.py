@@ -1,4 +1,4 @@
-"""A kit that was packed here runs where there is PyTorch and nothing else, and no network."""
+"""A packed kit runs on a host that has PyTorch alone and no network."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from bench.acceptance.kit import threads
 from bench.acceptance.kit.__main__ import main
 from bench.acceptance.kit.contents import MOST_BYTES
 
-# What a host has: PyTorch for CUDA, and what it depends on.
+# A host's packages: PyTorch for CUDA and its dependencies.
 FOLDERS = "torch torchgen functorch triton numpy numpy.libs sympy mpmath networkx jinja2 markupsafe setuptools"
 PINS = "torch triton numpy sympy mpmath networkx jinja2 markupsafe setuptools filelock fsspec typing_extensions"
 MORE = "filelock fsspec typing_extensions.py _distutils_hack"
@@ -21,7 +21,7 @@ MORE = "filelock fsspec typing_extensions.py _distutils_hack"
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that has PyTorch, and pip."""
+    """Returns a Python that has PyTorch and pip."""
     folder = tmp_path_factory.mktemp("host")
     base = Path(sys.base_prefix) / "bin" / Path(sys.executable).name
     subprocess.run([base, "-m", "venv", folder], check=True)

@@ -1,4 +1,4 @@
-"""A call of the kit: its steps have limits, what is done is not done again, and a killed call leaves no process."""
+"""A call of the kit limits its steps and skips finished ones; a killed call leaves no process to the next."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""bench.acceptance.over_http: our server over HTTP on a CPU, and figures taken once."""
+"""bench.acceptance.over_http measures our server over HTTP on a CPU, each figure once."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_packed_code_tells_its_commit(tmp_path: Path, monkeypatch: pytest.Monkey
     module = tmp_path / "bench" / "harness" / "host.py"
     monkeypatch.setattr(host, "__file__", str(module))
     (tmp_path / host.REVISION).write_text("abc123\n")
-    assert host.machine()["revision"] == "abc123"
+    assert host.host_facts()["revision"] == "abc123"
 
 
 @pytest.mark.gpu
