@@ -180,6 +180,13 @@ class Limits:
 
     def check(self, job: Job) -> None:
         """Raises JobError, naming field, value and bounds, for a job outside these limits."""
+        if job.conditioning not in self.conditioning:
+            field, remedy = "prompt alone" if job.conditioning == "text" else "image", ""
+            if job.control_image is not None:
+                field = "control_image"
+                remedy = "; strokes need a ControlNet: the folder controlnet/ in the checkpoint, or --controlnet"
+            runs = ", ".join(sorted(self.conditioning))
+            raise JobError(f"{field}: got {job.conditioning}, this engine runs {runs}{remedy}")
         if not self.allows_size(job.width, job.height):
             nearest = ", ".join(f"{w}x{h}" for w, h in self.nearest_sizes(job.width, job.height))
             raise JobError(

@@ -85,7 +85,7 @@ def test_jobs_outside_the_limits_are_refused(jobs: list[Job], words: str) -> Non
 
 def test_conditioning_is_honoured() -> None:
     text_only = FakeEngine(conditioning=frozenset({"text"}))
-    with pytest.raises(JobError, match="conditioning"):
+    with pytest.raises(JobError, match="image: got image, this engine runs text"):
         text_only.generate([replace(JOB, image=solid(1))])
 
 

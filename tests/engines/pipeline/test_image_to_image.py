@@ -1,4 +1,4 @@
-"""Image to image on the shipped checkpoint: the farther the strength, the less of the input is left."""
+"""Image to image on the shipped checkpoint: similarity to the input falls with the strength."""
 
 from pathlib import Path
 from statistics import fmean
@@ -24,33 +24,31 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def cases() -> list[tuple[Pixels, str]]:
-    """Pictures of one thing each, and words for another."""
-    found = []
+    """Renders one thing per case, with a caption of another."""
+    pairs = []
     for number in range(CASES):
         rng = np.random.default_rng((77, number))
-        drawn, asked = (sample_scene(World(), rng, "single_object", "held_out") for _ in range(2))
-        found.append((render(World(), drawn, 256), caption_of(asked.asked, rng)))
-    return found
+        shown, described = (sample_scene(World(), rng, "single_object", "held_out") for _ in range(2))
+        pairs.append((render(World(), shown, 256), caption_of(described.requirement, rng)))
+    return pairs
 
 
 def changes(engine: Engine, cases: list[tuple[Pixels, str]], steps: int) -> list[float]:
-    """Mean absolute difference to the input, in levels of 255, at each of STRENGTHS."""
-    found = []
+    """Returns the mean absolute difference to the input, in levels of 255, at each of STRENGTHS."""
+    differences = []
     for strength in STRENGTHS:
         jobs = [
-            Job(words, seed, 256, 256, steps, image=image, strength=strength)
-            for seed, (image, words) in enumerate(cases)
+            Job(caption, seed, 256, 256, steps, image=image, strength=strength)
+            for seed, (image, caption) in enumerate(cases)
         ]
-        made = engine.generate(jobs)
-        found.append(
-            fmean(np.abs(one.pixels.astype(int) - image).mean() for one, (image, _) in zip(made, cases, strict=True))
-        )
-    return found
+        pairs = zip(engine.generate(jobs), cases, strict=True)
+        differences.append(fmean(np.abs(result.pixels.astype(int) - image).mean() for result, (image, _) in pairs))
+    return differences
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_similarity_falls_with_strength(engine: Engine, cases: list[tuple[Pixels, str]], steps: int) -> None:
-    found = changes(engine, cases, steps)
-    assert found == sorted(found), found
-    assert found[0] < 5, "strength 0 is the input through the autoencoder"
-    assert found[1] < found[-1] / 3, "a weak strength keeps most of the input, at any number of steps"
+    differences = changes(engine, cases, steps)
+    assert differences == sorted(differences), differences
+    assert differences[0] < 5, "strength 0 is the input through the autoencoder"
+    assert differences[1] < differences[-1] / 3, "a weak strength keeps most of the input, at any number of steps"
