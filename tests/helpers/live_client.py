@@ -65,7 +65,7 @@ class LiveClient:
         assert len(content) == header["bytes"]
         return LiveImage(header, content)
 
-    def picture_of(self, sequence: int) -> LiveImage:
+    def image_of(self, sequence: int) -> LiveImage:
         """Returns the first image of the message of that number, or of a newer one."""
         while (received := self.image()).sequence < sequence:
             pass

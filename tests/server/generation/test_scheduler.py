@@ -134,7 +134,7 @@ def test_a_job_that_always_fails_fails_alone(serve: Serve) -> None:
 
 
 def test_a_transient_failure_is_hidden(serve: Serve) -> None:
-    engine = GatedEngine(field_errors=FaultInjection(raise_on_calls=frozenset({1})))
+    engine = GatedEngine(faults=FaultInjection(raise_on_calls=frozenset({1})))
     running = serve(engine)
     requests = queue_up(running, engine, ["a", "b"])
     engine.gate.set()
@@ -151,7 +151,7 @@ def test_a_transient_failure_is_hidden_in_a_batch_of_one_too(serve: Serve) -> No
 
 
 def test_out_of_memory_halves_the_batches_of_its_key_and_goes_on(serve: Serve) -> None:
-    engine = GatedEngine(field_errors=FaultInjection(out_of_memory_above=2))
+    engine = GatedEngine(faults=FaultInjection(out_of_memory_above=2))
     running = serve(engine)
     requests = queue_up(running, engine, [f"prompt {i}" for i in range(7)])
     engine.gate.set()
@@ -166,13 +166,13 @@ def test_out_of_memory_halves_the_batches_of_its_key_and_goes_on(serve: Serve) -
 
 
 def test_a_job_too_large_even_alone_gets_500(serve: Serve) -> None:
-    running = serve(FakeEngine(field_errors=FaultInjection(out_of_memory_above=0)))
+    running = serve(FakeEngine(faults=FaultInjection(out_of_memory_above=0)))
     answer = running.generate()
     assert (answer.status_code, "no memory" in answer.json()["detail"]) == (500, True)
 
 
 def test_an_engine_that_fails_on_its_own_job_too_is_left(serve: Serve) -> None:
-    running = serve(FakeEngine(field_errors=FaultInjection(broken_from_call=1)))
+    running = serve(FakeEngine(faults=FaultInjection(broken_from_call=1)))
     assert running.generate().status_code == 200
     assert [running.generate().status_code for _ in range(3)] == [500] * 3
     wait_until(lambda: running.left == [EXIT_ENGINE])

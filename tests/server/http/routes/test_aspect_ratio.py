@@ -73,9 +73,9 @@ def test_an_engine_of_fixed_sizes_names_those_it_has(serve: Serve) -> None:
 def test_the_newer_of_ratio_and_size_holds_in_a_live_session(running: Running) -> None:
     offered = running.client.get("/v1/info").json()["aspect_ratios"]
     with live(running) as session:
-        wide = session.picture_of(session.set(prompt="a ring", aspect_ratio="2:1"))
+        wide = session.image_of(session.set(prompt="a ring", aspect_ratio="2:1"))
         assert list(size_of(wide.content)) == offered["2:1"]
-        sized = session.picture_of(session.set(width=64, height=96))
+        sized = session.image_of(session.set(width=64, height=96))
         assert size_of(sized.content) == (64, 96)
-        tall = session.picture_of(session.set(aspect_ratio="1:2"))
+        tall = session.image_of(session.set(aspect_ratio="1:2"))
         assert list(size_of(tall.content)) == offered["1:2"]
