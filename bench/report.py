@@ -35,8 +35,8 @@ ELSEWHERE = (
 )
 CAVEATS = (
     "Figures hold for the machine named beside them, in the last section; ratios travel better than times.",
-    "Random weights (`random:...`) have the published size and cost the same time; their images are noise, and "
-    "distances between such images are no statement about quality.",
+    "Random weights (`random:...`) have the published size and cost the same time. Their images are noise, and "
+    "distances between them are no statement about quality.",
     "Ours and theirs run in turn in one process on the same tensors, every run with prompts that no cache has seen.",
     "Load is generated on the same machine that serves, and takes its share of it.",
 )

@@ -185,8 +185,8 @@ def show(result: dict[str, Any]) -> str:
     efficiency = result["efficiency"]
     parts = [
         f"projection of {result['model']}, {width}x{height}, {result['steps']} steps, batch {result['batch']}: "
-        f"{efficiency['arithmetic']:.0%} of the peak arithmetic, {efficiency['memory']:.0%} of the peak memory rate",
-        'projection of counted work, nothing measured here; the column "paper" is what the paper measured',
+        f"{efficiency['arithmetic']:.0%} of the peak arithmetic, {efficiency['memory']:.0%} of the peak memory rate.",
+        'A projection of counted work, nothing measured here; the column "paper" is what the paper measured.',
         "",
         table((label, "work of", "GFLOP", "GB, products", "GB, all calls", "calls"), work),
         "",

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GPU_ONLY = re.compile(r"\btorch\.cuda\.(?!OutOfMemoryError)|== \"cuda\"|!= \"cuda\"|device\(\"cuda\"\)|!= \"cpu\"")
 
 # Simulates a card, so that all of it runs and is tested without one (tests/bench/budget).

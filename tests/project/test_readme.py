@@ -21,7 +21,7 @@ from running_server import Running, read_image, start
 
 import build_engine
 from engines.fake import FakeEngine
-from server.settings import Settings, flag_of, read
+from server.settings import Settings, flag_of, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,7 +44,7 @@ def make(words: list[str]) -> None:
 
 
 def server(words: list[str]) -> None:
-    read(words[3:], {})
+    load_settings(words[3:], {})
 
 
 def builder(words: list[str]) -> None:
