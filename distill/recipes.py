@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from distill.world.rendering import World
 from engines.models.controlnet import Injection
 from engines.models.dcae import AutoencoderConfig, BlockType
+from engines.models.taesana import TaesanaConfig
 from engines.models.transformer import TransformerConfig
 
 
@@ -141,6 +142,24 @@ class LoraStageConfig:
     warmup: int = 20
     decay_fraction: float = 0.5
     ema: float = 0.99
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class SmallDecoderStageConfig:
+    """A TAESANA decoder that copies the autoencoder's."""
+
+    architecture: TaesanaConfig
+    images: int  # student latents with their images
+    steps: int
+    batch: int
+    learning_rate: float
+    edge_weight: float = 0.5
+    square_weight: float = 0.5
+    latent_noise: float = 0.1  # standard deviation, for half of a batch
+    warmup: int = 50
+    decay_fraction: float = 0.7
+    ema: float = 0.998
     seed: int = 7
 
 

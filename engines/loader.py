@@ -27,7 +27,7 @@ from engines.device.phases import Phases
 from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.lora import AdaptedTransformer, add_adapters
-from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.pixels import PixelEncoder
 from engines.pipeline.engine import Modules, SprintEngine
 from engines.pipeline.limits import limits_of, space_of
 from engines.pipeline.runners import runners_of
@@ -162,7 +162,7 @@ def _load_modules(options: _Options) -> Engine:
     modules = Modules(
         text,
         prepare("transformer", plain),
-        prepare("decoder", PixelDecoder(autoencoder)),
+        prepare("decoder", checkpoint.load_pixel_decoder(autoencoder, dtype, device)),
         prepare("encoder", PixelEncoder(autoencoder)),
         None if controlled is None else prepare("controlled", controlled),
     )

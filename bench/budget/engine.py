@@ -24,7 +24,7 @@ from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.checkpoints.weights import Component, WeightSource, load_strict
 from engines.kernels.op import Ops
 from engines.models.instruction import INSTRUCTION
-from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.pixels import PixelEncoder
 from engines.pipeline.native import NativeBackend
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 from engines.types import Engine, Job
@@ -181,7 +181,7 @@ def _of_built_engines(card: Card, checkpoint: Checkpoint, size: tuple[int, int],
         dtype,
         {
             "transformer": graphs("transformer", checkpoint.load_transformer(dtype, device), latent),
-            "decoder": graphs("decoder", PixelDecoder(autoencoder), latent),
+            "decoder": graphs("decoder", checkpoint.load_pixel_decoder(autoencoder, dtype, device), latent),
             "encoder": graphs("encoder", PixelEncoder(autoencoder), (height, width)),
         },
     )

@@ -37,7 +37,7 @@ from engines.checkpoints.lora import with_adapters
 from engines.device.hardware import Machine, capability_text, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
 from engines.models.folding import fold
-from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.pixels import PixelEncoder
 from engines.pipeline.calibration import calibration_prompts
 
 Progress = Callable[[int, int, str], None]  # steps done, number of steps, text of the next step
@@ -171,7 +171,8 @@ class _Build:
         self.choose_precision("transformer", peaks)
         del module
         autoencoder = self.checkpoint.load_autoencoder(torch.float32, CPU)
-        decoder, encoder = PixelDecoder(autoencoder), PixelEncoder(autoencoder)
+        decoder = self.checkpoint.load_pixel_decoder(autoencoder, torch.float32, CPU)
+        encoder = PixelEncoder(autoencoder)
         with torch.inference_mode(), max_activations(decoder) as peaks, max_activations(encoder) as encoder_peaks:
             for size, tensors in tensors_of.items():
                 self.step(f"reference of the autoencoder at {size_label(size)}")
@@ -259,8 +260,9 @@ class _Build:
         autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
         if name == "encoder":
             return PixelEncoder(autoencoder)
-        fold(autoencoder.decoder)
-        return PixelDecoder(autoencoder)
+        if self.checkpoint.taesana is None:
+            fold(autoencoder.decoder)
+        return self.checkpoint.load_pixel_decoder(autoencoder, dtype, CPU)
 
     def compiled(self, graphs: Mapping[Key, _Graph]) -> dict[Key, Artifact]:
         """Compiles the graphs and removes them. Returns the artifacts, without their parity."""

@@ -74,7 +74,7 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
 
     c_compiler()  # fails now, not after an hour
     spec, checkpoint, folder = build.spec, build.checkpoint, build.folder
-    reason = unsupported_decoder(checkpoint.autoencoder)
+    reason = unsupported_decoder(checkpoint.autoencoder) if checkpoint.taesana is None else "a TAESANA"
     if spec.precision == "fp8" and reason is not None:
         raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {reason}; use bf16")
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)

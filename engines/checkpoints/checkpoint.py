@@ -17,12 +17,15 @@ from engines.checkpoints.hub import SHORT_NAMES, find_folder
 from engines.checkpoints.random_weights import RandomWeights
 from engines.checkpoints.weights import Component, FolderWeights, WeightSource, meta_init, read_json
 from engines.errors import CheckpointError
-from engines.models.dcae import Autoencoder, AutoencoderConfig
+from engines.models.dcae import DC_AE_LITE, Autoencoder, AutoencoderConfig
 from engines.models.gemma import GemmaBody, GemmaConfig
+from engines.models.pixels import PixelDecoder
+from engines.models.taesana import TaesanaConfig, TaesanaDecoder
 from engines.models.transformer import SPRINT_0_6B, SPRINT_1_6B, SprintTransformer, TransformerConfig
 from engines.sampler import ONE_STEP_ANGLE
 
 RANDOM_SIZES = {"sprint-0.6b": SPRINT_0_6B, "sprint-1.6b": SPRINT_1_6B}
+DECODERS = {"lite": "mit-han-lab/dc-ae-lite-f32c32-sana-1.1-diffusers"}  # short names of --decoder
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
 _PARTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
@@ -80,6 +83,7 @@ class Checkpoint:
     autoencoder: AutoencoderConfig
     text: Mapping[str, object] = field(repr=False)  # text_encoder/config.json
     weights: WeightSource
+    taesana: TaesanaConfig | None = None  # set: decodes in place of the autoencoder's decoder
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if two components do not fit."""
@@ -112,6 +116,15 @@ class Checkpoint:
         self.weights.load_into("vae", module, dtype, device)
         return module.eval()
 
+    def load_pixel_decoder(self, autoencoder: Autoencoder, dtype: torch.dtype, device: torch.device) -> PixelDecoder:
+        """Returns the decoder of `autoencoder`, or the TAESANA in its place."""
+        if self.taesana is None:
+            return PixelDecoder(autoencoder)
+        with meta_init():
+            module = TaesanaDecoder(self.taesana)
+        self.weights.load_into("decoder", module, dtype, device)
+        return PixelDecoder(autoencoder, module.eval())
+
     def load_text_body(self, dtype: torch.dtype, device: torch.device) -> GemmaBody:
         """Returns the Gemma-2 body for models.text_encoder.TextEncoder."""
         try:
@@ -137,23 +150,54 @@ class Checkpoint:
 def open_checkpoint(name: str | Checkpoint, decoder: str | None = None, variant: str | None = None) -> Checkpoint:
     """Finds the checkpoint `name`, downloads it from the hub if needed, and reads its configs.
 
-    Takes an open checkpoint as it is. decoder: folder or hub id of another autoencoder with the same latents, such as
-    DC-AE-Lite. variant: of the weights, if a component has several (engines.checkpoints.variants). Raises
-    CheckpointError.
+    Takes an open checkpoint as it is. decoder: full (the checkpoint's own), lite (DC-AE-Lite), taesana (the
+    checkpoint's folder of that name), a folder or hub id of one of these, or the published taesana_decoder.pth.
+    variant: of the weights, if a component has several (engines.checkpoints.variants). Raises CheckpointError.
     """
     if isinstance(name, Checkpoint):
         checkpoint = name
     else:
         is_random = name.startswith("random:")
         checkpoint = _random(name) if is_random else _from_folder(name, find_folder(name, None, variant), variant)
-    if decoder is None:
-        return checkpoint
+    return checkpoint if decoder in (None, "full") else _with_decoder(checkpoint, decoder, variant)
+
+
+def _with_decoder(checkpoint: Checkpoint, decoder: str, variant: str | None) -> Checkpoint:
+    """Replaces the autoencoder, or its decoder by a TAESANA. Raises CheckpointError."""
     if not isinstance(checkpoint.weights, FolderWeights):
-        raise CheckpointError(f"decoder: got {decoder!r}; random weights are drawn for their own decoder only")
-    folder = find_folder(decoder, "vae", variant)
+        if decoder not in ("lite", "taesana"):
+            raise CheckpointError(f"decoder: got {decoder!r}; with random weights full, lite or taesana is allowed")
+        if decoder == "lite":
+            return replace(checkpoint, autoencoder=DC_AE_LITE)
+        return _with_taesana(checkpoint, TaesanaConfig(), checkpoint.weights)
+    folders = checkpoint.weights.folders
+    own = folders["vae"].parent / "taesana"
+    if decoder == "taesana" and not own.is_dir():
+        raise CheckpointError(
+            f"decoder: got taesana, and {own} does not exist; give the path of taesana_decoder.pth from the repository "
+            "madebyollin/taesd, or of a folder with a decoder and its config.json"
+        )
+    if decoder.endswith(".pth"):
+        weights = FolderWeights({**folders, "decoder": Path(decoder)}, checkpoint.weights.variant)
+        return _with_taesana(checkpoint, TaesanaConfig(), weights)
+    folder = own if decoder == "taesana" else find_folder(DECODERS.get(decoder, decoder), "vae", variant)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    weights = FolderWeights({**checkpoint.weights.folders, "vae": folder}, variant)
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") == TaesanaDecoder.__name__:
+        weights = FolderWeights({**folders, "decoder": folder}, checkpoint.weights.variant)
+        return _with_taesana(checkpoint, TaesanaConfig.from_dict(config), weights)
+    weights = FolderWeights({**folders, "vae": folder}, variant)
     return replace(checkpoint, autoencoder=_autoencoder(folder), weights=weights)
+
+
+def _with_taesana(checkpoint: Checkpoint, config: TaesanaConfig, weights: WeightSource) -> Checkpoint:
+    needed, actual = checkpoint.autoencoder, (config.latent_channels, config.compression)
+    if actual != (needed.latent_channels, needed.compression):
+        raise CheckpointError(
+            f"decoder: a TAESANA for latents of {actual[0]} channels and {actual[1]} pixels a side; the checkpoint has "
+            f"{needed.latent_channels} and {needed.compression}"
+        )
+    return replace(checkpoint, taesana=config, weights=weights)
 
 
 def _random(name: str) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Loads weights of a checkpoint's components into modules: strictly, from safetensors, without a second copy.
 
-A *component* is a subfolder of the diffusers layout: transformer, vae, text_encoder, controlnet. Modules start on the
-meta device and take the loaded tensors; files are memory-mapped.
+A *component* is a subfolder of the diffusers layout: transformer, vae, text_encoder, controlnet. The component decoder
+is a TAESANA: a folder, or the published .pth file. Modules start on the meta device and take the loaded tensors.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from engines.checkpoints.variants import choose_variant, index_file, single_file
 from engines.errors import CheckpointError
 
-Component = Literal["transformer", "vae", "text_encoder", "controlnet"]
+Component = Literal["transformer", "vae", "text_encoder", "controlnet", "decoder"]
 
 
 class WeightSource(Protocol):
@@ -90,7 +91,7 @@ class FolderWeights:
     def variants(self) -> dict[str, list[str]]:
         """Returns each variant in use but the plain one, with its components."""
         variants: dict[str, list[str]] = {}
-        for part in sorted(self.folders.keys() - {"tokenizer"}):
+        for part in sorted(self.folders.keys() - {"tokenizer", "decoder"}):
             names = [path.name for path in self.folders[part].glob("*")]
             variant = choose_variant(names, self.variant, str(self.folders[part]))
             if variant:
@@ -103,8 +104,8 @@ class FolderWeights:
         tensors: dict[str, Tensor] = {}
         for path in weight_files(folder, self.variant):
             try:
-                tensors |= load_file(path, device="cpu")
-            except (SafetensorError, OSError) as error:
+                tensors |= _load_pth(path) if path.suffix == ".pth" else load_file(path, device="cpu")
+            except (SafetensorError, OSError, UnpicklingError, RuntimeError) as error:
                 raise CheckpointError(f"{path}: damaged or cut short ({error}); download it again") from error
         for key, tensor in tensors.items():
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -136,6 +137,14 @@ class FolderWeights:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _load_pth(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file of torch.save, without running any code of it."""
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path}: holds no state dict of tensors")
+    return tensors
+
+
 def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -146,6 +155,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     variant: see engines.checkpoints.variants.choose_variant. Raises CheckpointError.
     """
+    if folder.suffix == ".pth" and folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a SANA-Sprint checkpoint in the diffusers layout has one")
     names = [path.name for path in folder.iterdir() if path.is_file()]

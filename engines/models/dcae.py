@@ -87,6 +87,16 @@ class AutoencoderConfig:
         return parsed
 
 
+# dc-ae-lite-f32c32-sana-1.1 (diffusers pull request 12169): the same encoder, a decoder of ResBlocks alone.
+DC_AE_LITE = AutoencoderConfig(
+    decoder_block_types=("ResBlock",) * 6,
+    decoder_layers_per_block=(0, 3, 5, 4, 4, 4),
+    decoder_qkv_multiscales=((),) * 6,
+    upsample_block_type="pixel_shuffle",
+    decoder_conv_act_fn="silu",
+)
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 

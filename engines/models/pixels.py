@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from engines.models.dcae import Autoencoder
+from engines.models.taesana import TaesanaDecoder
 
 
 class PixelDecoder(nn.Module):
     """Decodes latents [B, C, h, w] of unit variance, fp32, to pixels [B, H, W, 3] uint8 and flags [B]: all finite."""
 
-    def __init__(self, autoencoder: Autoencoder):
+    def __init__(self, autoencoder: Autoencoder, taesana: TaesanaDecoder | None = None):
+        """taesana: decodes in place of the autoencoder's decoder; it takes latents of unit variance."""
         super().__init__()
-        self.decoder: nn.Module = autoencoder.decoder
-        self.scaling_factor = autoencoder.config.scaling_factor
+        self.decoder: nn.Module = autoencoder.decoder if taesana is None else taesana
+        self.scaling_factor = autoencoder.config.scaling_factor if taesana is None else 1.0
         self.dtype = autoencoder.decoder.conv_in.weight.dtype
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:

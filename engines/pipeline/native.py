@@ -23,6 +23,7 @@ from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
 from engines.models.lora import AdaptedTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.taesana import TaesanaDecoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
 from engines.pipeline.calibration import calibration_prompts
@@ -69,6 +70,8 @@ class NativeBackend:
             assert self._transformer is not None
             return CudaControlled(module, self.ops, self._transformer)
         if isinstance(module, PixelDecoder):
+            if isinstance(module.decoder, TaesanaDecoder):
+                self._decoder_reason = "a TAESANA"
             if self._decoder_reason is None:
                 self._decoder = CudaDecoder(module, self.ops)
                 return self._decoder

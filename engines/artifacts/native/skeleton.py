@@ -15,7 +15,7 @@ from engines.backends.cuda.transformer import CudaTransformer
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.weights import Component, WeightSource, load_strict
 from engines.models.controlnet import ControlledTransformer, ControlNet
-from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.pixels import PixelEncoder
 from engines.pipeline.native import NativeBackend
 from engines.pipeline.text_stage import TextStage, load_text_stage
 
@@ -74,7 +74,7 @@ def modules_of(
     autoencoder = checkpoint.load_autoencoder(DTYPE, device)
     return {
         "transformer": kernels(checkpoint.load_transformer(DTYPE, device), _spec("transformer", device)),
-        "decoder": kernels(PixelDecoder(autoencoder), _spec("decoder", device)),
+        "decoder": kernels(checkpoint.load_pixel_decoder(autoencoder, DTYPE, device), _spec("decoder", device)),
         "encoder": kernels(PixelEncoder(autoencoder), _spec("encoder", device)),
     }
 
