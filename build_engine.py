@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batches", default=(1, 2, 4, 8), type=numbers, help="buckets; default 1,2,4,8")
     parser.add_argument("--steps", default=(1, 2, 4), type=numbers, help="captured as CUDA graphs; default 1,2,4")
-    parser.add_argument("--decoder", help="another autoencoder with the same latents, such as DC-AE-Lite")
+    parser.add_argument(
+        "--decoder", help="another decoder of the same latents: lite, taesana, a folder, a hub id or a .pth file"
+    )
     parser.add_argument(
         "--vendor",
         choices=VENDORS,

@@ -154,13 +154,6 @@ class SmallDecoderStageConfig:
     steps: int
     batch: int
     learning_rate: float
-    edge_weight: float = 0.5
-    square_weight: float = 0.5
-    latent_noise: float = 0.1  # standard deviation, for half of a batch
-    warmup: int = 50
-    decay_fraction: float = 0.7
-    ema: float = 0.998
-    seed: int = 7
 
 
 @dataclass(frozen=True)
@@ -174,6 +167,7 @@ class Recipe:
     distil: DistilStageConfig
     control: ControlStageConfig | None = None
     lora: LoraStageConfig | None = None
+    small_decoder: SmallDecoderStageConfig | None = None
     world: World = field(default_factory=World)
     wide_world: World | None = None  # for autoencoder and teacher at first: the same words with wider ranges
     teacher_guidance: float = 4.5
@@ -278,6 +272,9 @@ def tiny() -> Recipe:
             steps=300, batch=48, images=8_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
         ),
         lora=LoraStageConfig("ring", rank=4, steps=400, batch=24, images=600, learning_rate=3e-3),
+        small_decoder=SmallDecoderStageConfig(
+            TaesanaConfig(32, (64, 64, 32, 16, 8, 6), (2, 1, 1, 1, 1, 1)), 2048, steps=3000, batch=4, learning_rate=2e-3
+        ),
     )
 
 
@@ -328,6 +325,9 @@ def smoke() -> Recipe:
             steps=6, batch=4, images=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
         ),
         lora=LoraStageConfig("ring", rank=2, steps=4, batch=4, images=8, learning_rate=1e-3),
+        small_decoder=SmallDecoderStageConfig(
+            TaesanaConfig(32, (16, 8, 8, 8, 8, 8), (1,) * 6), images=8, steps=3, batch=2, learning_rate=1e-3
+        ),
     )
 
 

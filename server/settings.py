@@ -179,7 +179,9 @@ class Settings:
         "auto", choice("auto", "fp32", "bf16", "int8", "fp8"), "of the arithmetic; auto decides and says why"
     )
     device: str = option("auto", choice("auto", "cpu", "cuda"), "where the modules run; auto decides and says why")
-    decoder: str | None = option(None, text("a folder or a hub id"), "another autoencoder with the same latents")
+    decoder: str | None = option(
+        None, text("full, lite, taesana, a folder, a hub id or a .pth file"), "another decoder of the same latents"
+    )
     variant: str | None = option(
         None, text("a name such as fp16"), "weights to take where the checkpoint has several; default: the plain ones"
     )

@@ -6,12 +6,14 @@ a second request.
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from bench.harness.errors import BenchError
 
 MAX_HEAD_BYTES = 64 * 1024
+MAX_IDLE_S = 60.0  # less than the server's 75: a request on a connection that it closes just then is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,12 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> None:
         self._reader, self._writer, self._host = reader, writer, host
         self._closes = False
+        self._used = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last response."""
+        return time.monotonic() - self._used
 
     @property
     def reusable(self) -> bool:
@@ -52,6 +60,7 @@ class Connection:
         status, headers = _parse_head(await self._reader.readuntil(b"\r\n\r\n"))
         content = await self._reader.readexactly(int(headers["content-length"]))
         self._closes = headers.get("connection", "").lower() == "close"
+        self._used = time.monotonic()
         return HttpResponse(status, headers, content)
 
     async def close(self) -> None:
@@ -62,14 +71,15 @@ class Connection:
 
 
 class ConnectionPool:
-    """Reuses the most recently used idle connection and opens others on demand."""
+    """Reuses the most recently used connection that has idled for less than `max_idle_s`; opens others on demand."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_idle_s: float = MAX_IDLE_S) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
             raise BenchError(f"url: got {url!r}, needed is http://host:port")
         self._address = (parts.hostname, parts.port or 80)
         self._host = parts.netloc
+        self._max_idle_s = max_idle_s
         self._idle: list[Connection] = []
 
     async def exchange(
@@ -95,7 +105,7 @@ class ConnectionPool:
     async def _connection(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.reusable:
+            if connection.reusable and connection.idle_s < self._max_idle_s:
                 return connection
             await connection.close()
         reader, writer = await asyncio.open_connection(*self._address, limit=MAX_HEAD_BYTES)

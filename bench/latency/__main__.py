@@ -21,7 +21,7 @@ from bench.latency.comparison import measure, show
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = BenchmarkParser("bench.latency", __doc__)
     parser.add_argument("--model", required=True, help="folder, hub id, or random:<name> for random weights")
-    parser.add_argument("--decoder", help="folder or hub id of another autoencoder with the same latents")
+    parser.add_argument("--decoder", help="another decoder of the same latents: lite, taesana, a folder or a hub id")
     parser.add_argument("--size", type=parse_size, help="N or WxH in pixels (default: the checkpoint's)")
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 3, 4))
     parser.add_argument("--batch", type=int, default=1, help="images at once (default 1)")

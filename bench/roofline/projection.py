@@ -20,6 +20,7 @@ from engines.models.folding import fold
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.instruction import INSTRUCTION
 from engines.models.pixels import PixelDecoder
+from engines.models.taesana import TaesanaDecoder
 from engines.models.text_encoder import TextEncoder, Tokens
 from engines.models.transformer import SprintTransformer
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
@@ -80,7 +81,8 @@ def workloads(
     with META:
         transformer = on_meta(SprintTransformer(checkpoint.transformer), dtype)
         autoencoder = Autoencoder(checkpoint.autoencoder).to(dtype).eval()
-    decoder = PixelDecoder(autoencoder)
+        taesana = None if checkpoint.taesana is None else TaesanaDecoder(checkpoint.taesana).to(dtype).eval()
+    decoder = PixelDecoder(autoencoder, taesana)
     compression = checkpoint.autoencoder.compression
     latent = torch.empty(
         batch, checkpoint.transformer.in_channels, size[1] // compression, size[0] // compression, device=META
@@ -88,7 +90,8 @@ def workloads(
     text = torch.empty(batch, tokens + 1, checkpoint.transformer.caption_channels, dtype=dtype, device=META)
     scalar = torch.empty(batch, device=META)
     decode_upstream = count(lambda: decoder(latent))
-    fold(autoencoder.decoder)
+    if taesana is None:
+        fold(autoencoder.decoder)
     return {
         "text": count(lambda: ours.encode(prompts)),
         "denoise": count(lambda: transformer(latent.to(dtype), text, scalar, scalar)) * steps,

@@ -29,6 +29,10 @@ from engines.sampler import angles_for, sample
 REPORT_EVERY = 50
 SHEET_EVERY = 500
 BATCH = 16  # latents made at once
+SEED = 7
+EDGE_WEIGHT, SQUARE_WEIGHT = 0.5, 0.5  # of distill.stages.autoencoder.reconstruction_loss
+LATENT_NOISE = 0.1  # standard deviation, for half of a batch
+WARMUP, DECAY_FRACTION, EMA_DECAY = 50, 0.7, 0.998
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def decoded_latents(
     config: SmallDecoderStageConfig, checkpoint: Checkpoint, world: World, device: torch.device
 ) -> DecodedLatents:
     """Returns the student's one-step latents for drawn captions, with their images."""
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(SEED)
     transformer = checkpoint.load_transformer(torch.float32, device)
     text_stage = load_text_stage(checkpoint, torch.float32, device)
     decoder = PixelDecoder(checkpoint.load_autoencoder(torch.float32, device))
@@ -51,7 +55,7 @@ def decoded_latents(
     guidance_scale = checkpoint.transformer.guidance_embeds_scale
     low, high = checkpoint.settings.guidance_trained
     latents, images = list[Tensor](), list[Tensor]()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(SEED)
     with torch.inference_mode():
         for start in range(0, config.images, BATCH):
             count = min(BATCH, config.images - start)
@@ -77,10 +81,11 @@ def train(
     config: SmallDecoderStageConfig, world: World, checkpoint: Checkpoint, folder: Path, accelerator: Accelerator
 ) -> TaesanaDecoder:
     """Trains or resumes, and returns the decoder with averaged weights."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(SEED)
     decoder = TaesanaDecoder(config.architecture).to(accelerator.device)
+    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stub
     optimizer: Any = torch.optim.AdamW(decoder.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    average = Ema(decoder, config.ema)
+    average = Ema(decoder, EMA_DECAY)
     parts = {"model": decoder, "average": average, "optimizer": optimizer}
     stage = Stage(folder, "small_decoder", config.steps, parts, accelerator.is_main_process)
     done = stage.resume()
@@ -88,15 +93,15 @@ def train(
     pairs = None if done else decoded_latents(config, checkpoint, world, accelerator.device)
     for step in stage if pairs is not None else ():
         assert pairs is not None
-        torch.manual_seed(config.seed + 7919 * step)
+        torch.manual_seed(SEED + 7919 * step)
         rows = torch.randint(len(pairs.latents), (config.batch,))
         latents, target = pairs.latents[rows], to_tensor(pairs.images[rows].cpu().numpy()).to(accelerator.device)
         noised = torch.arange(config.batch) % 2 == 0
-        latents = latents + config.latent_noise * torch.randn_like(latents) * noised[:, None, None, None].to(latents)
-        factor = learning_rate_factor(step, config.steps, config.warmup, config.decay_fraction)
+        latents = latents + LATENT_NOISE * torch.randn_like(latents) * noised[:, None, None, None].to(latents)
+        factor = learning_rate_factor(step, config.steps, WARMUP, DECAY_FRACTION)
         set_learning_rate(optimizer, config.learning_rate * factor)
-        output = decoder(latents)
-        loss = reconstruction_loss(output, target, config.edge_weight, config.square_weight)
+        output = decoder(latents.contiguous(memory_format=torch.channels_last))
+        loss = reconstruction_loss(output, target, EDGE_WEIGHT, SQUARE_WEIGHT)
         optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(decoder.parameters(), 1.0)
