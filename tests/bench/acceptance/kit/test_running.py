@@ -1,7 +1,6 @@
 """A call of the kit limits its steps and skips finished ones; a killed call leaves no process to the next."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -122,17 +121,22 @@ def test_a_call_that_was_killed_leaves_nothing_behind_in_the_next_one(
 
 
 def test_a_calls_own_end_ends_its_step(place: Place) -> None:
-    def ended(*_: object) -> None:
-        raise SystemExit(143)
-
-    step = program("asks", f"import os, signal; os.kill({os.getpid()}, signal.SIGUSR1); signal.pause()")
-    before = signal.signal(signal.SIGUSR1, ended)
-    try:
-        with pytest.raises(SystemExit):
-            runner(place).run(step)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    """In a process of its own, which its step sends SIGTERM; `signalled` has the step's process id."""
+    asks = f"import os, signal; open({str(place.work / 'signalled')!r}, 'w').write(str(os.getpid())); "
+    asks += "os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    call = f"""
+import signal, sys, time
+from pathlib import Path
+from bench.acceptance.kit.calls import Place, Step
+from bench.acceptance.kit.running import Runner
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+place = Place(Path({str(place.work)!r}), Path({str(place.out)!r}), True)
+Runner(place, time.monotonic() + 300).run(Step("asks", ("-c", {asks!r}), 60))
+"""
+    ended = subprocess.run([sys.executable, "-c", call], cwd=running.ROOT, check=False)
+    assert ended.returncode == 143
     assert not (place.work / GROUP).exists()
+    assert not Path("/proc", (place.work / "signalled").read_text()).exists()
 
 
 @pytest.mark.parametrize("call", CALLS)
