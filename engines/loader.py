@@ -146,7 +146,7 @@ def _load_modules(options: _Options) -> Engine:
     def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
         unit = checkpoint.autoencoder.compression
-        spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8=precision == "int8")
+        spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, precision == "int8", reasons)
         return execute(module, spec)
 
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"

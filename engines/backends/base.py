@@ -1,7 +1,7 @@
 """The contract of a backend: it takes a module and returns a callable with the same arguments and results."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ class ModuleSpec:
     compression: int = 32  # pixels per cell of the latent
     cache: Path = CACHE  # folder for modules that are compiled at load time
     int8: bool = False  # run the decoder's wide convolutions in 8 bits
+    reasons: MutableMapping[str, str] = field(default_factory=dict)  # a backend adds why it chose something
 
     @property
     def input_sizes(self) -> frozenset[tuple[int, int]]:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleSpec
-from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder
+from engines.backends.cpu.convolution import PackedConv
+from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder, WideConvolutions
+from engines.backends.cpu.fastest_conv import FastestConv
 from engines.backends.cpu.int8 import has_int8
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
@@ -32,7 +34,9 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     on_cpu = spec.device.type == "cpu"
     decoder = module.decoder if isinstance(module, PixelDecoder) else None
     if on_cpu and isinstance(decoder, Decoder) and _gains_from_packing(decoder, spec.dtype):
-        module.decoder = CpuDecoder(decoder)
+        fastest = FastestConv(spec.cache)
+        module.decoder = CpuDecoder(decoder, WideConvolutions(fastest, PackedConv, exact_shortcut=True))
+        spec.reasons["decoder"] = fastest.reason
         return module
     if spec.name in ("transformer", "controlled") and on_cpu and spec.dtype == torch.bfloat16:
         return PerJobTransformer(module)

@@ -1,6 +1,7 @@
 """Folded upsampling and the CPU's decoder equal the modules that they replace."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,9 +105,11 @@ def test_in_bf16_as_near_as_the_decoder_itself(config: AutoencoderConfig) -> Non
 
 
 @torch.inference_mode()
-def test_eager_packs_wide_decoders_on_a_cpu_and_keeps_images_independent() -> None:
+def test_eager_packs_wide_decoders_on_a_cpu_and_keeps_images_independent(tmp_path: Path) -> None:
     wide = replace(WHOLE, decoder_block_out_channels=(8, 16, 32, 32, 64, 256))
-    decoder = eager(PixelDecoder(autoencoder(wide)), SPEC)
+    spec = replace(SPEC, cache=tmp_path, reasons={})
+    decoder = eager(PixelDecoder(autoencoder(wide)), spec)
+    assert spec.reasons["decoder"].startswith("3x3 convolutions: ")
     assert isinstance(decoder.get_submodule("decoder"), CpuDecoder)
     assert not isinstance(eager(PixelDecoder(autoencoder(AUTOENCODER)), SPEC).get_submodule("decoder"), CpuDecoder)
     x = latents(wide, 3, 4, 6)
