@@ -9,7 +9,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -70,7 +70,7 @@ class LoadGenerator:
         self._pool = ConnectionPool(url)
         self._spool, self._timeout_s = spool, timeout_s
 
-    async def closed_loop(self, requests: Sequence[ImageRequest], concurrency: int) -> list[RequestRecord]:
+    async def closed_loop(self, requests: Iterable[ImageRequest], concurrency: int) -> list[RequestRecord]:
         """Sends all requests, `concurrency` at a time; returns records in order of completion."""
         waiting = iter(requests)
         records: list[RequestRecord] = []
