@@ -40,12 +40,15 @@ PEER_litserve := litserve==0.2.19
 PEER_ray := ray[serve]==2.60.0
 PEER_bentoml := bentoml==1.4.35
 
+# For `make openvino`: the rival of bench.latency --vs openvino.
+OPENVINO := optimum-intel==2.2.0 optimum==2.3.0 openvino==2026.4.1 nncf==3.4.0 transformers==5.5.4 diffusers==0.39.0 torch==2.13.0
+
 # For `make quality-proof`: the packages of the extras fid and clip, and their references. torchvision brings its own
 # torch, after which come our packages; openai-clip needs pkg_resources of an older setuptools.
 QUALITY := pytorch-fid==0.3.0 open-clip-torch==3.3.0 torch-fidelity==0.4.0 openai-clip==1.0.1 torchvision setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check proof accept-gpu accept-kit chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers quality-proof
+.PHONY: help run test lint check proof accept-gpu accept-kit chaos soak fuzz clients deploy-tools system-tools image image-check lock clean peers openvino quality-proof
 
 help: ## lists these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -135,6 +138,11 @@ peers: $(PEERS:%=.venvs/peer-%/.installed) ## measures the server beside LitServ
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(.venvs/peer-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	@touch $@
+
+openvino: ## installs optimum-intel in an environment of its own, for bench.latency --vs openvino
+	$(PYTHON) -m venv .venvs/openvino
+	.venvs/openvino/bin/python -m pip install --quiet $(OPENVINO)
+	.venvs/openvino/bin/python -m pip uninstall --quiet --yes torchvision  # its CUDA build breaks transformers on a CPU
 
 clean: ## removes the virtual environment, caches and build output
 	rm -rf $(VENV) .venvs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

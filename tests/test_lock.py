@@ -22,7 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 REQUIRED = {lock: sum((EXTRAS[extra] for extra in extras), PROJECT["dependencies"]) for lock, extras in LOCKS.items()}
 
 # The peers of `make peers`, each in its own environment.
-PEERS = re.findall(r"^PEER_\w+ := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+PEERS = " ".join(re.findall(r"^(?:PEER_\w+|OPENVINO) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)).split()
 # Distributions by import name, for packages that `make test` does not install.
 DISTRIBUTION_NAMES = {"helm_python": "helm-python-sdk", "open_clip": "open-clip-torch", "clip": "openai-clip"}
 

@@ -19,7 +19,7 @@ from engines.types import Job, Pixels
 
 GUIDANCE = 4.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Baseline = Literal["diffusers", "diffusers-compiled"]
+Baseline = Literal["diffusers", "diffusers-compiled", "openvino", "openvino-static", "openvino-int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,9 @@ class Pipeline(Protocol):
         """Backend, precision, device, and the reasons for them."""
 
     def run(self, workload: Workload) -> TimedImages: ...
+
+    def close(self) -> None:
+        """Frees what the pipeline holds; it cannot run afterwards."""
 
 
 class EnginePipeline:
@@ -79,6 +82,9 @@ class EnginePipeline:
         stages = images[0].stages
         seconds = {"text": stages.text, "denoise": stages.denoise, "decode": stages.decode, "total": total}
         return TimedImages([image.pixels for image in images], seconds)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 class DiffusersPipeline:
@@ -137,6 +143,9 @@ class DiffusersPipeline:
         text, decode = self._marks["text ended"], self._marks["decode began"]
         seconds = {"text": text - began, "denoise": decode - text, "decode": ended - decode, "total": ended - began}
         return TimedImages([np.asarray(image) for image in images], seconds)
+
+    def close(self) -> None:
+        del self._pipe
 
     def _timed(self, mark: str, call: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:

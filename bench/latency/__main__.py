@@ -1,21 +1,25 @@
-"""Measures seconds from prompts to pixels, by stage, of our engine and of diffusers on the same weights.
+"""Measures seconds from prompts to pixels, by stage, of our engine and of another on the same weights.
 
     python -m bench.latency --model random:sprint-0.6b --size 512 --steps 1 --batch 1 --vs diffusers --runs 5
     python -m bench.latency --model models/tiny --backend compiled --precision fp32 --vs diffusers-compiled --http
+    python -m bench.latency --model random:sprint-0.6b --size 512 --vs openvino-static    # after make openvino
 
-The two run in turn in one process. Every run has new prompts of about --tokens tokens, so no cache of embeddings helps.
-The tables also show the distance of both from an fp32 reference on equally rounded weights, and from each other.
-`ratio` is their median over ours, end to end. Prints tables, then one JSON document as the last line.
+The two run in turn, optimum-intel's OVSanaSprintPipeline in a process of its own. Every run has new prompts of about
+--tokens tokens, so no cache of embeddings helps. The tables also show the distance of both from an fp32 reference on
+equally rounded weights, and from each other. `ratio` is their median over ours, end to end. Prints tables, then one
+JSON document as the last line.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from bench.harness.cli import BenchmarkParser, parse_size, run_benchmark
 from bench.harness.pipelines import DTYPES, Baseline
 from bench.latency.comparison import measure, show
+from bench.latency.openvino_pipeline import PYTHON
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,6 +38,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--vs", choices=get_args(Baseline), help="what ours is measured against")
     parser.add_argument("--vs-precision", choices=tuple(DTYPES), help="of that (default: --precision, or else bf16)")
+    parser.add_argument("--vs-python", type=Path, default=PYTHON, help=f"with optimum-intel (default: {PYTHON})")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no fp32 images to compare with")
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
     parser.add_argument("--http", action="store_true", help="ours through python -m server too")

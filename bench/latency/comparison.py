@@ -19,6 +19,7 @@ from bench.harness.pipelines import DTYPES, DiffusersPipeline, EnginePipeline, P
 from bench.harness.server_process import running_server
 from bench.harness.subprocess_call import run_in_subprocess
 from bench.harness.summary import STAGES, percentiles, table
+from bench.latency.openvino_pipeline import OpenVinoPipeline
 from bench.latency.shared_weights import SharedWeights
 from distill.evaluation.scores import evaluation_prompts
 from engines.backends.parity import difference
@@ -86,18 +87,22 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     shared = replace(checkpoint, weights=SharedWeights(checkpoint.weights, base))
     compared: dict[str, Pipeline] = {}
     series: dict[str, Series] = {}
-    for name in ("ours", "theirs") if options.vs else ("ours",):
-        began = time.perf_counter()
-        compared[name] = _pipeline(name, options, shared, device)
-        series[name] = Series(compared[name].facts, time.perf_counter() - began)
-        began = time.perf_counter()
-        compared[name].run(warmup)
-        series[name].warmup_seconds = time.perf_counter() - began
-    for number, current in enumerate([first, *rest]):
-        for name in sorted(compared, reverse=number % 2 == 1):
-            with peak_rise(device) as risen:
-                series[name].runs.append(compared[name].run(current))
-            series[name].rises += risen
+    try:
+        for name in ("ours", "theirs") if options.vs else ("ours",):
+            began = time.perf_counter()
+            compared[name] = _pipeline(name, options, shared, device)
+            series[name] = Series(compared[name].facts, time.perf_counter() - began)
+            began = time.perf_counter()
+            compared[name].run(warmup)
+            series[name].warmup_seconds = time.perf_counter() - began
+        for number, current in enumerate([first, *rest]):
+            for name in sorted(compared, reverse=number % 2 == 1):
+                with peak_rise(device) as risen:
+                    series[name].runs.append(compared[name].run(current))
+                series[name].rises += risen
+    finally:
+        for pipeline in compared.values():
+            pipeline.close()
     result = _summary(options, device, checkpoint, (width, height), prompt_pool, series, reference)
     del compared, shared
     if options.memory:
@@ -112,6 +117,10 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 def _pipeline(name: str, options: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Pipeline:
+    if name == "theirs" and options.vs.startswith("openvino"):
+        return OpenVinoPipeline(
+            checkpoint, int8=options.vs.endswith("int8"), static=options.vs.endswith("static"), python=options.vs_python
+        )
     if name == "theirs":
         compiled = options.vs == "diffusers-compiled"
         return DiffusersPipeline(checkpoint, options.vs_precision, device, compiled=compiled)
@@ -144,8 +153,10 @@ def _reference(options: argparse.Namespace, workload: Workload) -> list[Pixels]:
 def _peak(name: str, options: argparse.Namespace, workload: Workload) -> int:
     """Returns the most memory that one pipeline needs, loading included, in this fresh process."""
     device = _device(options)
-    _pipeline(name, options, open_checkpoint(options.model, options.decoder), device).run(workload)
-    return peak_bytes(device)
+    pipeline = _pipeline(name, options, open_checkpoint(options.model, options.decoder), device)
+    pipeline.run(workload)
+    pipeline.close()
+    return pipeline.peak_bytes if isinstance(pipeline, OpenVinoPipeline) else peak_bytes(device)
 
 
 async def _over_http(options: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, object]:
