@@ -32,8 +32,8 @@ def test_the_tiny_controlnet_is_followed_and_without_it_chance_decides() -> None
 
 def test_the_small_decoder_is_as_right_as_the_full_one() -> None:
     model = str(MODELS / "tiny")
-    small, full = (correct_share(model, name, 36) for name in ("taesana", "full"))
-    assert abs(small - full) <= 0.03  # 0.01 of 200; one image of 36
+    small, full = (correct_share(model, name, 200) for name in ("taesana", "full"))
+    assert full - small <= 0.03  # 0.905 and 0.915
 
 
 def test_all_weights_together_stay_small() -> None:
