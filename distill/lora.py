@@ -8,7 +8,6 @@ one thing of the new shape, "beside" for several or for one beside another thing
 last line is one JSON document.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ import torch
 from accelerate import Accelerator
 
 from distill.evaluation.scores import Prompt, evaluation_prompts, run_jobs
-from distill.recipes import RECIPES, Recipe
+from distill.recipes import Recipe
 from distill.stages.lora import train, with_shape
 from distill.training.checkpoint_writer import write_weights
+from distill.training.command import parse_command
 from distill.world.captions import caption_of
 from distill.world.judge import judge
 from distill.world.scenes import CATEGORIES, World, sample_request
@@ -84,34 +84,20 @@ def evaluate_adapter(model: str, recipe: Recipe, path: Path, count: int) -> dict
     return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the one-step checkpoint")
-    parser.add_argument(
-        "--recipe", choices=sorted(name for name, make in RECIPES.items() if make().lora), required=True
-    )
-    parser.add_argument("--out", type=Path, help="run folder; the adapter is OUT/<shape>.safetensors")
-    parser.add_argument("--judge", type=Path, help="an existing adapter to judge, in place of training one")
-    parser.add_argument(
-        "--prompts", type=int, default=200, help="captions of each kind (default 200); 0 judges nothing"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    arguments = parser.parse_args()
-    if (arguments.out is None) == (arguments.judge is None):
-        parser.error("either --out, to train one, or --judge, to score one, is needed")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    recipe, path = RECIPES[arguments.recipe](), arguments.judge
+def main(argv: Sequence[str] | None = None) -> None:
+    command = parse_command(__doc__, "adapter, OUT/<shape>.safetensors", lambda recipe: recipe.lora, argv)
+    recipe, path = command.recipe, command.judge
     assert recipe.lora is not None
     if path is None:
-        weights = train(recipe.lora, recipe.world, open_checkpoint(arguments.model), arguments.out, Accelerator())
-        path = arguments.out / f"{recipe.lora.shape}.safetensors"
+        assert command.out is not None
+        weights = train(recipe.lora, recipe.world, open_checkpoint(command.model), command.out, Accelerator())
+        path = command.out / f"{recipe.lora.shape}.safetensors"
         write_weights(path, weights, torch.bfloat16)
-    if arguments.prompts:
-        scores = evaluate_adapter(arguments.model, recipe, path, arguments.prompts)
+    if command.prompts:
+        scores = evaluate_adapter(command.model, recipe, path, command.prompts)
         for kind, shares in scores.items():
             print(f"{kind}: {shares['adapted']['all']:.1%} right with the adapter, {shares['base']['all']:.1%} without")
-        print(json.dumps({"model": arguments.model, "prompts": arguments.prompts, **scores}))
+        print(json.dumps({"model": command.model, "prompts": command.prompts, **scores}))
 
 
 if __name__ == "__main__":

@@ -72,13 +72,16 @@ class FakeEngine:
         delay_per_job_s: float = 0.0,
         faults: FaultInjection | None = None,
         adapters: tuple[str, ...] = (),
+        fast_decoder: str | None = None,
     ) -> None:
+        """fast_decoder: name of a second decoder, of which jobs may ask."""
         self._limits = Limits(
             max_batch=max_batch,
             default_size=default_size,
             sizes=sizes,
             conditioning=conditioning,
             adapters=adapters,
+            decoders=("full",) if fast_decoder is None else ("full", "fast"),
         )
         self._info = EngineInfo(
             checkpoint="fake",
@@ -87,6 +90,7 @@ class FakeEngine:
             device="none",
             versions={"numpy": np.__version__},
             reasons={"backend": "asked for: a colour field from prompt and seed, no model"},
+            decoders={"full": "full"} if fast_decoder is None else {"full": "full", "fast": fast_decoder},
         )
         self._buckets = powers_of_two(max_batch)
         self._faults = faults or FaultInjection()
@@ -204,11 +208,12 @@ class FakeEngine:
 def expected_pixels(job: Job) -> Pixels:
     """Returns the image [height, width, 3] uint8 that a FakeEngine makes of this job.
 
-    Prompt, seed, steps, guidance and adapters choose a colour gradient along each axis. 1 - strength blends `image` in;
-    the strokes of `control_image` lie on top, times control_scale.
+    Prompt, seed, steps, guidance, adapters and decoder choose a colour gradient along each axis. 1 - strength blends
+    `image` in; the strokes of `control_image` lie on top, times control_scale.
     """
     text = f"{job.seed}\0{job.steps}\0{job.guidance_scale}\0{job.prompt}"
     text += "".join(f"\0{name}:{scale}" for name, scale in job.lora)
+    text += "" if job.decoder == "full" else f"\0decoder:{job.decoder}"
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
     across = _ramp(digest[0:3], digest[3:6], job.width)
     down = _ramp(digest[6:9], digest[9:12], job.height)

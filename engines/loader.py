@@ -14,15 +14,15 @@ from torch import nn
 from engines.artifacts.loading import LoadedModules, load_artifacts
 from engines.artifacts.manifest import NATIVE, read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
+from engines.backends.choice import PRECISIONS, choose_device, choose_precision
 from engines.backends.compiled import compiled
 from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
 from engines.backends.eager import eager
 from engines.backends.tensorrt.torch_tensorrt import torch_tensorrt
-from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_fast_decoder
 from engines.checkpoints.controlnet import load_controlnet
 from engines.checkpoints.lora import with_adapters
 from engines.checkpoints.weights import FolderWeights
-from engines.device.hardware import why_no_gpu
 from engines.device.phases import Phases
 from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
@@ -53,9 +53,6 @@ ARTIFACT_BACKENDS: Mapping[str, str] = {
 
 ADAPTING = ("eager", "cuda-graph")  # backends that take adapters by request
 
-# Dtype of weights and activations. int8 (CPU) and fp8 (GPU): the decoder's wide convolutions run in 8 bits.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
-
 
 def load_engine(
     model: str | Checkpoint,
@@ -66,6 +63,7 @@ def load_engine(
     precision: str | None = None,
     device: str | None = None,
     decoder: str | None = None,
+    fast_decoder: str | None = None,
     controlnet: str | None = None,
     schedule: Schedule = "paper",
     recorder: GraphCapture | None = None,
@@ -78,18 +76,18 @@ def load_engine(
     """Loads `model` (see engines.checkpoints.checkpoint) for generation.
 
     engine_dir: folder of build_engine.py. backend: one of BACKENDS or ARTIFACT_BACKENDS, or auto. precision: one of
-    PRECISIONS. device: cpu, cuda or cuda:<index>; None takes a GPU if torch sees one. decoder: another autoencoder with
-    the same latents. controlnet: folder or hub id; None takes the checkpoint's own, if it has one. schedule: see
-    engines.sampler.angles_for. recorder: captures graphs; None takes CUDA's on a GPU. cache: folder of what backends
-    compile at load; None takes engines.backends.base.CACHE. native: kernels of the cuda-graph backend; None takes those
-    of the GPU. variant: of the weights; None takes the plain one, or the only one. sizes: served (width, height) in
-    pixels, without engine_dir; empty takes the checkpoint's. lora: adapters; those with a scale are fused, jobs choose
-    from the others (eager and cuda-graph).
+    PRECISIONS. device: cpu, cuda or cuda:<index>; None takes a GPU if torch sees one. decoder: another decoder of the
+    same latents (open_checkpoint). fast_decoder: a second one, of which jobs may ask. controlnet: folder or hub id;
+    None takes the checkpoint's own, if it has one. schedule: see engines.sampler.angles_for. recorder: captures graphs;
+    None takes CUDA's on a GPU. cache: folder of what backends compile at load; None takes engines.backends.base.CACHE.
+    native: kernels of the cuda-graph backend; None takes those of the GPU. variant: of the weights; None takes the
+    plain one, or the only one. sizes: served (width, height) in pixels, without engine_dir; empty takes the
+    checkpoint's. lora: adapters; those with a scale are fused, jobs choose from the others (eager and cuda-graph).
     On a GPU every backend but eager runs graphs of (bucket, height, width, steps), which `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     options = _Options(
-        *(model, backend, max_batch, precision, device, decoder, controlnet, schedule, recorder),
+        *(model, backend, max_batch, precision, device, decoder, fast_decoder, controlnet, schedule, recorder),
         *(Path(cache or CACHE), native, variant, sizes, tuple(lora)),
     )
     return _load_modules(options) if engine_dir is None else _load_built(Path(engine_dir), options)
@@ -105,6 +103,7 @@ class _Options:
     precision: str | None
     device: str | None
     decoder: str | None
+    fast_decoder: str | None
     controlnet: str | None
     schedule: Schedule
     recorder: GraphCapture | None
@@ -119,11 +118,11 @@ def _load_modules(options: _Options) -> Engine:
     """Loads an engine whose backend prepares PyTorch modules."""
     reasons: dict[str, str] = {}
     phases = Phases()
-    device = _device(options.device, reasons)
+    device = choose_device(options.device, reasons)
     backend = _backend(options.backend, device, options.recorder, reasons)
-    precision = _precision(options.precision, device, backend, reasons)
+    precision = choose_precision(options.precision, device, backend, reasons)
     dtype, execute = PRECISIONS[precision], BACKENDS[backend]
-    base = phases.timed("checkpoint", lambda: _open(options, reasons))
+    base, fast = phases.timed("checkpoint", lambda: _open(options, reasons))
     checkpoint, selectable = with_adapters(base, options.lora, reasons)
     if selectable and backend not in ADAPTING:
         name = selectable[0].name
@@ -136,20 +135,31 @@ def _load_modules(options: _Options) -> Engine:
         text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, device), pool)
         transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, device), pool)
         decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, device), pool)
+        load_fast = None if fast is None else partial(fast.load_pixel_decoder, None, dtype, device)
+        fast_part = None if load_fast is None else phases.begin("fast decoder", load_fast, pool)
         load_branch = partial(load_controlnet, base, options.controlnet, dtype, device, options.variant)
         branch = phases.timed("controlnet", load_branch)
     text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
+    fast_decoder = None if fast_part is None else fast_part.result()
     names = tuple(adapter.name for adapter in selectable)
     max_batch, cache = options.max_batch, options.cache
-    limits = limits_of(checkpoint, max_batch, control=branch is not None, adapters=names, sizes=options.sizes)
+    limits = limits_of(
+        *(checkpoint, max_batch),
+        control=branch is not None,
+        adapters=names,
+        sizes=options.sizes,
+        fast_decoder=fast is not None,
+    )
 
     def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
         unit = checkpoint.autoencoder.compression
-        spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, precision == "int8", reasons)
+        int8 = precision == "int8" and name == "decoder"
+        spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8, reasons)
         return execute(module, spec)
 
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
+    shapes += "" if fast is None else f" {fast.autoencoder}"
     kernels = options.native or _kernels(backend, dtype, device, checkpoint, cache, shapes)
     if kernels is not None:
         execute, text = kernels, kernels.text(text)
@@ -165,6 +175,7 @@ def _load_modules(options: _Options) -> Engine:
         prepare("decoder", checkpoint.load_pixel_decoder(autoencoder, dtype, device)),
         prepare("encoder", PixelEncoder(autoencoder)),
         None if controlled is None else prepare("controlled", controlled),
+        None if fast_decoder is None else prepare("fast_decoder", fast_decoder),
     )
     if kernels is not None:
         if precision == "fp8":
@@ -173,7 +184,7 @@ def _load_modules(options: _Options) -> Engine:
     space, buckets = space_of(checkpoint, dtype, device), () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(device, options.recorder)
     runners = runners_of(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
-    info = _info(checkpoint, backend, precision, device, reasons, phases)
+    info = _info(checkpoint, fast, backend, precision, device, reasons, phases)
     return SprintEngine(modules, space, info, limits, options.schedule, buckets, runners, kernels)
 
 
@@ -187,8 +198,10 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     if precision not in (None, manifest.precision):
         raise BackendError(f"precision: got {precision!r}, and the engines in {folder} are {manifest.precision}")
     reasons = {"backend": f"{manifest.backend}: what {folder} was built for", "precision": "that of the built engines"}
-    device = _device("cpu" if manifest.backend == "openvino" and options.device is None else options.device, reasons)
-    base = phases.timed("checkpoint", lambda: _open(options, reasons))
+    device = choose_device(
+        "cpu" if manifest.backend == "openvino" and options.device is None else options.device, reasons
+    )
+    base, fast = phases.timed("checkpoint", lambda: _open(options, reasons))
     checkpoint, selectable = with_adapters(base, options.lora, reasons)
     if selectable:
         fused = [option._replace(scale=option.scale or 1.0) for option in options.lora]
@@ -221,24 +234,31 @@ def _load_built(folder: Path, options: _Options) -> Engine:
             "PyTorch: built engines hold no ControlNet, so images of drawings are denoised without them"
         )
         controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, device), branch)
+    fast_decoder: Callable[..., Any] | None = None
+    if fast is not None:
+        spec = ModuleSpec("fast_decoder", text_dtype, device, max(manifest.batches))
+        execute: Backend = eager if native is None else native.kernels
+        fast_decoder = execute(fast.load_pixel_decoder(None, text_dtype, device), spec)
+        reasons["fast_decoder"] = "PyTorch: built engines hold one decoder"
     kernels = None if native is None else native.kernels
     reasons |= {} if kernels is None else kernels.reasons
 
     def modules() -> Modules:
         """Returns modules with execution contexts of their own, which each CUDA graph needs."""
         own = loaded.new_context()
-        return Modules(text, own.transformer, own.decoder, own.encoder, controlled)
+        return Modules(text, own.transformer, own.decoder, own.encoder, controlled, fast_decoder)
 
     largest = max(manifest.batches)
     default = checkpoint.settings.default_size
     default = default if default in manifest.sizes else manifest.sizes[-1]
-    limits = limits_of(checkpoint, min(options.max_batch, largest), control=branch is not None)
+    max_batch, two = min(options.max_batch, largest), fast is not None
+    limits = limits_of(checkpoint, max_batch, control=branch is not None, fast_decoder=two)
     limits = replace(limits, sizes=manifest.sizes, default_size=default)
     reasons["batch"] = f"{limits.max_batch}: asked for {options.max_batch}, built for {largest}"
     buckets = tuple(batch for batch in manifest.batches if batch <= limits.max_batch) or manifest.batches[:1]
     space, recorder = space_of(checkpoint, loaded.dtype, device), _recorder(device, options.recorder)
     runners = runners_of(modules, checkpoint, space, limits, buckets, manifest.steps, recorder, reasons)
-    info = _info(checkpoint, manifest.backend, manifest.precision, device, reasons, phases)
+    info = _info(checkpoint, fast, manifest.backend, manifest.precision, device, reasons, phases)
     info = replace(info, versions=info.versions | dict(manifest.versions), manifest=manifest.summary())
     return SprintEngine(modules(), space, info, limits, options.schedule, manifest.batches, runners, kernels)
 
@@ -259,15 +279,16 @@ def _kernels(
     return NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
 
 
-def _open(options: _Options, reasons: dict[str, str]) -> Checkpoint:
-    """Opens the checkpoint; records the variants of its weights other than the plain one."""
+def _open(options: _Options, reasons: dict[str, str]) -> tuple[Checkpoint, Checkpoint | None]:
+    """Opens the checkpoint, and again with its fast decoder; records variants of weights other than the plain one."""
     checkpoint = open_checkpoint(options.model, options.decoder, options.variant)
     if isinstance(checkpoint.weights, FolderWeights):
         why = "asked for" if options.variant else "the only weights there"
         variants = [f"{name}: {why}, of {', '.join(parts)}" for name, parts in checkpoint.weights.variants().items()]
         if variants:
             reasons["variant"] = "; ".join(variants)
-    return checkpoint
+    fast = options.fast_decoder
+    return checkpoint, None if fast is None else open_fast_decoder(checkpoint, fast, options.variant)
 
 
 def _recorder(device: torch.device, requested: GraphCapture | None) -> GraphCapture | None:
@@ -275,8 +296,15 @@ def _recorder(device: torch.device, requested: GraphCapture | None) -> GraphCapt
 
 
 def _info(
-    checkpoint: Checkpoint, backend: str, precision: str, device: torch.device, reasons: dict[str, str], phases: Phases
+    checkpoint: Checkpoint,
+    fast: Checkpoint | None,
+    backend: str,
+    precision: str,
+    device: torch.device,
+    reasons: dict[str, str],
+    phases: Phases,
 ) -> EngineInfo:
+    second = {} if fast is None else {"fast": fast.decoder}
     return EngineInfo(
         checkpoint=checkpoint.name,
         backend=backend,
@@ -287,6 +315,7 @@ def _info(
         guidance_trained=checkpoint.settings.guidance_trained,
         max_prompt_tokens=checkpoint.settings.max_prompt_tokens,
         start_s=phases.seconds,
+        decoders={"full": checkpoint.decoder, **second},
     )
 
 
@@ -307,44 +336,4 @@ def _backend(requested: str, device: torch.device, recorder: GraphCapture | None
     if requested == "cuda-graph" and device.type != "cuda" and recorder is None:
         raise BackendError("backend: cuda-graph needs an NVIDIA GPU, and the device is cpu; use eager or compiled")
     reasons["backend"] = f"{requested}: asked for"
-    return requested
-
-
-def _device(requested: str | None, reasons: dict[str, str]) -> torch.device:
-    if requested is None:
-        available = torch.cuda.is_available()
-        reasons["device"] = "cuda: a GPU is present" if available else "cpu: torch sees no GPU"
-        return torch.device("cuda", 0) if available else torch.device("cpu")
-    kind, _, index = requested.partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
-        raise BackendError(f"device: got {requested!r}, allowed cpu, cuda, cuda:<index>")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and count == 0:
-        raise BackendError(f"device: got {requested!r}, but {why_no_gpu()}")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise BackendError(
-            f"device: got {requested!r}, but torch sees {count} GPUs; allowed cuda:0 to cuda:{count - 1}"
-        )
-    reasons["device"] = f"{requested}: asked for"
-    return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
-
-
-def _precision(requested: str | None, device: torch.device, backend: str, reasons: dict[str, str]) -> str:
-    if requested is None:
-        chosen = "fp32" if device.type == "cpu" else "bf16"
-        why = "exact, and the CPU's default" if chosen == "fp32" else "as Sprint was trained"
-        reasons["precision"] = f"{chosen}: {why}"
-        return chosen
-    if requested not in PRECISIONS:
-        raise BackendError(f"precision: got {requested!r}, allowed {', '.join(PRECISIONS)}")
-    if requested == "fp8" and (backend, device.type) != ("cuda-graph", "cuda"):
-        raise BackendError(
-            f"precision: fp8 without a built engine is the cuda-graph backend's on a GPU, and this is {backend} on "
-            f"{device.type}; use bf16"
-        )
-    if requested == "int8" and (backend, device.type) != ("eager", "cpu"):
-        raise BackendError(
-            f"precision: int8 is the eager backend's on a CPU, and this is {backend} on {device.type}; use bf16"
-        )
-    reasons["precision"] = f"{requested}: asked for"
     return requested

@@ -19,6 +19,7 @@ from engines.errors import JobError
 Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 
 Conditioning = Literal["text", "image", "control", "image+control"]
+DecoderName = Literal["full", "fast"]  # of a job; what each is: EngineInfo.decoders
 
 MAX_SEED = 2**63 - 1
 MAX_ADAPTERS = 4  # of one job
@@ -78,6 +79,7 @@ class Job:
     control_image: Pixels | None = None
     control_scale: float = 1.0
     lora: tuple[tuple[str, float], ...] = ()  # (name, scale) of each adapter
+    decoder: DecoderName = "full"  # jobs of one batch may differ
     jpeg_quality: int | None = None  # set: the engine may return a JPEG file instead of pixels
     png: bool = False  # the engine may return a PNG file instead of pixels
 
@@ -135,6 +137,7 @@ class Limits:
     max_pixels: int = 2048 * 2048
     conditioning: frozenset[Conditioning] = frozenset({"text"})
     adapters: tuple[str, ...] = ()  # names for Job.lora; jobs of one batch may choose different ones
+    decoders: tuple[DecoderName, ...] = ("full",)
 
     def allows_size(self, width: int, height: int) -> bool:
         if self.sizes:
@@ -197,6 +200,10 @@ class Limits:
             raise JobError(f"num_inference_steps: got {job.steps}, this engine runs {allowed}")
         if not 0 <= job.seed <= MAX_SEED:
             raise JobError(f"seed: got {job.seed}, allowed 0 to {MAX_SEED}")
+        if job.decoder not in self.decoders:
+            loaded = ", ".join(self.decoders)
+            remedy = "give a second one at start, such as --fast-decoder lite"
+            raise JobError(f"decoder: got {job.decoder!r}, loaded: {loaded}; {remedy}")
         if job.lora:
             self._check_lora(job.lora)
 
@@ -223,7 +230,7 @@ class EngineInfo:
     """Description of a loaded engine. `reasons`: choice -> one sentence.
 
     `start_s`: phase of the start -> seconds; phases may run in parallel. `replaced_kernels`: kernel of the GPU path ->
-    reason why PyTorch runs instead.
+    reason why PyTorch runs instead. `decoders`: DecoderName -> value of --decoder or --fast-decoder.
     """
 
     checkpoint: str
@@ -237,6 +244,7 @@ class EngineInfo:
     max_prompt_tokens: int = 300
     start_s: dict[str, float] = field(default_factory=dict)
     replaced_kernels: dict[str, str] = field(default_factory=dict)
+    decoders: dict[str, str] = field(default_factory=lambda: {"full": "full"})
 
 
 class Engine(Protocol):

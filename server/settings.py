@@ -182,6 +182,9 @@ class Settings:
     decoder: str | None = option(
         None, text("full, lite, taesana, a folder, a hub id or a .pth file"), "another decoder of the same latents"
     )
+    fast_decoder: str | None = option(
+        None, text("lite, taesana, a folder, a hub id or a .pth file"), "a second decoder, which requests may choose"
+    )
     variant: str | None = option(
         None, text("a name such as fp16"), "weights to take where the checkpoint has several; default: the plain ones"
     )

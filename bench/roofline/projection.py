@@ -82,7 +82,7 @@ def workloads(
         transformer = on_meta(SprintTransformer(checkpoint.transformer), dtype)
         autoencoder = Autoencoder(checkpoint.autoencoder).to(dtype).eval()
         taesana = None if checkpoint.taesana is None else TaesanaDecoder(checkpoint.taesana).to(dtype).eval()
-    decoder = PixelDecoder(autoencoder, taesana)
+    decoder = PixelDecoder(autoencoder if taesana is None else taesana)
     compression = checkpoint.autoencoder.compression
     latent = torch.empty(
         batch, checkpoint.transformer.in_channels, size[1] // compression, size[0] // compression, device=META

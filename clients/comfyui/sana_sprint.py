@@ -50,6 +50,7 @@ class SanaSprintGenerate:
                 "strength": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
                 "control_image": ("IMAGE", {"tooltip": "white strokes on black; needs a ControlNet at the server"}),
                 "control_scale": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.01}),
+                "decoder": (["full", "fast"], {"default": "full", "tooltip": "fast needs a second one at the server"}),
             },
         }
 
@@ -67,6 +68,7 @@ class SanaSprintGenerate:
         strength: float = 0.5,
         control_image: torch.Tensor | None = None,
         control_scale: float = 1.0,
+        decoder: str = "full",
     ) -> tuple[torch.Tensor]:
         """Returns the images. Raises RuntimeError with the server's own message."""
         body: dict[str, Any] = {
@@ -81,6 +83,8 @@ class SanaSprintGenerate:
             body |= {"image": base64_png(image), "strength": strength}
         if control_image is not None:
             body |= {"control_image": base64_png(control_image), "control_scale": control_scale}
+        if decoder != "full":  # servers before 0.3 do not know the field
+            body["decoder"] = decoder
         response = post(server.rstrip("/") + "/generate", body)
         return (torch.stack([decode(output["b64"]) for output in response["images"]]),)
 

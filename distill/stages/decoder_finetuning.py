@@ -16,16 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.recipes import AutoencoderStageConfig, Recipe
-from distill.stages.autoencoder import reconstruction_loss
+from distill.stages.decoder_step import DecoderUpdate
 from distill.stages.teacher import Teacher
 from distill.training.stage import Ema, Stage, learning_rate_factor, set_learning_rate, to_tensor
 from distill.world.rendering import World, batches
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 from engines.sampler import input_scale, mix
-
-REPORT_EVERY = 50
-SHEET_EVERY = 500
 
 
 def predicted(
@@ -71,6 +68,8 @@ def train(
     stream = _images(recipe, config, recipe.seed + 3 + 1000 * accelerator.process_index, stage.step)
     device, scaling = accelerator.device, model.config.scaling_factor
     guidance = recipe.distil.guidance
+    weights = (config.edge_weight, config.square_weight)
+    update = DecoderUpdate(stage, accelerator, decoder, optimizer, average, weights)
     for step in stage if not done else ():
         torch.manual_seed(recipe.seed + 7919 * step + accelerator.process_index)
         target, captions = next(stream)
@@ -84,16 +83,7 @@ def train(
                 predictions = predicted(clean[:half], captions, teacher, student, chosen, config.predicted_times)
                 plain = clean[half:] + scaling * config.latent_noise * torch.randn_like(clean[half:])
             output = prepared(torch.cat([predictions, plain]) / scaling).float()
-        fit = reconstruction_loss(output, target, config.edge_weight, config.square_weight)
-        optimizer.zero_grad()
-        accelerator.backward(fit)
-        norm = accelerator.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        average.update(decoder, step)
-        if (step + 1) % REPORT_EVERY == 0:
-            stage.report(loss=fit.item(), gradient=float(norm))
-        if (step + 1) % SHEET_EVERY == 0:
-            stage.sheet(torch.cat([target, output.detach()]), len(target))
+        update.step(output, target)
     average.copy_to(decoder)
     return model.eval()
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.recipes import SmallDecoderStageConfig
-from distill.stages.autoencoder import reconstruction_loss
+from distill.stages.decoder_step import DecoderUpdate
 from distill.training.stage import Ema, Stage, learning_rate_factor, set_learning_rate, to_tensor
 from distill.world.captions import caption_of
 from distill.world.scenes import World, sample_scene
@@ -26,8 +26,6 @@ from engines.models.transformer import SprintTransformer
 from engines.pipeline.text_stage import join, load_text_stage
 from engines.sampler import angles_for, sample
 
-REPORT_EVERY = 50
-SHEET_EVERY = 500
 BATCH = 16  # latents made at once
 SEED = 7
 EDGE_WEIGHT, SQUARE_WEIGHT = 0.5, 0.5  # of distill.stages.autoencoder.reconstruction_loss
@@ -91,6 +89,7 @@ def train(
     done = stage.resume()
     optimizer = accelerator.prepare(optimizer)
     pairs = None if done else decoded_latents(config, checkpoint, world, accelerator.device)
+    update = DecoderUpdate(stage, accelerator, decoder, optimizer, average, (EDGE_WEIGHT, SQUARE_WEIGHT))
     for step in stage if pairs is not None else ():
         assert pairs is not None
         torch.manual_seed(SEED + 7919 * step)
@@ -101,15 +100,6 @@ def train(
         factor = learning_rate_factor(step, config.steps, WARMUP, DECAY_FRACTION)
         set_learning_rate(optimizer, config.learning_rate * factor)
         output = decoder(latents.contiguous(memory_format=torch.channels_last))
-        loss = reconstruction_loss(output, target, EDGE_WEIGHT, SQUARE_WEIGHT)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        average.update(decoder, step)
-        if (step + 1) % REPORT_EVERY == 0:
-            stage.report(loss=loss.item(), gradient=float(norm))
-        if (step + 1) % SHEET_EVERY == 0:
-            stage.sheet(torch.cat([target, output.detach()]), len(target))
+        update.step(output, target)
     average.copy_to(decoder)
     return decoder.eval()

@@ -88,7 +88,7 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     manifest = read_manifest(folder)
     check_fit(manifest, device)
     manifest.check_files(folder)
-    manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
+    manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256(), checkpoint.decoder)
     graphs: dict[ModuleName, dict[HeightWidth, Graph]] = {name: {} for name in MODULES}
     scratch = Scratch(device)
     cached: list[tuple[Artifact, OpenVinoGraph | TensorRtGraph]] = []

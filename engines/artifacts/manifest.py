@@ -118,9 +118,12 @@ class Manifest:
             if self.versions.get(name) != version:
                 raise self.refusal(f"built by {name} {self.versions.get(name)}, here is {version}")
 
-    def check_checkpoint(self, name: str, sha256: str) -> None:
-        """Raises ArtifactError if the build used other weights, whatever their name."""
+    def check_checkpoint(self, name: str, sha256: str, decoder: str = "full") -> None:
+        """Raises ArtifactError if the build used other weights, whatever their name. decoder: value of --decoder."""
         if sha256 != self.checkpoint_sha256:
+            built = self.decoder or "full"
+            if built != decoder:
+                raise self.refusal(f"built with the decoder {built}, and started with {decoder} (--decoder)")
             raise self.refusal(
                 f"built from {self.checkpoint} with weights {self.checkpoint_sha256[:12]}, and {name} has {sha256[:12]}"
             )

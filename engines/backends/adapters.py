@@ -115,7 +115,7 @@ def adapter_for(
     """Returns the adapter that replaces module `name`."""
     if name in ("transformer", "controlled"):
         return TransformerAdapter(graph_at, tokens)
-    return DecoderAdapter(graph_at) if name == "decoder" else EncoderAdapter(graph_at)
+    return EncoderAdapter(graph_at) if name == "encoder" else DecoderAdapter(graph_at)
 
 
 def pad_batch(value: Tensor, batch: int) -> Tensor:

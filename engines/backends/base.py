@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-# SprintTransformer, PixelDecoder, PixelEncoder, ControlledTransformer
-ModuleName = Literal["transformer", "decoder", "encoder", "controlled"]
+# SprintTransformer, PixelDecoder, PixelEncoder, ControlledTransformer, the PixelDecoder of --fast-decoder
+ModuleName = Literal["transformer", "decoder", "encoder", "controlled", "fast_decoder"]
 
 CACHE = Path("~/.cache/sana-sprint")
 

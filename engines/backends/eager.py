@@ -18,7 +18,6 @@ from engines.models.dcae import Decoder
 from engines.models.folding import fold
 from engines.models.lora import AdapterSelection
 from engines.models.pixels import PixelDecoder
-from engines.models.taesana import TaesanaDecoder
 
 _WIDE = 256  # channels; in narrower decoders calls dominate, and packing costs 0.2 ms
 _PROBE = (8, 8)  # cells of the noise latent on which the decoder in 8 bits must pass its gate
@@ -32,11 +31,11 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     if isinstance(module, PixelDecoder) and spec.int8:
         return _with_int8_convolutions(module, spec)
     on_cpu = spec.device.type == "cpu"
-    decoder = module.decoder if isinstance(module, PixelDecoder) else None
-    if on_cpu and isinstance(decoder, Decoder) and _gains_from_packing(decoder, spec.dtype):
+    decoder = module.dcae if isinstance(module, PixelDecoder) else None
+    if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
         fastest = FastestConv(spec.cache)
         module.decoder = CpuDecoder(decoder, WideConvolutions(fastest, PackedConv, exact_shortcut=True))
-        spec.reasons["decoder"] = fastest.reason
+        spec.reasons[spec.name] = fastest.reason
         return module
     if spec.name in ("transformer", "controlled") and on_cpu and spec.dtype == torch.bfloat16:
         return PerJobTransformer(module)
@@ -46,9 +45,9 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
 def _with_int8_convolutions(module: PixelDecoder, spec: ModuleSpec) -> PixelDecoder:
     if spec.device.type != "cpu" or not has_int8():
         raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
-    if isinstance(module.decoder, TaesanaDecoder):
+    decoder = module.dcae
+    if decoder is None:
         raise BackendError("precision: int8 is for DC-AE's decoders, and this is a TAESANA; use bf16")
-    decoder = _loaded_decoder(module)
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
     with torch.inference_mode():
@@ -63,15 +62,10 @@ def to_channels_last(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     """Converts an autoencoder module to channels-last and folds its upsampling; returns transformers unchanged."""
     if spec.name in ("transformer", "controlled"):
         return module
-    if isinstance(module, PixelDecoder) and not isinstance(module.decoder, TaesanaDecoder):
-        fold(_loaded_decoder(module))
+    if isinstance(module, PixelDecoder) and module.dcae is not None:
+        fold(module.dcae)
     converted: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
     return converted
-
-
-def _loaded_decoder(module: PixelDecoder) -> Decoder:
-    assert isinstance(module.decoder, Decoder)  # not prepared before
-    return module.decoder
 
 
 def _gains_from_packing(decoder: Decoder, dtype: torch.dtype) -> bool:

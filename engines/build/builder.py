@@ -257,12 +257,12 @@ class _Build:
             return cast_to(quantize(exact, texts, sides, self.spec.steps, channels), dtype)
         if name == "transformer":
             return self.checkpoint.load_transformer(dtype, CPU)
-        autoencoder = self.checkpoint.load_autoencoder(dtype, CPU)
         if name == "encoder":
-            return PixelEncoder(autoencoder)
-        if self.checkpoint.taesana is None:
-            fold(autoencoder.decoder)
-        return self.checkpoint.load_pixel_decoder(autoencoder, dtype, CPU)
+            return PixelEncoder(self.checkpoint.load_autoencoder(dtype, CPU))
+        decoder = self.checkpoint.load_pixel_decoder(None, dtype, CPU)
+        if decoder.dcae is not None:
+            fold(decoder.dcae)
+        return decoder
 
     def compiled(self, graphs: Mapping[Key, _Graph]) -> dict[Key, Artifact]:
         """Compiles the graphs and removes them. Returns the artifacts, without their parity."""

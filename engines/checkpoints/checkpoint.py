@@ -84,6 +84,7 @@ class Checkpoint:
     text: Mapping[str, object] = field(repr=False)  # text_encoder/config.json
     weights: WeightSource
     taesana: TaesanaConfig | None = None  # set: decodes in place of the autoencoder's decoder
+    decoder: str = "full"  # value of --decoder
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if two components do not fit."""
@@ -111,19 +112,29 @@ class Checkpoint:
         return module.eval()
 
     def load_autoencoder(self, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+        """Returns encoder and decoder; the encoder alone if a TAESANA decodes in place of the decoder."""
         with meta_init():
-            module = Autoencoder(self.autoencoder)
-        self.weights.load_into("vae", module, dtype, device)
+            module = Autoencoder(self.autoencoder, None if self.taesana is None else "encoder")
+        if self.taesana is None:
+            self.weights.load_into("vae", module, dtype, device)
+        else:
+            self.weights.load_into("vae.encoder", module.encoder, dtype, device)
         return module.eval()
 
-    def load_pixel_decoder(self, autoencoder: Autoencoder, dtype: torch.dtype, device: torch.device) -> PixelDecoder:
-        """Returns the decoder of `autoencoder`, or the TAESANA in its place."""
-        if self.taesana is None:
-            return PixelDecoder(autoencoder)
-        with meta_init():
-            module = TaesanaDecoder(self.taesana)
-        self.weights.load_into("decoder", module, dtype, device)
-        return PixelDecoder(autoencoder, module.eval())
+    def load_pixel_decoder(
+        self, autoencoder: Autoencoder | None, dtype: torch.dtype, device: torch.device
+    ) -> PixelDecoder:
+        """Returns the decoder of `autoencoder` (None: reads it alone), or the TAESANA in its place."""
+        if self.taesana is not None:
+            with meta_init():
+                module = TaesanaDecoder(self.taesana)
+            self.weights.load_into("decoder", module, dtype, device)
+            return PixelDecoder(module.eval())
+        if autoencoder is None:
+            with meta_init():
+                autoencoder = Autoencoder(self.autoencoder, "decoder")
+            self.weights.load_into("vae.decoder", autoencoder.decoder, dtype, device)
+        return PixelDecoder(autoencoder.eval())
 
     def load_text_body(self, dtype: torch.dtype, device: torch.device) -> GemmaBody:
         """Returns the Gemma-2 body for models.text_encoder.TextEncoder."""
@@ -159,7 +170,19 @@ def open_checkpoint(name: str | Checkpoint, decoder: str | None = None, variant:
     else:
         is_random = name.startswith("random:")
         checkpoint = _random(name) if is_random else _from_folder(name, find_folder(name, None, variant), variant)
-    return checkpoint if decoder in (None, "full") else _with_decoder(checkpoint, decoder, variant)
+    if decoder is None or decoder == "full":
+        return checkpoint
+    return replace(_with_decoder(checkpoint, decoder, variant), decoder=decoder)
+
+
+def open_fast_decoder(checkpoint: Checkpoint, decoder: str, variant: str | None = None) -> Checkpoint:
+    """Returns the checkpoint with the decoder of --fast-decoder, a name as for `open_checkpoint`.
+
+    Raises CheckpointError.
+    """
+    if decoder in ("full", checkpoint.decoder):
+        raise CheckpointError(f"fast_decoder: got {decoder}, another one than the first is needed, such as lite")
+    return open_checkpoint(checkpoint, decoder, variant)
 
 
 def _with_decoder(checkpoint: Checkpoint, decoder: str, variant: str | None) -> Checkpoint:
@@ -167,11 +190,13 @@ def _with_decoder(checkpoint: Checkpoint, decoder: str, variant: str | None) -> 
     if not isinstance(checkpoint.weights, FolderWeights):
         if decoder not in ("lite", "taesana"):
             raise CheckpointError(f"decoder: got {decoder!r}; with random weights full, lite or taesana is allowed")
+        source = checkpoint.weights
+        source = replace(source, decoder=decoder) if isinstance(source, RandomWeights) else source
         if decoder == "lite":
-            return replace(checkpoint, autoencoder=DC_AE_LITE)
-        return _with_taesana(checkpoint, TaesanaConfig(), checkpoint.weights)
+            return replace(checkpoint, autoencoder=DC_AE_LITE, taesana=None, weights=source)
+        return _with_taesana(checkpoint, TaesanaConfig(), source)
     folders = checkpoint.weights.folders
-    own = folders["vae"].parent / "taesana"
+    own = folders["transformer"].parent / "taesana"  # vae may be another decoder's
     if decoder == "taesana" and not own.is_dir():
         raise CheckpointError(
             f"decoder: got taesana, and {own} does not exist; give the path of taesana_decoder.pth from the repository "
@@ -186,18 +211,27 @@ def _with_decoder(checkpoint: Checkpoint, decoder: str, variant: str | None) -> 
     if config.get("_class_name") == TaesanaDecoder.__name__:
         weights = FolderWeights({**folders, "decoder": folder}, checkpoint.weights.variant)
         return _with_taesana(checkpoint, TaesanaConfig.from_dict(config), weights)
-    weights = FolderWeights({**folders, "vae": folder}, variant)
-    return replace(checkpoint, autoencoder=_autoencoder(folder), weights=weights)
+    autoencoder = _autoencoder(folder)
+    if autoencoder.compression != checkpoint.autoencoder.compression:
+        raise _other_latents(checkpoint, "an AutoencoderDC", autoencoder)
+    own_parts = {part: path for part, path in folders.items() if part != "decoder"}
+    weights = FolderWeights({**own_parts, "vae": folder}, variant)
+    return replace(checkpoint, autoencoder=autoencoder, taesana=None, weights=weights)
 
 
 def _with_taesana(checkpoint: Checkpoint, config: TaesanaConfig, weights: WeightSource) -> Checkpoint:
-    needed, actual = checkpoint.autoencoder, (config.latent_channels, config.compression)
-    if actual != (needed.latent_channels, needed.compression):
-        raise CheckpointError(
-            f"decoder: a TAESANA for latents of {actual[0]} channels and {actual[1]} pixels a side; the checkpoint has "
-            f"{needed.latent_channels} and {needed.compression}"
-        )
+    needed = checkpoint.autoencoder
+    if (config.latent_channels, config.compression) != (needed.latent_channels, needed.compression):
+        raise _other_latents(checkpoint, "a TAESANA", config)
     return replace(checkpoint, taesana=config, weights=weights)
+
+
+def _other_latents(checkpoint: Checkpoint, kind: str, config: TaesanaConfig | AutoencoderConfig) -> CheckpointError:
+    needed = checkpoint.autoencoder
+    return CheckpointError(
+        f"decoder: {kind} for latents of {config.latent_channels} channels and {config.compression} pixels a side; the "
+        f"checkpoint has {needed.latent_channels} and {needed.compression}"
+    )
 
 
 def _random(name: str) -> Checkpoint:

@@ -20,9 +20,10 @@ _CHUNK = 2**22  # numbers: 16 MiB beside the weights
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """A WeightSource from a seed: equal on every machine with the same torch."""
+    """A WeightSource from a seed: equal on every machine with the same torch. decoder: a name of --decoder."""
 
     seed: int = 0
+    decoder: str = "full"
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Draws in fp32 on the CPU, key by key, and rounds to `dtype`."""
@@ -53,7 +54,9 @@ class RandomWeights:
         return tokenizer
 
     def sha256(self) -> str:
-        return hashlib.sha256(f"random weights, seed {self.seed}, torch {torch.__version__}".encode()).hexdigest()
+        text = f"random weights, seed {self.seed}, torch {torch.__version__}"
+        text += "" if self.decoder == "full" else f", decoder {self.decoder}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _lines() -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Loads weights of a checkpoint's components into modules: strictly, from safetensors, without a second copy.
 
-A *component* is a subfolder of the diffusers layout: transformer, vae, text_encoder, controlnet. The component decoder
-is a TAESANA: a folder, or the published .pth file. Modules start on the meta device and take the loaded tensors.
+A *component* is a subfolder of the diffusers layout: transformer, vae, text_encoder, controlnet; or one half of the
+autoencoder in vae. The component decoder is a TAESANA: a folder, or the published .pth file. Modules start on the meta
+device and take the loaded tensors.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from engines.checkpoints.variants import choose_variant, index_file, single_file
 from engines.errors import CheckpointError
 
-Component = Literal["transformer", "vae", "text_encoder", "controlnet", "decoder"]
+Component = Literal["transformer", "vae", "vae.encoder", "vae.decoder", "text_encoder", "controlnet", "decoder"]
 
 
 class WeightSource(Protocol):
@@ -99,19 +100,23 @@ class FolderWeights:
         return variants
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises CheckpointError for a file that is missing, damaged, quantised or of another shape."""
-        folder = self.folders[part]
+        """Raises CheckpointError for a file that is missing, damaged, quantised or of another shape.
+
+        Half of the autoencoder takes the keys of its name alone, and reads no others.
+        """
+        name, _, half = part.partition(".")
+        folder = self.folders[name]
         tensors: dict[str, Tensor] = {}
         for path in weight_files(folder, self.variant):
             try:
-                tensors |= _load_pth(path) if path.suffix == ".pth" else load_file(path, device="cpu")
+                tensors |= _load_pth(path) if path.suffix == ".pth" else _load_file(path, half)
             except (SafetensorError, OSError, UnpicklingError, RuntimeError) as error:
                 raise CheckpointError(f"{path}: damaged or cut short ({error}); download it again") from error
         for key, tensor in tensors.items():
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise CheckpointError(f"{folder}: {key} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
             tensors[key] = tensor.to(device=device, dtype=dtype)
-        load_strict(module, tensors, str(folder))
+        load_strict(module, tensors, f"{folder}, {half}" if half else str(folder))
         module.to(device)  # buffers outside the checkpoint; they keep float32, as upstream's
 
     def tokenizer(self) -> Tokenizer:
@@ -135,6 +140,16 @@ class FolderWeights:
             digests = list(pool.map(_sha256_of, [path for _, path in files]))
         lines = [f"{part} {path.name} {digest}\n" for (part, path), digest in zip(files, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _load_file(path: Path, half: str) -> dict[str, Tensor]:
+    """Returns the tensors of a file; with `half` those below this name, without it in their keys."""
+    if not half:
+        return load_file(path, device="cpu")
+    prefix = f"{half}."
+    with safe_open(path, framework="pt", device="cpu") as file:
+        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  # no mapping
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
 
 
 def _load_pth(path: Path) -> dict[str, Tensor]:

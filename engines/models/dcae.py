@@ -307,10 +307,12 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder of a checkpoint's vae/ folder. Serving loads only the decoder where possible."""
+    """Encoder and decoder of a checkpoint's vae/ folder, or the one of them that `part` names."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, part: Literal["encoder", "decoder"] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if part != "decoder":
+            self.encoder = Encoder(config)
+        if part != "encoder":
+            self.decoder = Decoder(config)

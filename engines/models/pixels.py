@@ -7,19 +7,25 @@ VaeImageProcessor: x/2 + 0.5, clamped, times 255, rounded.
 import torch
 from torch import Tensor, nn
 
-from engines.models.dcae import Autoencoder
+from engines.models.dcae import Autoencoder, AutoencoderConfig, Decoder
 from engines.models.taesana import TaesanaDecoder
 
 
 class PixelDecoder(nn.Module):
     """Decodes latents [B, C, h, w] of unit variance, fp32, to pixels [B, H, W, 3] uint8 and flags [B]: all finite."""
 
-    def __init__(self, autoencoder: Autoencoder, taesana: TaesanaDecoder | None = None):
-        """taesana: decodes in place of the autoencoder's decoder; it takes latents of unit variance."""
+    def __init__(self, source: Autoencoder | TaesanaDecoder):
+        """source: an autoencoder, whose decoder runs, or a TAESANA, which takes latents of unit variance."""
         super().__init__()
-        self.decoder: nn.Module = autoencoder.decoder if taesana is None else taesana
-        self.scaling_factor = autoencoder.config.scaling_factor if taesana is None else 1.0
-        self.dtype = autoencoder.decoder.conv_in.weight.dtype
+        self.decoder: nn.Module = source.decoder if isinstance(source, Autoencoder) else source
+        self.config: AutoencoderConfig | None = source.config if isinstance(source, Autoencoder) else None
+        self.scaling_factor = 1.0 if self.config is None else self.config.scaling_factor
+        self.dtype = next(self.decoder.parameters()).dtype
+
+    @property
+    def dcae(self) -> Decoder | None:
+        """DC-AE's decoder as it was loaded; None for a TAESANA, and once a backend has replaced it."""
+        return self.decoder if isinstance(self.decoder, Decoder) else None
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         image: Tensor = self.decoder(latent.to(self.dtype) / self.scaling_factor)
@@ -37,7 +43,7 @@ class PixelEncoder(nn.Module):
         super().__init__()
         self.encoder = autoencoder.encoder
         self.scaling_factor = autoencoder.config.scaling_factor
-        self.dtype = autoencoder.decoder.conv_in.weight.dtype
+        self.dtype = next(self.encoder.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
         image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1

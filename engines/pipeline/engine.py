@@ -23,7 +23,7 @@ from engines.pipeline.latent_cache import LatentCache, resized
 from engines.pipeline.results import BatchResults
 from engines.pipeline.text_stage import TextEmbedding, TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
-from engines.types import BatchKey, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
+from engines.types import BatchKey, DecoderName, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
 MAX_CONTROL_SCALE = 2
 
@@ -50,6 +50,7 @@ class Modules:
     decoder: Callable[[Tensor], tuple[Tensor, Tensor]]  # PixelDecoder.forward
     encoder: Callable[[Tensor], Tensor]  # PixelEncoder.forward
     controlled: Callable[..., Tensor] | None = None  # ControlledTransformer.forward
+    fast_decoder: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # as `decoder`
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class GraphRunners:
-    """CUDA graphs of denoising (plain, and with a drawing), of decoding, and of the PNG encoder.
+    """CUDA graphs of denoising (plain, and with a drawing), of decoding by each decoder, and of the PNG encoder.
 
     Without graphs the server encodes PNG files.
     """
@@ -76,6 +77,7 @@ class GraphRunners:
     png: GraphRunner
     controlled: GraphRunner | None
     recorder: GraphCapture  # captures them and the text stage's graphs
+    fast_decode: GraphRunner | None = None
 
 
 class SprintEngine:
@@ -133,16 +135,16 @@ class SprintEngine:
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
                     job = Job("", seed=0, width=width, height=height, control_image=drawing)
-                    for variant in self._job_per_format(job):
+                    for variant in self._variants(job):
                         self.generate([variant] * count)
         if self._kernels is not None:
             self._run_every_kernel()
 
-    def _job_per_format(self, job: Job) -> Sequence[Job]:
-        """Returns the job, and a copy for each file format that the device encodes."""
+    def _variants(self, job: Job) -> Sequence[Job]:
+        """Returns a copy of the job for each decoder, and for each file format that the device encodes."""
         jpeg = () if self._stream is None else (replace(job, jpeg_quality=90),)
         png = () if self._runners is None else (replace(job, png=True),)
-        return job, *jpeg, *png
+        return *(replace(job, decoder=name) for name in self._limits.decoders), *jpeg, *png
 
     def _run_every_kernel(self) -> None:
         """Makes one image from text, and one from each kind of image that this engine takes."""
@@ -152,6 +154,8 @@ class SprintEngine:
         for variant in (job, replace(job, image=blank), replace(job, control_image=blank)):
             if variant.conditioning in self._limits.conditioning:
                 self.generate([variant])
+        for decoder in self._limits.decoders[1:]:
+            self.generate([replace(job, decoder=decoder)])
 
     @torch.inference_mode()
     def _capture(self) -> None:
@@ -160,7 +164,8 @@ class SprintEngine:
         if runners is None:
             return
         try:
-            for runner in filter(None, (runners.decode, runners.plain, runners.controlled, runners.png)):
+            decoding = (runners.decode, runners.fast_decode)
+            for runner in filter(None, (*decoding, runners.plain, runners.controlled, runners.png)):
                 runner.capture()
             self._modules.text.capture(runners.recorder)
         except torch.OutOfMemoryError as error:
@@ -223,11 +228,10 @@ class SprintEngine:
             jobs, embeddings, watch, bucket or len(jobs), uncaptured=self._runners is not None and not bucket
         )
         downloads: list[Download] = []
-        for latent in torch.split(latents, 1):
-            pixels, finite = self._decode(latent)
+        for job, latent in zip(jobs, torch.split(latents, 1), strict=True):
+            pixels, finite = self._decode(latent, job.decoder)
             watch.record()
             # The thread waits for an image when the next one is decoding.
-            job = jobs[len(downloads)]
             output = self._png(pixels, latent) if job.png else {"pixels": pixels[0]}
             downloads.append(self._downloader.start({**output, "finite": finite[0]}, job))
             if len(downloads) > 1:
@@ -249,11 +253,15 @@ class SprintEngine:
         on_device = {name: value.to(self._space.device) for name, value in inputs.items()}
         return Denoise(transformer, self._space.dtype)(on_device)[0], None
 
-    def _decode(self, latent: Tensor) -> tuple[Tensor, ...]:
+    def _decode(self, latent: Tensor, name: DecoderName) -> tuple[Tensor, ...]:
         """Returns pixels [1, H, W, 3] and finite [1] of one latent [1, C, h, w]."""
         if self._runners is None:
-            return Decode(self._modules.decoder)({"latent": latent})
-        return self._runners.decode({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
+            decoder = self._modules.decoder if name == "full" else self._modules.fast_decoder
+            assert decoder is not None  # the limits refuse the job otherwise
+            return Decode(decoder)({"latent": latent})
+        runner = self._runners.decode if name == "full" else self._runners.fast_decode
+        assert runner is not None
+        return runner({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
 
     def _png(self, pixels: Tensor, latent: Tensor) -> dict[str, Tensor]:
         """Returns the parts of a PNG file of pixels [1, H, W, 3]; without graphs the pixels."""

@@ -18,6 +18,7 @@ def limits_of(
     control: bool,
     adapters: tuple[str, ...] = (),
     sizes: tuple[tuple[int, int], ...] = (),
+    fast_decoder: bool = False,
 ) -> Limits:
     """Returns the limits. Sides reach twice the training size, beyond which images repeat themselves.
 
@@ -34,6 +35,7 @@ def limits_of(
         max_pixels=4 * width * height,
         conditioning=frozenset({"text", "image", "control", "image+control"} if control else {"text", "image"}),
         adapters=adapters,
+        decoders=("full", "fast") if fast_decoder else ("full",),
     )
     if not limits.allows_size(width, height):
         raise CheckpointError(

@@ -23,7 +23,6 @@ from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
 from engines.models.lora import AdaptedTransformer
 from engines.models.pixels import PixelDecoder, PixelEncoder
-from engines.models.taesana import TaesanaDecoder
 from engines.models.text_encoder import TextEncoder
 from engines.models.transformer import SprintTransformer
 from engines.pipeline.calibration import calibration_prompts
@@ -41,7 +40,7 @@ class NativeBackend:
     def __init__(self, ops: Ops, autoencoder: AutoencoderConfig, proof: Path | None = None):
         """proof: file of the kernels that equal their references on this GPU (engines.backends.cuda.proof)."""
         self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
-        self._decoder_reason, self._encoder_reason = unsupported_decoder(autoencoder), unsupported_encoder(autoencoder)
+        self._encoder_reason = unsupported_encoder(autoencoder)
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
@@ -70,12 +69,12 @@ class NativeBackend:
             assert self._transformer is not None
             return CudaControlled(module, self.ops, self._transformer)
         if isinstance(module, PixelDecoder):
-            if isinstance(module.decoder, TaesanaDecoder):
-                self._decoder_reason = "a TAESANA"
-            if self._decoder_reason is None:
-                self._decoder = CudaDecoder(module, self.ops)
-                return self._decoder
-            self.reasons["decoder"] = f"PyTorch's modules: {self._decoder_reason}"
+            reason = "a TAESANA" if module.config is None else unsupported_decoder(module.config)
+            if reason is None:
+                decoder = CudaDecoder(module, self.ops)
+                self._decoder = decoder if spec.name == "decoder" else self._decoder
+                return decoder
+            self.reasons[spec.name] = f"PyTorch's modules: {reason}"
         if isinstance(module, PixelEncoder):
             if self._encoder_reason is None:
                 return CudaEncoder(module, self.ops)

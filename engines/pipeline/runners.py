@@ -40,14 +40,21 @@ def runners_of(
         return GraphRunner(chain, specs, buckets, sides, steps, recorder, space.device)
 
     # One image at a time: the engine delivers each when it is done, and memory does not grow with the batch.
-    decode = GraphRunner(
-        lambda: Decode(modules().decoder), latent_spec(space.channels), (1,), sides, (1,), recorder, space.device
-    )
+    def decode(*, fast: bool) -> GraphRunner:
+        def chain() -> Decode:
+            replica = modules()
+            decoder = replica.fast_decoder if fast else replica.decoder
+            assert decoder is not None
+            return Decode(decoder)
+
+        return GraphRunner(chain, latent_spec(space.channels), (1,), sides, (1,), recorder, space.device)
+
     encode = PngEncoder(space.device)
     pixels = InputSpec(torch.uint8, lambda key: (key.bucket, key.height * unit, key.width * unit, 3))
     png = GraphRunner(lambda: encode, {"pixels": pixels}, (1,), sides, (1,), recorder, space.device)
     controlled = denoise(drawing=True) if "control" in limits.conditioning else None
-    runners = GraphRunners(denoise(drawing=False), decode, png, controlled, recorder)
+    fast_decode = decode(fast=True) if "fast" in limits.decoders else None
+    runners = GraphRunners(denoise(drawing=False), decode(fast=False), png, controlled, recorder, fast_decode)
     reasons["graphs"] = (
         f"{len(runners.plain.capture_order)} are captured before the first request: batches {_listed(buckets)}, "
         f"{len(sides)} size{'s' if len(sides) > 1 else ''}, steps {_listed(steps)}"

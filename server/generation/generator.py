@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engines.errors import JobError
-from engines.types import MAX_SEED, Job, Limits, Pixels, RawImage
+from engines.types import MAX_SEED, DecoderName, Job, Limits, Pixels, RawImage
 from server.errors import FieldError, InvalidError
 from server.generation.aspect_ratios import sizes_by_ratio
 from server.generation.delivery import EncodedResult
@@ -48,6 +48,7 @@ class GenerationRequest:
     control_image: bytes | str | None = None
     control_scale: float = 1.0
     lora: tuple[tuple[str, float], ...] = ()  # adapter names and scales
+    decoder: DecoderName = "full"
     timeout_ms: int | None = None
     base64: bool = False
     keeps_shape: bool = False  # without width and height: the shape of `image`, about as large as the default size
@@ -164,6 +165,7 @@ def first_job(request: GenerationRequest, limits: Limits) -> Job:
         strength=request.strength,
         control_scale=request.control_scale,
         lora=request.lora,
+        decoder=request.decoder,
         jpeg_quality=request.output_quality if request.output_format == "jpeg" else None,
         png=request.output_format == "png",
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic_core import to_json
 
+from engines.types import DecoderName
 from server.errors import FieldError, InvalidError, RequestError
 from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat
 from server.http.routes.schemas import MAX_PROMPT, Sampling
@@ -28,6 +29,9 @@ class LiveSettings(Sampling):
     mode: Mode = Field("auto", description="What a drawing is: auto takes control where there is a ControlNet.")
     strength: float = Field(0.5, ge=0, le=1, description="In mode image: how far to go from the drawing.")
     control_scale: float = Field(1.0, ge=0, le=2, description="In mode control: weight of the drawing.")
+    decoder: DecoderName | Literal["auto"] = Field(  # type: ignore[assignment]  # wider than the base's
+        "auto", description="auto: fast while messages come, full when they rest; full alone without a second one."
+    )
 
     def updated(self, message: str) -> "LiveSettings":
         """Returns these settings with the changes of the message. Raises InvalidError (422)."""

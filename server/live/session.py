@@ -37,6 +37,7 @@ from server.telemetry.metrics import Metrics
 from server.telemetry.timings import milliseconds
 
 BUSY_S = 0.25  # after a full queue, until the next attempt
+REST_S = 0.15  # without a message: the pen rests; a page that draws sends one every 0.03 s
 SEND_S = 30.0  # a client that does not accept an image within this time is too slow for live drawing
 
 
@@ -49,6 +50,7 @@ class DrawRequest:
     sequence: int
     drawings: int
     received: float  # time.monotonic() of the last of these messages
+    repeats: bool  # the image that was sent by the fast decoder, now by the full one
 
 
 class LiveSession:
@@ -84,6 +86,7 @@ class LiveSession:
         self._shown_drawings = 0
         self._decoded: tuple[bytes | str, int, Pixels] | None = None  # file, background, pixels
         self._reported_busy = False
+        self._unfinished = False  # the client has a fast image, of which it gets the full one when the pen rests
         self.images_sent = 0
 
     def end(self, error: SessionEndError) -> None:
@@ -120,6 +123,7 @@ class LiveSession:
                 "width": width,
                 "height": height,
                 "steps": limits.steps,
+                "decoders": limits.decoders,
                 "seed": self._seed,
                 "idle_s": self._idle_s,
                 "max_drawing_bytes": MAX_DRAWING,
@@ -172,8 +176,9 @@ class LiveSession:
 
     async def _draw(self) -> None:
         while True:
-            await self._changed.wait()
-            latest = await self._latest_request()
+            rests = await self._wait()
+            latest = await self._latest_request(rests=rests)
+            self._unfinished = False
             if latest is None:
                 continue
             try:
@@ -184,13 +189,28 @@ class LiveSession:
                     await self._send(error_message(error, latest.sequence))
                 self._reported_busy = True
                 await asyncio.sleep(BUSY_S)
-                self._changed.set()
+                if latest.repeats:
+                    self._unfinished = True
+                else:
+                    self._changed.set()
             except UnavailableError as error:
                 raise _session_end(error) from error
             except RequestError as error:
                 await self._send(error_message(error, latest.sequence))
 
-    async def _latest_request(self) -> DrawRequest | None:
+    async def _wait(self) -> bool:
+        """Waits for the next image to make. Returns whether the pen rests and the image is that of the last one."""
+        if not self._unfinished:
+            await self._changed.wait()
+            return False
+        try:
+            async with asyncio.timeout(REST_S):
+                await self._changed.wait()
+        except TimeoutError:
+            return not self._changed.is_set()
+        return False
+
+    async def _latest_request(self, *, rests: bool = False) -> DrawRequest | None:
         """Returns the client's latest request; None without a prompt, or after it sent the client an error."""
         self._changed.clear()
         settings, drawing, sequence = self._settings, self._drawing, self._applied
@@ -198,7 +218,7 @@ class LiveSession:
         if not settings.prompt:
             return None
         try:
-            request = self._request(settings, drawing)
+            request = self._request(settings, drawing, rests=rests)
             job = first_job(request, self._scheduler.engine.limits)
             if settings.prompt != self._allowed_prompt:
                 await self._generator.check_prompt(settings.prompt)
@@ -209,11 +229,14 @@ class LiveSession:
         except RequestError as error:
             await self._send(error_message(error, sequence))
             return None
-        return DrawRequest(job, request, sequence, drawings, received)
+        return DrawRequest(job, request, sequence, drawings, received, repeats=rests)
 
-    def _request(self, settings: LiveSettings, drawing: bytes) -> GenerationRequest:
-        conditioning = self._conditioning(settings, drawing)
+    def _request(self, settings: LiveSettings, drawing: bytes, *, rests: bool = False) -> GenerationRequest:
+        conditioning, decoder = self._conditioning(settings, drawing), settings.decoder
+        if decoder == "auto":
+            decoder = "full" if rests else self._scheduler.engine.limits.decoders[-1]
         return settings.generation_request(
+            decoder=decoder,
             seed=self._seed if settings.seed is None else settings.seed,
             image=drawing if conditioning == "image" else None,
             control_image=drawing if conditioning == "control" else None,
@@ -255,6 +278,7 @@ class LiveSession:
             "sequence": shown.sequence,
             "dropped": superseded,
             "mode": shown.job.conditioning,
+            "decoder": shown.job.decoder,
             "seed": shown.job.seed,
             "width": shown.job.width,
             "height": shown.job.height,
@@ -266,7 +290,9 @@ class LiveSession:
         await self._send(message("picture", header), result.content)
         self._shown_drawings = shown.drawings
         self.images_sent += 1
-        self._metrics.live_seconds.observe(timings.total / 1000)
+        self._unfinished = shown.job.decoder == "fast" and self._settings.decoder == "auto"
+        if not shown.repeats:
+            self._metrics.live_seconds.observe(timings.total / 1000)
         self._metrics.live_superseded.inc(superseded)
 
     async def _send(self, text: str, content: bytes | None = None) -> None:

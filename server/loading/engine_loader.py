@@ -20,7 +20,8 @@ def engine_source(settings: Settings) -> EngineSource:
     """Returns the source of the engine that the settings ask for. Returns at once; its `load` is slow."""
     if settings.backend == "fake":
         names, delay_s = tuple(one.name for one in settings.lora if one.scale is None), settings.fake_delay_ms / 1000
-        return FixedEngineSource(lambda: FakeEngine(max_batch=settings.max_batch, delay_s=delay_s, adapters=names))
+        most, fast = settings.max_batch, settings.fast_decoder
+        return FixedEngineSource(lambda: FakeEngine(max_batch=most, delay_s=delay_s, adapters=names, fast_decoder=fast))
     if settings.engine == "none" or (settings.engine is None and settings.backend != "auto"):
         return FixedEngineSource(lambda: load(settings))
     if settings.engine not in (None, "auto"):
@@ -57,6 +58,7 @@ def load(
         precision=None if settings.precision == "auto" else settings.precision,
         device=None if settings.device == "auto" else settings.device,
         decoder=None if checkpoint else settings.decoder,
+        fast_decoder=settings.fast_decoder,
         controlnet=settings.controlnet,
         variant=settings.variant,
         lora=settings.lora,

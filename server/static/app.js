@@ -74,7 +74,8 @@ function showImage({ header, blob, sentAt }) {
   const now = performance.now();
   arrivals.push(now);
   if (sentAt) $("latency").textContent = Math.round(now - sentAt);
-  $("figures").title = Object.entries(header.timings_ms).map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`).join("\n");
+  const stages = Object.entries(header.timings_ms).map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`);
+  $("figures").title = [...stages, `${header.decoder} decoder`].join("\n");
   rate();
   if (shown && !shown.isRecent) URL.revokeObjectURL(shown.url);
   shown = { url: URL.createObjectURL(blob), header, settings: { ...settings }, acts: [...sketch.acts], isRecent: false };

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from distill.decoder import correct_share
 from distill.evaluation.control_adherence import cases, score
 from distill.evaluation.scores import engine_generator, evaluate, evaluation_prompts
 from engines.loader import load_engine
@@ -29,7 +30,14 @@ def test_the_tiny_controlnet_is_followed_and_without_it_chance_decides() -> None
     assert without.follows <= 0.45  # 0.16 of 200
 
 
+def test_the_small_decoder_is_as_right_as_the_full_one() -> None:
+    model = str(MODELS / "tiny")
+    small, full = (correct_share(model, name, 200) for name in ("taesana", "full"))
+    assert full - small <= 0.03  # 0.905 and 0.915
+
+
 def test_all_weights_together_stay_small() -> None:
     sizes = {path: path.stat().st_size for path in MODELS.rglob("*.safetensors")}
     assert sum(size for path, size in sizes.items() if "controlnet" in path.parts) < 3e6
+    assert sum(size for path, size in sizes.items() if "taesana" in path.parts) < 1e6
     assert sum(sizes.values()) < 16e6

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.models.dcae import AutoencoderConfig
+from engines.models.dcae import Autoencoder, AutoencoderConfig
+from engines.models.taesana import TaesanaConfig, TaesanaDecoder
 from engines.models.transformer import SPRINT_0_6B
 
 SAMPLES = [
@@ -45,6 +46,17 @@ KERNEL_AUTOENCODER = AutoencoderConfig(
     decoder_qkv_multiscales=((), (), (5,), (5,)),
     decoder_norm_types=("rms_norm",) * 4,
     decoder_act_fns=("silu",) * 4,
+)
+
+# Decoders of the small checkpoint's latents: TAESANA's architecture, and DC-AE-Lite's.
+SMALL_TAESANA = TaesanaConfig(8, (16, 8, 8, 8), (1, 1, 1, 1))
+SMALL_LITE = replace(
+    KERNEL_AUTOENCODER,
+    decoder_block_types=("ResBlock",) * 4,
+    decoder_layers_per_block=(0, 1, 1, 1),
+    decoder_qkv_multiscales=((),) * 4,
+    upsample_block_type="pixel_shuffle",
+    decoder_conv_act_fn="silu",
 )
 
 # Modules of every kind that a LoRA may adapt.
@@ -167,6 +179,15 @@ def with_settings(checkpoint: Path, folder: Path, settings: str) -> Path:
     for entry in checkpoint.iterdir():
         (folder / entry.name).symlink_to(entry)
     (folder / "sprint.json").write_text(settings)
+    return folder
+
+
+def save_decoder(folder: Path, config: TaesanaConfig | AutoencoderConfig) -> Path:
+    """Saves a decoder with random weights as --decoder takes it; an autoencoder has its encoder too."""
+    module = TaesanaDecoder(config) if isinstance(config, TaesanaConfig) else Autoencoder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(randomise_weights(module, 4).state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
     return folder
 
 

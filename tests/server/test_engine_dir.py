@@ -17,13 +17,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from small_checkpoint import save_checkpoint
 
 from engines.backends.openvino import has_bf16
 from engines.build import builder as building
 from engines.build.builder import build
 from engines.build.spec import BuildSpec
-from engines.loader import load_engine
 from engines.types import Engine, Job
 from server.errors import EXIT_START
 
@@ -34,18 +32,6 @@ pytestmark = pytest.mark.slow  # builds engines and starts servers; tests/engine
 
 ROOT = Path(__file__).parents[2]
 JOBS = [Job("a red circle", 3, 64, 64), Job("three green triangles", 4, 64, 64, 2, 4.1), Job("a cat", 5, 64, 64, 4)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "sprint")
-    (folder / "sprint.json").write_text('{"default_size": [64, 64]}')
-    return folder
-
-
-@pytest.fixture(scope="module")
-def eager(model: Path) -> Engine:
-    return load_engine(str(model), backend="eager", device="cpu")
 
 
 @pytest.fixture(scope="module")

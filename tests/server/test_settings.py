@@ -19,6 +19,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "precision": ("bf16", "bf16"),
     "device": ("cpu", "cpu"),
     "decoder": ("lite", "lite"),
+    "fast_decoder": ("taesana", "taesana"),
     "variant": ("fp16", "fp16"),
     "controlnet": ("drawn", "drawn"),
     "lora": ("ring=a.safetensors, b=b:-0.5", (AdapterOption("ring", "a.safetensors"), AdapterOption("b", "b", -0.5))),

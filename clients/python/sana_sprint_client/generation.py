@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     control_image: bytes | Path
     control_scale: float
     lora: dict[str, float]
+    decoder: Literal["full", "fast"]
     timeout_ms: int
 
 

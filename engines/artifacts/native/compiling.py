@@ -31,6 +31,7 @@ from engines.pipeline.native import NativeBackend
 
 _ROOT = Path(__file__).resolve().parents[3]
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_SHORT_NAMES = ("tiny", "full", "lite", "taesana")  # also where a folder of that name lies
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
 
 
 def _absolute(name: str) -> str:
-    """Returns the checkpoint's name for a process with another working directory."""
-    return str(Path(name).absolute()) if name != "tiny" and Path(name).is_dir() else name
+    """Returns the name of a checkpoint or decoder for a process with another working directory."""
+    return str(Path(name).absolute()) if name not in _SHORT_NAMES and Path(name).exists() else name
 
 
 @torch.inference_mode()

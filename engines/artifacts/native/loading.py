@@ -76,7 +76,7 @@ def load_native(
     if info.code != code_digest():
         raise manifest.refusal("built by another version of this code")
     if not info.stamps or [list(stamp) for stamp in info.stamps] != file_stamps(checkpoint.weights):
-        manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256())
+        manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256(), checkpoint.decoder)
     if native is None:
         use_compiled_kernels((folder / KERNELS).absolute())
         shapes = f"{checkpoint.transformer} {manifest.sizes} {manifest.precision}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
-from engines.types import MAX_ADAPTER_SCALE, MAX_SEED
+from engines.types import MAX_ADAPTER_SCALE, MAX_SEED, DecoderName
 from server.generation.generator import GenerationRequest
 from server.generation.image_codec import ImageFormat
 from server.http.validation import MAX_BASE64
@@ -56,6 +56,8 @@ class Sampling(BaseModel):
         json_schema_extra=LORA_SCHEMA,
         description="Adapters that were given at start, each with a scale from -4 to 4; at most four at once.",
     )
+
+    decoder: DecoderName = Field("full", description="fast: the second decoder, if one was given at start.")
 
     @property
     def adapters(self) -> tuple[tuple[str, float], ...]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
-from engines.types import MAX_SEED
+from engines.types import MAX_SEED, DecoderName
 from server.errors import FieldError, InvalidError
 from server.generation.generator import GenerationRequest, GenerationResult
 from server.generation.image_codec import ImageFormat
@@ -41,6 +41,7 @@ class Txt2ImgRequest(BaseModel):
     batch_size: int = Field(1, ge=1, le=MAX_IMAGES)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="batch_size x n_iter images, 8 at most.")
     denoising_strength: float = Field(0.75, ge=0, le=1, description="Of img2img.")
+    decoder: DecoderName = Field("full", description="Our own: fast is the second decoder, if one was given at start.")
     send_images: bool = True
     script_name: str = Field("", description="None is accepted.")
     alwayson_scripts: dict[str, Any] = Field({}, description="Of `controlnet`, one unit with an image.")
@@ -87,6 +88,7 @@ class Txt2ImgRequest(BaseModel):
             output_format=self._format(),
             control_image=control_image,
             control_scale=control_scale,
+            decoder=self.decoder,
             base64=True,
         )
 

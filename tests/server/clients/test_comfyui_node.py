@@ -11,7 +11,7 @@ import pytest
 import torch
 from running_server import GatedEngine, Running, Serve, read_image
 
-from engines.fake import expected_pixels
+from engines.fake import FakeEngine, expected_pixels
 from engines.types import Job, Pixels
 
 FILE = Path(__file__).parents[3] / "clients" / "comfyui" / "sana_sprint.py"
@@ -69,6 +69,13 @@ def test_images_and_strokes_are_sent(node: Any, plain: Running) -> None:
     drawn = run(node, plain, **inputs, control_image=tensor(DRAWING), control_scale=0.5)
     wanted = job(5, steps=2, guidance_scale=4.0, control_image=DRAWING, control_scale=0.5)
     np.testing.assert_array_equal(drawn[0], expected_pixels(wanted))
+
+
+def test_the_decoder_is_sent(node: Any, serve: Serve) -> None:
+    running = serve(FakeEngine(fast_decoder="taesana"))
+    for decoder in ("full", "fast"):
+        made = run(node, running, prompt="a blue square", seed=5, decoder=decoder)
+        np.testing.assert_array_equal(made[0], expected_pixels(job(5, decoder=decoder)))
 
 
 def test_what_the_server_says_is_what_the_node_says(node: Any, plain: Running) -> None:

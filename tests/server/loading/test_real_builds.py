@@ -20,7 +20,6 @@ from program import PROCESS_S, ROOT, Server
 from running_server import wait_until
 from small_checkpoint import save_checkpoint
 
-from engines.loader import load_engine
 from engines.types import Engine, Job
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
@@ -30,18 +29,6 @@ pytestmark = pytest.mark.slow  # builds engines and starts servers; test_automat
 
 REQUESTS = 2000
 BUILD_S = 600.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "sprint")
-    (folder / "sprint.json").write_text('{"default_size": [64, 64]}')
-    return folder
-
-
-@pytest.fixture(scope="module")
-def eager(model: Path) -> Engine:
-    return load_engine(str(model), backend="eager", device="cpu")
 
 
 @pytest.fixture

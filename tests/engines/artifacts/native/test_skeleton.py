@@ -1,12 +1,14 @@
 """A native engine that a CPU built, loaded on a CPU with the kernels' references."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from native_engines import drawn, loaded, spec
+from small_checkpoint import SMALL_LITE, SMALL_TAESANA, save_decoder
 
 from bench.budget.card import Card
 from bench.budget.engine import CAPABILITY, PROCESSORS, Counted, _Trusted, count_request, prompts
@@ -17,8 +19,11 @@ from engines.artifacts.native.reading import read_weights
 from engines.artifacts.native.skeleton import DTYPE, modules_of
 from engines.build.builder import build
 from engines.checkpoints.checkpoint import open_checkpoint
+from engines.errors import ArtifactError
 from engines.kernels.op import Ops
 from engines.loader import load_engine
+from engines.models.dcae import AutoencoderConfig
+from engines.models.taesana import TaesanaConfig
 from engines.pipeline.native import NativeBackend
 from engines.pipeline.text_stage import load_text_stage
 from engines.types import Job
@@ -43,6 +48,27 @@ def test_a_decoder_that_the_kernels_cannot_run_is_kept_as_pytorch_has_it(small_c
     assert "multiples of 32 are needed" in engine.info.reasons["decoder"]
     [decoder] = [made for made in read_manifest(for_ada).artifacts if made.module == "decoder"]
     assert "multiples of 32 are needed" in str(decoder.details["reason"])
+
+
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("config", [SMALL_TAESANA, SMALL_LITE], ids=["taesana", "lite"])
+def test_another_decoder_is_stored_and_a_second_one_runs_beside(
+    config: TaesanaConfig | AutoencoderConfig, ours: Path, for_hopper: Path, tmp_path: Path
+) -> None:
+    decoder = str(save_decoder(tmp_path / "other", config))
+    asked = replace(spec(ours, tmp_path / "engine"), decoder=decoder)
+    assert build(asked).manifest.decoder == decoder
+    expected = drawn(loaded(ours, decoder=decoder))
+    for found, image in zip(drawn(loaded(ours, asked.out, decoder=decoder)), expected, strict=True):
+        np.testing.assert_array_equal(found.pixels, image.pixels)
+    with pytest.raises(ArtifactError, match=rf"built with the decoder {decoder}, and started with full"):
+        loaded(ours, asked.out)
+    second = loaded(ours, for_hopper, fast_decoder=decoder)
+    second.warmup()
+    jobs = [Job("a circle", seed=0, width=64, height=64, decoder=name) for name in ("full", "fast")]
+    full, fast = (second.generate([job])[0].pixels for job in jobs)
+    np.testing.assert_array_equal(fast, expected[0].pixels)
+    np.testing.assert_array_equal(full, drawn(loaded(ours, for_hopper))[0].pixels)
 
 
 @pytest.mark.usefixtures("not_compiled")

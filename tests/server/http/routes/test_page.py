@@ -18,6 +18,7 @@ from chromium import Page, browser, executable
 from PIL import Image
 from running_server import PATIENCE_S, GatedEngine, Running, Serve, wait_until
 
+from engines.fake import FakeEngine
 from engines.types import Pixels
 from server.http.routes.page import STATIC
 
@@ -90,6 +91,23 @@ def test_the_image_follows_the_pen(page: Page, plain: Running, phone: bool) -> N
     assert strokes(shown_image(page)) == 0
     wide = page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide == 0  # no horizontal overflow
+    assert page.console_errors == []
+
+
+@needs_browser
+def test_with_two_decoders_the_full_one_follows_when_the_pen_rests(page: Page, serve: Serve) -> None:
+    open_page(page, serve(FakeEngine(fast_decoder="taesana")).url)
+    decoder = "document.getElementById('figures').title.split('\\n').at(-1)"
+    page.until(f"{decoder} === 'full decoder'")
+    page.run(
+        f"""window.decoders = []; new MutationObserver(() => window.decoders.push({decoder})).observe(
+        document.getElementById('figures'), {{ attributeFilter: ['title'] }})"""
+    )
+    page.stroke("#sketch", CIRCLE)
+    page.until("window.decoders.at(-1) === 'full decoder'")
+    settled(page)
+    assert page.run("window.decoders[0]") == "fast decoder"
+    assert strokes(shown_image(page)) > 0.01
     assert page.console_errors == []
 
 
