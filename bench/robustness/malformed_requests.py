@@ -25,7 +25,10 @@ VALUES = (
     *("sana-sprint.live.v1", "bearer.AAAA", "%s%n", "\u00e9", "\x7f", "\x00", "a\tb", "x" * 9000),
 )
 FRAMING = ("content-length", "transfer-encoding", "host")
-SETTINGS = ("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "other")
+SETTINGS = (
+    *("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "model"),
+    "other",
+)
 SCALARS: tuple[object, ...] = (
     None,
     True,
