@@ -101,7 +101,8 @@ def planned_memory(
             parts: tuple[Component, ...] = ("transformer", "vae")
             modules = sum(_parameters(checkpoint, part) for part in parts) * dtype.itemsize
         else:
-            files = read_manifest(Path(folder)).files
+            manifest = read_manifest(Path(folder))
+            files = {*manifest.shared, *(file for artifact in manifest.artifacts for file in artifact.files)}
             modules = sum(file.bytes for file in files if not file.name.startswith("text"))
         needs.append(MemoryNeed(checkpoint.name, text, modules, _activations(checkpoint, dtype)))
     return MemoryPlan(tuple(needs), str(chosen), available_bytes(chosen))
