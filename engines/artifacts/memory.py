@@ -4,7 +4,6 @@ The estimate: four times the largest activation of the decoder, for one image of
 counts that much for the published decoder at 1024x1024. Images are decoded one by one.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +14,12 @@ import torch
 from engines.artifacts.manifest import read_manifest
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders
-from engines.checkpoints.weights import Component, FolderWeights, meta_init, weight_files
+from engines.checkpoints.parameters import count_parameters
+from engines.checkpoints.weights import Component
 from engines.device.choice import choose_device
 from engines.device.memory import available_bytes
-from engines.errors import CheckpointError
-from engines.models.dcae import Autoencoder
-from engines.models.gemma import GemmaBody, GemmaConfig
-from engines.models.transformer import SprintTransformer
 
 TENSORS_AT_ONCE = 4  # of the size of the decoder's largest activation
-_MAX_HEADER = 100 * 2**20  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -96,10 +91,10 @@ def planned_memory(
     needs = []
     for index, (checkpoint, folder) in enumerate(zip(checkpoints, engine_dirs, strict=True)):
         is_shared = any(equal_text_encoders(earlier, checkpoint) for earlier in checkpoints[:index])
-        text = 0 if is_shared else _parameters(checkpoint, "text_encoder") * dtype.itemsize
+        text = 0 if is_shared else count_parameters(checkpoint, "text_encoder") * dtype.itemsize
         if folder is None:
             parts: tuple[Component, ...] = ("transformer", "vae")
-            modules = sum(_parameters(checkpoint, part) for part in parts) * dtype.itemsize
+            modules = sum(count_parameters(checkpoint, part) for part in parts) * dtype.itemsize
         else:
             manifest = read_manifest(Path(folder))
             files = {*manifest.shared, *(file for artifact in manifest.artifacts for file in artifact.files)}
@@ -122,29 +117,3 @@ def _activations(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
         channels * width * height // 4**level for level, (channels, layers) in enumerate(stages) if layers
     ]
     return int(TENSORS_AT_ONCE * max(values) * dtype.itemsize)
-
-
-def _parameters(checkpoint: Checkpoint, part: Component) -> int:
-    """Counts the numbers of one component: from the headers of its files, or of random weights from its shapes."""
-    weights = checkpoint.weights
-    if isinstance(weights, FolderWeights):
-        return sum(_numbers(path) for path in weight_files(weights.folders[part], weights.variant))
-    with meta_init():
-        if part == "text_encoder":
-            module: torch.nn.Module = GemmaBody(GemmaConfig.from_dict(checkpoint.text))
-        elif part == "transformer":
-            module = SprintTransformer(checkpoint.transformer)
-        else:
-            module = Autoencoder(checkpoint.autoencoder)
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _numbers(path: Path) -> int:
-    """Returns the count of numbers in a safetensors file; reads its header alone. Raises CheckpointError."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, dict[str, list[int]]] = json.loads(file.read(length) if length <= _MAX_HEADER else b"")
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error}); download it again") from error

@@ -123,8 +123,10 @@ class TextStages:
         Equal is what engines.checkpoints.fingerprint says, whatever the path.
         """
         with self._guard:
-            stage = self._find(checkpoint, dtype, device) or load_text_stage(checkpoint, dtype, device)
-            self._loaded.append(_Loaded(checkpoint, dtype, device, stage))
+            stage = self._find(checkpoint, dtype, device)
+            if stage is None:
+                stage = load_text_stage(checkpoint, dtype, device)
+                self._loaded.append(_Loaded(checkpoint, dtype, device, stage))
             return stage
 
     def adopt(
@@ -138,8 +140,10 @@ class TextStages:
         """Returns the converted stage of an equal text encoder in place of `own`, the converted one of this engine."""
         with self._guard:
             stage = self._find(checkpoint, dtype, device)
-            self._loaded.append(_Loaded(checkpoint, dtype, device, stage or own))
-        return self.converted(own, lambda same: same) if stage is None else self.converted(stage, convert)
+            if stage is not None:
+                return self.converted(stage, convert)
+            self._loaded.append(_Loaded(checkpoint, dtype, device, own))
+            return self.converted(own, lambda same: same)
 
     def _find(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextStage | None:
         for one in self._loaded:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from running_server import GatedEngine, Running, Serve, read_image
 
-from engines.fake import expected_pixels
+from engines.fake import FakeEngine, expected_pixels
 from engines.types import Job, Pixels
+from server.generation.model_engines import ModelEngines
 
 FILE = Path(__file__).parents[3] / "clients" / "comfyui" / "sana_sprint.py"
 NAME = "SanaSprintGenerate"
@@ -69,6 +70,14 @@ def test_images_and_strokes_are_sent(node: Any, plain: Running) -> None:
     drawn = run(node, plain, **inputs, control_image=tensor(DRAWING), control_scale=0.5)
     wanted = job(5, steps=2, guidance_scale=4.0, control_image=DRAWING, control_scale=0.5)
     np.testing.assert_array_equal(drawn[0], expected_pixels(wanted))
+
+
+def test_a_server_of_several_models_is_told_which(node: Any, serve: Serve) -> None:
+    engines = {name: FakeEngine(checkpoint=name) for name in ("one", "two")}
+    running = serve(ModelEngines(engines), model="one,two")
+    for model, made_by in (("", "one"), ("two", "two")):
+        [pixels] = run(node, running, prompt="a blue square", seed=5, model=model)
+        np.testing.assert_array_equal(pixels, expected_pixels(job(5), made_by))
 
 
 def test_what_the_server_says_is_what_the_node_says(node: Any, plain: Running) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from manifests import MANIFEST
-from safetensors.torch import save_file
+from small_checkpoint import changed_copy
 
 from engines.artifacts import memory
 from engines.artifacts.manifest import FileRecord
 from engines.artifacts.memory import planned_memory
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.memory import available_bytes
+from engines.errors import CheckpointError
 from engines.fake import FakeEngine
 from engines.types import AdapterOption, Engine
 from server.__main__ import main
@@ -25,6 +26,7 @@ from server.loading.model_sources import ModelSources, settings_by_model
 from server.settings import ModelOption, Settings, load_settings
 
 CPU = torch.device("cpu")
+TINY = Path(__file__).resolve().parents[3] / "models/tiny"
 
 
 def nothing() -> None:
@@ -204,8 +206,7 @@ def test_models_that_cannot_fit_are_refused_before_loading(monkeypatch: pytest.M
 
 
 def test_a_damaged_header_is_named(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(2, 3)}, tmp_path / "good.safetensors")
-    assert memory._numbers(tmp_path / "good.safetensors") == 6
-    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(Exception, match=r"bad\.safetensors: damaged or cut short"):
-        memory._numbers(tmp_path / "bad.safetensors")
+    folder = changed_copy(TINY, tmp_path / "damaged")
+    (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(CheckpointError, match=r"transformer/.*\.safetensors: damaged or cut short"):
+        planned_memory([open_checkpoint(str(folder))], [None], device="cpu", precision=None)

@@ -13,6 +13,8 @@ from program import Server, serving
 from running_server import PATIENCE_S, Serve
 from small_checkpoint import changed_copy
 
+from engines.build.builder import build
+from engines.build.spec import BuildSpec
 from engines.fake import expected_pixels
 from engines.loader import load_engine
 from engines.pipeline.engine import SprintEngine
@@ -161,6 +163,25 @@ def test_memory_that_cannot_fit_ends_the_process_in_one_line() -> None:
     assert len(lines) == 1
     assert "--model: random:sprint-1.6b:0, " in lines[0]
     assert "Traceback" not in server.output
+
+
+@pytest.mark.slow
+def test_an_engine_belongs_to_one_of_two(serve: Serve, other: Path, tmp_path: Path) -> None:
+    """Built engines run the sizes and batches of their build; the other model runs any."""
+    pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+    pytest.importorskip("onnx", reason="the extra 'build' is not installed")
+    build(BuildSpec("tiny", "cpu", "fp32", tmp_path / "built", sizes=((SIDE, SIDE),), batches=(1, 2)))
+    options = {"model": f"tiny,other={other}", "engine": f"tiny={tmp_path / 'built'}", "device": "cpu"}
+    engine = engine_source(Settings(**options)).load(lambda: None)  # type: ignore[arg-type]  # of texts
+    running = serve(engine, **options)
+    models = running.client.get("/v1/info").json()["models"]
+    assert [(one["backend"], one["max_batch"], one["sizes"]) for one in models.values()] == [
+        ("openvino", 2, [[SIDE, SIDE]]),
+        ("eager", 8, None),
+    ]
+    assert running.generate(model="other", width=96).status_code == 200
+    assert running.generate(model="tiny", width=96).status_code == 422
+    assert running.generate(model="tiny", num_images=5).status_code == 200
 
 
 @pytest.mark.slow
