@@ -30,6 +30,7 @@ from engines.types import (
 
 ALL_CONDITIONING: frozenset[Conditioning] = frozenset({"text", "image", "control", "image+control"})
 
+FAKE = "fake"  # name of the checkpoint
 CACHED_PROMPTS = 1024
 SLOW_S = 0.5
 REMEMBERED_BATCHES = 1024
@@ -73,6 +74,7 @@ class FakeEngine:
         faults: FaultInjection | None = None,
         adapters: tuple[str, ...] = (),
         fast_decoder: str | None = None,
+        checkpoint: str = FAKE,
     ) -> None:
         """fast_decoder: name of a second decoder, of which jobs may ask."""
         self._limits = Limits(
@@ -84,7 +86,7 @@ class FakeEngine:
             decoders=("full",) if fast_decoder is None else ("full", "fast"),
         )
         self._info = EngineInfo(
-            checkpoint="fake",
+            checkpoint=checkpoint,
             backend="fake",
             precision="uint8",
             device="none",
@@ -135,7 +137,7 @@ class FakeEngine:
         delay = self.delay_s + self.delay_per_job_s * bucket
         if delay > 0:
             self._closed.wait(delay)
-        pixels = [_black(job) if BLACK in job.prompt else expected_pixels(job) for job in jobs]
+        pixels = [_black(job) if BLACK in job.prompt else expected_pixels(job, self._info.checkpoint) for job in jobs]
         spent = time.perf_counter() - began
         stages = StageSeconds(text=spent * 0.1, denoise=spent * 0.3, decode=spent * 0.6)
         images = [
@@ -205,15 +207,16 @@ class FakeEngine:
         return cached
 
 
-def expected_pixels(job: Job) -> Pixels:
-    """Returns the image [height, width, 3] uint8 that a FakeEngine makes of this job.
+def expected_pixels(job: Job, checkpoint: str = FAKE) -> Pixels:
+    """Returns the image [height, width, 3] uint8 that a FakeEngine of this checkpoint makes of this job.
 
-    Prompt, seed, steps, guidance, adapters and decoder choose a colour gradient along each axis. 1 - strength blends
-    `image` in; the strokes of `control_image` lie on top, times control_scale.
+    Checkpoint, prompt, seed, steps, guidance, adapters and decoder choose a colour gradient along each axis. 1 -
+    strength blends `image` in; the strokes of `control_image` lie on top, times control_scale.
     """
     text = f"{job.seed}\0{job.steps}\0{job.guidance_scale}\0{job.prompt}"
     text += "".join(f"\0{name}:{scale}" for name, scale in job.lora)
     text += "" if job.decoder == "full" else f"\0decoder:{job.decoder}"
+    text += "" if checkpoint == FAKE else f"\0{checkpoint}"
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
     across = _ramp(digest[0:3], digest[3:6], job.width)
     down = _ramp(digest[6:9], digest[9:12], job.height)

@@ -31,7 +31,7 @@ from engines.models.pixels import PixelEncoder
 from engines.pipeline.engine import Modules, SprintEngine
 from engines.pipeline.limits import limits_of, space_of
 from engines.pipeline.runners import runners_of
-from engines.pipeline.text_stage import load_text_stage
+from engines.pipeline.text_stage import TextStages
 from engines.sampler import Schedule
 from engines.types import AdapterOption, Engine, EngineInfo, powers_of_two
 
@@ -72,6 +72,7 @@ def load_engine(
     variant: str | None = None,
     sizes: tuple[tuple[int, int], ...] = (),
     lora: Sequence[AdapterOption] = (),
+    texts: TextStages | None = None,
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) for generation.
 
@@ -83,12 +84,13 @@ def load_engine(
     native: kernels of the cuda-graph backend; None takes those of the GPU. variant: of the weights; None takes the
     plain one, or the only one. sizes: served (width, height) in pixels, without engine_dir; empty takes the
     checkpoint's. lora: adapters; those with a scale are fused, jobs choose from the others (eager and cuda-graph).
+    texts: those that other engines of this thread share.
     On a GPU every backend but eager runs graphs of (bucket, height, width, steps), which `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     options = _Options(
         *(model, backend, max_batch, precision, device, decoder, fast_decoder, controlnet, schedule, recorder),
-        *(Path(cache or CACHE), native, variant, sizes, tuple(lora)),
+        *(Path(cache or CACHE), native, variant, sizes, tuple(lora), texts or TextStages()),
     )
     return _load_modules(options) if engine_dir is None else _load_built(Path(engine_dir), options)
 
@@ -112,6 +114,7 @@ class _Options:
     variant: str | None
     sizes: tuple[tuple[int, int], ...]
     lora: tuple[AdapterOption, ...]
+    texts: TextStages
 
 
 def _load_modules(options: _Options) -> Engine:
@@ -132,7 +135,7 @@ def _load_modules(options: _Options) -> Engine:
         )
     with ThreadPoolExecutor() as threads:
         pool = _pool(threads, base)
-        text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, device), pool)
+        text_part = phases.begin("text encoder", lambda: options.texts.load(checkpoint, dtype, device), pool)
         transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, device), pool)
         decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, device), pool)
         load_fast = None if fast is None else partial(fast.load_pixel_decoder, None, dtype, device)
@@ -162,7 +165,7 @@ def _load_modules(options: _Options) -> Engine:
     shapes += "" if fast is None else f" {fast.autoencoder}"
     kernels = options.native or _kernels(backend, dtype, device, checkpoint, cache, shapes)
     if kernels is not None:
-        execute, text = kernels, kernels.text(text)
+        execute, text = kernels, options.texts.converted(text, kernels.text)
     controlled: nn.Module | None = None if branch is None else ControlledTransformer(transformer, branch)
     plain: nn.Module = transformer
     if selectable:
@@ -198,9 +201,8 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     if precision not in (None, manifest.precision):
         raise BackendError(f"precision: got {precision!r}, and the engines in {folder} are {manifest.precision}")
     reasons = {"backend": f"{manifest.backend}: what {folder} was built for", "precision": "that of the built engines"}
-    device = choose_device(
-        "cpu" if manifest.backend == "openvino" and options.device is None else options.device, reasons
-    )
+    requested = "cpu" if manifest.backend == "openvino" and options.device is None else options.device
+    device = choose_device(requested, reasons)
     base, fast = phases.timed("checkpoint", lambda: _open(options, reasons))
     checkpoint, selectable = with_adapters(base, options.lora, reasons)
     if selectable:
@@ -218,11 +220,11 @@ def _load_built(folder: Path, options: _Options) -> Engine:
 
         load = partial(load_native, folder, manifest, checkpoint, device, options.cache, options.native)
         loaded = native = phases.timed("engines", load)
-        text = native.text
+        text = options.texts.adopt(native.text, checkpoint, text_dtype, device, native.kernels.text)
     else:
         with ThreadPoolExecutor() as threads:  # reads the text encoder while this thread opens the engines
             pool = _pool(threads, base)
-            reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, device), pool)
+            reading = phases.begin("text encoder", lambda: options.texts.load(checkpoint, text_dtype, device), pool)
             loaded, native = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, device)), None
         text = reading.result()
     branch = load_controlnet(base, options.controlnet, text_dtype, device, options.variant)

@@ -27,16 +27,21 @@ MAX_ADAPTER_SCALE = 4.0  # of either sign
 
 
 class AdapterOption(NamedTuple):
-    """A LoRA of --lora. A number as scale: fused at load. None: each request chooses the scale."""
+    """A LoRA of --lora. A number as scale: fused at load. None: each request chooses the scale.
+
+    model: name of the checkpoint it belongs to; empty if there is only one.
+    """
 
     name: str
     path: str
     scale: float | None = None
+    model: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "AdapterOption":
-        """Parses NAME=PATH or NAME=PATH:SCALE. Raises ValueError."""
-        name, equals, path = text.strip().partition("=")
+        """Parses NAME=PATH or NAME=PATH:SCALE, with MODEL: before it if there are several. Raises ValueError."""
+        qualified, equals, path = text.strip().partition("=")
+        model, _, name = qualified.rpartition(":")
         before, colon, number = path.rpartition(":")
         scale = None
         if colon and _NUMBER.fullmatch(number):
@@ -45,10 +50,12 @@ class AdapterOption(NamedTuple):
             raise ValueError(f"got {text!r}, NAME=PATH[:SCALE] is needed, the name of letters, digits, '.', '_', '-'")
         if scale is not None and abs(scale) > MAX_ADAPTER_SCALE:
             raise ValueError(f"scale of {name}: got {scale:g}, allowed -{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}")
-        return cls(name, path, scale)
+        return cls(name, path, scale, model)
 
     def __str__(self) -> str:
-        return f"{self.name}={self.path}" + ("" if self.scale is None else f":{self.scale:g}")
+        return f"{self.model and f'{self.model}:'}{self.name}={self.path}" + (
+            "" if self.scale is None else f":{self.scale:g}"
+        )
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
@@ -62,6 +69,7 @@ class BatchKey(NamedTuple):
     width: int
     steps: int
     conditioning: Conditioning
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,7 @@ class Job:
     decoder: DecoderName = "full"  # jobs of one batch may differ
     jpeg_quality: int | None = None  # set: the engine may return a JPEG file instead of pixels
     png: bool = False  # the engine may return a PNG file instead of pixels
+    model: str = ""  # name of the checkpoint, for an engine that holds several
 
     @property
     def conditioning(self) -> Conditioning:
@@ -91,7 +100,7 @@ class Job:
 
     @property
     def key(self) -> BatchKey:
-        return BatchKey(self.height, self.width, self.steps, self.conditioning)
+        return BatchKey(self.height, self.width, self.steps, self.conditioning, self.model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import sys
 from server.app import create_app
 from server.errors import EXIT_LISTEN, EXIT_SETTINGS, ListenError, SettingsError
 from server.loading.engine_loader import engine_source
+from server.loading.model_sources import settings_by_model
 from server.processes.accepting import raise_open_files_limit
 from server.processes.cores import configure_openmp
 from server.processes.malloc import configure_malloc
@@ -24,6 +25,7 @@ def main() -> int:
         settings = load_settings(sys.argv[1:], os.environ)
         logs.configure(settings.log_format, settings.log_level)
         raise_open_files_limit()
+        settings_by_model(settings)  # raises for a bad combination before any process starts
         if settings.workers > 1:
             return supervise(settings, sys.argv[1:], os.environ)
         configure_malloc(os.environ)

@@ -18,6 +18,7 @@ from server import __version__
 from server.generation.engine_source import EngineSource, FixedEngineSource
 from server.generation.generator import Generator
 from server.generation.image_codec import Codec
+from server.generation.model_engines import engines_by_name
 from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.http import problem_details
@@ -69,7 +70,11 @@ def create_app(
     """
     source = _source(engine)
     keys = None if settings.api_key_file is None else ApiKeys(Path(settings.api_key_file))
-    metrics = Metrics(request_buckets=settings.request_buckets, stage_buckets=settings.stage_buckets)
+    metrics = Metrics(
+        request_buckets=settings.request_buckets,
+        stage_buckets=settings.stage_buckets,
+        models=[model.name for model in settings.models],
+    )
     codec = Codec(settings.codec_threads)
     scheduler = Scheduler(
         source,
@@ -157,14 +162,16 @@ def _source(engine: Engine | Callable[[], Engine] | EngineSource) -> EngineSourc
 
 def _announce_engine(engine: Engine, metrics: Metrics) -> None:
     """Publishes and logs what runs, and why, once the engine is ready."""
-    info = engine.info
-    metrics.describe_engine(info, __version__)
-    metrics.name_sizes(engine.limits.sizes or (engine.limits.default_size,))
+    engines = engines_by_name(engine)
+    metrics.describe_engines([one.info for one in engines.values()], __version__)
+    metrics.name_sizes(size for one in engines.values() for size in one.limits.sizes or (one.limits.default_size,))
     if isinstance(engine, ReportsMemory):
         metrics.watch_memory(engine.memory_bytes)
-    logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)
     if (age_s := process_age_s()) is not None:
-        info.start_s["process"] = age_s
-    logger.info("start: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.start_s.items()))
-    for choice, reason in info.reasons.items():
-        logger.info("%s: %s", choice, reason)
+        engine.info.start_s["process"] = age_s
+    for one in engines.values():
+        info = one.info
+        logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)
+        logger.info("start: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.start_s.items()))
+        for choice, reason in info.reasons.items():
+            logger.info("%s: %s", choice, reason)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from engines.types import AdapterOption
 from server.errors import SettingsError
@@ -35,12 +35,27 @@ STAGE_BUCKETS = (
 )
 
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of NAME=SOURCE
+
 # Variables that Kubernetes sets for a Service named sprint*: name, suffix, value. SPRINT_PORT is a setting as well, so
 # the value decides.
 SERVICE_LINK = re.compile(
     r"(SPRINT(?:_[A-Z0-9_]+?)?)_(?:SERVICE_HOST=.*|SERVICE_PORT(?:_[A-Z0-9_]+)?=.*|PORT=(?:tcp|udp|sctp)://.*"
     r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?=.*)"
 )
+
+
+class ModelOption(NamedTuple):
+    """A checkpoint of --model: the name in requests, and a folder, hub id or short name."""
+
+    name: str
+    source: str
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelOption":
+        """Parses NAME=SOURCE, or SOURCE, which then is the name too."""
+        name, equals, source = text.partition("=")
+        return cls(name, source) if equals and MODEL_NAME.fullmatch(name) else cls(text, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +126,13 @@ def _adapters(text: str) -> tuple[AdapterOption, ...]:
     return tuple(AdapterOption.parse(part) for part in text.split(",") if part.strip())
 
 
+def _models(text: str) -> str:
+    models = [ModelOption.parse(part.strip()) for part in text.split(",")]
+    if not all(model.source for model in models) or len({model.name for model in models}) < len(models):
+        raise ValueError(text)
+    return text
+
+
 def _buckets(text: str) -> tuple[float, ...]:
     bounds = tuple(float(part) for part in text.replace(",", " ").split())
     rising = all(low < high for low, high in pairwise(bounds))
@@ -124,7 +146,13 @@ ORIGINS = ValueType(
 )
 SIZES = ValueType(_sizes, "sizes such as 1024x1024,512x512 in pixels, width x height")
 BOOLEAN = ValueType(_boolean, "yes or no")
-ADAPTERS = ValueType(_adapters, "NAME=PATH or NAME=PATH:SCALE, several separated by commas")
+ADAPTERS = ValueType(
+    _adapters, "NAME=PATH or NAME=PATH:SCALE, MODEL: before it with several models; separated by commas"
+)
+MODELS = ValueType(
+    _models,
+    "a folder, a hub id or a short name, each with NAME= before it if wanted; several, each name once, by commas",
+)
 BUCKETS = ValueType(_buckets, "rising positive seconds separated by commas or spaces")
 
 
@@ -161,10 +189,12 @@ def option(default: T, value_type: ValueType[Any], explanation: str) -> T:
 class Settings:
     """The settings of `python -m server`."""
 
-    model: str = option("tiny", text("a folder, a hub id or a short name"), "checkpoint in the diffusers layout")
+    model: str = option(
+        "tiny", MODELS, "checkpoint in the diffusers layout, repeats; requests choose, the first is the default"
+    )
     engine: str | None = option(
         None,
-        text("auto, none, or a folder that build_engine.py wrote"),
+        text("auto, none, or a folder that build_engine.py wrote; MODEL=VALUE for one of several models"),
         "built engines; auto finds or builds what fits, none runs PyTorch; default: auto on a GPU, none without",
     )
     engine_sizes: tuple[tuple[int, int], ...] = option(
@@ -240,6 +270,11 @@ class Settings:
     fake_delay_ms: float = option(0.0, real(0, 600_000), "duration of a batch with --backend fake")
 
     @property
+    def models(self) -> tuple[ModelOption, ...]:
+        """The checkpoints of --model, the default first."""
+        return tuple(ModelOption.parse(part.strip()) for part in self.model.split(","))
+
+    @property
     def body_limit(self) -> int:
         """The largest request body in bytes."""
         return int(self.body_limit_mib * 2**20)
@@ -266,7 +301,7 @@ def parser() -> argparse.ArgumentParser:
         suffix = "" if shown in (None, "", False) else f" (default {shown})"
         explanation = f"{item.metadata['help']}: {value_type.allowed}{suffix}".replace("%", "%%")
         bare: dict[str, Any] = {"nargs": "?", "const": "yes"} if isinstance(item.default, bool) else {}
-        repeats = "append" if item.name == "lora" else "store"
+        repeats = "append" if item.name in ("model", "engine", "lora") else "store"
         command.add_argument(flag_of(item.name), metavar="VALUE", action=repeats, help=explanation, **bare)
     return command
 

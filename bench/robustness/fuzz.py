@@ -44,7 +44,7 @@ FRAMES = 12  # of a session, at most
 WARMUP_SHARE = 0.25  # of the cases; permanent caches fill meanwhile
 FLAGS = (
     *("--backend", "fake", "--log-format", "json", "--max-queue", "512", "--body-timeout-s", "0.5"),
-    *("--compat", "sdapi"),
+    *("--compat", "sdapi", "--model", "one", "--model", "two"),
 )
 # Every check that holds for any server; positive_data_acceptance does not, since most strings are no image.
 CHECKS = (

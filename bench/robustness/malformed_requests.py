@@ -25,7 +25,11 @@ VALUES = (
     *("sana-sprint.live.v1", "bearer.AAAA", "%s%n", "\u00e9", "\x7f", "\x00", "a\tb", "x" * 9000),
 )
 FRAMING = ("content-length", "transfer-encoding", "host")
-SETTINGS = ("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "other")
+SETTINGS = (
+    *("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "model"),
+    "other",
+)
+MODELS = ("one", "two", "two:x", "one,two", "one=two", "../two")  # the first two are served
 SCALARS: tuple[object, ...] = (
     None,
     True,
@@ -43,6 +47,7 @@ SCALARS: tuple[object, ...] = (
     "image",
     "\u0000",
     "x" * 5000,
+    "two",
     [],
     {},
 )
@@ -79,6 +84,11 @@ def bad_sdapi(rng: random.Random) -> tuple[str, bytes]:
     return f"/sdapi/v1/{path}", json.dumps(fields).encode()
 
 
+def odd_model(rng: random.Random) -> bytes:
+    """Returns a body whose `model` may be no name that is served."""
+    return json.dumps({"prompt": "x", "width": 64, "height": 64, "model": rng.choice((*MODELS, *SCALARS))}).encode()
+
+
 def bad_request(rng: random.Random) -> bytes:
     """Returns odd header lines and a body that may not match them; half of the requests are valid HTTP/1.1."""
     well_formed = rng.random() < 0.5
@@ -91,7 +101,14 @@ def bad_request(rng: random.Random) -> bytes:
     elif rng.random() < 0.2:
         lines.append(rng.choice((" folded", "no colon", ": no name", "a b: c", "x:" + "y" * 70_000)))
     body = rng.choice(
-        (b"", b"{}", b'{"prompt": "x", "width": 64, "height": 64}', b"5\r\nhello\r\n0\r\n\r\n", b"zz\r\n")
+        (
+            b"",
+            b"{}",
+            b'{"prompt": "x", "width": 64, "height": 64}',
+            b"5\r\nhello\r\n0\r\n\r\n",
+            b"zz\r\n",
+            odd_model(rng),
+        )
     )
     if well_formed or rng.random() < 0.6:
         lines.append(f"content-length: {len(body)}")

@@ -51,6 +51,7 @@ class SanaSprintGenerate:
                 "control_image": ("IMAGE", {"tooltip": "white strokes on black; needs a ControlNet at the server"}),
                 "control_scale": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.01}),
                 "decoder": (["full", "fast"], {"default": "full", "tooltip": "fast needs a second one at the server"}),
+                "model": ("STRING", {"default": "", "tooltip": "of a server with several; empty: its first"}),
             },
         }
 
@@ -69,6 +70,7 @@ class SanaSprintGenerate:
         control_image: torch.Tensor | None = None,
         control_scale: float = 1.0,
         decoder: str = "full",
+        model: str = "",
     ) -> tuple[torch.Tensor]:
         """Returns the images. Raises RuntimeError with the server's own message."""
         body: dict[str, Any] = {
@@ -78,7 +80,8 @@ class SanaSprintGenerate:
             "guidance_scale": guidance,
             "num_images": count,
         }
-        body |= {name: side for name, side in (("width", width), ("height", height)) if side}
+        chosen = (("width", width), ("height", height), ("model", model))
+        body |= {name: value for name, value in chosen if value}
         if image is not None:
             body |= {"image": base64_png(image), "strength": strength}
         if control_image is not None:

@@ -4,7 +4,6 @@ A build writes it last, so a folder with a manifest is complete. A mismatch is a
 difference and the command that builds the engines again.
 """
 
-import hashlib
 import json
 import re
 import shlex
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engines.backends.base import ModuleName
+from engines.checkpoints.weights import sha256_of
 from engines.errors import ArtifactError
 
 FORMAT = 1
@@ -179,11 +179,6 @@ def read_manifest(folder: Path) -> Manifest:
         return _manifest(values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(f"engine: {path} is damaged ({error!r}); build it again with build_engine.py") from error
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(values: Mapping[str, Any]) -> Manifest:

@@ -137,7 +137,7 @@ class FolderWeights:
         parts = sorted(self.folders.keys() - {"tokenizer"})
         files = [(part, path) for part in parts for path in weight_files(self.folders[part], self.variant)]
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_sha256_of, [path for _, path in files]))
+            digests = list(pool.map(sha256_of, [path for _, path in files]))
         lines = [f"{part} {path.name} {digest}\n" for (part, path), digest in zip(files, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -160,7 +160,7 @@ def _load_pth(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sha256_of(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -3,7 +3,8 @@
 It tokenises and encodes the prompts that the cache lacks, each once, in one batch.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engines.backends.cuda.graphs import GraphCapture
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.fingerprint import equal_text_encoders
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder, Tokens
 from engines.pipeline.lru_cache import LruCache
@@ -51,12 +53,16 @@ class TextStage:
     def __init__(self, tokenizer: PromptTokenizer, encoder: Encoder, max_cached: int = 4096):
         self.tokenizer, self.encoder = tokenizer, encoder
         self.cache: LruCache[str, TextEmbedding] = LruCache(lambda one: one.states.nbytes, CACHE_BYTES, max_cached)
+        self._captured = False
 
     def capture(self, recorder: GraphCapture) -> None:
-        """Captures the graphs of an encoder that has them.
+        """Captures the graphs of an encoder that has them; once, even if several engines share this stage.
 
         Otherwise runs the encoder once at each power of two of lengths, so that no request waits for its kernels.
         """
+        if self._captured:
+            return
+        self._captured = True
         if isinstance(self.encoder, Captures):
             self.encoder.capture(recorder)
             return
@@ -90,6 +96,66 @@ def load_text_stage(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     instruction = INSTRUCTION if settings.instruction else ""
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer(), instruction, settings.max_prompt_tokens)
     return TextStage(tokenizer, TextEncoder(checkpoint.load_text_body(dtype, device), tokenizer.prefix))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    stage: TextStage
+
+
+class TextStages:
+    """The text stages of engines that one thread calls: equal ones are loaded once, and share their cache.
+
+    Holds every stage until the end, as the engines that share it do.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: list[_Loaded] = []
+        self._converted: dict[TextStage, TextStage] = {}
+        self._guard = threading.Lock()
+
+    def load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextStage:
+        """Returns the stage of an equal text encoder in this dtype on this device, or loads it. Raises CheckpointError.
+
+        Equal is what engines.checkpoints.fingerprint says, whatever the path.
+        """
+        with self._guard:
+            stage = self._find(checkpoint, dtype, device)
+            if stage is None:
+                stage = load_text_stage(checkpoint, dtype, device)
+                self._loaded.append(_Loaded(checkpoint, dtype, device, stage))
+            return stage
+
+    def adopt(
+        self,
+        own: TextStage,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        convert: Callable[[TextStage], TextStage],
+    ) -> TextStage:
+        """Returns the converted stage of an equal text encoder in place of `own`, the converted one of this engine."""
+        with self._guard:
+            stage = self._find(checkpoint, dtype, device)
+            if stage is not None:
+                return self.converted(stage, convert)
+            self._loaded.append(_Loaded(checkpoint, dtype, device, own))
+            return self.converted(own, lambda same: same)
+
+    def _find(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextStage | None:
+        for one in self._loaded:
+            if (one.dtype, one.device) == (dtype, device) and equal_text_encoders(one.checkpoint, checkpoint):
+                return one.stage
+        return None
+
+    def converted(self, stage: TextStage, convert: Callable[[TextStage], TextStage]) -> TextStage:
+        """Returns what `convert` made of this stage the first time: a backend lays its weights out once."""
+        if stage not in self._converted:
+            self._converted[stage] = convert(stage)
+        return self._converted[stage]
 
 
 def join(embeddings: Sequence[TextEmbedding]) -> tuple[Tensor, Tensor | None]:

@@ -76,7 +76,11 @@ def application(arguments: Mapping[str, object]) -> Any:
         **{name: parse_scaling_value(name, value) for name, value in arguments.items() if name in scaling_names}
     )
     flags = [
-        word for name, value in arguments.items() if name not in scaling_names for word in (flag_of(name), str(value))
+        word
+        for name, value in arguments.items()
+        if name not in scaling_names
+        for one in (value if isinstance(value, list) else [value])  # of a setting that repeats, such as model
+        for word in (flag_of(name), str(one))
     ]
     return build(load_settings(flags, {}), scale)
 

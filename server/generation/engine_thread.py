@@ -10,14 +10,16 @@ Between two batches it may switch to a better engine. It contains the engine's f
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from engines.errors import JobError, OutOfMemoryError, OutputError, SprintError
 from engines.types import BatchKey, Deliver, Engine, Job, RawImage
-from server.errors import EXIT_ENGINE, EXIT_START, EngineError, InvalidError
+from server.errors import EXIT_ENGINE, EXIT_SETTINGS, EXIT_START, EngineError, InvalidError, SettingsError
 from server.generation.delivery import ResultDelivery
 from server.generation.engine_source import EngineSource
 from server.generation.job_queue import JobQueue, QueuedJob
+from server.generation.model_engines import engines_by_name
 from server.telemetry.metrics import Metrics
 
 FAILURES_IN_A_ROW = 3  # jobs that failed alone, without a success between, before the health check
@@ -35,9 +37,10 @@ class EngineThread:
         self._queue = queue
         self._delivery = delivery
         self._metrics = metrics
-        self._requested_batch = self._max_batch = max_batch
+        self._requested_batch = max_batch
+        self._max_batch: dict[str, int] = {}  # Job.model -> largest batch of its engine
         self._reduced: dict[BatchKey, int] = {}  # keys that ran out of memory -> their largest batch since
-        self._failures = 0
+        self._failures: Counter[str] = Counter()  # Job.model -> jobs that failed since its last success
         self._seconds_per_job = 0.0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.running_since: float | None = None
@@ -67,7 +70,8 @@ class EngineThread:
             remedy = "; a smaller --max-batch may fit" if isinstance(error, OutOfMemoryError) else ""
             expected = isinstance(error, SprintError)  # says in one line what to do
             logger.critical("cannot start: %s%s", error, remedy, exc_info=None if expected else error)
-            self._delivery.engine_lost(EXIT_START, "the engine could not be loaded and warmed up")
+            exit_code = EXIT_SETTINGS if isinstance(error, SettingsError) else EXIT_START
+            self._delivery.engine_lost(exit_code, "the engine could not be loaded and warmed up")
             return
         self._serve(engine)
         try:
@@ -88,12 +92,13 @@ class EngineThread:
 
     def _serve(self, engine: Engine) -> None:
         """Sends the next batches to this warm engine."""
-        self._max_batch = min(self._requested_batch, engine.limits.max_batch)
+        engines = {"": engine, **engines_by_name(engine)}
+        self._max_batch = {name: min(self._requested_batch, one.limits.max_batch) for name, one in engines.items()}
         self._reduced.clear()
         self._delivery.ready(engine)
 
     def _largest(self, key: BatchKey) -> int:
-        return self._reduced.get(key, self._max_batch)
+        return self._reduced.get(key) or self._max_batch[key.model]
 
     def _run(self, engine: Engine, batch: Sequence[QueuedJob], *, retry: bool = False) -> None:
         """Runs the jobs whose requests still wait; each gets a result. `retry`: this is a job's last attempt, alone."""
@@ -109,7 +114,7 @@ class EngineThread:
             if image.file is None and queued.job.image is None and not image.pixels.any():  # of a black image, black
                 raise OutputError(f"the image of seed {queued.job.seed} in a batch of {len(batch)} is all black")
             delivered.add(index)
-            self._failures = 0
+            del self._failures[queued.job.model]
             self._delivery.image(queued, image, began - queued.submitted)
 
         try:
@@ -133,7 +138,7 @@ class EngineThread:
             raise OutputError(f"the engine made {len(images)} images of {len(jobs)} jobs")
         seconds = (time.monotonic() - began) / len(jobs)
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
-        self._metrics.batch_size.observe(len(jobs))
+        self._metrics.observe_batch(len(jobs), jobs[0].model)
         self._metrics.padding.inc(max(images[0].bucket - len(jobs), 0))
         self._metrics.cuda_graph_misses.inc(images[0].uncaptured)
         return images
@@ -168,21 +173,22 @@ class EngineThread:
     def _fail(self, engine: Engine, queued: QueuedJob, detail: str, error: Exception) -> None:
         logger.error("%s: %s", detail, queued.job.key, exc_info=error)
         self._delivery.error(queued, EngineError(f"{detail}; other jobs go on"))
-        self._failures += 1
-        if self._failures >= FAILURES_IN_A_ROW:
-            self._failures = 0
-            self._health_check(engine)
+        self._failures[queued.job.model] += 1
+        if self._failures[queued.job.model] >= FAILURES_IN_A_ROW:
+            del self._failures[queued.job.model]
+            self._health_check(engine, queued.job.model)
 
-    def _health_check(self, engine: Engine) -> None:
-        """Runs a job that no client chose. Raises RuntimeError if the engine fails on it too.
+    def _health_check(self, engine: Engine, model: str) -> None:
+        """Runs a job of this model that no client chose. Raises RuntimeError if the engine fails on it too.
 
         After a device failure (a lost GPU, an illegal address) every call fails until the process restarts. A prompt
         that makes a good engine fail must not cause that restart.
         """
-        width, height = engine.limits.default_size
-        if "text" not in engine.limits.conditioning:
+        limits = engines_by_name(engine)[model].limits if model else engine.limits
+        width, height = limits.default_size
+        if "text" not in limits.conditioning:
             return
-        job = Job("a red circle", seed=0, width=width, height=height, steps=engine.limits.steps[0])
+        job = Job("a red circle", seed=0, width=width, height=height, steps=limits.steps[0], model=model)
         try:
             self._generate(engine, [job], time.monotonic(), lambda _index, _image: None)
         except Exception as error:

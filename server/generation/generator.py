@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engines.errors import JobError
-from engines.types import MAX_SEED, DecoderName, Job, Limits, Pixels, RawImage
+from engines.types import MAX_SEED, DecoderName, Engine, Job, Limits, Pixels, RawImage
 from server.errors import FieldError, InvalidError
 from server.generation.aspect_ratios import sizes_by_ratio
 from server.generation.delivery import EncodedResult
 from server.generation.image_codec import Codec, ImageFormat, encoder, read_size
+from server.generation.model_engines import chosen_model
 from server.generation.safety.guard import Safety
 from server.generation.scheduler import Scheduler
 from server.telemetry.timings import Timings
@@ -34,6 +35,7 @@ class GenerationRequest:
     """One request, under the API's field names. Images are files: bytes or base64 text. None: the default."""
 
     prompt: str
+    model: str | None = None  # a name of server.generation.model_engines
     num_images: int = 1
     num_inference_steps: int = 1
     guidance_scale: float = 4.5
@@ -65,6 +67,7 @@ class EncodedImage:
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
     images: list[EncodedImage]
+    model: str
     width: int
     height: int
     output_format: ImageFormat
@@ -86,13 +89,14 @@ class Generator:
 
         `arrived` is a time.monotonic(). Cancellation drops jobs that have not begun.
         """
-        limits = self._scheduler.engine.limits
+        engine = self._scheduler.engine
+        _, chosen = chosen_model(engine, request.model)
         sized = (request.width, request.height, request.aspect_ratio) != (None, None, None)
         if request.keeps_shape and request.image is not None and not sized:
             content, shape = await self._codec.run(read_size, "image", request.image)
-            width, height = limits.size_for_aspect_ratio(*shape)
+            width, height = chosen.limits.size_for_aspect_ratio(*shape)
             request = replace(request, image=content, width=width, height=height)
-        job = first_job(request, limits)
+        job = first_job(request, engine)
         timeout_ms = self._timeout_ms if request.timeout_ms is None else request.timeout_ms
         image_s: list[float] = []
         with self._scheduler.reserve(request.num_images, arrived + timeout_ms / 1000) as slots:
@@ -104,6 +108,7 @@ class Generator:
         safety_s = prompt_s + max(image_s, default=0.0) if self._safety.is_on else None
         return GenerationResult(
             images=[EncodedImage(result.content, job.seed) for job, result in zip(jobs, results, strict=True)],
+            model=chosen.info.checkpoint,
             width=job.width,
             height=job.height,
             output_format=request.output_format,
@@ -147,8 +152,10 @@ def timings_of(results: Sequence[EncodedResult], since: float, safety_s: float |
     )
 
 
-def first_job(request: GenerationRequest, limits: Limits) -> Job:
-    """Returns the request's first job without images, checked against the limits. Raises InvalidError (422)."""
+def first_job(request: GenerationRequest, engine: Engine) -> Job:
+    """Returns the request's first job without images, checked against its model's limits. Raises InvalidError (422)."""
+    model, chosen = chosen_model(engine, request.model)
+    limits = chosen.limits
     seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
     last = MAX_SEED - request.num_images + 1
     if seed > last:
@@ -168,6 +175,7 @@ def first_job(request: GenerationRequest, limits: Limits) -> Job:
         decoder=request.decoder,
         jpeg_quality=request.output_quality if request.output_format == "jpeg" else None,
         png=request.output_format == "png",
+        model=model,
     )
     stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
     image = None if request.image is None else stand_in

@@ -258,14 +258,12 @@ class Scheduler:
 
     def _count(self, job: Job, result: EncodedResult) -> None:
         metrics, image, stages = self._metrics, result.image, result.image.stages
-        metrics.count_image(job.width, job.height, job.steps)
+        metrics.count_image(job.width, job.height, job.steps, job.model)
         (metrics.cache_hits if image.prompt_cached else metrics.cache_misses).inc()
-        metrics.stages["queue"].observe(result.queue_s)
-        metrics.stages["text"].observe(stages.text)
-        metrics.stages["denoise"].observe(stages.denoise)
-        metrics.stages["decode"].observe(stages.decode)
+        metrics.observe_stages({"queue": result.queue_s, "text": stages.text, "denoise": stages.denoise}, job.model)
+        metrics.observe_stages({"decode": stages.decode}, job.model)
         if result.content:
-            metrics.stages["encode"].observe(result.encode_s)
+            metrics.observe_stages({"encode": result.encode_s}, job.model)
 
     async def _watch(self) -> None:
         """Ends the process if a call of the engine takes longer than --batch-timeout-s."""

@@ -31,6 +31,7 @@ from server.errors import (
 )
 from server.generation.delivery import EncodedResult
 from server.generation.generator import RANDOM_SEEDS, GenerationRequest, Generator, first_job, timings_of
+from server.generation.model_engines import chosen_model, engines_by_name
 from server.generation.scheduler import Scheduler
 from server.live.messages import MAX_DRAWING, MAX_SETTINGS, LiveSettings, error_message, message
 from server.telemetry.metrics import Metrics
@@ -113,11 +114,13 @@ class LiveSession:
             raise errors[0]
 
     def _greeting(self) -> str:
-        limits = self._scheduler.engine.limits
+        engine = self._scheduler.engine
+        limits = engine.limits
         width, height = limits.default_size
         return message(
             "ready",
             {
+                "models": list(engines_by_name(engine)),
                 "mode": "control" if "control" in limits.conditioning else "image",
                 "conditioning": sorted(limits.conditioning),
                 "width": width,
@@ -168,7 +171,7 @@ class LiveSession:
         drawing = self._drawing or (b"" if settings.mode == "auto" else b"one to come")
         prompted = settings if settings.prompt else settings.model_copy(update={"prompt": "one to come"})
         try:
-            first_job(self._request(prompted, drawing), self._scheduler.engine.limits)
+            first_job(self._request(prompted, drawing), self._scheduler.engine)
         except UnavailableError as error:
             raise _session_end(error) from error
 
@@ -219,7 +222,7 @@ class LiveSession:
             return None
         try:
             request = self._request(settings, drawing, rests=rests)
-            job = first_job(request, self._scheduler.engine.limits)
+            job = first_job(request, self._scheduler.engine)
             if settings.prompt != self._allowed_prompt:
                 await self._generator.check_prompt(settings.prompt)
                 self._allowed_prompt = settings.prompt
@@ -246,7 +249,8 @@ class LiveSession:
         if not drawing:
             return "text"
         if settings.mode == "auto":
-            return "control" if "control" in self._scheduler.engine.limits.conditioning else "image"
+            _, engine = chosen_model(self._scheduler.engine, settings.model)
+            return "control" if "control" in engine.limits.conditioning else "image"
         return settings.mode
 
     async def _decode(self, _: str, drawing: bytes | str, background: int) -> Pixels:

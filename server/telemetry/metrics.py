@@ -1,10 +1,11 @@
 """Prometheus metrics, one registry per app.
 
 Labels never hold a prompt, a seed or a request id. The number of series is bounded: if an engine runs any size, only
-MAX_REQUESTED_SIZES of the requested ones get their own series.
+MAX_REQUESTED_SIZES of the requested ones get their own series. With several models, images, batches and stages have a
+label `model`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
@@ -21,9 +22,16 @@ OTHER_SIZE = ("other", "other")
 
 
 class Metrics:
-    """All metrics of one app; `exposition` returns them as text."""
+    """All metrics of one app; `exposition` returns them as text. models: names of the served models."""
 
-    def __init__(self, *, request_buckets: Iterable[float], stage_buckets: Iterable[float]) -> None:
+    def __init__(
+        self, *, request_buckets: Iterable[float], stage_buckets: Iterable[float], models: Sequence[str] = ()
+    ) -> None:
+        # Job.model -> values of the label `model`, which one model has none of
+        self._model_labels: dict[str, tuple[str, ...]] = {"": ()}
+        if len(models) > 1:
+            self._model_labels = {name: (name,) for name in models}
+        by_model = ("model",) if len(models) > 1 else ()
         request_bounds, stage_bounds = tuple(request_buckets), tuple(stage_buckets)
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -40,15 +48,15 @@ class Metrics:
         self.stage_seconds = histogram(
             "sana_sprint_stage_duration_seconds",
             "Duration of a stage per job; text, denoise and decode are those of its batch.",
-            ("stage",),
+            ("stage", *by_model),
             buckets=stage_bounds,
         )
-        self.batch_size = histogram("sana_sprint_batch_size", "Jobs in a batch.", buckets=BATCH_BUCKETS)
+        self.batch_size = histogram("sana_sprint_batch_size", "Jobs in a batch.", by_model, buckets=BATCH_BUCKETS)
         self.padding = counter("sana_sprint_batch_padding", "Padded slots run for nothing.")
         self.cuda_graph_misses = counter(
             "sana_sprint_cuda_graph_misses", "Batches without a captured CUDA graph, of an engine that has some."
         )
-        self.images = counter("sana_sprint_images", "Generated images.", ("width", "height", "steps"))
+        self.images = counter("sana_sprint_images", "Generated images.", ("width", "height", "steps", *by_model))
         self._sizes: dict[tuple[int, int], tuple[str, str]] = {}  # (width, height) -> labels
         self._max_sizes = MAX_REQUESTED_SIZES
         self.waiting = gauge("sana_sprint_jobs_waiting", "Accepted jobs that wait for a batch.")
@@ -79,7 +87,7 @@ class Metrics:
         self.build_seconds_left = gauge(
             "sana_sprint_engine_build_seconds_left", "Estimated seconds until the engine build ends; 0 without a build."
         )
-        self._engine_info = Info("sana_sprint_engine", "What runs.", registry=None)
+        self._engine_info = Info("sana_sprint_engine", "What runs.", ("checkpoint",), registry=None)
         self._described = False
         self._memory: _GpuMemory | None = None
         self.live_sessions = gauge("sana_sprint_live_sessions", "Open live sessions.")
@@ -108,40 +116,53 @@ class Metrics:
             self.dropped.labels(reason)
         for kind in ("error", "out_of_memory", "output", "hang"):
             self.engine_failures.labels(kind)
-        self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+        self._stages = {
+            (name, stage): self.stage_seconds.labels(stage, *labels)
+            for name, labels in self._model_labels.items()
+            for stage in STAGES
+        }
+        self._batch_sizes = {
+            name: self.batch_size.labels(*labels) if labels else self.batch_size
+            for name, labels in self._model_labels.items()
+        }
 
-    def describe_engine(self, info: EngineInfo, version: str) -> None:
-        """Publishes sana_sprint_engine_info and the replaced kernels; overwrites those of an earlier engine.
+    def describe_engines(self, infos: Iterable[EngineInfo], version: str) -> None:
+        """Publishes sana_sprint_engine_info and the replaced kernels; overwrites those of earlier engines.
 
         `version` is this package's.
         """
         self.replaced_kernels.clear()
+        self._engine_info.clear()
         if not self._described:
             self.registry.register(self._engine_info)
             self._described = True
-        self._engine_info.info(
-            {
-                "checkpoint": info.checkpoint,
-                "backend": info.backend,
-                "precision": info.precision,
-                "device": info.device,
-                "version": version,
-            }
-        )
-        for kernel, reason in info.replaced_kernels.items():
-            self.replaced_kernels.labels(kernel, reason).set(1)
+        for info in infos:
+            self._engine_info.labels(info.checkpoint).info(
+                {"backend": info.backend, "precision": info.precision, "device": info.device, "version": version}
+            )
+            for kernel, reason in info.replaced_kernels.items():
+                self.replaced_kernels.labels(kernel, reason).set(1)
 
     def name_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Reserves series for sizes (width, height), independent of what clients request."""
         self._sizes |= {(width, height): (str(width), str(height)) for width, height in sizes}
         self._max_sizes = len(self._sizes) + MAX_REQUESTED_SIZES
 
-    def count_image(self, width: int, height: int, steps: int) -> None:
+    def observe_batch(self, jobs: int, model: str) -> None:
+        """Counts a batch of a model (Job.model)."""
+        self._batch_sizes[model].observe(jobs)
+
+    def observe_stages(self, seconds: Mapping[str, float], model: str) -> None:
+        """Records a job's seconds in stages of STAGES."""
+        for stage, value in seconds.items():
+            self._stages[model, stage].observe(value)
+
+    def count_image(self, width: int, height: int, steps: int, model: str = "") -> None:
         """Counts a generated image; width and height in pixels."""
         size = (width, height)
         if size not in self._sizes and len(self._sizes) < self._max_sizes:
             self._sizes[size] = (str(width), str(height))
-        self.images.labels(*self._sizes.get(size, OTHER_SIZE), steps).inc()
+        self.images.labels(*self._sizes.get(size, OTHER_SIZE), steps, *self._model_labels[model]).inc()
 
     def watch_memory(self, read: Callable[[], Mapping[str, int]]) -> None:
         """Publishes sana_sprint_gpu_memory_bytes, read at each scrape: kind (used, reserved, total) -> bytes."""

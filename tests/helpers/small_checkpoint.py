@@ -1,12 +1,13 @@
 """A small checkpoint in the published layout, from the upstream classes, with random weights that all matter."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engines.models.dcae import Autoencoder, AutoencoderConfig
@@ -215,3 +216,17 @@ def save_lora(path: Path, tensors: dict[str, Tensor], config: dict[str, object] 
         metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     save_file(tensors, path, metadata)
     return path
+
+
+def changed_copy(checkpoint: Path, folder: Path, seed: int = 0) -> Path:
+    """Copies a checkpoint to `folder` with noise on its transformer's weights; all other files are equal."""
+    shutil.copytree(checkpoint, folder)
+    [path] = (folder / "transformer").glob("*.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    changed = {}
+    for name, tensor in load_file(path).items():
+        values = tensor.float()
+        noise = torch.randn(values.shape, generator=generator)
+        changed[name] = (values + 0.3 * values.abs().mean() * noise).to(tensor.dtype)
+    save_file(changed, path)
+    return folder

@@ -18,6 +18,7 @@ RANDOM_SEEDS = 2**32
 class Options(TypedDict, total=False):
     """Optional fields of POST /generate, with the server's defaults; its /docs has their bounds."""
 
+    model: str
     num_inference_steps: int
     guidance_scale: float
     width: int

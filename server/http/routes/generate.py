@@ -37,8 +37,7 @@ async def generate(request: Request) -> Response:
         image = result.images[0]
         headers["x-seed"] = str(image.seed)
         return Response(image.content, headers=headers, media_type=f"image/{result.output_format}")
-    model = state.scheduler.engine.info.checkpoint
-    content = await state.codec.run(answer_json, result, context.request_id, model)
+    content = await state.codec.run(answer_json, result, context.request_id)
     return Response(content, headers=headers, media_type="application/json")
 
 
@@ -54,13 +53,13 @@ def prefers_json(accept: str) -> bool:
     return weights["application/json"] > 0 and weights["application/json"] >= weights["image/"]
 
 
-def answer_json(result: GenerationResult, request_id: str, model: str) -> bytes:
+def answer_json(result: GenerationResult, request_id: str) -> bytes:
     """Returns the JSON body of the answer (schemas.GenerateAnswer)."""
     return to_json(
         {
             "id": request_id,
             "created": int(time.time()),
-            "model": model,
+            "model": result.model,
             "images": [
                 {
                     "b64": image.content.decode("ascii"),

@@ -1,11 +1,11 @@
 """OpenAI's image routes; the openai client, LiteLLM and Open WebUI work unmodified.
 
-The routes accept any `model` name, since clients send their own; `checkpoint:adapter` adds that adapter at scale 1.
-They ignore unknown fields.
+`model` is a checkpoint or `checkpoint:adapter`, which adds that adapter at scale 1. A server of one checkpoint accepts
+any other name too, since clients send their own. The routes ignore unknown fields.
 """
 
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.errors import ClientGoneError, FieldError, HttpError, InvalidError
 from server.generation.generator import GenerationRequest, GenerationResult
+from server.generation.model_engines import engines_by_name
 from server.http.body import check_media_type, media_type_of, read_json
 from server.http.disconnect import cancel_on_disconnect
 from server.http.plain_route import PlainRoute
@@ -40,7 +41,7 @@ async def generations(request: Request) -> Response:
     """Text to image, with OpenAI's request and answer."""
     state = app_state(request)
     body = await read_json(request, ImageGenerationRequest, state)
-    image_request = _with_model_adapter(body.to_request(), body.model, state)
+    image_request = _with_model(body.to_request(), body.model, state)
     generation = state.generator.generate(image_request, request_context(request).arrived)
     response_format = body.response_format
     del body, image_request  # frees their large images as soon as they are decoded
@@ -70,7 +71,7 @@ async def edits(request: Request) -> Response:
                 await form.close()
         image_request = body.to_request(image)
         del form, image
-    image_request = _with_model_adapter(image_request, body.model, state)
+    image_request = _with_model(image_request, body.model, state)
     generation = state.generator.generate(image_request, request_context(request).arrived)
     response_format = body.response_format
     del body, image_request  # frees their large images as soon as they are decoded
@@ -79,44 +80,51 @@ async def edits(request: Request) -> Response:
 
 @router.get("/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
-    """Lists the served model, alone and with each adapter that requests may choose."""
-    return JSONResponse({"object": "list", "data": [_model_entry(name) for name in _model_names(app_state(request))]})
+    """Lists the served models, each alone and with each adapter that requests may choose."""
+    return JSONResponse({"object": "list", "data": [_model_entry(name) for name in _models(app_state(request))]})
 
 
 @router.get("/models/{name:path}", **openapi.MODEL)
 async def model(request: Request) -> Response:
     """Returns one model by its id."""
-    names, name = _model_names(app_state(request)), request.path_params["name"]
+    names, name = _models(app_state(request)), request.path_params["name"]
     if name not in names:
         raise _model_not_found(name, names)
     return JSONResponse(_model_entry(name))
 
 
-def _model_names(state: AppState) -> list[str]:
-    engine = state.scheduler.engine
-    return [engine.info.checkpoint, *(f"{engine.info.checkpoint}:{name}" for name in engine.limits.adapters)]
+def _models(state: AppState) -> dict[str, tuple[str, str | None]]:
+    """Returns id -> checkpoint and adapter, the default checkpoint first."""
+    models: dict[str, tuple[str, str | None]] = {}
+    for name, engine in engines_by_name(state.scheduler.engine).items():
+        models |= {name: (name, None), **{f"{name}:{each}": (name, each) for each in engine.limits.adapters}}
+    return models
 
 
 def _model_entry(name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "sana-sprint-server"}
 
 
-def _model_not_found(name: object, names: list[str]) -> HttpError:
+def _model_not_found(name: object, names: Iterable[str]) -> HttpError:
     return HttpError(404, f"model: got {excerpt(name)}, allowed: {', '.join(names)}", code="model_not_found")
 
 
-def _with_model_adapter(request: GenerationRequest, model: object, state: AppState) -> GenerationRequest:
-    """Adds the adapter that `model` names; its scale in `lora` has precedence over 1.
+def _with_model(request: GenerationRequest, model: object, state: AppState) -> GenerationRequest:
+    """Adds checkpoint and adapter that `model` names; the adapter's scale in `lora` has precedence over 1.
 
-    Raises HttpError (404) for an unknown adapter.
+    Raises HttpError (404) for an unknown model if several checkpoints are served, and for an unknown adapter.
     """
-    names = _model_names(state)
-    if not isinstance(model, str) or not model.startswith(f"{names[0]}:"):
+    if model is None:
         return request
-    if model not in names:
-        raise _model_not_found(model, names)
-    adapter = model.removeprefix(f"{names[0]}:")
-    return replace(request, lora=tuple({adapter: 1.0, **dict(request.lora)}.items()))
+    models = _models(state)
+    if not isinstance(model, str) or model not in models:
+        several = len({name for name, _ in models.values()}) > 1
+        if several or (isinstance(model, str) and model.startswith(f"{next(iter(models))}:")):
+            raise _model_not_found(model, models)
+        return request
+    name, adapter = models[model]
+    added = {} if adapter is None else {adapter: 1.0}
+    return replace(request, model=name, lora=tuple({**added, **dict(request.lora)}.items()))
 
 
 async def _respond(

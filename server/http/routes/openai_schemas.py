@@ -42,7 +42,8 @@ class ImageGenerationRequest(Options):
     )
     user: str | None = None
     model: Any = Field(
-        None, description="Any name is accepted; CHECKPOINT:ADAPTER, as /v1/models lists it, adds `lora`."
+        None,
+        description="A name that /v1/models lists; CHECKPOINT:ADAPTER adds `lora`. With one checkpoint, any name.",
     )
 
     @model_validator(mode="before")
@@ -70,6 +71,7 @@ class ImageGenerationRequest(Options):
             width, height = map(int, self.size.split("x"))
         quality = self.output_quality if self.output_compression is None else max(self.output_compression, 1)
         return self.generation_request(
+            model=None,  # server.http.routes.openai resolves it
             num_images=self.n,
             width=width,
             height=height,

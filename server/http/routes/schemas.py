@@ -15,6 +15,7 @@ REQUEST_FIELDS = frozenset(field.name for field in fields(GenerationRequest))
 
 MAX_IMAGES = 8
 MAX_PROMPT = 4000
+MAX_MODEL = 4096  # characters of a name, which may be a path
 
 
 def _integral(value: Any) -> Any:
@@ -29,6 +30,7 @@ Milliseconds = Annotated[int, Field(ge=1, le=3_600_000), BeforeValidator(_integr
 
 SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
 RATIO_SCHEMA: JsonDict = {"examples": ["16:9"]}
+MODEL_SCHEMA: JsonDict = {"examples": ["tiny"]}
 LORA_SCHEMA: JsonDict = {"examples": [{"ring": 1.0}]}
 IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 
@@ -38,6 +40,12 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    model: str | None = Field(
+        None,
+        max_length=MAX_MODEL,
+        json_schema_extra=MODEL_SCHEMA,
+        description="One of `models` in /v1/info. Null: the first one. Other fields have its limits.",
+    )
     num_inference_steps: Whole = Field(1, ge=1, le=4)
     guidance_scale: float = Field(4.5, ge=1, le=10, description="The published checkpoints are trained on 4 to 5.")
     seed: Seed | None = Field(None, description="Null: random, and returned.")

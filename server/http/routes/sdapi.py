@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.errors import FieldError, InvalidError
 from server.generation.generator import GenerationResult
+from server.generation.model_engines import engines_by_name
 from server.http.body import read_json, read_json_object
 from server.http.disconnect import cancel_on_disconnect
 from server.http.plain_route import PlainRoute
@@ -94,22 +95,30 @@ async def options(request: Request) -> Response:
 
 @router.post("/options", **openapi.SDAPI_OPTIONS)
 async def set_options(request: Request) -> Response:
-    """Changes nothing. Accepts the name of the served checkpoint; lists other settings in `ignored`."""
+    """Changes nothing. Accepts the name of the default checkpoint; lists other settings in `ignored`."""
     state = app_state(request)
     options, current = await read_json_object(request, state), _options(state)
     checkpoint = options.get("sd_model_checkpoint") or current["sd_model_checkpoint"]
     if checkpoint != current["sd_model_checkpoint"]:
         name = "sd_model_checkpoint"
-        raise InvalidError([FieldError(name, f"{name}: got {excerpt(checkpoint)}, allowed: {current[name]}")])
+        raise InvalidError(
+            [
+                FieldError(
+                    name,
+                    f"{name}: got {excerpt(checkpoint)}, allowed: {current[name]}; each request chooses another one in "
+                    "its override_settings",
+                )
+            ]
+        )
     return JSONResponse({"ignored": sorted(name for name, value in options.items() if current.get(name, ...) != value)})
 
 
 @router.get("/sd-models", **openapi.SDAPI_LIST)
 async def sd_models(request: Request) -> Response:
-    """Lists the served checkpoint."""
-    name = app_state(request).scheduler.engine.info.checkpoint
-    entry = {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
-    return JSONResponse([entry])
+    """Lists the served checkpoints."""
+    unknown = {"hash": None, "sha256": None, "config": None}
+    names = engines_by_name(app_state(request).scheduler.engine)
+    return JSONResponse([{"title": name, "model_name": name, "filename": name, **unknown} for name in names])
 
 
 @router.get("/samplers", **openapi.SDAPI_LIST)
@@ -153,14 +162,14 @@ async def interrupt(request: Request) -> Response:
 async def _generate(request: Request, model: type[Txt2ImgRequest]) -> Response:
     state = app_state(request)
     body = await read_json(request, model, state)
-    checkpoint = state.scheduler.engine.info.checkpoint
-    generation = state.generator.generate(body.to_request(checkpoint), request_context(request).arrived)
+    image_request = body.to_request(list(engines_by_name(state.scheduler.engine)))
+    generation = state.generator.generate(image_request, request_context(request).arrived)
     # AUTOMATIC1111 returns the request as well; ours omits its images.
     parameters = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"}, exclude_unset=True)
     result = await cancel_on_disconnect(_running_requests(request).run(_caller(request), generation), request.receive)
     if result is None:
-        return Response(interrupted_json(body, parameters, checkpoint), media_type="application/json")
-    content = await state.codec.run(answer_json, body, parameters, result, checkpoint)
+        return Response(interrupted_json(body, parameters, str(image_request.model)), media_type="application/json")
+    content = await state.codec.run(answer_json, body, parameters, result)
     return Response(content, headers=result_headers(request, result), media_type="application/json")
 
 

@@ -64,21 +64,25 @@ class Txt2ImgRequest(BaseModel):
     def run_guidance(self) -> float:
         return min(max(self.cfg_scale, GUIDANCE[0]), GUIDANCE[1])
 
-    def to_request(self, checkpoint: str) -> GenerationRequest:
-        """Returns the request for the generator. Raises InvalidError (422) for effective fields with bad values."""
+    def to_request(self, models: Sequence[str]) -> GenerationRequest:
+        """Returns the request for the generator; `models` are the served ones, the default first.
+
+        Raises InvalidError (422) for effective fields with bad values.
+        """
         details = []
         if self.count > MAX_IMAGES:
             details.append(f"batch_size: got {self.batch_size} x {self.n_iter} images, allowed: at most {MAX_IMAGES}")
         if self.script_name:
             details.append(f"script_name: got {excerpt(self.script_name)}, allowed: none; there are no scripts here")
-        requested = self.override_settings.get("sd_model_checkpoint") or checkpoint
-        if requested != checkpoint:
-            details.append(f"sd_model_checkpoint: got {excerpt(requested)}, allowed: {checkpoint}")
+        requested = self.override_settings.get("sd_model_checkpoint") or models[0]
+        if requested not in models:
+            details.append(f"sd_model_checkpoint: got {excerpt(requested)}, allowed: {', '.join(models)}")
         if details:
             raise InvalidError([FieldError(detail.partition(":")[0], detail) for detail in details])
         control_image, control_scale = self._control()
         return GenerationRequest(
             prompt=self.prompt,
+            model=requested,
             num_images=self.count,
             num_inference_steps=self.run_steps,
             guidance_scale=self.run_guidance,
@@ -147,14 +151,14 @@ class Img2ImgRequest(Txt2ImgRequest):
     init_images: list[Any] = Field(description="One, as base64 or a data: URL.")
     mask: Any = Field(None, description="None is accepted.")
 
-    def to_request(self, checkpoint: str) -> GenerationRequest:
+    def to_request(self, models: Sequence[str]) -> GenerationRequest:
         """Returns the request for the generator; without a size the result keeps the shape of `init_images[0]`."""
         if self.mask:
             raise InvalidError([FieldError("mask", NO_MASK)])
         if len(self.init_images) != 1 or not isinstance(self.init_images[0], str):
             got = f"init_images: got {len(self.init_images)} of them, allowed: one, as base64 or a data: URL"
             raise InvalidError([FieldError("init_images", got)])
-        request = super().to_request(checkpoint)
+        request = super().to_request(models)
         return replace(request, image=self.init_images[0], strength=self.denoising_strength, keeps_shape=True)
 
     def _effective(self) -> Sequence[str]:
@@ -169,13 +173,13 @@ class SdapiAnswer(BaseModel):
     info: str
 
 
-def answer_json(body: Txt2ImgRequest, parameters: dict[str, Any], result: GenerationResult, model: str) -> bytes:
+def answer_json(body: Txt2ImgRequest, parameters: dict[str, Any], result: GenerationResult) -> bytes:
     """Returns the JSON body of both routes (SdapiAnswer)."""
     seeds = [image.seed for image in result.images]
     text = f"{body.prompt}\nSteps: {body.run_steps}, Sampler: {SAMPLER}, CFG scale: {body.run_guidance:g}, Seed: "
-    size = f", Size: {result.width}x{result.height}, Model: {model}"
+    size = f", Size: {result.width}x{result.height}, Model: {result.model}"
     info = {
-        **_common_info(body, model),
+        **_common_info(body, result.model),
         "seed": seeds[0],
         "all_seeds": seeds,
         "subseed": seeds[0],

@@ -1,5 +1,7 @@
 """The text stage: its cache of embeddings, and the batch of texts of different lengths."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
 from engines.pipeline.lru_cache import LruCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
-from engines.pipeline.text_stage import TextEmbedding, TextStage, join
+from engines.pipeline.text_stage import TextEmbedding, TextStage, TextStages, join, load_text_stage
 
 
 @pytest.fixture
@@ -70,3 +72,50 @@ def test_a_mask_is_made_only_where_lengths_differ() -> None:
     assert states.shape == (2, 5, 4)
     assert mask is not None
     assert mask.tolist() == [[True, True, False, False, False], [True] * 5]
+
+
+def test_stages_of_equal_encoders_are_one_and_converted_once(folder: Path, tmp_path: Path) -> None:
+    """Equal by content: a copy elsewhere is the same one; another instruction, type or weight is not."""
+    checkpoint = open_checkpoint(str(folder))
+    copy = open_checkpoint(str(shutil.copytree(folder, tmp_path / "copy")))
+    stages, cpu = TextStages(), torch.device("cpu")
+    first = stages.load(checkpoint, torch.float32, cpu)
+    assert stages.load(copy, torch.float32, cpu) is first
+    assert stages.load(copy, torch.bfloat16, cpu) is not first
+    without = replace(copy, settings=replace(copy.settings, instruction=False))
+    assert stages.load(without, torch.float32, cpu) is not first
+    [path] = (tmp_path / "copy/text_encoder").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert stages.load(copy, torch.float32, cpu) is not first
+
+    def convert(stage: TextStage) -> TextStage:
+        return TextStage(stage.tokenizer, stage.encoder)
+
+    converted = stages.converted(first, convert)
+    assert converted is not first
+    assert stages.converted(first, convert) is converted
+
+
+def test_an_engine_with_its_own_layout_drops_it_for_an_equal_one(folder: Path) -> None:
+    """Whichever of two engines loads first, both then run one stage, converted once."""
+    checkpoint, cpu = open_checkpoint(str(folder)), torch.device("cpu")
+    own, other = (load_text_stage(checkpoint, torch.float32, cpu) for _ in range(2))
+    converted: list[TextStage] = []
+
+    def convert(stage: TextStage) -> TextStage:
+        converted.append(stage)
+        return TextStage(stage.tokenizer, stage.encoder)
+
+    stages = TextStages()
+    assert stages.adopt(own, checkpoint, torch.float32, cpu, convert) is own
+    assert stages.adopt(other, checkpoint, torch.float32, cpu, convert) is own
+    assert stages.converted(stages.load(checkpoint, torch.float32, cpu), convert) is own
+    assert converted == []
+    stages = TextStages()
+    loaded = stages.load(checkpoint, torch.float32, cpu)
+    adopted = stages.adopt(own, checkpoint, torch.float32, cpu, convert)
+    assert adopted not in (own, loaded)
+    assert stages.converted(loaded, convert) is adopted
+    assert converted == [loaded]

@@ -13,6 +13,7 @@ from running_server import GatedEngine, Running, Serve, read_image
 
 from engines.fake import FakeEngine, expected_pixels
 from engines.types import Job, Pixels
+from server.generation.model_engines import ModelEngines
 
 FILE = Path(__file__).parents[3] / "clients" / "comfyui" / "sana_sprint.py"
 NAME = "SanaSprintGenerate"
@@ -76,6 +77,14 @@ def test_the_decoder_is_sent(node: Any, serve: Serve) -> None:
     for decoder in ("full", "fast"):
         made = run(node, running, prompt="a blue square", seed=5, decoder=decoder)
         np.testing.assert_array_equal(made[0], expected_pixels(job(5, decoder=decoder)))
+
+
+def test_a_server_of_several_models_is_told_which(node: Any, serve: Serve) -> None:
+    engines = {name: FakeEngine(checkpoint=name) for name in ("one", "two")}
+    running = serve(ModelEngines(engines), model="one,two")
+    for model, made_by in (("", "one"), ("two", "two")):
+        [pixels] = run(node, running, prompt="a blue square", seed=5, model=model)
+        np.testing.assert_array_equal(pixels, expected_pixels(job(5), made_by))
 
 
 def test_what_the_server_says_is_what_the_node_says(node: Any, plain: Running) -> None:

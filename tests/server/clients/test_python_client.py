@@ -16,6 +16,7 @@ from sana_sprint_client import AsyncClient, Client, ConnectionFailedError, Gener
 
 from engines.fake import FakeEngine, expected_pixels
 from engines.types import Job, Pixels
+from server.generation.model_engines import ModelEngines
 
 ROOT = Path(__file__).parents[3]
 README = ROOT / "clients" / "python" / "README.md"
@@ -69,6 +70,14 @@ def test_an_image_is_that_of_generate(plain: Running) -> None:
 
 def _text(pixels: Pixels) -> str:
     return base64.b64encode(image_file(pixels)).decode()
+
+
+def test_a_server_of_several_models_is_told_which(serve: Serve) -> None:
+    engines = {name: FakeEngine(checkpoint=name) for name in ("one", "two")}
+    running = serve(ModelEngines(engines), model="one,two")
+    with Client(running.url) as client:
+        image = client.generate("a circle", seed=5, model="two", **SMALL)
+    np.testing.assert_array_equal(read_image(image.content), expected_pixels(job(5), "two"))
 
 
 def test_a_stream_yields_what_is_ready_before_what_is_not(serve: Serve) -> None:
