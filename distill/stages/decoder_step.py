@@ -15,7 +15,7 @@ SHEET_EVERY = 500
 
 @dataclass(frozen=True)
 class DecoderUpdate:
-    """What a step changes, and the weights of edges and squares in the loss (autoencoder.reconstruction_loss)."""
+    """Trains a decoder. `weights`: of edges and squares in the loss (autoencoder.reconstruction_loss)."""
 
     stage: Stage
     accelerator: Accelerator
