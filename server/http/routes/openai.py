@@ -114,7 +114,7 @@ def _with_model(request: GenerationRequest, model: object, state: AppState) -> G
 
     Raises HttpError (404) for an unknown model if several checkpoints are served, and for an unknown adapter.
     """
-    if model is None:
+    if model in (None, ""):
         return request
     models = _models(state)
     if not isinstance(model, str) or model not in models:

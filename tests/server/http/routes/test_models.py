@@ -83,7 +83,7 @@ def test_info_and_models_list_them(running: Running) -> None:
 
 @pytest.mark.parametrize(
     ("model", "made_by", "lora"),
-    [(None, "one", ()), ("one", "one", ()), ("two", "two", ()), ("two:ring", "two", (("ring", 1.0),))],
+    [(None, "one", ()), ("", "one", ()), ("one", "one", ()), ("two", "two", ()), ("two:ring", "two", (("ring", 1.0),))],
 )
 def test_openai(running: Running, model: str | None, made_by: str, lora: tuple[tuple[str, float], ...]) -> None:
     body = {"prompt": "a red circle", "seed": 7, "size": "64x64", "model": model}
