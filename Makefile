@@ -95,7 +95,7 @@ soak: $(DEV) ## hours of mixed traffic with faults on one server, to find growth
 fuzz: $(DEV) ## sends seeded malformed requests, and those of schemathesis (in its own environment), to real servers
 	$(BIN)/python -m venv .venvs/fuzz
 	.venvs/fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
-	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sdapi 3000 --sessions 1000 --offers 1000 \
+	$(BIN)/python -m bench.robustness.fuzz --images 5000 --requests 5000 --sdapi 3000 --options 3000 --sessions 1000 --offers 1000 \
 	  --schemathesis .venvs/fuzz/bin/schemathesis --examples 1700
 
 clients: $(DEV) ## tests the server with the openai client, LiteLLM and webuiapi in their own environment

@@ -33,6 +33,7 @@ from bench.robustness.scenario import Scenario
 FLAGS = (
     *("--backend", "fake", "--fake-delay-ms", "5", "--max-queue", "512", "--log-format", "json"),
     *("--batch-timeout-s", "2", "--body-timeout-s", "1.5", "--shutdown-timeout-s", "30"),
+    *("--fast-decoder", "lite", "--lora", "ring=none", "--compat", "sdapi"),
 )
 
 
@@ -42,7 +43,7 @@ def all_faults(clock: Clock) -> tuple[Fault, ...]:
 
 async def run_scenario(fault: Fault, server: RestartingServer, seed: int) -> FaultResult:
     """Runs one fault and returns its row. A seed fixes the requests and the choices of every client."""
-    scenario = Scenario(server, random.Random(f"{seed} {fault.name}"), fault.count)
+    scenario = Scenario(server, random.Random(f"{seed} {fault.name}"), fault.count, varied=True)
     await server.wait_ready()
     done = asyncio.Event()
     background_clients = asyncio.create_task(scenario.background_clients(fault.background_clients, done))

@@ -31,7 +31,7 @@ from bench.harness.host import host_facts
 from bench.harness.load_generator import FORMATS
 from bench.harness.summary import counted, table
 from bench.robustness.malformed_images import bad_image
-from bench.robustness.malformed_requests import bad_frame, bad_request, bad_sdapi, handshake
+from bench.robustness.malformed_requests import bad_frame, bad_request, bad_sdapi, handshake, options_case
 from bench.robustness.restarting_server import RestartingServer
 from bench.robustness.upgrade_requests import upgrade_case
 
@@ -44,7 +44,8 @@ FRAMES = 12  # of a session, at most
 WARMUP_SHARE = 0.25  # of the cases; permanent caches fill meanwhile
 FLAGS = (
     *("--backend", "fake", "--log-format", "json", "--max-queue", "512", "--body-timeout-s", "0.5"),
-    *("--compat", "sdapi", "--model", "one", "--model", "two"),
+    *("--compat", "sdapi", "--model", "one", "--model", "two", "--fast-decoder", "lite"),
+    *("--lora", "one:ring=none", "--lora", "one:night=none"),
 )
 # Every check that holds for any server; positive_data_acceptance does not, since most strings are no image.
 CHECKS = (
@@ -249,6 +250,7 @@ CASES: dict[str, Case] = {
     "images": image_case,
     "requests": request_case,
     "sdapi": sdapi_case,
+    "options": options_case,
     "sessions": session_case,
     "offers": upgrade_case,
 }
@@ -311,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=0, help="odd image files")
     parser.add_argument("--requests", type=int, default=0, help="odd heads and bodies")
     parser.add_argument("--sdapi", type=int, default=0, help="odd bodies of AUTOMATIC1111's API")
+    parser.add_argument("--options", type=int, default=0, help="odd decoders, aspect ratios and adapters")
     parser.add_argument("--sessions", type=int, default=0, help="live sessions of odd frames")
     parser.add_argument("--offers", type=int, default=0, help="requests that offer another protocol")
     parser.add_argument("--schemathesis", help="the program, for cases from /openapi.json")

@@ -1,11 +1,20 @@
-"""Seeded malformed requests and websocket frames, as bytes for a raw socket."""
+"""Seeded malformed requests and websocket frames, as bytes for a raw socket, and odd optional fields."""
 
 import base64
+import io
 import json
 import random
 import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from bench.robustness.malformed_images import bad_image
+from bench.robustness.restarting_server import RestartingServer
+from engines.fake import expected_pixels
+from engines.types import Job
 
 PATHS = (
     *("/generate", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health/live", "/v1/live", "/", "/x"),
@@ -26,8 +35,8 @@ VALUES = (
 )
 FRAMING = ("content-length", "transfer-encoding", "host")
 SETTINGS = (
-    *("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "model"),
-    "other",
+    *("prompt", "seed", "mode", "width", "height", "output_format", "strength", "num_inference_steps", "other"),
+    *("decoder", "aspect_ratio", "lora", "model"),
 )
 MODELS = ("one", "two", "two:x", "one,two", "one=two", "../two")  # the first two are served
 SCALARS: tuple[object, ...] = (
@@ -57,13 +66,30 @@ SDAPI_FIELDS = (
     *("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "batch_size", "n_iter", "styles"),
     *("denoising_strength", "send_images", "script_name", "script_args", "alwayson_scripts", "override_settings"),
     *("init_images", "mask", "sampler_name", "enable_hr", "tiling", "subseed", "sd_model_checkpoint", "other"),
+    "decoder",
 )
+# Values that a server with two decoders and the adapters ring and night accepts, and some near them.
+OPTIONS: dict[str, tuple[object, ...]] = {
+    "decoder": ("full", "fast"),
+    "aspect_ratio": ("1:1", "16:9", "9:16"),
+    "lora": ({"ring": 1}, {"ring": -0.5, "night": 2}, {"ring": 0}, {}),
+}
+NEAR: dict[str, tuple[object, ...]] = {
+    "decoder": ("Fast", "lite", "fast ", ["fast"]),
+    "aspect_ratio": ("16/9", "0:0", "1:1\u0000", 1.78),
+    "lora": ({"rign": 1}, {"ring": 9}, {"ring": "1"}, {"": 1}, {"ring": None}),
+}
 UNITS: tuple[object, ...] = (
     {"args": [{"image": "x", "weight": 9}]},
     {"args": [{"image": 7}, {"input_image": "", "enabled": False}]},
     {"args": {"image": "x"}},
     {"args": 7},
     [],
+)
+
+
+BLANK = (  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
 )
 
 
@@ -87,6 +113,41 @@ def bad_sdapi(rng: random.Random) -> tuple[str, bytes]:
 def odd_model(rng: random.Random) -> bytes:
     """Returns a body whose `model` may be no name that is served."""
     return json.dumps({"prompt": "x", "width": 64, "height": 64, "model": rng.choice((*MODELS, *SCALARS))}).encode()
+
+
+def bad_options(rng: random.Random) -> tuple[str, dict[str, object]]:
+    """Returns a path and a body with decoder, aspect_ratio or lora; three quarters of their values are valid."""
+    fields: dict[str, object] = {"prompt": "x", "seed": 1}
+    for name in rng.sample(sorted(OPTIONS), rng.randrange(1, 4)):
+        fields[name] = rng.choice(rng.choice((OPTIONS[name],) * 6 + (NEAR[name], SCALARS)))
+    if "aspect_ratio" not in fields or rng.random() < 0.1:
+        fields |= {"width": 64, "height": 64}
+    return rng.choice(("/generate", "/generate", "/v1/images/generations", "/v1/images/edits")), fields
+
+
+async def options_case(server: RestartingServer, rng: random.Random) -> str:
+    """Sends odd decoders, aspect ratios and adapters; expects the image of the valid ones, or a 422 about the field."""
+    path, fields = bad_options(rng)
+    if path.endswith("edits"):
+        fields["image"] = BLANK
+    response = await server.exchange("POST", path, json.dumps(fields).encode())
+    answer = {} if path == "/generate" and response.status == 200 else json.loads(response.body)
+    if response.status == 422:
+        named = [error["field"] for error in answer.get("errors", [])] or [answer.get("error", {}).get("param")]
+        return "422" if all(named) else f"wrong: 422 that names no field for {fields}"
+    if response.status != 200:
+        return f"wrong: {response.status} for {fields}"
+    return "200" if path != "/generate" or _is_of(response.body, fields) else f"wrong: another image for {fields}"
+
+
+def _is_of(file: bytes, fields: Mapping[str, Any]) -> bool:
+    """Returns whether the file holds the fake engine's image of these fields of /generate."""
+    with Image.open(io.BytesIO(file)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    adapters = tuple((name, float(scale)) for name, scale in (fields.get("lora") or {}).items() if scale)
+    height, width = pixels.shape[:2]
+    job = Job("x", 1, width, height, lora=adapters, decoder=fields.get("decoder", "full"))
+    return np.array_equal(pixels, expected_pixels(job, MODELS[0]))
 
 
 def bad_request(rng: random.Random) -> bytes:

@@ -5,13 +5,14 @@ Outcome labels: `200` (the correct image), `200 wrong image`, a status with its 
 """
 
 import asyncio
+import base64
 import io
 import json
 import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -20,11 +21,13 @@ from bench.harness.errors import BenchError
 from bench.harness.http_client import HttpResponse
 from bench.robustness.restarting_server import RestartingServer
 from engines.fake import expected_pixels
-from engines.types import Job
+from engines.types import DecoderName, Job
 
 OK = "200"
 REQUEST_TIMEOUT_S = 60.0  # beyond this an answer is lost
 RETRY_PAUSE_S = 0.1  # between a failed attempt and the next
+DEFAULT_SIZE = (256, 256)  # of the fake engine
+DECODERS: tuple[DecoderName, ...] = ("full", "fast")
 SUBJECTS = ("circle", "square", "triangle", "star", "moon")
 
 
@@ -39,17 +42,27 @@ class Scenario:
     fault_time: float = 0.0
     recovery_s: list[float] = field(default_factory=list)  # seconds from a fault to the next correct image
     never_ok: int = 0  # requests that never got an image despite retries
+    varied: bool = False  # the server has two decoders, the adapter ring and AUTOMATIC1111's API: requests use them
 
     def new_job(self, marker: str = "", size: int = 64) -> Job:
         subject = self.rng.choice(SUBJECTS)
-        return Job(f"{subject} {self.rng.randrange(10**9)} {marker}".strip(), self.rng.randrange(2**31), size, size)
+        job = Job(f"{subject} {self.rng.randrange(10**9)} {marker}".strip(), self.rng.randrange(2**31), size, size)
+        return self.vary(job, self.rng)
+
+    def vary(self, job: Job, rng: random.Random) -> Job:
+        """Returns the job with a decoder and an adapter or none, where the server has them."""
+        if not self.varied:
+            return job
+        lora: tuple[tuple[str, float], ...] = rng.choice(((), (), (("ring", 0.5),)))
+        return replace(job, decoder=rng.choice(DECODERS), lora=lora)
 
     async def ask(self, job: Job, **fields: object) -> str:
-        """Requests the image once and returns the outcome label."""
-        body = json.dumps(request_fields(job) | fields).encode()
+        """Requests the image once and returns the outcome label; every third by AUTOMATIC1111's API if `varied`."""
+        sdapi = self.varied and not fields and not job.lora and job.seed % 3 == 0
+        path, body = "/sdapi/v1/txt2img" if sdapi else "/generate", request_fields(job, by_ratio=not sdapi) | fields
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                response = await self.server.exchange("POST", "/generate", body)
+                response = await self.server.exchange("POST", path, json.dumps(body).encode())
         except TimeoutError:
             return "silence"
         except ConnectionRefusedError:
@@ -76,7 +89,8 @@ class Scenario:
 
         async def client(rng: random.Random) -> None:
             while not stop.is_set():
-                await self.request_until_ok(Job(f"bystander {rng.random()}", rng.randrange(2**31), 64, 64), outcomes)
+                job = Job(f"bystander {rng.random()}", rng.randrange(2**31), 64, 64)
+                await self.request_until_ok(self.vary(job, rng), outcomes)
 
         await asyncio.gather(*(client(random.Random(self.rng.random())) for _ in range(clients)))
         return outcomes
@@ -111,13 +125,22 @@ class Scenario:
             await asyncio.sleep(0.005)
 
 
-def request_fields(job: Job) -> dict[str, object]:
-    return {"prompt": job.prompt, "seed": job.seed, "width": job.width, "height": job.height}
+def request_fields(job: Job, *, by_ratio: bool = True) -> dict[str, object]:
+    """Returns the fields of POST /generate. by_ratio: the fake engine's default size is asked for as 1:1."""
+    size: dict[str, object] = {"width": job.width, "height": job.height}
+    if by_ratio and (job.width, job.height) == DEFAULT_SIZE:
+        size = {"aspect_ratio": "1:1"}
+    chosen: dict[str, object] = {"lora": dict(job.lora)} if job.lora else {}
+    chosen |= {} if job.decoder == "full" else {"decoder": job.decoder}
+    return {"prompt": job.prompt, "seed": job.seed, **size, **chosen}
 
 
 def outcome_label(response: HttpResponse, job: Job) -> str:
     if response.status == 200:
-        with Image.open(io.BytesIO(response.body)) as image:
+        body = response.body
+        if body.startswith(b"{"):  # AUTOMATIC1111's
+            body = base64.b64decode(json.loads(body)["images"][0])
+        with Image.open(io.BytesIO(body)) as image:
             correct = np.array_equal(np.asarray(image.convert("RGB")), expected_pixels(job))
         return OK if correct else "200 wrong image"
     return f"{response.status} {json.loads(response.body).get('code', '')}".strip()

@@ -15,7 +15,7 @@ SHEET_EVERY = 500
 
 @dataclass(frozen=True)
 class DecoderUpdate:
-    """Trains a decoder. `weights`: of edges and squares in the loss (autoencoder.reconstruction_loss)."""
+    """The parts that a step changes. weights: of edges and of squares in autoencoder.reconstruction_loss."""
 
     stage: Stage
     accelerator: Accelerator

@@ -17,21 +17,20 @@ from server.generation.image_codec import decode
 
 def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     # Too short for growth: only the rest is checked.
-    main(["--images", "40", "--requests", "60", "--sdapi", "60", "--sessions", "16", "--offers", "40"])
+    counts = ("--images", "40", "--requests", "60", "--sdapi", "60", "--options", "80", "--sessions", "16")
+    main([*counts, "--offers", "40"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["campaigns"]
-    names = ("images", "requests", "sdapi", "sessions", "offers")
+    names = ("images", "requests", "sdapi", "options", "sessions", "offers")
     assert [(entry["name"], entry["wrong"]) for entry in result] == [(name, {}) for name in names]
     assert {"200", "422"} <= set(result[0]["seen"])
     assert {"400", "405"} <= set(result[1]["seen"])
-    assert set(result[2]["seen"]) == {"200", "422"}
+    assert set(result[2]["seen"]) == set(result[3]["seen"]) == {"200", "422"}
 
 
 @pytest.mark.slow
 def test_the_whole_campaign_finds_nothing() -> None:
-    assert (
-        main(["--images", "5000", "--requests", "5000", "--sdapi", "3000", "--sessions", "1000", "--offers", "1000"])
-        == 0
-    )
+    counts = ("--images", "5000", "--requests", "5000", "--sdapi", "3000", "--options", "3000", "--sessions", "1000")
+    assert main([*counts, "--offers", "1000"]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so and goes on
