@@ -1,6 +1,6 @@
 """The backend of our own kernels (engines.kernels) on an NVIDIA GPU, whose graphs `--backend cuda-graph` captures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ from engines.pipeline.denoise_decode import Denoise
 from engines.pipeline.text_stage import TextStage
 from engines.sampler import angles_for, job_noise
 
+# Module -> rows of the largest values in calibration, which decide the scales of 8 bits. Empty: nothing is in 8 bits.
+Ranges = Mapping[str, Sequence[Sequence[float]]]
+
+_STEPS = (1, 1, 1, 4)  # of calibration prompts in turn: one step is what most requests take
+
 
 class NativeBackend:
     """A backend (engines.backends.base) whose modules share one set of operations.
@@ -42,6 +47,7 @@ class NativeBackend:
         """proof: file of the kernels that equal their references on this GPU (engines.backends.cuda.proof)."""
         self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
         self._decoder_reason, self._encoder_reason = unsupported_decoder(autoencoder), unsupported_encoder(autoencoder)
+        self._text: CudaTextEncoder | None = None
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
@@ -86,7 +92,7 @@ class NativeBackend:
         """Returns the text stage with an encoder of our kernels, or `stage` if they cannot run it."""
         assert isinstance(stage.encoder, TextEncoder)
         try:
-            encoder = CudaTextEncoder(stage.encoder, self.ops)
+            self._text = encoder = CudaTextEncoder(stage.encoder, self.ops)
         except ValueError as error:
             self.reasons["text"] = f"PyTorch's modules: {error}"
             return stage
@@ -94,30 +100,53 @@ class NativeBackend:
 
     @torch.inference_mode()
     def to_fp8(self, checkpoint: Checkpoint, text: TextStage, size: tuple[int, int], device: torch.device) -> None:
-        """Quantises the decoder to fp8, with scales from one step of the calibration prompts.
+        """Quantises text encoder, transformer and decoder to fp8, with scales from runs of the calibration prompts.
 
         size: (width, height) in pixels. Raises BackendError if PyTorch runs the decoder.
         """
-        if self._decoder is None or self._transformer is None:
-            raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
+        transformer, decoder = self._quantisable()
         config = checkpoint.transformer
         width, height = (side // checkpoint.autoencoder.compression for side in size)
         shape = (config.in_channels, height, width)
         guidance = sum(checkpoint.settings.guidance_trained) / 2 * config.guidance_embeds_scale
         texts = calibration_prompts(checkpoint, text)
-        denoise = Denoise(self._transformer, self._transformer.dtype)
+        denoise = Denoise(transformer, transformer.dtype)
+        transformer.blocks.calibrates = True
         for index in range(texts.states.shape[0]):
-            row = slice(index, index + 1)
+            row, steps = slice(index, index + 1), _STEPS[index % len(_STEPS)]
             inputs = {
-                "noise": job_noise(index, shape, 1)[:, None],
-                "angles": torch.tensor([angles_for(1)]),
+                "noise": job_noise(index, shape, steps)[:, None],
+                "angles": torch.tensor(angles_for(steps, one_step=checkpoint.settings.one_step_angle))[:, None],
                 "guidance": torch.tensor([guidance]),
-                "text": texts.states[row].to(self._transformer.dtype),
+                "text": texts.states[row].to(transformer.dtype),
                 "text_mask": texts.mask[row],
             }
             [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
-            self._decoder.calibrate(latent)
-        self._decoder.to_fp8()
+            decoder.calibrate(latent)
+        transformer.blocks.calibrates = False
+        self.quantise({})
+
+    @property
+    def ranges(self) -> Ranges:
+        """The ranges of the modules that `quantise` converts."""
+        transformer, decoder = self._quantisable()
+        return {"transformer": transformer.blocks.ranges, "decoder": decoder.ranges}
+
+    def quantise(self, ranges: Ranges) -> None:
+        """Converts the modules to 8 bits, with scales from their ranges and `ranges` of another calibration."""
+        transformer, decoder = self._quantisable()
+        if ranges:
+            transformer.blocks.include_ranges(ranges["transformer"])
+            decoder.include_ranges(ranges["decoder"])
+        transformer.to_fp8()
+        decoder.to_fp8()
+        if self._text is not None:
+            self._text.to_fp8()
+
+    def _quantisable(self) -> tuple[CudaTransformer, CudaDecoder]:
+        if self._decoder is None or self._transformer is None:
+            raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
+        return self._transformer, self._decoder
 
     @property
     def replaced(self) -> Mapping[str, str]:

@@ -27,8 +27,6 @@ from engines.device.hardware import capability_text, this_machine
 from engines.kernels.op import Ops
 from engines.pipeline.native import NativeBackend
 
-_SEEN = (4.0, 4.0)  # ranges of a ResBlock in 8 bits; no kernel depends on their values
-
 
 def compile_all(model: str, cache: Path, capability: tuple[int, int], jobs: int, of: int = 1) -> dict[str, Any]:
     """Compiles kernels in bf16, and in fp8 where the decoder has kernels for it. of: every `of`-th kernel alone.
@@ -40,11 +38,12 @@ def compile_all(model: str, cache: Path, capability: tuple[int, int], jobs: int,
             f"kernels: none are compiled ahead for {capability_text(capability)}; the server compiles its own"
         )
     checkpoint = open_checkpoint(model)
-    blank = skeleton(checkpoint, NativeBackend(Ops(None), checkpoint.autoencoder), ())
-    ranges = [_SEEN for _ in blank.decoder.ranges] if isinstance(blank.decoder, CudaDecoder) else []
+    blank = NativeBackend(Ops(None), checkpoint.autoencoder)
+    decoder = skeleton(checkpoint, blank, {}).decoder
+    ranges = blank.ranges if isinstance(decoder, CudaDecoder) else {}  # zeros: no kernel depends on the values
     sizes, seconds = (checkpoint.settings.default_size,), {}
     no_room: dict[str, str] = {}
-    for precision, seen in {"bf16": [], "fp8": ranges}.items():
+    for precision, seen in {"bf16": {}, "fp8": ranges}.items():
         if precision == "fp8" and not ranges:
             continue
         began = time.perf_counter()

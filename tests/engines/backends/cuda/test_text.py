@@ -223,11 +223,14 @@ for target in (90, 89):
     step = int(target == 90)
     norm = dict(y=f, x=b, post=f, pre=f, x_new=b, h=b, ahead=b, lines=i, M=i, D=i, eps="fp32")
     made(gemma_norm._gemma_norm, norm, dict(PARTS=8, BD=4096, STEP=step, FETCHERS=96), 8, 3)
-    product = dict(x=b, w=b, ahead=b, lines=i, M=i, N=i, K=i, span=i)
+    product = dict(x=b, scale=f, lines=i, M=i, N=i, K=i, span=i)
     tiles = dict(EVEN=True, BM=32, BN=64, BK=128)
     parts, gated = dict(GATED=False, STEP=0), dict(GATED=True, STEP=step)
-    for out, constants in ((f, parts), (b, gated)):
-        assert made(skinny_product._skinny_product, product | dict(out=out), tiles | constants, 4, 3) <= 75 * 1024
+    for w, scaled in ((b, False), ("*fp8e4nv", True)):
+        types = product | dict(w=w, ahead=w)
+        tiles["SCALED"] = scaled
+        for out, constants in ((f, parts), (b, gated)):
+            assert made(skinny_product._skinny_product, types | dict(out=out), tiles | constants, 4, 3) <= 75 * 1024
     types = dict(
         qkv=b, past_key=b, past_value=b, shared="*i64", cosine=f, sine=f, out=b, ahead=b, lines=i, L=i, P=i,
         positions=i, scale="fp32", cap="fp32", B=i,
