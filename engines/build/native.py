@@ -21,7 +21,6 @@ from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, differe
 from engines.build.spec import BuildSpec, Size, size_label
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.errors import BuildError
 from engines.pipeline.calibration import PROMPTS
 from engines.pipeline.text_stage import load_text_stage
 
@@ -68,15 +67,11 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save
-    from engines.backends.cuda.decoder import unsupported_decoder
     from engines.kernels.op import Ops
     from engines.pipeline.native import NativeBackend, Ranges
 
     c_compiler()  # fails now, not after an hour
     spec, checkpoint, folder = build.spec, build.checkpoint, build.folder
-    reason = unsupported_decoder(checkpoint.autoencoder) if checkpoint.taesana is None else "a TAESANA"
-    if spec.precision == "fp8" and reason is not None:
-        raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {reason}; use bf16")
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
     files: dict[str, tuple[FileRecord, ...]] = {}
     ranges: Ranges = {}
@@ -101,7 +96,8 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     text = {**distance.to_dict(), "gate": gate, "of": _OF}
     save_component("text", stage.encoder)
     del stage
-    parity, image_parity = _parity(build, modules, references)
+    precisions = dict.fromkeys(MODULES, "bf16") | dict.fromkeys(ranges, "fp8")
+    parity, image_parity = _parity(build, modules, references, precisions)
     build.step("files of weights")
     for name, module in modules.items():
         save_component(name, module)
@@ -123,7 +119,7 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
         details["transformer"] = {**details.get("transformer", {}), "no_room_for": ", ".join(sorted(unfit))}
     artifacts = tuple(
         Artifact(
-            *(name, size, _precision(spec, name), spec.batches, seconds, files[name]),
+            *(name, size, precisions[name], spec.batches, seconds, files[name]),
             parity[name, size],
             details.get(name, {}),
         )
@@ -134,7 +130,10 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
 
 
 def _parity(
-    build: BuildContext, modules: Mapping[ModuleName, Callable[..., Any]], references: Mapping[Size, Path]
+    build: BuildContext,
+    modules: Mapping[ModuleName, Callable[..., Any]],
+    references: Mapping[Size, Path],
+    precisions: Mapping[str, str],
 ) -> tuple[dict[tuple[ModuleName, Size], dict[str, object]], dict[str, dict[str, object]]]:
     """Returns distances and passed gates of modules and of images. Raises ParityError."""
     parity: dict[tuple[ModuleName, Size], dict[str, object]] = {}
@@ -147,8 +146,7 @@ def _parity(
 
         distances, image = Reference.load(path).compare(opened, torch.bfloat16)
         for name, distance in distances.items():
-            in_fp8 = (name, build.spec.precision) == ("decoder", "fp8")
-            gate = INT8_GATE if in_fp8 else GATES[_precision(build.spec, name)]
+            gate = INT8_GATE if (name, precisions[name]) == ("decoder", "fp8") else GATES[precisions[name]]
             passed = gate.check(f"{name} at {size_label(size)}", distance)
             parity[name, size] = {**distance.to_dict(), "gate": passed, "of": _OF}
         passed = IMAGE_GATES[build.spec.precision].check(f"image at {size_label(size)}", image)
@@ -168,8 +166,3 @@ class _RowByRow:
             outputs = self._module(**{name: value[row : row + 1] for name, value in inputs.items()})
             rows.append(outputs if isinstance(outputs, tuple) else (outputs,))
         return [torch.cat(parts) for parts in zip(*rows, strict=True)]
-
-
-def _precision(spec: BuildSpec, name: ModuleName) -> str:
-    """Returns the precision of a module; in fp8, images are still encoded in bf16."""
-    return "bf16" if name == "encoder" else spec.precision

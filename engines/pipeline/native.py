@@ -17,7 +17,6 @@ from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
@@ -102,9 +101,10 @@ class NativeBackend:
     def to_fp8(self, checkpoint: Checkpoint, text: TextStage, size: tuple[int, int], device: torch.device) -> None:
         """Quantises text encoder, transformer and decoder to fp8, with scales from runs of the calibration prompts.
 
-        size: (width, height) in pixels. Raises BackendError if PyTorch runs the decoder.
+        A decoder or text encoder that PyTorch runs stays in bf16. size: (width, height) in pixels.
         """
-        transformer, decoder = self._quantisable()
+        transformer, decoder = self._transformer, self._decoder
+        assert transformer is not None
         config = checkpoint.transformer
         width, height = (side // checkpoint.autoencoder.compression for side in size)
         shape = (config.in_channels, height, width)
@@ -122,31 +122,30 @@ class NativeBackend:
                 "text_mask": texts.mask[row],
             }
             [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
-            decoder.calibrate(latent)
+            if decoder is not None:
+                decoder.calibrate(latent)
         transformer.blocks.calibrates = False
         self.quantise({})
 
     @property
     def ranges(self) -> Ranges:
         """The ranges of the modules that `quantise` converts."""
-        transformer, decoder = self._quantisable()
-        return {"transformer": transformer.blocks.ranges, "decoder": decoder.ranges}
+        assert self._transformer is not None
+        decoder = {} if self._decoder is None else {"decoder": self._decoder.ranges}
+        return {"transformer": self._transformer.blocks.ranges, **decoder}
 
     def quantise(self, ranges: Ranges) -> None:
-        """Converts the modules to 8 bits, with scales from their ranges and `ranges` of another calibration."""
-        transformer, decoder = self._quantisable()
-        if ranges:
-            transformer.blocks.include_ranges(ranges["transformer"])
-            decoder.include_ranges(ranges["decoder"])
-        transformer.to_fp8()
-        decoder.to_fp8()
+        """Converts our modules to 8 bits, with scales from their ranges and `ranges` of another calibration."""
+        assert self._transformer is not None
+        if "transformer" in ranges:
+            self._transformer.blocks.include_ranges(ranges["transformer"])
+        self._transformer.to_fp8()
+        if self._decoder is not None:
+            if "decoder" in ranges:
+                self._decoder.include_ranges(ranges["decoder"])
+            self._decoder.to_fp8()
         if self._text is not None:
             self._text.to_fp8()
-
-    def _quantisable(self) -> tuple[CudaTransformer, CudaDecoder]:
-        if self._decoder is None or self._transformer is None:
-            raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
-        return self._transformer, self._decoder
 
     @property
     def replaced(self) -> Mapping[str, str]:

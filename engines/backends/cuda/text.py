@@ -93,7 +93,7 @@ class CudaTextBody:
         angle = position[:, None] * (1.0 / config.rope_theta ** (even / config.head_dim))
         self._cosine, self._sine = angle.cos(), angle.sin()  # [positions, d/2]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def to_fp8(self) -> None:
         """Rounds the MLPs' weights to e4m3, which products of few rows read; others read the same values in bf16."""
         self._layers = [
