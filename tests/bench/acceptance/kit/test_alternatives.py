@@ -50,3 +50,11 @@ def test_precisions_are_compared_by_the_same_jobs(folder: Path, capsys: pytest.C
     assert exact["max_abs"] == 0 < rounded["max_abs"]
     assert 15 < rounded["psnr_db"] < 80
     assert all(row[stage]["p50"] > 0 for row in (exact, rounded) for stage in precisions.STAGES)
+
+
+@pytest.mark.gpu
+def test_a_card_times_every_alternative(capsys: pytest.CaptureFixture[str]) -> None:
+    assert alternatives.main(["--calls", "5"]) == 0
+    found = last_line(capsys)["rows"]
+    assert not [row for row in found if "error" in row]
+    assert all(row["ms"] > 0 for row in found)
