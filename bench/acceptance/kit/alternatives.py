@@ -144,9 +144,10 @@ def timed(run: Callable[[], Tensor], device: torch.device, calls: int) -> float:
     with torch.cuda.graph(graph):
         for _ in range(calls):
             run()
+    event: Any = torch.cuda.Event  # untyped in torch's stubs
     best = float("inf")
     for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
@@ -163,8 +164,8 @@ def compare(device: torch.device, *, full: bool, calls: int) -> dict[str, Any]:
     tokens, widths = (1024, (1152, 2240)) if full else (16, (32,))
     for width in widths:
         cases += [*products(ops, draw, tokens, width), *attention(ops, draw, tokens, width)]
-    for rows in (32, 64) if full else (4,):
-        cases += text_products(ops, draw, rows, *((2304, 9216) if full else (48, 96)))
+    for few in (32, 64) if full else (4,):
+        cases += text_products(ops, draw, few, *((2304, 9216) if full else (48, 96)))
     if device.type == "cuda":
         cases += launches(draw)
     rows, expected = list[dict[str, Any]](), dict[str, Tensor]()

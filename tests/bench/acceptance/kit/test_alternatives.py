@@ -1,4 +1,4 @@
-"""What a card is to decide runs on a CPU as well, by references and without meaning for time."""
+"""Alternatives of kernels, and precisions, run on a CPU as well: by references, and without meaning for time."""
 
 import json
 from pathlib import Path

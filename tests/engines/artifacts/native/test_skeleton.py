@@ -77,6 +77,16 @@ def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
     assert precisions == {"transformer": "fp8", "decoder": "fp8", "encoder": "bf16"}
 
 
+@pytest.mark.usefixtures("not_compiled")
+def test_8_bits_leave_a_decoder_that_pytorch_runs(small_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    build(spec(small_checkpoint, folder, precision="fp8"))
+    precisions = {part.module: part.precision for part in read_manifest(folder).artifacts}
+    assert precisions == {"transformer": "fp8", "decoder": "bf16", "encoder": "bf16"}
+    for found, exact in zip(drawn(loaded(small_checkpoint, folder)), drawn(loaded(small_checkpoint)), strict=True):
+        assert 0 < float(np.square(found.pixels.astype(float) - exact.pixels).mean()) < 255**2 / 10**2
+
+
 def test_a_request_costs_what_it_does_without_an_engine(
     ours: Path, for_hopper: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

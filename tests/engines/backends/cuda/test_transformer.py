@@ -195,3 +195,18 @@ def test_other_ranges_extend_those_of_a_calibration() -> None:
     assert again.blocks.ranges == ranges
     again.to_fp8()
     assert torch.equal(again(**arguments), in_fp8(SMALL_TRANSFORMER, arguments, Ops(None))(**arguments))
+
+
+@pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])
+def test_a_drawing_joins_blocks_of_8_bits(injection: Injection) -> None:
+    module, arguments = controlled(injection, SMALL_TRANSFORMER).bfloat16(), inputs(SMALL_TRANSFORMER, (3, 5), 2)
+    control = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(3))
+    more = {"text_mask": None, "control": control, "control_scale": torch.tensor([1.0, 0.5])}
+    fast = CudaControlled(module, Ops(None))
+    fast.base.blocks.calibrates = True
+    expected, plain = fast(**arguments, **more), fast.base(**arguments)
+    fast.base.blocks.calibrates = False
+    fast.base.to_fp8()
+    actual = fast(**arguments, **more)
+    assert 18 < sqnr_db(expected, actual) < 40
+    assert sqnr_db(plain, actual) < 15
