@@ -4,7 +4,8 @@
     python -m bench.quality --model models/tiny --variants eager:fp32,engine:artifacts/cpu,diffusers:fp32
 
 A variant is <backend>:<precision>, engine:<folder of build_engine.py>, diffusers:<precision>, or emulated:<fp8|fp16>,
-which rounds in PyTorch as a GPU would. +<folder or hub id> behind it selects another decoder. All variants get the same
+which rounds in PyTorch as a GPU would; emulated:native-fp8 is what --precision fp8 serves on a GPU without built
+engines. +<folder or hub id> behind it selects another decoder. All variants get the same
 captions and seeds. The tiny world's judge scores them in GenEval's six categories. Each score has its difference from
 the first variant's on the same prompts, with a 95 % interval (bootstrap over prompts). Latency is of one image, in turn
 with the first variant. bench.quality.images makes the images of a prompt set, bench.quality.metrics computes FID and

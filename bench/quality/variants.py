@@ -13,11 +13,13 @@ from bench.harness.errors import BenchError
 from bench.harness.pipelines import DTYPES, DiffusersPipeline, Workload
 from bench.quality.fp8 import Fp8Checkpoint
 from distill.evaluation.scores import Generate, engine_generator
+from engines.backends.cuda.graphs import EagerReplay
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.loader import load_engine
 from engines.models.transformer import SprintTransformer
+from engines.pipeline.text_stage import load_text_stage
 from engines.sampler import Schedule
-from engines.types import Pixels
+from engines.types import Engine, Pixels
 
 Generators = Callable[[int, Schedule], Generate]  # of a number of steps and a schedule, on one loaded checkpoint
 
@@ -66,6 +68,7 @@ def _rounded(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return output.half().to(output.dtype) if isinstance(output, torch.Tensor) else output
 
 
+NATIVE_FP8 = "native-fp8"  # what --precision fp8 serves on a GPU without a built engine
 EMULATED: dict[str, type[Checkpoint]] = {"fp8": Fp8Checkpoint, "fp16": Fp16Checkpoint}
 
 
@@ -87,9 +90,11 @@ def open_variant(variant: Variant, options: argparse.Namespace) -> Iterator[Gene
 def _engine(variant: Variant, options: argparse.Namespace, schedule: Schedule) -> Any:
     model: str | Checkpoint = options.model
     backend, precision, folder = variant.backend, variant.argument, None
+    if variant.emulated and precision == NATIVE_FP8:
+        return native_fp8_engine(open_checkpoint(options.model, variant.decoder), options.max_batch, schedule)
     if variant.emulated:
         if precision not in EMULATED:
-            raise BenchError(f"variants: got {variant}, by rounding there are {', '.join(EMULATED)}")
+            raise BenchError(f"variants: got {variant}, by rounding there are {', '.join((*EMULATED, NATIVE_FP8))}")
         model = EMULATED[precision](**vars(open_checkpoint(options.model)))
         backend, precision = "eager", "fp32"
     elif backend == "engine":
@@ -103,6 +108,27 @@ def _engine(variant: Variant, options: argparse.Namespace, schedule: Schedule) -
         max_batch=options.max_batch,
         schedule=schedule,
     )
+
+
+def native_fp8_engine(checkpoint: Checkpoint, max_batch: int, schedule: Schedule = "paper") -> Engine:
+    """Returns the cuda-graph backend's engine in fp8 as a GPU has it, by the references of its kernels on a CPU."""
+    from engines.kernels.op import Ops  # needs Triton, optional on a CPU
+    from engines.pipeline.native import NativeBackend
+
+    cpu, native = torch.device("cpu"), NativeBackend(Ops(None), checkpoint.autoencoder)
+    engine = load_engine(
+        checkpoint,
+        backend="cuda-graph",
+        precision="bf16",
+        device="cpu",
+        max_batch=max_batch,
+        schedule=schedule,
+        recorder=EagerReplay(),
+        native=native,
+    )
+    text = load_text_stage(checkpoint, torch.bfloat16, cpu)
+    native.to_fp8(checkpoint, text, checkpoint.settings.default_size, cpu)
+    return engine
 
 
 def _diffusers_generators(variant: Variant, options: argparse.Namespace) -> Generators:

@@ -21,7 +21,6 @@ from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, differe
 from engines.build.spec import BuildSpec, Size, size_label
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.errors import BuildError
 from engines.pipeline.calibration import PROMPTS
 from engines.pipeline.text_stage import load_text_stage
 
@@ -29,8 +28,8 @@ from engines.pipeline.text_stage import load_text_stage
 
 NATIVE_STEPS = 5  # of a build at any number of sizes: text, modules, scales, files, kernels
 CPU = torch.device("cpu")
-# Of the text encoder against PyTorch's module, both in bf16: two roundings apart.
-_TEXT_GATE = Gate(sqnr_db=25)
+# Of the text encoder against PyTorch's module in bf16: two roundings apart, or with an MLP's weights in 8 bits.
+_TEXT_GATES = {"bf16": Gate(sqnr_db=25), "fp8": Gate(sqnr_db=20)}
 _OF = "kernels' references on a CPU"
 
 
@@ -68,18 +67,14 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save
-    from engines.backends.cuda.decoder import CudaDecoder, unsupported_decoder
     from engines.kernels.op import Ops
-    from engines.pipeline.native import NativeBackend
+    from engines.pipeline.native import NativeBackend, Ranges
 
     c_compiler()  # fails now, not after an hour
     spec, checkpoint, folder = build.spec, build.checkpoint, build.folder
-    reason = unsupported_decoder(checkpoint.autoencoder) if checkpoint.taesana is None else "a TAESANA"
-    if spec.precision == "fp8" and reason is not None:
-        raise BuildError(f"precision: fp8 needs a decoder that our kernels can run: {reason}; use bf16")
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
     files: dict[str, tuple[FileRecord, ...]] = {}
-    ranges: list[list[float]] = []
+    ranges: Ranges = {}
 
     def save_component(name: str, module: object) -> None:
         blank = skeleton(checkpoint, NativeBackend(kernels.ops, checkpoint.autoencoder), ranges).memory[name]
@@ -90,19 +85,19 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     prompts = [stage.tokenizer.encode(prompt).tokens for prompt in PROMPTS[:2]]
     expected = torch.cat(stage.encoder.encode(prompts)).float()
     stage = kernels.text(stage)
-    distance = difference(expected, torch.cat(stage.encoder.encode(prompts)).float())
-    text = {**distance.to_dict(), "gate": _TEXT_GATE.check("text encoder", distance), "of": _OF}
-    save_component("text", stage.encoder)
     build.step("weights of the transformer and the autoencoder")
     modules = modules_of(checkpoint, kernels, CPU)
     if spec.precision == "fp8":
         build.step("scales of 8 bits")
         kernels.to_fp8(checkpoint, stage, checkpoint.settings.default_size, CPU)
-        decoder = modules["decoder"]
-        assert isinstance(decoder, CudaDecoder)
-        ranges = decoder.ranges
+        ranges = kernels.ranges
+    distance = difference(expected, torch.cat(stage.encoder.encode(prompts)).float())
+    gate = _TEXT_GATES[spec.precision].check("text encoder", distance)
+    text = {**distance.to_dict(), "gate": gate, "of": _OF}
+    save_component("text", stage.encoder)
     del stage
-    parity, image_parity = _parity(build, modules, references)
+    precisions = dict.fromkeys(MODULES, "bf16") | dict.fromkeys(ranges, "fp8")
+    parity, image_parity = _parity(build, modules, references, precisions)
     build.step("files of weights")
     for name, module in modules.items():
         save_component(name, module)
@@ -124,7 +119,7 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
         details["transformer"] = {**details.get("transformer", {}), "no_room_for": ", ".join(sorted(unfit))}
     artifacts = tuple(
         Artifact(
-            *(name, size, _precision(spec, name), spec.batches, seconds, files[name]),
+            *(name, size, precisions[name], spec.batches, seconds, files[name]),
             parity[name, size],
             details.get(name, {}),
         )
@@ -135,7 +130,10 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
 
 
 def _parity(
-    build: BuildContext, modules: Mapping[ModuleName, Callable[..., Any]], references: Mapping[Size, Path]
+    build: BuildContext,
+    modules: Mapping[ModuleName, Callable[..., Any]],
+    references: Mapping[Size, Path],
+    precisions: Mapping[str, str],
 ) -> tuple[dict[tuple[ModuleName, Size], dict[str, object]], dict[str, dict[str, object]]]:
     """Returns distances and passed gates of modules and of images. Raises ParityError."""
     parity: dict[tuple[ModuleName, Size], dict[str, object]] = {}
@@ -148,7 +146,7 @@ def _parity(
 
         distances, image = Reference.load(path).compare(opened, torch.bfloat16)
         for name, distance in distances.items():
-            gate = INT8_GATE if _precision(build.spec, name) == "fp8" else GATES["bf16"]
+            gate = INT8_GATE if (name, precisions[name]) == ("decoder", "fp8") else GATES[precisions[name]]
             passed = gate.check(f"{name} at {size_label(size)}", distance)
             parity[name, size] = {**distance.to_dict(), "gate": passed, "of": _OF}
         passed = IMAGE_GATES[build.spec.precision].check(f"image at {size_label(size)}", image)
@@ -168,8 +166,3 @@ class _RowByRow:
             outputs = self._module(**{name: value[row : row + 1] for name, value in inputs.items()})
             rows.append(outputs if isinstance(outputs, tuple) else (outputs,))
         return [torch.cat(parts) for parts in zip(*rows, strict=True)]
-
-
-def _precision(spec: BuildSpec, name: ModuleName) -> str:
-    """Returns the precision of a module: fp8 is for the decoder's convolutions alone."""
-    return "fp8" if spec.precision == "fp8" and name == "decoder" else "bf16"

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.kernels.e4m3 import FP8, as_fp8, per_scale, rounded
 from engines.kernels.linear_attention import _row_rms
 from engines.kernels.op import Launcher, Op
 
@@ -44,9 +45,9 @@ def _softmax_step(q, scale, k, v, visible, top, total, acc, PRECISION: tl.conste
 
 @triton.jit
 def _cross_attention(
-    query, rms, kv, lengths, out, N, T, D, KV_ROW, AT,
+    query, rms, kv, lengths, out, N, T, D, KV_ROW, AT, per_scale,
     HD: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    NORMED: tl.constexpr, PRECISION: tl.constexpr,
+    NORMED: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends with BM tokens of one head per program; AT: offset of the block's keys in a row of kv."""
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -71,7 +72,10 @@ def _cross_attention(
         k, v = tl.load(at, mask=inside, other=0.0), tl.load(at + D, mask=inside, other=0.0)
         top, total, acc = _softmax_step(q, scale, k, v, start + t < length, top, total, acc, PRECISION)
     to = out + row[:, None] * D + head * HD + d[None, :]
-    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    acc = acc / total[:, None]
+    if NARROW:
+        acc = as_fp8(acc, per_scale)
+    tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def run_key_norm(launch: Launcher, kv: Tensor, weight: Tensor, normed: bool, eps: float) -> Tensor:
@@ -92,8 +96,9 @@ def reference_key_norm(kv: Tensor, weight: Tensor, normed: bool, eps: float) -> 
 
 
 def run(
-    launch: Launcher, query: Tensor, kv: Tensor, lengths: Tensor, block: int, heads: int, normed: bool, eps: float
-) -> Tensor:
+    launch: Launcher, query: Tensor, kv: Tensor, lengths: Tensor, block: int, heads: int, normed: bool, eps: float,
+    out_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     rows, dim = query.shape
     batch, head_dim = lengths.shape[0], dim // heads
     tokens = rows // batch
@@ -102,21 +107,27 @@ def run(
         rms = torch.empty(rows, dtype=torch.float32, device=query.device)
         wide = triton.next_power_of_2(dim)
         launch(_row_rms, (rows,), query, rms, dim, 0, dim, eps, BC=wide, num_warps=2 if wide <= 2048 else 4)
-    out = torch.empty_like(query)
+    out = torch.empty_like(query, dtype=query.dtype if out_scale is None else FP8)
     tall = min(64, max(16, triton.next_power_of_2(tokens)))
     launch(
         _cross_attention, (triton.cdiv(tokens, tall), heads, batch),
         query, rms, kv, lengths, out, tokens, kv.shape[0] // batch, dim, kv.shape[1], block * 2 * dim,
+        per_scale(out_scale),
         HD=head_dim, HP=max(16, triton.next_power_of_2(head_dim)), BM=tall, BT=32, NORMED=normed,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        NARROW=out_scale is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
+        num_stages=2,
     )  # fmt: skip
     return out
 
 
-def reference(query: Tensor, kv: Tensor, lengths: Tensor, block: int, heads: int, normed: bool, eps: float) -> Tensor:
+def reference(
+    query: Tensor, kv: Tensor, lengths: Tensor, block: int, heads: int, normed: bool, eps: float,
+    out_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attends with query [B*N, D] (over its rms if normed) to block `block` of kv after KEY_NORM; lengths [B] int32.
 
-    KEY_NORM already scaled the scores. Computes in fp32 and rounds once.
+    KEY_NORM already scaled the scores. Computes in fp32 and rounds once; with out_scale, result / out_scale
+    to e4m3.
     """
     (rows, dim), batch = query.shape, lengths.shape[0]
     q = query.float()
@@ -126,7 +137,7 @@ def reference(query: Tensor, kv: Tensor, lengths: Tensor, block: int, heads: int
     q, k, v = (part.reshape(batch, -1, heads, dim // heads).transpose(1, 2) for part in (q, k, v))
     hidden = torch.arange(k.shape[2], device=kv.device) >= lengths[:, None, None, None]
     scores = (q @ k.transpose(2, 3)).masked_fill(hidden, -1e30)
-    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, dim).to(query.dtype)
+    return rounded((scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, dim), query, out_scale)
 
 
 KEY_NORM = Op("key_norm", run_key_norm, reference_key_norm)

@@ -1,4 +1,5 @@
-"""Depthwise 3x3 and gate of a GLUMBConv: x [B*H*W, 2C] after SiLU -> value * silu(gate) [B*H*W, C]; bias fused.
+"""Depthwise 3x3 and gate of a GLUMBConv: x [B*H*W, 2C] after SiLU -> value * silu(gate) [B*H*W, C]; bias fused,
+optionally in e4m3 as the product behind it reads it.
 
 A program takes BW columns of BC channels of value and gate and computes R rows of output. The weights stay in
 registers; each input row is loaded and converted once for the three output rows that it affects. With a tile of 8 x 64
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.kernels.activations import silu
+from engines.kernels.e4m3 import FP8, as_fp8, per_scale, rounded
 from engines.kernels.op import Launcher, Op
 
 _ROWS = 8
@@ -39,7 +41,8 @@ def _added(to, pixels, taps):
 
 @triton.jit
 def _gated_depthwise(
-    x, taps, bias, out, H, W, C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr
+    x, taps, bias, out, H, W, per_scale, C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Grid: (channel blocks, tiles of one image's pixels, B)."""
     across = tl.cdiv(W, BW)
@@ -81,6 +84,8 @@ def _gated_depthwise(
             value_a = _added(value_a, values, value_2)
             gate_a = _added(gate_a, gates, gate_2)
             y = value_a * silu(gate_a)
+            if NARROW:
+                y = as_fp8(y, per_scale)
             to = out + (first + (step - 2) * W + col)[:, None] * C + ch[None, :]
             tl.store(to, y.to(out.dtype.element_ty), mask=((col < W) & (row - 1 < H))[:, None] & both)
         if step >= 1 and step <= R:
@@ -93,29 +98,35 @@ def _gated_depthwise(
         gate_a, gate_b, gate_c = gate_b, gate_c, gate_bias
 
 
-def run(launch: Launcher, x: Tensor, taps: Tensor, bias: Tensor, batch: int, height: int, width: int) -> Tensor:
+def run(
+    launch: Launcher, x: Tensor, taps: Tensor, bias: Tensor, batch: int, height: int, width: int,
+    out_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     channels = x.shape[1] // 2
-    out = torch.empty((x.shape[0], channels), dtype=x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], channels), dtype=x.dtype if out_scale is None else FP8, device=x.device)
     tall, wide, block = min(_ROWS, height), 8, min(64, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(height, tall) * triton.cdiv(width, wide)
     launch(
         _gated_depthwise, (triton.cdiv(channels, block), tiles, batch), x, taps, bias, out, height, width,
-        C=channels, R=tall, BW=wide, BC=block, num_warps=4,
+        per_scale(out_scale), C=channels, R=tall, BW=wide, BC=block, NARROW=out_scale is not None, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def reference(x: Tensor, taps: Tensor, bias: Tensor, batch: int, height: int, width: int) -> Tensor:
+def reference(
+    x: Tensor, taps: Tensor, bias: Tensor, batch: int, height: int, width: int, out_scale: float | None = None
+) -> Tensor:
     """Returns the zero-padded depthwise convolution plus bias, its first C channels times SiLU of the others.
 
-    x [B*H*W, 2C], taps [9, 2C] (row by row of the 3x3), bias [2C]. Computes in fp32 and rounds once.
+    x [B*H*W, 2C], taps [9, 2C] (row by row of the 3x3), bias [2C]. Computes in fp32 and rounds once; with out_scale,
+    result / out_scale to e4m3.
     """
     channels = x.shape[1]
     grid = x.float().reshape(batch, height, width, channels).permute(0, 3, 1, 2)
     weight = taps.float().t().reshape(channels, 1, 3, 3)
     y = F.conv2d(grid, weight, bias.float(), padding=1, groups=channels)
     value, gate = y.permute(0, 2, 3, 1).reshape(-1, channels).chunk(2, 1)
-    return (value * F.silu(gate)).to(x.dtype)
+    return rounded(value * F.silu(gate), x, out_scale)
 
 
 GATED_DEPTHWISE = Op("gated_depthwise", run, reference)

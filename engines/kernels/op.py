@@ -125,4 +125,6 @@ def sqnr_db(expected: Tensor, actual: Tensor) -> float:
 
 
 def _shape(arg: Any) -> object:
-    return (tuple(arg.shape), arg.dtype, arg.stride()) if isinstance(arg, Tensor) else str(arg)
+    if isinstance(arg, Tensor):
+        return tuple(arg.shape), arg.dtype, arg.stride()
+    return float if isinstance(arg, float) else str(arg)  # no kernel is compiled for the value of a float

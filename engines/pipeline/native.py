@@ -1,6 +1,6 @@
 """The backend of our own kernels (engines.kernels) on an NVIDIA GPU, whose graphs `--backend cuda-graph` captures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
@@ -30,6 +29,11 @@ from engines.pipeline.denoise_decode import Denoise
 from engines.pipeline.text_stage import TextStage
 from engines.sampler import angles_for, job_noise
 
+# Module -> rows of the largest values in calibration, which decide the scales of 8 bits. Empty: nothing is in 8 bits.
+Ranges = Mapping[str, Sequence[Sequence[float]]]
+
+_STEPS = (1, 1, 1, 4)  # of calibration prompts in turn: one step is what most requests take
+
 
 class NativeBackend:
     """A backend (engines.backends.base) whose modules share one set of operations.
@@ -41,6 +45,7 @@ class NativeBackend:
         """proof: file of the kernels that equal their references on this GPU (engines.backends.cuda.proof)."""
         self.ops, self.reasons, self._proof = ops, dict[str, str](), proof
         self._encoder_reason = unsupported_encoder(autoencoder)
+        self._text: CudaTextEncoder | None = None
         self._transformer: CudaTransformer | None = None
         self._decoder: CudaDecoder | None = None
 
@@ -85,7 +90,7 @@ class NativeBackend:
         """Returns the text stage with an encoder of our kernels, or `stage` if they cannot run it."""
         assert isinstance(stage.encoder, TextEncoder)
         try:
-            encoder = CudaTextEncoder(stage.encoder, self.ops)
+            self._text = encoder = CudaTextEncoder(stage.encoder, self.ops)
         except ValueError as error:
             self.reasons["text"] = f"PyTorch's modules: {error}"
             return stage
@@ -93,30 +98,53 @@ class NativeBackend:
 
     @torch.inference_mode()
     def to_fp8(self, checkpoint: Checkpoint, text: TextStage, size: tuple[int, int], device: torch.device) -> None:
-        """Quantises the decoder to fp8, with scales from one step of the calibration prompts.
+        """Quantises text encoder, transformer and decoder to fp8, with scales from runs of the calibration prompts.
 
-        size: (width, height) in pixels. Raises BackendError if PyTorch runs the decoder.
+        A decoder or text encoder that PyTorch runs stays in bf16. size: (width, height) in pixels.
         """
-        if self._decoder is None or self._transformer is None:
-            raise BackendError(f"precision: fp8 needs our own decoder: {self.reasons.get('decoder')}; use bf16")
+        transformer, decoder = self._transformer, self._decoder
+        assert transformer is not None
         config = checkpoint.transformer
         width, height = (side // checkpoint.autoencoder.compression for side in size)
         shape = (config.in_channels, height, width)
         guidance = sum(checkpoint.settings.guidance_trained) / 2 * config.guidance_embeds_scale
         texts = calibration_prompts(checkpoint, text)
-        denoise = Denoise(self._transformer, self._transformer.dtype)
+        denoise = Denoise(transformer, transformer.dtype)
+        transformer.blocks.calibrates = True
         for index in range(texts.states.shape[0]):
-            row = slice(index, index + 1)
+            row, steps = slice(index, index + 1), _STEPS[index % len(_STEPS)]
             inputs = {
-                "noise": job_noise(index, shape, 1)[:, None],
-                "angles": torch.tensor([angles_for(1)]),
+                "noise": job_noise(index, shape, steps)[:, None],
+                "angles": torch.tensor(angles_for(steps, one_step=checkpoint.settings.one_step_angle))[:, None],
                 "guidance": torch.tensor([guidance]),
-                "text": texts.states[row].to(self._transformer.dtype),
+                "text": texts.states[row].to(transformer.dtype),
                 "text_mask": texts.mask[row],
             }
             [latent] = denoise({name: value.to(device) for name, value in inputs.items()})
-            self._decoder.calibrate(latent)
-        self._decoder.to_fp8()
+            if decoder is not None:
+                decoder.calibrate(latent)
+        transformer.blocks.calibrates = False
+        self.quantise({})
+
+    @property
+    def ranges(self) -> Ranges:
+        """The ranges of the modules that `quantise` converts."""
+        assert self._transformer is not None
+        decoder = {} if self._decoder is None else {"decoder": self._decoder.ranges}
+        return {"transformer": self._transformer.blocks.ranges, **decoder}
+
+    def quantise(self, ranges: Ranges) -> None:
+        """Converts our modules to 8 bits, with scales from their ranges and `ranges` of another calibration."""
+        assert self._transformer is not None
+        if "transformer" in ranges:
+            self._transformer.blocks.include_ranges(ranges["transformer"])
+        self._transformer.to_fp8()
+        if self._decoder is not None:
+            if "decoder" in ranges:
+                self._decoder.include_ranges(ranges["decoder"])
+            self._decoder.to_fp8()
+        if self._text is not None:
+            self._text.to_fp8()
 
     @property
     def replaced(self) -> Mapping[str, str]:

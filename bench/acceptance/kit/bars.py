@@ -129,6 +129,8 @@ def bars(precisions: Sequence[str]) -> list[Bar]:
     rows = [
         Bar("text", 3.0, _number(plain, "jpeg alone", "stages", "text")),
         Bar("denoise", 4.5, _number(plain, "jpeg alone", "stages", "denoise")),
+        Bar("text, fp8", 3.0, _number("fp8", "jpeg alone", "stages", "text")),
+        Bar("denoise, fp8", 4.5, _number("fp8", "jpeg alone", "stages", "denoise")),
         Bar(f"decode, {plain}", 15, _number(plain, "jpeg alone", "stages", "decode")),
         Bar("decode, fp8", 11, _number("fp8", "jpeg alone", "stages", "decode")),
         Bar(f"over HTTP, JPEG, p50, {plain}", 24, jpeg),

@@ -72,11 +72,12 @@ class Step:
 
 
 def engine_call(place: Place) -> list[Step]:
-    """Returns the steps that time stages, build and serve native engines, and time diffusers."""
+    """Returns the steps that time stages and alternatives, build and serve native engines, and time diffusers."""
     small, *larger = place.models
     steps = [
         _kernels(place, small, 150),
         _stages(place, small, f"latency {place.backend}", 120),
+        _precisions(place, small, 90),
         _build(place, small, "bf16", 210),
         _served(place, small, "bf16"),
         _peer(place, small, "diffusers", 90),
@@ -84,7 +85,9 @@ def engine_call(place: Place) -> list[Step]:
     ]
     if not place.rehearsal:
         steps += [_build(place, small, "fp8", 210), _served(place, small, "fp8")]
-    return [*steps, *(_stages(place, model, f"latency {place.backend}", 150) for model in larger)]
+    steps += [_module("alternatives", "alternatives", 90, "--device", place.device)]
+    steps += [_stages(place, model, f"latency {place.backend}", 150) for model in larger]
+    return [*steps, *(_precisions(place, model, 150) for model in larger)]
 
 
 def http_call(place: Place) -> list[Step]:
@@ -151,6 +154,12 @@ def _served(place: Place, model: str, precision: str) -> Step:
 def _threads(place: Place, model: str, limit_s: float) -> Step:
     few = ("--runs", "1", "--rounds", "1") if place.rehearsal else ()
     return _module("threads", "threads", limit_s, "--model", model, "--device", place.device, *few)
+
+
+def _precisions(place: Place, model: str, limit_s: float) -> Step:
+    few = ("--precisions", "fp32,bf16", "--batches", "1", "--runs", "1") if place.rehearsal else ()
+    step = _module("precisions", "precisions", limit_s, "--model", model, "--device", place.device, *few)
+    return replace(step, name=f"precisions {model}")
 
 
 def _http(

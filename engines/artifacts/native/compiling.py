@@ -27,7 +27,7 @@ from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import BuildError, SprintError
 from engines.kernels.op import Launcher, Ops
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs
-from engines.pipeline.native import NativeBackend
+from engines.pipeline.native import NativeBackend, Ranges
 
 _ROOT = Path(__file__).resolve().parents[3]
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -42,7 +42,7 @@ class CompileRequest:
     decoder: str | None
     sizes: Sequence[Sequence[int]]
     batches: Sequence[int]
-    ranges: Sequence[Sequence[float]]
+    ranges: Ranges
     capability: Sequence[int]
     cache: str
     libcuda: str = ""

@@ -28,7 +28,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.weights import FolderWeights, WeightSource, weight_files
 from engines.errors import ArtifactError
 from engines.pipeline import native as pipeline_native
-from engines.pipeline.native import NativeBackend
+from engines.pipeline.native import NativeBackend, Ranges
 
 NATIVE_FILE = "native.json"
 KERNELS = "kernels"  # folder of compiled kernels
@@ -36,11 +36,11 @@ KERNELS = "kernels"  # folder of compiled kernels
 
 @dataclass(frozen=True)
 class NativeInfo:
-    """native.json. ranges: largest input and hidden value of each ResBlock of an fp8 decoder; else empty."""
+    """native.json. ranges: of calibration for an engine in fp8; else empty."""
 
     code: str
     stamps: Sequence[Sequence[object]]
-    ranges: Sequence[Sequence[float]]
+    ranges: Ranges
     text: Mapping[str, object]  # parity of the text encoder
 
     def write(self, folder: Path) -> Path:

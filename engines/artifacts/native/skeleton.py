@@ -1,6 +1,6 @@
 """The modules of a native engine, from a checkpoint: with values for a build, without values for a load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +10,12 @@ from torch import nn
 
 from engines.artifacts.native.storages import META
 from engines.backends.base import ModuleName, ModuleSpec
-from engines.backends.cuda.decoder import CudaDecoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.weights import Component, WeightSource, load_strict
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.models.pixels import PixelEncoder
-from engines.pipeline.native import NativeBackend
+from engines.pipeline.native import NativeBackend, Ranges
 from engines.pipeline.text_stage import TextStage, load_text_stage
 
 DTYPE = torch.bfloat16
@@ -79,18 +78,16 @@ def modules_of(
     }
 
 
-def skeleton(checkpoint: Checkpoint, kernels: NativeBackend, ranges: Sequence[Sequence[float]]) -> NativeModules:
-    """Returns all modules on the meta device, the decoder in fp8 if there are ranges. Reads no weights."""
+def skeleton(checkpoint: Checkpoint, kernels: NativeBackend, ranges: Ranges) -> NativeModules:
+    """Returns all modules on the meta device, in fp8 if there are ranges. Reads no weights."""
     blank = replace(checkpoint, weights=ShapesOnly(checkpoint.weights))
     text = kernels.text(load_text_stage(blank, DTYPE, META))
     modules = modules_of(blank, kernels, META)
-    transformer, decoder = modules["transformer"], modules["decoder"]
+    transformer = modules["transformer"]
     assert isinstance(transformer, CudaTransformer)
     if ranges:
-        assert isinstance(decoder, CudaDecoder)
-        decoder.include_ranges(ranges)
-        decoder.to_fp8()
-    return NativeModules(kernels, text, transformer, decoder, modules["encoder"])
+        kernels.quantise(ranges)
+    return NativeModules(kernels, text, transformer, modules["decoder"], modules["encoder"])
 
 
 def _spec(name: ModuleName, device: torch.device) -> ModuleSpec:

@@ -12,7 +12,7 @@ from engines.kernels.autoencoder.convolution import CONVOLUTION, CONVOLUTION_NOR
 from engines.kernels.autoencoder.depthwise import DEPTHWISE, SIDE
 from engines.kernels.autoencoder.padded import Grid
 from engines.kernels.autoencoder.rms_norm import RMS_NORM, Layout
-from engines.kernels.autoencoder.tiles import FP8, FP8_MAX
+from engines.kernels.e4m3 import FP8, FP8_MAX, input_scale
 from engines.kernels.gated_depthwise import GATED_DEPTHWISE
 from engines.kernels.linear_attention import MULTISCALE_ATTENTION
 from engines.kernels.op import Ops
@@ -20,7 +20,6 @@ from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.dcae import EfficientViTBlock, ResBlock
 from engines.models.layers import RMSNorm
 
-_HEADROOM = 2.0  # an activation's range over the largest value in calibration
 NORM_WIDTHS = (32, 64, 128, 256)  # channels that one tile spans, so that the convolution's kernel can apply the norm
 
 
@@ -101,7 +100,7 @@ class ResidualBlock:
         self.max_values = [0.0, 0.0]  # largest input and hidden value in calibration
 
     def to_fp8(self) -> None:
-        self.input_scale, self.hidden_scale = (max(v, 1e-6) * _HEADROOM / FP8_MAX for v in self.max_values)
+        self.input_scale, self.hidden_scale = map(input_scale, self.max_values)
         self.conv1.to_fp8(self.input_scale)
         self.conv2.to_fp8(self.hidden_scale)
 

@@ -7,38 +7,31 @@ They compute what engines.models.transformer computes, by exact algebra with les
 - Keys and values of all blocks are one product per prompt.
 - All modulations are one addition.
 
-A kernel sums in fp32 and rounds once, at its end.
+A kernel sums in fp32 and rounds once, at its end. In 8 bits the kernel before a product writes its input in e4m3.
 
 Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text tokens, L blocks, D width. Tokens are
 [B*N, D] between kernels.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engines.backends.cuda.layers import LinearLayer, fuse_layers, grouped_product, layer_of, product, stacks_of
 from engines.errors import BackendError
 from engines.kernels.cross_attention import CROSS_ATTENTION, KEY_NORM
 from engines.kernels.gated_depthwise import GATED_DEPTHWISE
 from engines.kernels.linear_attention import LINEAR_ATTENTION
-from engines.kernels.modulated_norm import MODULATED_NORM, RESIDUAL, RESIDUAL_NORM
+from engines.kernels.modulated_norm import MODULATED_NORM, RESIDUAL, RESIDUAL_FP8, RESIDUAL_NORM
 from engines.kernels.op import Ops
+from engines.kernels.scaled_product import SCALED_PRODUCT
 from engines.kernels.silu_product import SILU_PRODUCT
 from engines.models.embeddings import PatchEmbed, TimeEmbed, TimeGuidanceEmbed, frequencies, positions
 from engines.models.layers import RMSNorm
-from engines.models.lora import AdapterStack
 from engines.models.transformer import TransformerConfig
-
-
-class LinearLayer(NamedTuple):
-    """Weight [out, in] and bias [out] of a product; stacks: (first output, adapters of the jobs)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    stacks: tuple[tuple[int, AdapterStack], ...] = ()
 
 
 class PreparedText(NamedTuple):
@@ -68,6 +61,10 @@ class _Weights(NamedTuple):
     project: LinearLayer
 
 
+# Products that 8 bits make faster. Left out: `out`, with 40 % of the error for 7 % of the arithmetic (bench/LOG.md);
+# a prompt's keys and values, whose input would need a launch to round it.
+FP8_PRODUCTS = ("qkv", "query", "cross_out", "expand", "project")
+
 # (index of a block, its residual stream, its pending term) -> both, with additions.
 Inject = Callable[[int, Tensor, Pending], tuple[Tensor, Pending]]
 
@@ -80,7 +77,7 @@ class Blocks:
         self._has_qk_norm = config.qk_norm is not None
         modules: list[Any] = list(blocks)
         crosses = [block.attn2 for block in modules]
-        self.keys_values = _fuse_layers([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
+        self.keys_values = fuse_layers([layer for cross in crosses for layer in (cross.to_k, cross.to_v)])
         scale = config.cross_attention_head_dim**-0.5
         self._key_weights = torch.stack([_norm_weights(cross, config.dim) * scale for cross in crosses])
         self.tables = torch.stack([block.scale_shift_table.detach() for block in modules])  # [L, 6, D]
@@ -90,6 +87,8 @@ class Blocks:
         first = modules[0]
         self._norm_eps: float = first.norm1.eps
         self._rms_eps: float = first.attn1.norm_k.eps if self._has_qk_norm else 0.0
+        self.calibrates = False  # if True, a run extends the ranges
+        self.ranges = [[0.0] * len(FP8_PRODUCTS) for _ in modules]  # largest input of each of FP8_PRODUCTS
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -105,10 +104,10 @@ class Blocks:
             own.to_q.weight = nn.Parameter(own.to_q.weight.detach() * sign[:, None], requires_grad=False)
             if own.to_q.bias is not None:
                 own.to_q.bias = nn.Parameter(own.to_q.bias.detach() * sign, requires_grad=False)
-            for _, stack in _stacks(own.to_q):
+            for _, stack in stacks_of(own.to_q):
                 stack.up.mul_(sign[:, None])
         return _Weights(
-            qkv=_fuse_layers([own.to_q, own.to_k, own.to_v]),
+            qkv=fuse_layers([own.to_q, own.to_k, own.to_v]),
             key_weight=key_weight,
             out=layer_of(own.to_out[0]),
             query=layer_of(cross.to_q),
@@ -119,16 +118,39 @@ class Blocks:
             project=layer_of(ff.conv_point),
         )
 
+    def include_ranges(self, ranges: Sequence[Sequence[float]]) -> None:
+        """Extends the ranges by those of another calibration."""
+        self.ranges = [
+            [max(pair) for pair in zip(*rows, strict=True)] for rows in zip(self.ranges, ranges, strict=True)
+        ]
+
+    def to_fp8(self) -> None:
+        """Converts FP8_PRODUCTS to 8 bits, with scales from the ranges; layers that cannot be in 8 bits stay."""
+        for index, (weights, largest) in enumerate(zip(self._weights, self.ranges, strict=True)):
+            layers = {name: (getattr(weights, name), seen) for name, seen in zip(FP8_PRODUCTS, largest, strict=True)}
+            narrow = {name: layer.to_fp8(seen) for name, (layer, seen) in layers.items() if layer.takes_fp8}
+            self._weights[index] = weights._replace(**narrow)
+
     def product(self, x: Tensor, layer: LinearLayer) -> Tensor:
         """Returns x [M, in] times `layer`, [M, out]; every product but the expansion's comes here."""
-        return product(x, layer)
+        if layer.scales is None:
+            return product(x, layer)
+        output: Tensor = self._ops(SCALED_PRODUCT, x, layer.weight, layer.bias, *layer.scales)
+        return output
 
     def expansion(self, x: Tensor, layer: LinearLayer) -> Tensor:
         """Returns the SiLU of x [M, in] times `layer`, [M, out]."""
         if layer.stacks:
             return F.silu(product(x, layer))
-        expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias)
+        expanded: Tensor = self._ops(SILU_PRODUCT, x, layer.weight, layer.bias, *(layer.scales or ()))
         return expanded
+
+    def _observe(self, index: int, **inputs: Tensor) -> None:
+        """Extends the ranges of a block by the inputs of its products, where they are calibrated."""
+        if self.calibrates:
+            for name, x in inputs.items():
+                at = FP8_PRODUCTS.index(name)
+                self.ranges[index][at] = max(self.ranges[index][at], float(x.abs().amax()))
 
     def keys(self, projected: Tensor, lengths: Tensor) -> PreparedText:
         """Returns keys and values of all blocks for projected text [B, T, D]."""
@@ -152,20 +174,33 @@ class Blocks:
         ops, weights, batch = self._ops, self._weights[index], modulations.shape[0]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations[:, index].unbind(1)
         if pending is None:
-            h = ops(MODULATED_NORM, x, scale1, shift1, batch, self._norm_eps)
+            h = ops(MODULATED_NORM, x, scale1, shift1, batch, self._norm_eps, weights.qkv.input_scale)
         else:
-            x, h = ops(RESIDUAL_NORM, x, *pending, scale1, shift1, batch, self._norm_eps)
+            x, h = ops(RESIDUAL_NORM, x, *pending, scale1, shift1, batch, self._norm_eps, weights.qkv.input_scale)
         head_dim = self._config.attention_head_dim
         qkv = self.product(h, weights.qkv)
+        self._observe(index, qkv=h)
         attended = ops(LINEAR_ATTENTION, qkv, weights.key_weight, batch, head_dim, self._rms_eps)
-        x = ops(RESIDUAL, x, self.product(attended, weights.out), gate1, None, batch)
-        query = self.product(x, weights.query)
+        y = self.product(attended, weights.out)
+        if weights.query.input_scale is None:
+            h = x = ops(RESIDUAL, x, y, gate1, None, batch)
+        else:
+            x, h = ops(RESIDUAL_FP8, x, y, gate1, None, batch, weights.query.input_scale)
+        self._observe(index, query=h)
+        query = self.product(h, weights.query)
         heads = self._config.num_cross_attention_heads
-        attended = ops(CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._has_qk_norm, self._rms_eps)
+        attended = ops(
+            CROSS_ATTENTION, query, text.kv, text.lengths, index, heads, self._has_qk_norm, self._rms_eps,
+            weights.cross_out.input_scale,
+        )  # fmt: skip
         y = self.product(attended, weights.cross_out)
-        x, h = ops(RESIDUAL_NORM, x, y, None, None, scale2, shift2, batch, self._norm_eps)
+        self._observe(index, cross_out=attended)
+        x, h = ops(RESIDUAL_NORM, x, y, None, None, scale2, shift2, batch, self._norm_eps, weights.expand.input_scale)
         expanded = self.expansion(h, weights.expand)
-        gated = ops(GATED_DEPTHWISE, expanded, weights.taps, weights.taps_bias, batch, *size)
+        gated = ops(
+            GATED_DEPTHWISE, expanded, weights.taps, weights.taps_bias, batch, *size, weights.project.input_scale
+        )
+        self._observe(index, expand=h, project=gated)
         return x, Pending(self.product(gated, weights.project), gate2)
 
 
@@ -179,7 +214,7 @@ class Conditioning:
         else:
             embedders = [embed.emb["timestep_embedder"]]
         self._first, self._second = (
-            _fuse_layers([getattr(embedder, name) for embedder in embedders]) for name in ("linear_1", "linear_2")
+            fuse_layers([getattr(embedder, name) for embedder in embedders]) for name in ("linear_1", "linear_2")
         )
         self._last = layer_of(embed.linear)
         self._frequencies = frequencies(self._last.weight.device)
@@ -194,7 +229,7 @@ class Conditioning:
         conditions = timestep[None] if guidance is None else torch.stack([timestep.float(), guidance.float()])
         angle = conditions[..., None].float() * self._frequencies
         sinusoids = torch.cat([angle.cos(), angle.sin()], -1).to(self._last.weight.dtype)  # [1 or 2, B, 256]
-        embedded = _grouped_product(F.silu(_grouped_product(sinusoids, self._first)), self._second).sum(0)
+        embedded = grouped_product(F.silu(grouped_product(sinusoids, self._first)), self._second).sum(0)
         modulation = product(F.silu(embedded), self._last)
         return torch.unflatten(modulation, 1, (6, -1)), embedded
 
@@ -225,59 +260,12 @@ def project_text(projection: nn.Module, norm: RMSNorm, text: Tensor) -> Tensor:
     return F.rms_norm(projected, projected.shape[-1:], norm.weight, norm.eps)
 
 
-def product(x: Tensor, layer: LinearLayer) -> Tensor:
-    """Returns x [M, in] times `layer`, [M, out]; the rows of a job are adjacent."""
-    y = F.linear(x, layer.weight, layer.bias)
-    for start, stack in layer.stacks:
-        part = y[:, start : start + stack.up.shape[1]]
-        part.copy_(stack.add(x, part))
-    return y
-
-
-def _grouped_product(x: Tensor, layer: LinearLayer) -> Tensor:
-    """Applies G linear maps, stacked as [G*out, in], to x [G, B, in]; returns [G, B, out]."""
-    weight = torch.unflatten(layer.weight, 0, (x.shape[0], -1))
-    assert layer.bias is not None
-    y = torch.baddbmm(torch.unflatten(layer.bias, 0, (x.shape[0], 1, -1)), x, weight.mT)
-    for start, stack in layer.stacks:
-        group = start // y.shape[2]
-        y[group] = stack.add(x[group], y[group])
-    return y
-
-
 def supported_dtype(module: nn.Module) -> torch.dtype:
     """Returns the type of the module's weights. Raises BackendError unless it is bf16 or fp32."""
     dtype = next(module.parameters()).dtype
     if dtype not in (torch.bfloat16, torch.float32):
         raise BackendError(f"CUDA transformer: weights are {dtype}; supported are torch.bfloat16 and torch.float32")
     return dtype
-
-
-def layer_of(module: nn.Module) -> LinearLayer:
-    """Returns a linear map or 1x1 convolution as LinearLayer, without a copy."""
-    weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
-    return LinearLayer(weight.flatten(1), None if bias is None else bias.detach(), _stacks(module))
-
-
-def _stacks(module: nn.Module, start: int = 0) -> tuple[tuple[int, AdapterStack], ...]:
-    stack = getattr(module, "stack", None)
-    return ((start, stack),) if isinstance(stack, AdapterStack) else ()
-
-
-def _fuse_layers(layers: Iterable[Any]) -> LinearLayer:
-    """Concatenates the outputs of linear maps; their parameters become views of the result."""
-    layers = list(layers)
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    start, stacks = 0, list[tuple[int, AdapterStack]]()
-    for layer in layers:
-        rows = layer.weight.shape[0]
-        stacks += _stacks(layer, start)
-        layer.weight = nn.Parameter(weight[start : start + rows], requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias[start : start + rows], requires_grad=False)
-        start += rows
-    return LinearLayer(weight, bias, tuple(stacks))
 
 
 def _norm_weights(cross: Any, dim: int) -> Tensor:

@@ -11,11 +11,11 @@ from engines.backends.cuda.blocks import (
     Pending,
     PreparedText,
     image_tokens,
-    layer_of,
     lengths_of,
     project_text,
     supported_dtype,
 )
+from engines.backends.cuda.layers import layer_of
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.kernels.modulated_norm import RESIDUAL
 from engines.kernels.op import Ops

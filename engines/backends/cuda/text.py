@@ -1,15 +1,15 @@
 """Gemma-2 on a GPU: seven launches per layer, and one CUDA graph per (prompts, tokens).
 
-Reading the weights bounds the time. So products of few rows have their own kernels, and one kernel does all work
-between two products. Results equal those of engines.models.gemma and engines.models.text_encoder, which run prompts
-that fit no bucket.
+Reading the weights bounds the time. So products of few rows have their own kernels, which read an MLP's weights in 8
+bits if asked to, and one kernel does all work between two products. Results equal those of engines.models.gemma and
+engines.models.text_encoder, which run prompts that fit no bucket.
 
 Shapes: B prompts, L tokens to run, M = B*L rows, P prefix tokens, D hidden size, H query and K key heads of d.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay
+from engines.kernels.e4m3 import FP8, power_of_two_scales
 from engines.kernels.op import Ops
 from engines.kernels.text.capped_attention import CAPPED_ATTENTION, MAX_CAP
 from engines.kernels.text.gelu_gate import GELU_GATE
@@ -46,6 +47,15 @@ class _Layer:
     key: Tensor  # [K, P, d]
     value: Tensor
     window: int
+    narrow_gate_up: "_Narrow | None" = None  # both in 8 bits, for few rows
+    narrow_down: "_Narrow | None" = None
+
+
+class _Narrow(NamedTuple):
+    """A weight [N, K] in e4m3, and the scale of each of its rows, fp32 [N]."""
+
+    weight: Tensor
+    scale: Tensor | None  # None: not in 8 bits
 
 
 class CudaTextBody:
@@ -83,6 +93,14 @@ class CudaTextBody:
         angle = position[:, None] * (1.0 / config.rope_theta ** (even / config.head_dim))
         self._cosine, self._sine = angle.cos(), angle.sin()  # [positions, d/2]
 
+    @torch.inference_mode()
+    def to_fp8(self) -> None:
+        """Rounds the MLPs' weights to e4m3, which products of few rows read; others read the same values in bf16."""
+        self._layers = [
+            replace(layer, narrow_gate_up=_narrowed(layer.gate_up), narrow_down=_narrowed(layer.down))
+            for layer in self._layers
+        ]
+
     def __call__(self, ids: Tensor, shared: Tensor) -> Tensor:
         """Returns hidden states [B, L, D] of ids [B, L]; row b follows the first shared[b] tokens of the prefix."""
         ops, eps = self._ops, self._eps
@@ -101,11 +119,12 @@ class CudaTextBody:
             y = (
                 ops(SKINNY_PRODUCT, attended, layer.out) if is_skinny else F.linear(attended, layer.out)
             )  # [S, M, D] or [M, D]
-            x, h = ops(
-                SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, layer.gate_up if is_skinny else None
-            )
+            gate_up = layer.narrow_gate_up or _Narrow(layer.gate_up, None)
+            down = layer.narrow_down or _Narrow(layer.down, None)
+            ahead = gate_up.weight if is_skinny else None
+            x, h = ops(SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, ahead)
             if is_skinny:
-                y = ops(SKINNY_PRODUCT, ops(GATED_PRODUCT, h, layer.gate_up, layer.down), layer.down)
+                y = ops(SKINNY_PRODUCT, ops(GATED_PRODUCT, h, gate_up.weight, down.weight, gate_up.scale), *down)
             else:
                 y = F.linear(ops(GELU_GATE, F.linear(h, layer.gate_up)), layer.down)
             x, h = ops(SANDWICH_NORM, y, x, layer.after_mlp, following, eps, after.qkv if is_skinny and after else None)
@@ -126,6 +145,14 @@ def _layer_weights(layer: Layer, past: Past, window: int) -> _Layer:
         value=past[1][0].contiguous(),
         window=window,
     )
+
+
+def _narrowed(weight: Tensor) -> _Narrow:
+    """Returns the weight in e4m3, and rounds it in place to the same values: scales of powers of two are exact."""
+    scale = power_of_two_scales(weight)
+    narrow = (weight.float() / scale[:, None]).to(FP8)
+    weight.copy_(narrow.float() * scale[:, None])
+    return _Narrow(narrow, scale)
 
 
 def _fuse(*linears: nn.Linear) -> Tensor:
@@ -178,6 +205,10 @@ class CudaTextEncoder:
         self._packed = torch.zeros(max(_size(key) for key in keys), dtype=torch.long, device=self._device)
         self._captured: dict[TextKey, _Captured] = {}
         self.uncaptured: Counter[TextKey] = Counter()
+
+    def to_fp8(self) -> None:
+        """Converts the body as CudaTextBody.to_fp8, before any graph is captured."""
+        self._body.to_fp8()
 
     @property
     def ready(self) -> bool:

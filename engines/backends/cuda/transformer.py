@@ -11,11 +11,11 @@ from engines.backends.cuda.blocks import (
     Inject,
     PreparedText,
     image_tokens,
-    layer_of,
     lengths_of,
     project_text,
     supported_dtype,
 )
+from engines.backends.cuda.layers import layer_of
 from engines.kernels.modulated_norm import RESIDUAL_NORM
 from engines.kernels.op import Ops
 from engines.models.transformer import SprintTransformer
@@ -32,6 +32,11 @@ class CudaTransformer:
         self._module, self._ops = transformer, ops
         self.blocks = Blocks(transformer.transformer_blocks, transformer.config, ops)
         self._conditioning = Conditioning(transformer.time_embed)
+
+    def to_fp8(self) -> None:
+        """Converts products to 8 bits, with scales from the blocks' ranges; the module gives up its blocks."""
+        self.blocks.to_fp8()
+        del self._module.transformer_blocks  # their weights in bf16
 
     @torch.no_grad()
     def __call__(

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from engines.kernels.activations import silu
 from engines.kernels.autoencoder.padded import Grid, image_of, pad
-from engines.kernels.autoencoder.tiles import FP8, as_fp8, halves, inside, matrix, quantised, tile_at, tile_for
+from engines.kernels.autoencoder.tiles import halves, inside, matrix, tile_at, tile_for
+from engines.kernels.e4m3 import FP8, as_fp8, quantised
 from engines.kernels.op import Launcher, Op
 
 TAP_OUTPUTS = 27  # 9 taps of 3 channels

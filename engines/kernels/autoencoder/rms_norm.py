@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.kernels.autoencoder.padded import Grid, image_of, pad
-from engines.kernels.autoencoder.tiles import FP8, as_fp8, inside, quantised
+from engines.kernels.autoencoder.tiles import inside
+from engines.kernels.e4m3 import FP8, as_fp8, quantised
 from engines.kernels.op import Launcher, Op
 
 Layout = Literal["plain", "bordered", "to bordered"]

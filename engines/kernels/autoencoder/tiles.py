@@ -1,16 +1,12 @@
-"""Tiles of the products of shifted matrices: their sizes, loads and halves, and conversion to e4m3."""
+"""Tiles of the products of shifted matrices: their sizes, loads and halves."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -66,17 +62,6 @@ def halves(x, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
-@triton.jit
-def as_fp8(x, per_scale):
-    """Returns x * per_scale, clamped to e4m3's range; a division per number would cost half a convolution or more."""
-    return tl.minimum(tl.maximum(x * per_scale, -448.0), 448.0)
-
-
 def matrix(t: Tensor, rows: int, columns: int, tma: bool) -> Any:
     """Returns what `tile_at` reads: a descriptor of tiles with tma, else the tensor."""
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if tma else t
-
-
-def quantised(x: Tensor, scale: float) -> Tensor:
-    """Returns x / scale in e4m3, clamped to its range."""
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engines.kernels.autoencoder.border import write_border
 from engines.kernels.autoencoder.padded import Grid, image_of, pad
-from engines.kernels.autoencoder.tiles import FP8, as_fp8, halves, matrix, quantised, tile_at, tile_for
+from engines.kernels.autoencoder.tiles import halves, matrix, tile_at, tile_for
+from engines.kernels.e4m3 import FP8, as_fp8, quantised
 from engines.kernels.op import Launcher, Op
 
 

@@ -2,6 +2,9 @@
 
 Reading w once bounds the time. So many small programs run: S parts of K by tiles of 64 rows of w. w is the tall operand
 of the tensor cores. The next kernel (gemma_norm) sums the parts. S depends only on N and K.
+
+w may be in e4m3 with a scale for each row (fp32 [N]): half the bytes to read. It becomes x's type in registers,
+exactly, and x keeps its own precision.
 """
 
 import torch
@@ -21,8 +24,9 @@ _BN, _BK = 64, 128
 
 @triton.jit
 def _skinny_product(
-    x, w, out, ahead, lines, M, N, K, span,
-    GATED: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, w, scale, out, ahead, lines, M, N, K, span,
+    SCALED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     row = tl.arange(0, BM)
@@ -44,7 +48,9 @@ def _skinny_product(
         else:
             w_tile = tl.load(w_at + k, mask=(inner < K - k)[None, :], other=0.0)
             x_tile = tl.load(x_at + k, mask=(inner < K - k)[None, :], other=0.0)
-        sums = tl.dot(w_tile, tl.trans(x_tile), sums, input_precision="ieee")
+        sums = tl.dot(w_tile.to(x.dtype.element_ty), tl.trans(x_tile), sums, input_precision="ieee")
+    if SCALED:
+        sums *= tl.load(scale + of_w)[:, None]
     cols = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     at = (part.to(tl.int64) * M + row)[None, :] * N + cols[:, None]
     keep = (row < M)[None, :] & (cols < N)[:, None]
@@ -61,7 +67,10 @@ def parts_of(width: int, inner: int) -> int:
     return max(1, min(-(-PROGRAMS // -(-width // _BN)), -(-inner // _BK)))
 
 
-def _launch(launch: Launcher, x: Tensor, w: Tensor, out: Tensor, parts: int, gated: bool, ahead: Tensor | None) -> None:
+def _launch(
+    launch: Launcher, x: Tensor, w: Tensor, scale: Tensor | None, out: Tensor, parts: int, gated: bool,
+    ahead: Tensor | None,
+) -> None:  # fmt: skip
     rows, inner = x.shape
     width = out.shape[-1]
     lines, step = share(launch, ahead)
@@ -70,8 +79,9 @@ def _launch(launch: Launcher, x: Tensor, w: Tensor, out: Tensor, parts: int, gat
     deep, stages = (_BK // 2, 4) if tall == 64 else (_BK, 3)
     grid = (triton.cdiv(width, _BN // 2 if gated else _BN), parts)
     launch(
-        _skinny_product, grid, x, w, out, w if ahead is None else ahead, lines, rows, width, inner, _part(inner, parts),
-        GATED=gated, EVEN=inner % deep == 0, STEP=step, BM=tall, BN=_BN, BK=deep, num_warps=4, num_stages=stages,
+        _skinny_product, grid, x, w, x if scale is None else scale, out, w if ahead is None else ahead, lines, rows,
+        width, inner, _part(inner, parts), SCALED=scale is not None, GATED=gated,
+        EVEN=inner % deep == 0, STEP=step, BM=tall, BN=_BN, BK=deep, num_warps=4, num_stages=stages,
     )  # fmt: skip
 
 
@@ -80,30 +90,31 @@ def _part(inner: int, parts: int) -> int:
     return -(-inner // (_BK * parts)) * _BK
 
 
-def run(launch: Launcher, x: Tensor, w: Tensor) -> Tensor:
+def run(launch: Launcher, x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     parts = parts_of(*w.shape)
     out = torch.empty(parts, x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
-    _launch(launch, x, w, out, parts, False, None)
+    _launch(launch, x, w, scale, out, parts, False, None)
     return out
 
 
-def reference(x: Tensor, w: Tensor) -> Tensor:
+def reference(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     """Returns x w^T in fp32 as partial sums over S parts of K (the last ones shorter, or empty): [S, M, N]."""
     parts = parts_of(*w.shape)
     part = _part(x.shape[1], parts)
     sums = [x[:, at : at + part].float() @ w[:, at : at + part].float().T for at in range(0, parts * part, part)]
-    return torch.stack(sums)
+    return torch.stack(sums) if scale is None else torch.stack(sums) * scale
 
 
-def run_gated(launch: Launcher, x: Tensor, w: Tensor, ahead: Tensor | None) -> Tensor:
+def run_gated(launch: Launcher, x: Tensor, w: Tensor, ahead: Tensor | None, scale: Tensor | None = None) -> Tensor:
     out = torch.empty(x.shape[0], w.shape[0] // 2, dtype=x.dtype, device=x.device)
-    _launch(launch, x, w, out, 1, True, ahead)
+    _launch(launch, x, w, scale, out, 1, True, ahead)
     return out
 
 
-def reference_gated(x: Tensor, w: Tensor, _ahead: Tensor | None) -> Tensor:
-    """Returns gelu_tanh(x w1^T) * (x w2^T) in fp32, rounded once; w [2N, K] is w1 above w2."""
-    gate, up = (x.float() @ w.float().T).chunk(2, dim=-1)
+def reference_gated(x: Tensor, w: Tensor, _ahead: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """Returns gelu_tanh(x w1^T) * (x w2^T) in fp32, rounded once; w [2N, K] is w1 above w2, scale of its rows."""
+    y = x.float() @ w.float().T
+    gate, up = (y if scale is None else y * scale).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engines.kernels.e4m3 import FP8
 from engines.kernels.gated_depthwise import GATED_DEPTHWISE
 from engines.kernels.op import Launcher, sqnr_db
 from engines.models.layers import GLUMBConv
@@ -22,6 +23,11 @@ def test_equals_its_reference(batch: int, height: int, width: int, channels: int
     expected, actual = GATED_DEPTHWISE.reference(*args), GATED_DEPTHWISE.run(LAUNCHER, *args)
     assert actual.dtype == dtype
     assert sqnr_db(expected, actual) > FLOORS[dtype]
+    narrow = GATED_DEPTHWISE.run(LAUNCHER, *args, 0.2)
+    assert narrow.dtype == FP8
+    assert (
+        sqnr_db(GATED_DEPTHWISE.reference(*args, 0.2), narrow) > 15
+    )  # the interpreter loses a carry where it rounds to e4m3
 
 
 def test_reference_is_the_modules() -> None:

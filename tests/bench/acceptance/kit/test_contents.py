@@ -12,7 +12,7 @@ from bench.acceptance.kit.contents import HOST, NOT_PACKED, UNTOUCHED, asked, pi
 from bench.acceptance.kit.packing import packed_code
 
 ROOT = Path(__file__).resolve().parents[4]
-STEPS = ("running", "kernels", "controlnet", "threads")
+STEPS = ("running", "kernels", "controlnet", "threads", "precisions", "alternatives", "dependent_launch")
 STARTED = (
     *("server.__main__", "build_engine", "bench.acceptance.__main__", "bench.acceptance.over_http.__main__"),
     *("engines.artifacts.native.compiling", *(f"bench.acceptance.kit.{step}" for step in STEPS)),

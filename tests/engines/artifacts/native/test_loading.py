@@ -100,8 +100,6 @@ def test_another_card_code_or_checkpoint_is_refused(
 def test_what_cannot_be_built_is_refused_and_leaves_nothing(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BuildError, match=r"precision: fp8 needs a decoder .* multiples of 32 are needed; use bf16"):
-        build(spec(small_checkpoint, tmp_path / "engine", precision="fp8"))
     monkeypatch.setattr(
         "engines.backends.cuda.text.CudaTextBody.__call__", lambda _, ids, __: torch.ones(*ids.shape, 48)
     )

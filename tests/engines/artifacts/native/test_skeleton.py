@@ -1,5 +1,6 @@
 """A native engine that a CPU built, loaded on a CPU with the kernels' references."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,21 +80,37 @@ def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
     build(spec(ours, folder, precision="fp8"))
     checkpoint = open_checkpoint(str(ours))
     direct = NativeBackend(Ops(None), checkpoint.autoencoder)
-    decoder = modules_of(checkpoint, direct, CPU)["decoder"]
+    modules = modules_of(checkpoint, direct, CPU)
     direct.to_fp8(checkpoint, direct.text(load_text_stage(checkpoint, DTYPE, CPU)), (64, 64), CPU)
     monkeypatch.setattr(NativeBackend, "to_fp8", None)  # no start calibrates again
     native = NativeBackend(Ops(None), checkpoint.autoencoder)
     parts = load_native(folder, read_manifest(folder), checkpoint, CPU, tmp_path, native)
-    latents = torch.randn(2, 8, 8, 8)
+    latents, channels = torch.randn(2, 8, 8, 8), checkpoint.transformer.in_channels
+    noise, text = torch.randn(2, channels, 8, 8), torch.randn(2, 7, checkpoint.transformer.caption_channels)
     with torch.inference_mode():
-        assert torch.equal(parts.decoder(latents)[0], decoder(latents)[0])
+        assert torch.equal(parts.decoder(latents)[0], modules["decoder"](latents)[0])
+        steps = (torch.full((2,), 0.9), torch.full((2,), 0.45))
+        assert torch.equal(parts.transformer(noise, text, *steps), modules["transformer"](noise, text, *steps))
+    told = json.loads((folder / "native.json").read_text())
+    assert {name: len(rows) for name, rows in told["ranges"].items()} == {"transformer": 2, "decoder": 5}
+    assert 20 < told["text"]["sqnr_db"] < 35
     engine = loaded(ours, folder)
     assert engine.info.precision == "fp8"
     for found, exact in zip(drawn(engine), drawn(loaded(ours)), strict=True):
         noise = float(np.square(found.pixels.astype(float) - exact.pixels).mean())
         assert 0 < noise < 255**2 / 10**2.5
     precisions = {part.module: part.precision for part in read_manifest(folder).artifacts}
-    assert precisions == {"transformer": "bf16", "decoder": "fp8", "encoder": "bf16"}
+    assert precisions == {"transformer": "fp8", "decoder": "fp8", "encoder": "bf16"}
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_8_bits_leave_a_decoder_that_pytorch_runs(small_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    build(spec(small_checkpoint, folder, precision="fp8"))
+    precisions = {part.module: part.precision for part in read_manifest(folder).artifacts}
+    assert precisions == {"transformer": "fp8", "decoder": "bf16", "encoder": "bf16"}
+    for found, exact in zip(drawn(loaded(small_checkpoint, folder)), drawn(loaded(small_checkpoint)), strict=True):
+        assert 0 < float(np.square(found.pixels.astype(float) - exact.pixels).mean()) < 255**2 / 10**2
 
 
 def test_a_request_costs_what_it_does_without_an_engine(

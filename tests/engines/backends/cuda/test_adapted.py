@@ -54,3 +54,25 @@ def test_equals_the_modules_with_the_same_choice(with_control: bool) -> None:
     assert sqnr_db(without, adapted(*arguments)) > 90
     assert sqnr_db(expected[2:], without[2:]) > 90
     assert sqnr_db(expected[:2], without[:2]) < 20
+
+
+def test_in_8_bits_layers_with_adapters_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    transformer = randomise_weights(SprintTransformer(SMALL_TRANSFORMER)).bfloat16()
+    assert isinstance(transformer, SprintTransformer)
+    only = tuple(name for name in EVERYWHERE if "attn1" in name)
+    choice = add_adapters(transformer, [factors(transformer, 1, 2, only)])
+    arguments = (torch.randn(2, 4, 3, 5), torch.randn(2, 6, 24), torch.tensor([1.0, 0.7]), torch.full((2,), 0.45))
+    selection = AdapterSelection(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+    fast = CudaTransformer(transformer, Ops(None))
+    adapted = CudaAdapted(fast, choice)
+    fast.blocks.calibrates = True
+    expected = adapted(*arguments, chosen=selection)
+    without = adapted(*arguments)
+    fast.blocks.calibrates = False
+    fast.to_fp8()
+    assert 20 < sqnr_db(expected, adapted(*arguments, chosen=selection)) < 60
+    assert 20 < sqnr_db(without, adapted(*arguments)) < 60
+    assert sqnr_db(expected, without) < 20
+    adapters = [block.qkv.scales is None for block in fast.blocks._weights]
+    assert adapters == [True, True, False]  # the last block has none

@@ -57,3 +57,16 @@ def test_a_missing_compiler_is_told_and_not_kept(tmp_path: Path, caplog: pytest.
     assert set(compare(ops, lambda: ops(Op("lost", find_none, lambda x: x), X), proof)) == {"lost"}
     assert "--vendor native, which needs none" in caplog.text
     assert not proof.exists()
+
+
+def test_one_comparison_stands_for_all_values_of_a_float() -> None:
+    compared = []
+
+    def reference(x: Tensor, scale: float | None) -> Tensor:
+        compared.append(scale)
+        return x if scale is None else x * scale
+
+    scaled = Op("scaled", lambda _, x, scale: x if scale is None else x * scale, reference)
+    ops = Ops(Launcher(False, 1))
+    compare(ops, lambda: [ops(scaled, X, scale) for scale in (0.5, 0.25, None, 0.75)], None)
+    assert compared == [0.5, None]

@@ -223,11 +223,14 @@ for target in (90, 89):
     step = int(target == 90)
     norm = dict(y=f, x=b, post=f, pre=f, x_new=b, h=b, ahead=b, lines=i, M=i, D=i, eps="fp32")
     made(gemma_norm._gemma_norm, norm, dict(PARTS=8, BD=4096, STEP=step, FETCHERS=96), 8, 3)
-    product = dict(x=b, w=b, ahead=b, lines=i, M=i, N=i, K=i, span=i)
+    product = dict(x=b, scale=f, lines=i, M=i, N=i, K=i, span=i)
     tiles = dict(EVEN=True, BM=32, BN=64, BK=128)
     parts, gated = dict(GATED=False, STEP=0), dict(GATED=True, STEP=step)
-    for out, constants in ((f, parts), (b, gated)):
-        assert made(skinny_product._skinny_product, product | dict(out=out), tiles | constants, 4, 3) <= 75 * 1024
+    for w, scaled in ((b, False), ("*fp8e4nv", True)):
+        types = product | dict(w=w, ahead=w)
+        tiles["SCALED"] = scaled
+        for out, constants in ((f, parts), (b, gated)):
+            assert made(skinny_product._skinny_product, types | dict(out=out), tiles | constants, 4, 3) <= 75 * 1024
     types = dict(
         qkv=b, past_key=b, past_value=b, shared="*i64", cosine=f, sine=f, out=b, ahead=b, lines=i, L=i, P=i,
         positions=i, scale="fp32", cap="fp32", B=i,
@@ -246,3 +249,33 @@ def test_kernels_compile_without_spills() -> None:
         [sys.executable, "-c", COMPILING], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert completed.returncode == 0, completed.stdout + completed.stderr[-2000:]
+
+
+def test_8_bits_are_near_and_the_same_for_few_rows_and_many() -> None:
+    exact, narrow = (cuda_body(gemma_body(torch.bfloat16), Ops(None)) for _ in range(2))
+    narrow.to_fp8()
+    ids, shared = some_ids(6, 16), torch.tensor([20] * 6)
+    # 32 rows read weights in e4m3, 96 the same values in bf16.
+    (exact_alone, exact_together), (alone, together) = (
+        (b(ids[:2], shared[:2]), b(ids, shared)) for b in (exact, narrow)
+    )
+    assert 20 < sqnr_db(exact_together, together) < 32
+    assert sqnr_db(together[:2], alone) > sqnr_db(exact_together[:2], exact_alone) - 2
+
+
+def test_8_bits_by_kernels_give_the_same() -> None:
+    ids, shared = some_ids(2, 5), torch.tensor([20, 7])
+    by_reference, by_kernels = (cuda_body(gemma_body(), ops) for ops in (Ops(None), Ops(Launcher(False, 3))))
+    for body in (by_reference, by_kernels):
+        body.to_fp8()
+    assert sqnr_db(by_reference(ids, shared), by_kernels(ids, shared)) > 90
+
+
+def test_an_encoder_in_8_bits_encodes_long_prompts_by_the_same_weights(reference: TextEncoder) -> None:
+    fast = CudaTextEncoder(reference, Ops(None), (1,), (8, 16))
+    prompts = [Tokens((*PREFIX, *some_ids(1, count)[0].tolist()), len(PREFIX)) for count in (6, 16, 20)]
+    exact = fast.encode(prompts)
+    fast.to_fp8()
+    for before, after in zip(exact, fast.encode(prompts), strict=True):
+        assert 20 < sqnr_db(before, after) < 40
+    assert fast.uncaptured[TextKey(0, 20)] == 2

@@ -143,3 +143,70 @@ def test_weights_are_not_kept_twice() -> None:
     for layer in (block.attn2.to_k, block.attn2.to_v):
         assert layer.weight.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
     assert block.attn1.to_q.weight.untyped_storage().data_ptr() == block.attn1.to_v.weight.untyped_storage().data_ptr()
+
+
+def in_fp8(config: TransformerConfig, arguments: dict[str, Tensor | None], ops: Ops) -> CudaTransformer:
+    """Returns a transformer in 8 bits, calibrated by these arguments."""
+    fast = CudaTransformer(make_transformer(config).bfloat16(), ops)
+    fast.blocks.calibrates = True
+    fast(**arguments)
+    fast.blocks.calibrates = False
+    fast.to_fp8()
+    return fast
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bits_stay_near(kind: str) -> None:
+    config = KINDS[kind]
+    arguments = inputs(config, (4, 4), 3)
+    exact, narrow = (
+        CudaTransformer(make_transformer(config).bfloat16(), Ops(None)),
+        in_fp8(config, arguments, Ops(None)),
+    )
+    assert all(min(row) > 0 for row in narrow.blocks.ranges)
+    expected, actual = exact(**arguments), narrow(**arguments)
+    assert 20 < sqnr_db(expected, actual) < 40  # 40 would be bf16
+    alone = narrow(**{name: value if value is None else value[1:2] for name, value in arguments.items()})
+    assert sqnr_db(actual[1:2], alone) > 45  # scales do not depend on the batch; sums in bf16 do
+
+
+def test_8_bits_by_kernels_give_the_same() -> None:
+    config = replace(SMALL_TRANSFORMER, num_layers=2)
+    arguments = inputs(config, (2, 3), 2)
+    expected = in_fp8(config, arguments, Ops(None))(**arguments)
+    ops = Ops(Launcher(tma=False, processors=3))
+    actual = in_fp8(config, arguments, ops)(**arguments)
+    assert sqnr_db(expected, actual) > 15  # the interpreter loses a carry where it rounds to e4m3
+
+
+def test_8_bits_give_up_the_modules_weights() -> None:
+    arguments = inputs(SMALL_TRANSFORMER, (4, 4), 1)
+    narrow = in_fp8(SMALL_TRANSFORMER, arguments, Ops(None))
+    with pytest.raises(AttributeError, match="transformer_blocks"):
+        narrow._module(**{name: value.bfloat16() for name, value in arguments.items() if value is not None})
+
+
+def test_other_ranges_extend_those_of_a_calibration() -> None:
+    arguments = inputs(SMALL_TRANSFORMER, (4, 4), 1)
+    ranges = in_fp8(SMALL_TRANSFORMER, arguments, Ops(None)).blocks.ranges
+    again = CudaTransformer(make_transformer(SMALL_TRANSFORMER).bfloat16(), Ops(None))
+    again.blocks.include_ranges(ranges)
+    again.blocks.include_ranges([[0.0] * len(row) for row in ranges])
+    assert again.blocks.ranges == ranges
+    again.to_fp8()
+    assert torch.equal(again(**arguments), in_fp8(SMALL_TRANSFORMER, arguments, Ops(None))(**arguments))
+
+
+@pytest.mark.parametrize("injection", ["diffusers", "nvlabs"])
+def test_a_drawing_joins_blocks_of_8_bits(injection: Injection) -> None:
+    module, arguments = controlled(injection, SMALL_TRANSFORMER).bfloat16(), inputs(SMALL_TRANSFORMER, (3, 5), 2)
+    control = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(3))
+    more = {"text_mask": None, "control": control, "control_scale": torch.tensor([1.0, 0.5])}
+    fast = CudaControlled(module, Ops(None))
+    fast.base.blocks.calibrates = True
+    expected, plain = fast(**arguments, **more), fast.base(**arguments)
+    fast.base.blocks.calibrates = False
+    fast.base.to_fp8()
+    actual = fast(**arguments, **more)
+    assert 18 < sqnr_db(expected, actual) < 40
+    assert sqnr_db(plain, actual) < 15

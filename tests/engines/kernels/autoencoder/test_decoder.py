@@ -15,8 +15,8 @@ from engines.kernels.autoencoder.depthwise import DEPTHWISE
 from engines.kernels.autoencoder.padded import Grid, image_of, pad
 from engines.kernels.autoencoder.pixels import PIXELS
 from engines.kernels.autoencoder.rms_norm import RMS_NORM, Layout
-from engines.kernels.autoencoder.tiles import FP8
 from engines.kernels.autoencoder.upsampling import UPSAMPLING
+from engines.kernels.e4m3 import FP8
 from engines.kernels.op import Launcher, Op, sqnr_db
 
 GRIDS = (Grid(1, 5, 7), Grid(2, 4, 3))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engines.kernels.e4m3 import FP8, power_of_two_scales
 from engines.kernels.op import Launcher, sqnr_db
 from engines.kernels.text.skinny_product import GATED_PRODUCT, SKINNY_PRODUCT, parts_of
 
@@ -33,6 +34,23 @@ def test_gated_equals_its_reference(rows: int, width: int, inner: int, dtype: to
     actual = GATED_PRODUCT.run(LAUNCHER, x, w, w)
     assert actual.dtype == dtype
     assert sqnr_db(GATED_PRODUCT.reference(x, w, w), actual) > BOUNDS[dtype]
+
+
+@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 48, 96), (24, 80, 640), (64, 64, 300)])
+def test_weights_of_8_bits_equal_their_references(rows: int, width: int, inner: int) -> None:
+    x, w = operands(rows, 2 * width, inner, torch.float32)
+    scale = power_of_two_scales(w)
+    narrow = (w / scale[:, None]).to(FP8)
+    exact = narrow.float() * scale[:, None]
+    assert 25 < sqnr_db(w, exact) < 40
+    for dtype in (torch.float32, torch.bfloat16):
+        typed = x.to(dtype)
+        parts = SKINNY_PRODUCT.run(LAUNCHER, typed, narrow, scale)
+        assert sqnr_db(SKINNY_PRODUCT.reference(typed, narrow, scale), parts) > 100
+        assert sqnr_db(typed.float() @ exact.T, parts.sum(0)) > 100  # x keeps its own precision
+        gated = GATED_PRODUCT.run(LAUNCHER, typed, narrow, narrow, scale)
+        assert gated.dtype == dtype
+        assert sqnr_db(GATED_PRODUCT.reference(typed, exact.to(dtype), w), gated) > BOUNDS[dtype]
 
 
 def test_rows_do_not_depend_on_how_many_there_are() -> None:
