@@ -71,6 +71,11 @@ def _text(pixels: Pixels) -> str:
     return base64.b64encode(image_file(pixels)).decode()
 
 
+def test_the_decoder_is_sent(serve: Serve) -> None:
+    with Client(serve(FakeEngine(fast_decoder="taesana")).url) as client:
+        shows(client.generate("a circle", seed=7, decoder="fast", **SMALL), job(7, decoder="fast"))
+
+
 def test_a_stream_yields_what_is_ready_before_what_is_not(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine, max_batch=1)
