@@ -37,7 +37,7 @@ def example_inputs(
         size = (batch, *shape.pixels, 3)
         return {"pixels": torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)}
     latent = torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator)
-    if name == "decoder":
+    if name in ("decoder", "fast_decoder"):
         return {"latent": latent}
     lengths = shape.tokens - torch.arange(batch) % max(1, shape.tokens // 2)
     inputs = {

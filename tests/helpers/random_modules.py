@@ -14,6 +14,7 @@ from engines.build.example_inputs import StaticShape
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
 from engines.models.dcae import Autoencoder
 from engines.models.pixels import PixelDecoder, PixelEncoder
+from engines.models.taesana import TaesanaConfig, TaesanaDecoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
 
 T = TypeVar("T")
@@ -48,11 +49,15 @@ def random_controlled(dtype: torch.dtype = torch.float32, injection: Injection =
 
 
 def random_module(name: ModuleName, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns the engine's module `name` for SHAPE."""
+    """Returns the engine's module `name` for SHAPE; the fast decoder is a TAESANA of the published size."""
     if name == "transformer":
         return random_transformer(dtype=dtype)
     if name == "controlled":
         return random_controlled(dtype)
+    if name == "fast_decoder":
+        taesana = randomise_weights(_seeded(lambda: TaesanaDecoder(TaesanaConfig())), 5).to(dtype).requires_grad_(False)
+        assert isinstance(taesana, TaesanaDecoder)
+        return PixelDecoder(taesana).eval()
     autoencoder = randomise_weights(_seeded(lambda: Autoencoder(AUTOENCODER))).to(dtype).requires_grad_(False)
     assert isinstance(autoencoder, Autoencoder)
     return (PixelDecoder(autoencoder) if name == "decoder" else PixelEncoder(autoencoder)).eval()

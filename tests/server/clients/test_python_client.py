@@ -80,6 +80,11 @@ def test_a_server_of_several_models_is_told_which(serve: Serve) -> None:
     np.testing.assert_array_equal(read_image(image.content), expected_pixels(job(5), "two"))
 
 
+def test_the_decoder_is_sent(serve: Serve) -> None:
+    with Client(serve(FakeEngine(fast_decoder="taesana")).url) as client:
+        shows(client.generate("a circle", seed=7, decoder="fast", **SMALL), job(7, decoder="fast"))
+
+
 def test_a_stream_yields_what_is_ready_before_what_is_not(serve: Serve) -> None:
     engine = GatedEngine()
     running = serve(engine, max_batch=1)

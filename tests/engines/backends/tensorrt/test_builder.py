@@ -45,6 +45,14 @@ def test_our_graphs_compile_for_an_rtx_4090(name: ModuleName, dtype: torch.dtype
     assert not timing.exists(), "ahead of time nothing is timed"
 
 
+def test_a_taesana_of_the_published_size_compiles_for_an_rtx_4090(tmp_path: Path) -> None:
+    graph, plan = tmp_path / "decoder.onnx", tmp_path / "decoder.engine"
+    inputs = example_inputs("decoder", SHAPE, 2, torch.bfloat16)
+    export_onnx(random_module("fast_decoder", torch.bfloat16), "decoder", inputs, graph)
+    assert build_engine(trt, graph, plan, (1, 4), ADA, tmp_path / "timing")["batches"] == [1, 4]
+    assert plan.stat().st_size > 2 * 8.3e6  # the weights in 16 bits
+
+
 Model = Any  # onnx.ModelProto
 
 
