@@ -173,7 +173,7 @@ def test_an_engine_belongs_to_one_of_two(serve: Serve, other: Path, tmp_path: Pa
     build(BuildSpec("tiny", "cpu", "fp32", tmp_path / "built", sizes=((SIDE, SIDE),), batches=(1, 2)))
     options = {"model": f"tiny,other={other}", "engine": f"tiny={tmp_path / 'built'}", "device": "cpu"}
     engine = engine_source(Settings(**options)).load(lambda: None)  # type: ignore[arg-type]  # of texts
-    running = serve(engine, **options)
+    running = serve(engine, model=options["model"])
     models = running.client.get("/v1/info").json()["models"]
     assert [(one["backend"], one["max_batch"], one["sizes"]) for one in models.values()] == [
         ("openvino", 2, [[SIDE, SIDE]]),
