@@ -164,6 +164,8 @@ def _announce_engine(engine: Engine, metrics: Metrics) -> None:
         metrics.watch_memory(engine.memory_bytes)
     logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)
     if (age_s := process_age_s()) is not None:
+        if {"load", "warm-up"} <= info.start_s.keys():  # not of an engine that replaces another
+            info.start_s["server"] = round(age_s - info.start_s["load"] - info.start_s["warm-up"], 2)
         info.start_s["process"] = age_s
     logger.info("start: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.start_s.items()))
     for choice, reason in info.reasons.items():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,17 @@ def load(
     backend: str | None = None,
     sizes: tuple[tuple[int, int], ...] = (),
     checkpoint: Any = None,
+    import_s: float = 0.0,
 ) -> Engine:
     """Loads PyTorch's engine, or the built engines of a folder. Slow: reads a checkpoint.
 
     `backend` replaces the settings' backend. `checkpoint` is the settings' checkpoint if it is open already
-    (engines.checkpoints.checkpoint), so that it is hashed once.
+    (engines.checkpoints.checkpoint), so that it is hashed once. `import_s` are seconds of imports before this call.
     """
-    from engines.loader import load_engine  # imports torch
+    import_s += import_engines()
+    from engines.loader import load_engine
 
-    return load_engine(
+    engine = load_engine(
         checkpoint or settings.model,
         engine_dir=engine_dir,
         backend=backend or settings.backend,
@@ -63,6 +66,17 @@ def load(
         cache=settings.cache or user_cache(os.environ),
         sizes=sizes,
     )
+    engine.info.start_s["import"] = round(import_s, 3)
+    return engine
+
+
+def import_engines() -> float:
+    """Imports torch and the code that finds and loads engines. Returns the seconds."""
+    began = time.perf_counter()
+    import engines.artifacts.candidates
+    import engines.loader  # noqa: F401 - for its callers
+
+    return time.perf_counter() - began
 
 
 def user_cache(environment: Mapping[str, str]) -> str | None:
@@ -82,11 +96,13 @@ class _Operations:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sizes: tuple[tuple[int, int], ...] = ()
+        self._import_s = 0.0
         self._checkpoint: Any = None  # engines.checkpoints.checkpoint.Checkpoint, which imports torch
         self.folder = engine_folder(settings.cache, os.environ)
         self.build_command = (sys.executable, str(BUILDER))
 
     def find_candidates(self) -> Candidates:
+        self._import_s = import_engines()
         from engines.artifacts.candidates import candidates, has_gpu
 
         settings = self._settings
@@ -113,10 +129,13 @@ class _Operations:
         return find_engine(self.folder, candidate.requirements, exclude)
 
     def open_built(self, path: Path) -> Engine:
-        return load(self._settings, str(path), checkpoint=self._checkpoint)
+        return load(self._settings, str(path), checkpoint=self._checkpoint, import_s=self._import_s)
 
     def load_pytorch(self, built_sizes_only: bool) -> Engine:
         built_only = self._settings.backend in ("openvino", "tensorrt")
         return load(
-            self._settings, backend="auto" if built_only else None, sizes=self._sizes if built_sizes_only else ()
+            self._settings,
+            backend="auto" if built_only else None,
+            sizes=self._sizes if built_sizes_only else (),
+            import_s=self._import_s,
         )
