@@ -131,16 +131,16 @@ def _load_modules(options: _Options) -> Engine:
             f"lora {name}: {backend} takes adapters with a scale alone, which are fused, such as "
             f"--lora {name}={selectable[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
         )
+    max_batch, cache = options.max_batch, options.cache
     with ThreadPoolExecutor() as threads:
         pool = _pool(threads, base)
-        text_part = phases.begin("text encoder", lambda: load_text_stage(checkpoint, dtype, device), pool)
+        text_part = phases.begin("text encoder", partial(load_text_stage, checkpoint, dtype, device, cache), pool)
         transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, device), pool)
         decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, device), pool)
         load_branch = partial(load_controlnet, base, options.controlnet, dtype, device, options.variant)
         branch = phases.timed("controlnet", load_branch)
     text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
     names = tuple(adapter.name for adapter in selectable)
-    max_batch, cache = options.max_batch, options.cache
     limits = limits_of(checkpoint, max_batch, control=branch is not None, adapters=names, sizes=options.sizes)
 
     def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
@@ -209,7 +209,8 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     else:
         with ThreadPoolExecutor() as threads:  # reads the text encoder while this thread opens the engines
             pool = _pool(threads, base)
-            reading = phases.begin("text encoder", lambda: load_text_stage(checkpoint, text_dtype, device), pool)
+            read_text = partial(load_text_stage, checkpoint, text_dtype, device, options.cache)
+            reading = phases.begin("text encoder", read_text, pool)
             loaded, native = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, device)), None
         text = reading.result()
     branch = load_controlnet(base, options.controlnet, text_dtype, device, options.variant)
@@ -230,8 +231,7 @@ def _load_built(folder: Path, options: _Options) -> Engine:
         return Modules(text, own.transformer, own.decoder, own.encoder, controlled)
 
     largest = max(manifest.batches)
-    default = checkpoint.settings.default_size
-    default = default if default in manifest.sizes else manifest.sizes[-1]
+    default = wanted if (wanted := checkpoint.settings.default_size) in manifest.sizes else manifest.sizes[-1]
     limits = limits_of(checkpoint, min(options.max_batch, largest), control=branch is not None)
     limits = replace(limits, sizes=manifest.sizes, default_size=default)
     reasons["batch"] = f"{limits.max_batch}: asked for {options.max_batch}, built for {largest}"

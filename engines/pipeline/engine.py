@@ -4,6 +4,7 @@ The image depends on its job alone: the noise comes from the job's own seed, and
 Knows no HTTP, no files and no choice of backend.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -127,9 +128,8 @@ class SprintEngine:
             self._info.replaced_kernels.update(self._kernels.replaced)
         with self._on_device():
             self._capture()
-        sizes = self._limits.sizes if self._buckets else ()
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
-        for width, height in sizes or (self._limits.default_size,):
+        for width, height in self._warm_sizes():
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
                     job = Job("", seed=0, width=width, height=height, control_image=drawing)
@@ -137,6 +137,15 @@ class SprintEngine:
                         self.generate([variant] * count)
         if self._kernels is not None:
             self._run_every_kernel()
+
+    def _warm_sizes(self) -> Sequence[tuple[int, int]]:
+        """Returns all sizes for graphs and engines; for eager modules, which hold nothing by size, a small one."""
+        limits = self._limits
+        if self._buckets:
+            return limits.sizes or (limits.default_size,)
+        width, height = limits.default_size
+        small = max(width // 4, limits.min_side), max(height // 4, limits.min_side)
+        return (min(limits.nearest_sizes(*small), key=math.prod),)
 
     def _job_per_format(self, job: Job) -> Sequence[Job]:
         """Returns the job, and a copy for each file format that the device encodes."""
