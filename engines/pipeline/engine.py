@@ -144,7 +144,7 @@ class SprintEngine:
         if self._buckets:
             return limits.sizes or (limits.default_size,)
         width, height = limits.default_size
-        small = max(width // 4, limits.min_side), max(height // 4, limits.min_side)
+        small = max(width // 8, limits.min_side), max(height // 8, limits.min_side)
         return (min(limits.nearest_sizes(*small), key=math.prod),)
 
     def _job_per_format(self, job: Job) -> Sequence[Job]:
