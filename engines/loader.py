@@ -147,7 +147,7 @@ def _load_modules(options: _Options) -> Engine:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
         unit = checkpoint.autoencoder.compression
         spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8=precision == "int8")
-        return execute(module, spec)
+        return phases.timed(f"{name} for {backend}", partial(execute, module, spec))
 
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
     kernels = options.native or _kernels(backend, dtype, device, checkpoint, cache, shapes)

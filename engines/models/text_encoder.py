@@ -27,7 +27,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class PrefixState:
-    """What the body makes of a prefix: the hidden state of its first token, and each layer's keys and values."""
+    """The hidden state of a prefix's first token, and each layer's keys and values of the prefix."""
 
     first: Tensor  # [1, D]
     past: Sequence[Past]

@@ -1,4 +1,4 @@
-"""What a process does to start soon: torch's libraries beside the imports, no collections, nothing imported in vain."""
+"""A process that starts: torch's libraries load beside the imports, no collections, nothing imported in vain."""
 
 import pytest
 from program import Program
