@@ -38,9 +38,11 @@ COPY LICENSE build_engine.py ./
 COPY engines engines
 COPY server server
 COPY models models
-COPY deploy/healthcheck.py deploy/healthcheck.py
+COPY deploy/healthcheck.py deploy/bytecode.py deploy/
+# Python keeps the bytecode of every module that the server imports: a container with a read-only root cannot.
 # One user without name or shell, two folders for volumes; the rest may be read-only.
 RUN /venv/bin/python -m compileall -q engines server \
+ && PYTHONPATH=. /venv/bin/python deploy/bytecode.py \
  && mkdir -p /weights /engines && chown 10001:10001 /weights /engines
 USER 10001:10001
 VOLUME ["/weights", "/engines"]

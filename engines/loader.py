@@ -133,9 +133,10 @@ def _load_modules(options: _Options) -> Engine:
             f"lora {name}: {backend} takes adapters with a scale alone, which are fused, such as "
             f"--lora {name}={selectable[0].path}:1; by request they run on {' and '.join(ADAPTING)}"
         )
+    max_batch, cache = options.max_batch, options.cache
     with ThreadPoolExecutor() as threads:
         pool = _pool(threads, base)
-        text_part = phases.begin("text encoder", lambda: options.texts.load(checkpoint, dtype, device), pool)
+        text_part = phases.begin("text encoder", partial(options.texts.load, checkpoint, dtype, device, cache), pool)
         transformer_part = phases.begin("transformer", lambda: checkpoint.load_transformer(dtype, device), pool)
         decoder_part = phases.begin("autoencoder", lambda: checkpoint.load_autoencoder(dtype, device), pool)
         load_fast = None if fast is None else partial(fast.load_pixel_decoder, None, dtype, device)
@@ -145,7 +146,6 @@ def _load_modules(options: _Options) -> Engine:
     text, transformer, autoencoder = text_part.result(), transformer_part.result(), decoder_part.result()
     fast_decoder = None if fast_part is None else fast_part.result()
     names = tuple(adapter.name for adapter in selectable)
-    max_batch, cache = options.max_batch, options.cache
     limits = limits_of(
         *(checkpoint, max_batch),
         control=branch is not None,
@@ -159,7 +159,7 @@ def _load_modules(options: _Options) -> Engine:
         unit = checkpoint.autoencoder.compression
         int8 = precision == "int8" and name == "decoder"
         spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8, reasons)
-        return execute(module, spec)
+        return phases.timed(f"{name} for {backend}", partial(execute, module, spec))
 
     shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
     shapes += "" if fast is None else f" {fast.autoencoder}"
@@ -224,7 +224,8 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     else:
         with ThreadPoolExecutor() as threads:  # reads the text encoder while this thread opens the engines
             pool = _pool(threads, base)
-            reading = phases.begin("text encoder", lambda: options.texts.load(checkpoint, text_dtype, device), pool)
+            read_text = partial(options.texts.load, checkpoint, text_dtype, device, options.cache)
+            reading = phases.begin("text encoder", read_text, pool)
             loaded, native = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, device)), None
         text = reading.result()
     branch = load_controlnet(base, options.controlnet, text_dtype, device, options.variant)
@@ -251,8 +252,7 @@ def _load_built(folder: Path, options: _Options) -> Engine:
         return Modules(text, own.transformer, own.decoder, own.encoder, controlled, fast_decoder)
 
     largest = max(manifest.batches)
-    default = checkpoint.settings.default_size
-    default = default if default in manifest.sizes else manifest.sizes[-1]
+    default = wanted if (wanted := checkpoint.settings.default_size) in manifest.sizes else manifest.sizes[-1]
     max_batch, two = min(options.max_batch, largest), fast is not None
     limits = limits_of(checkpoint, max_batch, control=branch is not None, fast_decoder=two)
     limits = replace(limits, sizes=manifest.sizes, default_size=default)

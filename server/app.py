@@ -168,7 +168,10 @@ def _announce_engine(engine: Engine, metrics: Metrics) -> None:
     if isinstance(engine, ReportsMemory):
         metrics.watch_memory(engine.memory_bytes)
     if (age_s := process_age_s()) is not None:
-        engine.info.start_s["process"] = age_s
+        start_s = engine.info.start_s
+        if {"load", "warm-up"} <= start_s.keys():  # not of an engine that replaces another
+            start_s["server"] = round(age_s - start_s["load"] - start_s["warm-up"], 2)
+        start_s["process"] = age_s
     for one in engines.values():
         info = one.info
         logger.info("ready: %s on %s, %s, %s", info.checkpoint, info.device, info.backend, info.precision)

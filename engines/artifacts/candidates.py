@@ -6,6 +6,7 @@ Chooses nothing and builds nothing; the server does (server/loading).
 import hashlib
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from engines.types import AdapterOption, powers_of_two
 
 @dataclass(frozen=True)
 class Candidate:
-    """An engine of one vendor. `missing`: packages that a build needs and that are not installed."""
+    """An engine of one vendor. `missing`: packages and programs that a build needs and this machine lacks."""
 
     vendor: str
     name: str  # folder of a build
@@ -64,6 +65,7 @@ def candidates(
     lora: Sequence[AdapterOption] = (),
     vendors: Sequence[Vendor] = VENDORS,
     installed: Installed = find_spec,
+    which: Installed = shutil.which,
 ) -> Candidates:
     """Returns the candidates for `model`.
 
@@ -97,7 +99,7 @@ def candidates(
         arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
         arguments += ["--decoder", decoder] if decoder else []
         arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
-        name, missing = _name(model, requirements), vendor.missing(installed)
+        name, missing = _name(model, requirements), vendor.missing(installed, which)
         each.append(Candidate(vendor.name, name, requirements, tuple(arguments), missing))
     return Candidates(checkpoint, precision, served_sizes, max_batch, tuple(each), why_none)
 

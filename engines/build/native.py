@@ -21,6 +21,7 @@ from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, differe
 from engines.build.spec import BuildSpec, Size, size_label
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.weights import file_stamps
 from engines.pipeline.calibration import PROMPTS
 from engines.pipeline.text_stage import load_text_stage
 
@@ -63,7 +64,7 @@ def native_versions() -> dict[str, str]:
 def native_output(build: BuildContext, references: Mapping[Size, Path]) -> BuildOutput:
     """Writes all but the manifest into the build's folder. Raises BuildError, ParityError."""
     from engines.artifacts.native.compiling import CompileRequest, compile_kernels
-    from engines.artifacts.native.loading import KERNELS, NativeInfo, code_digest, file_stamps
+    from engines.artifacts.native.loading import KERNELS, NativeInfo, code_digest
     from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save

@@ -25,20 +25,31 @@ class Tokens:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixState:
+    """The hidden state of a prefix's first token, and each layer's keys and values of the prefix."""
+
+    first: Tensor  # [1, D]
+    past: Sequence[Past]
+
+
 class TextEncoder:
     """Encodes prompts with a loaded Gemma-2 body and the keys and values of their shared prefix.
 
     prefix: first ids of nearly all prompts, at least one. A prompt that differs earlier is still exact and reuses the
-    part that it shares.
+    part that it shares. state: that of this prefix by this body; None computes it.
     """
 
     @torch.inference_mode()
-    def __init__(self, body: GemmaBody, prefix: Sequence[int]):
+    def __init__(self, body: GemmaBody, prefix: Sequence[int], state: PrefixState | None = None):
         self.body = body.eval().requires_grad_(False)
         self._device = body.embed_tokens.weight.device
         self.prefix = tuple(prefix)
-        hidden, self._past = body(torch.tensor([self.prefix], device=self._device))
-        self._first = hidden[0, :1]  # [1, D]: the first token attends only to itself, so it is the same for all prompts
+        if state is None:
+            hidden, past = body(torch.tensor([self.prefix], device=self._device))
+            state = PrefixState(hidden[0, :1], past)
+        # The first token attends only to itself, so it is the same for all prompts.
+        self.state, self._first, self._past = state, state.first, state.past
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]:

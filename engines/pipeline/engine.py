@@ -4,6 +4,7 @@ The image depends on its job alone: the noise comes from the job's own seed, and
 Knows no HTTP, no files and no choice of backend.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,12 +104,11 @@ class SprintEngine:
         self._info, self._limits, self._buckets, self._runners = info, limits, buckets, runners
         self._kernels = kernels
         self._card = None
-        if space.device.type == "cuda":
-            self._card = open_card(str(torch.cuda.get_device_properties(space.device).uuid))
         self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
         self._downloader: Downloader = HostDownloader()
         self._stream = None  # TensorRT needs another one than the default
         if space.device.type == "cuda":
+            self._card = open_card(str(torch.cuda.get_device_properties(space.device).uuid))
             torch.cuda.set_device(space.device)
             torch.set_num_threads(1)  # the start of a thread pool costs more than it saves on a batch's noise
             self._downloader = CudaDownloader(jpeg_on_card())
@@ -129,9 +129,8 @@ class SprintEngine:
             self._info.replaced_kernels.update(self._kernels.replaced)
         with self._on_device():
             self._capture()
-        sizes = self._limits.sizes if self._buckets else ()
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
-        for width, height in sizes or (self._limits.default_size,):
+        for width, height in self._warm_sizes():
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
                 for drawing in drawings:
                     job = Job("", seed=0, width=width, height=height, control_image=drawing)
@@ -139,6 +138,13 @@ class SprintEngine:
                         self.generate([variant] * count)
         if self._kernels is not None:
             self._run_every_kernel()
+
+    def _warm_sizes(self) -> Sequence[tuple[int, int]]:
+        """Returns all sizes for graphs and engines; for eager modules, which hold nothing by size, a small one."""
+        if self._buckets:
+            return self._limits.sizes or (self._limits.default_size,)
+        small = (max(side // 8, self._limits.min_side) for side in self._limits.default_size)
+        return (min(self._limits.nearest_sizes(*small), key=math.prod),)
 
     def _variants(self, job: Job) -> Sequence[Job]:
         """Returns a copy of the job for each decoder, and for each file format that the device encodes."""

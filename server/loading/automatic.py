@@ -91,7 +91,8 @@ class AutomaticEngine:
         candidates = self._operations.find_candidates()
         if not candidates.each:
             return self._load_pytorch(candidates.why_none, logging.INFO)
-        absent = [one.vendor for one in candidates.each if self._operations.find_built(one, ())[0] is None]
+        buildable = [one for one in candidates.each if not one.missing]
+        absent = [one.vendor for one in buildable if self._operations.find_built(one, ())[0] is None]
         if absent and self._while_building:
             why = f"until the engine of {', '.join(absent)} is built"
             engine = self._load_pytorch(why, logging.INFO, built_sizes_only=True)

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,20 +76,23 @@ def load(
     sizes: tuple[tuple[int, int], ...] = (),
     checkpoint: Any = None,
     shared: Shared | None = None,
+    import_s: float = 0.0,
 ) -> Engine:
     """Loads PyTorch's engine, or the built engines of a folder. Slow: reads a checkpoint.
 
     `backend` replaces the settings' backend. `checkpoint` is the settings' checkpoint if it is open already
-    (engines.checkpoints.checkpoint), so that it is hashed once. `shared`: with several models.
+    (engines.checkpoints.checkpoint), so that it is hashed once. `shared`: with several models. `import_s`: seconds of
+    imports before this call.
     """
-    from engines.loader import load_engine  # imports torch
+    import_s += import_engines()
+    from engines.loader import load_engine
 
     (model,) = settings.models
     if checkpoint is None and shared is not None:
         checkpoint = shared.checkpoint()
     elif checkpoint is None and model.name != model.source:
         checkpoint = _open(settings)
-    return load_engine(
+    engine = load_engine(
         checkpoint or model.source,
         engine_dir=engine_dir,
         backend=backend or settings.backend,
@@ -104,6 +108,17 @@ def load(
         sizes=sizes,
         texts=None if shared is None else shared.texts(),
     )
+    engine.info.start_s["import"] = round(import_s, 3)
+    return engine
+
+
+def import_engines() -> float:
+    """Imports torch and the code that finds and loads engines. Returns the seconds."""
+    began = time.perf_counter()
+    import engines.artifacts.candidates
+    import engines.loader  # noqa: F401 - for its callers
+
+    return time.perf_counter() - began
 
 
 def _open(settings: Settings) -> Any:
@@ -157,11 +172,13 @@ class _Operations:
         self._settings = settings
         self._shared = shared
         self._sizes: tuple[tuple[int, int], ...] = ()
+        self._import_s = 0.0
         self._checkpoint: Any = None  # engines.checkpoints.checkpoint.Checkpoint, which imports torch
         self.folder = engine_folder(settings.cache, os.environ)
         self.build_command = (sys.executable, str(BUILDER))
 
     def find_candidates(self) -> Candidates:
+        self._import_s = import_engines()
         from engines.artifacts.candidates import candidates, has_gpu
 
         settings = self._settings
@@ -189,9 +206,11 @@ class _Operations:
         return find_engine(self.folder, candidate.requirements, exclude)
 
     def open_built(self, path: Path) -> Engine:
-        return load(self._settings, str(path), checkpoint=self._checkpoint, shared=self._shared)
+        return load(
+            self._settings, str(path), checkpoint=self._checkpoint, shared=self._shared, import_s=self._import_s
+        )
 
     def load_pytorch(self, built_sizes_only: bool) -> Engine:
         built_only = self._settings.backend in ("openvino", "tensorrt")
         backend, sizes = "auto" if built_only else None, self._sizes if built_sizes_only else ()
-        return load(self._settings, backend=backend, sizes=sizes, shared=self._shared)
+        return load(self._settings, backend=backend, sizes=sizes, shared=self._shared, import_s=self._import_s)

@@ -25,6 +25,7 @@ from server.live.messages import MAX_DRAWING
 from server.live.sessions import LiveSessions
 from server.processes.accepting import Acceptor, listen
 from server.processes.announce import print_listening, print_ready, server_url
+from server.processes.garbage import resume_collector
 from server.processes.upgrades import announces_body, offers_websocket, without_offer
 from server.settings import Settings
 
@@ -250,6 +251,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's signature
         await super().startup(sockets=[])
         self._acceptor.resume()
+        self._tasks.append(asyncio.create_task(self._end_start(), name="end of the start"))
         if self._listeners:
             url = server_url(self.config.host, self._listeners[0].getsockname()[1])
             self._tasks.append(asyncio.create_task(self._announce(url), name="announce"))
@@ -303,6 +305,10 @@ class DrainingServer(uvicorn.Server):
         print_listening(url, self._service.settings.model)
         await self._service.scheduler.ready.wait()
         print_ready(url)
+
+    async def _end_start(self) -> None:
+        await self._service.scheduler.ready.wait()
+        resume_collector()
 
 
 def serve(app: FastAPI, settings: Settings) -> None:

@@ -24,6 +24,7 @@ from server.loading.engine_loader import engine_source
 from server.processes.accepting import free_descriptors, leaves_spare, open_files_limit
 from server.processes.channel import MAX_ROOM, State, WorkerStatus, receive, send_status
 from server.processes.cores import configure_openmp
+from server.processes.garbage import pause_collector
 from server.processes.malloc import configure_malloc
 from server.processes.uvicorn_server import DrainingServer, uvicorn_config
 from server.settings import load_settings
@@ -105,6 +106,7 @@ def main() -> int:
         settings = load_settings(sys.argv[4:], os.environ)
         logs.configure(settings.log_format, settings.log_level, {"worker": name})
         configure_malloc(os.environ)
+        pause_collector()
         app = create_app(
             engine_source(settings),
             settings,

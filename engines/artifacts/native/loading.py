@@ -25,7 +25,7 @@ from engines.artifacts.native.skeleton import MODULE_NAMES, NativeModules, skele
 from engines.artifacts.native.storages import attach_memory
 from engines.backends import eager
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.weights import FolderWeights, WeightSource, weight_files
+from engines.checkpoints.weights import file_stamps
 from engines.errors import ArtifactError
 from engines.pipeline import native as pipeline_native
 from engines.pipeline.native import NativeBackend, Ranges
@@ -109,21 +109,6 @@ def _sources() -> Iterator[Path]:
         yield from sorted(Path(package.__path__[0]).rglob("*.py"))
     for module in (eager, pipeline_native):
         yield Path(str(module.__file__))
-
-
-def file_stamps(weights: WeightSource) -> list[list[object]]:
-    """Returns name, size and modification time of each file; files of equal stamps need no new hash.
-
-    Empty for weights that are no files.
-    """
-    if not isinstance(weights, FolderWeights):
-        return []
-    stamps: list[list[object]] = []
-    for part in sorted(weights.folders.keys() - {"tokenizer"}):
-        for path in weight_files(weights.folders[part], weights.variant):
-            status = path.stat()
-            stamps.append([f"{part}/{path.name}", status.st_size, status.st_mtime_ns])
-    return stamps
 
 
 def _split(files: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord]]:

@@ -11,6 +11,8 @@ import build_engine
 from engines.artifacts import catalog
 from engines.artifacts.candidates import candidates
 from engines.artifacts.vendors import VENDORS, Installed, Vendor
+from engines.build.targets import resolve
+from engines.device.hardware import Machine
 
 
 @pytest.fixture
@@ -99,6 +101,10 @@ def test_candidates_of_a_cpu(
         (("tensorrt", "tensorrt_rtx"), (8, 9), ["tensorrt"]),
         (("tensorrt_rtx",), (8, 9), ["tensorrt_rtx"]),
         (("tensorrt_rtx", "openvino"), (9, 0), []),
+        (("tensorrt", "triton"), (9, 0), ["tensorrt", "native"]),
+        (("tensorrt_rtx", "triton"), (9, 0), ["native"]),
+        (("tensorrt_rtx", "triton"), (8, 9), ["tensorrt_rtx", "native"]),
+        (("tensorrt", "triton"), (8, 0), ["tensorrt"]),
     ],
 )
 def test_vendors_of_a_card(packages: tuple[str, ...], capability: tuple[int, int], serving: list[str]) -> None:
@@ -106,3 +112,70 @@ def test_vendors_of_a_card(packages: tuple[str, ...], capability: tuple[int, int
         return vendor.serves("cuda", capability, "fp8") and vendor.can_run(installed(*packages))
 
     assert [vendor.name for vendor in VENDORS if fits(vendor)] == serving
+
+
+@pytest.mark.parametrize(
+    ("packages", "programs", "missing"),
+    [
+        (("tensorrt", "onnx", "onnxscript", "triton"), ("gcc",), {"tensorrt": (), "native": ()}),
+        (("triton",), ("clang",), {"native": ()}),
+        (("tensorrt", "onnx", "onnxscript", "triton"), (), {"tensorrt": (), "native": ("gcc or clang",)}),
+    ],
+)
+def test_candidates_of_a_card(
+    packages: tuple[str, ...],
+    programs: tuple[str, ...],
+    missing: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine("a CPU", "NVIDIA H100 80GB HBM3", (9, 0), "580.65.06", 80e9)
+    monkeypatch.setattr("engines.artifacts.candidates.this_machine", lambda: machine)
+    found = candidates(
+        model="tiny",
+        device=None,
+        backend="auto",
+        precision=None,
+        sizes=(),
+        max_batch=8,
+        decoder=None,
+        variant=None,
+        installed=installed(*packages),
+        which=installed(*programs),
+    )
+    assert {one.vendor: one.missing for one in found.each} == missing
+    for one in found.each:
+        assert (one.requirements.capability, one.requirements.precision) == ("9.0", "bf16")
+        spec = build_engine.parse([*one.arguments, "--out", "x"])
+        assert (spec.gpu, spec.precision, spec.batches) == ("native", "bf16", (1, 2, 4, 8))
+        everything = installed("tensorrt", "triton")
+        assert resolve(spec.gpu, spec.precision, machine, everything, spec.vendor).vendor == one.vendor
+
+
+def test_a_native_engine_is_what_its_candidate_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("a CPU", "NVIDIA GeForce RTX 4090", (8, 9), "580.65.06", 24e9)
+    monkeypatch.setattr("engines.artifacts.candidates.this_machine", lambda: machine)
+    (one,) = candidates(
+        model="tiny",
+        device="cuda:0",
+        backend="cuda-graph",
+        precision="fp8",
+        sizes=(),
+        max_batch=2,
+        decoder=None,
+        variant=None,
+        installed=installed("tensorrt", "triton"),
+        which=installed("gcc"),
+    ).each
+    needed = one.requirements
+    manifest = replace(
+        MANIFEST,
+        checkpoint_sha256=needed.checkpoint_sha256,
+        vendor="native",
+        compute_capability="8.9",
+        precision="fp8",
+        sizes=needed.sizes,
+        batches=(1, 2),
+        versions={"torch": "2.13.0", "triton": "3.7.1"},
+    )
+    assert needed.mismatch(manifest) is None
+    assert needed.mismatch(replace(manifest, compute_capability="9.0")) == f"for native on {MANIFEST.device}"

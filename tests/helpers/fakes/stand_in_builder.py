@@ -3,7 +3,8 @@
     python stand_in_builder.py PLAN [arguments of build_engine.py]
 
 PLAN is a JSON file with `manifest` (to write) and `log` (a file that receives a line with the process id). Optional are
-`gate` (a file to wait for half-way) and `fail` (its error message, with `code`).
+`gate` (a file to wait for half-way), `fail` (its error message, with `code`) and `manifests` (name of a folder ->
+another manifest).
 """
 
 import json
@@ -28,7 +29,7 @@ def main() -> int:
     if "fail" in plan:
         print(f"build_engine.py: {plan['fail']}", file=sys.stderr)
         return int(plan["code"])
-    (staging / "manifest.json").write_text(json.dumps(plan["manifest"]))
+    (staging / "manifest.json").write_text(json.dumps(plan.get("manifests", {}).get(out.name, plan["manifest"])))
     staging.rename(out)
     return 0
 

@@ -66,6 +66,7 @@ class Bench:
         self.plain: list[bool] = []
         self.damaged: list[Path] = []
         self.missing: tuple[str, ...] = ()
+        self.missing_of: dict[str, tuple[str, ...]] = {}  # vendor -> what it lacks instead
         self.engines: list[Named] = []
 
     @property
@@ -89,8 +90,9 @@ class Bench:
 
     def find_candidates(self) -> Candidates:
         named = enumerate(self.vendors)
+        lacks = [self.missing_of.get(one.vendor, self.missing) for one in self.vendors]
         return Candidates(
-            [Candidate(one.vendor, f"tiny-{i}", one, ("--vendor", one.vendor), self.missing) for i, one in named]
+            [Candidate(one.vendor, f"tiny-{i}", one, ("--vendor", one.vendor), lacks[i]) for i, one in named]
         )
 
     def find_built(self, candidate: automatic.Candidate, exclude: Collection[Path]) -> tuple[Path | None, list[str]]:
@@ -183,6 +185,7 @@ def test_a_build_is_told_on_ready_as_metrics_and_in_the_log(
     assert "compilation of the decoder, 50 %" in caplog.text
     phases = running.client.get("/v1/info").json()["start_s"]
     assert phases["process"] >= phases["load"] > phases["warm-up"] >= 0
+    assert phases["server"] + phases["load"] + phases["warm-up"] == pytest.approx(phases["process"], abs=0.02)
 
 
 def test_two_on_one_volume_build_once_and_both_serve(bench: Bench) -> None:
@@ -316,6 +319,33 @@ def test_of_two_vendors_the_faster_one_serves_by_a_measurement_that_is_kept(benc
     bench.engines.clear()
     assert loaded(bench.source()).backend == "quick"
     assert [engine.jobs for engine in bench.engines] == [0]
+
+
+def test_two_vendors_are_built_measured_once_and_the_faster_one_serves(bench: Bench) -> None:
+    tensorrt, native = (replace(WANTED, vendor=name, version=None, capability="9.0") for name in ("tensorrt", "native"))
+    bench.vendors, bench.delays_s = (tensorrt, native), (0.05, 0.0)
+    bench.plan["manifests"] = {
+        f"tiny-{index}": replace(MANIFEST, vendor=one.vendor, compute_capability="9.0", versions={}).to_dict()
+        for index, one in enumerate(bench.vendors)
+    }
+    info = loaded(bench.source())
+    assert info.backend == "native"
+    assert info.reasons["engine"].startswith("native: the fastest for one image: native ")
+    assert len(bench.builds) == 2
+    measured = (bench.folder / ".fastest.json").read_text()
+    bench.vendors, bench.delays_s = (native, tensorrt), (0.05, 0.0)  # the opposite, if it were measured again
+    assert loaded(bench.source()).backend == "native"
+    assert (len(bench.builds), (bench.folder / ".fastest.json").read_text()) == (2, measured)
+    bench.vendors, bench.delays_s = (native,), (0.0,)  # TensorRT is not installed any more
+    assert loaded(bench.source()).reasons["engine"].startswith("native: the engine that fits")
+
+
+def test_a_vendor_that_cannot_build_here_starts_no_swap(bench: Bench) -> None:
+    bench.vendors, bench.delays_s = (WANTED, replace(WANTED, vendor="native")), (0.0, 0.0)
+    bench.missing_of = {"native": ("gcc or clang",)}
+    bench.add("ready", MANIFEST)
+    info = loaded(bench.source(while_building=True))
+    assert (info.backend, bench.plain, bench.builds) == ("openvino", [], [])
 
 
 def test_one_vendor_that_fails_leaves_the_other(bench: Bench) -> None:

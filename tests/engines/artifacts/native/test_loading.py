@@ -15,9 +15,12 @@ import torch
 from native_engines import ROOT, drawn, loaded, spec
 
 import build_engine
+from engines.artifacts.candidates import candidates
+from engines.artifacts.catalog import find_engine
 from engines.artifacts.manifest import MANIFEST_FILE, read_manifest
 from engines.artifacts.native import loading
 from engines.build.builder import build
+from engines.device.hardware import Machine
 from engines.errors import ArtifactError, BuildError
 from engines.loader import load_engine
 
@@ -41,6 +44,30 @@ def test_the_manifest_names_what_decides(for_hopper: Path, ours: Path) -> None:
     assert told is not None
     assert (told["vendor"], "shared" in told) == ("native", False)
     assert not build(spec(ours, for_hopper)).changed
+
+
+def test_engine_auto_finds_it_on_its_card_alone(for_hopper: Path, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found_on(
+        capability: tuple[int, int], precision: str = "bf16", max_batch: int = 1
+    ) -> tuple[Path | None, list[str]]:
+        card = Machine("a CPU", "a card", capability, "580.65.06", 80e9)
+        monkeypatch.setattr("engines.artifacts.candidates.this_machine", lambda: card)
+        (candidate,) = candidates(
+            str(ours),
+            device=None,
+            backend="auto",
+            precision=precision,
+            sizes=(),
+            max_batch=max_batch,
+            decoder=None,
+            variant=None,
+            installed=lambda name: name == "triton" or None,
+        ).each
+        return find_engine(for_hopper.parent, candidate.requirements)
+
+    assert found_on((9, 0)) == (for_hopper, [])
+    for reasons in (found_on((8, 9))[1], found_on((9, 0), "fp8")[1], found_on((9, 0), max_batch=2)[1]):
+        assert len(reasons) == 1
 
 
 def flip(path: Path) -> None:
