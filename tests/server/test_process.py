@@ -40,7 +40,7 @@ def test_the_printed_curl_line_works_and_sigterm_answers_what_was_accepted(launc
         "json",
         SPRINT_FAKE_DELAY_MS="300",
         SPRINT_MAX_BATCH="1",
-        SPRINT_DRAIN_DELAY_S="1",
+        SPRINT_DRAIN_DELAY_S="4",
     )
     url = program.wait_ready()
     (command,) = re.findall(r"^curl .*$", program.output, re.MULTILINE)
