@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engines.checkpoints.weights import WeightSource, file_stamps
+from engines.device.hardware import expanded
 from engines.models.text_encoder import PrefixState
 
 FOLDER = "prefixes"
@@ -29,13 +30,14 @@ class PrefixCache:
     def of(
         cls, weights: WeightSource, prefix: Sequence[int], dtype: torch.dtype, folder: Path | None
     ) -> "PrefixCache | None":
-        """Returns None without a folder, and for weights that are no files."""
+        """Returns None without a folder, for a user without a home, and for weights that are no files."""
         stamps = [stamp for stamp in file_stamps(weights) if str(stamp[0]).startswith("text_encoder/")]
+        folder = folder and expanded(folder)
         if folder is None or not stamps:
             return None
         key = json.dumps([stamps, list(prefix), str(dtype), torch.__version__])
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        return cls(folder.expanduser() / FOLDER / name)
+        return cls(folder / FOLDER / name)
 
     def read(self) -> PrefixState | None:
         """Returns None if the file is absent or damaged."""

@@ -24,6 +24,14 @@ def package_versions(*names: str) -> dict[str, str]:
     return installed
 
 
+def expanded(path: Path) -> Path | None:
+    """Returns the path with its ~ replaced; None for a user without a home directory."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # pathlib's
+        return None
+
+
 Capability = tuple[int, int]
 
 

@@ -25,7 +25,7 @@ class Tokens:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefixState:
     """The hidden state of a prefix's first token, and each layer's keys and values of the prefix."""
 

@@ -17,6 +17,7 @@ from engines.backends.cuda.text import CudaTextEncoder
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.device.hardware import expanded
 from engines.kernels.op import Launcher, Ops
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
@@ -56,10 +57,8 @@ class NativeBackend:
         cache: folder of proofs; a user without a home directory gets no proof. shapes: text that identifies the shapes
         of the kernels' inputs.
         """
-        try:
-            proof = proof_file(cache.expanduser(), device, f"{autoencoder} {shapes}")
-        except RuntimeError:  # pathlib's
-            proof = None
+        folder = expanded(cache)
+        proof = None if folder is None else proof_file(folder, device, f"{autoencoder} {shapes}")
         return cls(Ops(Launcher.of(device)), autoencoder, proof)
 
     def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import Conv, ConvFactory, PackedConv
 from engines.backends.cpu.winograd import WinogradConv
-from engines.device.hardware import cpu_flags, this_machine
+from engines.device.hardware import cpu_flags, expanded, this_machine
 
 FILE = "convolutions.json"
 ROWS = 32
@@ -29,11 +29,13 @@ _FACTORIES: dict[str, type[WinogradConv] | type[PackedConv]] = {"winograd": Wino
 class FastestConv:
     """Factory of 3x3 convolutions (engines.backends.cpu.convolution.ConvFactory) that builds the fastest kind.
 
-    `cache`: the folder that keeps the measurements. A folder that cannot be written costs a second at each start.
+    `cache`: the folder that keeps the measurements. One that cannot be written, or a user without a home directory,
+    costs a second at each start.
     """
 
     def __init__(self, cache: Path, factories: Mapping[str, ConvFactory] = _FACTORIES) -> None:
-        self._path = cache.expanduser() / FILE
+        folder = expanded(cache)
+        self._path = None if folder is None else folder / FILE
         self._factories = factories
         self._milliseconds: dict[str, dict[str, float]] = {}  # by dtype and channels, then by kind
 
@@ -58,12 +60,16 @@ class FastestConv:
         kept = cached.get(key, {})
         if kept.keys() != self._factories.keys():
             kept = _measure(conv, self._factories)
+            if self._path is None:
+                return kept
             with contextlib.suppress(OSError):  # a full or read-only disk: measures again at the next start
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.write_text(json.dumps(cached | {key: kept}, indent=1))
         return kept
 
     def _read(self) -> dict[str, dict[str, float]]:
+        if self._path is None:
+            return {}
         try:
             cached = json.loads(self._path.read_bytes())
         except (OSError, ValueError):

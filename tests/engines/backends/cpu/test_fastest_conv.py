@@ -77,6 +77,19 @@ def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     assert isinstance(FastestConv(tmp_path / "file")(conv()), WinogradConv | PackedConv)
 
 
+def test_a_user_without_a_home_measures_at_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: str) -> str:
+        return "~"  # as os.path.expanduser without HOME and a passwd line
+
+    monkeypatch.setattr("os.path.expanduser", no_home)
+    clock, runs = Clock(monkeypatch), list[str]()
+    factories = {"a": clock.conv("a", 1, runs), "b": clock.conv("b", 2, runs)}
+    for _ in range(2):
+        runs.clear()
+        FastestConv(Path("~/.cache"), factories)(conv())
+        assert set(runs) == {"a", "b"}
+
+
 def test_both_kinds_compute_the_same(tmp_path: Path) -> None:
     x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)).contiguous(
         memory_format=torch.channels_last
