@@ -128,11 +128,13 @@ INFO = responses("What runs here.", {"application/json": OBJECT}, 401, 503)
 
 JSON_OBJECT = {"application/json": OBJECT}
 MODELS = responses("The model, alone and with each adapter.", JSON_OBJECT, 401, 503, envelope=OpenAiError)
-MODEL = responses("The model.", JSON_OBJECT, 401, 404, 503, envelope=OpenAiError)
+MODEL: dict[str, Any] = responses("The model.", JSON_OBJECT, 401, 404, 503, envelope=OpenAiError) | {
+    "openapi_extra": {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+}
 OPENAI_IMAGES = responses(
     "The images.",
     {"application/json": reference(ImagesResponse)},
-    *GENERATION_ERRORS,
+    *(404, *GENERATION_ERRORS),
     headers=TIMING_HEADERS,
     envelope=OpenAiError,
 )
