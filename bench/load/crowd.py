@@ -36,6 +36,7 @@ from bench.load.soak.requests import drawing_file
 
 CLIENTS = 8  # busy ones, in a closed loop
 AT_ONCE = 100  # connections that open at the same time
+HANDSHAKES_PER_S = 100  # of live sessions
 SIDE = 64
 PATIENCE_S = 30.0
 
@@ -124,7 +125,7 @@ async def live(url: str, sessions: int, rate: float, seconds: float) -> dict[str
     address = url.replace("http", "ws", 1) + "/v1/live"
     ready, start = [0], asyncio.Event()
     results = asyncio.gather(
-        *(_session(address, seed, rate, seconds, ready, start, AT_ONCE * seed / 10**4) for seed in range(sessions)),
+        *(_session(address, seed, rate, seconds, ready, start) for seed in range(sessions)),
         return_exceptions=True,
     )
     while ready[0] < sessions and not results.done():
@@ -147,11 +148,11 @@ async def live(url: str, sessions: int, rate: float, seconds: float) -> dict[str
 
 
 async def _session(
-    address: str, seed: int, rate: float, seconds: float, ready: list[int], start: asyncio.Event, delay_s: float
+    address: str, seed: int, rate: float, seconds: float, ready: list[int], start: asyncio.Event
 ) -> tuple[list[float], int]:
     """Returns milliseconds from each drawing to its image, and the number of drawings without one."""
     rng = random.Random(seed)
-    await asyncio.sleep(delay_s)  # so that the handshakes do not all come at once
+    await asyncio.sleep(seed / HANDSHAKES_PER_S)
     due: dict[int, float] = {}
     waits: list[float] = []
     async with connect(address, proxy=None, max_size=2**24, compression=None, open_timeout=PATIENCE_S) as socket:

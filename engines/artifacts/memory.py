@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engines.artifacts.manifest import read_manifest
-from engines.backends.choice import choose_device
+from engines.backends.choice import choose_device, default_precision
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders
 from engines.checkpoints.parameters import count_parameters
@@ -86,8 +86,7 @@ def planned_memory(
     device, precision: as for engines.loader.load_engine. Raises CheckpointError, ArtifactError, BackendError.
     """
     chosen = choose_device(device, {})
-    default = "fp32" if chosen.type == "cpu" else "bf16"
-    dtype = torch.float32 if (precision or default) == "fp32" else torch.bfloat16
+    dtype = torch.float32 if (precision or default_precision(chosen)) == "fp32" else torch.bfloat16
     needs = []
     for index, (checkpoint, folder) in enumerate(zip(checkpoints, engine_dirs, strict=True)):
         is_shared = any(equal_text_encoders(earlier, checkpoint) for earlier in checkpoints[:index])

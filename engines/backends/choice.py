@@ -29,10 +29,14 @@ def choose_device(requested: str | None, reasons: dict[str, str]) -> torch.devic
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
+def default_precision(device: torch.device) -> str:
+    return "fp32" if device.type == "cpu" else "bf16"
+
+
 def choose_precision(requested: str | None, device: torch.device, backend: str, reasons: dict[str, str]) -> str:
     """Returns one of PRECISIONS; None takes the device's default. Adds the reason. Raises BackendError."""
     if requested is None:
-        chosen = "fp32" if device.type == "cpu" else "bf16"
+        chosen = default_precision(device)
         why = "exact, and the CPU's default" if chosen == "fp32" else "as Sprint was trained"
         reasons["precision"] = f"{chosen}: {why}"
         return chosen

@@ -1,12 +1,11 @@
 """Compares text encoders of checkpoints by content, wherever their files lie."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.lora import FusedWeights
 from engines.checkpoints.random_weights import RandomWeights
-from engines.checkpoints.weights import FolderWeights, WeightSource, sha256_of, weight_files
+from engines.checkpoints.weights import FolderWeights, WeightSource, weight_files
 
 
 def equal_text_encoders(one: Checkpoint, other: Checkpoint) -> bool:
@@ -29,7 +28,7 @@ def equal_text_encoders(one: Checkpoint, other: Checkpoint) -> bool:
     if [path.resolve() for path in files[0]] == [path.resolve() for path in files[1]]:
         return True
     sizes = [[path.stat().st_size for path in paths] for paths in files]
-    return sizes[0] == sizes[1] and _digests(files[0]) == _digests(files[1])
+    return sizes[0] == sizes[1] and first.text_digests == second.text_digests
 
 
 def _source(weights: WeightSource) -> WeightSource:
@@ -39,8 +38,3 @@ def _source(weights: WeightSource) -> WeightSource:
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _digests(paths: list[Path]) -> list[str]:
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(sha256_of, paths))

@@ -136,10 +136,14 @@ class FolderWeights:
     def _digest(self) -> str:
         parts = sorted(self.folders.keys() - {"tokenizer"})
         files = [(part, path) for part in parts for path in weight_files(self.folders[part], self.variant)]
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(sha256_of, [path for _, path in files]))
+        digests = _digests([path for _, path in files])
         lines = [f"{part} {path.name} {digest}\n" for (part, path), digest in zip(files, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def text_digests(self) -> list[str]:
+        """The digest of each file of the text encoder; read once, in parallel."""
+        return _digests(weight_files(self.folders["text_encoder"], self.variant))
 
 
 def _load_file(path: Path, half: str) -> dict[str, Tensor]:
@@ -163,6 +167,11 @@ def _load_pth(path: Path) -> dict[str, Tensor]:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(paths: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256_of, paths))
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
