@@ -53,9 +53,7 @@ KEY_SUBPROTOCOL = (
     "bearer."  # followed by base64url of an API key without padding: a page's websocket cannot set headers
 )
 
-# Limits of the lingering close: after an early answer, reading on lets the client receive the answer.
-LINGER_S = 2.0
-LINGER_BYTES = 4 * 2**20
+DRAIN_S = 2.0  # longest wait for the rest of a small body that nobody reads
 
 logger = logging.getLogger("server.http")
 
@@ -211,7 +209,6 @@ class _Exchange:
         self._length = content_length(headers)
         self._unread = self._length != 0 and (self._length is not None or "transfer-encoding" in headers)
         self._read = 0
-        self._lingers = False
 
     def check_length(self) -> None:
         """Raises BodyTooLargeError (413) if Content-Length exceeds the limit."""
@@ -245,10 +242,6 @@ class _Exchange:
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), *self._headers()]
             await self._send(message)
-        elif self._lingers and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})
-            await self._lingering_close()
-            await self._send({"type": "http.response.body"})
         else:
             await self._send(message)
 
@@ -257,7 +250,7 @@ class _Exchange:
             (b"x-request-id", self.context.request_id.encode()),
             (b"x-content-type-options", b"nosniff"),
         ]
-        if self._lingers:
+        if self._unread:
             headers.append((b"connection", b"close"))
         if self._page:
             headers += [
@@ -268,18 +261,13 @@ class _Exchange:
         return headers
 
     async def _drain_body(self) -> None:
-        """Reads the rest of a small unread body, so that the connection stays usable; marks the others as lingering."""
+        """Reads the rest of a small body, so that the connection stays usable. With a larger one it closes."""
         if self._length is not None and self._length <= min(SMALL_BODY, self._limits.body_bytes):
-            await _within(LINGER_S, self._read_up_to(SMALL_BODY))
-        self._lingers = self._unread
+            await _within(DRAIN_S, self._read_small())
 
-    async def _lingering_close(self) -> None:
-        """Reads on before the close: an immediate close would make the client's system discard the answer."""
-        await _within(LINGER_S, self._read_up_to(LINGER_BYTES))
-
-    async def _read_up_to(self, max_bytes: int) -> None:
+    async def _read_small(self) -> None:
         read = 0
-        while self._unread and read <= max_bytes:
+        while self._unread and read <= SMALL_BODY:
             message = await self._receive()
             read += len(message.get("body", b""))
             self._unread = message["type"] == "http.request" and message.get("more_body", False)

@@ -26,6 +26,7 @@ from server.live.sessions import LiveSessions
 from server.processes.accepting import Acceptor, listen
 from server.processes.announce import print_listening, print_ready, server_url
 from server.processes.garbage import resume_collector
+from server.processes.lingering import LingeringTransport
 from server.processes.upgrades import announces_body, offers_websocket, without_offer
 from server.settings import Settings
 
@@ -50,7 +51,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._offered = False  # this request offers another protocol: the parser stops after its head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        super().connection_made(transport)
+        super().connection_made(LingeringTransport(transport))
         listening = transport.get_extra_info("socket")
         if listening is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, WRITE_STALL_MS)
@@ -171,9 +172,11 @@ def refuse(transport: asyncio.Transport, status: int, detail: str, header: str =
 
 
 def _shut(transport: asyncio.Transport, gently: Callable[[], None]) -> None:
-    """Ends a connection; logs an error instead of raising it."""
+    """Ends a connection without waiting for its client; logs an error instead of raising it."""
     try:
         gently()
+        if isinstance(transport, LingeringTransport) and transport.is_closing():
+            transport.close_now()
     except Exception as error:
         logger.warning("a connection was reset: %r", error)
         transport.abort()
