@@ -1,11 +1,10 @@
 """Trains, writes and judges a LoRA for the tiny checkpoint.
 
-    python -m distill.lora --model models/tiny --recipe tiny --out runs/lora    # writes runs/lora/ring.safetensors
-    python -m distill.lora --model models/tiny --recipe tiny --judge models/lora/ring.safetensors
+    python -m distill.lora --model models/tiny --recipe tiny --out runs/lora    # writes runs/lora/diamond.safetensors
+    python -m distill.lora --model models/tiny --recipe tiny --judge models/lora/diamond.safetensors
 
-Prints the shares of right images, with the adapter and without it, for three kinds of held-out captions. "new" asks for
-one thing of the new shape, "beside" for several or for one beside another thing, "old" for the base model's shapes. The
-last line is one JSON document.
+Prints the shares of right images, with the adapter and without it, for two kinds of held-out captions, of all six
+categories in turn. "new" names the new shape, "old" only the base model's. The last line is one JSON document.
 """
 
 import json
@@ -23,28 +22,34 @@ from distill.training.checkpoint_writer import write_weights
 from distill.training.command import parse_command
 from distill.world.captions import caption_of
 from distill.world.judge import judge
-from distill.world.scenes import CATEGORIES, World, sample_request
+from distill.world.scenes import CATEGORIES, World, WorldError, sample_request
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.loader import load_engine
 from engines.types import AdapterOption, Engine, Job
 
 _SEED = 5_000_011  # of the first judged image
 _ATTEMPTS = 500  # to draw a new caption
-_SINGLE = ("single_object", "colors")
 
 
-def new_prompts(world: World, shape: str, count: int, categories: Sequence[str]) -> list[Prompt]:
-    """Draws different held-out captions that name the shape, the categories in turn while they have any."""
+def new_prompts(world: World, shape: str, count: int) -> list[Prompt]:
+    """Draws different held-out captions that name the shape, the six categories in turn while they have any.
+
+    Raises WorldError if there are fewer than `count`.
+    """
     rng, prompts, texts = np.random.default_rng(0x10AA), list[Prompt](), set[str]()
-    for index in range(_ATTEMPTS * count):
-        category = categories[index % len(categories)]
-        requirement = sample_request(world, rng, category, "held_out")
-        text = caption_of(requirement, rng)
-        if text not in texts and any(thing.shape == shape for thing in requirement.things):
-            texts.add(text)
-            prompts.append(Prompt(text, category, requirement))
-        if len(prompts) == count:
-            break
+    categories = list(CATEGORIES)
+    while len(prompts) < count:
+        if not categories:
+            raise WorldError(f"captions with {shape}: got {count}, this world has {len(prompts)} that are held out")
+        category = categories.pop(0)
+        for _ in range(_ATTEMPTS):
+            requirement = sample_request(world, rng, category, "held_out")
+            text = caption_of(requirement, rng)
+            if text not in texts and any(thing.shape == shape for thing in requirement.things):
+                texts.add(text)
+                prompts.append(Prompt(text, category, requirement))
+                categories.append(category)
+                break
     return prompts
 
 
@@ -69,8 +74,7 @@ def evaluate_adapter(model: str, recipe: Recipe, path: Path, count: int) -> dict
     engine = load_engine(model, precision="fp32", lora=[AdapterOption(shape, str(path))])
     try:
         sets = {
-            "new": new_prompts(world, shape, count, _SINGLE),
-            "beside": new_prompts(world, shape, count, [name for name in CATEGORIES if name not in _SINGLE]),
+            "new": new_prompts(world, shape, count),
             "old": evaluation_prompts(count, world=recipe.world),
         }
         for name, prompts in sets.items():

@@ -133,12 +133,12 @@ class LoraStageConfig:
     rank: int
     steps: int
     batch: int
-    images: int  # with the shape; half as many without it
+    images: int  # with the shape, and as many without it
     learning_rate: float
-    old_fraction: float = 0.4  # of a batch: captions without the shape, trained towards the unadapted student
+    old_fraction: float = 0.33  # of a batch: captions without the shape, trained towards the unadapted student
     mean: float = 0.2  # of the angles, as DistilStage.student_mean
     std: float = 1.6
-    max_time_probability: float = 0.6
+    max_time_probability: float = 0.7
     warmup: int = 20
     decay_fraction: float = 0.5
     ema: float = 0.99
@@ -271,7 +271,7 @@ def tiny() -> Recipe:
         control=ControlStageConfig(
             steps=300, batch=48, images=8_000, copies=2, learning_rate=1e-3, matrix_learning_rate=0.003
         ),
-        lora=LoraStageConfig("ring", rank=4, steps=400, batch=24, images=600, learning_rate=3e-3),
+        lora=LoraStageConfig("diamond", rank=4, steps=700, batch=24, images=1500, learning_rate=3e-3),
         small_decoder=SmallDecoderStageConfig(
             TaesanaConfig(32, (64, 64, 32, 16, 8, 6), (2, 1, 1, 1, 1, 1)), 2048, steps=3000, batch=4, learning_rate=2e-3
         ),
@@ -324,7 +324,7 @@ def smoke() -> Recipe:
         control=ControlStageConfig(
             steps=6, batch=4, images=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
         ),
-        lora=LoraStageConfig("ring", rank=2, steps=4, batch=4, images=8, learning_rate=1e-3),
+        lora=LoraStageConfig("diamond", rank=2, steps=4, batch=4, images=8, learning_rate=1e-3),
         small_decoder=SmallDecoderStageConfig(
             TaesanaConfig(32, (16, 8, 8, 8, 8, 8), (1,) * 6), images=8, steps=3, batch=2, learning_rate=1e-3
         ),

@@ -1,12 +1,11 @@
 """The LoRA stage: low-rank updates of a finished, frozen student that teach it one more shape.
 
 The text encoder does not know the shape's name and encodes all unknown words as one token. The updates learn to draw
-the shape for this token. Things stand at fixed positions, so that the mean which a squared error finds is a sharp image
-(as in distill.stages.controlnet). For captions without the shape the target is the student's own prediction.
+the shape for this token, from the targets of distill.stages.lora_targets. For captions without the shape the target is
+the student's own prediction.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,18 +15,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 from distill.objectives import losses
 from distill.recipes import LoraStageConfig
-from distill.training.latents import CHUNK
-from distill.training.stage import Ema, Stage, learning_rate_factor, save_atomically, set_learning_rate, to_tensor
-from distill.world.captions import caption_of
-from distill.world.rendering import Scene, World, render, sample_scene
+from distill.stages.lora_targets import BaseStudent, base_targets, replaced_targets
+from distill.training.stage import Ema, Stage, learning_rate_factor, set_learning_rate
+from distill.world.scenes import World
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
-from engines.pipeline.text_stage import TextStage, join, load_text_stage
+from engines.pipeline.text_stage import join
 from engines.sampler import flow_time, input_scale, mix
 
 REPORT_EVERY = 20
@@ -75,110 +71,55 @@ def is_target(module: nn.Module) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class EncodedScenes:
-    """Scenes and their latents [N,C,h,w]."""
-
-    latents: Tensor
-    scenes: list[Scene]
-
-
 def with_shape(world: World, shape: str) -> World:
     """Returns the world with one more shape."""
     return replace(world, shapes=(*world.shapes, shape))
 
 
-def without_jitter(world: World) -> World:
-    """Returns the world with every range narrowed to its middle."""
-    return replace(
-        world,
-        sizes=tuple((name, (sum(ends) / 2, sum(ends) / 2)) for name, ends in world.sizes),
-        single_size=(sum(world.single_size) / 2,) * 2,
-        pair_size=(sum(world.pair_size) / 2,) * 2,
-        count_size=(sum(world.count_size) / 2,) * 2,
-        single_jitter=0.0,
-        pair_jitter=0.0,
-        pair_offset=0.0,
-        count_jitter=0.0,
-        max_angle=0.0,
-        tint=0,
-    )
-
-
-def scenes_with_shape(world: World, shape: str, count: int, seed: int) -> list[Scene]:
-    """Draws scenes of the training split in which at least one thing has the shape."""
-
-    def endless() -> Iterator[Scene]:
-        rng = np.random.default_rng(seed)
-        while True:
-            scene = sample_scene(world, rng)
-            if any(thing.shape == shape for thing in scene.things):
-                yield scene
-
-    return [scene for _, scene in zip(range(count), endless(), strict=False)]
-
-
-@torch.no_grad()
-def encode(autoencoder: Autoencoder, scenes: list[Scene], world: World, size: int, path: Path) -> EncodedScenes:
-    """Renders and encodes the scenes, or reads their latents from `path` if an earlier run saved them."""
-    if path.exists():
-        cached: Tensor = torch.load(path, map_location="cpu", weights_only=True)
-        if len(cached) == len(scenes):
-            return EncodedScenes(cached, scenes)
-    device, chunks = next(autoencoder.parameters()).device, []
-    autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stub
-    for first in tqdm(range(0, len(scenes), CHUNK), desc="encode", mininterval=5):
-        pixels = to_tensor([render(world, scene, size) for scene in scenes[first : first + CHUNK]])
-        with torch.autocast(device.type, torch.bfloat16):
-            chunks.append(autoencoder.encoder(pixels.to(device, memory_format=torch.channels_last)).float())
-    latents = (torch.cat(chunks) * autoencoder.config.scaling_factor).cpu()
-    save_atomically(latents, path)
-    return EncodedScenes(latents, scenes)
-
-
 class LoraTraining:
-    """The student with its updates, the student before, the encoded scenes, and the loss of a batch."""
+    """The student with its updates, the student before, the targets, and the loss of a batch."""
 
     def __init__(
         self, config: LoraStageConfig, checkpoint: Checkpoint, world: World, folder: Path, device: torch.device
     ) -> None:
-        self.config, self.world = config, with_shape(world, config.shape)
-        self.guidance = checkpoint.settings.guidance_trained
-        self.before = checkpoint.load_transformer(torch.float32, device)
+        self.config, self.base = config, BaseStudent.load(checkpoint, device)
         self.student = checkpoint.load_transformer(torch.float32, device)
         torch.manual_seed(config.seed)
         self.updates = LowRankUpdates(self.student, config.rank).to(device)
-        self.text: TextStage = load_text_stage(checkpoint, torch.float32, device)
-        autoencoder, size = checkpoint.load_autoencoder(torch.float32, device), checkpoint.settings.default_size[0]
-        new = scenes_with_shape(without_jitter(self.world), config.shape, config.images, config.seed)
-        rng = np.random.default_rng((config.seed, 1))
-        old = [sample_scene(world, rng) for _ in range(max(1, config.images // 2))]
-        self.new, self.old = (
-            encode(autoencoder, scenes, self.world, size, folder / f"{name}.pt")
-            for name, scenes in (("new", new), ("old", old))
+        wider = with_shape(world, config.shape)
+        self.new = replaced_targets(
+            self.base, wider, config.shape, config.images, config.seed, folder / f"{config.shape}.pt"
         )
+        self.old = base_targets(self.base, world, config.images, config.seed, folder / "base.pt")
 
     def loss(self, step: int) -> Tensor:
-        """Returns the clean prediction's mean squared error, against the student's for captions without the shape."""
+        """Returns the clean prediction's mean squared error, against the student's for captions without the shape.
+
+        At the largest angle a target with the shape belongs to its own noise; all other noise is new.
+        """
         config, rng = self.config, np.random.default_rng((self.config.seed, step))
         old = round(config.batch * config.old_fraction)
-        rows = [(self.old, int(row)) for row in rng.integers(0, len(self.old.scenes), old)]
-        rows += [(self.new, int(row)) for row in rng.integers(0, len(self.new.scenes), config.batch - old)]
-        text, mask = join(self.text.encode([caption_of(part.scenes[row].requirement, rng) for part, row in rows]))
-        clean = torch.stack([part.latents[row] for part, row in rows]).to(text.device)
-        angle = losses.angles(len(rows), config.mean, config.std)
-        angle = losses.with_max_time(angle, config.max_time_probability).to(clean.device)
-        low, high = self.guidance
-        guidance = self.student.config.guidance_embeds_scale * (low + (high - low) * torch.rand_like(angle))
+        parts = [(self.old, rng.integers(0, len(self.old.captions), old))]
+        parts += [(self.new, rng.integers(0, len(self.new.captions), config.batch - old))]
+        text, mask = join(self.base.text.encode([part.captions[row] for part, rows in parts for row in rows]))
+        device = text.device
+        clean, noise, guidance = (
+            torch.cat([getattr(part, name)[torch.from_numpy(rows)] for part, rows in parts]).to(device)
+            for name in ("latents", "noise", "guidance")
+        )
+        angle = losses.angles(config.batch, config.mean, config.std)
+        angle = losses.with_max_time(angle, config.max_time_probability).to(device)
+        own = (angle == losses.MAX_ANGLE) & (torch.arange(config.batch, device=device) >= old)
+        noise = torch.where(own[:, None, None, None], noise, torch.randn_like(noise))
         time = flow_time(angle)
         column = time[:, None, None, None]
-        x = input_scale(time)[:, None, None, None] * mix(clean, torch.randn_like(clean), angle)
+        x = input_scale(time)[:, None, None, None] * mix(clean, noise, angle)
         inputs = (x, text.clone(), time, guidance, mask)
         predicted = x - column * self.student(*inputs).float()
         if old:
             first = [None if value is None else value[:old] for value in inputs]
             with torch.no_grad():
-                before: Tensor = x[:old] - column[:old] * self.before(*first).float()
+                before: Tensor = x[:old] - column[:old] * self.base.transformer(*first).float()
             clean = torch.cat([before, clean[old:]])
         return F.mse_loss(predicted, clean)
 
@@ -201,8 +142,7 @@ def train(
         factor = learning_rate_factor(step, config.steps, config.warmup, config.decay_fraction)
         set_learning_rate(optimizer, config.learning_rate * factor)
         optimizer.zero_grad()
-        with torch.autocast(accelerator.device.type, torch.bfloat16):
-            loss = training.loss(step)
+        loss = training.loss(step)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(updates.parameters(), 1.0)
         optimizer.step()

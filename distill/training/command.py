@@ -26,7 +26,7 @@ def parse_command(
 ) -> TrainOrJudge:
     """Parses the command line and sets the number of threads. Exits with code 2 for a bad one.
 
-    part: "adapter, OUT/ring.safetensors": its name and place. has_stage: whether a recipe can train it.
+    part: "adapter, OUT/diamond.safetensors": its name and place. has_stage: whether a recipe can train it.
     """
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     name, _, place = part.partition(", ")

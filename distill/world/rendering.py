@@ -37,9 +37,9 @@ def _triangle(x: Plane, y: Plane) -> Plane:
     return np.maximum(sides, y) - np.float32(side / (2 * math.sqrt(3)))
 
 
-def _ring(x: Plane, y: Plane) -> Plane:
+def _diamond(x: Plane, y: Plane) -> Plane:
     """Not in the shipped world; an adapter teaches it (distill/lora.py)."""
-    return np.abs(np.hypot(x, y) - np.float32(0.37)) - np.float32(0.13)
+    return (np.abs(x) + np.abs(y) - np.float32(0.58)) * np.float32(math.sqrt(0.5))
 
 
 # Signed distance to the outline, in units of the thing's size: negative inside.
@@ -47,7 +47,7 @@ SIGNED_DISTANCES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
-    "ring": _ring,
+    "diamond": _diamond,
 }
 
 

@@ -22,7 +22,7 @@ Relation = Literal["left", "right", "above", "below"]
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's six tags
 OPPOSITE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
-DRAWABLE_SHAPES = ("circle", "square", "triangle", "ring")
+DRAWABLE_SHAPES = ("circle", "square", "triangle", "diamond")
 HALF_EXTENT = 0.585  # of a thing over its size, for every shape tilted up to 8 degrees
 
 

@@ -31,7 +31,7 @@ Milliseconds = Annotated[int, Field(ge=1, le=3_600_000), BeforeValidator(_integr
 SIZE_SCHEMA: JsonDict = {"minimum": 32, "multipleOf": 32, "examples": [1024]}
 RATIO_SCHEMA: JsonDict = {"examples": ["16:9"]}
 MODEL_SCHEMA: JsonDict = {"examples": ["tiny"]}
-LORA_SCHEMA: JsonDict = {"examples": [{"ring": 1.0}]}
+LORA_SCHEMA: JsonDict = {"examples": [{"diamond": 1.0}]}
 IMAGE_SCHEMA: JsonDict = {"contentEncoding": "base64"}
 
 

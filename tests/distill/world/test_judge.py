@@ -274,6 +274,26 @@ def test_rounded_corners_are_forgiven_up_to_where_a_square_ends(exponent: float,
     assert [thing.shape for thing in detect_things(pixels)[1]] == [shape]
 
 
+@pytest.mark.parametrize(("exponent", "shape"), [(1.0, "diamond"), (1.5, None), (2.0, "circle"), (8.0, "square")])
+def test_a_diamond_is_no_other_shape(exponent: float, shape: str | None) -> None:
+    pixels = np.full((256, 256, 3), 255, np.uint8)
+    y, x = np.abs(np.mgrid[:256, :256] - 127.5) / 50
+    pixels[x**exponent + y**exponent < 1] = WORLD.rgb("red")
+    wider = replace(WORLD, shapes=(*WORLD.shapes, "diamond"))
+    assert [thing.shape for thing in detect_things(pixels, wider)[1]] == [shape]
+    if shape == "diamond":
+        assert [thing.shape for thing in detect_things(pixels)[1]] == [None]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_a_judge_that_knows_diamonds_still_knows_the_rest(category: str) -> None:
+    wider = replace(WORLD, shapes=(*WORLD.shapes, "diamond"))
+    rng = np.random.default_rng(18)
+    scenes = [sample_scene(wider, rng, category) for _ in range(40)]
+    correct = [judge(soft(render(wider, scene, 256), rng), scene.requirement, wider).correct for scene in scenes]
+    assert np.mean(correct) >= 0.95
+
+
 def test_an_empty_image_shows_nothing() -> None:
     background, things, speck_share = detect_things(np.full((128, 128, 3), 255, np.uint8))
     assert (background, things, speck_share) == ("white", (), 0.0)

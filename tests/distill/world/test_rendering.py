@@ -8,7 +8,7 @@ import pytest
 
 from distill.world.captions import caption_of, parse_caption
 from distill.world.rendering import CATEGORIES, Scene, Thing, World, batches, render, sample_scene, vocabulary
-from distill.world.scenes import OPPOSITE, Kind, Requirement, WorldError, combinations
+from distill.world.scenes import DRAWABLE_SHAPES, OPPOSITE, Kind, Requirement, WorldError, combinations
 
 WORLD = World()
 
@@ -97,12 +97,14 @@ def inside(shape: str, angle: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("angle", [0.0, 8.0, 45.0])
-@pytest.mark.parametrize(("shape", "area"), [("circle", 0.7854), ("square", 0.81), ("triangle", 0.47739)])
+@pytest.mark.parametrize(
+    ("shape", "area"), [("circle", 0.7854), ("square", 0.81), ("triangle", 0.47739), ("diamond", 0.6728)]
+)
 def test_shapes_are_drawn_whole(shape: str, area: float, angle: float) -> None:
     assert inside(shape, angle).sum() == pytest.approx(area * 100**2, rel=0.002)
 
 
-@pytest.mark.parametrize("shape", WORLD.shapes)
+@pytest.mark.parametrize("shape", DRAWABLE_SHAPES)
 def test_shapes_stand_where_they_should(shape: str) -> None:
     rows, columns = np.nonzero(inside(shape, 0.0) > 0.5)
     assert (columns.min() + columns.max() + 1) / 2 == pytest.approx(80, abs=1)

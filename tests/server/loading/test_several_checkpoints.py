@@ -27,8 +27,8 @@ from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "models/tiny"
-RING = ROOT / "models/lora/ring.safetensors"
-PROMPTS = ("a red circle", "a blue square on a white background", "three green triangles", "a purple ring")
+DIAMOND = ROOT / "models/lora/diamond.safetensors"
+PROMPTS = ("a red circle", "a blue square on a white background", "three green triangles", "a purple diamond")
 SIDE = 64
 
 
@@ -124,15 +124,15 @@ def test_other_text_encoders_stay_apart(other: Path, tmp_path: Path) -> None:
 
 
 def test_a_lora_belongs_to_one_of_two(serve: Serve, other: Path) -> None:
-    settings = {"model": f"tiny,other={other}", "lora": (AdapterOption.parse(f"other:ring={RING}"),)}
+    settings = {"model": f"tiny,other={other}", "lora": (AdapterOption.parse(f"other:diamond={DIAMOND}"),)}
     running = serve(loaded(**settings), **settings)
     listed = [entry["id"] for entry in running.client.get("/v1/models").json()["data"]]
-    assert listed == ["tiny", "other", "other:ring"]
-    look = {"prompt": "a red ring", "seed": 3, "width": SIDE, "height": SIDE, "lora": {"ring": 1}}
+    assert listed == ["tiny", "other", "other:diamond"]
+    look = {"prompt": "a red diamond", "seed": 3, "width": SIDE, "height": SIDE, "lora": {"diamond": 1}}
     plain = running.client.post("/generate", json=look | {"model": "other", "lora": None})
     adapted = running.client.post("/generate", json=look | {"model": "other"})
-    alone = load_engine(str(other), backend="eager", device="cpu", lora=[AdapterOption("ring", str(RING))])
-    [expected] = alone.generate([Job("a red ring", 3, SIDE, SIDE, lora=(("ring", 1.0),))])
+    alone = load_engine(str(other), backend="eager", device="cpu", lora=[AdapterOption("diamond", str(DIAMOND))])
+    [expected] = alone.generate([Job("a red diamond", 3, SIDE, SIDE, lora=(("diamond", 1.0),))])
     assert adapted.content == encoder("png", 90, base64=False)(expected)
     assert adapted.content != plain.content
     refused = running.client.post("/generate", json=look)
