@@ -194,6 +194,7 @@ class _Operations:
             max_batch=settings.max_batch,
             decoder=settings.decoder,
             variant=settings.variant,
+            fast_decoder=settings.fast_decoder,
             lora=settings.lora,
         )
         self._sizes, self._checkpoint = result.sizes, replace(result.checkpoint, name=model.name)
