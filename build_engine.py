@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
         "--decoder", help="another decoder of the same latents: lite, taesana, a folder, a hub id or a .pth file"
     )
     parser.add_argument(
+        "--fast-decoder",
+        help="a second decoder, which requests may choose: lite, taesana, a folder, a hub id or a .pth file",
+    )
+    parser.add_argument(
         "--vendor",
         choices=VENDORS,
         help="of a GPU's engines; native: our own kernels, compiled without a card; default: tensorrt where it is "

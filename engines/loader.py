@@ -214,11 +214,12 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     manifest.check_adapters([(option.name, option.scale or 0.0) for option in options.lora])
     # fp16 overflows in Gemma
     text_dtype = torch.float32 if device.type == "cpu" and manifest.vendor != NATIVE else torch.bfloat16
+    built = None if manifest.fast_decoder is None else fast  # the second decoder, if the engines hold one
     loaded: LoadedModules | NativeModules
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        load = partial(load_native, folder, manifest, checkpoint, device, options.cache, options.native)
+        load = partial(load_native, folder, manifest, checkpoint, device, options.cache, options.native, built)
         loaded = native = phases.timed("engines", load)
         text = options.texts.adopt(native.text, checkpoint, text_dtype, device, native.kernels.text)
     else:
@@ -226,7 +227,7 @@ def _load_built(folder: Path, options: _Options) -> Engine:
             pool = _pool(threads, base)
             read_text = partial(options.texts.load, checkpoint, text_dtype, device, options.cache)
             reading = phases.begin("text encoder", read_text, pool)
-            loaded, native = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, device)), None
+            loaded, native = phases.timed("engines", lambda: load_artifacts(folder, checkpoint, device, built)), None
         text = reading.result()
     branch = load_controlnet(base, options.controlnet, text_dtype, device, options.variant)
     controlled: Callable[..., Any] | None = None
@@ -238,18 +239,19 @@ def _load_built(folder: Path, options: _Options) -> Engine:
         )
         controlled = ControlledTransformer(checkpoint.load_transformer(text_dtype, device), branch)
     fast_decoder: Callable[..., Any] | None = None
-    if fast is not None:
+    if fast is not None and built is None:
         spec = ModuleSpec("fast_decoder", text_dtype, device, max(manifest.batches))
         execute: Backend = eager if native is None else native.kernels
         fast_decoder = execute(fast.load_pixel_decoder(None, text_dtype, device), spec)
-        reasons["fast_decoder"] = "PyTorch: built engines hold one decoder"
+        command = manifest.command_with_fast_decoder(fast.decoder)
+        reasons["fast_decoder"] = f"PyTorch: the built engines hold one decoder; for both: {command}"
     kernels = None if native is None else native.kernels
     reasons |= {} if kernels is None else kernels.reasons
 
     def modules() -> Modules:
         """Returns modules with execution contexts of their own, which each CUDA graph needs."""
         own = loaded.new_context()
-        return Modules(text, own.transformer, own.decoder, own.encoder, controlled, fast_decoder)
+        return Modules(text, own.transformer, own.decoder, own.encoder, controlled, own.fast_decoder or fast_decoder)
 
     largest = max(manifest.batches)
     default = wanted if (wanted := checkpoint.settings.default_size) in manifest.sizes else manifest.sizes[-1]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from engines.artifacts.catalog import EngineRequirements
 from engines.artifacts.vendors import VENDORS, Installed, Vendor
-from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_fast_decoder
+from engines.checkpoints.fingerprint import decoder_sha256
 from engines.checkpoints.lora import with_adapters
 from engines.device.hardware import capability_text, package_versions, this_machine
 from engines.types import AdapterOption, powers_of_two
@@ -62,6 +63,7 @@ def candidates(
     max_batch: int,
     decoder: str | None,
     variant: str | None,
+    fast_decoder: str | None = None,
     lora: Sequence[AdapterOption] = (),
     vendors: Sequence[Vendor] = VENDORS,
     installed: Installed = find_spec,
@@ -89,15 +91,20 @@ def candidates(
     if selectable:
         able, why_none = [], f"built engines hold adapters fused, and {selectable[0].name} is by request"
     sha256 = fused.weights.sha256() if able else ""
+    fast = open_fast_decoder(checkpoint, fast_decoder, variant) if able and fast_decoder else None
+    second = None if fast is None else decoder_sha256(fast)
     each = []
     card = capability_text(capability) if capability else None
     for vendor in able:
         version = package_versions(vendor.name).get(vendor.name)
-        requirements = EngineRequirements(sha256, vendor.name, version, card, precision, served_sizes, max_batch)
+        requirements = EngineRequirements(
+            sha256, vendor.name, version, card, precision, served_sizes, max_batch, second
+        )
         arguments = ["--model", model, *vendor.arguments, "--precision", precision]
         arguments += ["--sizes", ",".join(f"{width}x{height}" for width, height in served_sizes)]
         arguments += ["--batches", ",".join(map(str, powers_of_two(max_batch)))]
         arguments += ["--decoder", decoder] if decoder else []
+        arguments += ["--fast-decoder", fast_decoder] if fast_decoder else []
         arguments += [word for adapter in lora for word in ("--lora", str(adapter))]
         name, missing = _name(model, requirements), vendor.missing(installed, which)
         each.append(Candidate(vendor.name, name, requirements, tuple(arguments), missing))

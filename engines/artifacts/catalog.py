@@ -21,6 +21,7 @@ class EngineRequirements:
     precision: str
     sizes: tuple[tuple[int, int], ...]
     batch: int  # the largest
+    fast_decoder_sha256: str | None = None  # None: none is needed, and one does not matter
 
     def mismatch(self, manifest: Manifest) -> str | None:
         """Returns the first difference in words; None if the engine fits."""
@@ -30,6 +31,9 @@ class EngineRequirements:
             return f"for {manifest.vendor} on {manifest.device}"
         if (built := manifest.versions.get(self.vendor)) != self.version:
             return f"built by {self.vendor} {built or 'unknown'}, here is {self.version or 'none'}"
+        if self.fast_decoder_sha256 not in (None, manifest.fast_decoder_sha256):
+            held = manifest.fast_decoder and f"with the fast decoder {manifest.fast_decoder}"
+            return held or "without a second decoder"
         if manifest.precision != self.precision:
             return f"in {manifest.precision}, wanted {self.precision}"
         if missing := set(self.sizes) - set(manifest.sizes):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engines.artifacts.manifest import Artifact, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype
-from engines.artifacts.reference import MODULES, Reference
+from engines.artifacts.reference import Reference, built_modules
 from engines.backends.adapters import (
     DecoderAdapter,
     EncoderAdapter,
@@ -27,6 +27,7 @@ from engines.backends.parity import GATES, IMAGE_GATES, difference
 from engines.backends.tensorrt import vendor as vendors
 from engines.backends.tensorrt.runtime import Scratch, TensorRtGraph
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.fingerprint import decoder_sha256
 from engines.device.hardware import capability_text, package_versions, this_machine
 from engines.errors import ParityError
 
@@ -54,6 +55,7 @@ class EngineModules:
     transformer: TransformerAdapter
     decoder: DecoderAdapter
     encoder: EncoderAdapter
+    fast_decoder: DecoderAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,16 @@ class LoadedModules:
             TransformerAdapter(only_built_sizes(own["transformer"]), self.manifest.tokens),
             DecoderAdapter(only_built_sizes(own["decoder"])),
             EncoderAdapter(only_built_sizes(own["encoder"])),
+            DecoderAdapter(only_built_sizes(own["fast_decoder"])) if "fast_decoder" in own else None,
         )
 
 
-def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -> LoadedModules:
+def load_artifacts(
+    folder: Path, checkpoint: Checkpoint, device: torch.device, fast: Checkpoint | None = None
+) -> LoadedModules:
     """Opens everything in `folder` and checks files, checkpoint and machine.
 
+    fast: with the second decoder of the engine, which must be that of this checkpoint; without it none is opened.
     Compares with the references: on the first load, engines that never ran; on every load, what an earlier process
     compiled. Raises ArtifactError, BackendError, ParityError.
     """
@@ -89,10 +95,12 @@ def load_artifacts(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     check_fit(manifest, device)
     manifest.check_files(folder)
     manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256(), checkpoint.decoder)
-    graphs: dict[ModuleName, dict[HeightWidth, Graph]] = {name: {} for name in MODULES}
+    if fast is not None:
+        manifest.check_fast_decoder(fast.decoder, decoder_sha256(fast))
+    graphs: dict[ModuleName, dict[HeightWidth, Graph]] = {name: {} for name in built_modules(fast=fast is not None)}
     scratch = Scratch(device)
     cached: list[tuple[Artifact, OpenVinoGraph | TensorRtGraph]] = []
-    for artifact in manifest.artifacts:
+    for artifact in (one for one in manifest.artifacts if one.module in graphs):
         width, height = artifact.size
         unit = 1 if artifact.module == "encoder" else checkpoint.autoencoder.compression
         graph = open_artifact(manifest.backend, manifest.vendor, folder, artifact, scratch)
@@ -133,7 +141,8 @@ def _check_first_run(
             unit = 1 if name == "encoder" else compression
             return graphs[name][height // unit, width // unit]
 
-        modules, image = Reference.load(folder / record.name).compare(at, dtype, device)
+        reference = Reference.load(folder / record.name)
+        modules, image = reference.compare(at, dtype, device, fast="fast_decoder" in graphs)
         try:
             for name, distance in modules.items():
                 GATES[precisions[name, (width, height)]].check(f"{name} at {size}", distance)

@@ -80,6 +80,8 @@ class Manifest:
     adapters: tuple[tuple[str, float], ...] = ()  # fused: name, scale; checkpoint_sha256 includes their weights
     format: int = FORMAT
     quality: Mapping[str, Mapping[str, object]] | None = None  # steps -> engines.build.paired_check (--quality)
+    fast_decoder: str | None = None  # value of --fast-decoder; None: the engines hold one decoder
+    fast_decoder_sha256: str | None = None  # engines.checkpoints.fingerprint.decoder_sha256
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -128,6 +130,19 @@ class Manifest:
                 f"built from {self.checkpoint} with weights {self.checkpoint_sha256[:12]}, and {name} has {sha256[:12]}"
             )
 
+    def check_fast_decoder(self, name: str, sha256: str) -> None:
+        """Raises ArtifactError if the build used another second decoder. name: value of --fast-decoder."""
+        if sha256 == self.fast_decoder_sha256:
+            return
+        if name != self.fast_decoder:
+            raise self.refusal(
+                f"built with the fast decoder {self.fast_decoder}, and started with {name} (--fast-decoder)"
+            )
+        raise self.refusal(
+            f"built with the fast decoder {name} of weights {(self.fast_decoder_sha256 or 'none')[:12]}, "
+            f"and {name} has {sha256[:12]}"
+        )
+
     def check_adapters(self, adapters: Sequence[tuple[str, float]]) -> None:
         """Raises ArtifactError if the fused adapters (name, scale) are others than those of the start."""
         if tuple(adapters) != self.adapters:
@@ -140,6 +155,10 @@ class Manifest:
         """Returns the command that builds it again with exactly these adapters (engines.types.AdapterOption)."""
         plain = re.sub(r" --lora (?:'[^']*'|\S+)", "", self.command)
         return " ".join([plain, *(f"--lora {shlex.quote(str(adapter))}" for adapter in adapters)])
+
+    def command_with_fast_decoder(self, name: str) -> str:
+        """Returns the command that builds it again with this second decoder."""
+        return f"{self.command} --fast-decoder {shlex.quote(name)}"
 
     def check_machine(self, machine: str, capability: str | None, versions: Mapping[str, str]) -> None:
         """Raises ArtifactError if it is for another GPU, or another version of its vendor's package built it."""

@@ -1,7 +1,8 @@
 """The fp32 reference of one size: inputs and outputs of the modules on real prompts, stored beside the engines.
 
-The transformer turns noise and text into a velocity, the decoder the clean latent into pixels, the encoder the pixels
-into a latent. `compare` runs each engine on the reference's inputs, and transformer and decoder together.
+The transformer turns noise and text into a velocity, the decoder (and a second, fast one) the clean latent into pixels,
+the encoder the pixels into a latent. `compare` runs each engine on the reference's inputs, and transformer and decoder
+together.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +21,26 @@ from engines.backends.parity import Difference, difference
 from engines.errors import ArtifactError, ParityError
 from engines.sampler import flow_time, input_scale
 
-MODULES: tuple[ModuleName, ...] = ("transformer", "decoder", "encoder")
+MODULES: tuple[ModuleName, ...] = ("transformer", "decoder", "encoder")  # of every engine
 _INPUTS: Mapping[ModuleName, tuple[str, ...]] = {
     "transformer": ("latent", "text", "timestep", "guidance", "text_mask"),
     "decoder": ("clean",),
+    "fast_decoder": ("clean",),
     "encoder": ("pixels",),
 }
-_OUTPUT: Mapping[ModuleName, str] = {"transformer": "velocity", "decoder": "pixels", "encoder": "encoded"}
+_OUTPUT: Mapping[ModuleName, str] = {
+    "transformer": "velocity",
+    "decoder": "pixels",
+    "encoder": "encoded",
+    "fast_decoder": "fast_pixels",
+}
 _ARGUMENT = {"clean": "latent"}
 _HALVES = ("latent", "text")  # inputs in the transformer's dtype; the others have the same in every precision
+
+
+def built_modules(*, fast: bool) -> tuple[ModuleName, ...]:
+    """Returns the modules of an engine. fast: with a second decoder."""
+    return (*MODULES, "fast_decoder") if fast else MODULES
 
 
 @dataclass(frozen=True)
@@ -58,31 +70,42 @@ class Reference:
         return self.tensors[_OUTPUT[name]]
 
     def compare(
-        self, open_graph: Callable[[ModuleName], Graph], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        open_graph: Callable[[ModuleName], Graph],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        fast: bool = False,
     ) -> tuple[dict[ModuleName, Difference], Difference]:
         """Returns the difference of each module, and that of the image of transformer and decoder together.
 
-        Opens one graph at a time, so that no two are in memory. Raises ParityError if the decoder reports an image that
-        is not finite.
+        Opens one graph at a time, so that no two are in memory. fast: with the second decoder. Raises ParityError if a
+        decoder reports an image that is not finite.
         """
         graph = open_graph("transformer")
         velocity = graph(self.inputs("transformer", dtype, device))[0].cpu()
         differences: dict[ModuleName, Difference] = {"transformer": difference(self.output("transformer"), velocity)}
         del graph
         graph = open_graph("decoder")
-        pixels, finite = graph(self.inputs("decoder", dtype, device))
-        if not bool(finite.all()):
-            raise ParityError(
-                "decoder: NaN or infinity where the fp32 reference is finite; build with --precision bf16"
-            )
-        differences["decoder"] = difference(self.output("decoder"), pixels)
+        differences["decoder"] = self._decoded("decoder", graph, dtype, device)
         clean = clean_latent(self.tensors["latent"], velocity, self.tensors["timestep"])
         image = graph({"latent": clean.to(device)})[0]
         del graph
         graph = open_graph("encoder")
         encoded = graph(self.inputs("encoder", dtype, device))[0]
         differences["encoder"] = difference(self.output("encoder"), encoded)
+        del graph
+        if fast:
+            differences["fast_decoder"] = self._decoded("fast_decoder", open_graph("fast_decoder"), dtype, device)
         return differences, difference(self.output("decoder"), image)
+
+    def _decoded(self, name: ModuleName, graph: Graph, dtype: torch.dtype, device: torch.device | str) -> Difference:
+        pixels, finite = graph(self.inputs(name, dtype, device))
+        if not bool(finite.all()):
+            raise ParityError(
+                f"{name}: NaN or infinity where the fp32 reference is finite; build with --precision bf16"
+            )
+        return difference(self.output(name), pixels)
 
     def save(self, path: Path) -> None:
         save_file({key: value.contiguous() for key, value in self.tensors.items()}, path)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engines.artifacts.loading import open_artifact
 from engines.artifacts.manifest import NATIVE, Artifact, FileRecord, Manifest, read_manifest
 from engines.artifacts.precision import module_dtype, module_precision
-from engines.artifacts.reference import MODULES, Reference, clean_latent, max_activations, reference_inputs
+from engines.artifacts.reference import Reference, built_modules
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, IMAGE_GATES
@@ -30,9 +30,11 @@ from engines.build.native import NATIVE_STEPS, BuildOutput, native_output, nativ
 from engines.build.onnx_export import export_onnx, onnx_files
 from engines.build.onnx_runner import OnnxGraph
 from engines.build.quantization import cast_to, onnx_translations, quantize
+from engines.build.references import reference_file, write_references
 from engines.build.spec import BuildSpec, Size, fingerprint_of, size_label, with_checkpoint_defaults
 from engines.build.targets import Target, resolve
-from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_fast_decoder
+from engines.checkpoints.fingerprint import decoder_sha256
 from engines.checkpoints.lora import with_adapters
 from engines.device.hardware import Machine, capability_text, package_versions, this_machine
 from engines.errors import ArtifactError, BuildError
@@ -71,12 +73,13 @@ def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
     target = resolve(spec.gpu, spec.precision, machine, vendor=spec.vendor)
     checkpoint = open_checkpoint(spec.model, spec.decoder)
     spec = with_checkpoint_defaults(spec, checkpoint)
+    fast = None if spec.fast_decoder is None else open_fast_decoder(checkpoint, spec.fast_decoder)
     checkpoint, _ = with_adapters(checkpoint, spec.lora, {})
-    sha256 = checkpoint.weights.sha256()
+    sha256, fast_sha256 = checkpoint.weights.sha256(), None if fast is None else decoder_sha256(fast)
     versions = package_versions(*_VERSIONS)
     if target.vendor == NATIVE:
         spec, versions = replace(spec, vendor=NATIVE), {**versions, **native_versions()}
-    fingerprint = fingerprint_of(spec, target, sha256, versions)
+    fingerprint = fingerprint_of(spec, target, (sha256, fast_sha256), versions)
     present = _unchanged(spec.out, fingerprint)
     if present is not None:
         return BuildResult(present, changed=False)
@@ -84,7 +87,7 @@ def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
         started = time.perf_counter()
         if (spec.out / TIMING).is_file():
             shutil.copy(spec.out / TIMING, folder)
-        run = _Build(spec, checkpoint, target, folder, progress)
+        run = _Build(spec, checkpoint, target, folder, progress, fast)
         references = run.references()
         output = native_output(run, references) if target.vendor == NATIVE else run.output(references)
         manifest = Manifest(
@@ -108,10 +111,12 @@ def build(spec: BuildSpec, progress: Progress = no_progress) -> BuildResult:
             fingerprint=fingerprint,
             seconds=round(time.perf_counter() - started, 1),
             pictures=output.image_parity,
-            references={size_label(size): FileRecord.of(folder / _reference_file(size)) for size in spec.sizes},
+            references={size_label(size): FileRecord.of(folder / reference_file(size)) for size in spec.sizes},
             artifacts=output.artifacts,
             shared=output.shared,
             adapters=tuple((option.name, option.scale or 0.0) for option in spec.lora),
+            fast_decoder=spec.fast_decoder,
+            fast_decoder_sha256=fast_sha256,
         )
         manifest.write(folder)
     return BuildResult(manifest, changed=True)
@@ -136,17 +141,26 @@ class _Build:
     target: Target
     folder: Path
     progress: Progress
+    fast: Checkpoint | None = None  # with the decoder of --fast-decoder
     done: int = 0
     precisions: dict[ModuleName, str] = field(default_factory=dict)  # decided by the reference
     reasons: dict[ModuleName, str] = field(default_factory=dict)  # for a precision other than the requested one
     layers: dict[Key, dict[str, object]] = field(default_factory=dict)  # from TensorRT's inspector
 
     @property
+    def modules(self) -> tuple[ModuleName, ...]:
+        return built_modules(fast=self.fast is not None)
+
+    @property
     def total(self) -> int:
-        """Number of steps. A size has 2 references, then export, compilation, parity of 3 modules; native: parity."""
+        """Number of steps. A size has 2 or 3 references, then export, compilation, parity of each module.
+
+        Native: parity.
+        """
+        references = 2 if self.fast is None else 3
         if self.target.vendor == NATIVE:
-            return NATIVE_STEPS + len(self.spec.sizes) * (2 + len(MODULES))
-        return len(self.spec.sizes) * (2 + 3 * len(MODULES))
+            return NATIVE_STEPS + len(self.spec.sizes) * (references + len(self.modules))
+        return len(self.spec.sizes) * (references + 3 * len(self.modules))
 
     def step(self, text: str) -> None:
         self.progress(self.done, self.total, text)
@@ -154,37 +168,12 @@ class _Build:
 
     def references(self) -> dict[Size, Path]:
         """Writes the fp32 reference of each size and decides the precision of each module. Returns the paths."""
-        rows = min(2, max(self.spec.batches))
-        texts = calibration_prompts(self.checkpoint).rows(rows)
-        tensors_of: dict[Size, dict[str, Tensor]] = {}
-        module: nn.Module = self.checkpoint.load_transformer(torch.float32, CPU)
-        with torch.inference_mode(), max_activations(module) as peaks:
-            for size in self.spec.sizes:
-                self.step(f"reference of the transformer at {size_label(size)}")
-                shape = self.shape(size)
-                noise = example_inputs("decoder", shape, rows, torch.float32)["latent"]
-                latent, time_, guidance = reference_inputs(noise)
-                inputs = {"latent": latent, "text": texts.states, "timestep": time_, "guidance": guidance}
-                inputs["text_mask"] = texts.mask
-                velocity = module(**inputs)
-                tensors_of[size] = {**inputs, "velocity": velocity, "clean": clean_latent(latent, velocity, time_)}
-        self.choose_precision("transformer", peaks)
-        del module
-        autoencoder = self.checkpoint.load_autoencoder(torch.float32, CPU)
-        decoder = self.checkpoint.load_pixel_decoder(autoencoder, torch.float32, CPU)
-        encoder = PixelEncoder(autoencoder)
-        with torch.inference_mode(), max_activations(decoder) as peaks, max_activations(encoder) as encoder_peaks:
-            for size, tensors in tensors_of.items():
-                self.step(f"reference of the autoencoder at {size_label(size)}")
-                # Row by row, because one row takes gigabytes at full size.
-                tensors["pixels"] = torch.cat([decoder(row[None])[0] for row in tensors["clean"]])
-                tensors["encoded"] = torch.cat([encoder(row[None]) for row in tensors["pixels"]])
-        self.choose_precision("decoder", peaks)
-        self.choose_precision("encoder", encoder_peaks)
-        paths = {size: self.folder / _reference_file(size) for size in tensors_of}
-        for size, path in paths.items():
-            Reference(tensors_of[size]).save(path)
-        return paths
+        return write_references(
+            *(self.checkpoint, self.fast, {size: self.shape(size) for size in self.spec.sizes}),
+            *(min(2, max(self.spec.batches)), self.folder),
+            step=self.step,
+            measured=self.choose_precision,
+        )
 
     def output(self, references: Mapping[Size, Path]) -> BuildOutput:
         """Returns the artifacts of a vendor that compiles ONNX graphs."""
@@ -220,7 +209,7 @@ class _Build:
     def graphs(self) -> dict[Key, _Graph]:
         """Exports every module at every size to ONNX; loads each module once."""
         graphs: dict[Key, _Graph] = {}
-        for name in MODULES:
+        for name in self.modules:
             module = self.module(name)
             for size in self.spec.sizes:
                 self.step(f"export of the {name} at {size_label(size)}")
@@ -259,7 +248,8 @@ class _Build:
             return self.checkpoint.load_transformer(dtype, CPU)
         if name == "encoder":
             return PixelEncoder(self.checkpoint.load_autoencoder(dtype, CPU))
-        decoder = self.checkpoint.load_pixel_decoder(None, dtype, CPU)
+        owner = self.fast if self.fast is not None and name == "fast_decoder" else self.checkpoint
+        decoder = owner.load_pixel_decoder(None, dtype, CPU)
         if decoder.dcae is not None:
             fold(decoder.dcae)
         return decoder
@@ -295,7 +285,8 @@ class _Build:
                 return open_graph(name, size)
 
             device = GPU if of == "engine" and self.target.capability else CPU
-            distances, image = Reference.load(path).compare(opened, self.dtype("transformer"), device)
+            reference, dtype = Reference.load(path), self.dtype("transformer")
+            distances, image = reference.compare(opened, dtype, device, fast=self.fast is not None)
             for name, distance in distances.items():
                 gate = GATES[self.precisions[name]].check(f"{name} at {size_label(size)}", distance)
                 modules[name, size] = {**distance.to_dict(), "gate": gate, "of": of}
@@ -312,7 +303,7 @@ class _Build:
 
     def batches(self, name: ModuleName, size: Size) -> tuple[int, ...]:
         """Returns the buckets; for the autoencoder on a GPU only those whose activations fit beside the rest."""
-        if name not in ("decoder", "encoder"):
+        if name == "transformer":
             return self.spec.batches
         item = module_dtype(self.precisions[name]).itemsize
         return self.target.autoencoder_batches(self.spec.batches, size, self.checkpoint.autoencoder, item)
@@ -326,10 +317,6 @@ class _Build:
         unit, config = self.checkpoint.autoencoder.compression, self.checkpoint.transformer
         tokens = self.checkpoint.settings.max_prompt_tokens
         return StaticShape(size[1] // unit, size[0] // unit, config.in_channels, unit, tokens, config.caption_channels)
-
-
-def _reference_file(size: Size) -> str:
-    return f"reference-{size_label(size)}.safetensors"
 
 
 def _unchanged(out: Path, fingerprint: str) -> Manifest | None:

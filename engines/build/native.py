@@ -5,7 +5,7 @@ reference on the GPU when it starts.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from engines.artifacts.manifest import Artifact, FileRecord
-from engines.artifacts.reference import MODULES, Reference
+from engines.artifacts.reference import Reference
 from engines.backends.adapters import Graph
 from engines.backends.base import ModuleName
 from engines.backends.parity import GATES, IMAGE_GATES, INT8_GATE, Gate, difference
 from engines.build.spec import BuildSpec, Size, size_label
 from engines.build.targets import Target
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.fingerprint import decoder_stamps
 from engines.checkpoints.weights import file_stamps
 from engines.pipeline.calibration import PROMPTS
 from engines.pipeline.text_stage import load_text_stage
@@ -48,8 +49,12 @@ class BuildContext(Protocol):
 
     spec: BuildSpec
     checkpoint: Checkpoint
+    fast: Checkpoint | None
     target: Target
     folder: Path
+
+    @property
+    def modules(self) -> Sequence[ModuleName]: ...
 
     def step(self, text: str) -> None: ...
 
@@ -72,13 +77,13 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     from engines.pipeline.native import NativeBackend, Ranges
 
     c_compiler()  # fails now, not after an hour
-    spec, checkpoint, folder = build.spec, build.checkpoint, build.folder
+    spec, checkpoint, fast, folder = build.spec, build.checkpoint, build.fast, build.folder
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
     files: dict[str, tuple[FileRecord, ...]] = {}
     ranges: Ranges = {}
 
     def save_component(name: str, module: object) -> None:
-        blank = skeleton(checkpoint, NativeBackend(kernels.ops, checkpoint.autoencoder), ranges).memory[name]
+        blank = skeleton(checkpoint, NativeBackend(kernels.ops, checkpoint.autoencoder), ranges, fast).memory[name]
         files[name] = tuple(FileRecord.of(path) for path in save({name: blank}, {name: module}, folder, name))
 
     build.step("text encoder")
@@ -87,7 +92,7 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     expected = torch.cat(stage.encoder.encode(prompts)).float()
     stage = kernels.text(stage)
     build.step("weights of the transformer and the autoencoder")
-    modules = modules_of(checkpoint, kernels, CPU)
+    modules = modules_of(checkpoint, kernels, CPU, fast)
     if spec.precision == "fp8":
         build.step("scales of 8 bits")
         kernels.to_fp8(checkpoint, stage, checkpoint.settings.default_size, CPU)
@@ -97,7 +102,7 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     text = {**distance.to_dict(), "gate": gate, "of": _OF}
     save_component("text", stage.encoder)
     del stage
-    precisions = dict.fromkeys(MODULES, "bf16") | dict.fromkeys(ranges, "fp8")
+    precisions = dict.fromkeys(build.modules, "bf16") | dict.fromkeys(ranges, "fp8")
     parity, image_parity = _parity(build, modules, references, precisions)
     build.step("files of weights")
     for name, module in modules.items():
@@ -108,14 +113,16 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     cache = folder / KERNELS
     unfit = compile_kernels(
         CompileRequest(
-            spec.model, spec.decoder, spec.sizes, spec.batches, ranges, build.target.capability, str(cache.absolute())
+            *(spec.model, spec.decoder, spec.sizes, spec.batches, ranges),
+            *(build.target.capability, str(cache.absolute()), spec.fast_decoder),
         ),
         spec.jobs,
     )
-    info = NativeInfo(code_digest(), file_stamps(checkpoint.weights), ranges, text).write(folder)
+    stamps = file_stamps(checkpoint.weights), () if fast is None else decoder_stamps(fast)
+    info = NativeInfo(code_digest(), stamps[0], ranges, text, stamps[1]).write(folder)
     compiled = (FileRecord.of(path, folder) for path in sorted(cache.rglob("*")) if path.is_file())
     seconds = round(time.perf_counter() - started, 1)
-    details = {name: {"reason": kernels.reasons[name]} for name in MODULES if name in kernels.reasons}
+    details = {name: {"reason": kernels.reasons[name]} for name in build.modules if name in kernels.reasons}
     if unfit:
         details["transformer"] = {**details.get("transformer", {}), "no_room_for": ", ".join(sorted(unfit))}
     artifacts = tuple(
@@ -124,7 +131,7 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
             parity[name, size],
             details.get(name, {}),
         )
-        for name in MODULES
+        for name in build.modules
         for size in spec.sizes
     )
     return BuildOutput(artifacts, image_parity, (*files["text"], FileRecord.of(info), *compiled))
@@ -145,7 +152,7 @@ def _parity(
             build.step(f"parity of the {name} at {size_label(size)}")
             return _RowByRow(modules[name])
 
-        distances, image = Reference.load(path).compare(opened, torch.bfloat16)
+        distances, image = Reference.load(path).compare(opened, torch.bfloat16, fast=build.fast is not None)
         for name, distance in distances.items():
             gate = INT8_GATE if (name, precisions[name]) == ("decoder", "fp8") else GATES[precisions[name]]
             passed = gate.check(f"{name} at {size_label(size)}", distance)

@@ -21,6 +21,7 @@ OPSET = 20  # QuantizeLinear of float8 with fp16 scales needs 19
 OUTPUTS: Mapping[ModuleName, tuple[str, ...]] = {
     "transformer": ("velocity",),
     "decoder": ("pixels", "finite"),
+    "fast_decoder": ("pixels", "finite"),
     "encoder": ("latent",),
     "controlled": ("velocity",),
 }

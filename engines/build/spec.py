@@ -3,7 +3,7 @@
 import hashlib
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class BuildSpec:
     batches: tuple[int, ...] = (1, 2, 4, 8)
     steps: tuple[int, ...] = (1, 2, 4)
     decoder: str | None = None
+    fast_decoder: str | None = None  # a second one, of which jobs may ask
     vendor: str | None = None  # one of engines.build.targets.VENDORS; None: decided by the installed packages
     jobs: int = 1  # processes that compile kernels
     lora: tuple[AdapterOption, ...] = ()  # fused; scale None means 1
@@ -42,6 +43,7 @@ class BuildSpec:
         parts += ["--batches", ",".join(map(str, self.batches)), "--steps", ",".join(map(str, self.steps))]
         parts += ["--vendor", self.vendor] if self.vendor else []
         parts += ["--decoder", self.decoder] if self.decoder else []
+        parts += ["--fast-decoder", self.fast_decoder] if self.fast_decoder else []
         return shlex.join(parts + [word for option in self.lora for word in ("--lora", str(option))])
 
 
@@ -64,10 +66,10 @@ def with_checkpoint_defaults(spec: BuildSpec, checkpoint: Checkpoint) -> BuildSp
     return replace(spec, sizes=tuple(sorted(set(sizes))), batches=batches, steps=steps, lora=lora)
 
 
-def fingerprint_of(spec: BuildSpec, target: Target, checkpoint_sha256: str, versions: Mapping[str, str]) -> str:
-    """Returns the hash of all inputs of a build: request, weights, packages and this code."""
+def fingerprint_of(spec: BuildSpec, target: Target, weights: Sequence[str | None], versions: Mapping[str, str]) -> str:
+    """Returns the hash of all inputs of a build: request, digests of weights, packages and this code."""
     request = replace(spec, out=Path(), jobs=1, quality=False)
-    digest = hashlib.sha256(repr((request, target, checkpoint_sha256, sorted(versions.items()))).encode())
+    digest = hashlib.sha256(repr((request, target, tuple(weights), sorted(versions.items()))).encode())
     for path in sources(ENGINES):
         digest.update(f"{path.relative_to(ENGINES)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

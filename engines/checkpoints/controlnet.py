@@ -1,5 +1,7 @@
 """Loads the ControlNet of a checkpoint: from its folder `controlnet/`, or from another folder or hub id."""
 
+from pathlib import Path
+
 import torch
 
 from engines.checkpoints.checkpoint import Checkpoint
@@ -10,6 +12,20 @@ from engines.models.controlnet import ControlConfig, ControlNet
 
 FOLDER = "controlnet"
 _SHARED = ("in_channels", "caption_channels", "num_attention_heads", "attention_head_dim")
+
+
+def controlnet_folder(checkpoint: Checkpoint, name: str | None, variant: str | None = None) -> Path | None:
+    """Returns the folder of the ControlNet `name`, or the checkpoint's own; None without either.
+
+    Downloads it from the hub if needed. Raises CheckpointError.
+    """
+    if name is not None:
+        folder = find_folder(name, FOLDER, variant)
+        return folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    if not isinstance(checkpoint.weights, FolderWeights):
+        return None
+    own = checkpoint.weights.folders["transformer"].parent / FOLDER
+    return own if own.is_dir() else None
 
 
 def load_controlnet(
@@ -23,14 +39,8 @@ def load_controlnet(
 
     Raises CheckpointError if it is missing, damaged, or made for another transformer.
     """
-    if name is not None:
-        folder = find_folder(name, FOLDER, variant)
-        folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    elif isinstance(checkpoint.weights, FolderWeights):
-        folder = checkpoint.weights.folders["transformer"].parent / FOLDER
-        if not folder.is_dir():
-            return None
-    else:
+    folder = controlnet_folder(checkpoint, name, variant)
+    if folder is None:
         return None
     fields = read_json(folder / "config.json")
     if fields.get("_class_name") != "SanaControlNetModel":

@@ -1,11 +1,12 @@
-"""Compares text encoders of checkpoints by content, wherever their files lie."""
+"""Compares parts of checkpoints by content, wherever their files lie: text encoders, and decoders by their digest."""
 
+import hashlib
 from pathlib import Path
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.lora import FusedWeights
 from engines.checkpoints.random_weights import RandomWeights
-from engines.checkpoints.weights import FolderWeights, WeightSource, weight_files
+from engines.checkpoints.weights import Component, FolderWeights, WeightSource, file_stamps, sha256_of, weight_files
 
 
 def equal_text_encoders(one: Checkpoint, other: Checkpoint) -> bool:
@@ -29,6 +30,25 @@ def equal_text_encoders(one: Checkpoint, other: Checkpoint) -> bool:
         return True
     sizes = [[path.stat().st_size for path in paths] for paths in files]
     return sizes[0] == sizes[1] and first.text_digests == second.text_digests
+
+
+def decoder_stamps(checkpoint: Checkpoint) -> list[list[object]]:
+    """Returns the stamps of the decoder's files (engines.checkpoints.weights.file_stamps)."""
+    return file_stamps(_source(checkpoint.weights), _decoder_component(checkpoint))
+
+
+def decoder_sha256(checkpoint: Checkpoint) -> str:
+    """Returns a hex digest of the decoder's files, or of the seed of random weights. Raises CheckpointError."""
+    weights = _source(checkpoint.weights)
+    if not isinstance(weights, FolderWeights):
+        return weights.sha256()
+    files = weight_files(weights.folders[_decoder_component(checkpoint)], weights.variant)
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+
+
+def _decoder_component(checkpoint: Checkpoint) -> Component:
+    """Returns the component whose files hold the decoder: a TAESANA, or the autoencoder."""
+    return "vae" if checkpoint.taesana is None else "decoder"
 
 
 def _source(weights: WeightSource) -> WeightSource:

@@ -203,15 +203,15 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     raise CheckpointError(f"{folder}: weights must be model.safetensors or an index of such; found: {present}")
 
 
-def file_stamps(weights: WeightSource) -> list[list[object]]:
+def file_stamps(weights: WeightSource, only: Component | None = None) -> list[list[object]]:
     """Returns name, size and modification time of each file; files of equal stamps need no new hash.
 
-    Empty for weights that are no files.
+    only: one component. Empty for weights that are no files.
     """
     if not isinstance(weights, FolderWeights):
         return []
     stamps: list[list[object]] = []
-    for part in sorted(weights.folders.keys() - {"tokenizer"}):
+    for part in sorted(weights.folders.keys() - {"tokenizer"}) if only is None else [only]:
         for path in weight_files(weights.folders[part], weights.variant):
             status = path.stat()
             stamps.append([f"{part}/{path.name}", status.st_size, status.st_mtime_ns])

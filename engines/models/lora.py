@@ -135,6 +135,16 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def count_stacks(adapters: Sequence[Mapping[str, Factors]]) -> int:
+    """Returns the count of numbers in the stacks that `add_adapters` makes: K * R * (in + out) for each module."""
+    numbers = 0
+    for name in set().union(*adapters):
+        factors = [adapter[name] for adapter in adapters if name in adapter]
+        rank = max(factor.down.shape[0] for factor in factors)
+        numbers += len(adapters) * rank * (factors[0].down.shape[1] + factors[0].up.shape[0])
+    return numbers
+
+
 def add_adapters(transformer: nn.Module, adapters: Sequence[Mapping[str, Factors]]) -> ActiveAdapters:
     """Replaces every module that one of `adapters` changes with one that has a stack, in place.
 

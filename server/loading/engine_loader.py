@@ -139,12 +139,20 @@ def _check_memory(settings: Settings, each: Mapping[str, Settings], shared: Mapp
     """Logs the memory that the models need. Raises SettingsError if they cannot fit."""
     if settings.backend == "fake":
         return
-    from engines.artifacts.memory import planned_memory
+    from engines.artifacts.memory import PlannedEngine, planned_memory
 
-    folders = [one.engine if one.engine not in (None, "auto", "none") else None for one in each.values()]
     plan = planned_memory(
-        [shared[name].checkpoint() for name in each],
-        folders,
+        [
+            PlannedEngine(
+                shared[name].checkpoint(),
+                one.engine if one.engine not in (None, "auto", "none") else None,
+                one.fast_decoder,
+                one.controlnet,
+                one.variant,
+                one.lora,
+            )
+            for name, one in each.items()
+        ],
         device=None if settings.device == "auto" else settings.device,
         precision=None if settings.precision == "auto" else settings.precision,
     )
@@ -194,6 +202,7 @@ class _Operations:
             max_batch=settings.max_batch,
             decoder=settings.decoder,
             variant=settings.variant,
+            fast_decoder=settings.fast_decoder,
             lora=settings.lora,
         )
         self._sizes, self._checkpoint = result.sizes, replace(result.checkpoint, name=model.name)

@@ -24,6 +24,7 @@ const $ = (id) => document.getElementById(id);
 const settings = { prompt: $("prompt").value, num_inference_steps: 1, seed: randomSeed(), guidance_scale: 4.5, output_format: "webp", output_quality: 90, mode: "image", strength: 0.75, control_scale: 1 };
 const arrivals = []; // times of the images of the last second
 let shown = null; // the image in the frame: {url, header, settings, acts, isRecent}
+let info = null; // the answer of /v1/info
 let modeChosen = false; // by the user; until then the server decides the mode
 let settling; // timer
 let typing = null; // timer
@@ -44,25 +45,57 @@ function state(name) {
 
 async function ready(server) {
   error(null);
-  choose("steps", server.steps, settings.num_inference_steps);
-  $("modes").hidden = !server.conditioning.includes("control");
-  if (!modeChosen || !server.conditioning.includes(settings.mode)) setMode(server.mode);
-  settings.width ??= server.width;
-  settings.height ??= server.height;
+  $("models").replaceChildren(...server.models.map((name) => new Option(name)));
+  $("models-label").hidden = server.models.length < 2;
+  keepModel();
+  // The other fields are those of the first model.
+  if (!settings.model || settings.model === server.models[0]) {
+    offer(server);
+    settings.width ??= server.width;
+    settings.height ??= server.height;
+  }
   set({});
   drawingChanged();
   const answer = await live.fetch("v1/info");
-  if (answer.ok) describe(await answer.json());
+  if (!answer.ok) return;
+  info = await answer.json();
+  describe();
 }
 
-function describe(info) {
-  $("model").textContent = `${info.checkpoint.split("/").at(-1)} on ${info.device}, ${info.backend}`;
-  const [width, height] = info.default_size;
-  const step = info.size_multiple;
+// Keeps the chosen model while it is served; with one model, messages name none.
+function keepModel() {
+  const served = [...$("models").options].map((option) => option.value);
+  if (!served.includes(settings.model)) settings.model = served[0];
+  if (served.length < 2) delete settings.model;
+  else $("models").value = settings.model;
+}
+
+// Offers the steps and modes of a model; a setting that it lacks becomes one that it has.
+function offer({ steps, conditioning }) {
+  if (!steps.includes(settings.num_inference_steps)) settings.num_inference_steps = steps[0];
+  choose("steps", steps, settings.num_inference_steps);
+  const control = conditioning.includes("control");
+  $("modes").hidden = !control;
+  if (!modeChosen || !conditioning.includes(settings.mode)) setMode(control ? "control" : "image");
+}
+
+function pickModel(name) {
+  settings.model = name;
+  if (info) describe();
+  set({});
+}
+
+// Shows the chosen model, and the sizes, steps and modes that it has.
+function describe() {
+  const model = info.models[settings.model] ?? info;
+  offer(model);
+  $("model").textContent = `${model.checkpoint.split("/").at(-1)} on ${model.device}, ${model.backend}`;
+  const [width, height] = model.default_size;
+  const step = model.size_multiple;
   const round = (side) => Math.round(side / step) * step;
   const free = [[width, height], [width / 2, height / 2], [width * 2, height * 2], [width * 1.25, height * 0.75], [width * 0.75, height * 1.25]];
-  const fits = ([w, h]) => Math.min(w, h) >= info.min_side && Math.max(w, h) <= info.max_side && w * h <= info.max_pixels;
-  const sizes = info.sizes ?? free.map((size) => size.map(round)).filter(fits);
+  const fits = ([w, h]) => Math.min(w, h) >= model.min_side && Math.max(w, h) <= model.max_side && w * h <= model.max_pixels;
+  const sizes = model.sizes ?? free.map((size) => size.map(round)).filter(fits);
   const names = [...new Set(sizes.map(([w, h]) => `${w} × ${h}`))];
   $("size").replaceChildren(...names.map((name) => new Option(name)));
   $("size").value = `${settings.width} × ${settings.height}`;
@@ -174,8 +207,10 @@ function restore(entry) {
   $("seed").value = settings.seed;
   $("guidance").value = settings.guidance_scale;
   $("guidance-shown").value = settings.guidance_scale;
+  keepModel();
+  if (info) describe();
   choose("steps", steps(), settings.num_inference_steps);
-  setMode(settings.mode);
+  setMode(entry.settings.mode);
   set({});
   $("size").value = `${settings.width} × ${settings.height}`;
   resize(settings.width, settings.height, { quiet: true });
@@ -263,6 +298,7 @@ function setPenWidth(value) {
 async function curl() {
   const { header, settings: used } = shown;
   const body = {
+    model: used.model,
     prompt: used.prompt,
     num_inference_steps: used.num_inference_steps,
     guidance_scale: used.guidance_scale,
@@ -319,6 +355,7 @@ $("ask").onsubmit = (event) => {
 };
 $("seed").onchange = () => $("seed").reportValidity() && setSeed(Number($("seed").value || randomSeed()));
 $("dice").onclick = () => setSeed(randomSeed());
+$("models").onchange = () => pickModel($("models").value);
 $("size").onchange = () => resize(...$("size").value.split(" × ").map(Number));
 $("guidance").oninput = () => {
   const value = Number($("guidance").value);

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import build_engine
+from server.loading.model_sources import settings_by_model
 from server.settings import Settings, load_settings
 
 if find_spec("helm_python") is None:
@@ -131,7 +132,10 @@ def pod(values: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-@pytest.mark.parametrize("values", [ALL_VALUES, *EXAMPLES.values()], ids=["everything", *EXAMPLES])
+ONE_MODEL = {name: values for name, values in EXAMPLES.items() if "models" not in values}
+
+
+@pytest.mark.parametrize("values", [ALL_VALUES, *ONE_MODEL.values()], ids=["everything", *ONE_MODEL])
 def test_engines_are_built_before_the_server_that_serves_them(values: dict[str, Any]) -> None:
     (builder,), (server,) = pod(values)["initContainers"], pod(values)["containers"]
     assert builder["command"] == ["python", "build_engine.py"]
@@ -169,3 +173,60 @@ def test_the_hub_s_address_and_token_reach_all_containers() -> None:
         environment = {item["name"]: item for item in container["env"]}
         assert environment["HF_ENDPOINT"]["value"] == "https://hub.example.org"
         assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+
+
+def mounts(container: dict[str, Any]) -> dict[str, str]:
+    return {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_each_of_several_models_has_its_weights_and_its_engine() -> None:
+    spec = pod(EXAMPLES["several-models"])
+    (server,) = spec["containers"]
+    environment = {item["name"]: item["value"] for item in server["env"] if "value" in item}
+    settings = load_settings(server["args"], environment)
+    assert settings.models == (("small", "sprint-0.6b"), ("own", "/models/own/sprint-own"))
+    assert settings.fast_decoder == "lite"
+    served = {name: (one.models[0].source, one.engine) for name, one in settings_by_model(settings).items()}
+    builds = [build_engine.parse(builder["args"]) for builder in spec["initContainers"]]
+    assert served == {name: (build.model, str(build.out)) for name, build in zip(("small", "own"), builds, strict=True)}
+    assert [(build.precision, build.batches) for build in builds] == [("fp8", (1, 2, 4, 8)), ("bf16", (1, 2))]
+    assert {build.fast_decoder for build in builds} == {"lite"}
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "model-own"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "fine-tune", "readOnly": True}
+    small, own = spec["initContainers"]
+    assert mounts(own)["model-own"] == mounts(server)["model-own"] == "/models/own"
+    assert "model-own" not in mounts(small)
+
+
+def test_one_of_several_models_may_go_without_an_engine() -> None:
+    models = [{"name": "a", "source": "tiny"}, {"name": "b", "claim": "whole-volume", "engine": {"build": False}}]
+    spec = pod({"models": models, "engine": {"build": True}})
+    (server,), (builder,) = spec["containers"], spec["initContainers"]
+    assert builder["name"] == "engines-a"
+    each = settings_by_model(load_settings(server["args"], {}))
+    assert {name: one.engine for name, one in each.items()} == {"a": "/engines/a", "b": None}
+    assert each["b"].models[0].source == "/models/b"
+    only_b = pod({"models": [models[0], {**models[1], "engine": {"build": True}}]})
+    assert [one["name"] for one in only_b["initContainers"]] == ["engines-b"]
+
+
+def test_the_decoders_of_the_settings_are_built() -> None:
+    (builder,) = pod({"engine": {"build": True}, "settings": {"decoder": "lite"}})["initContainers"]
+    assert (build_engine.parse(builder["args"]).decoder, build_engine.parse(builder["args"]).fast_decoder) == (
+        "lite",
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        [{"name": "a"}],
+        [{"name": "a", "source": "x", "weights": "1Gi"}],
+        [{"name": "A_b", "source": "x"}],
+        [{"name": "a", "source": "x"}, {"name": "a", "source": "y"}],
+    ],
+)
+def test_models_without_weights_or_with_a_name_twice_are_refused(models: list[dict[str, str]]) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        rendered({"models": models})

@@ -15,13 +15,14 @@ import yaml
 import build_engine
 from deploy.check_image import readme_flags, volumes_of
 from deploy.lock import LOCKS
+from server.loading.model_sources import settings_by_model
 from server.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-SERVERS = ("server", "server-gpu", "server-rtx")
-PROFILES = ("cpu", "gpu", "rtx")
+SERVERS = ("server", "server-gpu", "server-rtx", "server-models")
+PROFILES = ("cpu", "gpu", "rtx", "models")
 
 
 def test_copied_files_exist_and_are_in_the_build_context() -> None:
@@ -102,6 +103,25 @@ def test_engines_are_built_before_the_server_that_serves_them(profile: str) -> N
     assert builder["restart"] == "no"
 
 
+def test_each_of_two_models_is_served_from_the_engine_that_was_built_of_it() -> None:
+    builders = [service(name) for name in ("engines-gpu", "engines-second")]
+    server = service("server-models")
+    assert started("models") == {"engines-gpu", "engines-second", "server-models", "prometheus", "grafana"}
+    each = settings_by_model(load_settings(server["command"], {}))
+    specs = [build_engine.parse(builder["command"]) for builder in builders]
+    assert {name: (one.models[0].source, one.engine) for name, one in each.items()} == {
+        name: (spec.model, str(spec.out)) for name, spec in zip(("first", "second"), specs, strict=True)
+    }
+    done = {"condition": "service_completed_successfully"}
+    assert (builders[1]["depends_on"], server["depends_on"]) == ({"engines-gpu": done}, {"engines-second": done})
+    for builder in builders:
+        assert (builder["image"], builder["volumes"], builder["deploy"]) == (
+            server["image"],
+            server["volumes"],
+            server["deploy"],
+        )
+
+
 def test_the_quick_start_names_services_and_profiles_of_compose() -> None:
     page = (ROOT / "docs/use/gpu-quickstart.md").read_text()
     lines = [line.split() for line in re.findall(r"^ {4}(docker compose .+)$", page, re.MULTILINE)]
@@ -121,7 +141,7 @@ def test_compose_gives_the_server_time_to_drain(name: str) -> None:
     assert int(config["stop_grace_period"].removesuffix("s")) > settings.drain_delay_s + settings.shutdown_timeout_s
 
 
-@pytest.mark.parametrize("name", [*SERVERS, "engines-gpu", "engines-rtx"])
+@pytest.mark.parametrize("name", [*SERVERS, "engines-gpu", "engines-second", "engines-rtx"])
 def test_compose_drops_all_privileges(name: str) -> None:
     config = service(name)
     assert config["read_only"]

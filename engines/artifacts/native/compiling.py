@@ -23,7 +23,7 @@ from engines.backends.cuda.decoder import CudaDecoder
 from engines.backends.cuda.encoder import CudaEncoder
 from engines.backends.cuda.graphs import GraphKey
 from engines.backends.cuda.text import CudaTextEncoder
-from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_fast_decoder
 from engines.errors import BuildError, SprintError
 from engines.kernels.op import Launcher, Ops
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs
@@ -45,6 +45,7 @@ class CompileRequest:
     ranges: Ranges
     capability: Sequence[int]
     cache: str
+    fast_decoder: str | None = None
     libcuda: str = ""
     index: int = 0
     of: int = 1
@@ -52,21 +53,24 @@ class CompileRequest:
 
 def launch_all(checkpoint: Checkpoint, launcher: Launcher, request: CompileRequest) -> None:
     """Launches the kernels of a server: text, denoising, encoding and decoding of every bucket and size."""
-    parts = skeleton(checkpoint, NativeBackend(Ops(launcher), checkpoint.autoencoder), request.ranges)
+    fast = None if request.fast_decoder is None else open_fast_decoder(checkpoint, request.fast_decoder)
+    parts = skeleton(checkpoint, NativeBackend(Ops(launcher), checkpoint.autoencoder), request.ranges, fast)
     unit, config = checkpoint.autoencoder.compression, checkpoint.transformer
     tokens = checkpoint.settings.max_prompt_tokens
     specs = input_specs(config.in_channels, tokens, config.caption_channels, DTYPE, drawing=False)
     if isinstance(parts.text.encoder, CudaTextEncoder):
         parts.text.encoder.warm()
-    denoise, decode = Denoise(parts.transformer, DTYPE), Decode(parts.decoder)
+    denoise = Denoise(parts.transformer, DTYPE)
+    decoders = [decoder for decoder in (parts.decoder, parts.fast_decoder) if isinstance(decoder, CudaDecoder)]
     for width, height in request.sizes:
         for batch in request.batches:
             key = GraphKey(batch, height // unit, width // unit, 1)
             denoise({name: torch.empty(spec.shape(key), dtype=spec.dtype, device=META) for name, spec in specs.items()})
             if isinstance(parts.encoder, CudaEncoder):
                 parts.encoder(torch.empty(batch, height, width, 3, dtype=torch.uint8, device=META))
-        if isinstance(parts.decoder, CudaDecoder):
-            decode({"latent": torch.empty(1, config.in_channels, height // unit, width // unit, device=META)})
+        for decoder in decoders:
+            latent = torch.empty(1, config.in_channels, height // unit, width // unit, device=META)
+            Decode(decoder)({"latent": latent})
 
 
 def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
@@ -76,8 +80,13 @@ def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         capability = (request.capability[0], request.capability[1])
-        model, decoder = _absolute(request.model), request.decoder and _absolute(request.decoder)
-        request = replace(request, model=model, decoder=decoder, libcuda=str(stub_libcuda(Path(folder), capability)))
+        request = replace(
+            request,
+            model=_absolute(request.model),
+            decoder=request.decoder and _absolute(request.decoder),
+            fast_decoder=request.fast_decoder and _absolute(request.fast_decoder),
+            libcuda=str(stub_libcuda(Path(folder), capability)),
+        )
         shares = [replace(request, index=request.index + request.of * job, of=request.of * jobs) for job in range(jobs)]
         # Triton's interpreter, which tests use, compiles nothing.
         start = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-m", "engines.artifacts.native.compiling"]

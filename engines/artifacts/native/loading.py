@@ -25,6 +25,7 @@ from engines.artifacts.native.skeleton import MODULE_NAMES, NativeModules, skele
 from engines.artifacts.native.storages import attach_memory
 from engines.backends import eager
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.fingerprint import decoder_sha256, decoder_stamps
 from engines.checkpoints.weights import file_stamps
 from engines.errors import ArtifactError
 from engines.pipeline import native as pipeline_native
@@ -42,6 +43,7 @@ class NativeInfo:
     stamps: Sequence[Sequence[object]]
     ranges: Ranges
     text: Mapping[str, object]  # parity of the text encoder
+    fast_stamps: Sequence[Sequence[object]] = ()  # of the second decoder
 
     def write(self, folder: Path) -> Path:
         path = folder / NATIVE_FILE
@@ -56,16 +58,18 @@ def load_native(
     device: torch.device,
     cache: Path,
     native: NativeBackend | None = None,
+    fast: Checkpoint | None = None,
 ) -> NativeModules:
     """Checks the engine in `folder` and loads it to the device.
 
     cache: folder of the proofs that kernels equal their references. native: the operations that run; None takes those
-    of the GPU, which must be of the engine's type. Raises ArtifactError.
+    of the GPU, which must be of the engine's type. fast: with the second decoder of the engine, which must be that of
+    this checkpoint. Raises ArtifactError.
     """
     if native is None:
         check_fit(manifest, device)
     manifest.check_versions(package_versions())
-    weights, small = _split(manifest.files)
+    weights, small = _split(manifest.files, with_fast=fast is not None)
     manifest.check_files(folder, small)
     for record in weights:
         manifest.check_size(folder, record)
@@ -77,13 +81,15 @@ def load_native(
         raise manifest.refusal("built by another version of this code")
     if not info.stamps or [list(stamp) for stamp in info.stamps] != file_stamps(checkpoint.weights):
         manifest.check_checkpoint(checkpoint.name, checkpoint.weights.sha256(), checkpoint.decoder)
+    if fast is not None and (not info.fast_stamps or [*map(list, info.fast_stamps)] != decoder_stamps(fast)):
+        manifest.check_fast_decoder(fast.decoder, decoder_sha256(fast))
     if native is None:
         use_compiled_kernels((folder / KERNELS).absolute())
         shapes = f"{checkpoint.transformer} {manifest.sizes} {manifest.precision}"
         native = NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
     with ThreadPoolExecutor(1) as reader:
         reading = reader.submit(read_weights, [(folder / record.name, record.sha256) for record in weights], device)
-        modules = skeleton(checkpoint, native, info.ranges)
+        modules = skeleton(checkpoint, native, info.ranges, fast)
         try:
             attach_memory(modules.memory, reading.result(), device)
         except (ValueError, ArtifactError) as error:
@@ -111,8 +117,9 @@ def _sources() -> Iterator[Path]:
         yield Path(str(module.__file__))
 
 
-def _split(files: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord]]:
+def _split(files: Sequence[FileRecord], *, with_fast: bool) -> tuple[list[FileRecord], list[FileRecord]]:
     """Returns the weights, largest first so that threads end together, and the small files that are checked first."""
-    weights = [file for file in files if file.name.split("-")[0] in MODULE_NAMES]
+    modules = MODULE_NAMES if with_fast else MODULE_NAMES[:-1]
+    weights = [file for file in files if file.name.split("-")[0] in modules]
     small = [file for file in files if file.name == NATIVE_FILE or file.name.startswith(f"{KERNELS}/")]
     return sorted(weights, key=lambda file: file.bytes, reverse=True), small

@@ -19,7 +19,7 @@ from engines.pipeline.native import NativeBackend, Ranges
 from engines.pipeline.text_stage import TextStage, load_text_stage
 
 DTYPE = torch.bfloat16
-MODULE_NAMES = ("text", "transformer", "decoder", "encoder")  # prefixes of their files
+MODULE_NAMES = ("text", "transformer", "decoder", "encoder", "fast_decoder")  # prefixes of their files
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,15 @@ class NativeModules:
     transformer: CudaTransformer
     decoder: Callable[..., Any]
     encoder: Callable[..., Any]
+    fast_decoder: Callable[..., Any] | None = None
     dtype: torch.dtype = DTYPE
 
     @property
     def memory(self) -> dict[str, object]:
         """Returns prefix of files -> module."""
-        return dict(zip(MODULE_NAMES, (self.text.encoder, self.transformer, self.decoder, self.encoder), strict=True))
+        modules = (self.text.encoder, self.transformer, self.decoder, self.encoder, self.fast_decoder)
+        named = zip(MODULE_NAMES, modules, strict=True)
+        return {name: module for name, module in named if module is not None}
 
     def controlled(self, branch: ControlNet) -> Callable[..., Any]:
         """Returns the transformer with a ControlNet, whose weights it lays out."""
@@ -67,27 +70,38 @@ class ShapesOnly:
 
 
 def modules_of(
-    checkpoint: Checkpoint, kernels: NativeBackend, device: torch.device
+    checkpoint: Checkpoint, kernels: NativeBackend, device: torch.device, fast: Checkpoint | None = None
 ) -> dict[ModuleName, Callable[..., Any]]:
-    """Returns all modules but the text encoder, laid out in DTYPE."""
+    """Returns all modules but the text encoder, laid out in DTYPE. fast: with the decoder of this checkpoint too."""
     autoencoder = checkpoint.load_autoencoder(DTYPE, device)
-    return {
+    modules: dict[ModuleName, Callable[..., Any]] = {
         "transformer": kernels(checkpoint.load_transformer(DTYPE, device), _spec("transformer", device)),
         "decoder": kernels(checkpoint.load_pixel_decoder(autoencoder, DTYPE, device), _spec("decoder", device)),
         "encoder": kernels(PixelEncoder(autoencoder), _spec("encoder", device)),
     }
+    if fast is not None:
+        second = fast.load_pixel_decoder(None, DTYPE, device)
+        modules["fast_decoder"] = kernels(second, _spec("fast_decoder", device))
+    return modules
 
 
-def skeleton(checkpoint: Checkpoint, kernels: NativeBackend, ranges: Ranges) -> NativeModules:
+def skeleton(
+    checkpoint: Checkpoint, kernels: NativeBackend, ranges: Ranges, fast: Checkpoint | None = None
+) -> NativeModules:
     """Returns all modules on the meta device, in fp8 if there are ranges. Reads no weights."""
-    blank = replace(checkpoint, weights=ShapesOnly(checkpoint.weights))
+    blank, second = _blank(checkpoint), None if fast is None else _blank(fast)
     text = kernels.text(load_text_stage(blank, DTYPE, META))
-    modules = modules_of(blank, kernels, META)
+    modules = modules_of(blank, kernels, META, second)
     transformer = modules["transformer"]
     assert isinstance(transformer, CudaTransformer)
     if ranges:
         kernels.quantise(ranges)
-    return NativeModules(kernels, text, transformer, modules["decoder"], modules["encoder"])
+    decoders = modules["decoder"], modules["encoder"], modules.get("fast_decoder")
+    return NativeModules(kernels, text, transformer, *decoders)
+
+
+def _blank(checkpoint: Checkpoint) -> Checkpoint:
+    return replace(checkpoint, weights=ShapesOnly(checkpoint.weights))
 
 
 def _spec(name: ModuleName, device: torch.device) -> ModuleSpec:

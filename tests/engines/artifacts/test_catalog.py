@@ -9,7 +9,7 @@ from manifests import MANIFEST
 
 import build_engine
 from engines.artifacts import catalog
-from engines.artifacts.candidates import candidates
+from engines.artifacts.candidates import Candidate, candidates
 from engines.artifacts.vendors import VENDORS, Installed, Vendor
 from engines.build.targets import resolve
 from engines.device.hardware import Machine
@@ -92,6 +92,40 @@ def test_candidates_of_a_cpu(
         spec = build_engine.parse([*one.arguments, "--out", "x"])
         assert (spec.sizes, spec.batches, spec.precision) == (((256, 256),), (1, 2, 4, 6), precision or "fp32")
     assert bool(found.why_none)
+
+
+def test_a_candidate_with_a_second_decoder_needs_an_engine_that_holds_it() -> None:
+    def candidate(fast_decoder: str | None) -> Candidate:
+        (one,) = candidates(
+            model="tiny",
+            device="cpu",
+            backend="auto",
+            precision=None,
+            sizes=(),
+            max_batch=2,
+            decoder=None,
+            variant=None,
+            fast_decoder=fast_decoder,
+            installed=installed("openvino", "onnx", "onnxscript"),
+        ).each
+        return one
+
+    plain, both = candidate(None), candidate("taesana")
+    assert build_engine.parse([*both.arguments, "--out", "x"]).fast_decoder == "taesana"
+    assert "--fast-decoder" not in plain.arguments
+    assert plain.name != both.name
+    needed = both.requirements
+    holds = replace(
+        MANIFEST,
+        checkpoint_sha256=needed.checkpoint_sha256,
+        sizes=needed.sizes,
+        versions={"openvino": str(needed.version)},
+    )
+    assert needed.mismatch(holds) == "without a second decoder"
+    assert needed.mismatch(replace(holds, fast_decoder="lite", fast_decoder_sha256="1")) == "with the fast decoder lite"
+    holds_both = replace(holds, fast_decoder="taesana", fast_decoder_sha256=needed.fast_decoder_sha256)
+    assert needed.mismatch(holds_both) is None
+    assert plain.requirements.mismatch(holds_both) is None
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,8 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Target("native", "tensorrt", "tensorrt", (9, 0), executable=True)
-    work = _Build(
-        spec(small_checkpoint, tmp_path, "fp16"), open_checkpoint(str(small_checkpoint)), target, tmp_path, no_progress
-    )
+    checkpoint = open_checkpoint(str(small_checkpoint))
+    work = _Build(spec(small_checkpoint, tmp_path, "fp16"), checkpoint, target, tmp_path, no_progress)
     work.precisions.update({"transformer": "fp16", "decoder": "fp16", "encoder": "fp16"})
     (tmp_path / "module.engine").write_bytes(fake_tensorrt.plan((1, 2)))
     monkeypatch.setattr("engines.backends.tensorrt.vendor.vendor", lambda _: fake_tensorrt)
@@ -135,7 +134,10 @@ def test_on_the_card_engines_are_compared_there_and_inspected(
     places: list[str] = []
 
     class Seen:
-        def compare(self, _: object, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, object], Difference]:
+        def compare(
+            self, _: object, dtype: torch.dtype, device: torch.device, *, fast: bool
+        ) -> tuple[dict[str, object], Difference]:
+            assert not fast
             places.append(f"{device} {dtype}")
             return {}, difference(torch.ones(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8))
 
@@ -207,7 +209,7 @@ def test_a_change_in_any_room_is_another_fingerprint(
     asked, target = spec(small_checkpoint, tmp_path / "out"), resolve("cpu", "fp32", Machine("a CPU"))
 
     def fingerprint() -> str:
-        return fingerprint_of(asked, target, "weights", {})
+        return fingerprint_of(asked, target, ("weights",), {})
 
     rooms = sorted({path.parent for path in engines.rglob("*.py")})
     assert engines / "models" in rooms

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from small_checkpoint import SMALL_LITE, SMALL_TAESANA, save_decoder
 
 from engines.artifacts.manifest import Manifest
@@ -14,7 +15,7 @@ from engines.errors import ArtifactError
 from engines.loader import load_engine
 from engines.models.dcae import AutoencoderConfig
 from engines.models.taesana import TaesanaConfig
-from engines.types import Job, Pixels
+from engines.types import Engine, Job, Pixels
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
@@ -50,18 +51,81 @@ def test_an_engine_holds_its_decoder_and_is_started_with_it(
         load_engine(model, engine_dir=str(tmp_path / "out"))
 
 
+def decoded(engine: Engine) -> list[Pixels]:
+    """Returns the images of JOB by each decoder."""
+    engine.warmup()
+    return [engine.generate([job])[0].pixels for job in (JOB, replace(JOB, decoder="fast"))]
+
+
 def test_beside_a_built_engine_the_second_decoder_runs_in_pytorch(small_checkpoint: Path, tmp_path: Path) -> None:
     model, fast = str(small_checkpoint), str(save_decoder(tmp_path / "fast", SMALL_TAESANA))
     build(replace(spec(small_checkpoint, tmp_path / "out", tmp_path), decoder=None))
     engine = load_engine(model, engine_dir=str(tmp_path / "out"), fast_decoder=fast)
-    engine.warmup()
-    jobs = [JOB, replace(JOB, decoder="fast")]
-    for job, decoder in zip(jobs, (None, fast), strict=True):
-        [found] = engine.generate([job])
+    for found, decoder in zip(decoded(engine), (None, fast), strict=True):
         [expected] = load_engine(model, precision="fp32", decoder=decoder).generate([JOB])
-        assert levels(found.pixels, expected.pixels) <= 2
-    assert engine.info.reasons["fast_decoder"] == "PyTorch: built engines hold one decoder"
+        assert levels(found, expected.pixels) <= 2
+    why = engine.info.reasons["fast_decoder"]
+    assert why.startswith("PyTorch: the built engines hold one decoder; for both: python build_engine.py --model")
+    assert why.endswith(f" --fast-decoder {fast}")
     assert engine.info.decoders == {"full": "full", "fast": fast}
+
+
+@DECODERS
+def test_an_engine_holds_both_decoders(
+    config: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    model, out, fast = str(small_checkpoint), tmp_path / "out", save_decoder(tmp_path / "fast", config)
+    asked = replace(spec(small_checkpoint, out, tmp_path), decoder=None, fast_decoder=str(fast))
+    manifest = build(asked).manifest
+    assert (manifest.decoder, manifest.fast_decoder) == (None, str(fast))
+    assert manifest.command.endswith(f" --fast-decoder {fast}")
+    assert [made.module for made in manifest.artifacts] == ["transformer", "decoder", "encoder", "fast_decoder"]
+    assert manifest.artifacts[-1].parity["gate"] == "levels of 255 <= 1"
+    engine = load_engine(model, engine_dir=str(out), fast_decoder=str(fast))
+    for found, decoder in zip(decoded(engine), (None, str(fast)), strict=True):
+        [expected] = load_engine(model, precision="fp32", decoder=decoder).generate([JOB])
+        assert levels(found, expected.pixels) <= 2
+    assert "fast_decoder" not in engine.info.reasons
+    assert engine.info.decoders == {"full": "full", "fast": str(fast)}
+    assert not build(asked).changed
+
+
+def test_engines_of_two_decoders_start_with_the_same_two_or_the_first_alone(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    model, out = str(small_checkpoint), tmp_path / "out"
+    fast, lite = save_decoder(tmp_path / "fast", SMALL_TAESANA), save_decoder(tmp_path / "lite", SMALL_LITE)
+    build(replace(spec(small_checkpoint, out, tmp_path), decoder=None, fast_decoder=str(fast)))
+    (tmp_path / "moved").symlink_to(fast)
+    moved = load_engine(model, engine_dir=str(out), fast_decoder=str(tmp_path / "moved"))
+    assert len(decoded(moved)) == 2  # the same weights under another name
+    alone = load_engine(model, engine_dir=str(out))
+    assert alone.limits.decoders == ("full",)
+    with pytest.raises(ArtifactError, match=rf"built with the fast decoder {fast}, and started with {lite} \(--fast-d"):
+        load_engine(model, engine_dir=str(out), fast_decoder=str(lite))
+    with pytest.raises(ArtifactError, match=rf"built with the decoder full, and started with {lite} \(--decoder\)"):
+        load_engine(model, engine_dir=str(out), decoder=str(lite), fast_decoder=str(fast))
+    weights = fast / "diffusion_pytorch_model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(weights).items()}, weights)
+    with pytest.raises(ArtifactError, match=rf"fast decoder {fast} of weights \w+, and {fast} has \w+; build it again"):
+        load_engine(model, engine_dir=str(out), fast_decoder=str(fast))
+    (out / "fast_decoder-64x64.bin").unlink()
+    with pytest.raises(ArtifactError, match=r"fast_decoder-64x64\.bin is missing"):
+        load_engine(model, engine_dir=str(out))
+
+
+@pytest.mark.slow  # exports and compiles four modules of the shipped checkpoint
+def test_openvino_builds_the_shipped_checkpoint_with_its_taesana(tmp_path: Path) -> None:
+    asked = BuildSpec("tiny", "cpu", "fp32", tmp_path, batches=(1, 2), steps=(1,), fast_decoder="taesana")
+    manifest = build(replace(asked, out=tmp_path / "out")).manifest
+    assert manifest.command.endswith("--fast-decoder taesana")
+    engine = load_engine("tiny", engine_dir=str(tmp_path / "out"), fast_decoder="taesana", max_batch=2)
+    reference = load_engine("tiny", precision="fp32", fast_decoder="taesana", max_batch=2)
+    jobs = [replace(JOB, width=256, height=256, decoder=name) for name in ("full", "fast")]
+    images = zip(engine.generate(jobs), reference.generate(jobs), strict=True)
+    assert [levels(found.pixels, expected.pixels) <= 2 for found, expected in images] == [True, True]
+    full, fast = (image.pixels for image in reference.generate(jobs))
+    assert levels(full, fast) > 2
 
 
 @DECODERS

@@ -1,19 +1,12 @@
 """Several --model: settings of each, replacement of one engine, and refusals before anything is loaded."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from manifests import MANIFEST
-from small_checkpoint import changed_copy
 
 from engines.artifacts import memory
-from engines.artifacts.manifest import FileRecord
-from engines.artifacts.memory import planned_memory
-from engines.checkpoints.checkpoint import open_checkpoint
 from engines.device.memory import available_bytes
-from engines.errors import CheckpointError
 from engines.fake import FakeEngine
 from engines.types import AdapterOption, Engine
 from server.__main__ import main
@@ -147,34 +140,6 @@ def test_the_fake_backend_serves_several_names() -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_counts_an_equal_text_encoder_once() -> None:
-    tiny = open_checkpoint("tiny")
-    plan = planned_memory([tiny, replace(tiny, name="other")], [None, None], device="cpu", precision=None)
-    first, second = plan.needs
-    numbers = sum(parameter.numel() for parameter in tiny.load_text_body(torch.float32, CPU).parameters())
-    assert (first.text, second.text) == (4 * numbers, 0)
-    modules = [tiny.load_transformer(torch.float32, CPU), tiny.load_autoencoder(torch.float32, CPU)]
-    assert first.modules == second.modules == 4 * sum(p.numel() for module in modules for p in module.parameters())
-    assert plan.total == first.weights + second.weights + first.activations
-    assert plan.fits
-    assert plan.lines[1].startswith("other: text encoder shared with an earlier model")
-    halved = planned_memory([tiny], [None], device="cpu", precision="bf16").needs[0]
-    assert 2 * halved.weights == first.weights
-
-
-def test_the_plan_of_a_full_size_model_is_what_the_budget_counts() -> None:
-    """bench.budget counts at most 8.15 GB held by tensors, of graphs at 1024x1024 (tests/bench/budget)."""
-    plan = planned_memory([open_checkpoint("random:sprint-0.6b")], [None], device="cpu", precision="bf16")
-    assert 7.5e9 < plan.total < 8.5e9
-
-
-def test_built_engines_count_by_their_files(tmp_path: Path) -> None:
-    files = [FileRecord(name, size, "") for name, size in (("text-0", 100), ("transformer-0", 20), ("decoder-0", 3))]
-    replace(MANIFEST, shared=tuple(files), references={"64x64": FileRecord("reference", 1000, "")}).write(tmp_path)
-    plan = planned_memory([open_checkpoint("tiny")], [str(tmp_path)], device="cpu", precision=None)
-    assert plan.needs[0].modules == 23
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_available_memory_is_what_host_and_container_leave(tmp_path: Path, version: int) -> None:
     def write(name: str, text: str) -> None:
@@ -203,10 +168,3 @@ def test_models_that_cannot_fit_are_refused_before_loading(monkeypatch: pytest.M
     source = engine_source(Settings(model="tiny,other=tiny", device="cpu", backend="eager"))
     with pytest.raises(SettingsError, match=r"--model: tiny, other need about .* MB, cpu has 1.0 MB left; give fewer"):
         source.load(nothing)
-
-
-def test_a_damaged_header_is_named(tmp_path: Path) -> None:
-    folder = changed_copy(TINY, tmp_path / "damaged")
-    (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(CheckpointError, match=r"transformer/.*\.safetensors: damaged or cut short"):
-        planned_memory([open_checkpoint(str(folder))], [None], device="cpu", precision=None)

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_engines import drawn, loaded, spec
-from small_checkpoint import SMALL_LITE, SMALL_TAESANA, save_decoder
+from native_engines import compile_some, drawn, loaded, spec
+from safetensors.torch import load_file, save_file
+from small_checkpoint import KERNEL_AUTOENCODER, SMALL_LITE, SMALL_TAESANA, save_decoder
 
 from bench.budget.card import Card
 from bench.budget.engine import CAPABILITY, PROCESSORS, Counted, _Trusted, count_request, prompts
 from bench.budget.totals import document
 from engines.artifacts.manifest import read_manifest
+from engines.artifacts.native.compiling import CompileRequest
 from engines.artifacts.native.loading import load_native
 from engines.artifacts.native.reading import read_weights
 from engines.artifacts.native.skeleton import DTYPE, modules_of
@@ -70,6 +72,53 @@ def test_another_decoder_is_stored_and_a_second_one_runs_beside(
     full, fast = (second.generate([job])[0].pixels for job in jobs)
     np.testing.assert_array_equal(fast, expected[0].pixels)
     np.testing.assert_array_equal(full, drawn(loaded(ours, for_hopper))[0].pixels)
+
+
+@pytest.mark.parametrize("config", [SMALL_TAESANA, SMALL_LITE, KERNEL_AUTOENCODER], ids=["taesana", "lite", "ours"])
+def test_an_engine_stores_two_decoders(
+    config: TaesanaConfig | AutoencoderConfig, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[CompileRequest] = []
+    monkeypatch.setattr(
+        "engines.artifacts.native.compiling.compile_kernels", lambda request, _: requests.append(request) or {}
+    )
+    fast, out = str(save_decoder(tmp_path / "fast", config)), tmp_path / "engine"
+    manifest = build(replace(spec(ours, out), fast_decoder=fast)).manifest
+    assert (manifest.fast_decoder, requests[0].fast_decoder) == (fast, fast)
+    assert [made.module for made in manifest.artifacts][-1] == "fast_decoder"
+    assert (out / "fast_decoder-1.safetensors").is_file()
+    engine, direct = loaded(ours, out, fast_decoder=fast), loaded(ours, fast_decoder=fast)
+    engine.warmup()
+    jobs = [Job("a circle", seed=0, width=64, height=64, decoder=name) for name in ("full", "fast")]
+    for job in jobs:
+        np.testing.assert_array_equal(engine.generate([job])[0].pixels, direct.generate([job])[0].pixels)
+    assert ("fast_decoder" in engine.info.reasons) == (config is not KERNEL_AUTOENCODER)
+    alone = loaded(ours, out)
+    assert alone.limits.decoders == ("full",)
+    np.testing.assert_array_equal(drawn(alone)[0].pixels, drawn(loaded(ours))[0].pixels)
+    other = str(save_decoder(tmp_path / "other", SMALL_TAESANA if config is SMALL_LITE else SMALL_LITE))
+    with pytest.raises(ArtifactError, match=rf"built with the fast decoder {fast}, and started with {other}"):
+        loaded(ours, out, fast_decoder=other)
+    weights = Path(fast) / "diffusion_pytorch_model.safetensors"
+    save_file({key: value * 2 for key, value in load_file(weights).items()}, weights)
+    with pytest.raises(ArtifactError, match=rf"fast decoder {fast} of weights \w+, and {fast} has"):
+        loaded(ours, out, fast_decoder=fast)
+
+
+@pytest.mark.slow  # compiles a tenth of the kernels
+def test_kernels_of_a_second_decoder_are_compiled(ours: Path, for_hopper: Path, tmp_path: Path) -> None:
+    """A second decoder of other widths launches kernels that the first does not."""
+    wider = replace(KERNEL_AUTOENCODER, decoder_block_out_channels=(32, 64, 64, 128))
+    fast = str(save_decoder(tmp_path / "fast", wider))
+    asked = replace(spec(ours, tmp_path / "engine"), fast_decoder=fast)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engines.artifacts.native.compiling.compile_kernels", compile_some)
+        build(asked)
+
+    def compiled(folder: Path) -> int:
+        return len(list(folder.rglob("*.cubin")))
+
+    assert compiled(asked.out) > compiled(for_hopper)
 
 
 @pytest.mark.usefixtures("not_compiled")

@@ -18,8 +18,9 @@ from chromium import Page, browser, executable
 from PIL import Image
 from running_server import PATIENCE_S, GatedEngine, Running, Serve, wait_until
 
-from engines.fake import FakeEngine
-from engines.types import Pixels
+from engines.fake import FakeEngine, expected_pixels
+from engines.types import Job, Pixels
+from server.generation.model_engines import ModelEngines
 from server.http.routes.page import STATIC
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -109,6 +110,65 @@ def test_with_two_decoders_the_full_one_follows_when_the_pen_rests(page: Page, s
     assert page.run("window.decoders[0]") == "fast decoder"
     assert strokes(shown_image(page)) > 0.01
     assert page.console_errors == []
+
+
+def choose(page: Page, css: str, value: str) -> None:
+    """Selects an option of a list, as a person does."""
+    page.run(
+        f"""(() => {{ const list = document.querySelector({css!r}); list.value = {value!r};
+        list.dispatchEvent(new Event('change')); }})()"""
+    )
+
+
+def made_by(page: Page, model: str, side: int) -> bool:
+    """Returns whether the shown image is that of the model for the page's prompt and seed."""
+    seed = int(page.run("document.getElementById('seed').value"))
+    prompt = page.run("document.getElementById('prompt').value")
+    expected = expected_pixels(Job(prompt, seed, side, side), model)
+    shows = shown_image(page)
+    return shows.shape == expected.shape and float(np.abs(shows.astype(int) - expected).mean()) < 3
+
+
+@needs_browser
+def test_with_several_models_a_list_chooses(page: Page, serve: Serve) -> None:
+    one, two = FakeEngine(checkpoint="one"), FakeEngine(checkpoint="two", default_size=(96, 96), sizes=((96, 96),))
+    open_page(page, serve(ModelEngines({"one": one, "two": two}), model="one,two", live_idle_s=3.0).url)
+    page.until("document.getElementById('size').options.length > 1")
+    assert page.run("[...document.getElementById('models').options].map(o => o.value)") == ["one", "two"]
+    assert page.run("document.getElementById('models').value") == "one"
+    assert made_by(page, "one", 256)
+    choose(page, "#models", "two")
+    page.until("document.getElementById('model').textContent.startsWith('two on')")
+    settled(page)
+    assert made_by(page, "two", 96)  # the size that it has
+    assert page.run("[...document.getElementById('size').options].map(o => o.value)") == ["96 × 96"]
+    newest = "document.querySelector('#recent img')?.src === document.getElementById('picture').src"
+    page.until(newest)
+    page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.click("#copy")
+    page.until("window.copied")
+    assert '"model":"two"' in page.run("window.copied")
+    page.until("document.body.dataset.state === 'idle'")
+    choose(page, "#models", "one")  # connects again, with the model that was chosen
+    page.until("document.getElementById('size').options.length > 1")
+    settled(page)
+    assert made_by(page, "one", 256)
+    page.until(newest)
+    page.click("#recent button:nth-child(2)")
+    settled(page)
+    assert page.run("document.getElementById('models').value") == "two"
+    assert made_by(page, "two", 96)
+    assert page.console_errors == []
+
+
+@needs_browser
+def test_with_one_model_there_is_no_list(page: Page, plain: Running) -> None:
+    open_page(page, plain.url)
+    assert page.run("document.getElementById('models').offsetParent") is None
+    page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.click("#copy")
+    page.until("window.copied")
+    assert '"model"' not in page.run("window.copied")
 
 
 @needs_browser
