@@ -97,11 +97,11 @@ def engine_call(place: Place) -> list[Step]:
     small, *larger = place.models
     return [
         _kernels(place, small, 110),
-        _precisions(place, small, 100),
+        _precisions(place, small, 130),
         _module("alternatives", "alternatives", 60, "--device", place.device),
         _stages(place, small, f"latency {place.backend}", 90),
         _peer(place, small, "diffusers", 60),
-        *(_precisions(place, model, 100) for model in larger),
+        *(_precisions(place, model, 130) for model in larger),
     ]
 
 
