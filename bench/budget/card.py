@@ -61,6 +61,7 @@ class Card:
             "stream": nullcontext,
             "Stream": lambda *_, **__: _Stream(self),
             "current_stream": lambda _=None: _Stream(self),
+            "default_stream": lambda _=None: _Stream(self),
             "Event": lambda enable_timing=False, **_: _CudaEvent(self, enable_timing),
         }
         with ExitStack() as stack:

@@ -122,9 +122,15 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     info = NativeInfo(code_digest(), stamps[0], ranges, text, stamps[1]).write(folder)
     compiled = (FileRecord.of(path, folder) for path in sorted(cache.rglob("*")) if path.is_file())
     seconds = round(time.perf_counter() - started, 1)
+    details: dict[str, dict[str, object]]
     details = {name: {"reason": kernels.reasons[name]} for name in build.modules if name in kernels.reasons}
+    of_transformer = details.setdefault("transformer", {})
     if unfit:
-        details["transformer"] = {**details.get("transformer", {}), "no_room_for": ", ".join(sorted(unfit))}
+        of_transformer["no_room_for"] = ", ".join(sorted(unfit))
+    if kernels.product_sqnr_db:
+        of_transformer["sqnr_db_alone"] = {**kernels.product_sqnr_db, "text": round(distance.sqnr_db, 1)}
+        if "fp8" in kernels.reasons:
+            of_transformer["fp8"] = kernels.reasons["fp8"]
     artifacts = tuple(
         Artifact(
             *(name, size, precisions[name], spec.batches, seconds, files[name]),

@@ -15,7 +15,7 @@ from engines.pipeline.png import is_black, png_file
 from engines.types import Job, Pixels
 
 Tensors = Mapping[str, Tensor]
-JpegEncoder = Callable[[Tensor, int], bytes]  # pixels [H, W, 3] uint8 on the GPU, quality
+JpegEncoder = Callable[[Tensor, int], bytes]  # planes [3, H, W] uint8 on the GPU, quality
 
 _NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
@@ -76,16 +76,26 @@ class _PinnedDownload:
 
 
 class _JpegDownload:
+    """A JPEG file that the GPU makes.
+
+    torchvision has one encoder for all threads. It encodes on a stream of its own, which waits for the stream that was
+    current at its first call, or for none, depending on the version (pytorch/vision#8587, #9060). So the host waits
+    until the planes are written, and each call is made on the default stream, where no engine works.
+    """
+
     def __init__(self, stream: Any, encode: JpegEncoder, output: Tensors, job: Job):
         pixels = output["pixels"]
+        self._planes = pixels.permute(2, 0, 1).contiguous()  # while the host is ahead of the GPU
+        # Its end is behind the planes on the same stream.
         self._finite = _PinnedDownload(stream, {"finite": output["finite"], "pixels": pixels[:0]}, job)
         pixels.record_stream(stream)
-        self._stream, self._encode, self._pixels, self._quality = stream, encode, pixels, job.jpeg_quality or 90
+        self._encode, self._quality = encode, job.jpeg_quality or 90
 
     def wait(self) -> HostImage:
-        with torch.cuda.stream(self._stream):
-            content = self._encode(self._pixels, self._quality)
-        return replace(self._finite.wait(), pixels=_NO_PIXELS, file=content)
+        image = self._finite.wait()
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            content = self._encode(self._planes, self._quality)
+        return replace(image, pixels=_NO_PIXELS, file=content)
 
 
 class CudaDownloader:
@@ -123,8 +133,11 @@ def jpeg_on_card() -> JpegEncoder | None:
     except (ImportError, RuntimeError):  # a torchvision that does not fit torch raises RuntimeError
         return None
 
-    def encode(pixels: Tensor, quality: int) -> bytes:
-        content: Tensor = encode_jpeg(pixels.permute(2, 0, 1).contiguous(), quality=quality)
-        return content.cpu().numpy().tobytes()
+    def encode(planes: Tensor, quality: int) -> bytes:
+        content: Tensor = encode_jpeg(planes, quality=quality)
+        host = torch.empty(content.shape, dtype=torch.uint8, pin_memory=True)
+        host.copy_(content, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return host.numpy().tobytes()
 
     return encode

@@ -1,7 +1,7 @@
 """Results from the engine's thread to their requests, by way of the codec threads.
 
 A result takes two hops: a codec thread encodes the image, then the event loop sets the job's future. The engine's
-thread waits for neither.
+thread waits for neither. A file that the engine made, and that is sent as it is, takes the second hop alone.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engines.types import Engine, RawImage
 from server.errors import RequestError
-from server.generation.image_codec import Codec
+from server.generation.image_codec import Codec, ImageEncoder
 from server.generation.job_queue import QueuedJob
 
 logger = logging.getLogger("server.generation")
@@ -53,6 +53,9 @@ class ResultDelivery:
     def image(self, job: QueuedJob, image: RawImage, queue_s: float) -> None:
         """Encodes the image on a codec thread, then delivers it. Returns at once."""
         job.has_pixels = True
+        if isinstance(job.encode, ImageEncoder) and job.encode.takes_as_is(image):
+            self._encode(job, image, queue_s, time.monotonic())
+            return
         try:
             self._codec.submit(self._encode, job, image, queue_s, time.monotonic())
         except RuntimeError:  # the pool is closed
@@ -68,7 +71,7 @@ class ResultDelivery:
         self._post(self._on_engine_lost, exit_code, reason)
 
     def _encode(self, job: QueuedJob, image: RawImage, queue_s: float, since: float) -> None:
-        """Runs on a codec thread."""
+        """Runs on a codec thread, or on the engine's where nothing is left to encode."""
         result: EncodedResult | Exception
         try:
             content = b"" if job.future.done() else job.encode(image)

@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import fpng
@@ -62,15 +62,25 @@ class Codec:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> Callable[[RawImage], bytes]:
-    """Returns a function that makes the file, or its base64, of an engine's image."""
-    return partial(encode_image, image_format=image_format, quality=quality, base64=base64)
+@dataclass(frozen=True)
+class ImageEncoder:
+    """Makes the file, or its base64, of an engine's image; uses the file that the engine made, if there is one."""
+
+    image_format: ImageFormat
+    quality: int
+    base64: bool
+
+    def __call__(self, image: RawImage) -> bytes:
+        file = encode(image.pixels, self.image_format, self.quality) if image.file is None else image.file
+        return pybase64.b64encode(file) if self.base64 else file
+
+    def takes_as_is(self, image: RawImage) -> bool:
+        """Returns whether the engine's file is the result, so that a call costs nothing."""
+        return image.file is not None and not self.base64
 
 
-def encode_image(image: RawImage, image_format: ImageFormat, quality: int, *, base64: bool) -> bytes:
-    """Returns the image file or its base64. Uses the file that the engine made, if there is one."""
-    file = encode(image.pixels, image_format, quality) if image.file is None else image.file
-    return pybase64.b64encode(file) if base64 else file
+def encoder(image_format: ImageFormat, quality: int, *, base64: bool) -> ImageEncoder:
+    return ImageEncoder(image_format, quality, base64)
 
 
 def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:

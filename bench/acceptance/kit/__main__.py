@@ -1,7 +1,8 @@
 """Packs a kit of less than 60 MB for a GPU host that has PyTorch and no network.
 
     make accept-kit                     # fills build/accept-kit
-    bash run.sh engine; bash run.sh http    # there, in the kit's folder; each below ten minutes, again goes on
+    bash run.sh http; bash run.sh engine    # there, in the kit's folder; each below five minutes, again goes on
+    bash run.sh rest                        # compiled diffusers, native engines
     bash run.sh engine --rehearse       # on any machine: the tiny checkpoint on its CPU
 
 It packs the code of the commit; changes of the checkout stay out.

@@ -3,6 +3,8 @@
     python -m bench.acceptance.kit.alternatives
 
 - Products of the transformer and of the text encoder's MLPs in bf16 and in e4m3, at the widths of 0.6B and 1.6B.
+- A product of many rows by weights in bf16, and by weights in e4m3 that a kernel widens first.
+- JPEG files by nvJPEG, of noise and of a smooth image.
 - The expansion and its SiLU in e4m3: one kernel of ours, or cuBLAS and another launch.
 - The number of contexts that a program of the linear attention loads at once.
 - Dependent launches, plain and programmatic: what one launch of a chain costs.
@@ -11,10 +13,11 @@ Each row is the time of one call out of many in a CUDA graph, and its SQNR to th
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +28,7 @@ from torch import Tensor
 from bench.harness.cli import run_benchmark
 from bench.harness.summary import table
 from engines.backends.cuda.layers import LinearLayer
+from engines.backends.cuda.mlp_weights import MlpWeight
 from engines.kernels import linear_attention
 from engines.kernels.e4m3 import FP8, power_of_two_scales, quantised
 from engines.kernels.linear_attention import LINEAR_ATTENTION
@@ -32,6 +36,8 @@ from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.kernels.scaled_product import SCALED_PRODUCT
 from engines.kernels.silu_product import SILU_PRODUCT
 from engines.kernels.text.skinny_product import GATED_PRODUCT, SKINNY_PRODUCT
+from engines.pipeline.download import CudaDownloader, jpeg_on_card
+from engines.types import Job
 
 LARGEST = 4.0  # of inputs drawn from a normal distribution
 CONTEXTS = (1, 2, 4, 8, 16)
@@ -44,17 +50,18 @@ class Alternative:
     what: str
     how: str
     run: Callable[[], Tensor]
+    captured: bool = True  # False: timed from the host, as it waits for the device
 
 
 class _Drawn:
-    """Seeded random tensors on a device, in bf16."""
+    """Seeded random tensors in bf16, drawn on the host and moved to a device."""
 
     def __init__(self, device: torch.device):
-        self._device, self._generator = device, torch.Generator(device).manual_seed(0)
+        self._device, self._generator = device, torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        made = torch.randn(*shape, generator=self._generator, device=self._device) * scale
-        return made.to(torch.bfloat16)
+        made = torch.randn(*shape, generator=self._generator) * scale
+        return made.to(torch.bfloat16).to(self._device)
 
 
 def products(ops: Ops, draw: _Drawn, tokens: int, width: int) -> Iterator[Alternative]:
@@ -88,6 +95,14 @@ def text_products(ops: Ops, draw: _Drawn, rows: int, width: int, mlp: int) -> It
         yield Alternative(f"{what}, {rows} rows", "e4m3 weights", _bound(ops, op, given, narrow, *more, scale))
 
 
+def widened_products(ops: Ops, draw: _Drawn, rows: int, width: int, mlp: int) -> Iterator[Alternative]:
+    """Yields gate and up of an MLP for more rows than the kernels for few rows take."""
+    what, x, weight = f"gate and up, {rows} rows", draw(rows, width), draw(2 * mlp, width, scale=width**-0.5)
+    narrow = MlpWeight(weight).narrowed()
+    yield Alternative(what, "bf16", _bound(F.linear, x, weight))
+    yield Alternative(what, "e4m3, widened first", lambda: F.linear(x, narrow.wide(ops, x.dtype)))
+
+
 def attention(ops: Ops, draw: _Drawn, tokens: int, width: int) -> Iterator[Alternative]:
     """Yields the linear attention with other numbers of contexts a load."""
     qkv, weight = draw(tokens, 3 * width), torch.ones(width, device=draw(1).device)
@@ -99,6 +114,26 @@ def attention(ops: Ops, draw: _Drawn, tokens: int, width: int) -> Iterator[Alter
                 return output
 
         yield Alternative(f"linear attention {tokens}x{width}", f"{count} contexts a load", run)
+
+
+def files(device: torch.device) -> Iterator[Alternative]:
+    """Yields the ways of an image of 1024x1024 from a GPU to the host: pixels, and nvJPEG's file where it is there."""
+    downloader, job = CudaDownloader(jpeg_on_card()), Job("", 0, 1024, 1024)
+    noise = torch.randint(256, (1024, 1024, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ramp = (torch.arange(1024)[:, None, None] // 4).to(torch.uint8).expand(1024, 1024, 3).contiguous()
+    for name, pixels in (("noise", noise.to(device)), ("a ramp", ramp.to(device))):
+        output = {"pixels": pixels, "finite": torch.ones((), dtype=torch.bool, device=device)}
+
+        def fetched(job: Job, output: dict[str, Tensor] = output) -> Tensor:
+            image = downloader.start(output, job).wait()
+            if image.file is None:
+                return torch.from_numpy(image.pixels)
+            return torch.frombuffer(bytearray(image.file), dtype=torch.uint8)
+
+        yield Alternative(f"{name}, pixels to the host", "a copy", _bound(fetched, job), captured=False)
+        if downloader.jpeg is not None:
+            jpeg = replace(job, jpeg_quality=90)
+            yield Alternative(f"{name}, JPEG to the host", "nvJPEG", _bound(fetched, jpeg), captured=False)
 
 
 def launches(draw: _Drawn) -> Iterator[Alternative]:
@@ -131,9 +166,9 @@ def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Tensor]:
     return run
 
 
-def timed(run: Callable[[], Tensor], device: torch.device, calls: int) -> float:
-    """Returns the milliseconds of one of `calls` calls, captured in one graph on a GPU."""
-    if device.type == "cpu":
+def timed(run: Callable[[], Tensor], calls: int, *, captured: bool) -> float:
+    """Returns the milliseconds of one of `calls` calls. captured: in one graph of a GPU, without the host's work."""
+    if not captured:
         began = time.perf_counter()
         for _ in range(calls):
             run()
@@ -166,19 +201,23 @@ def compare(device: torch.device, *, full: bool, calls: int) -> dict[str, Any]:
         cases += [*products(ops, draw, tokens, width), *attention(ops, draw, tokens, width)]
     for few in (32, 64) if full else (4,):
         cases += text_products(ops, draw, few, *((2304, 9216) if full else (48, 96)))
-    if device.type == "cuda":
-        cases += launches(draw)
+    for many in (128, 256) if full else (72,):
+        cases += widened_products(ops, draw, many, *((2304, 9216) if full else (48, 96)))
+    captured = device.type == "cuda"
+    if captured:
+        cases += [*launches(draw), *files(device)]
     rows, expected = list[dict[str, Any]](), dict[str, Tensor]()
     for case in cases:
         row: dict[str, Any] = {"what": case.what, "how": case.how}
         rows.append(row)
         try:
             found = case.run()
-            found = found.sum(0) if found.dim() == 3 else found  # parts, which the next kernel would add
+            found = found.sum(0) if found.dim() == 3 and found.is_floating_point() else found  # parts of a sum
             row["sqnr_db"] = round(sqnr_db(expected.setdefault(case.what, found), found), 1)
-            row["ms"] = round(timed(case.run, device, calls), 5)
+            row["ms"] = round(timed(case.run, calls, captured=captured and case.captured), 5)
         except Exception as error:  # a compiler or driver may raise anything; the other rows are worth keeping
             row["error"] = f"{type(error).__name__}: {error}"[:200]
+        print(json.dumps(row), flush=True)  # a time limit may end the program
     return {"rows": rows}
 
 

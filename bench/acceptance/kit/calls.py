@@ -1,13 +1,14 @@
-"""The two calls of a kit as steps; those worth most for their time come first. Imports no engine."""
+"""The calls of a kit as steps; those worth most for their time come first. Imports no engine."""
 
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-SPACE_S = 15.0  # between a program's own time limit and its process's
+SPACE_S = 10.0  # between a program's own time limit and its process's
 STAGES = "bench.acceptance"
 HTTP = "bench.acceptance.over_http"
+PROJECTED = "projected"
 READY = ("ready", "first request", "jpeg alone", "memory")
 
 
@@ -71,44 +72,49 @@ class Step:
         return f"{', '.join(missing)} is not there" if missing else None
 
 
-def engine_call(place: Place) -> list[Step]:
-    """Returns the steps that time stages and alternatives, build and serve native engines, and time diffusers."""
-    small, *larger = place.models
-    steps = [
-        _kernels(place, small, 150),
-        _stages(place, small, f"latency {place.backend}", 120),
-        _precisions(place, small, 90),
-        _build(place, small, "bf16", 210),
-        _served(place, small, "bf16"),
-        _peer(place, small, "diffusers", 90),
-        _peer(place, small, "diffusers-compiled", 200),
-    ]
-    if not place.rehearsal:
-        steps += [_build(place, small, "fp8", 210), _served(place, small, "fp8")]
-    steps += [_module("alternatives", "alternatives", 90, "--device", place.device)]
-    steps += [_stages(place, model, f"latency {place.backend}", 150) for model in larger]
-    return [*steps, *(_precisions(place, model, 150) for model in larger)]
-
-
 def http_call(place: Place) -> list[Step]:
-    """Returns the steps that measure the server over HTTP, a ControlNet, the larger model and thread counts."""
+    """Returns the steps that measure the server over HTTP: each precision, a ControlNet, the larger model, threads."""
     small, *larger = place.models
     branch = place.work / "controlnet"
     drawing = _http(
-        *(place, f"http controlnet {place.precisions[0]}", small, place.precisions[0], 120),
+        *(place, f"http controlnet {place.precisions[-1]}", small, place.precisions[-1], 60),
         *("--controlnet", str(branch), "--figures", "controlnet alone,live"),
     )
     return [
-        _kernels(place, small, 150),
-        *(_http(place, f"http {precision}", small, precision, 150) for precision in place.precisions),
-        replace(_module("controlnet", "controlnet", 60, "--model", small, "--out", str(branch)), builds=True),
+        _kernels(place, small, 110),
+        # In 8 bits first, which no card has measured as a whole.
+        *(_http(place, f"http {precision}", small, precision, 100) for precision in reversed(place.precisions)),
+        replace(_module("controlnet", "controlnet", 40, "--model", small, "--out", str(branch)), builds=True),
         replace(drawing, paths=(branch,)),
-        *(_http(place, f"http {model} bf16", model, "bf16", 180) for model in larger),
-        _threads(place, small, 120),
+        *(_http(place, f"http {model} bf16", model, "bf16", 100) for model in larger),
+        _threads(place, small, 60),
+        _http(place, "counted", small, place.precisions[0], 60, "--figures", PROJECTED),  # needs no card
     ]
 
 
-CALLS = {"engine": engine_call, "http": http_call}
+def engine_call(place: Place) -> list[Step]:
+    """Returns the steps that time stages in each precision, alternatives of kernels, and eager diffusers."""
+    small, *larger = place.models
+    return [
+        _kernels(place, small, 110),
+        _precisions(place, small, 130),
+        _module("alternatives", "alternatives", 60, "--device", place.device),
+        _stages(place, small, f"latency {place.backend}", 90),
+        _peer(place, small, "diffusers", 60),
+        *(_precisions(place, model, 130) for model in larger),
+    ]
+
+
+def rest_call(place: Place) -> list[Step]:
+    """Returns the steps that take minutes: compiled diffusers, native engines and their starts, the larger model."""
+    small, *larger = place.models
+    steps = [_peer(place, small, "diffusers-compiled", 200)]
+    for precision in ("bf16",) if place.rehearsal else place.precisions:
+        steps += [_build(place, small, precision, 210), _served(place, small, precision)]
+    return [*steps, *(_stages(place, model, f"latency {place.backend}", 150) for model in larger)]
+
+
+CALLS = {"http": http_call, "engine": engine_call, "rest": rest_call}
 
 
 def _kernels(place: Place, model: str, limit_s: float) -> Step:
@@ -173,6 +179,7 @@ def _http(
     arguments = ("-m", HTTP, "--models", model, "--device", place.device, "--precisions", precision, "--peers", "")
     minutes = (limit_s - SPACE_S) * place.patience / 60
     arguments += ("--engine", engine, "--minutes", f"{minutes:g}", "--out", str(_folder(place, "http")), *more)
+    arguments += () if PROJECTED in more else ("--skip", PROJECTED)
     return Step(name, (*arguments, "--quick") if place.rehearsal else arguments, limit_s)
 
 

@@ -7,6 +7,7 @@ One engine after the other, so that both fit the card's memory.
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -46,6 +47,7 @@ def compare(model: str, device: str, precisions: Sequence[str], batches: Sequenc
             reference = exact.setdefault(batch, made[0])
             found = difference(_stack(reference), _stack(made[0]))
             rows.append(row | {"psnr_db": found.psnr_db, "max_abs": found.max_abs})
+            print(json.dumps(rows[-1]), flush=True)  # a time limit may end the program
         del engine
         gc.collect()
         if device == "cuda":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bash run.sh engine|http [--rehearse] [--minutes 9.5] [--again]: accepts this host; results in $OUT or ./results.
+# bash run.sh http|engine|rest [--rehearse] [--minutes 4.5]: accepts this host; results in $OUT or ./results.
 set -eu
+began=$(date +%s)
 here=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-$here/work}
 python=${PYTHON:-python3}
@@ -26,4 +27,4 @@ if [ ! -e "$work/ready" ] || ! cmp -s "$here/REVISION" "$work/code/REVISION"; th
 fi
 cd "$work/code"
 exec env PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRITON_CACHE_DIR="$work/triton" \
-  "$work/env/bin/python" -m bench.acceptance.kit.running "$@" --work "$work" --out "${OUT:-$here/results}"
+  "$work/env/bin/python" -m bench.acceptance.kit.running "$@" --spent $(($(date +%s) - began)) --work "$work" --out "${OUT:-$here/results}"

@@ -1,6 +1,6 @@
 """Runs a call of the kit on the host: each step is a program with a time limit, and finished ones are skipped.
 
-    bash run.sh engine|http [--rehearse] [--minutes 9.5]
+    bash run.sh http|engine|rest [--rehearse] [--minutes 4.5]
 
 Writes to --out: acceptance.md (figures with their bars, and the steps), acceptance.json, and each program's own files
 and logs. Exit code 1: a step failed, or time ended before it.
@@ -28,7 +28,7 @@ from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.server_process import ROOT
 
-MINUTES = 9.5
+MINUTES = 4.5
 LEAST_S = 15.0  # no step begins when a call has less left
 GROUP = "group"  # file in `work`: process group of the running step
 MARK = "KIT_WORK"  # variable of its environment that names `work`
@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("call", choices=tuple(CALLS))
     parser.add_argument("--rehearse", action="store_true", help="the tiny checkpoint on this machine's CPU")
-    parser.add_argument("--minutes", type=float, help="after which all is ended (default 9.5; a rehearsal 38)")
+    parser.add_argument("--minutes", type=float, help="after which all is ended (default 4.5; a rehearsal 18)")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds that the call has taken already")
     parser.add_argument("--work", type=Path, required=True, help="folder of what is built")
     parser.add_argument("--out", type=Path, required=True, help="folder of what is found")
     options = parser.parse_args(argv)
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("torch sees no GPU; --rehearse runs what a CPU can")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     minutes = MINUTES * place.patience if options.minutes is None else options.minutes
-    runner = Runner(place, time.monotonic() + minutes * 60)
+    runner = Runner(place, time.monotonic() + minutes * 60 - options.spent)
     for step in CALLS[options.call](place):
         runner.run(step)
         keep(place, runner.skipped)

@@ -66,6 +66,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--engine", help="folder of a built engine of the one precision, or none: the server builds none"
     )
     parser.add_argument("--figures", type=comma_separated, help="names of the figures, with commas; default all")
+    parser.add_argument("--skip", type=comma_separated, default=(), help="names of figures that are left out")
     parser.add_argument("--quick", action="store_true", help="three requests of each kind, one and two clients")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing else is begun (default 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the file")
@@ -125,7 +126,7 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
 
 
 def _asked(options: argparse.Namespace, name: str) -> bool:
-    return options.figures is None or name in options.figures
+    return name not in options.skip and (options.figures is None or name in options.figures)
 
 
 def _projected(figures: Figures, about: About, options: argparse.Namespace) -> None:

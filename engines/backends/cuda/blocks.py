@@ -13,7 +13,9 @@ Shapes: B jobs, C latent channels, h x w latent, N = h*w image tokens, T text to
 [B*N, D] between kernels.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -124,12 +126,30 @@ class Blocks:
             [max(pair) for pair in zip(*rows, strict=True)] for rows in zip(self.ranges, ranges, strict=True)
         ]
 
-    def to_fp8(self) -> None:
-        """Converts FP8_PRODUCTS to 8 bits, with scales from the ranges; layers that cannot be in 8 bits stay."""
+    def leave_in_bf16(self, product: str) -> None:
+        """Makes `to_fp8` leave this one of FP8_PRODUCTS as it is, in all blocks: no scale fits an infinite range."""
+        for largest in self.ranges:
+            largest[FP8_PRODUCTS.index(product)] = math.inf
+
+    def to_fp8(self, products: Sequence[str] = FP8_PRODUCTS) -> None:
+        """Converts products to 8 bits, with scales from the ranges; layers that cannot be in 8 bits stay."""
         for index, (weights, largest) in enumerate(zip(self._weights, self.ranges, strict=True)):
-            layers = {name: (getattr(weights, name), seen) for name, seen in zip(FP8_PRODUCTS, largest, strict=True)}
-            narrow = {name: layer.to_fp8(seen) for name, (layer, seen) in layers.items() if layer.takes_fp8}
+            narrow = dict[str, Any]()
+            for name, seen in zip(FP8_PRODUCTS, largest, strict=True):
+                layer: LinearLayer = getattr(weights, name)
+                if name in products and layer.takes_fp8 and math.isfinite(seen):
+                    narrow[name] = layer.to_fp8(seen)
             self._weights[index] = weights._replace(**narrow)
+
+    @contextmanager
+    def one_in_fp8(self, product: str) -> Iterator[None]:
+        """Has this one of FP8_PRODUCTS in 8 bits within the block, and none afterwards."""
+        exact = list(self._weights)
+        self.to_fp8((product,))
+        try:
+            yield
+        finally:
+            self._weights = exact
 
     def product(self, x: Tensor, layer: LinearLayer) -> Tensor:
         """Returns x [M, in] times `layer`, [M, out]; every product but the expansion's comes here."""

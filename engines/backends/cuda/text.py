@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay
-from engines.kernels.e4m3 import FP8, power_of_two_scales
+from engines.backends.cuda.mlp_weights import MlpWeight, give_up_wide
 from engines.kernels.op import Ops
 from engines.kernels.text.capped_attention import CAPPED_ATTENTION, MAX_CAP
 from engines.kernels.text.gelu_gate import GELU_GATE
@@ -39,23 +39,14 @@ class _Layer:
 
     qkv: Tensor  # [(H + 2K)*d, D]
     out: Tensor  # [D, H*d]
-    gate_up: Tensor  # [2 * MLP, D]
-    down: Tensor  # [D, MLP]
+    gate_up: MlpWeight  # [2 * MLP, D]
+    down: MlpWeight  # [D, MLP]
     after_attention: Tensor
     before_mlp: Tensor
     after_mlp: Tensor
     key: Tensor  # [K, P, d]
     value: Tensor
     window: int
-    narrow_gate_up: "_Narrow | None" = None  # both in 8 bits, for few rows
-    narrow_down: "_Narrow | None" = None
-
-
-class _Narrow(NamedTuple):
-    """A weight [N, K] in e4m3, and the scale of each of its rows, fp32 [N]."""
-
-    weight: Tensor
-    scale: Tensor | None  # None: not in 8 bits
 
 
 class CudaTextBody:
@@ -81,6 +72,7 @@ class CudaTextBody:
         # Upstream rounds the scale to the weights' type before it multiplies.
         self._embed_scale = float(torch.tensor(config.hidden_size**0.5, dtype=weight.dtype))
         layers = [layer for layer in body.layers if isinstance(layer, Layer)]
+        self._mlps = [layer.mlp for layer in layers]
         self._layers = [
             _layer_weights(layer, prefix, config.sliding_window if kind == "sliding_attention" else 2**30)
             for layer, prefix, kind in zip(layers, past, config.layer_types, strict=True)
@@ -95,11 +87,10 @@ class CudaTextBody:
 
     @torch.inference_mode()
     def to_fp8(self) -> None:
-        """Rounds the MLPs' weights to e4m3, which products of few rows read; others read the same values in bf16."""
-        self._layers = [
-            replace(layer, narrow_gate_up=_narrowed(layer.gate_up), narrow_down=_narrowed(layer.down))
-            for layer in self._layers
-        ]
+        """Rounds the MLPs' weights to e4m3 and frees the others; the module computes by the rounded ones too."""
+        for index, (layer, mlp) in enumerate(zip(self._layers, self._mlps, strict=True)):
+            self._layers[index] = narrow = replace(layer, gate_up=layer.gate_up.narrowed(), down=layer.down.narrowed())
+            give_up_wide(mlp, narrow.gate_up, narrow.down)
 
     def __call__(self, ids: Tensor, shared: Tensor) -> Tensor:
         """Returns hidden states [B, L, D] of ids [B, L]; row b follows the first shared[b] tokens of the prefix."""
@@ -119,14 +110,14 @@ class CudaTextBody:
             y = (
                 ops(SKINNY_PRODUCT, attended, layer.out) if is_skinny else F.linear(attended, layer.out)
             )  # [S, M, D] or [M, D]
-            gate_up = layer.narrow_gate_up or _Narrow(layer.gate_up, None)
-            down = layer.narrow_down or _Narrow(layer.down, None)
-            ahead = gate_up.weight if is_skinny else None
+            gate_up, down = layer.gate_up, layer.down
+            ahead = gate_up.values if is_skinny else None
             x, h = ops(SANDWICH_NORM, y, x, layer.after_attention, layer.before_mlp, eps, ahead)
             if is_skinny:
-                y = ops(SKINNY_PRODUCT, ops(GATED_PRODUCT, h, gate_up.weight, down.weight, gate_up.scale), *down)
+                y = ops(SKINNY_PRODUCT, ops(GATED_PRODUCT, h, gate_up.values, down.values, gate_up.scale), *down)
             else:
-                y = F.linear(ops(GELU_GATE, F.linear(h, layer.gate_up)), layer.down)
+                gated = ops(GELU_GATE, F.linear(h, gate_up.wide(ops, h.dtype)))
+                y = F.linear(gated, down.wide(ops, h.dtype))
             x, h = ops(SANDWICH_NORM, y, x, layer.after_mlp, following, eps, after.qkv if is_skinny and after else None)
         return h.view(*ids.shape, -1)
 
@@ -136,8 +127,8 @@ def _layer_weights(layer: Layer, past: Past, window: int) -> _Layer:
     return _Layer(
         qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
         out=attention.o_proj.weight,
-        gate_up=_fuse(mlp.gate_proj, mlp.up_proj),
-        down=mlp.down_proj.weight,
+        gate_up=MlpWeight(_fuse(mlp.gate_proj, mlp.up_proj)),
+        down=MlpWeight(mlp.down_proj.weight),
         after_attention=_norm_weight(layer.post_attention_layernorm),
         before_mlp=_norm_weight(layer.pre_feedforward_layernorm),
         after_mlp=_norm_weight(layer.post_feedforward_layernorm),
@@ -145,14 +136,6 @@ def _layer_weights(layer: Layer, past: Past, window: int) -> _Layer:
         value=past[1][0].contiguous(),
         window=window,
     )
-
-
-def _narrowed(weight: Tensor) -> _Narrow:
-    """Returns the weight in e4m3, and rounds it in place to the same values: scales of powers of two are exact."""
-    scale = power_of_two_scales(weight)
-    narrow = (weight.float() / scale[:, None]).to(FP8)
-    weight.copy_(narrow.float() * scale[:, None])
-    return _Narrow(narrow, scale)
 
 
 def _fuse(*linears: nn.Linear) -> Tensor:

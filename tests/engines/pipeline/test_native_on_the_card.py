@@ -113,6 +113,24 @@ def test_an_image_comes_whole_and_as_a_file() -> None:
         assert abs(read - pixels.cpu().numpy().astype(int)).mean() < 4
 
 
+@torch.inference_mode()
+def test_a_jpeg_waits_for_its_image_whoever_called_the_encoder_first() -> None:
+    """torchvision's one encoder knows the stream of its first caller, at most."""
+    if jpeg_on_card() is None:
+        pytest.skip("torchvision is not installed")
+    downloaders = [CudaDownloader(jpeg_on_card()) for _ in range(2)]
+    busy, job = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda"), Job("", 0, 512, 512, jpeg_quality=90)
+    for number in range(4):
+        pixels = torch.zeros(512, 512, 3, dtype=torch.uint8, device="cuda")
+        for _ in range(50):  # some 70 ms before the image
+            torch.mm(busy, busy)
+        pixels.fill_(50 * (number + 1))
+        output = {"pixels": pixels, "finite": torch.tensor(True, device="cuda")}
+        file = downloaders[number % 2].start(output, job).wait().file
+        assert file is not None
+        assert abs(np.asarray(Image.open(io.BytesIO(file))).astype(int) - 50 * (number + 1)).max() <= 2
+
+
 def test_tiny_draws_the_same_as_on_a_cpu() -> None:
     """Runs the shipped checkpoint: PyTorch runs its decoder, our kernels text and transformer."""
     exact, fast = load_engine("tiny", device="cpu"), load_engine("tiny", max_batch=2, device="cuda")

@@ -1,12 +1,13 @@
 """Delivery of results: encoders hold up neither the engine's thread nor the event loop."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from running_server import PATIENCE_S, GatedEngine, Serve, connect_and_send, wait_until
 
-from engines.types import Pixels
+from engines.types import Deliver, Job, Pixels, RawImage
 from server.errors import EXIT_HANG
 from server.generation import image_codec
 from server.generation.image_codec import ImageFormat
@@ -53,13 +54,41 @@ def test_the_engine_runs_batch_after_batch_while_no_image_is_encoded(serve: Serv
     held(encoder)
     requests = [running.submit_generate(f"prompt {i}") for i in range(3)]
     wait_until(lambda: len(engine.seen) == 3, "all batches")
-    assert encoder.waiting == 1  # of one codec thread
+    wait_until(lambda: encoder.waiting == 1, "the encoder")  # of one codec thread
     assert not any(one.done for one in requests)
     assert running.metric("sana_sprint_stage_duration_seconds_count", stage="encode") == 0
     encoder.gate.set()
     assert [one.result().status_code for one in requests] == [200] * 3
     assert running.metric("sana_sprint_stage_duration_seconds_count", stage="encode") == 3
     assert running.metric("sana_sprint_stage_duration_seconds_count", stage="decode") == 3
+
+
+class FileEngine(GatedEngine):
+    """Makes JPEG files itself, as a GPU does."""
+
+    def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
+        files = {0: None if jobs[0].jpeg_quality is None else b"made by the engine"}
+
+        def with_file(index: int, image: RawImage) -> None:
+            assert deliver is not None
+            deliver(index, replace(image, file=files[index]))
+
+        return super().generate(jobs, None if deliver is None else with_file)
+
+
+def test_a_file_of_the_engine_waits_for_no_encoder(serve: Serve, encoder: SlowEncoder) -> None:
+    engine = FileEngine(max_batch=1)
+    engine.gate.set()
+    running = serve(engine, max_batch=1, codec_threads=1)
+    held(encoder)
+    first = running.submit_generate("holds the encoder")
+    wait_until(lambda: encoder.waiting == 1, "the encoder")
+    second = running.generate(output_format="jpeg")
+    assert (second.status_code, second.content) == (200, b"made by the engine")
+    assert not first.done
+    encoder.gate.set()
+    assert first.result().status_code == 200
+    assert running.metric("sana_sprint_stage_duration_seconds_count", stage="encode") == 2
 
 
 def test_an_image_that_is_made_outlives_its_engine(serve: Serve, encoder: SlowEncoder) -> None:

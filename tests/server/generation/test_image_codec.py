@@ -15,7 +15,7 @@ from running_server import image_file, read_image
 
 from engines.types import Pixels, RawImage, StageSeconds
 from server.errors import InvalidError
-from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat, decode, encode, encode_image
+from server.generation.image_codec import MAX_IMAGE_BYTES, ImageFormat, decode, encode, encoder
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
@@ -35,8 +35,8 @@ def test_same_pixels_same_bytes(image_format: ImageFormat) -> None:
     content = encode(pixels, image_format, 90)
     assert content == encode(pixels.copy(), image_format, 90)
     image = RawImage(pixels, StageSeconds(0, 0, 0), 1)
-    assert encode_image(image, image_format, 90, base64=False) == content
-    assert pybase64.b64decode(encode_image(image, image_format, 90, base64=True)) == content
+    assert encoder(image_format, 90, base64=False)(image) == content
+    assert pybase64.b64decode(encoder(image_format, 90, base64=True)(image)) == content
     with Image.open(io.BytesIO(content)) as image:
         assert (image.format, image.size, image.mode) == (image_format.upper(), (65, 33), "RGB")
 
@@ -162,5 +162,5 @@ def test_a_damaged_file_is_read_or_refused(content: bytes, data: st.DataObject) 
 
 def test_a_file_that_the_engine_made_is_taken() -> None:
     image = RawImage(np.empty((0, 0, 3), np.uint8), StageSeconds(0, 0, 0), 1, file=b"a file")
-    assert encode_image(image, "jpeg", 90, base64=False) == b"a file"
-    assert encode_image(image, "jpeg", 90, base64=True) == pybase64.b64encode(b"a file")
+    assert encoder("jpeg", 90, base64=False)(image) == b"a file"
+    assert encoder("jpeg", 90, base64=True)(image) == pybase64.b64encode(b"a file")

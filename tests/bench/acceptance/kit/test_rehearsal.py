@@ -11,6 +11,7 @@ import pytest
 
 from bench.acceptance.kit import threads
 from bench.acceptance.kit.__main__ import main
+from bench.acceptance.kit.calls import CALLS
 from bench.acceptance.kit.contents import MOST_BYTES
 
 # A host's packages: PyTorch for CUDA and its dependencies.
@@ -36,7 +37,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", ["engine", "http"])
+@pytest.mark.parametrize("call", CALLS)
 def test_a_call_passes_where_only_pytorch_is(call: str, host: Path, tmp_path: Path) -> None:
     kit, out = tmp_path / "kit", tmp_path / "out"
     assert main(["--out", str(kit), "--python", f"{sys.version_info.major}.{sys.version_info.minor}"]) == 0

@@ -1,6 +1,7 @@
 """A native engine that a CPU built, loaded on a CPU with the kernels' references."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from engines.artifacts.native.compiling import CompileRequest
 from engines.artifacts.native.loading import load_native
 from engines.artifacts.native.reading import read_weights
 from engines.artifacts.native.skeleton import DTYPE, modules_of
+from engines.backends.cuda.blocks import FP8_PRODUCTS
+from engines.backends.cuda.transformer import CudaTransformer
 from engines.build.builder import build
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import ArtifactError
@@ -27,7 +30,7 @@ from engines.kernels.op import Ops
 from engines.loader import load_engine
 from engines.models.dcae import AutoencoderConfig
 from engines.models.taesana import TaesanaConfig
-from engines.pipeline.native import NativeBackend
+from engines.pipeline.native import PRODUCT_SQNR_DB, NativeBackend
 from engines.pipeline.text_stage import load_text_stage
 from engines.types import Job
 
@@ -148,8 +151,46 @@ def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
     for found, exact in zip(drawn(engine), drawn(loaded(ours)), strict=True):
         noise = float(np.square(found.pixels.astype(float) - exact.pixels).mean())
         assert 0 < noise < 255**2 / 10**2.5
-    precisions = {part.module: part.precision for part in read_manifest(folder).artifacts}
-    assert precisions == {"transformer": "fp8", "decoder": "fp8", "encoder": "bf16"}
+    parts_of = {part.module: part for part in read_manifest(folder).artifacts}
+    assert {name: part.precision for name, part in parts_of.items()} == {
+        "transformer": "fp8", "decoder": "fp8", "encoder": "bf16",
+    }  # fmt: skip
+    alone = parts_of["transformer"].details["sqnr_db_alone"]
+    assert isinstance(alone, dict)
+    assert {name: db for name, db in alone.items() if name != "text"} == direct.product_sqnr_db
+    assert set(direct.product_sqnr_db) == set(FP8_PRODUCTS)
+    bad = {name for name, db in direct.product_sqnr_db.items() if db < PRODUCT_SQNR_DB}
+    left = {name for name, seen in zip(FP8_PRODUCTS, direct.ranges["transformer"][0], strict=True) if seen == math.inf}
+    assert bad == left < set(FP8_PRODUCTS), direct.product_sqnr_db
+    assert alone["text"] == pytest.approx(told["text"]["sqnr_db"], abs=0.1)
+
+
+def test_a_product_that_alone_is_too_far_stays_in_bf16(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(str(ours))
+
+    def quantised() -> tuple[NativeBackend, CudaTransformer]:
+        native = NativeBackend(Ops(None), checkpoint.autoencoder)
+        transformer = modules_of(checkpoint, native, CPU)["transformer"]
+        assert isinstance(transformer, CudaTransformer)
+        native.to_fp8(checkpoint, native.text(load_text_stage(checkpoint, DTYPE, CPU)), (64, 64), CPU)
+        return native, transformer
+
+    found = quantised()[0].product_sqnr_db
+    worst = min(found, key=lambda product: found[product])
+    monkeypatch.setattr("engines.pipeline.native.PRODUCT_SQNR_DB", sorted(found.values())[1])
+    native, transformer = quantised()
+    assert native.reasons["fp8"].endswith(f": {worst}, {found[worst]} dB")
+    left = {
+        product
+        for product in FP8_PRODUCTS
+        for weights in transformer.blocks._weights
+        if getattr(weights, product).scales is None
+    }
+    assert left == {worst}
+    again = NativeBackend(Ops(None), checkpoint.autoencoder)
+    modules_of(checkpoint, again, CPU)
+    again.quantise(json.loads(json.dumps(native.ranges)))
+    assert again.ranges == native.ranges
 
 
 @pytest.mark.usefixtures("not_compiled")

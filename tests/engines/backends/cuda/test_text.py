@@ -12,6 +12,7 @@ import torch
 from small_checkpoint import randomise_weights
 from torch import Tensor
 
+from engines.artifacts.native.storages import storages_of
 from engines.backends.cuda.graphs import EagerReplay
 from engines.backends.cuda.text import CudaTextBody, CudaTextEncoder, TextKey
 from engines.kernels.op import Launcher, Ops, sqnr_db
@@ -210,7 +211,7 @@ def test_captures_largest_first_and_once(encoder: CudaTextEncoder) -> None:
 # shared memory per program on compute capability 8.9, and three programs of a product at once on 9.0.
 COMPILING = """
 from compiling import compiled
-from engines.kernels.text import capped_attention, gemma_norm, skinny_product
+from engines.kernels.text import capped_attention, gemma_norm, skinny_product, widened_weight
 
 def made(kernel, signature, constants, warps, stages):
     found = compiled(kernel, signature, constants, target, warps, stages)
@@ -231,6 +232,8 @@ for target in (90, 89):
         tiles["SCALED"] = scaled
         for out, constants in ((f, parts), (b, gated)):
             assert made(skinny_product._skinny_product, types | dict(out=out), tiles | constants, 4, 3) <= 75 * 1024
+    types = dict(narrow="*fp8e4nv", scale=f, out=b, N=i, K=i)
+    assert made(widened_weight._widened_weight, types, dict(BN=32, BK=256), 4, 3) <= 4096
     types = dict(
         qkv=b, past_key=b, past_value=b, shared="*i64", cosine=f, sine=f, out=b, ahead=b, lines=i, L=i, P=i,
         positions=i, scale="fp32", cap="fp32", B=i,
@@ -255,7 +258,7 @@ def test_8_bits_are_near_and_the_same_for_few_rows_and_many() -> None:
     exact, narrow = (cuda_body(gemma_body(torch.bfloat16), Ops(None)) for _ in range(2))
     narrow.to_fp8()
     ids, shared = some_ids(6, 16), torch.tensor([20] * 6)
-    # 32 rows read weights in e4m3, 96 the same values in bf16.
+    # 32 rows read weights in e4m3, 96 the same values, widened to bf16.
     (exact_alone, exact_together), (alone, together) = (
         (b(ids[:2], shared[:2]), b(ids, shared)) for b in (exact, narrow)
     )
@@ -263,12 +266,28 @@ def test_8_bits_are_near_and_the_same_for_few_rows_and_many() -> None:
     assert sqnr_db(together[:2], alone) > sqnr_db(exact_together[:2], exact_alone) - 2
 
 
-def test_8_bits_by_kernels_give_the_same() -> None:
-    ids, shared = some_ids(2, 5), torch.tensor([20, 7])
+@pytest.mark.parametrize("prompts", [2, 14], ids=["few rows", "many"])
+def test_8_bits_by_kernels_give_the_same(prompts: int) -> None:
+    ids, shared = some_ids(prompts, 5), torch.tensor([20, 7] * (prompts // 2))
     by_reference, by_kernels = (cuda_body(gemma_body(), ops) for ops in (Ops(None), Ops(Launcher(False, 3))))
     for body in (by_reference, by_kernels):
         body.to_fp8()
     assert sqnr_db(by_reference(ids, shared), by_kernels(ids, shared)) > 90
+
+
+def test_8_bits_keep_no_wider_weights_of_an_mlp(reference: TextEncoder) -> None:
+    fast = CudaTextEncoder(reference, Ops(None), (1,), (8,))
+    layers, inner, width = CONFIG.num_hidden_layers, CONFIG.intermediate_size, CONFIG.hidden_size
+    values, rows = layers * 3 * inner * width, layers * (2 * inner + width)
+
+    def held() -> int:
+        return sum(storage.bytes for storage in storages_of(fast))
+
+    before = held()
+    fast.to_fp8()
+    assert held() == before - 4 * values + values + 4 * rows, "fp32 goes, e4m3 and a scale for each row come"
+    fast.to_fp8()
+    assert held() == before - 3 * values + 4 * rows, "it is converted once"
 
 
 def test_an_encoder_in_8_bits_encodes_long_prompts_by_the_same_weights(reference: TextEncoder) -> None:

@@ -1,6 +1,8 @@
 """The GPU's transformer equals the module, by references on the CPU and by kernels in the interpreter."""
 
 import copy
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,13 +10,14 @@ import torch
 from small_checkpoint import SMALL_TRANSFORMER, randomise_weights
 from torch import Tensor
 
-from engines.backends.cuda.blocks import lengths_of
+from engines.backends.cuda.blocks import FP8_PRODUCTS, lengths_of
 from engines.backends.cuda.controlled import CudaControlled
 from engines.backends.cuda.transformer import CudaTransformer
 from engines.errors import BackendError
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.controlnet import ControlledTransformer, ControlNet, Injection
-from engines.models.transformer import SprintTransformer, TransformerConfig
+from engines.models.transformer import SPRINT_0_6B, SprintTransformer, TransformerConfig
+from engines.pipeline.native import PRODUCT_SQNR_DB
 
 WIDE = replace(
     SMALL_TRANSFORMER,
@@ -168,6 +171,43 @@ def test_8_bits_stay_near(kind: str) -> None:
     assert 20 < sqnr_db(expected, actual) < 40  # 40 would be bf16
     alone = narrow(**{name: value if value is None else value[1:2] for name, value in arguments.items()})
     assert sqnr_db(actual[1:2], alone) > 45  # scales do not depend on the batch; sums in bf16 do
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [(SMALL_TRANSFORMER, 22), (replace(SPRINT_0_6B, num_layers=2), PRODUCT_SQNR_DB)],
+    ids=["small", "published width"],
+)
+def test_each_product_in_8_bits_alone_is_near_and_all_are_as_far_as_their_errors_together(
+    config: TransformerConfig, least: float
+) -> None:
+    arguments = inputs(config, (4, 4), 2)
+    fast = CudaTransformer(make_transformer(config).bfloat16(), Ops(None))
+    fast.blocks.calibrates = True
+    exact = fast(**arguments)
+    fast.blocks.calibrates = False
+    alone = {}
+    for product in FP8_PRODUCTS:
+        with fast.blocks.one_in_fp8(product):
+            alone[product] = sqnr_db(exact, fast(**arguments))
+        assert torch.equal(fast(**arguments), exact), "nothing stays in 8 bits"
+    assert all(least < db < 60 for db in alone.values()), alone
+    fast.to_fp8()
+    together = -10 * math.log10(sum(10 ** (-db / 10) for db in alone.values()))
+    assert sqnr_db(exact, fast(**arguments)) == pytest.approx(together, abs=3)
+
+
+def test_a_product_that_is_left_out_stays_in_bf16() -> None:
+    arguments = inputs(SMALL_TRANSFORMER, (4, 4), 2)
+    exact, fast = (CudaTransformer(make_transformer(SMALL_TRANSFORMER).bfloat16(), Ops(None)) for _ in range(2))
+    fast.blocks.include_ranges(in_fp8(SMALL_TRANSFORMER, arguments, Ops(None)).blocks.ranges)
+    for product in FP8_PRODUCTS:
+        fast.blocks.leave_in_bf16(product)
+    ranges = json.loads(json.dumps(fast.blocks.ranges))  # as native.json holds them
+    again = CudaTransformer(make_transformer(SMALL_TRANSFORMER).bfloat16(), Ops(None))
+    again.blocks.include_ranges(ranges)
+    again.to_fp8()
+    assert torch.equal(again(**arguments), exact(**arguments))
 
 
 def test_8_bits_by_kernels_give_the_same() -> None:
