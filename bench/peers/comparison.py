@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.harness.cpu_time import CpuUse
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.load_generator import ImageRequest, LoadGenerator, RequestRecord
@@ -99,14 +100,10 @@ async def measure(
         for clients in loads.concurrency:
             pace = await _throughput(generator, peer, clients)
             requests = make_requests(peer, max(3 * clients, round(pace * loads.seconds)), 0)
-            began = time.perf_counter()
-            records = await generator.closed_loop(requests, clients)
-            rows.append(_row(f"{clients} clients", records, time.perf_counter() - began))
+            rows.append(await _row(f"{clients} clients", generator.closed_loop(requests, clients), process.pid))
         for rate in loads.rates:
             requests = make_requests(peer, round(rate * loads.seconds), 0)
-            began = time.perf_counter()
-            records = await generator.open_loop(requests, rate)
-            rows.append(_row(f"{rate:g}/s", records, time.perf_counter() - began))
+            rows.append(await _row(f"{rate:g}/s", generator.open_loop(requests, rate), process.pid))
         await generator.close()
     return rows
 
@@ -132,7 +129,11 @@ async def _throughput(generator: LoadGenerator, peer: str, clients: int) -> floa
     return len(requests) / (time.perf_counter() - began)
 
 
-def _row(load: str, records: Sequence[RequestRecord], seconds: float) -> dict[str, object]:
+async def _row(load: str, work: Awaitable[Sequence[RequestRecord]], session: int) -> dict[str, object]:
+    used, began = CpuUse.of_session(session), time.perf_counter()
+    records = await work
+    seconds = time.perf_counter() - began
+    used = CpuUse.of_session(session).since(used)
     good = [record for record in records if record.status == 200]
     return {
         "load": load,
@@ -140,6 +141,8 @@ def _row(load: str, records: Sequence[RequestRecord], seconds: float) -> dict[st
         "lost": len(records) - len(good),
         "throughput": round(len(good) / seconds, 2),
         "latency_ms": percentiles([1000 * record.seconds for record in good]),
+        "cpu_ms": round(1000 * used.seconds / len(records), 3),
+        "switches": round(used.switches / len(records), 2),
     }
 
 
@@ -175,12 +178,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     times = row["latency_ms"] or {}
     figures = " ".join(f"{key} {times.get(key, float('nan')):.1f}" for key in ("p50", "p95", "p99"))
-    return f"{row['engine']} {row['peer']} {row['load']}: {row['throughput']}/s, {figures} ms, {row['lost']} lost"
+    cost = f"{row['cpu_ms']} ms of CPU, {row['switches']} switches"
+    return (
+        f"{row['engine']} {row['peer']} {row['load']}: {row['throughput']}/s, {figures} ms, {row['lost']} lost, {cost}"
+    )
 
 
 def show(result: dict[str, Any]) -> str:
-    """Returns a table with a block for each load and a line for each peer."""
-    head = ("engine", "load", "peer", "answers/s", "p50, ms", "p95, ms", "p99, ms", "lost")
+    """Returns a table with a block for each load and a line for each peer. CPU and switches are a request's."""
+    head: tuple[str, ...] = ("engine", "load", "peer", "answers/s", "p50, ms", "p95, ms", "p99, ms", "lost")
+    costs = {"cpu_ms": "CPU, ms", "switches": "switches"}
+    told = [cost for cost in costs if any(cost in row for row in result["rows"])]  # older results have none
+    head = (*head, *(costs[cost] for cost in told))
     loads = list(dict.fromkeys((row["engine"], row["load"]) for row in result["rows"]))
     lines = []
     for engine, load in loads:
@@ -188,6 +197,7 @@ def show(result: dict[str, Any]) -> str:
             if (row["engine"], row["load"]) == (engine, load):
                 times = row["latency_ms"] or {}
                 figures = (times.get(key) for key in ("p50", "p95", "p99"))
-                lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"]])
+                cost = (row.get(name) for name in told)
+                lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"], *cost])
     absent = f"\n\nnot installed (make peers): {', '.join(result['absent'])}" if result["absent"] else ""
     return table(head, lines) + absent

@@ -101,10 +101,13 @@ class Generator:
         image_s: list[float] = []
         with self._scheduler.reserve(request.num_images, arrived + timeout_ms / 1000) as slots:
             prompt_s = await self.check_prompt(request.prompt)
-            job = await self.with_images(job, request, self.decode)
-            request = replace(request, image=None, control_image=None)  # frees the decoded files
-            jobs = [replace(job, seed=job.seed + i) for i in range(request.num_images)]
-            results = await asyncio.gather(*slots.submit(jobs, self.encoder(request, image_s)))
+            if request.image is not None or request.control_image is not None:
+                job = await self.with_images(job, request, self.decode)
+                request = replace(request, image=None, control_image=None)  # frees the decoded files
+            jobs = [job, *(replace(job, seed=job.seed + i) for i in range(1, request.num_images))]
+            futures = slots.submit(jobs, self.encoder(request, image_s))
+            # gather takes one more turn of the event loop
+            results = [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
         safety_s = prompt_s + max(image_s, default=0.0) if self._safety.is_on else None
         return GenerationResult(
             images=[EncodedImage(result.content, job.seed) for job, result in zip(jobs, results, strict=True)],
@@ -177,11 +180,14 @@ def first_job(request: GenerationRequest, engine: Engine) -> Job:
         png=request.output_format == "png",
         model=model,
     )
-    stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
-    image = None if request.image is None else stand_in
-    control_image = None if request.control_image is None else stand_in
+    checked = job
+    if request.image is not None or request.control_image is not None:
+        stand_in: Pixels = np.zeros((1, 1, 3), dtype=np.uint8)
+        image = None if request.image is None else stand_in
+        control_image = None if request.control_image is None else stand_in
+        checked = replace(job, image=image, control_image=control_image)
     try:
-        limits.check(replace(job, image=image, control_image=control_image))
+        limits.check(checked)
     except JobError as error:
         raise InvalidError.from_job_error(error) from error
     return job

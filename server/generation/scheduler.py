@@ -229,14 +229,13 @@ class Scheduler:
             self.state = "ready"
 
     def _on_result(self, job: QueuedJob, result: EncodedResult | Exception) -> None:
-        if isinstance(result, EncodedResult):
-            self._count(job.job, result)
-        if job.future.done():
-            return
-        if isinstance(result, EncodedResult):
-            job.future.set_result(result)
-        else:
-            job.future.set_exception(result)
+        if not job.future.done():
+            if isinstance(result, EncodedResult):
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(result)
+        if isinstance(result, EncodedResult):  # counted once the answer of a single image is written
+            asyncio.get_running_loop().call_soon(self._count, job.job, result)
 
     def on_expired(self, jobs: Sequence[QueuedJob]) -> None:
         """Fails jobs whose deadline passed before they began."""

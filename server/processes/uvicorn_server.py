@@ -26,6 +26,7 @@ from server.live.sessions import LiveSessions
 from server.processes.accepting import Acceptor, listen
 from server.processes.announce import print_listening, print_ready, server_url
 from server.processes.garbage import resume_collector
+from server.processes.head_buffer import HeadBuffer
 from server.processes.lingering import LingeringTransport
 from server.processes.upgrades import announces_body, offers_websocket, without_offer
 from server.settings import Settings
@@ -126,6 +127,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.scope["http_version"] = self.parser.get_http_version()
         else:
             super().on_headers_complete()
+            self.cycle.transport = HeadBuffer(self.transport, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         if not self._offered:

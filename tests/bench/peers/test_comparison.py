@@ -21,9 +21,14 @@ def test_ours_beside_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["lost"] == 0
         assert row["throughput"] > 0
         assert 1 <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+        assert 0 < row["cpu_ms"] < 1000
+        assert row["switches"] > 0
     assert "fake:1 fastapi 40/s" in err
     page = render({"peers": result})["bench.md"]
     assert "| fake:1 | 40/s      | fastapi |" in page
+    assert "| CPU, ms | switches |" in page
+    without = [{name: row[name] for name in row if name not in ("cpu_ms", "switches")} for row in result["rows"]]
+    assert "CPU, ms" not in render({"peers": result | {"rows": without}})["bench.md"]
 
 
 def test_a_peer_that_is_not_installed_is_named(
