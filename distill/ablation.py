@@ -60,7 +60,15 @@ class Settings:
     prompts: int
     batch: int
     model: str | None  # whose teacher was recovered; None: a run's own
+    recovery: int | None  # steps of it
     bfloat16: bool
+
+    def claim(self, folder: Path) -> None:
+        """Writes the settings into the folder of rows, or compares them. Raises AblationError if they are others."""
+        path = folder / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != asdict(self):
+            raise AblationError(f"{folder}: got rows of {path.read_text().strip()}; take another folder, or delete it")
+        write_json(path, asdict(self))
 
 
 def variants(config: DistilStageConfig, updates: int) -> dict[str, DistilStageConfig]:
@@ -91,10 +99,6 @@ class Ablation:
     def __init__(self, recipe: Recipe, start: Recovered, settings: Settings, folder: Path) -> None:
         self.recipe, self.start, self.settings, self.folder = recipe, start, settings, folder
         self.prompts = evaluation_prompts(settings.prompts, seed=PROMPT_SEED, world=recipe.world)
-        path = folder / "settings.json"
-        if path.exists() and json.loads(path.read_text()) != asdict(settings):
-            raise AblationError(f"{folder}: got rows of {path.read_text().strip()}; take another folder, or delete it")
-        write_json(path, asdict(settings))
 
     def path(self, name: str, seed: int) -> Path:
         return self.folder / f"{re.sub('[^a-z]+', '_', name.lower())}-{seed}" / "row.json"
@@ -192,9 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = RECIPES[options.recipe]()
     distil = replace(recipe.distil, batch=options.batch or recipe.distil.batch, bfloat16=not options.float32)
     recipe = replace(recipe, distil=distil)
-    settings = Settings(options.updates, options.prompts, distil.batch, options.model, distil.bfloat16)
+    recovery = options.recovery if options.model else None
+    settings = Settings(options.updates, options.prompts, distil.batch, options.model, recovery, distil.bfloat16)
     names = (BOTH, *PARTS, UNWRAPPED) if options.unwrapped else (BOTH, *PARTS)
     try:
+        settings.claim(options.run / "ablation")
         if options.model:
             checkpoint, device = open_checkpoint(options.model), Accelerator().device
             start = recover(recipe, checkpoint, options.run, options.recovery, device)
