@@ -271,8 +271,8 @@ def _folded(text: str, results: int) -> list[str]:
 
 
 def _busy(result: Result) -> bool:
-    facts = result["machine"]
-    return bool(facts["load_average"] > facts["cores"] + 1)
+    facts, timed = result["machine"], result.get("latency_runs") != 0
+    return bool(timed and facts["load_average"] > facts["cores"] + 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--latency-runs", type=int, default=10, help="images timed for each row (default 10, 0: none)")
     parser.add_argument("--worst", type=Path, help="write the worst images of each variant to this file (.webp, .png)")
+    parser.add_argument("--keep", type=Path, help="keep the images of each finished row here; stopped, it continues")
     parser.add_argument("--max-batch", type=int, default=8)
     options = parser.options(argv)
     return run_benchmark(lambda: measure(options), show)

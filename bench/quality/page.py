@@ -14,9 +14,12 @@ Intervals are 95 %, by bootstrap over prompts. An interval that holds zero says 
 not that there is none. Where no verdict changed, the interval has no width. Then 3 of as many images as were judged may
 still change (the rule of three).
 
+`emulated` rounds in PyTorch as a GPU would. `figures` starts one step at 1.55413, `paper` at pi/2."""
+
+TIMES = """\
 `seconds` are of one image of a prompt that the cache has seen. The ratio is to the first variant's time, in turn with
-it: above 1 is slower. `emulated` rounds in PyTorch as a GPU would, so its time means nothing. `figures` starts one step
-at 1.55413, `paper` at pi/2."""
+it: above 1 is slower. The time of `emulated` means nothing."""
+UNTIMED = "Nothing was timed here: scores and distances do not depend on what else the machine does, times do."
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -27,7 +30,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "For readers who choose a precision or a number of steps. `python -m bench.report` writes this page.",
         "",
     ]
-    lines += [READING, ""]
+    timed = any(result["latency_runs"] for result in results.values())
+    lines += [READING, "", TIMES if timed else UNTIMED, ""]
     for name, result in results.items():
         facts = result["machine"]
         lines += [
@@ -35,7 +39,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
             "",
             f"`{result['model']}`, {result['prompts']} held-out captions, {result['seeds']} seed(s), guidance "
             f"{result['guidance']:g}; the first variant is `{result['compared_with']}`. {facts['cores']} cores of "
-            f"{facts['cpu']}, load average {facts['load_average']} at the end: ratios travel better than seconds.",
+            f"{facts['cpu']}, load average {facts['load_average']} at the end"
+            + (": ratios travel better than seconds." if result["latency_runs"] else "."),
             "",
             show(dict(result)),
             "",

@@ -1,9 +1,11 @@
 """Scores, distances and latency of each variant of a checkpoint, paired with the first variant's."""
 
 import argparse
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -16,6 +18,7 @@ from bench.quality.variants import Generators, Variant, open_variant
 from bench.quality.worst_images import ImagePair, write_sheet
 from distill.evaluation.scores import SEED_STRIDE, Generate, Prompt, evaluation_prompts
 from distill.world.judge import judge
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.sampler import Schedule, angles_for
 from engines.types import Pixels
 
@@ -37,15 +40,35 @@ class Comparison:
     options: argparse.Namespace
     prompts: list[Prompt]
     first: dict[int, Run]
+    weights: str = ""  # sha256, in the names of kept images
 
-    def run(self, generate: Generate) -> Run:
-        images, correct = [], []
-        for seed in range(self.options.seeds):
-            seeds = [seed * SEED_STRIDE + at for at in range(len(self.prompts))]
-            for prompt, image in zip(self.prompts, generate([p.text for p in self.prompts], seeds), strict=True):
-                images.append(image)
-                correct.append(float(judge(image, prompt.requirement).correct))
+    def run(self, generate: Generate, name: str) -> Run:
+        """Makes the images of a row, or reads them if they were kept, and judges them. name: of the row."""
+        path = self._kept(name)
+        if path is not None and path.exists():
+            images = list(np.load(path)["images"])
+        else:
+            images = [image for seed in range(self.options.seeds) for image in self._generated(generate, seed)]
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_suffix(".part.npz")
+                np.savez_compressed(part, images=np.stack(images))
+                part.replace(path)
+        prompts = self.prompts * self.options.seeds
+        correct = [float(judge(x, p.requirement).correct) for p, x in zip(prompts, images, strict=True)]
         return Run(images, correct)
+
+    def _generated(self, generate: Generate, seed: int) -> list[Pixels]:
+        seeds = [seed * SEED_STRIDE + at for at in range(len(self.prompts))]
+        return list(generate([prompt.text for prompt in self.prompts], seeds))
+
+    def _kept(self, name: str) -> Path | None:
+        """Returns where the images of a row are kept; its name stands for weights and settings too."""
+        options = self.options
+        if options.keep is None:
+            return None
+        settings = (name, self.weights, options.prompts, options.seeds, options.guidance, options.size)
+        return Path(options.keep) / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.npz"
 
     def by_category(self, values: Sequence[float]) -> dict[str, list[float]]:
         """Returns category -> one value per prompt, the mean over its seeds."""
@@ -95,7 +118,8 @@ class Comparison:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the JSON document."""
-    comparison = Comparison(options, evaluation_prompts(options.prompts), {})
+    weights = open_checkpoint(options.model).weights.sha256() if options.keep else ""
+    comparison = Comparison(options, evaluation_prompts(options.prompts), {}, weights)
     rows: list[dict[str, Any]] = []
     pairs: list[ImagePair] = []
     with open_variant(options.variants[0], options) as reference:
@@ -140,7 +164,7 @@ def _rows(
             ):
                 continue
             generate = generators(steps, schedule)
-            run = comparison.run(generate)
+            run = comparison.run(generate, f"{variant}, {steps}, {schedule}")
             comparison.first.setdefault(steps, run)
             row = comparison.row(variant, steps, schedule, run)
             rows.append(row | _latency(variant, generate, reference(steps, options.schedule[0]), comparison))
@@ -179,7 +203,8 @@ def _psnr(error: float) -> float | None:
 def show(result: dict[str, Any]) -> str:
     """Returns the tables for people."""
     head = ("variant", "steps", "schedule", "score", "95 %", "apart from the first", "95 %", "changed")
-    last = ("PSNR, dB", "worst, dB", "max abs", "seconds", "times the first's", "95 %")
+    last = ("PSNR, dB", "worst, dB", "max abs")
+    timed = ("seconds", "times the first's", "95 %") if result["latency_runs"] else ()
     rows = [
         [
             *(row[name] for name in ("variant", "steps", "schedule", "mean")),
@@ -187,15 +212,18 @@ def show(result: dict[str, Any]) -> str:
             f"{row['apart'][0]:+.4f}",
             _bounds(row["apart"][1:], "+.3f"),
             row["changed"],
-            *(row[name] for name in ("psnr_db", "worst_psnr_db", "max_abs", "seconds")),
-            row["ratio"] and row["ratio"][0],
-            row["ratio"] and _bounds(row["ratio"][1:]),
+            *(row[name] for name in ("psnr_db", "worst_psnr_db", "max_abs")),
+            *(_timings(row) if timed else ()),
         ]
         for row in result["rows"]
     ]
     names = list(result["rows"][0]["categories"])
     each = [[row["variant"], row["steps"], row["schedule"], *row["categories"].values()] for row in result["rows"]]
-    return "\n\n".join([table((*head, *last), rows), table(("variant", "steps", "schedule", *names), each)])
+    return "\n\n".join([table((*head, *last, *timed), rows), table(("variant", "steps", "schedule", *names), each)])
+
+
+def _timings(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["seconds"], row["ratio"] and row["ratio"][0], row["ratio"] and _bounds(row["ratio"][1:])
 
 
 def _bounds(bounds: Sequence[float], form: str = ".3f") -> str:

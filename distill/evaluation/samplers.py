@@ -67,7 +67,7 @@ def generator(recipe: Recipe, sampler: Sampler, autoencoder: Autoencoder) -> Gen
         for first in range(0, len(captions), BATCH):
             chosen = seeds[first : first + BATCH]
             noise = torch.cat([job_noise(seed, (config.latent_channels, cells, cells), 1) for seed in chosen])
-            with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast(device.type, torch.bfloat16, recipe.distil.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 latents = sampler(noise.to(device), captions[first : first + BATCH])
                 decoded = autoencoder.decoder(latents / config.scaling_factor)
             images.extend(to_uint8(decoded))

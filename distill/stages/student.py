@@ -195,16 +195,13 @@ def train(
     device = accelerator.device
     metrics: dict[str, float] = {}
     for step in stage if not done else ():
-        if config.seconds is not None and stage.seconds >= config.seconds:
-            stage.save()
-            break
         torch.manual_seed(config.seed + 7919 * step + accelerator.process_index)
         encoded = next(stream)
         factor = learning_rate_factor(step, config.steps, config.warmup, config.decay_fraction)
         for name, optimizer in optimizers.items():
             set_learning_rate(optimizer, rates[name] * factor)
         adversarial = config.adversarial_weight > 0 and step >= config.adversarial_from
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device.type, torch.bfloat16, config.bfloat16), sdpa_kernel(SDPBackend.MATH):
             batch = distillation.make_batch(encoded.latents.to(device), encoded.captions)
             discriminating = adversarial and step % config.adversarial_every == config.adversarial_every - 1
             if discriminating:

@@ -218,6 +218,20 @@ def test_the_decoders_of_the_settings_are_built() -> None:
     )
 
 
+def test_the_fused_adapters_of_the_settings_are_built() -> None:
+    def built(values: dict[str, Any]) -> list[tuple[str, ...]]:
+        arguments = [one["args"] for one in pod(values)["initContainers"]]
+        return [tuple(map(str, build_engine.parse(each).lora)) for each in arguments]
+
+    one = {"engine": {"build": True}, "settings": {"lora": "a=/weights/a:0.5,b=/weights/b,c=/weights/c:-1"}}
+    assert built(one) == [("a=/weights/a:0.5", "c=/weights/c:-1")]
+    models = [{"name": name, "source": f"/models/{name}", "engine": {"build": True}} for name in ("x", "y")]
+    assert built({"models": models, "settings": {"lora": "x:a=/weights/a:1,y:b=/weights/b:2"}}) == [
+        ("a=/weights/a:1",),
+        ("b=/weights/b:2",),
+    ]
+
+
 @pytest.mark.parametrize(
     "models",
     [

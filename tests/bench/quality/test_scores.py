@@ -68,6 +68,37 @@ def test_pairs_schedules_latency_and_the_page(folder: Path, tmp_path: Path, caps
     assert "(quality.md)" in (tmp_path / "bench.md").read_text()
 
 
+def no_images(*_: object) -> None:
+    raise AssertionError("images were made again")
+
+
+def test_a_stopped_comparison_continues_with_the_images_it_has(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["--model", str(folder), "--steps", "1,2", "--prompts", "6", "--latency-runs", "0", "--keep", str(tmp_path)]
+
+    def rows(variants: str) -> list[dict[str, object]]:
+        assert main([*line, "--variants", variants]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        (tmp_path / "quality-small.json").write_text(json.dumps(result))
+        return list(result["rows"])
+
+    whole = rows("eager:fp32,emulated:fp16")
+    assert len(list(tmp_path.glob("*.npz"))) == len(whole) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.quality.variants.engine_generator", lambda *_: no_images)
+        assert rows("eager:fp32,emulated:fp16") == whole
+        with pytest.raises(AssertionError, match="made again"):
+            rows("eager:fp32,eager:bf16")
+        line[line.index("6")] = "12"
+        with pytest.raises(AssertionError, match="made again"):
+            rows("eager:fp32")
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "quality.md").read_text()
+    assert "Nothing was timed" in page
+    assert "times the first's" not in page
+
+
 def test_other_variants_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--model", str(folder), "--variants", "eager"])
