@@ -54,7 +54,7 @@ SamplerOfSteps = Callable[[int], samplers.Sampler]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of a folder share."""
+    """The numbers that all rows of a folder share."""
 
     updates: int  # of the student, in each row
     prompts: int

@@ -29,7 +29,7 @@ REPORT_EVERY = 50
 
 @dataclass(frozen=True)
 class Recovered:
-    """What distillation starts from, taken out of a finished checkpoint: in float32."""
+    """The start of a distillation, taken out of a finished checkpoint: in float32."""
 
     teacher: Teacher
     autoencoder: Autoencoder
