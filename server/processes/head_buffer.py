@@ -11,7 +11,7 @@ JOINED_BYTES = 256 * 1024  # a longer body is sent after the head: copying it wo
 
 
 class Answer(Protocol):
-    """What uvicorn's RequestResponseCycle tells of an answer."""
+    """The part of uvicorn's RequestResponseCycle that tells of an answer."""
 
     response_started: bool
 
