@@ -1,6 +1,7 @@
 """Built engines of other decoders: they hold the decoder of the build, and a start with another one is refused."""
 
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
 pytest.importorskip("onnx", reason="the extra 'build' is not installed")
 
 JOB = Job("a red circle", seed=3, width=64, height=64)
-DECODERS = pytest.mark.parametrize("config", [SMALL_TAESANA, SMALL_LITE], ids=["taesana", "lite"])
+LITE = pytest.param(SMALL_LITE, id="lite", marks=pytest.mark.slow)  # an autoencoder of the full one's kind
+TAESANA = pytest.param(SMALL_TAESANA, id="taesana")
+DECODERS = pytest.mark.parametrize("kind", [TAESANA, LITE], indirect=True)
 
 
 def spec(model: Path, out: Path, decoder: Path, **more: str) -> BuildSpec:
@@ -29,18 +32,56 @@ def spec(model: Path, out: Path, decoder: Path, **more: str) -> BuildSpec:
     return replace(asked, **more)
 
 
+@dataclass(frozen=True)
+class Built:
+    """An engine folder, and the folder of the other decoder in it."""
+
+    manifest: Manifest
+    out: Path
+    decoder: Path
+
+
+@pytest.fixture(scope="module")
+def kind(request: pytest.FixtureRequest) -> TaesanaConfig | AutoencoderConfig:
+    """The architecture of the other decoder."""
+    config: TaesanaConfig | AutoencoderConfig = request.param
+    return config
+
+
+@pytest.fixture(scope="module")
+def with_one(
+    kind: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    """Holds the other decoder in place of its own."""
+    folder = tmp_path_factory.mktemp("one")
+    decoder = save_decoder(folder / "other", kind)
+    return Built(build(spec(small_checkpoint, folder / "out", decoder)).manifest, folder / "out", decoder)
+
+
+@pytest.fixture(scope="module")
+def with_two(
+    kind: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    """Holds its own decoder and the other one."""
+    folder = tmp_path_factory.mktemp("two")
+    decoder = save_decoder(folder / "fast", kind)
+    asked = both(small_checkpoint, folder / "out", decoder)
+    return Built(build(asked).manifest, folder / "out", decoder)
+
+
+def both(model: Path, out: Path, fast: Path) -> BuildSpec:
+    return replace(spec(model, out, fast), decoder=None, fast_decoder=str(fast))
+
+
 def levels(one: Pixels, other: Pixels) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 @DECODERS
-def test_an_engine_holds_its_decoder_and_is_started_with_it(
-    config: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path: Path
-) -> None:
-    model, decoder = str(small_checkpoint), save_decoder(tmp_path / "other", config)
-    manifest = build(spec(small_checkpoint, tmp_path / "out", decoder)).manifest
+def test_an_engine_holds_its_decoder_and_is_started_with_it(small_checkpoint: Path, with_one: Built) -> None:
+    model, decoder, manifest, out = str(small_checkpoint), with_one.decoder, with_one.manifest, str(with_one.out)
     assert (manifest.decoder, f"--decoder {decoder}" in manifest.command) == (str(decoder), True)
-    built = load_engine(model, engine_dir=str(tmp_path / "out"), decoder=str(decoder))
+    built = load_engine(model, engine_dir=out, decoder=str(decoder))
     [found] = built.generate([JOB])
     [expected] = load_engine(model, precision="fp32", decoder=str(decoder)).generate([JOB])
     assert levels(found.pixels, expected.pixels) <= 2
@@ -48,7 +89,7 @@ def test_an_engine_holds_its_decoder_and_is_started_with_it(
     assert levels(found.pixels, full.pixels) > 20
     assert built.info.decoders == {"full": str(decoder)}
     with pytest.raises(ArtifactError, match=rf"built with the decoder {decoder}, and started with full .*--decoder"):
-        load_engine(model, engine_dir=str(tmp_path / "out"))
+        load_engine(model, engine_dir=out)
 
 
 def decoded(engine: Engine) -> list[Pixels]:
@@ -57,26 +98,24 @@ def decoded(engine: Engine) -> list[Pixels]:
     return [engine.generate([job])[0].pixels for job in (JOB, replace(JOB, decoder="fast"))]
 
 
-def test_beside_a_built_engine_the_second_decoder_runs_in_pytorch(small_checkpoint: Path, tmp_path: Path) -> None:
-    model, fast = str(small_checkpoint), str(save_decoder(tmp_path / "fast", SMALL_TAESANA))
-    build(replace(spec(small_checkpoint, tmp_path / "out", tmp_path), decoder=None))
-    engine = load_engine(model, engine_dir=str(tmp_path / "out"), fast_decoder=fast)
-    for found, decoder in zip(decoded(engine), (None, fast), strict=True):
+@pytest.mark.parametrize("kind", [TAESANA], indirect=True)
+def test_beside_a_built_engine_the_second_decoder_runs_in_pytorch(
+    small_checkpoint: Path, with_one: Built, tmp_path: Path
+) -> None:
+    model, full, fast = str(small_checkpoint), str(with_one.decoder), str(save_decoder(tmp_path / "fast", SMALL_LITE))
+    engine = load_engine(model, engine_dir=str(with_one.out), decoder=full, fast_decoder=fast)
+    for found, decoder in zip(decoded(engine), (full, fast), strict=True):
         [expected] = load_engine(model, precision="fp32", decoder=decoder).generate([JOB])
         assert levels(found, expected.pixels) <= 2
     why = engine.info.reasons["fast_decoder"]
     assert why.startswith("PyTorch: the built engines hold one decoder; for both: python build_engine.py --model")
     assert why.endswith(f" --fast-decoder {fast}")
-    assert engine.info.decoders == {"full": "full", "fast": fast}
+    assert engine.info.decoders == {"full": full, "fast": fast}
 
 
 @DECODERS
-def test_an_engine_holds_both_decoders(
-    config: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path: Path
-) -> None:
-    model, out, fast = str(small_checkpoint), tmp_path / "out", save_decoder(tmp_path / "fast", config)
-    asked = replace(spec(small_checkpoint, out, tmp_path), decoder=None, fast_decoder=str(fast))
-    manifest = build(asked).manifest
+def test_an_engine_holds_both_decoders(small_checkpoint: Path, with_two: Built) -> None:
+    model, out, fast, manifest = str(small_checkpoint), with_two.out, with_two.decoder, with_two.manifest
     assert (manifest.decoder, manifest.fast_decoder) == (None, str(fast))
     assert manifest.command.endswith(f" --fast-decoder {fast}")
     assert [made.module for made in manifest.artifacts] == ["transformer", "decoder", "encoder", "fast_decoder"]
@@ -87,15 +126,15 @@ def test_an_engine_holds_both_decoders(
         assert levels(found, expected.pixels) <= 2
     assert "fast_decoder" not in engine.info.reasons
     assert engine.info.decoders == {"full": "full", "fast": str(fast)}
-    assert not build(asked).changed
+    assert not build(both(small_checkpoint, out, fast)).changed
 
 
+@pytest.mark.parametrize("kind", [TAESANA], indirect=True)
 def test_engines_of_two_decoders_start_with_the_same_two_or_the_first_alone(
-    small_checkpoint: Path, tmp_path: Path
+    small_checkpoint: Path, with_two: Built, tmp_path: Path
 ) -> None:
-    model, out = str(small_checkpoint), tmp_path / "out"
-    fast, lite = save_decoder(tmp_path / "fast", SMALL_TAESANA), save_decoder(tmp_path / "lite", SMALL_LITE)
-    build(replace(spec(small_checkpoint, out, tmp_path), decoder=None, fast_decoder=str(fast)))
+    model, out = str(small_checkpoint), Path(shutil.copytree(with_two.out, tmp_path / "out"))
+    fast, lite = with_two.decoder, save_decoder(tmp_path / "lite", SMALL_LITE)
     (tmp_path / "moved").symlink_to(fast)
     moved = load_engine(model, engine_dir=str(out), fast_decoder=str(tmp_path / "moved"))
     assert len(decoded(moved)) == 2  # the same weights under another name
@@ -106,9 +145,13 @@ def test_engines_of_two_decoders_start_with_the_same_two_or_the_first_alone(
     with pytest.raises(ArtifactError, match=rf"built with the decoder full, and started with {lite} \(--decoder\)"):
         load_engine(model, engine_dir=str(out), decoder=str(lite), fast_decoder=str(fast))
     weights = fast / "diffusion_pytorch_model.safetensors"
-    save_file({key: value + 1 for key, value in load_file(weights).items()}, weights)
-    with pytest.raises(ArtifactError, match=rf"fast decoder {fast} of weights \w+, and {fast} has \w+; build it again"):
-        load_engine(model, engine_dir=str(out), fast_decoder=str(fast))
+    content = weights.read_bytes()
+    try:
+        save_file({key: value + 1 for key, value in load_file(weights).items()}, weights)
+        with pytest.raises(ArtifactError, match=rf"fast decoder {fast} of weights \w+, and {fast} has \w+; build it"):
+            load_engine(model, engine_dir=str(out), fast_decoder=str(fast))
+    finally:
+        weights.write_bytes(content)
     (out / "fast_decoder-64x64.bin").unlink()
     with pytest.raises(ArtifactError, match=r"fast_decoder-64x64\.bin is missing"):
         load_engine(model, engine_dir=str(out))
@@ -131,10 +174,10 @@ def test_openvino_builds_the_shipped_checkpoint_with_its_taesana(tmp_path: Path)
 @DECODERS
 @pytest.mark.slow  # TensorRT compiles three modules
 def test_tensorrt_for_rtx_builds_it_ahead_of_time_for_an_rtx_4090(
-    config: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path: Path
+    kind: TaesanaConfig | AutoencoderConfig, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the extra 'tensorrt-rtx' is not installed: nothing is compiled here")
-    decoder = save_decoder(tmp_path / "other", config)
+    decoder = save_decoder(tmp_path / "other", kind)
     more = {"gpu": "rtx4090", "precision": "fp16", "vendor": "tensorrt"}
     manifest: Manifest = build(spec(small_checkpoint, tmp_path / "out", decoder, **more)).manifest
     assert (manifest.compute_capability, manifest.decoder) == ("8.9", str(decoder))
