@@ -1,26 +1,12 @@
 """Means with 95 % intervals, by a seeded bootstrap over prompts, because images of one prompt are not independent."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness.errors import BenchError
-
-RESAMPLES = 5000
-LEVEL = 95.0
-
-
-class Interval(NamedTuple):
-    """A mean and the bounds of its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+from distill.evaluation.intervals import RESAMPLES, Interval, bounds
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -41,8 +27,8 @@ def grouped_interval(groups: Mapping[str, Sequence[float]]) -> Interval:
         array = np.asarray(values, np.float64)
         mean += float(array.mean()) / len(groups)
         drawn += _resampled(array, rng) / len(groups)
-    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return Interval(round(mean, 6), round(float(low), 6), round(float(high), 6))
+    low, high = bounds(drawn)
+    return Interval(round(mean, 6), round(low, 6), round(high, 6))
 
 
 def ratio_interval(baseline: Sequence[float], candidate: Sequence[float]) -> Interval:
@@ -54,9 +40,9 @@ def ratio_interval(baseline: Sequence[float], candidate: Sequence[float]) -> Int
     pairs = np.stack([np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)])
     chosen = np.random.default_rng(0).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
     medians = np.median(pairs[:, chosen], axis=2)
-    low, high = np.percentile(medians[1] / medians[0], [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    low, high = bounds(medians[1] / medians[0])
     mean = float(np.median(pairs[1]) / np.median(pairs[0]))
-    return Interval(round(mean, 4), round(float(low), 4), round(float(high), 4))
+    return Interval(round(mean, 4), round(low, 4), round(high, 4))
 
 
 def _resampled(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

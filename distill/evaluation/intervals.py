@@ -23,9 +23,18 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
     @property
     def holds_zero(self) -> bool:
         return self.low <= 0 <= self.high
+
+
+def bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """Returns the bounds of the interval of resampled values."""
+    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def crossed_interval(values: NDArray[np.float64], categories: Sequence[str]) -> Interval:
@@ -48,6 +57,4 @@ def crossed_interval(values: NDArray[np.float64], categories: Sequence[str]) -> 
         once[members] = share
         drawn[:, members] = share * rng.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
     of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    means = ((of_seeds @ values) * drawn).sum(1)
-    low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return Interval(float((values.mean(0) * once).sum()), float(low), float(high))
+    return Interval(float((values.mean(0) * once).sum()), *bounds(((of_seeds @ values) * drawn).sum(1)))

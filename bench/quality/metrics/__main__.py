@@ -23,12 +23,12 @@ from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
 from bench.harness.summary import table
 from bench.quality.images.folder import ImageFolder
-from bench.quality.intervals import Interval
 from bench.quality.metrics import clip
 from bench.quality.metrics.image_items import ImageItem, read_images
 from bench.quality.metrics.inception import INCEPTION, Inception
 from bench.quality.metrics.measures import clip_score, cmmd, fid, hps, judge_score
 from bench.quality.metrics.weights import UnavailableError, WeightLocations
+from distill.evaluation.intervals import Interval
 
 
 def _fid(items: Sequence[ImageItem], options: argparse.Namespace) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from bench.harness.errors import BenchError
-from bench.quality.intervals import Interval, mean_interval
+from bench.quality.intervals import mean_interval
 from bench.quality.metrics.clip import ImageText
 from bench.quality.metrics.distances import Features, Moments, frechet_distance, mean_discrepancy
 from bench.quality.metrics.image_items import ImageItem, batches, center_crop, read_images, with_prompts
+from distill.evaluation.intervals import Interval
 from distill.world.captions import parse_caption
 from distill.world.judge import judge
 
