@@ -26,6 +26,7 @@ from engines.kernels.op import Launcher
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _COPY, _TO_COPY = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
+_SCALAR = torch.ops.aten.scalar_tensor.default
 # baddbmm first copies the summand to the output, padding first fills the output.
 _LAUNCHES = {"aten.baddbmm": 2, "aten.constant_pad_nd": 2}
 
@@ -201,14 +202,19 @@ class _Calls(CallRecorder):  # type: ignore[no-untyped-call]  # torch's own
     def __init__(self, card: Card):
         super().__init__()
         self._card = card
+        self._scalar: Tensor | None = None  # made last of a Python number
 
     def execute(self, function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
         if function is _ITEM and arguments[0].is_meta:
             self._card.saw(Wait())
             return torch.ones((), dtype=arguments[0].dtype).item()
+        if function is _COPY and arguments[0].is_meta and arguments[0].dim() == 0 and arguments[1] is self._scalar:
+            # x[0] = 1: PyTorch makes the number on the host where x is on a card, but not where it is a meta tensor.
+            self._card.saw(Transfer(arguments[0].nbytes, pinned=False))
         answer = self._crossed(arguments, options) if _crosses(function, arguments, options) else None
         if answer is None:
             answer = function(*arguments, **options)
+        self._scalar = answer if function is _SCALAR else self._scalar
         for tensor in tensors_in(answer):
             if tensor.is_meta:
                 self._card.holds(tensor)

@@ -78,4 +78,4 @@ def _text(log: int) -> str:
 
 def log_tail(log: int) -> str:
     """Returns the last lines of a file by its descriptor."""
-    return "\n".join(_text(log).splitlines()[-15:])
+    return "\n".join(_text(log).splitlines()[-30:])

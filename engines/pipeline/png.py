@@ -34,6 +34,7 @@ class PngEncoder:
         self._codes = torch.tensor([(*_codes(table), 0) for table in lengths], device=device)
         self._headers = torch.tensor([_words(value, size) for value, _ in headers], dtype=torch.int32, device=device)
         self._header_bits = torch.tensor([bits for _, bits in headers], device=device)
+        self._tail = torch.tensor([END, PADDING], device=device)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns words [1, n] and facts [1, 3] of pixels [1, H, W, 3], uint8 RGB.
@@ -47,9 +48,7 @@ class PngEncoder:
         falling = torch.arange(count, 0, -1, device=device)
         sums = 1 + values.sum(), count + (values * falling).sum()
         # Pairs of symbols [n, 2], with the end of the block after the last byte.
-        tail = torch.full((2 - count % 2,), PADDING, device=device)
-        tail[0] = END
-        symbols = torch.cat((values, tail))
+        symbols = torch.cat((values, self._tail[: 2 - count % 2]))
         best = self._lengths[:, symbols].sum(1, dtype=torch.int64).argmin().view(1)
         lengths = self._lengths.index_select(0, best)[0][symbols].view(-1, 2).long()
         codes = self._codes.index_select(0, best)[0][symbols].view(-1, 2)

@@ -66,7 +66,7 @@ from engines.checkpoints.checkpoint import open_checkpoint
 import torch
 request = CompileRequest(**json.loads(request))
 capability = tuple(request.capability)
-launches = enter_offline_mode(Path(libcuda), capability)
+launches = enter_offline_mode(Path(libcuda), capability, calls_launchers=True)
 share = ShareLauncher(capability, 0, request.of)
 with torch.inference_mode():
     launch_all(open_checkpoint(request.model), share, request)

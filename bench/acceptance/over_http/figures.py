@@ -48,7 +48,7 @@ class Figures:
 
     def fail(self, about: About, name: str, error: Exception) -> None:
         """Writes the error; the next call retries."""
-        self._write(about, name, {"error": f"{type(error).__name__}: {error}"[:400]})
+        self._write(about, name, {"error": f"{type(error).__name__}: {error}"[:4000]})
         self.left_out += 1
 
     def _write(self, about: About, name: str, found: dict[str, Any]) -> None:

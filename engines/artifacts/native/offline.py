@@ -1,7 +1,8 @@
 """Compiles kernels without their GPU, by launches on the meta device that run nothing.
 
 In offline mode a process launches kernels through Triton's own driver on a stub of libcuda. All that a launch compiles
-lands in Triton's cache: kernels, Triton's utilities in C, and (Triton 3.6) a launcher for each signature.
+lands in Triton's cache: kernels, Triton's utilities in C, and (Triton 3.6) a launcher for each signature. A machine
+with a GPU has loaded its own libcuda as well, which Triton's launchers find first; so they are made, but not called.
 """
 
 import ctypes
@@ -66,11 +67,14 @@ def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
     return library
 
 
-def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path | None = None) -> Callable[[], int]:
+def enter_offline_mode(
+    libcuda: Path, capability: tuple[int, int], cache: Path | None = None, calls_launchers: bool = False
+) -> Callable[[], int]:
     """Makes this process launch kernels for `capability` without running them, until it ends.
 
-    libcuda: of stub_libcuda. cache: folder for compiled kernels; None keeps Triton's own. Returns a function that
-    counts the launches. Raises BuildError.
+    libcuda: of stub_libcuda. cache: folder for compiled kernels; None keeps Triton's own. calls_launchers: Triton's
+    launchers call the stub, for tests on a machine without a GPU. Returns a function that counts the calls. Raises
+    BuildError.
     """
     if knobs.runtime.interpret:
         raise BuildError("build: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
@@ -89,6 +93,9 @@ def enter_offline_mode(libcuda: Path, capability: tuple[int, int], cache: Path |
     cuda.get_current_device = lambda: 0
     cuda.get_current_stream = lambda _: 0
     cuda.get_device_capability = lambda _: capability
+    if not calls_launchers:
+        made_only: Any = type("MadeOnly", (cuda.launcher_cls,), {"__call__": lambda *_, **__: None})
+        cuda.launcher_cls = made_only
     driver.set_active(cuda)
     count: Callable[[], int] = stub.launches
     return count

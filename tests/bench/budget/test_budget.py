@@ -268,6 +268,23 @@ def test_a_graph_is_launched_whole_and_waits_for_nothing(card: Card) -> None:
     assert isinstance(mark, Mark)
 
 
+def write_one(x: Tensor) -> tuple[Tensor, ...]:
+    x[0] = 1.0
+    return (x,)
+
+
+def test_a_number_written_to_one_place_is_a_copy_that_waits(card: Card) -> None:
+    with card.present(), torch.inference_mode():
+        x = torch.empty(4, device=CUDA)
+        card.clear()
+        x[1:] = 2.0  # a fill
+        assert not [event for event in card.events if isinstance(event, Transfer)]
+        x[0] = 1.0
+        assert [event for event in card.events if isinstance(event, Transfer)] == [Transfer(4, pinned=False)]
+        with pytest.raises(BenchError, match="a graph cannot hold a transfer"):
+            card.recorder.record(lambda: write_one(x))
+
+
 def test_memory_counts_what_is_held_at_once(card: Card) -> None:
     with card.present():
         kept = torch.empty(1000, dtype=torch.uint8, device=CUDA)

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from native_engines import launched, spec
 
+from engines.artifacts.native.compiling import CompileRequest, compile_kernels
+from engines.artifacts.native.offline import c_compiler
 from engines.build.builder import build
 
 
@@ -28,6 +31,22 @@ def test_kernels_are_for_the_card(for_hopper: Path, for_ada: Path) -> None:
         found = [json.loads(path.read_text())["target"] for path in about]
         assert len(found) > 3
         assert {(target["backend"], target["arch"]) for target in found} == {("cuda", arch)}
+
+
+def test_it_compiles_where_another_libcuda_is_loaded(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's launchers find the libcuda of a machine with a GPU, which has no context and fails every launch."""
+    source, libcuda = tmp_path / "libcuda.c", tmp_path / "libcuda.so.1"
+    source.write_text("".join(f"int {name}(void) {{ return 201; }}\n" for name in ("cuInit", "cuLaunchKernelEx")))
+    soname = "-Wl,-soname,libcuda.so.1"
+    subprocess.run([c_compiler(), "-shared", "-fPIC", soname, "-o", str(libcuda), str(source)], check=True)
+    (tmp_path / "sitecustomize.py").write_text(f"import ctypes\nctypes.CDLL({str(libcuda)!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    cache = tmp_path / "kernels"
+    request = CompileRequest(str(small_checkpoint), None, [(64, 64)], [1], {}, (9, 0), str(cache), of=40)
+    assert compile_kernels(request, 1) == {}
+    assert list(cache.glob("*/*.cubin"))
 
 
 @pytest.mark.slow
