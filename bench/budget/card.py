@@ -46,8 +46,9 @@ class Card:
 
     @contextmanager
     def present(self) -> Iterator[None]:
+        major, minor = self.capability
         properties = SimpleNamespace(
-            name=self.name, uuid="0", multi_processor_count=self.processors, major=self.capability[0]
+            name=self.name, uuid="0", multi_processor_count=self.processors, major=major, minor=minor
         )
         cuda: dict[str, Any] = {
             "is_available": lambda: True,

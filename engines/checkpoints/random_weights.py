@@ -5,7 +5,9 @@ through all layers. The images are noise.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +28,20 @@ class RandomWeights:
     decoder: str = "full"
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Draws in fp32 on the CPU, key by key, and rounds to `dtype`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.empty(_CHUNK)
-        tensors = {}
-        for key, like in module.state_dict().items():
+        """Draws in fp32 on the CPU and rounds to `dtype`. Each key has its own seed, so threads share the work."""
+
+        def draw(key: str, like: Tensor) -> Tensor:
             offset, scale = _distribution(part, key, like)
-            tensors[key] = torch.empty(like.shape, dtype=dtype, device=device)
-            for chunk in torch.split(tensors[key].view(-1), _CHUNK):
+            generator = torch.Generator().manual_seed(_seed(self.seed, part, key))
+            tensor = torch.empty(like.shape, dtype=dtype, device=device)
+            drawn = torch.empty(min(_CHUNK, tensor.numel()))
+            for chunk in torch.split(tensor.view(-1), _CHUNK):
                 chunk.copy_(drawn[: len(chunk)].normal_(offset, scale, generator=generator))
+            return tensor
+
+        shapes = module.state_dict()
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            tensors = dict(zip(shapes, threads.map(draw, shapes, shapes.values()), strict=True))
         load_strict(module, tensors, f"random {part}")
         module.to(device)
 
@@ -54,7 +61,7 @@ class RandomWeights:
         return tokenizer
 
     def sha256(self) -> str:
-        text = f"random weights, seed {self.seed}, torch {torch.__version__}"
+        text = f"random weights by key, seed {self.seed}, torch {torch.__version__}"
         text += "" if self.decoder == "full" else f", decoder {self.decoder}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -62,6 +69,10 @@ class RandomWeights:
 def _lines() -> Iterator[str]:
     yield from INSTRUCTION.lower().split("\n")
     yield from INSTRUCTION.split("\n")
+
+
+def _seed(seed: int, part: Component, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {part} {key}".encode()).digest()[:8], "little") >> 1
 
 
 def _distribution(part: Component, key: str, like: Tensor) -> tuple[float, float]:

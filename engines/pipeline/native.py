@@ -19,6 +19,7 @@ from engines.backends.cuda.transformer import CudaTransformer
 from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import expanded
+from engines.kernels.cache_keys import stable_cache_keys
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
@@ -58,11 +59,12 @@ class NativeBackend:
 
     @classmethod
     def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "NativeBackend":
-        """Returns the backend for a GPU.
+        """Returns the backend for a GPU; its kernels have the keys with which another process compiled them.
 
         cache: folder of proofs; a user without a home directory gets no proof. shapes: text that identifies the shapes
         of the kernels' inputs.
         """
+        stable_cache_keys()
         folder = expanded(cache)
         proof = None if folder is None else proof_file(folder, device, f"{autoencoder} {shapes}")
         return cls(Ops(Launcher.of(device)), autoencoder, proof)

@@ -2,8 +2,7 @@
 
     python -m bench.acceptance.kit.kernels --model random:sprint-0.6b --cache DIR
 
-Uses the compilation of native engines (engines.artifacts.native.compiling). A server compiles a kernel again where its
-key differs.
+Uses the compilation of native engines (engines.artifacts.native.compiling); a server's kernels have the same keys.
 """
 
 import argparse

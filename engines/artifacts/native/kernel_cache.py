@@ -5,21 +5,16 @@ A native engine ships such a cache (engines.artifacts.native.offline fills it); 
 """
 
 import hashlib
-import importlib
 import json
-import pkgutil
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton import knobs
-from triton.runtime import build
 from triton.runtime.cache import FileCacheManager, triton_key
-from triton.runtime.jit import JITFunction
 
-import engines.kernels
+from engines.kernels.cache_keys import stable_cache_keys
 
 
 def use_compiled_kernels(folder: Path) -> None:
@@ -60,21 +55,6 @@ def use_compiled_kernels(folder: Path) -> None:
             return path
 
     knobs.cache.manager_class = Compiled
-
-
-def stable_cache_keys() -> None:
-    """Makes Triton's keys the same in every process that calls this before its first launch.
-
-    Triton's key of compiled C holds platform.architecture, which depends on the presence of the program `file`. Its key
-    of a kernel holds the constants of functions that already have a key (DependenciesFinder._update_hash); so all
-    functions get one here, in one order.
-    """
-    build.platform_key = lambda: f"{platform.machine()},{platform.system()}"
-    names = [module.name for module in pkgutil.walk_packages(engines.kernels.__path__, "engines.kernels.")]
-    for module in map(importlib.import_module, sorted(names)):
-        for _, value in sorted(vars(module).items()):
-            if isinstance(value, JITFunction):
-                _ = value.cache_key
 
 
 def cache_key_versions() -> dict[str, str]:

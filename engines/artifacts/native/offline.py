@@ -19,8 +19,8 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
-from engines.artifacts.native.kernel_cache import stable_cache_keys
 from engines.errors import BuildError
+from engines.kernels.cache_keys import stable_cache_keys
 from engines.kernels.op import Launcher
 
 # Compute capability -> shared memory of a program in bytes, number of processors.
