@@ -183,6 +183,7 @@ def test_fp8_reads_less(folder: Path, image: dict[str, Any]) -> None:
         count_request(str(folder), "tensorrt", (64, 64), 1, 1, 8, precision="fp8")
 
 
+@pytest.mark.slow
 def test_many_prompts_in_fp8_widen_each_weight_once(eight: dict[int, dict[str, Any]]) -> None:
     """Two launches more a layer; they read 1 byte a number and write 2, into memory that all layers share."""
     narrow = document(count_request("random:sprint-0.6b", "cuda-graph", (1024, 1024), 1, 8, 20, precision="fp8"))

@@ -28,7 +28,7 @@ def forget() -> None:
     fake.settings.clear()
 
 
-@pytest.mark.parametrize("name", ["transformer", "decoder", "fast_decoder"])
+@pytest.mark.parametrize("name", ["transformer", "decoder", pytest.param("fast_decoder", marks=pytest.mark.slow)])
 def test_a_program_equals_its_module_and_is_compiled_once(name: ModuleName, tmp_path: Path) -> None:
     module = random_module(name)
     with torch.inference_mode():  # as in an engine
