@@ -3,14 +3,17 @@
     python -m distill.train --recipe tiny --out runs/tiny      # hours on two cores; killed, it resumes
     python -m distill.train --recipe smoke --out runs/smoke    # all stages in minutes
     accelerate launch -m distill.train --recipe tiny --out DIR      # several devices
+    python -m distill.train --recipe tiny_again --again models/tiny --out runs/again    # a better student, in minutes
 
 Each stage resumes from its file in OUT: autoencoder, decoder alone, latents and teacher in the wide world, latents and
 teacher in the world itself (narrow), student, decoder again (sharpen). The checkpoint is OUT/checkpoint. Scores and
-contact sheets on the way use the decoder before its last stage.
+contact sheets on the way use the decoder before its last stage. --again distils a finished checkpoint once more: it
+recovers a teacher (distill.stages.recovered_teacher), and trains student and decoder.
 """
 
 import argparse
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,19 +25,22 @@ from distill.evaluation.scores import ScoreReport, evaluate, evaluation_prompts
 from distill.recipes import RECIPES, Recipe, TeacherStageConfig
 from distill.stages import autoencoder, decoder_finetuning, student, teacher
 from distill.stages.published_teacher import PublishedTeacher, encode_images, open_published_teacher, write_distilled
+from distill.stages.recovered_teacher import Recovered, recover
 from distill.stages.teacher import Teacher, TrainingPhase
-from distill.training.checkpoint_writer import write_checkpoint
+from distill.training.checkpoint_writer import write_checkpoint, write_weights
 from distill.training.latents import Latents, encode_scenes
 from distill.training.stage import Stage, to_tensor
 from distill.training.text_encoder import SmallCaptioner
 from distill.world.captions import vocabulary
 from distill.world.scenes import World
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.dcae import Autoencoder
 from engines.models.transformer import SprintTransformer
 
 SHEET_PROMPTS = 48
 SHEET = 24
 GUIDANCE = 4.5
+RECOVERY_STEPS = 320
 STAGES = ("autoencoder", "decoder", "teacher", "student", "sharpened", "checkpoint")
 
 
@@ -48,13 +54,24 @@ class Run:
         accelerator: Accelerator,
         published: PublishedTeacher | None = None,
         images_folder: Path | None = None,
+        again: Path | None = None,
     ) -> None:
+        """again: folder of a finished checkpoint, which takes the place of all stages before the student."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
-        self.published, self.images_folder = published, images_folder
+        self.published, self.images_folder, self.again = published, images_folder, again
         self.prompts = evaluation_prompts(SHEET_PROMPTS, seed=recipe.seed, world=recipe.world)
 
     @cached_property
+    def recovered(self) -> Recovered:
+        """The start from a finished checkpoint."""
+        assert self.again is not None
+        checkpoint = open_checkpoint(str(self.again))
+        return recover(self.recipe, checkpoint, self.folder, RECOVERY_STEPS, self.accelerator.device)
+
+    @cached_property
     def autoencoder(self) -> Autoencoder:
+        if self.again:
+            return self.recovered.autoencoder
         if self.published:
             return self.published.autoencoder
         return autoencoder.train(self.recipe, self.folder, self.accelerator)
@@ -62,13 +79,15 @@ class Run:
     @cached_property
     def decoder(self) -> Autoencoder:
         """The autoencoder after the decoder's own stage, for scores on the way."""
-        if self.published:
-            return self.published.autoencoder
+        if self.again or self.published:
+            return self.autoencoder
         return autoencoder.train_decoder(self.recipe, self.autoencoder, self.folder, self.accelerator)
 
     @cached_property
     def latents(self) -> Latents:
         """Latents of the world itself, for the student."""
+        if self.again:
+            return self.recovered.latents
         if self.images_folder:
             size, path = self.recipe.image_size, self.folder / "latents.pt"
             return encode_images(self.images_folder, self.autoencoder, size, path)
@@ -97,6 +116,8 @@ class Run:
 
     @cached_property
     def teacher(self) -> Teacher:
+        if self.again:
+            return self.recovered.teacher
         if self.published:
             return self.published.teacher
         config = self._teacher_config()
@@ -108,9 +129,21 @@ class Run:
 
     @cached_property
     def student(self) -> SprintTransformer:
-        return student.train(
-            self.recipe, self.teacher, self.latents, self.folder, self.accelerator, self._evaluate_student
-        )
+        """The student; the mean of the weights of several, each in its own folder, if the recipe says so."""
+        if self.recipe.students == 1:
+            return self._student(self.recipe, self.folder)
+        made = []
+        for index in range(self.recipe.students):
+            distil = replace(self.recipe.distil, seed=self.recipe.distil.seed + index)
+            folder = self.folder / f"student_{index}"
+            folder.mkdir(exist_ok=True)
+            made.append(self._student(replace(self.recipe, distil=distil, seed=self.recipe.seed + index), folder))
+        states = [one.state_dict() for one in made]
+        made[0].load_state_dict({key: torch.stack([state[key] for state in states]).mean(0) for key in states[0]})
+        return made[0]
+
+    def _student(self, recipe: Recipe, folder: Path) -> SprintTransformer:
+        return student.train(recipe, self.teacher, self.latents, folder, self.accelerator, self._evaluate_student)
 
     @cached_property
     def sharpened(self) -> Autoencoder:
@@ -123,7 +156,11 @@ class Run:
         """The folder of the checkpoint, which this writes."""
         folder, side = self.folder / "checkpoint", self.recipe.image_size
         if self.published:
-            write_distilled(folder, self.published, self.student)
+            write_distilled(folder, self.published.folder, self.student)
+            return folder
+        if self.again:
+            write_distilled(folder, self.again, self.student)
+            write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", self.sharpened.state_dict())
             return folder
         captioner = self.teacher.caption
         assert isinstance(captioner, SmallCaptioner)
@@ -168,6 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--until", choices=STAGES, default="checkpoint", help="stop after this stage")
     parser.add_argument("--teacher", help="a published teacher: folder in the diffusers layout or hub id")
+    parser.add_argument("--again", type=Path, help="folder of a finished checkpoint to distil once more")
     parser.add_argument("--images", type=Path, help="folder of images with captions (same name, .txt)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     arguments = parser.parse_args()
@@ -176,7 +214,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
     published = open_published_teacher(arguments.teacher, accelerator.device) if arguments.teacher else None
-    run = Run(RECIPES[arguments.recipe](), arguments.out, accelerator, published, arguments.images)
+    run = Run(RECIPES[arguments.recipe](), arguments.out, accelerator, published, arguments.images, arguments.again)
     getattr(run, arguments.until)
 
 

@@ -76,7 +76,7 @@ def train(
         target, half = target.to(device), len(captions)
         factor = learning_rate_factor(step, config.sharpen_steps, 50, 0.7)
         set_learning_rate(optimizer, config.sharpen_rate * factor)
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device.type, torch.bfloat16, recipe.distil.bfloat16), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():
                 clean = (model.encoder(target) * scaling).float()
                 chosen = guidance[step % len(guidance)]

@@ -35,6 +35,7 @@ from engines.types import Pixels
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_TOKENS = 300
 COPIED_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
+COPIED_FILES = ("model_index.json", "sprint.json")  # of Sprint checkpoints
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,14 @@ def encode_images(folder: Path, autoencoder: Autoencoder, side: int, path: Path)
     return Latents(values, None, lambda row, _: captions[row])
 
 
-def write_distilled(folder: Path, published: PublishedTeacher, student: SprintTransformer) -> None:
-    """Writes the teacher's checkpoint with the student as its transformer."""
+def write_distilled(folder: Path, source: Path, student: SprintTransformer) -> None:
+    """Writes the checkpoint of folder `source` with the student as its transformer."""
     for part in COPIED_PARTS:
-        if (published.folder / part).is_dir():
-            shutil.copytree(published.folder / part, folder / part, dirs_exist_ok=True)
+        if (source / part).is_dir():
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
     write_json(folder / "transformer" / "config.json", student.config.to_dict())
     weights = student.state_dict()
     write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", weights)

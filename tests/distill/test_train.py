@@ -27,6 +27,7 @@ from distill.training.stage import Ema, Stage, learning_rate_factor
 from distill.training.text_encoder import SmallCaptioner
 from distill.world.captions import parse_caption
 from distill.world.scenes import World, scene_for
+from engines.checkpoints.checkpoint import open_checkpoint
 from engines.models.transformer import SprintTransformer
 
 
@@ -295,6 +296,36 @@ def test_images_without_captions_are_refused_by_name(tmp_path: Path) -> None:
         read_captioned_images(tmp_path)
     (tmp_path / "one.txt").write_text("a white square\n")
     assert [caption for _, caption in read_captioned_images(tmp_path)] == ["a white square"]
+
+
+def test_a_finished_checkpoint_is_distilled_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoder and student are new, the mean of two; text encoder, tokenizer and image encoder are the checkpoint's."""
+    monkeypatch.setattr("distill.train.RECOVERY_STEPS", 2)
+    recipe, source = replace(smoke(), students=2), finished / "checkpoint"
+    made = Run(recipe, tmp_path, Accelerator(), again=source).checkpoint
+    for name in ("model_index.json", "sprint.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        assert (made / name).read_bytes() == (source / name).read_bytes(), name
+    before, after = (
+        {
+            f"{part}.{key}": value
+            for part in ("transformer", "vae")
+            for key, value in load_file(folder / part / "diffusion_pytorch_model.safetensors").items()
+        }
+        for folder in (source, made)
+    )
+    assert before.keys() == after.keys()
+    changed = {".".join(name.split(".")[:2]) for name in before if not torch.equal(before[name], after[name])}
+    assert "vae.decoder" in changed
+    assert "vae.encoder" not in changed
+    assert "transformer.transformer_blocks" in changed
+    assert open_checkpoint(str(made)).settings == open_checkpoint(str(source)).settings
+    states = [torch.load(tmp_path / f"student_{index}" / "student.pt", weights_only=True) for index in (0, 1)]
+    name = "transformer.patch_embed.proj.weight"
+    one, other = (state["average"][name] for state in states)
+    assert not torch.equal(one, other)
+    assert torch.equal(((one + other) / 2).bfloat16(), after[name])
 
 
 @pytest.mark.slow
