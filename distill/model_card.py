@@ -66,8 +66,9 @@ the decoder once more, on the student's predictions (sharpen). `distill/LOG.md` 
 AGAIN = """\
 `python -m distill.train --recipe {name} --again CHECKPOINT --out runs/again`, where CHECKPOINT is what
 `--recipe tiny` trains in 1.7 hours; autoencoder and text encoder are its own. A teacher is recovered from its student
-(`distill/stages/recovered_teacher.py`), and {students} students of other seeds are distilled from that. The student is the
-mean of their weights. The decoder is trained once more on its predictions (sharpen). `distill/LOG.md` lists every attempt with its figures."""
+(`distill/stages/recovered_teacher.py`), and {students} students of other seeds are distilled from that. The student
+is the mean of their weights. The decoder is trained once more on its predictions (sharpen). `distill/LOG.md` lists
+every attempt with its figures."""
 
 
 def main() -> None:

@@ -303,7 +303,16 @@ def test_a_finished_checkpoint_is_distilled_again(
 ) -> None:
     """Decoder and student are new, the mean of two; text encoder, tokenizer and image encoder are the checkpoint's."""
     monkeypatch.setattr("distill.train.RECOVERY_STEPS", 2)
-    recipe, source = replace(smoke(), students=2), finished / "checkpoint"
+    whole, source = smoke(), finished / "checkpoint"
+    assert whole.autoencoder is not None
+    assert whole.teacher is not None
+    recipe = replace(
+        whole,
+        students=2,
+        autoencoder=replace(whole.autoencoder, sharpen_steps=2),
+        teacher=replace(whole.teacher, narrow_latents=16, batch=4),
+        distil=replace(whole.distil, steps=2, score_every=100, bfloat16=False),
+    )
     made = Run(recipe, tmp_path, Accelerator(), again=source).checkpoint
     for name in ("model_index.json", "sprint.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
         assert (made / name).read_bytes() == (source / name).read_bytes(), name
