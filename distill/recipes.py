@@ -1,7 +1,7 @@
 """Recipes: every number of a training run, as frozen dataclasses. Each recipe is a function that returns a `Recipe`.
 
-`tiny` trains the shipped checkpoint on two CPU cores, `smoke` runs all stages in minutes, `sprint_0_6b` has the
-paper's values (section 3 and appendix F; the released configs/sana_sprint_config) for hosts with GPUs.
+`tiny` and then `tiny_again` train the shipped checkpoint on two CPU cores, `smoke` runs all stages in minutes, and
+`sprint_0_6b` has the paper's values (section 3, appendix F; the released configs/sana_sprint_config) for GPUs.
 """
 
 from collections.abc import Callable
@@ -232,7 +232,7 @@ def _wide_world() -> World:
 
 
 def tiny() -> Recipe:
-    """The shipped checkpoint: 256x256 through an f32c32 autoencoder, 64 tokens."""
+    """The shipped checkpoint's first run: 256x256 through an f32c32 autoencoder, 64 tokens."""
     return Recipe(
         name="tiny",
         image_size=256,
@@ -281,9 +281,8 @@ def tiny() -> Recipe:
 
 def tiny_again() -> Recipe:
     """Distils the checkpoint of `tiny` once more: the mean of four short students, adversarial from the first step."""
-    recipe = tiny()
-    distil = replace(recipe.distil, steps=80, adversarial_from=0, decay_fraction=0.5, bfloat16=False)
-    return replace(recipe, name="tiny_again", distil=distil, students=4)
+    distil = replace(tiny().distil, steps=80, adversarial_from=0, decay_fraction=0.5, bfloat16=False)
+    return replace(tiny(), name="tiny_again", distil=distil, students=4)
 
 
 def smoke() -> Recipe:
@@ -333,9 +332,7 @@ def smoke() -> Recipe:
             steps=6, batch=4, images=16, copies=1, learning_rate=1e-3, matrix_learning_rate=0.003, sheet_every=3
         ),
         lora=LoraStageConfig("diamond", rank=2, steps=4, batch=4, images=8, learning_rate=1e-3),
-        small_decoder=SmallDecoderStageConfig(
-            TaesanaConfig(32, (16, 8, 8, 8, 8, 8), (1,) * 6), images=8, steps=3, batch=2, learning_rate=1e-3
-        ),
+        small_decoder=SmallDecoderStageConfig(TaesanaConfig(32, (16, 8, 8, 8, 8, 8), (1,) * 6), 8, 3, 2, 1e-3),
     )
 
 
@@ -346,15 +343,8 @@ def sprint_0_6b() -> Recipe:
         image_size=1024,
         autoencoder=None,
         teacher=None,
-        distil=DistilStageConfig(
-            steps=20_000, batch=16, learning_rate=2e-6, discriminator_learning_rate=2e-6, heads=(2, 8, 14, 20, 27)
-        ),
+        distil=DistilStageConfig(steps=20_000, batch=16, learning_rate=2e-6, discriminator_learning_rate=2e-6),
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "tiny": tiny,
-    "tiny_again": tiny_again,
-    "smoke": smoke,
-    "sprint_0_6b": sprint_0_6b,
-}
+RECIPES: dict[str, Callable[[], Recipe]] = {make.__name__: make for make in (tiny, tiny_again, smoke, sprint_0_6b)}
