@@ -12,6 +12,7 @@ recovers a teacher (distill.stages.recovered_teacher), and trains student and de
 """
 
 import argparse
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -160,6 +161,8 @@ class Run:
             return folder
         if self.again:
             write_distilled(folder, self.again, self.student)
+            for name in ("model_index.json", "sprint.json"):
+                shutil.copy(self.again / name, folder / name)
             write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", self.sharpened.state_dict())
             return folder
         captioner = self.teacher.caption
@@ -204,8 +207,9 @@ def main() -> None:
     parser.add_argument("--recipe", choices=sorted(RECIPES), required=True)
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--until", choices=STAGES, default="checkpoint", help="stop after this stage")
-    parser.add_argument("--teacher", help="a published teacher: folder in the diffusers layout or hub id")
-    parser.add_argument("--again", type=Path, help="folder of a finished checkpoint to distil once more")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--teacher", help="a published teacher: folder in the diffusers layout or hub id")
+    start.add_argument("--again", type=Path, help="folder of a finished checkpoint to distil once more")
     parser.add_argument("--images", type=Path, help="folder of images with captions (same name, .txt)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     arguments = parser.parse_args()

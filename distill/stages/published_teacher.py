@@ -35,7 +35,6 @@ from engines.types import Pixels
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_TOKENS = 300
 COPIED_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
-COPIED_FILES = ("model_index.json", "sprint.json")  # of Sprint checkpoints
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,6 @@ def write_distilled(folder: Path, source: Path, student: SprintTransformer) -> N
     for part in COPIED_PARTS:
         if (source / part).is_dir():
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
     write_json(folder / "transformer" / "config.json", student.config.to_dict())
     weights = student.state_dict()
     write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", weights)
