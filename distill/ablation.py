@@ -39,6 +39,7 @@ from distill.evaluation.ablation_section import (
 from distill.evaluation.scores import evaluation_prompts
 from distill.recipes import RECIPES, DistilStageConfig, Recipe
 from distill.stages import student
+from distill.stages.recovered_teacher import STEPS as RECOVERY_STEPS
 from distill.stages.recovered_teacher import Recovered, recover
 from distill.train import GUIDANCE, Run
 from distill.training.checkpoint_writer import write_json
@@ -178,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", choices=trainable, required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run; with --model any folder")
     parser.add_argument("--model", help="a finished checkpoint, whose teacher is recovered")
-    parser.add_argument("--recovery", type=int, default=320, help="steps of the recovery (default 320)")
+    parser.add_argument(
+        "--recovery", type=int, default=RECOVERY_STEPS, help="steps of the recovery (default %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each row (default 5)")
     parser.add_argument("--updates", type=int, default=300, help="of the student, in each row (default 300)")
     parser.add_argument("--prompts", type=int, default=192, help="held-out captions judged (default 192)")

@@ -26,6 +26,7 @@ from distill.evaluation.scores import ScoreReport, evaluate, evaluation_prompts
 from distill.recipes import RECIPES, Recipe, TeacherStageConfig
 from distill.stages import autoencoder, decoder_finetuning, student, teacher
 from distill.stages.published_teacher import PublishedTeacher, encode_images, open_published_teacher, write_distilled
+from distill.stages.recovered_teacher import STEPS as RECOVERY_STEPS
 from distill.stages.recovered_teacher import Recovered, recover
 from distill.stages.teacher import Teacher, TrainingPhase
 from distill.training.checkpoint_writer import write_checkpoint, write_weights
@@ -41,7 +42,6 @@ from engines.models.transformer import SprintTransformer
 SHEET_PROMPTS = 48
 SHEET = 24
 GUIDANCE = 4.5
-RECOVERY_STEPS = 320
 STAGES = ("autoencoder", "decoder", "teacher", "student", "sharpened", "checkpoint")
 
 

@@ -21,6 +21,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.models.dcae import Autoencoder
 from engines.pipeline.text_stage import load_text_stage
 
+STEPS = 320  # a teacher of tiny then draws 0.974 of 192 captions right (distill/LOG.md)
 RATE = 0.4  # of the teacher's learning rates
 WARMUP = 50
 IMAGES = 16_000  # at most
