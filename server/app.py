@@ -24,6 +24,7 @@ from server.generation.scheduler import Scheduler
 from server.http import problem_details
 from server.http.api_keys import ApiKeys
 from server.http.cors import Cors
+from server.http.exact_routes import ExactRoutes
 from server.http.middleware import BodyLimits, RequestMiddleware
 from server.http.routes import generate, openai, openapi, page, sdapi, status
 from server.http.state import AppState, request_context
@@ -125,15 +126,17 @@ def create_app(
     )
     app.state.live = LiveSessions(scheduler, generator, metrics, settings)
     app.state.cores = cores
-    for routes in (generate, status, live_route, page, openai):
-        app.include_router(routes.router)
+    routers = [routes.router for routes in (generate, status, live_route, page, openai)]
     if "sdapi" in settings.compat:
         app.state.sdapi_requests = sdapi.RunningRequests()
-        app.include_router(sdapi.router)
+        routers.append(sdapi.router)
+    for router in routers:
+        app.include_router(router)
     if page.STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=page.STATIC), name="static")
     openapi.describe(app)
     app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_middleware(ExactRoutes, routes=[route for router in routers for route in router.routes])
     app.add_middleware(
         RequestMiddleware,
         metrics=metrics,

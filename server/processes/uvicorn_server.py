@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from server.http.disconnect import STATE, Disconnect
 from server.http.problem_details import MEDIA_TYPE
 from server.http.state import AppState
 from server.live.messages import MAX_DRAWING
@@ -49,6 +50,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._head_open = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._disconnect = Disconnect()  # of the newest request
         self._offered = False  # this request offers another protocol: the parser stops after its head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
@@ -61,6 +63,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
+        self._disconnect.happen()
 
     def data_received(self, data: bytes) -> None:
         if self._head_open:
@@ -126,6 +129,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.scope["method"] = self.parser.get_method().decode("ascii")
             self.scope["http_version"] = self.parser.get_http_version()
         else:
+            self._disconnect = self.scope["state"][STATE] = Disconnect()
             super().on_headers_complete()
             self.cycle.transport = HeadBuffer(self.transport, self.cycle)
 

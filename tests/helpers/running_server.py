@@ -119,11 +119,11 @@ class PendingResponse:
         return self._response
 
 
-def connect_and_send(running: Running, prompt: str) -> socket.socket:
+def connect_and_send(running: Running, prompt: str, **fields: Any) -> socket.socket:
     """Sends a request and returns its connection, which a test can close."""
     parts = urlsplit(running.url)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
-    body = json.dumps({"prompt": prompt, "width": 64, "height": 64}).encode()
+    body = json.dumps({"prompt": prompt, "width": 64, "height": 64} | fields).encode()
     head = "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from running_server import Running, Serve, wait_until
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import Receive, Scope, Send
 
 from engines.fake import FakeEngine
 from server import __version__
@@ -38,6 +40,36 @@ def test_info_tells_what_runs_and_what_it_can(serve: Serve) -> None:
     assert (body["max_batch"], body["max_queue"]) == (2, 128)
     assert body["versions"]["sana-sprint-server"] == __version__
     assert body["reasons"]["backend"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "routed"),
+    [
+        ("POST", "/generate", False),
+        ("GET", "/health/live", False),
+        ("HEAD", "/health/live", True),  # no method of the route, which answers it all the same
+        ("GET", "/generate", True),  # 405
+        ("GET", "/v1/models/fake", True),  # the path has a parameter
+        ("GET", "/nothing", True),
+    ],
+)
+def test_fastapis_router_is_asked_only_for_what_no_fixed_path_answers(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, method: str, path: str, routed: bool
+) -> None:
+    asked: list[str] = []
+    around_router = ExceptionMiddleware.__call__
+
+    async def ask(self: ExceptionMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        asked.append(scope.get("path", "lifespan"))
+        await around_router(self, scope, receive, send)
+
+    monkeypatch.setattr(ExceptionMiddleware, "__call__", ask)
+    running = serve(FakeEngine())
+    asked.clear()
+    body = {"prompt": "a red circle", "width": 64, "height": 64}
+    answer = running.client.request(method, path, json=body if method == "POST" else None)
+    assert answer.status_code == {"/nothing": 404, "/generate": 200 if method == "POST" else 405}.get(path, 200)
+    assert asked == [path] * routed
 
 
 def test_the_page_is_served_with_its_policy(plain: Running) -> None:
@@ -90,10 +122,13 @@ def test_logs_carry_ids_and_never_a_prompt(serve: Serve, caplog: pytest.LogCaptu
             json={"prompt": prompt, "colour": "secret"} if not prompt else {"prompt": prompt},
             headers=headers,
         )
-    records = [record for record in caplog.records if record.name == "server.http"]
-    wait_until(lambda: len(records) >= 4)
-    logged = [record for record in caplog.records if record.name == "server.http" and hasattr(record, "fields")]
-    mine = [record.fields for record in logged if record.fields["request_id"] == "my-id"]
+
+    def logged() -> list[dict[str, Any]]:
+        records = [record for record in caplog.records if record.name == "server.http" and hasattr(record, "fields")]
+        return [record.fields for record in records if record.fields["request_id"] == "my-id"]
+
+    wait_until(lambda: len(logged()) == 4)
+    mine = logged()
     assert [fields["status"] for fields in mine] == [200, 500, 422, 422]
     assert all(fields["trace_id"] == trace for fields in mine)
     for formatter in (JsonFormatter(), TextFormatter()):

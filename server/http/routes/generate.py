@@ -31,7 +31,7 @@ async def generate(request: Request) -> Response:
     as_json = body.num_images > 1 or prefers_json(request.headers.get("accept", ""))
     generation = state.generator.generate(body.generation_request(base64=as_json), context.arrived)
     del body  # frees its large images as soon as they are decoded
-    result = await cancel_on_disconnect(generation, request.receive)
+    result = await cancel_on_disconnect(generation, request)
     headers = result_headers(request, result)
     if not as_json:
         image = result.images[0]

@@ -130,7 +130,7 @@ def _with_model(request: GenerationRequest, model: object, state: AppState) -> G
 async def _respond(
     request: Request, state: AppState, generation: Coroutine[Any, Any, GenerationResult], response_format: str
 ) -> Response:
-    result = await cancel_on_disconnect(generation, request.receive)
+    result = await cancel_on_disconnect(generation, request)
     headers = result_headers(request, result)
     content = await state.codec.run(images_json, result, response_format)
     return Response(content, headers=headers, media_type="application/json")

@@ -166,7 +166,7 @@ async def _generate(request: Request, model: type[Txt2ImgRequest]) -> Response:
     generation = state.generator.generate(image_request, request_context(request).arrived)
     # AUTOMATIC1111 returns the request as well; ours omits its images.
     parameters = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"}, exclude_unset=True)
-    result = await cancel_on_disconnect(_running_requests(request).run(_caller(request), generation), request.receive)
+    result = await cancel_on_disconnect(_running_requests(request).run(_caller(request), generation), request)
     if result is None:
         return Response(interrupted_json(body, parameters, str(image_request.model)), media_type="application/json")
     content = await state.codec.run(answer_json, body, parameters, result)

@@ -16,15 +16,16 @@ ENCODE = image_codec.encode
 
 
 class SlowEncoder:
-    """Encodes once the gate is open; `waiting` counts the images that it has begun."""
+    """Encodes a WebP once the gate is open; `waiting` counts the images that it has begun."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.waiting = 0
 
     def __call__(self, pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
-        self.waiting += 1
-        assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
+        if image_format == "webp":
+            self.waiting += 1
+            assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
         return ENCODE(pixels, image_format, quality)
 
 
@@ -52,7 +53,7 @@ def test_the_engine_runs_batch_after_batch_while_no_image_is_encoded(serve: Serv
     engine = open_engine(max_batch=1)
     running = serve(engine, max_batch=1, codec_threads=1)
     held(encoder)
-    requests = [running.submit_generate(f"prompt {i}") for i in range(3)]
+    requests = [running.submit_generate(f"prompt {i}", output_format="webp") for i in range(3)]
     wait_until(lambda: len(engine.seen) == 3, "all batches")
     wait_until(lambda: encoder.waiting == 1, "the encoder")  # of one codec thread
     assert not any(one.done for one in requests)
@@ -81,7 +82,7 @@ def test_a_file_of_the_engine_waits_for_no_encoder(serve: Serve, encoder: SlowEn
     engine.gate.set()
     running = serve(engine, max_batch=1, codec_threads=1)
     held(encoder)
-    first = running.submit_generate("holds the encoder")
+    first = running.submit_generate("holds the encoder", output_format="webp")
     wait_until(lambda: encoder.waiting == 1, "the encoder")
     second = running.generate(output_format="jpeg")
     assert (second.status_code, second.content) == (200, b"made by the engine")
@@ -91,10 +92,23 @@ def test_a_file_of_the_engine_waits_for_no_encoder(serve: Serve, encoder: SlowEn
     assert running.metric("sana_sprint_stage_duration_seconds_count", stage="encode") == 2
 
 
+def test_a_small_png_waits_for_no_codec_thread(serve: Serve, encoder: SlowEncoder) -> None:
+    running = serve(open_engine(max_batch=1), max_batch=1, codec_threads=1)
+    held(encoder)
+    first = running.submit_generate("holds the encoder", output_format="webp")
+    wait_until(lambda: encoder.waiting == 1, "the encoder")
+    second = running.generate()
+    assert (second.status_code, second.headers["content-type"]) == (200, "image/png")
+    assert not first.done
+    encoder.gate.set()
+    assert first.result().status_code == 200
+    assert running.metric("sana_sprint_stage_duration_seconds_count", stage="encode") == 2
+
+
 def test_an_image_that_is_made_outlives_its_engine(serve: Serve, encoder: SlowEncoder) -> None:
     running = serve(open_engine(max_batch=1), max_batch=1, batch_timeout_s=0.2, codec_threads=1)
     held(encoder)
-    made = running.submit_generate("a red circle")
+    made = running.submit_generate("a red circle", output_format="webp")
     wait_until(lambda: encoder.waiting == 1, "the encoder")
     assert running.generate("[[hang]]").status_code == 500
     encoder.gate.set()
@@ -122,9 +136,9 @@ def test_nothing_is_encoded_for_a_client_that_left(serve: Serve, encoder: SlowEn
     engine = open_engine(max_batch=1)
     running = serve(engine, max_batch=1, codec_threads=1)
     held(encoder)
-    first = running.submit_generate("holds the encoder")
+    first = running.submit_generate("holds the encoder", output_format="webp")
     wait_until(lambda: encoder.waiting == 1, "the encoder")
-    with connect_and_send(running, "leaves"):
+    with connect_and_send(running, "leaves", output_format="webp"):
         wait_until(lambda: len(engine.seen) == 2, "its batch")
     wait_until(lambda: running.metric("sana_sprint_requests_total", route="/generate", status="499") == 1)
     encoder.gate.set()
