@@ -14,7 +14,7 @@ from torch import nn
 from engines.artifacts.loading import LoadedModules, load_artifacts
 from engines.artifacts.manifest import NATIVE, read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
-from engines.backends.choice import PRECISIONS, choose_device, choose_precision
+from engines.backends.choice import choose_device, choose_dtype, choose_precision
 from engines.backends.compiled import compiled
 from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
 from engines.backends.eager import eager
@@ -124,7 +124,7 @@ def _load_modules(options: _Options) -> Engine:
     device = choose_device(options.device, reasons)
     backend = _backend(options.backend, device, options.recorder, reasons)
     precision = choose_precision(options.precision, device, backend, reasons)
-    dtype, execute = PRECISIONS[precision], BACKENDS[backend]
+    dtype, execute = choose_dtype(precision, device, reasons), BACKENDS[backend]
     base, fast = phases.timed("checkpoint", lambda: _open(options, reasons))
     checkpoint, selectable = with_adapters(base, options.lora, reasons)
     if selectable and backend not in ADAPTING:

@@ -5,7 +5,7 @@ import torch
 from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError
 
-# Dtype of weights and activations. int8 (CPU) and fp8 (GPU): the decoder's wide convolutions run in 8 bits.
+# int8 (CPU) and fp8 (GPU) are bf16 with some products in 8 bits: on a CPU the decoder's wide convolutions.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -27,6 +27,22 @@ def choose_device(requested: str | None, reasons: dict[str, str]) -> torch.devic
         )
     reasons["device"] = f"{requested}: asked for"
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def has_bf16_products() -> bool:
+    """Returns whether this CPU multiplies bf16 by instructions; emulated, that takes four times as long as fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_dtype(precision: str, device: torch.device, reasons: dict[str, str]) -> torch.dtype:
+    """Returns the dtype of weights and activations in one of PRECISIONS; adds to the reason of the precision."""
+    if device.type != "cpu" or PRECISIONS[precision] != torch.bfloat16 or has_bf16_products():
+        return PRECISIONS[precision]
+    if precision == "int8":
+        reasons["precision"] += "; what is not in 8 bits is in fp32, because this CPU has no bf16 products"
+        return torch.float32
+    reasons["precision"] += "; slow here, because this CPU has no bf16 products: fp32 and int8 are faster"
+    return torch.bfloat16
 
 
 def default_precision(device: torch.device) -> str:

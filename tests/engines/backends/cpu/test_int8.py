@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from engines import loader
+from engines.backends.base import ModuleSpec
 from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder
 from engines.backends.cpu.int8 import Int8Conv, has_int8, quantised
 from engines.backends.parity import difference
@@ -115,6 +117,34 @@ def test_the_shipped_checkpoint_keeps_its_images() -> None:
     actual = difference(images[0], images[1]).psnr_db
     assert actual is not None
     assert 35 < actual < 60  # an exact result would not be 8-bit
+
+
+@pytest.mark.parametrize(
+    ("precision", "products", "dtype", "told"),
+    [
+        ("int8", True, torch.bfloat16, "asked for"),
+        ("int8", False, torch.float32, "what is not in 8 bits is in fp32"),
+        ("bf16", False, torch.bfloat16, "slow here"),
+        ("fp32", False, torch.float32, "asked for"),
+    ],
+)
+def test_emulated_products_of_bf16_are_avoided_or_told(
+    monkeypatch: pytest.MonkeyPatch, precision: str, products: bool, dtype: torch.dtype, told: str
+) -> None:
+    monkeypatch.setattr("engines.backends.choice.has_bf16_products", lambda: products)
+    seen: list[torch.dtype] = []
+
+    def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
+        seen.extend(parameter.dtype for parameter in module.parameters())
+        assert spec.dtype == dtype
+        return backend(module, spec)
+
+    backend = loader.BACKENDS["eager"]
+    monkeypatch.setattr(loader, "BACKENDS", {**loader.BACKENDS, "eager": eager})
+    engine = load_engine("tiny", precision=precision, device="cpu")
+    assert set(seen) == {dtype}
+    assert told in engine.info.reasons["precision"]
+    assert ("bf16 products" in engine.info.reasons["precision"]) == (precision != "fp32" and not products)
 
 
 def test_a_decoder_that_8_bits_ruin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
