@@ -206,6 +206,8 @@ class CudaTextEncoder:
     @torch.inference_mode()
     def capture(self, recorder: GraphCapture) -> None:
         """Captures every missing bucket, largest first."""
+        # Ids of a batch in another bucket are no prefix lengths: kernels would read far beyond the prefix.
+        self._packed.zero_()
         for key in self.capture_order:
             if key not in self._captured:
                 self._captured[key] = self._capture(key, recorder)

@@ -207,6 +207,22 @@ def test_captures_largest_first_and_once(encoder: CudaTextEncoder) -> None:
     assert Counter(sizes) == Counter(batch * length for batch in BATCHES for length in LENGTHS)
 
 
+def test_a_warm_up_reads_nothing_of_an_earlier_batch(encoder: CudaTextEncoder) -> None:
+    """Its ids would be lengths of the prefix, by which a kernel reads beyond it, and the other way round."""
+    seen: list[int] = []
+
+    class Looking(EagerReplay):
+        def warm(self, launch: Callable[[], object]) -> None:
+            seen.append(int(encoder._packed.count_nonzero()))
+            super().warm(launch)
+
+    encoder.encode([PROMPTS["short"], PROMPTS["longer"]])
+    assert encoder._packed.count_nonzero() > 0
+    encoder.capture(Looking())
+    assert len(seen) > 10
+    assert set(seen) == {0}
+
+
 # Compiles at Gemma-2 2B's sizes and 32 tokens, because the compiler has limits that the interpreter lacks: 99 KB of
 # shared memory per program on compute capability 8.9, and three programs of a product at once on 9.0.
 COMPILING = """
