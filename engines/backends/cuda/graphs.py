@@ -151,6 +151,25 @@ class GraphRunner:
         return tuple(output[:batch].clone() for output in captured.outputs)
 
 
+@dataclass(frozen=True)
+class GraphRunners:
+    """CUDA graphs of denoising (plain, and with a drawing), of decoding by each decoder, and of the PNG encoder.
+
+    Without graphs the server encodes PNG files.
+    """
+
+    plain: GraphRunner
+    decode: GraphRunner
+    png: GraphRunner
+    controlled: GraphRunner | None
+    recorder: GraphCapture  # captures them and the text stage's graphs
+    fast_decode: GraphRunner | None = None
+
+    def capture(self) -> None:
+        for runner in filter(None, (self.decode, self.fast_decode, self.plain, self.controlled, self.png)):
+            runner.capture()
+
+
 def _pinned_for_copy(value: Tensor, view: Tensor) -> Tensor:
     """Pins a host `value` that goes to a `view` on a card, so that the copy does not block this thread."""
     if value.device.type == "cpu" and view.device.type == "cuda":

@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engines.backends.cuda.graphs import EagerReplay, GraphKey
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.errors import BackendError, OutOfMemoryError
+from engines.kernels.op import Op, Ops
 from engines.loader import load_engine
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
 from engines.pipeline.engine import SprintEngine
+from engines.pipeline.native import NativeBackend
 from engines.types import Engine, Job, RawImage
 
 SETTINGS = '{"default_size": [64, 64], "sizes": [[64, 64], [64, 32]], "max_prompt_tokens": 40}'
@@ -152,6 +154,31 @@ def test_no_room_for_the_graphs_is_told(model: str) -> None:
     engine = load_engine(model, backend="cuda-graph", recorder=NoRoom(), device="cpu")
     with pytest.raises(OutOfMemoryError, match="no memory to capture the CUDA graphs"):
         engine.warmup()
+
+
+class Noting(Ops):
+    """Notes the operations that a comparison reaches."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.compared = set[str]()
+
+    def __call__(self, op: Op, *args: Any) -> Any:
+        if self._checked is not None:
+            self.compared.add(op.name)
+        return super().__call__(op, *args)
+
+
+def test_a_start_compares_the_kernels_of_long_prompts_too(model: str) -> None:
+    ops = Noting()
+    native = NativeBackend(ops, open_checkpoint(model).autoencoder)
+    engine = load_engine(
+        model, native=native, precision="bf16", backend="cuda-graph", max_batch=1, device="cpu", recorder=EagerReplay()
+    )
+    assert native._text is not None
+    native._text.to_fp8()
+    engine.warmup()
+    assert {"skinny_product", "gelu_gate", "widened_weight", "residual_norm"} <= ops.compared
 
 
 class NoHost(TorchDispatchMode):
