@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.errors import in_one_line
+
 # A kernel may round where its reference does not (bf16 has 8 bits); a wrong kernel is below 10 dB.
 SQNR_DB = 30.0
 FP8_SQNR_DB = 22.0  # e4m3 has 4 bits
@@ -89,7 +91,7 @@ class Ops:
             actual = op.run(self._launcher, *args)
             gap = _first_gap(_tensors(expected), _tensors(actual))
         except Exception as error:  # a compiler or driver may raise anything; the reference's result is used
-            gap = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+            gap = in_one_line(error)
         if gap is None:
             return actual
         self.replaced[op.name] = gap

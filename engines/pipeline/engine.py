@@ -4,6 +4,7 @@ The image depends on its job alone: the noise comes from the job's own seed, and
 Knows no HTTP, no files and no choice of backend.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, 
 from engines.types import BatchKey, DecoderName, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
 MAX_CONTROL_SCALE = 2
+
+logger = logging.getLogger("engines.pipeline")
 
 
 class Kernels(Protocol):
@@ -113,7 +116,13 @@ class SprintEngine:
             self._info.reasons.update(self._kernels.reasons)
             self._info.replaced_kernels.update(self._kernels.replaced)
         with self._on_device():
-            self._capture()
+            failed = self._capture()
+            if (reason := self._downloader.try_jpeg()) is not None:
+                failed["nvJPEG"] = reason
+        for name, reason in failed.items():
+            if name not in self._info.replaced_kernels:
+                logger.warning("%s: %s; images are right, and slower", name, reason)
+        self._info.replaced_kernels.update(failed)
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
         for width, height in self._warm_sizes():
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
@@ -153,15 +162,20 @@ class SprintEngine:
             text.encoder.encode(long)  # more rows than its kernels for few take, so that others run
 
     @torch.inference_mode()
-    def _capture(self) -> None:
-        """Captures every graph. Raises OutOfMemoryError."""
+    def _capture(self) -> dict[str, str]:
+        """Captures every graph. Returns name -> reason of those that cannot be captured. Raises OutOfMemoryError."""
         if self._runners is None:
-            return
+            return {}
         try:
-            self._runners.capture()
-            self._modules.text.capture(self._runners.recorder)
+            failed = self._runners.capture()
+            reason = self._modules.text.capture(self._runners.recorder)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
+        failed |= {} if reason is None else {"text": reason}
+        if failed:
+            told, _, _ = self._info.reasons["graphs"].partition(";")
+            self._info.reasons["graphs"] = f"{told}; without a graph: {', '.join(failed)}"
+        return {f"graph of {name}": reason for name, reason in failed.items()}
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -256,8 +270,8 @@ class SprintEngine:
         return runner({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
 
     def _png(self, pixels: Tensor, latent: Tensor) -> dict[str, Tensor]:
-        """Returns the parts of a PNG file of pixels [1, H, W, 3]; without graphs the pixels."""
-        if self._runners is None:
+        """Returns the parts of a PNG file of pixels [1, H, W, 3]; without its graph the pixels."""
+        if self._runners is None or self._runners.png.failure is not None:
             return {"pixels": pixels[0]}
         words, facts = self._runners.png({"pixels": pixels}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
         return {"words": words[0], "facts": facts[0]}

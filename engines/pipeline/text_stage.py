@@ -48,7 +48,7 @@ class Encoder(Protocol):
 class Captures(Protocol):
     """An encoder that runs as CUDA graphs."""
 
-    def capture(self, recorder: GraphCapture) -> None: ...
+    def capture(self, recorder: GraphCapture) -> str | None: ...
 
 
 class TextStage:
@@ -58,22 +58,25 @@ class TextStage:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.cache: LruCache[str, TextEmbedding] = LruCache(lambda one: one.states.nbytes, CACHE_BYTES, max_cached)
         self._captured = False
+        self._failure: str | None = None
 
-    def capture(self, recorder: GraphCapture) -> None:
+    def capture(self, recorder: GraphCapture) -> str | None:
         """Captures the graphs of an encoder that has them; once, even if several engines share this stage.
 
         Otherwise runs the encoder once at each power of two of lengths, so that no request waits for its kernels.
+        Returns the reason if a graph could not be captured.
         """
         if self._captured:
-            return
+            return self._failure
         self._captured = True
         if isinstance(self.encoder, Captures):
-            self.encoder.capture(recorder)
-            return
+            self._failure = self.encoder.capture(recorder)
+            return self._failure
         prefix, length = self.encoder.prefix, 1
         while length < self.tokenizer.max_tokens:
             self.encoder.encode([Tokens((*prefix, *prefix[-1:] * length), len(prefix))])
             length *= 2
+        return None
 
     def encode(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns one embedding per prompt, in order."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay
+from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay, capture_missing
 from engines.backends.cuda.mlp_weights import MlpWeight, give_up_wide
 from engines.kernels.op import Ops
 from engines.kernels.text.capped_attention import CAPPED_ATTENTION, MAX_CAP
@@ -204,13 +204,11 @@ class CudaTextEncoder:
             self._run(key)
 
     @torch.inference_mode()
-    def capture(self, recorder: GraphCapture) -> None:
-        """Captures every missing bucket, largest first."""
+    def capture(self, recorder: GraphCapture) -> str | None:
+        """Captures every missing bucket, largest first, until one fails. Returns the reason."""
         # Ids of a batch in another bucket are no prefix lengths: kernels would read far beyond the prefix.
         self._packed.zero_()
-        for key in self.capture_order:
-            if key not in self._captured:
-                self._captured[key] = self._capture(key, recorder)
+        return capture_missing(self.capture_order, lambda key: self._capture(key, recorder), self._captured)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]:
