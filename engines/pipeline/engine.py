@@ -8,19 +8,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.backends.cuda.graphs import GraphCapture, GraphKey, GraphRunner
+from engines.backends.cuda.graphs import GraphCapture, GraphKey, GraphRunner, refusals
 from engines.device.memory import open_card
+from engines.device.phases import Phases
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.pipeline.latent_cache import LatentCache, resized
+from engines.pipeline.limits import LatentSpace
 from engines.pipeline.results import BatchResults
 from engines.pipeline.text_stage import TextEmbedding, TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
@@ -52,18 +55,6 @@ class Modules:
     encoder: Callable[[Tensor], Tensor]  # PixelEncoder.forward
     controlled: Callable[..., Tensor] | None = None  # ControlledTransformer.forward
     fast_decoder: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # as `decoder`
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """Constants of a checkpoint's latents and of its sampling."""
-
-    channels: int
-    compression: int  # pixels per latent cell along a side
-    guidance_embeds_scale: float
-    one_step_angle: float  # radians
-    dtype: torch.dtype  # of the transformer
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -123,12 +114,16 @@ class SprintEngine:
         return self._limits
 
     def warmup(self) -> None:
+        phases = Phases(self._info.start_s)
         if self._kernels is not None:
-            self._kernels.compare(self._run_every_kernel)
+            phases.timed("comparison", partial(self._kernels.compare, self._run_every_kernel))
             self._info.reasons.update(self._kernels.reasons)
             self._info.replaced_kernels.update(self._kernels.replaced)
-        with self._on_device():
-            self._capture()
+        if self._runners is not None:
+            phases.timed("graphs", partial(self._capture, self._runners))
+        phases.timed("first images", self._make_first_images)
+
+    def _make_first_images(self) -> None:
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
         for width, height in self._warm_sizes():
             for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
@@ -153,7 +148,10 @@ class SprintEngine:
         return *(replace(job, decoder=name) for name in self._limits.decoders), *jpeg, *png
 
     def _run_every_kernel(self) -> None:
-        """Makes one image from text, and one from each kind of image that this engine takes."""
+        """Makes an image from text, one from each kind of image, and the largest batch; encodes texts of all lengths.
+
+        So it launches each tile of each kernel that a graph holds.
+        """
         width, height = self._limits.default_size
         job = Job("a red circle", seed=0, width=width, height=height)
         blank = np.zeros((64, 64, 3), np.uint8)
@@ -162,18 +160,20 @@ class SprintEngine:
                 self.generate([variant])
         for decoder in self._limits.decoders[1:]:
             self.generate([replace(job, decoder=decoder)])
+        self.generate([job] * self._limits.max_batch)
+        with self._on_device():
+            self._modules.text.run_all_lengths()
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def _capture(self, runners: GraphRunners) -> None:
         """Captures every graph. Raises OutOfMemoryError."""
-        runners = self._runners
-        if runners is None:
-            return
         try:
-            decoding = (runners.decode, runners.fast_decode)
-            for runner in filter(None, (*decoding, runners.plain, runners.controlled, runners.png)):
-                runner.capture()
-            self._modules.text.capture(runners.recorder)
+            with self._on_device():
+                decoding = (runners.decode, runners.fast_decode)
+                for runner in filter(None, (*decoding, runners.plain, runners.controlled, runners.png)):
+                    runner.capture()
+                self._modules.text.capture(runners.recorder)
+            self._info.reasons["graphs"] += refusals(runners.recorder)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
 

@@ -46,7 +46,9 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Captures(Protocol):
-    """An encoder that runs as CUDA graphs."""
+    """An encoder that runs as CUDA graphs. `warm` runs what it captures."""
+
+    def warm(self) -> None: ...
 
     def capture(self, recorder: GraphCapture) -> None: ...
 
@@ -62,13 +64,21 @@ class TextStage:
     def capture(self, recorder: GraphCapture) -> None:
         """Captures the graphs of an encoder that has them; once, even if several engines share this stage.
 
-        Otherwise runs the encoder once at each power of two of lengths, so that no request waits for its kernels.
+        Otherwise runs all lengths, so that no request waits for its kernels.
         """
         if self._captured:
             return
         self._captured = True
         if isinstance(self.encoder, Captures):
             self.encoder.capture(recorder)
+        else:
+            self.run_all_lengths()
+
+    @torch.inference_mode()
+    def run_all_lengths(self) -> None:
+        """Runs the encoder once for each of its graphs; without graphs, at each power of two of lengths."""
+        if isinstance(self.encoder, Captures):
+            self.encoder.warm()
             return
         prefix, length = self.encoder.prefix, 1
         while length < self.tokenizer.max_tokens:

@@ -14,8 +14,10 @@ it. A graph owns the computation that it captured, because it reads that computa
 buffers.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Protocol
@@ -25,7 +27,9 @@ from torch import Tensor
 
 from engines.types import smallest_fitting
 
-WARM_UPS = 2
+logger = logging.getLogger("engines.backends.cuda")
+
+WARM_UPS = 1  # loads the kernels and allocates the libraries' workspaces; a second run finds both
 
 
 class GraphKey(NamedTuple):
@@ -161,12 +165,15 @@ def _pinned_for_copy(value: Tensor, view: Tensor) -> Tensor:
 class CudaGraphCapture:
     """Captures CUDA graphs with one memory pool and one side stream; CUDA calls of other threads do not disturb it.
 
-    Releases the memory of a warm-up before the capture, so that the two never add up.
+    Releases the memory of a warm-up before the capture, so that the two never add up. Work that no graph can hold is
+    launched at each replay instead; `refused` has the reasons.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
+        self.refused: list[str] = []
+        self._broken: list[torch.cuda.CUDAGraph] = []  # kept, as torch's allocators may hold their addresses
 
     def warm(self, launch: Callable[[], object]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -179,14 +186,31 @@ class CudaGraphCapture:
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # As torch.cuda.graph does, without its garbage collection before each of some forty captures.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                outputs = launch()
-            finally:
-                graph.capture_end()
+        try:
+            # As torch.cuda.graph does, without its garbage collection before each of some forty captures.
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    outputs = launch()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:  # of CUDA; the end of a broken capture fails too, behind the cause
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            self._give_up(graph, cause)
+            replay, outputs = EagerReplay().record(launch)
+            torch.cuda.synchronize()
+            return replay, outputs
         return graph.replay, outputs
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
+        self.refused.append(str(error).strip().partition("\n")[0])
+        self._broken.append(graph)
+        logger.warning("a CUDA graph is not captured, and its kernels are launched one by one: %s", self.refused[-1])
+        # Without it torch before pytorch/pytorch#180395 fails at the next empty_cache; later ones have done it.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
 
 
 class EagerReplay:
@@ -206,3 +230,9 @@ class EagerReplay:
                 output.copy_(fresh)
 
         return replay, outputs
+
+
+def refusals(recorder: GraphCapture) -> str:
+    """Returns how many graphs were not captured, and why the first was not; empty if all were."""
+    refused = recorder.refused if isinstance(recorder, CudaGraphCapture) else []
+    return f"; {len(refused)} could not be and are launched kernel by kernel: {refused[0]}" if refused else ""

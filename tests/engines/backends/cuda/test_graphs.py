@@ -3,6 +3,8 @@
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from engines.backends.cuda.graphs import (
     Inputs,
     InputSpec,
     Replay,
+    refusals,
 )
 from engines.sampler import sample
 
@@ -227,3 +230,74 @@ def test_cuda_graphs_equal_the_chain_on_the_card() -> None:
                     arguments = {name: value.to(device) for name, value in inputs(batch, side, steps).items()}
                     torch.testing.assert_close(run(runner, arguments)[0], expected(arguments), rtol=0, atol=0)
     assert not runner.uncaptured
+
+
+@pytest.mark.gpu
+def test_a_refused_graph_leaves_room_for_others_on_the_card() -> None:
+    recorder, x = CudaGraphCapture(), torch.zeros(2, device="cuda")
+    refused, (careless,) = recorder.record(lambda: (x + x.sum().item(),))
+    assert len(recorder.refused) == 1
+    recorder.warm(lambda: x + 1)
+    replay, (careful,) = recorder.record(lambda: (x + 1,))
+    x += 1
+    for one in (refused, replay):
+        one()
+    assert (careless.tolist(), careful.tolist()) == ([3, 3], [2, 2])
+    assert len(recorder.refused) == 1
+
+
+class BrokenGraph:
+    """Stands in for a torch.cuda.CUDAGraph whose capture CUDA ends, as torch tells it."""
+
+    def capture_begin(self, **_: object) -> None:
+        """Begins."""
+
+    def capture_end(self) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nand its advice")
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """Replaces the CUDA calls of CudaGraphCapture. Returns the allocations to a pool that it ended."""
+    ended: list[tuple[object, ...]] = []
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    replaced = {
+        "CUDAGraph": BrokenGraph, "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext,
+        "graph_pool_handle": lambda: (0, 7), "current_device": lambda: 0, "synchronize": lambda: None,
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: ended.append(given))
+    return ended
+
+
+def test_work_that_no_graph_can_hold_is_launched_at_each_replay(
+    no_card: list[tuple[object, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, x, refusing = CudaGraphCapture(), torch.zeros(2), [True]
+
+    def launch() -> tuple[Tensor, ...]:
+        if refusing.pop() if refusing else False:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand its advice")
+        return (x + 1,)
+
+    replay, (output,) = recorder.record(launch)
+    assert output.tolist() == [1, 1]
+    x += 4
+    replay()
+    assert output.tolist() == [5, 5]
+    told = "CUDA error: operation not permitted when stream is capturing"
+    assert recorder.refused == [told]
+    assert told in caplog.text
+    assert refusals(recorder) == f"; 1 could not be and are launched kernel by kernel: {told}"
+    assert refusals(EagerReplay()) == ""
+    assert no_card == [(0, (0, 7))], "torch before pytorch/pytorch#180395 would fail when memory is released"
+
+
+@pytest.mark.usefixtures("no_card")
+def test_lack_of_memory_ends_a_capture() -> None:
+    def exhausted() -> tuple[Tensor, ...]:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        CudaGraphCapture().record(exhausted)

@@ -153,6 +153,22 @@ def test_encodes_as_the_text_encoder(encoder: CudaTextEncoder, reference: TextEn
     assert encoder.uncaptured[too_long] == 3
 
 
+def test_no_warm_up_reads_beyond_the_prefix(encoder: CudaTextEncoder) -> None:
+    """A batch that ran before has token ids where a larger bucket has prefix lengths, by which kernels read memory."""
+    encoder.encode([PROMPTS["longer"]])
+    body, seen = encoder._body, list[int]()
+
+    def spy(ids: Tensor, shared: Tensor) -> Tensor:
+        seen.append(int(shared.max()))
+        return body(ids, shared)
+
+    encoder._body = spy  # type: ignore[assignment]  # the same call
+    encoder.capture(EagerReplay())
+    encoder.warm()
+    assert len(seen) > 3 * len(encoder.capture_order) - 1
+    assert set(seen) == {len(PREFIX)}
+
+
 def test_results_are_the_callers_own(encoder: CudaTextEncoder) -> None:
     encoder.capture(EagerReplay())
     [first] = encoder.encode([PROMPTS["short"]])
