@@ -18,7 +18,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders
 from engines.checkpoints.prefix_cache import PrefixCache
 from engines.models.instruction import INSTRUCTION
-from engines.models.text_encoder import TextEncoder, Tokens
+from engines.models.text_encoder import PrefixState, TextEncoder, Tokens
 from engines.pipeline.lru_cache import LruCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
@@ -117,6 +117,8 @@ def load_text_stage(
     body = checkpoint.load_text_body(dtype, device)
     kept = PrefixCache.of(checkpoint.weights, tokenizer.prefix, dtype, cache) if device.type == "cpu" else None
     state = None if kept is None else kept.read()
+    if device.type == "meta":
+        state = PrefixState.blank(body, len(tokenizer.prefix))
     began = time.perf_counter()
     encoder = TextEncoder(body, tokenizer.prefix, state)
     if kept is not None and state is None and time.perf_counter() - began > SLOW_PREFIX_S:
