@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -125,14 +126,13 @@ class SprintEngine:
 
     def _make_first_images(self) -> None:
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
-        for width, height in self._warm_sizes():
-            for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
-                for drawing in drawings:
-                    job = Job("", seed=0, width=width, height=height, control_image=drawing)
-                    for variant in self._variants(job):
-                        self.generate([variant] * count)
+        counts = sorted({min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)})
+        for size, drawing in product(self._warm_sizes(), drawings):
+            for index, variant in enumerate(self._variants(Job("", 0, *size, control_image=drawing))):
+                for count in counts[: 1 if index else None]:
+                    self.generate([variant] * count)
         if self._kernels is not None:
-            self._run_every_kernel()
+            self._make_each_kind()
 
     def _warm_sizes(self) -> Sequence[tuple[int, int]]:
         """Returns all sizes for graphs and engines; for eager modules, which hold nothing by size, a small one."""
@@ -148,21 +148,21 @@ class SprintEngine:
         return *(replace(job, decoder=name) for name in self._limits.decoders), *jpeg, *png
 
     def _run_every_kernel(self) -> None:
-        """Makes an image from text, one from each kind of image, and the largest batch; encodes texts of all lengths.
+        """Launches each tile of each kernel that a graph holds, also those of the largest batch and of long texts."""
+        self.generate([self._make_each_kind()] * self._limits.max_batch)
+        with self._on_device():
+            self._modules.text.run_all_lengths()
 
-        So it launches each tile of each kernel that a graph holds.
-        """
-        width, height = self._limits.default_size
-        job = Job("a red circle", seed=0, width=width, height=height)
+    def _make_each_kind(self) -> Job:
+        """Makes one image from text, and one from each kind of image that this engine takes. Returns the first job."""
+        job = Job("a red circle", 0, *self._limits.default_size)
         blank = np.zeros((64, 64, 3), np.uint8)
         for variant in (job, replace(job, image=blank), replace(job, control_image=blank)):
             if variant.conditioning in self._limits.conditioning:
                 self.generate([variant])
         for decoder in self._limits.decoders[1:]:
             self.generate([replace(job, decoder=decoder)])
-        self.generate([job] * self._limits.max_batch)
-        with self._on_device():
-            self._modules.text.run_all_lengths()
+        return job
 
     @torch.inference_mode()
     def _capture(self, runners: GraphRunners) -> None:
