@@ -43,9 +43,10 @@ class _Comparing(NativeBackend):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_the_comparison_launches_each_tile_of_the_graphs(precision: str) -> None:
+@pytest.mark.parametrize("model", ["random:sprint-0.6b", "random:sprint-1.6b"])
+def test_the_comparison_launches_each_tile_of_the_graphs(model: str, precision: str) -> None:
     """At the published widths, where a batch of eight and long texts have tiles of their own."""
-    whole = open_checkpoint("random:sprint-0.6b")
+    whole = open_checkpoint(model)
     checkpoint = replace(
         whole,
         transformer=replace(whole.transformer, num_layers=2),
