@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -17,11 +19,13 @@ from torch import Tensor
 
 from engines.backends.cuda.graphs import GraphKey, GraphRunners
 from engines.device.memory import open_card
+from engines.device.phases import Phases
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.pipeline.latent_cache import LatentCache, resized
+from engines.pipeline.limits import LatentSpace
 from engines.pipeline.results import BatchResults
 from engines.pipeline.text_stage import TextEmbedding, TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
@@ -55,18 +59,6 @@ class Modules:
     encoder: Callable[[Tensor], Tensor]  # PixelEncoder.forward
     controlled: Callable[..., Tensor] | None = None  # ControlledTransformer.forward
     fast_decoder: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # as `decoder`
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """Constants of a checkpoint's latents and of its sampling."""
-
-    channels: int
-    compression: int  # pixels per latent cell along a side
-    guidance_embeds_scale: float
-    one_step_angle: float  # radians
-    dtype: torch.dtype  # of the transformer
-    device: torch.device
 
 
 class SprintEngine:
@@ -111,27 +103,24 @@ class SprintEngine:
         return self._limits
 
     def warmup(self) -> None:
+        phases = Phases(self._info.start_s)
         if self._kernels is not None:
-            self._kernels.compare(self._run_every_kernel)
+            phases.timed("comparison", partial(self._kernels.compare, self._run_every_kernel))
             self._info.reasons.update(self._kernels.reasons)
             self._info.replaced_kernels.update(self._kernels.replaced)
-        with self._on_device():
-            failed = self._capture()
-            if (reason := self._downloader.try_jpeg()) is not None:
-                failed["nvJPEG"] = reason
-        for name, reason in failed.items():
-            if name not in self._info.replaced_kernels:
-                logger.warning("%s: %s; images are right, and slower", name, reason)
-        self._info.replaced_kernels.update(failed)
+        if self._runners is not None or self._stream is not None:
+            phases.timed("graphs", self._capture)
+        phases.timed("first images", self._make_first_images)
+
+    def _make_first_images(self) -> None:
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
-        for width, height in self._warm_sizes():
-            for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
-                for drawing in drawings:
-                    job = Job("", seed=0, width=width, height=height, control_image=drawing)
-                    for variant in self._variants(job):
-                        self.generate([variant] * count)
+        counts = sorted({min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)})
+        for size, drawing in product(self._warm_sizes(), drawings):
+            for index, variant in enumerate(self._variants(Job("", 0, *size, control_image=drawing))):
+                for count in counts[: 1 if index else None]:
+                    self.generate([variant] * count)
         if self._kernels is not None:
-            self._run_every_kernel()
+            self._make_each_kind()
 
     def _warm_sizes(self) -> Sequence[tuple[int, int]]:
         """Returns all sizes for graphs and engines; for eager modules, which hold nothing by size, a small one."""
@@ -147,28 +136,39 @@ class SprintEngine:
         return *(replace(job, decoder=name) for name in self._limits.decoders), *jpeg, *png
 
     def _run_every_kernel(self) -> None:
-        """Makes one image from text, and one from each kind of image that this engine takes."""
-        width, height = self._limits.default_size
-        job = Job("a red circle", seed=0, width=width, height=height)
+        """Launches each tile of each kernel that a graph holds, also those of the largest batch and of long texts."""
+        self.generate([self._make_each_kind()] * self._limits.max_batch)
+        with self._on_device():
+            self._modules.text.run_all_lengths()
+
+    def _make_each_kind(self) -> Job:
+        """Makes one image from text, and one from each kind of image that this engine takes. Returns the first job."""
+        job = Job("a red circle", 0, *self._limits.default_size)
         blank = np.zeros((64, 64, 3), np.uint8)
         for variant in (job, replace(job, image=blank), replace(job, control_image=blank)):
             if variant.conditioning in self._limits.conditioning:
                 self.generate([variant])
         for decoder in self._limits.decoders[1:]:
             self.generate([replace(job, decoder=decoder)])
-        text = self._modules.text
-        long = [text.tokenizer.encode(word * self._info.max_prompt_tokens).tokens for word in ("red ", "blue ")]
-        with self._on_device(), torch.inference_mode():
-            text.encoder.encode(long)  # more rows than its kernels for few take, so that others run
+        return job
 
     @torch.inference_mode()
-    def _capture(self) -> dict[str, str]:
-        """Captures every graph. Returns name -> reason of those that cannot be captured. Raises OutOfMemoryError."""
-        if self._runners is None:
-            return {}
+    def _capture(self) -> None:
+        """Captures every graph and tries nvJPEG; names what does not work. Raises OutOfMemoryError."""
+        with self._on_device():
+            failed = {} if self._runners is None else self._captured(self._runners)
+            if (reason := self._downloader.try_jpeg()) is not None:
+                failed["nvJPEG"] = reason
+        for name, reason in failed.items():
+            if name not in self._info.replaced_kernels:
+                logger.warning("%s: %s; images are right, and slower", name, reason)
+        self._info.replaced_kernels.update(failed)
+
+    def _captured(self, runners: GraphRunners) -> dict[str, str]:
+        """Captures every graph. Returns name -> reason of those that cannot be captured."""
         try:
-            failed = self._runners.capture()
-            reason = self._modules.text.capture(self._runners.recorder)
+            failed = runners.capture()
+            reason = self._modules.text.capture(runners.recorder)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
         failed |= {} if reason is None else {"text": reason}

@@ -7,7 +7,8 @@ import torch
 from engines.backends.cuda.graphs import GraphCapture, GraphRunner, GraphRunners, InputSpec
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
-from engines.pipeline.engine import LatentSpace, Modules
+from engines.pipeline.engine import Modules
+from engines.pipeline.limits import LatentSpace
 from engines.pipeline.png import PngEncoder
 from engines.types import Limits
 

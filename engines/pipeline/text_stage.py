@@ -18,7 +18,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders
 from engines.checkpoints.prefix_cache import PrefixCache
 from engines.models.instruction import INSTRUCTION
-from engines.models.text_encoder import TextEncoder, Tokens
+from engines.models.text_encoder import PrefixState, TextEncoder, Tokens
 from engines.pipeline.lru_cache import LruCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
@@ -46,7 +46,9 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Captures(Protocol):
-    """An encoder that runs as CUDA graphs."""
+    """An encoder that runs as CUDA graphs. `warm` runs what it captures."""
+
+    def warm(self) -> None: ...
 
     def capture(self, recorder: GraphCapture) -> str | None: ...
 
@@ -63,20 +65,28 @@ class TextStage:
     def capture(self, recorder: GraphCapture) -> str | None:
         """Captures the graphs of an encoder that has them; once, even if several engines share this stage.
 
-        Otherwise runs the encoder once at each power of two of lengths, so that no request waits for its kernels.
-        Returns the reason if a graph could not be captured.
+        Otherwise runs all lengths, so that no request waits for its kernels. Returns the reason if a graph could not be
+        captured.
         """
         if self._captured:
             return self._failure
         self._captured = True
         if isinstance(self.encoder, Captures):
             self._failure = self.encoder.capture(recorder)
-            return self._failure
+        else:
+            self.run_all_lengths()
+        return self._failure
+
+    @torch.inference_mode()
+    def run_all_lengths(self) -> None:
+        """Runs the encoder once for each of its graphs; without graphs, at each power of two of lengths."""
+        if isinstance(self.encoder, Captures):
+            self.encoder.warm()
+            return
         prefix, length = self.encoder.prefix, 1
         while length < self.tokenizer.max_tokens:
             self.encoder.encode([Tokens((*prefix, *prefix[-1:] * length), len(prefix))])
             length *= 2
-        return None
 
     def encode(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns one embedding per prompt, in order."""
@@ -110,6 +120,8 @@ def load_text_stage(
     body = checkpoint.load_text_body(dtype, device)
     kept = PrefixCache.of(checkpoint.weights, tokenizer.prefix, dtype, cache) if device.type == "cpu" else None
     state = None if kept is None else kept.read()
+    if device.type == "meta":
+        state = PrefixState.blank(body, len(tokenizer.prefix))
     began = time.perf_counter()
     encoder = TextEncoder(body, tokenizer.prefix, state)
     if kept is not None and state is None and time.perf_counter() - began > SLOW_PREFIX_S:

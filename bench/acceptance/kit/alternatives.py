@@ -31,6 +31,7 @@ from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
 from engines.backends.cuda.layers import LinearLayer
 from engines.backends.cuda.mlp_weights import MlpWeight
 from engines.kernels import linear_attention
+from engines.kernels.cache_keys import stable_cache_keys
 from engines.kernels.e4m3 import FP8, power_of_two_scales, quantised
 from engines.kernels.linear_attention import LINEAR_ATTENTION
 from engines.kernels.op import Launcher, Ops, sqnr_db
@@ -197,6 +198,7 @@ def timed(run: Callable[[], Tensor], calls: int, recorder: GraphCapture | None) 
 @torch.inference_mode()
 def compare(device: torch.device, *, full: bool, calls: int) -> dict[str, Any]:
     """Returns a row for each alternative. full: published widths; otherwise small ones, by references without a GPU."""
+    stable_cache_keys()  # finds the kernels that the kit compiled beside each other
     ops = Ops(Launcher.of(device) if device.type == "cuda" else None)
     draw, cases = _Drawn(device), list[Alternative]()
     tokens, widths = (1024, (1152, 2240)) if full else (16, (32,))

@@ -10,6 +10,7 @@ Shapes: B prompts, L tokens to run, M = B*L rows, P prefix tokens, D hidden size
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -199,15 +200,14 @@ class CudaTextEncoder:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Runs every bucket once, largest first, which compiles the kernels."""
+        """Runs every bucket once, largest first, so that each tile of each kernel is launched."""
         for key in self.capture_order:
+            self._fill_by_example(key)
             self._run(key)
 
     @torch.inference_mode()
     def capture(self, recorder: GraphCapture) -> str | None:
         """Captures every missing bucket, largest first, until one fails. Returns the reason."""
-        # Ids of a batch in another bucket are no prefix lengths: kernels would read far beyond the prefix.
-        self._packed.zero_()
         return capture_missing(self.capture_order, lambda key: self._capture(key, recorder), self._captured)
 
     @torch.inference_mode()
@@ -268,7 +268,13 @@ class CudaTextEncoder:
         packed = self._packed[: _size(key)]
         return self._body(packed[key.prompts :].view(key), packed[: key.prompts])
 
+    def _fill_by_example(self, key: TextKey) -> None:
+        """Fills a batch with tokens of the prefix: those of an earlier batch would be read as prefix lengths."""
+        ids = (*self.prefix, *islice(cycle(self.prefix), key.tokens))
+        self._fill(key, [len(self.prefix)] * key.prompts, [ids] * key.prompts)
+
     def _capture(self, key: TextKey, recorder: GraphCapture) -> _Captured:
+        self._fill_by_example(key)
         for _ in range(WARM_UPS):
             recorder.warm(lambda: self._run(key))
         replay, (hidden,) = recorder.record(lambda: (self._run(key),))

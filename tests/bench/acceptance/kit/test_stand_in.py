@@ -79,7 +79,10 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alternatives_at_published_widths(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alternatives, "_Drawn", lambda device: lambda *shape, **_: torch.empty(
         *shape, dtype=torch.bfloat16, device=device))  # fmt: skip
+    keyed = list[bool]()
+    monkeypatch.setattr(alternatives, "stable_cache_keys", lambda: keyed.append(True))
     assert alternatives.main(["--calls", "2"]) == 0
+    assert keyed, "the kernels that the kit has compiled would not be found"
     rows = last_line(capsys)["rows"]
     assert not [row for row in rows if "error" in row]
     told = {row["what"] for row in rows}

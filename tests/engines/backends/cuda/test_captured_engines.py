@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,20 @@ def test_everything_is_captured_before_the_first_request_and_nothing_later(captu
     assert captured.info.reasons["graphs"] == (
         "16 are captured before the first request: batches 1, 2, 2 sizes, steps 1, 2, 3, 4"
     )
+
+
+def test_the_first_images_are_one_of_each_kind_and_one_of_each_batch(captured: SprintEngine) -> None:
+    """A second batch of files would show nothing new: images are decoded and encoded one by one."""
+    made = list[tuple[int, int, bool]]()
+
+    def note(jobs: Sequence[Job]) -> list[RawImage]:
+        made.append((jobs[0].height, len(jobs), jobs[0].png))
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured, "generate", note)
+        captured._make_first_images()
+    assert made == [(side, *kind) for side in (64, 32) for kind in ((1, False), (2, False), (1, True))]
 
 
 def test_an_unseen_shape_runs_as_it_is_and_says_so(folder: Path) -> None:
