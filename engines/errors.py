@@ -7,6 +7,7 @@
     │   ├── ParityError      a built engine is too far from the reference
     │   └── DiskFullError    the disk has no room for the build
     ├── BackendError         a package or device is missing, or the backend refuses a shape
+    │   └── CaptureError     a CUDA graph cannot hold this work, which runs without one
     ├── JobError             a job is outside the limits; the message names field, value and bounds
     ├── OutOfMemoryError     the batch does not fit into memory; a smaller one may
     └── OutputError          the engine made NaN or an empty image
@@ -44,6 +45,10 @@ class BackendError(SprintError):
     """A backend cannot run here."""
 
 
+class CaptureError(BackendError):
+    """A CUDA graph could not be captured. Launches and other captures go on."""
+
+
 class JobError(SprintError):
     """A job is outside the engine's limits."""
 
@@ -54,3 +59,9 @@ class OutOfMemoryError(SprintError):
 
 class OutputError(SprintError):
     """The engine ran, and its output is no valid image."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Returns the type of an error and the first line of its message, cut to 200 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -29,7 +29,7 @@ from engines.models.controlnet import ControlledTransformer
 from engines.models.lora import AdaptedTransformer, add_adapters
 from engines.models.pixels import PixelEncoder
 from engines.pipeline.engine import Modules, SprintEngine
-from engines.pipeline.limits import limits_of, space_of
+from engines.pipeline.limits import limits_of, shapes_of, space_of
 from engines.pipeline.runners import runners_of
 from engines.pipeline.text_stage import TextStages
 from engines.sampler import Schedule
@@ -161,8 +161,7 @@ def _load_modules(options: _Options) -> Engine:
         spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8, reasons)
         return phases.timed(f"{name} for {backend}", partial(execute, module, spec))
 
-    shapes = f"{checkpoint.transformer} {limits.sizes or limits.default_size} {precision}"
-    shapes += "" if fast is None else f" {fast.autoencoder}"
+    shapes = shapes_of(checkpoint, limits.sizes or (limits.default_size,), precision, max_batch, fast)
     kernels = options.native or _kernels(backend, dtype, device, checkpoint, cache, shapes)
     if kernels is not None:
         execute, text = kernels, options.texts.converted(text, kernels.text)
@@ -219,7 +218,9 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        load = partial(load_native, folder, manifest, checkpoint, device, options.cache, options.native, built)
+        load = partial(
+            load_native, folder, manifest, checkpoint, device, options.cache, options.native, built, options.max_batch
+        )
         loaded = native = phases.timed("engines", load)
         text = options.texts.adopt(native.text, checkpoint, text_dtype, device, native.kernels.text)
     else:

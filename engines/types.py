@@ -238,8 +238,9 @@ class Limits:
 class EngineInfo:
     """Description of a loaded engine. `reasons`: choice -> one sentence.
 
-    `start_s`: phase of the start -> seconds; phases may run in parallel. `replaced_kernels`: kernel of the GPU path ->
-    reason why PyTorch runs instead. `decoders`: DecoderName -> value of --decoder or --fast-decoder.
+    `start_s`: phase of the start -> seconds; phases may run in parallel. `replaced_kernels`: kernel of the GPU path,
+    CUDA graph or nvJPEG -> reason why PyTorch or the CPU works instead. `decoders`: DecoderName -> value of --decoder
+    or --fast-decoder.
     """
 
     checkpoint: str

@@ -27,6 +27,10 @@ _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _COPY, _TO_COPY = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
 _SCALAR = torch.ops.aten.scalar_tensor.default
+# Each has PyTorch copy Python's numbers to the card; on a meta tensor none of it is dispatched.
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+_AT = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten._index_put_impl_.default)
 # baddbmm first copies the summand to the output, padding first fills the output.
 _LAUNCHES = {"aten.baddbmm": 2, "aten.constant_pad_nd": 2}
 
@@ -187,6 +191,13 @@ class _Names(TorchFunctionMode):
             return self._card.pins(arguments[0].clone())
         pinned = given.pop("pin_memory", False)
         made = function(*map(_there, arguments), **given)
+        data = arguments[-1] if arguments else None
+        if function in _FROM_NUMBERS and made.is_meta and not isinstance(data, Tensor):
+            self._card.saw(Transfer(made.nbytes, pinned=False))
+        if function in _INDEXING and arguments[0].is_meta:
+            for index in arguments[1] if isinstance(arguments[1], tuple) else arguments[1:2]:
+                if isinstance(index, list):
+                    self._card.saw(Transfer(8 * len(index), pinned=False))
         return self._card.pins(made) if pinned else made
 
 
@@ -212,6 +223,10 @@ class _Calls(CallRecorder):  # type: ignore[no-untyped-call]  # torch's own
         if function is _COPY and arguments[0].is_meta and arguments[0].dim() == 0 and arguments[1] is self._scalar:
             # x[0] = 1: PyTorch makes the number on the host where x is on a card, but not where it is a meta tensor.
             self._card.saw(Transfer(arguments[0].nbytes, pinned=False))
+        if function in _AT and arguments[0].is_meta:
+            for index in arguments[1]:
+                if index is not None and not index.is_meta:
+                    self._card.saw(Transfer(index.nbytes, pinned=False))
         answer = self._crossed(arguments, options) if _crosses(function, arguments, options) else None
         if answer is None:
             answer = function(*arguments, **options)

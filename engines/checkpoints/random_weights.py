@@ -7,7 +7,7 @@ through all layers. The images are noise.
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -28,20 +28,23 @@ class RandomWeights:
     decoder: str = "full"
 
     def load_into(self, part: Component, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Draws in fp32 on the CPU and rounds to `dtype`. Each key has its own seed, so threads share the work."""
-
-        def draw(key: str, like: Tensor) -> Tensor:
-            offset, scale = _distribution(part, key, like)
-            generator = torch.Generator().manual_seed(_seed(self.seed, part, key))
-            tensor = torch.empty(like.shape, dtype=dtype, device=device)
-            drawn = torch.empty(min(_CHUNK, tensor.numel()))
-            for chunk in torch.split(tensor.view(-1), _CHUNK):
-                chunk.copy_(drawn[: len(chunk)].normal_(offset, scale, generator=generator))
-            return tensor
-
+        """Draws in fp32 on the CPU and rounds to `dtype`. Each chunk has its own seed, so threads share the work."""
         shapes = module.state_dict()
+        tensors = {key: torch.empty(like.shape, dtype=dtype, device=device) for key, like in shapes.items()}
+
+        @torch.inference_mode()  # as the caller may be in, which threads do not inherit
+        def draw(key: str, start: int) -> None:
+            generator = torch.Generator().manual_seed(_seed(self.seed, part, key, start))
+            chunk = tensors[key].view(-1)[start : start + _CHUNK]
+            chunk.copy_(torch.empty(len(chunk)).normal_(*_distribution(part, key, shapes[key]), generator=generator))
+
+        pending = list[Future[None]]()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            tensors = dict(zip(shapes, threads.map(draw, shapes, shapes.values()), strict=True))
+            for key, tensor in tensors.items():
+                for start in range(0, tensor.numel(), _CHUNK):
+                    pending.append(threads.submit(draw, key, start))
+        for one in pending:
+            one.result()
         load_strict(module, tensors, f"random {part}")
         module.to(device)
 
@@ -61,7 +64,7 @@ class RandomWeights:
         return tokenizer
 
     def sha256(self) -> str:
-        text = f"random weights by key, seed {self.seed}, torch {torch.__version__}"
+        text = f"random weights by chunk, seed {self.seed}, torch {torch.__version__}"
         text += "" if self.decoder == "full" else f", decoder {self.decoder}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -71,8 +74,8 @@ def _lines() -> Iterator[str]:
     yield from INSTRUCTION.split("\n")
 
 
-def _seed(seed: int, part: Component, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {part} {key}".encode()).digest()[:8], "little") >> 1
+def _seed(seed: int, part: Component, key: str, start: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {part} {key} {start}".encode()).digest()[:8], "little") >> 1
 
 
 def _distribution(part: Component, key: str, like: Tensor) -> tuple[float, float]:

@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Phases:
-    """`seconds`: name of each finished phase -> its duration, in the order of their ends."""
+    """`seconds`: name of each finished phase -> its duration, in the order of their ends. May begin with others."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
 
     def timed(self, name: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()

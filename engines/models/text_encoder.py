@@ -32,6 +32,17 @@ class PrefixState:
     first: Tensor  # [1, D]
     past: Sequence[Past]
 
+    @classmethod
+    def blank(cls, body: GemmaBody, length: int) -> "PrefixState":
+        """Returns the state of `length` tokens without values, for a body on the meta device.
+
+        To run the body there imports torch's compiler and takes seconds.
+        """
+        config, like = body.config, body.embed_tokens.weight
+        shape = (1, config.num_key_value_heads, length, config.head_dim)
+        past = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_hidden_layers)]
+        return cls(like.new_empty(1, config.hidden_size), past)
+
 
 class TextEncoder:
     """Encodes prompts with a loaded Gemma-2 body and the keys and values of their shared prefix.

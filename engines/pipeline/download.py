@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.errors import in_one_line
 from engines.pipeline.png import is_black, png_file
 from engines.types import Job, Pixels
 
@@ -42,6 +43,9 @@ class Downloader(Protocol):
         No other call may write to `output`. job: decides whether a JPEG file may replace the pixels.
         """
 
+    def try_jpeg(self) -> str | None:
+        """Makes a small JPEG file. Returns the reason if that fails, after which pixels come instead."""
+
 
 class _HostDownload:
     def __init__(self, output: Tensors, job: Job):
@@ -56,6 +60,9 @@ class HostDownloader:
 
     def start(self, output: Tensors, job: Job) -> Download:
         return _HostDownload(output, job)
+
+    def try_jpeg(self) -> str | None:
+        return None
 
 
 class _PinnedDownload:
@@ -80,7 +87,7 @@ class _JpegDownload:
 
     torchvision has one encoder for all threads. It encodes on a stream of its own, which waits for the stream that was
     current at its first call, or for none, depending on the version (pytorch/vision#8587, #9060). So the host waits
-    until the planes are written, and each call is made on the default stream, where no engine works.
+    until the planes are written, and `encode` calls it on the default stream, where no engine works.
     """
 
     def __init__(self, stream: Any, encode: JpegEncoder, output: Tensors, job: Job):
@@ -93,9 +100,7 @@ class _JpegDownload:
 
     def wait(self) -> HostImage:
         image = self._finite.wait()
-        with torch.cuda.stream(torch.cuda.default_stream()):
-            content = self._encode(self._planes, self._quality)
-        return replace(image, pixels=_NO_PIXELS, file=content)
+        return replace(image, pixels=_NO_PIXELS, file=self._encode(self._planes, self._quality))
 
 
 class CudaDownloader:
@@ -111,6 +116,17 @@ class CudaDownloader:
             if job.jpeg_quality is not None and self.jpeg is not None:
                 return _JpegDownload(self.stream, self.jpeg, output, job)
             return _PinnedDownload(self.stream, output, job)
+
+    def try_jpeg(self) -> str | None:
+        if self.jpeg is None:
+            return None
+        try:
+            self.jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device="cuda"), 90)
+        except Exception as error:  # of torchvision or nvJPEG
+            torch.cuda.synchronize()  # raises if the device is lost
+            self.jpeg = None
+            return in_one_line(error)
+        return None
 
 
 def _host_image(host: Tensors, job: Job) -> HostImage:
@@ -130,14 +146,15 @@ def jpeg_on_card() -> JpegEncoder | None:
     """Returns nvJPEG's encoder of torchvision; None if that is not installed."""
     try:
         from torchvision.io import encode_jpeg
-    except (ImportError, RuntimeError):  # a torchvision that does not fit torch raises RuntimeError
+    except (ImportError, RuntimeError, AttributeError, OSError):  # the last three: torchvision does not fit torch
         return None
 
     def encode(planes: Tensor, quality: int) -> bytes:
-        content: Tensor = encode_jpeg(planes, quality=quality)
-        host = torch.empty(content.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(content, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            content: Tensor = encode_jpeg(planes, quality=quality)
+            host = torch.empty(content.shape, dtype=torch.uint8, pin_memory=True)
+            host.copy_(content, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
         return host.numpy().tobytes()
 
     return encode

@@ -4,29 +4,36 @@ The image depends on its job alone: the noise comes from the job's own seed, and
 Knows no HTTP, no files and no choice of backend.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.backends.cuda.graphs import GraphCapture, GraphKey, GraphRunner
+from engines.backends.cuda.graphs import GraphKey, GraphRunners
 from engines.device.memory import open_card
+from engines.device.phases import Phases
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
 from engines.pipeline.download import CudaDownloader, Download, Downloader, HostDownloader, jpeg_on_card
 from engines.pipeline.latent_cache import LatentCache, resized
+from engines.pipeline.limits import LatentSpace
 from engines.pipeline.results import BatchResults
 from engines.pipeline.text_stage import TextEmbedding, TextStage, join
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.types import BatchKey, DecoderName, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
 MAX_CONTROL_SCALE = 2
+
+logger = logging.getLogger("engines.pipeline")
 
 
 class Kernels(Protocol):
@@ -52,33 +59,6 @@ class Modules:
     encoder: Callable[[Tensor], Tensor]  # PixelEncoder.forward
     controlled: Callable[..., Tensor] | None = None  # ControlledTransformer.forward
     fast_decoder: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # as `decoder`
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """Constants of a checkpoint's latents and of its sampling."""
-
-    channels: int
-    compression: int  # pixels per latent cell along a side
-    guidance_embeds_scale: float
-    one_step_angle: float  # radians
-    dtype: torch.dtype  # of the transformer
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class GraphRunners:
-    """CUDA graphs of denoising (plain, and with a drawing), of decoding by each decoder, and of the PNG encoder.
-
-    Without graphs the server encodes PNG files.
-    """
-
-    plain: GraphRunner
-    decode: GraphRunner
-    png: GraphRunner
-    controlled: GraphRunner | None
-    recorder: GraphCapture  # captures them and the text stage's graphs
-    fast_decode: GraphRunner | None = None
 
 
 class SprintEngine:
@@ -123,21 +103,24 @@ class SprintEngine:
         return self._limits
 
     def warmup(self) -> None:
+        phases = Phases(self._info.start_s)
         if self._kernels is not None:
-            self._kernels.compare(self._run_every_kernel)
+            phases.timed("comparison", partial(self._kernels.compare, self._run_every_kernel))
             self._info.reasons.update(self._kernels.reasons)
             self._info.replaced_kernels.update(self._kernels.replaced)
-        with self._on_device():
-            self._capture()
+        if self._runners is not None or self._stream is not None:
+            phases.timed("graphs", self._capture)
+        phases.timed("first images", self._make_first_images)
+
+    def _make_first_images(self) -> None:
         drawings = [None] if self._modules.controlled is None else [None, np.zeros((64, 64, 3), np.uint8)]
-        for width, height in self._warm_sizes():
-            for count in {min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)}:
-                for drawing in drawings:
-                    job = Job("", seed=0, width=width, height=height, control_image=drawing)
-                    for variant in self._variants(job):
-                        self.generate([variant] * count)
+        counts = sorted({min(bucket, self._limits.max_batch) for bucket in self._buckets or (1,)})
+        for size, drawing in product(self._warm_sizes(), drawings):
+            for index, variant in enumerate(self._variants(Job("", 0, *size, control_image=drawing))):
+                for count in counts[: 1 if index else None]:
+                    self.generate([variant] * count)
         if self._kernels is not None:
-            self._run_every_kernel()
+            self._make_each_kind()
 
     def _warm_sizes(self) -> Sequence[tuple[int, int]]:
         """Returns all sizes for graphs and engines; for eager modules, which hold nothing by size, a small one."""
@@ -153,29 +136,46 @@ class SprintEngine:
         return *(replace(job, decoder=name) for name in self._limits.decoders), *jpeg, *png
 
     def _run_every_kernel(self) -> None:
-        """Makes one image from text, and one from each kind of image that this engine takes."""
-        width, height = self._limits.default_size
-        job = Job("a red circle", seed=0, width=width, height=height)
+        """Launches each tile of each kernel that a graph holds, also those of the largest batch and of long texts."""
+        self.generate([self._make_each_kind()] * self._limits.max_batch)
+        with self._on_device():
+            self._modules.text.run_all_lengths()
+
+    def _make_each_kind(self) -> Job:
+        """Makes one image from text, and one from each kind of image that this engine takes. Returns the first job."""
+        job = Job("a red circle", 0, *self._limits.default_size)
         blank = np.zeros((64, 64, 3), np.uint8)
         for variant in (job, replace(job, image=blank), replace(job, control_image=blank)):
             if variant.conditioning in self._limits.conditioning:
                 self.generate([variant])
         for decoder in self._limits.decoders[1:]:
             self.generate([replace(job, decoder=decoder)])
+        return job
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        """Captures every graph. Raises OutOfMemoryError."""
-        runners = self._runners
-        if runners is None:
-            return
+        """Captures every graph and tries nvJPEG; names what does not work. Raises OutOfMemoryError."""
+        with self._on_device():
+            failed = {} if self._runners is None else self._captured(self._runners)
+            if (reason := self._downloader.try_jpeg()) is not None:
+                failed["nvJPEG"] = reason
+        for name, reason in failed.items():
+            if name not in self._info.replaced_kernels:
+                logger.warning("%s: %s; images are right, and slower", name, reason)
+        self._info.replaced_kernels.update(failed)
+
+    def _captured(self, runners: GraphRunners) -> dict[str, str]:
+        """Captures every graph. Returns name -> reason of those that cannot be captured."""
         try:
-            decoding = (runners.decode, runners.fast_decode)
-            for runner in filter(None, (*decoding, runners.plain, runners.controlled, runners.png)):
-                runner.capture()
-            self._modules.text.capture(runners.recorder)
+            failed = runners.capture()
+            reason = self._modules.text.capture(runners.recorder)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"no memory to capture the CUDA graphs ({error})") from error
+        failed |= {} if reason is None else {"text": reason}
+        if failed:
+            told, _, _ = self._info.reasons["graphs"].partition(";")
+            self._info.reasons["graphs"] = f"{told}; without a graph: {', '.join(failed)}"
+        return {f"graph of {name}": reason for name, reason in failed.items()}
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -270,8 +270,8 @@ class SprintEngine:
         return runner({"latent": latent}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
 
     def _png(self, pixels: Tensor, latent: Tensor) -> dict[str, Tensor]:
-        """Returns the parts of a PNG file of pixels [1, H, W, 3]; without graphs the pixels."""
-        if self._runners is None:
+        """Returns the parts of a PNG file of pixels [1, H, W, 3]; without its graph the pixels."""
+        if self._runners is None or self._runners.png.failure is not None:
             return {"pixels": pixels[0]}
         words, facts = self._runners.png({"pixels": pixels}, GraphKey(1, latent.shape[2], latent.shape[3], 1))
         return {"words": words[0], "facts": facts[0]}

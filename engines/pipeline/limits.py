@@ -1,14 +1,25 @@
-"""Limits of an engine of a checkpoint, and its latent space."""
+"""Limits of an engine of a checkpoint, its latent space, and the shapes of its kernels."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import CheckpointError
-from engines.pipeline.engine import LatentSpace
 from engines.types import Limits
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Constants of a checkpoint's latents and of its sampling."""
+
+    channels: int
+    compression: int  # pixels per latent cell along a side
+    guidance_embeds_scale: float
+    one_step_angle: float  # radians
+    dtype: torch.dtype  # of the transformer
+    device: torch.device
 
 
 def limits_of(
@@ -52,3 +63,11 @@ def space_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     config, compression = checkpoint.transformer, checkpoint.autoencoder.compression
     angle = checkpoint.settings.one_step_angle
     return LatentSpace(config.in_channels, compression, config.guidance_embeds_scale, angle, dtype, device)
+
+
+def shapes_of(
+    checkpoint: Checkpoint, sizes: tuple[tuple[int, int], ...], precision: str, max_batch: int, fast: Checkpoint | None
+) -> str:
+    """Returns a text that identifies the shapes of an engine's kernels, loaded or built. fast: its second decoder."""
+    decoders = [one.autoencoder for one in (checkpoint, fast) if one is not None]
+    return f"{decoders} {checkpoint.transformer} {sizes} {precision} {max_batch}"

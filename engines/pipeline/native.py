@@ -61,12 +61,12 @@ class NativeBackend:
     def on(cls, device: torch.device, autoencoder: AutoencoderConfig, cache: Path, shapes: str) -> "NativeBackend":
         """Returns the backend for a GPU; its kernels have the keys with which another process compiled them.
 
-        cache: folder of proofs; a user without a home directory gets no proof. shapes: text that identifies the shapes
-        of the kernels' inputs.
+        cache: folder of proofs; a user without a home directory gets no proof. shapes: of the kernels' inputs, as
+        engines.pipeline.limits.shapes_of tells them.
         """
         stable_cache_keys()
         folder = expanded(cache)
-        proof = None if folder is None else proof_file(folder, device, f"{autoencoder} {shapes}")
+        proof = None if folder is None else proof_file(folder, device, shapes)
         return cls(Ops(Launcher.of(device)), autoencoder, proof)
 
     def __call__(self, module: nn.Module, spec: ModuleSpec) -> Callable[..., Any]:

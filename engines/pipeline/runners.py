@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from engines.backends.cuda.graphs import GraphCapture, GraphRunner, InputSpec
+from engines.backends.cuda.graphs import GraphCapture, GraphRunner, GraphRunners, InputSpec
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
-from engines.pipeline.engine import GraphRunners, LatentSpace, Modules
+from engines.pipeline.engine import Modules
+from engines.pipeline.limits import LatentSpace
 from engines.pipeline.png import PngEncoder
 from engines.types import Limits
 

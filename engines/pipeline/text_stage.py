@@ -18,7 +18,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders
 from engines.checkpoints.prefix_cache import PrefixCache
 from engines.models.instruction import INSTRUCTION
-from engines.models.text_encoder import TextEncoder, Tokens
+from engines.models.text_encoder import PrefixState, TextEncoder, Tokens
 from engines.pipeline.lru_cache import LruCache
 from engines.pipeline.prompt_tokenizer import PromptTokenizer
 
@@ -46,9 +46,11 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Captures(Protocol):
-    """An encoder that runs as CUDA graphs."""
+    """An encoder that runs as CUDA graphs. `warm` runs what it captures."""
 
-    def capture(self, recorder: GraphCapture) -> None: ...
+    def warm(self) -> None: ...
+
+    def capture(self, recorder: GraphCapture) -> str | None: ...
 
 
 class TextStage:
@@ -58,17 +60,28 @@ class TextStage:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.cache: LruCache[str, TextEmbedding] = LruCache(lambda one: one.states.nbytes, CACHE_BYTES, max_cached)
         self._captured = False
+        self._failure: str | None = None
 
-    def capture(self, recorder: GraphCapture) -> None:
+    def capture(self, recorder: GraphCapture) -> str | None:
         """Captures the graphs of an encoder that has them; once, even if several engines share this stage.
 
-        Otherwise runs the encoder once at each power of two of lengths, so that no request waits for its kernels.
+        Otherwise runs all lengths, so that no request waits for its kernels. Returns the reason if a graph could not be
+        captured.
         """
         if self._captured:
-            return
+            return self._failure
         self._captured = True
         if isinstance(self.encoder, Captures):
-            self.encoder.capture(recorder)
+            self._failure = self.encoder.capture(recorder)
+        else:
+            self.run_all_lengths()
+        return self._failure
+
+    @torch.inference_mode()
+    def run_all_lengths(self) -> None:
+        """Runs the encoder once for each of its graphs; without graphs, at each power of two of lengths."""
+        if isinstance(self.encoder, Captures):
+            self.encoder.warm()
             return
         prefix, length = self.encoder.prefix, 1
         while length < self.tokenizer.max_tokens:
@@ -107,6 +120,8 @@ def load_text_stage(
     body = checkpoint.load_text_body(dtype, device)
     kept = PrefixCache.of(checkpoint.weights, tokenizer.prefix, dtype, cache) if device.type == "cpu" else None
     state = None if kept is None else kept.read()
+    if device.type == "meta":
+        state = PrefixState.blank(body, len(tokenizer.prefix))
     began = time.perf_counter()
     encoder = TextEncoder(body, tokenizer.prefix, state)
     if kept is not None and state is None and time.perf_counter() - began > SLOW_PREFIX_S:

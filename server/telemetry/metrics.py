@@ -74,7 +74,7 @@ class Metrics:
         )
         self.replaced_kernels = gauge(
             "sana_sprint_replaced_kernels",
-            "1 for each kernel that its reference replaces on this GPU, with the reason.",
+            "1 for each kernel, CUDA graph or nvJPEG that is replaced on this GPU, with the reason.",
             ("kernel", "reason"),
         )
         self.workers_desired = gauge("sana_sprint_workers_desired", "Configured number of processes (--workers).")

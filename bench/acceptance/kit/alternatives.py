@@ -27,9 +27,11 @@ from torch import Tensor
 
 from bench.harness.cli import run_benchmark
 from bench.harness.summary import table
+from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
 from engines.backends.cuda.layers import LinearLayer
 from engines.backends.cuda.mlp_weights import MlpWeight
 from engines.kernels import linear_attention
+from engines.kernels.cache_keys import stable_cache_keys
 from engines.kernels.e4m3 import FP8, power_of_two_scales, quantised
 from engines.kernels.linear_attention import LINEAR_ATTENTION
 from engines.kernels.op import Launcher, Ops, sqnr_db
@@ -166,25 +168,27 @@ def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Tensor]:
     return run
 
 
-def timed(run: Callable[[], Tensor], calls: int, *, captured: bool) -> float:
-    """Returns the milliseconds of one of `calls` calls. captured: in one graph of a GPU, without the host's work."""
-    if not captured:
+def timed(run: Callable[[], Tensor], calls: int, recorder: GraphCapture | None) -> float:
+    """Returns the milliseconds of one of `calls` calls. recorder: in one graph of a GPU, without the host's work."""
+    if recorder is None:
         began = time.perf_counter()
         for _ in range(calls):
             run()
         return (time.perf_counter() - began) * 1e3 / calls
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
+
+    def launch() -> tuple[Tensor, ...]:
+        for _ in range(calls - 1):
             run()
+        return (run(),)
+
+    recorder.warm(run)
+    replay, _ = recorder.record(launch)
     event: Any = torch.cuda.Event  # untyped in torch's stubs
     best = float("inf")
     for _ in range(5):
         start, end = (event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        replay()
         end.record()
         torch.cuda.synchronize()
         best = min(best, start.elapsed_time(end) / calls)
@@ -194,6 +198,7 @@ def timed(run: Callable[[], Tensor], calls: int, *, captured: bool) -> float:
 @torch.inference_mode()
 def compare(device: torch.device, *, full: bool, calls: int) -> dict[str, Any]:
     """Returns a row for each alternative. full: published widths; otherwise small ones, by references without a GPU."""
+    stable_cache_keys()  # finds the kernels that the kit compiled beside each other
     ops = Ops(Launcher.of(device) if device.type == "cuda" else None)
     draw, cases = _Drawn(device), list[Alternative]()
     tokens, widths = (1024, (1152, 2240)) if full else (16, (32,))
@@ -203,8 +208,8 @@ def compare(device: torch.device, *, full: bool, calls: int) -> dict[str, Any]:
         cases += text_products(ops, draw, few, *((2304, 9216) if full else (48, 96)))
     for many in (128, 256) if full else (72,):
         cases += widened_products(ops, draw, many, *((2304, 9216) if full else (48, 96)))
-    captured = device.type == "cuda"
-    if captured:
+    recorder = CudaGraphCapture() if device.type == "cuda" else None
+    if recorder is not None:
         cases += [*launches(draw), *files(device)]
     rows, expected = list[dict[str, Any]](), dict[str, Tensor]()
     for case in cases:
@@ -214,7 +219,7 @@ def compare(device: torch.device, *, full: bool, calls: int) -> dict[str, Any]:
             found = case.run()
             found = found.sum(0) if found.dim() == 3 and found.is_floating_point() else found  # parts of a sum
             row["sqnr_db"] = round(sqnr_db(expected.setdefault(case.what, found), found), 1)
-            row["ms"] = round(timed(case.run, calls, captured=captured and case.captured), 5)
+            row["ms"] = round(timed(case.run, calls, recorder if case.captured else None), 5)
         except Exception as error:  # a compiler or driver may raise anything; the other rows are worth keeping
             row["error"] = f"{type(error).__name__}: {error}"[:200]
         print(json.dumps(row), flush=True)  # a time limit may end the program

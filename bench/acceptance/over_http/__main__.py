@@ -28,6 +28,7 @@ from engines.checkpoints.checkpoint import open_checkpoint
 
 MODELS = ("random:sprint-0.6b", "random:sprint-1.6b")
 PEER_LIMIT_S = 900.0  # compiling takes minutes
+FACTS = ("checkpoint", "backend", "versions", "replaced_kernels", "reasons", "start_s", "default_size")  # of /v1/info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,9 +105,7 @@ def _over_http(figures: Figures, about: About, options: argparse.Namespace) -> N
     try:
         with running_server(flags) as server:
             info = json.loads(get_body(server.url, "/v1/info"))
-            facts = {
-                key: info[key] for key in ("checkpoint", "backend", "versions", "replaced_kernels", "default_size")
-            }
+            facts = {key: info[key] for key in FACTS}
             seconds = round(server.start_seconds, 2)
             if _asked(options, "ready"):
                 figures.take(about, "ready", lambda: {"seconds": seconds, **facts})

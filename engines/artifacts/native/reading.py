@@ -36,15 +36,17 @@ class _Reader(Protocol):
 def read_weights(files: Sequence[tuple[Path, str]], device: torch.device) -> dict[str, Tensor]:
     """Returns the flat tensors of safetensors files, given as (path, sha256). Raises ValueError for a changed file."""
     weights: dict[str, Tensor] = {}
+    # One stream for all files: PyTorch has 32 (c10/cuda/CUDAStream.h), and then hands out those of a serving engine.
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # untyped in torch's stubs
     with ThreadPoolExecutor(_THREADS) as pool:
-        for tensors in pool.map(lambda file: _read(file[0], file[1], device), files):
+        for tensors in pool.map(lambda file: _read(file[0], file[1], device, stream), files):
             weights |= tensors
     return weights
 
 
-def _read(path: Path, sha256: str, device: torch.device) -> dict[str, Tensor]:
+def _read(path: Path, sha256: str, device: torch.device, stream: Any) -> dict[str, Tensor]:
     digest, weights = hashlib.sha256(), {}
-    read_into: _Reader = _PinnedReader(device) if device.type == "cuda" else _read_to_host
+    read_into: _Reader = _read_to_host if stream is None else _PinnedReader(stream)
     try:
         with path.open("rb", buffering=0) as file:
             length = file.read(8)
@@ -69,12 +71,12 @@ def _read_to_host(file: Any, into: Tensor, digest: Any) -> None:
 
 
 class _PinnedReader:
-    """Reads to a GPU through two pinned buffers; for one thread."""
+    """Reads to a GPU through two pinned buffers; for one thread. stream: may be that of other readers too."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, stream: Any):
         self._buffers = [torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch's stubs
-        self._free = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # as above
+        self._stream = stream
+        self._free = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # untyped in torch's stubs
         self._turn = 0
 
     def __call__(self, file: Any, into: Tensor, digest: Any) -> None:

@@ -10,22 +10,27 @@ makes the CUDA calls and decides nothing. Rules, from PyTorch's notes on CUDA gr
 - Copy results before the next replay.
 
 All graphs are captured before the engine is ready. No request captures: it runs an uncaptured shape eagerly and counts
-it. A graph owns the computation that it captured, because it reads that computation's execution contexts and
-buffers.
+it. So does a stage whose graph cannot be captured. A graph owns the computation that it captured, because it reads that
+computation's execution contexts and buffers.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from engines.errors import CaptureError, in_one_line
 from engines.types import smallest_fitting
 
-WARM_UPS = 2
+WARM_UPS = 1  # loads the kernels and allocates the libraries' workspaces; a second run finds both
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class GraphKey(NamedTuple):
@@ -61,7 +66,19 @@ class GraphCapture(Protocol):
 
     def warm(self, launch: Callable[[], object]) -> None: ...
 
-    def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]: ...
+    def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        """Raises CaptureError, after which launches and other captures go on."""
+
+
+def capture_missing(order: Iterable[K], capture: Callable[[K], V], captured: dict[K, V]) -> str | None:
+    """Captures what `captured` lacks, in order. Ends at the first that fails, and returns the reason."""
+    for key in order:
+        if key not in captured:
+            try:
+                captured[key] = capture(key)
+            except CaptureError as error:
+                return str(error)
+    return None
 
 
 @dataclass(frozen=True)
@@ -102,17 +119,18 @@ class GraphRunner:
         }
         self._captured: dict[GraphKey, _Captured] = {}
         self.uncaptured: Counter[GraphKey] = Counter()  # runs by uncaptured shape
+        self.failure: str | None = None  # why a graph could not be captured
 
     @property
     def ready(self) -> bool:
         return len(self._captured) == len(self.capture_order)
 
-    def capture(self) -> None:
-        """Captures every missing graph, largest first."""
-        for key in self.capture_order:
-            if key not in self._captured:
-                self._captured[key] = self._capture(key)
+    def capture(self) -> str | None:
+        """Captures every missing graph, largest first, until one fails. Returns the reason, also as `failure`."""
+        if self.failure is None:
+            self.failure = capture_missing(self.capture_order, self._capture, self._captured)
         self.uncaptured.clear()
+        return self.failure
 
     def __call__(self, inputs: Inputs, shape: GraphKey) -> tuple[Tensor, ...]:
         """Returns the outputs, copied, for `inputs` of this shape (`bucket` is their batch)."""
@@ -151,6 +169,28 @@ class GraphRunner:
         return tuple(output[:batch].clone() for output in captured.outputs)
 
 
+@dataclass(frozen=True)
+class GraphRunners:
+    """CUDA graphs of denoising (plain, and with a drawing), of decoding by each decoder, and of the PNG encoder.
+
+    Without graphs the server encodes PNG files.
+    """
+
+    plain: GraphRunner
+    decode: GraphRunner
+    png: GraphRunner
+    controlled: GraphRunner | None
+    recorder: GraphCapture  # captures them and the text stage's graphs
+    fast_decode: GraphRunner | None = None
+
+    def capture(self) -> dict[str, str]:
+        """Captures every graph. Returns graph -> reason of those that could not be captured."""
+        each = {"decode": self.decode, "fast decode": self.fast_decode, "denoise": self.plain}
+        each |= {"denoise with a drawing": self.controlled, "PNG": self.png}
+        reasons = {name: runner.capture() for name, runner in each.items() if runner is not None}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def _pinned_for_copy(value: Tensor, view: Tensor) -> Tensor:
     """Pins a host `value` that goes to a `view` on a card, so that the copy does not block this thread."""
     if value.device.type == "cpu" and view.device.type == "cuda":
@@ -161,10 +201,15 @@ def _pinned_for_copy(value: Tensor, view: Tensor) -> Tensor:
 class CudaGraphCapture:
     """Captures CUDA graphs with one memory pool and one side stream; CUDA calls of other threads do not disturb it.
 
-    Releases the memory of a warm-up before the capture, so that the two never add up.
+    Releases the memory of a warm-up before the capture, so that the two never add up. After a failed capture the next
+    ones take another pool and stream.
     """
 
     def __init__(self) -> None:
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch's stubs
 
@@ -177,16 +222,47 @@ class CudaGraphCapture:
         torch.cuda.empty_cache()
 
     def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        """Raises CaptureError; torch.OutOfMemoryError; torch.AcceleratorError if the device is lost."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        try:
+            return graph.replay, self._launched_into(graph, launch)
+        except torch.OutOfMemoryError:
+            self._recover(graph)
+            raise
+        except Exception as error:  # of PyTorch, Triton or a vendor's runtime
+            self._recover(graph)
+            raise CaptureError(f"not captured: {in_one_line(error)}") from error
+
+    def _launched_into(
+        self, graph: torch.cuda.CUDAGraph, launch: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         # As torch.cuda.graph does, without its garbage collection before each of some forty captures.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = launch()
-            finally:
-                graph.capture_end()
-        return graph.replay, outputs
+            except BaseException:
+                with suppress(RuntimeError):  # "a previous error during capture", which is the one that is raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return outputs
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Makes PyTorch forget a failed capture. Raises torch.AcceleratorError if the device is lost.
+
+        If cudaStreamEndCapture fails, PyTorch before 2.12 goes on to allocate for the graph (pytorch/pytorch#180395),
+        and every torch.cuda.empty_cache is an error. The allocator of pinned memory cannot be told from Python. It
+        refuses the same pool, and it may ask the graph, which therefore stays.
+        """
+        with suppress(RuntimeError):
+            graph.reset()
+        with suppress(RuntimeError):  # "not currently recording": PyTorch did it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._failed.append(graph)
+        torch.cuda.synchronize()
+        self._begin()
 
 
 class EagerReplay:

@@ -10,13 +10,14 @@ Shapes: B prompts, L tokens to run, M = B*L rows, P prefix tokens, D hidden size
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay
+from engines.backends.cuda.graphs import WARM_UPS, GraphCapture, Replay, capture_missing
 from engines.backends.cuda.mlp_weights import MlpWeight, give_up_wide
 from engines.kernels.op import Ops
 from engines.kernels.text.capped_attention import CAPPED_ATTENTION, MAX_CAP
@@ -199,16 +200,15 @@ class CudaTextEncoder:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Runs every bucket once, largest first, which compiles the kernels."""
+        """Runs every bucket once, largest first, so that each tile of each kernel is launched."""
         for key in self.capture_order:
+            self._fill_by_example(key)
             self._run(key)
 
     @torch.inference_mode()
-    def capture(self, recorder: GraphCapture) -> None:
-        """Captures every missing bucket, largest first."""
-        for key in self.capture_order:
-            if key not in self._captured:
-                self._captured[key] = self._capture(key, recorder)
+    def capture(self, recorder: GraphCapture) -> str | None:
+        """Captures every missing bucket, largest first, until one fails. Returns the reason."""
+        return capture_missing(self.capture_order, lambda key: self._capture(key, recorder), self._captured)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Tokens]) -> list[Tensor]:
@@ -268,7 +268,13 @@ class CudaTextEncoder:
         packed = self._packed[: _size(key)]
         return self._body(packed[key.prompts :].view(key), packed[: key.prompts])
 
+    def _fill_by_example(self, key: TextKey) -> None:
+        """Fills a batch with tokens of the prefix: those of an earlier batch would be read as prefix lengths."""
+        ids = (*self.prefix, *islice(cycle(self.prefix), key.tokens))
+        self._fill(key, [len(self.prefix)] * key.prompts, [ids] * key.prompts)
+
     def _capture(self, key: TextKey, recorder: GraphCapture) -> _Captured:
+        self._fill_by_example(key)
         for _ in range(WARM_UPS):
             recorder.warm(lambda: self._run(key))
         replay, (hidden,) = recorder.record(lambda: (self._run(key),))

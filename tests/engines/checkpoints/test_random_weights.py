@@ -1,8 +1,10 @@
 """Seeded random weights."""
 
+import pytest
 import torch
 from random_modules import RECIPE
 
+from engines.checkpoints import random_weights
 from engines.checkpoints.random_weights import RandomWeights
 from engines.models.transformer import SprintTransformer
 
@@ -20,6 +22,18 @@ def test_a_seed_is_the_same_weights_in_any_precision() -> None:
     for key, value in rounded.items():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, exact[key].bfloat16()), key
+
+
+def test_each_chunk_has_its_own_seed_so_that_one_large_key_is_no_core_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = drawn(0, torch.float32)
+    monkeypatch.setattr(random_weights, "_CHUNK", 1024)
+    parts = drawn(0, torch.float32)
+    large = [key for key, value in whole.items() if value.numel() >= 2048]
+    assert large
+    for key in large:
+        first, second = whole[key].view(-1)[:2048].split(1024)
+        assert torch.equal(parts[key].view(-1)[:1024], first)
+        assert not torch.equal(parts[key].view(-1)[1024:2048], second)
 
 
 def test_another_seed_is_other_weights() -> None:

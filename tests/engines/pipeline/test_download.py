@@ -52,6 +52,31 @@ def encoder(card: Card, monkeypatch: pytest.MonkeyPatch) -> Encoder:
     return made
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Failed to create nvjpeg handle: 7\nmore"), AttributeError("no op")])
+def test_without_nvjpeg_pixels_come(
+    error: Exception, card: Card, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> Tensor:
+        raise error
+
+    job = Job("", seed=0, width=64, height=48, jpeg_quality=80)
+    with card.present():
+        sound = CudaDownloader(jpeg_on_card())
+        assert sound.try_jpeg() is None
+        assert sound.jpeg is not None
+        assert [shape for _, _, shape, _ in encoder.calls] == [[3, 16, 16]]
+        monkeypatch.setattr(sys.modules["torchvision.io"], "encode_jpeg", refused)
+        downloader = CudaDownloader(jpeg_on_card())
+        first_line = str(error).splitlines()[0]
+        assert downloader.try_jpeg() == f"{type(error).__name__}: {first_line}"
+        pixels = torch.zeros(48, 64, 3, dtype=torch.uint8, device=CUDA)
+        output = {"pixels": pixels, "finite": torch.ones((), dtype=torch.bool, device=CUDA)}
+        image = downloader.start(output, job).wait()
+        assert CudaDownloader(None).try_jpeg() is None
+    assert image.file is None
+    assert image.pixels.shape == (48, 64, 3)
+
+
 def test_the_encoder_starts_when_its_planes_are_written(
     card: Card, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

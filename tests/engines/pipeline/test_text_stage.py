@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.checkpoints.checkpoint import open_checkpoint
+from engines.artifacts.native.skeleton import ShapesOnly
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engines.models.gemma import GemmaBody
 from engines.models.instruction import INSTRUCTION
 from engines.models.text_encoder import TextEncoder
 from engines.pipeline.lru_cache import LruCache
@@ -120,3 +122,22 @@ def test_an_engine_with_its_own_layout_drops_it_for_an_equal_one(folder: Path) -
     assert adopted not in (own, loaded)
     assert stages.converted(loaded, convert) is adopted
     assert converted == [loaded]
+
+
+def test_a_stage_without_values_has_the_state_of_its_prefix_and_runs_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device a run would import torch's compiler: seconds of the start of a native engine."""
+
+    def parts(checkpoint: Checkpoint, device: str) -> list[tuple[torch.Size, torch.dtype, str]]:
+        stage = load_text_stage(checkpoint, torch.bfloat16, torch.device(device))
+        assert isinstance(stage.encoder, TextEncoder)
+        state = stage.encoder.state
+        tensors = (state.first, *(one for past in state.past for one in past))
+        return [(one.shape, one.dtype, one.device.type) for one in tensors]
+
+    checkpoint = open_checkpoint(str(folder))
+    expected = parts(checkpoint, "cpu")
+    monkeypatch.setattr(GemmaBody, "forward", None)
+    blank = parts(replace(checkpoint, weights=ShapesOnly(checkpoint.weights)), "meta")
+    assert blank == [(shape, dtype, "meta") for shape, dtype, _ in expected]

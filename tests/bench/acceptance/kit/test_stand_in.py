@@ -7,7 +7,7 @@ program, and the programs of the kit run to their tables.
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,13 +37,6 @@ PROGRAMS: dict[str, Callable[[list[str]], object]] = {
 }  # fmt: skip
 
 
-class Graph:
-    """Stands in for torch.cuda.CUDAGraph."""
-
-    def replay(self) -> None:
-        """Does nothing."""
-
-
 class Launchable:
     """Stands in for a Triton kernel that is launched without engines.kernels.op."""
 
@@ -59,8 +52,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(loader, "_recorder", lambda *_: made.recorder)
     monkeypatch.setattr(loader, "_kernels", lambda *given: _Trusted(Ops(made.launcher), given[3].autoencoder))
     monkeypatch.setattr(dependent_launch, "add_one", Launchable())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    monkeypatch.setattr(alternatives, "CudaGraphCapture", lambda: made.recorder)
     with made.present():
         yield made
 
@@ -87,7 +79,10 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alternatives_at_published_widths(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alternatives, "_Drawn", lambda device: lambda *shape, **_: torch.empty(
         *shape, dtype=torch.bfloat16, device=device))  # fmt: skip
+    keyed = list[bool]()
+    monkeypatch.setattr(alternatives, "stable_cache_keys", lambda: keyed.append(True))
     assert alternatives.main(["--calls", "2"]) == 0
+    assert keyed, "the kernels that the kit has compiled would not be found"
     rows = last_line(capsys)["rows"]
     assert not [row for row in rows if "error" in row]
     told = {row["what"] for row in rows}

@@ -34,6 +34,8 @@ def test_every_figure_once(tmp_path: Path) -> None:
     assert results["png alone"]["ms"]["count"] == 3
     assert set(results["png alone"]["stages"]) == {"queue", "text", "denoise", "decode", "encode", "total"}
     assert results["closed loop 2"]["per_second"] > 0
+    assert results["ready"]["start_s"]["first images"] <= results["ready"]["seconds"]
+    assert "backend" in results["ready"]["reasons"]
     assert results["8 at once"]["mean_ms"] > 0
     assert results["projected"]["projected_ms"]["H100"]["total"] > 0
     before = path.read_text()

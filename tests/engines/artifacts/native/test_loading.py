@@ -8,21 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from native_engines import ROOT, drawn, loaded, spec
 
 import build_engine
+from bench.budget.card import Card
+from bench.budget.engine import _NoWeights
 from engines.artifacts.candidates import candidates
 from engines.artifacts.catalog import find_engine
 from engines.artifacts.manifest import MANIFEST_FILE, read_manifest
 from engines.artifacts.native import loading
 from engines.build.builder import build
+from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engines.device.hardware import Machine
-from engines.errors import ArtifactError, BuildError
+from engines.errors import ArtifactError, BackendError, BuildError
 from engines.loader import load_engine
+from engines.pipeline.native import NativeBackend
 
 
 def test_the_manifest_names_what_decides(for_hopper: Path, ours: Path) -> None:
@@ -200,3 +206,31 @@ def test_the_command_line_takes_a_vendor(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         build_engine.parse([*words, "--vendor", "onnx"])
     assert "--vendor" in capsys.readouterr().err
+
+
+def test_the_checkpoint_alone_and_its_engine_share_one_comparison(
+    for_hopper: Path, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels and their shapes are the same, so the second start finds the proof of the first."""
+    told = list[str]()
+
+    def on(*given: object) -> NoReturn:
+        told.append(str(given[-1]))
+        raise BackendError("enough is known")
+
+    monkeypatch.setattr(NativeBackend, "on", on)
+    monkeypatch.setattr(loading, "use_compiled_kernels", lambda _: None)
+    monkeypatch.setattr(loading, "check_fit", lambda *_: None)
+    checkpoint = open_checkpoint(str(ours))
+    starts: list[tuple[Checkpoint, dict[str, Any]]] = [
+        (checkpoint, {"engine_dir": str(for_hopper)}),
+        (replace(checkpoint, weights=_NoWeights(checkpoint.weights)), {"backend": "cuda-graph", "precision": "bf16"}),
+    ]
+    with Card("NVIDIA H100 80GB HBM3", 132, (9, 0)).present():
+        for model, options in starts:
+            for max_batch in (1, 2):
+                with pytest.raises(BackendError, match="enough"):
+                    load_engine(model, device="cuda", max_batch=max_batch, **options)
+    built, again, plain, larger = told
+    assert built == again == plain, "the engine was built for batches of one"
+    assert larger != plain, "a larger batch has tiles of its own"

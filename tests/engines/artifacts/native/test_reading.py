@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from engines.artifacts.manifest import FileRecord
+from engines.artifacts.native import reading
 from engines.artifacts.native.reading import read_weights
 
 
@@ -27,3 +29,23 @@ def test_weights_are_read_as_they_were_written(place: str, tmp_path: Path) -> No
         assert tensor.device.type == place
         assert tensor.dtype == written[name].dtype
         assert torch.equal(tensor.cpu().view(torch.uint8), written[name].view(torch.uint8))
+
+
+def test_all_files_go_through_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has 32 and then begins again: an engine that is captured beside a serving one would share its stream."""
+    made, used = list[object](), list[object]()
+
+    def stream(device: torch.device) -> str:
+        made.append(device)
+        return f"stream {len(made)}"
+
+    def read(path: Path, *rest: object) -> dict[str, Tensor]:
+        used.append(rest[-1])
+        return {path.name: torch.empty(0)}
+
+    there = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(reading, "_read", read)
+    assert len(read_weights([(Path(str(number)), "") for number in range(40)], there)) == 40
+    assert made == [there]
+    assert used == ["stream 1"] * 40

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from native_engines import loaded
 from PIL import Image
 from random_modules import SHAPE, random_module, random_transformer
 from safetensors.torch import save_file
@@ -17,14 +18,16 @@ from small_checkpoint import randomise_weights, save_checkpoint, with_settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.backends.cuda.graphs import EagerReplay, GraphKey
+from engines.backends.cuda.graphs import EagerReplay, GraphKey, Replay
 from engines.checkpoints.checkpoint import open_checkpoint
-from engines.errors import BackendError, OutOfMemoryError
+from engines.errors import BackendError, CaptureError, OutOfMemoryError
+from engines.kernels.op import Op, Ops
 from engines.loader import load_engine
 from engines.models.controlnet import ControlledTransformer, ControlNet
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs, latent_spec
 from engines.pipeline.engine import SprintEngine
-from engines.types import Engine, Job, RawImage
+from engines.pipeline.native import NativeBackend
+from engines.types import Engine, Job, Pixels, RawImage
 
 SETTINGS = '{"default_size": [64, 64], "sizes": [[64, 64], [64, 32]], "max_prompt_tokens": 40}'
 
@@ -102,6 +105,20 @@ def test_everything_is_captured_before_the_first_request_and_nothing_later(captu
     )
 
 
+def test_the_first_images_are_one_of_each_kind_and_one_of_each_batch(captured: SprintEngine) -> None:
+    """A second batch of files would show nothing new: images are decoded and encoded one by one."""
+    made = list[tuple[int, int, bool]]()
+
+    def note(jobs: Sequence[Job]) -> list[RawImage]:
+        made.append((jobs[0].height, len(jobs), jobs[0].png))
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured, "generate", note)
+        captured._make_first_images()
+    assert made == [(side, *kind) for side in (64, 32) for kind in ((1, False), (2, False), (1, True))]
+
+
 def test_an_unseen_shape_runs_as_it_is_and_says_so(folder: Path) -> None:
     engine = load_engine(str(folder), backend="cuda-graph", max_batch=1, recorder=EagerReplay(), device="cpu")
     assert isinstance(engine, SprintEngine)
@@ -152,6 +169,75 @@ def test_no_room_for_the_graphs_is_told(model: str) -> None:
     engine = load_engine(model, backend="cuda-graph", recorder=NoRoom(), device="cpu")
     with pytest.raises(OutOfMemoryError, match="no memory to capture the CUDA graphs"):
         engine.warmup()
+
+
+class Refusing(EagerReplay):
+    """Refuses graphs whose first output has this type and number of dimensions."""
+
+    def __init__(self, dtype: torch.dtype, dimensions: int):
+        self._kind = dtype, dimensions
+
+    def record(self, launch: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        replay, outputs = super().record(launch)
+        if (outputs[0].dtype, outputs[0].ndim) == self._kind:
+            raise CaptureError("not captured: RuntimeError: illegal here")
+        return replay, outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "dimensions"),
+    [("denoise", torch.float32, 4), ("decode", torch.uint8, 4), ("PNG", torch.int32, 2), ("text", torch.bfloat16, 3)],
+    ids=["denoise", "decode", "PNG", "text"],
+)
+def test_a_graph_that_cannot_be_captured_does_not_end_the_start(
+    name: str, dtype: torch.dtype, dimensions: int, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, sound = (
+        loaded(Path(model), max_batch=2, recorder=recorder) for recorder in (Refusing(dtype, dimensions), EagerReplay())
+    )
+    jobs = [job(seed, png=True, steps=2) for seed in range(2)]
+    expected = [read(image) for image in sound.generate(jobs)]
+    engine.warmup()
+    engine.warmup()  # as an engine that was timed beside another one
+    graph = f"graph of {name}"
+    assert engine.info.replaced_kernels == {graph: "not captured: RuntimeError: illegal here"}
+    assert engine.info.reasons["graphs"].endswith(f"steps 1, 2, 3, 4; without a graph: {name}")
+    told = [record.getMessage() for record in caplog.records if record.name == "engines.pipeline"]
+    assert told == [f"{graph}: not captured: RuntimeError: illegal here; images are right, and slower"]
+    images = engine.generate(jobs)
+    for image, want in zip(images, expected, strict=True):
+        assert np.abs(read(image).astype(int) - want).max() <= 1
+        assert image.uncaptured is (name == "denoise")
+        assert (image.file is None) is (name == "PNG"), "the server encodes it"
+
+
+def read(image: RawImage) -> Pixels:
+    return image.pixels if image.file is None else np.asarray(Image.open(io.BytesIO(image.file)))
+
+
+class Noting(Ops):
+    """Notes the operations that a comparison reaches."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.compared = set[str]()
+
+    def __call__(self, op: Op, *args: Any) -> Any:
+        if self._checked is not None:
+            self.compared.add(op.name)
+        return super().__call__(op, *args)
+
+
+def test_a_start_compares_the_kernels_of_long_prompts_too(model: str) -> None:
+    ops = Noting()
+    native = NativeBackend(ops, open_checkpoint(model).autoencoder)
+    engine = load_engine(
+        model, native=native, precision="bf16", backend="cuda-graph", max_batch=1, device="cpu", recorder=EagerReplay()
+    )
+    assert native._text is not None
+    native._text.to_fp8()
+    engine.warmup()
+    assert {"skinny_product", "gelu_gate", "widened_weight", "residual_norm"} <= ops.compared
 
 
 class NoHost(TorchDispatchMode):

@@ -59,6 +59,26 @@ def test_a_missing_compiler_is_told_and_not_kept(tmp_path: Path, caplog: pytest.
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("lacking", ["reference", "kernel"])
+def test_lack_of_memory_for_a_comparison_replaces_nothing(lacking: str, tmp_path: Path) -> None:
+    """A reference in fp32 takes several times a kernel's memory, so it would be no help."""
+    room = {"reference": 0, "kernel": 1}[lacking]
+
+    def full(*given: Tensor) -> Tensor:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            room = 9
+            raise torch.OutOfMemoryError("no room beside the other's result")
+        return given[-1] + 1
+
+    ops, proof = Ops(Launcher(False, 1)), tmp_path / "proof.json"
+    found = list[Tensor]()
+    compare(ops, lambda: found.append(ops(Op("large", full, full), X)), proof)
+    assert ops.replaced == {}
+    assert found[0].tolist() == (X + 1).tolist()
+
+
 def test_one_comparison_stands_for_all_values_of_a_float() -> None:
     compared = []
 

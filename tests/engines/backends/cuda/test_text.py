@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from engines.artifacts.native.storages import storages_of
 from engines.backends.cuda.graphs import EagerReplay
 from engines.backends.cuda.text import CudaTextBody, CudaTextEncoder, TextKey
+from engines.errors import CaptureError
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.gemma import GemmaBody, GemmaConfig
 from engines.models.text_encoder import TextEncoder, Tokens
+from engines.pipeline.prompt_tokenizer import PromptTokenizer
+from engines.pipeline.text_stage import TextStage
 
 CONFIG = GemmaConfig(
     vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -153,6 +157,22 @@ def test_encodes_as_the_text_encoder(encoder: CudaTextEncoder, reference: TextEn
     assert encoder.uncaptured[too_long] == 3
 
 
+def test_no_warm_up_reads_beyond_the_prefix(encoder: CudaTextEncoder) -> None:
+    """A batch that ran before has token ids where a larger bucket has prefix lengths, by which kernels read memory."""
+    encoder.encode([PROMPTS["longer"]])
+    body, seen = encoder._body, list[int]()
+
+    def spy(ids: Tensor, shared: Tensor) -> Tensor:
+        seen.append(int(shared.max()))
+        return body(ids, shared)
+
+    encoder._body = spy  # type: ignore[assignment]  # the same call
+    encoder.capture(EagerReplay())
+    encoder.warm()
+    assert len(seen) > 3 * len(encoder.capture_order) - 1
+    assert set(seen) == {len(PREFIX)}
+
+
 def test_results_are_the_callers_own(encoder: CudaTextEncoder) -> None:
     encoder.capture(EagerReplay())
     [first] = encoder.encode([PROMPTS["short"]])
@@ -205,6 +225,19 @@ def test_captures_largest_first_and_once(encoder: CudaTextEncoder) -> None:
     encoder.capture(Counting())
     assert sizes == sorted(sizes, reverse=True)
     assert Counter(sizes) == Counter(batch * length for batch in BATCHES for length in LENGTHS)
+
+
+def test_without_graphs_it_encodes_the_same(encoder: CudaTextEncoder, reference: TextEncoder) -> None:
+    class Refusing(EagerReplay):
+        def record(self, _: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+            raise CaptureError("not captured")
+
+    stage = TextStage(cast(PromptTokenizer, None), encoder)
+    assert stage.capture(Refusing()) == "not captured"
+    assert stage.capture(Refusing()) == "not captured", "told to each engine that shares the stage"
+    assert not encoder.ready
+    assert_equal(reference.encode([PROMPTS["short"]]), encoder.encode([PROMPTS["short"]]))
+    assert sum(encoder.uncaptured.values()) == 1
 
 
 # Compiles at Gemma-2 2B's sizes and 32 tokens, because the compiler has limits that the interpreter lacks: 99 KB of
