@@ -76,7 +76,7 @@ def test_what_stays_on_the_card(work: Callable[[Tensor], Tensor]) -> None:
         card.recorder.record(lambda: (work(x),))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp8"])
 def test_every_graph_of_an_engine_can_be_captured(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
