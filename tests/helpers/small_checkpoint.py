@@ -83,6 +83,8 @@ def randomise_weights(module: nn.Module, seed: int = 0) -> nn.Module:
                 parameter.normal_(generator=generator)
             elif parameter.ndim > 1:
                 parameter.normal_(0, (parameter.shape[0] / parameter.numel()) ** 0.5, generator=generator)
+            elif name.endswith("bias"):  # PyTorch drew it with its global generator
+                parameter.normal_(0, 0.1, generator=generator)
             else:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
     return module.eval()
