@@ -1,5 +1,7 @@
 """Chooses device and precision of an engine, and records the reasons."""
 
+import platform
+
 import torch
 
 from engines.device.hardware import why_no_gpu
@@ -31,6 +33,9 @@ def choose_device(requested: str | None, reasons: dict[str, str]) -> torch.devic
 
 def has_bf16_products() -> bool:
     """Returns whether this CPU multiplies bf16 by instructions; emulated, that takes four times as long as fp32."""
+    if platform.machine() != "x86_64":  # oneDNN asks Arm's CPUs for the instructions, others for AVX512 alone
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's own
+        return bool(has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
