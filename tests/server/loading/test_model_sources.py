@@ -17,6 +17,7 @@ from server.loading import engine_loader
 from server.loading.engine_loader import engine_source
 from server.loading.model_sources import ModelSources, settings_by_model
 from server.settings import ModelOption, Settings, load_settings
+from server.telemetry import logs
 
 CPU = torch.device("cpu")
 TINY = Path(__file__).resolve().parents[3] / "models/tiny"
@@ -85,6 +86,7 @@ def test_one_model_keeps_its_options() -> None:
 def test_an_option_of_no_model_stops_the_start(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(logs, "configure", lambda *_: None)  # main would send the logs of all later tests to its stderr
     for more in ([], ["--workers", "2"]):
         monkeypatch.setattr("sys.argv", ["server", "--model", "a", "--model", "b", *flags, *more])
         assert main() == EXIT_SETTINGS
