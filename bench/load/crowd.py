@@ -28,7 +28,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from bench.harness.cli import BenchmarkParser, run_benchmark
 from bench.harness.errors import BenchError
 from bench.harness.host import host_facts
-from bench.harness.http_client import MAX_HEAD_BYTES, Connection
+from bench.harness.http_client import ByteStream, Connection
 from bench.harness.load_generator import ImageRequest, LoadGenerator
 from bench.harness.server_process import RunningServer, running_server
 from bench.harness.summary import percentiles, table
@@ -98,10 +98,10 @@ async def _opened(url: str) -> Connection | None:
     """Returns a connection that has had its first answer; None without one."""
     parts = urlsplit(url)
     try:
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=MAX_HEAD_BYTES)
+        stream = await ByteStream.connect(parts.hostname or "", parts.port or 80)
     except OSError:
         return None
-    connection = Connection(reader, writer, parts.netloc)
+    connection = Connection(stream, parts.netloc)
     return connection if await _answers(connection) else None
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Connection, HttpResponse
+from bench.harness.http_client import ByteStream, Connection, HttpResponse
 from bench.robustness.fault import Fault, Outcomes
 from bench.robustness.scenario import OK, REQUEST_TIMEOUT_S, Scenario, outcome_label, request_fields
 from engines.types import Job
@@ -41,11 +41,11 @@ async def connect(scenario: Scenario, receive_bytes: int | None = None) -> socke
 
 async def read_response(connection: socket.socket) -> HttpResponse:
     """Returns the response still sent on the connection. Raises OSError or EOFError without one."""
-    reader, writer = await asyncio.open_connection(sock=connection)
+    stream = await ByteStream.over(connection)
     try:
-        return await Connection(reader, writer, "chaos").read_response()
+        return await Connection(stream, "chaos").read_response()
     finally:
-        writer.close()
+        stream.abort()
 
 
 async def killed_client(scenario: Scenario) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.harness.errors import BenchError
-from bench.harness.http_client import Connection, HttpResponse
+from bench.harness.http_client import ByteStream, Connection, HttpResponse
 from bench.harness.prometheus_text import parse_samples
 from bench.harness.server_process import ROOT, START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
 
@@ -22,8 +22,7 @@ async def exchange_once(
     port: int, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
 ) -> HttpResponse:
     """Exchanges on a fresh connection. Raises as Connection.exchange does."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    connection = Connection(reader, writer, f"127.0.0.1:{port}")
+    connection = Connection(await ByteStream.connect("127.0.0.1", port), f"127.0.0.1:{port}")
     try:
         return await connection.exchange(method, path, body, media_type)
     finally:

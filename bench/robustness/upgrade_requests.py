@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 
-from bench.harness.http_client import Connection
+from bench.harness.http_client import ByteStream, Connection
 from bench.robustness.restarting_server import RestartingServer
 
 PROTOCOLS = (
@@ -56,15 +56,23 @@ def _split(message: bytes, rng: random.Random) -> list[bytes]:
 
 async def _responses(server: RestartingServer, pieces: list[bytes], count: int) -> tuple[list[int], bool]:
     """Returns the statuses of `count` responses, and whether the connection then ended."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    connection = Connection(reader, writer, "fuzz")
+    stream = await ByteStream.connect("127.0.0.1", server.port)
+    connection = Connection(stream, "fuzz")
     try:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             for piece in pieces:
-                writer.write(piece)
-                await writer.drain()
+                stream.write(piece)
                 await asyncio.sleep(0.001)  # mostly a separate TCP segment
             statuses = [(await connection.read_response()).status for _ in range(count)]
-            return statuses, count == 1 and await reader.read(1) == b""
+            return statuses, count == 1 and await _ends(stream)
     finally:
-        writer.transport.abort()
+        stream.abort()
+
+
+async def _ends(stream: ByteStream) -> bool:
+    """Waits for another byte or the connection's end, and returns whether it ended. Raises OSError."""
+    try:
+        await stream.read(1)
+    except EOFError:
+        return True
+    return False
