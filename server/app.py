@@ -107,6 +107,7 @@ def create_app(
         finally:
             await scheduler.close()
             codec.close()
+            metrics.bookkeeping.finish()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 

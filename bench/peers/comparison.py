@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.harness.cpu_time import CpuUse
@@ -157,21 +159,41 @@ def versions(peer: str) -> str:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the JSON document; `absent` names the peers that are not installed."""
     present = [peer for peer in options.peers if interpreter_of(peer).exists()]
-    rows = []
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}  # rows by engine, peer, load
     for engine in options.engine:
-        for peer in present:
+        for _, peer in itertools.product(range(options.repetitions), present):
             with running_peer(peer, engine) as (url, process):
-                for row in asyncio.run(measure(peer, url, process, options)):
-                    rows.append({"engine": engine, "peer": peer, **row})
-                    print(_line(rows[-1]), file=sys.stderr, flush=True)
+                for measured in asyncio.run(measure(peer, url, process, options)):
+                    row = {"engine": engine, "peer": peer, **measured}
+                    found.setdefault((engine, peer, row["load"]), []).append(row)
+                    print(_line(row), file=sys.stderr, flush=True)
     return {
         "program": "bench.peers",
         "command": options.command,
         "machine": host_facts(),
         "seconds": options.seconds,
+        "repetitions": options.repetitions,
         "absent": [peer for peer in options.peers if peer not in present],
         "versions": {peer: versions(peer) for peer in present},
-        "rows": rows,
+        "rows": [medians(rows) for rows in found.values()],
+    }
+
+
+def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns one row for the repetitions of a load: medians, requests and losses in sum.
+
+    `spread` has the least and the most of throughput and latencies.
+    """
+    answered = [row["latency_ms"] for row in rows if row["latency_ms"]]
+    latencies = {key: [times[key] for times in answered] for key in (answered[0] if answered else ())}
+    figures = {name: [row[name] for row in rows] for name in ("throughput", "cpu_ms", "switches")}
+    spread = {"throughput": figures["throughput"], **{key: latencies[key] for key in ("p50", "p99") if latencies}}
+    return {
+        **rows[0],
+        **{name: sum(row[name] for row in rows) for name in ("requests", "lost")},
+        **{name: median(values) for name, values in figures.items()},
+        "latency_ms": {key: median(values) for key, values in latencies.items()} or None,
+        "spread": {name: [min(values), max(values)] for name, values in spread.items()},
     }
 
 
@@ -184,12 +206,18 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _range(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
 def show(result: dict[str, Any]) -> str:
     """Returns a table with a block for each load and a line for each peer. CPU and switches are a request's."""
     head: tuple[str, ...] = ("engine", "load", "peer", "answers/s", "p50, ms", "p95, ms", "p99, ms", "lost")
     costs = {"cpu_ms": "CPU, ms", "switches": "switches"}
     told = [cost for cost in costs if any(cost in row for row in result["rows"])]  # older results have none
-    head = (*head, *(costs[cost] for cost in told))
+    spreads = [name for name in ("throughput", "p99") if any(name in row.get("spread", ()) for row in result["rows"])]
+    named = {"throughput": "answers/s", "p99": "p99, ms"}
+    head = (*head, *(costs[cost] for cost in told), *(f"{named[name]}: least to most" for name in spreads))
     loads = list(dict.fromkeys((row["engine"], row["load"]) for row in result["rows"]))
     lines = []
     for engine, load in loads:
@@ -198,6 +226,7 @@ def show(result: dict[str, Any]) -> str:
                 times = row["latency_ms"] or {}
                 figures = (times.get(key) for key in ("p50", "p95", "p99"))
                 cost = (row.get(name) for name in told)
-                lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"], *cost])
+                ranges = (_range(row.get("spread", {}).get(name)) for name in spreads)
+                lines.append([engine, load, row["peer"], row["throughput"], *figures, row["lost"], *cost, *ranges])
     absent = f"\n\nnot installed (make peers): {', '.join(result['absent'])}" if result["absent"] else ""
     return table(head, lines) + absent

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -234,8 +235,8 @@ class Scheduler:
                 job.future.set_result(result)
             else:
                 job.future.set_exception(result)
-        if isinstance(result, EncodedResult):  # counted once the answer of a single image is written
-            asyncio.get_running_loop().call_soon(self._count, job.job, result)
+        if isinstance(result, EncodedResult):
+            self._metrics.bookkeeping.later(partial(self._count, job.job, result))
 
     def on_expired(self, jobs: Sequence[QueuedJob]) -> None:
         """Fails jobs whose deadline passed before they began."""
@@ -253,7 +254,11 @@ class Scheduler:
         lost = [job for job in self._unanswered if not job.has_pixels]
         _fail(lost, lambda: EngineError(f"{reason}; the server is about to restart"))
         grace_s = EXIT_GRACE_S if self._engine is not None else 0.0  # nothing was accepted before it was ready
-        asyncio.get_running_loop().call_later(grace_s, self._leave, exit_code)
+        asyncio.get_running_loop().call_later(grace_s, self._end_process, exit_code)
+
+    def _end_process(self, exit_code: int) -> None:
+        self._metrics.bookkeeping.finish()
+        self._leave(exit_code)
 
     def _count(self, job: Job, result: EncodedResult) -> None:
         metrics, image, stages = self._metrics, result.image, result.image.stages

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -132,7 +133,7 @@ class RequestMiddleware:
             detail = "the server failed on this request; the log says more under its request id"
             await self._answer(EngineError(detail), scope, exchange)
         finally:
-            self._record(scope, exchange)
+            self._metrics.bookkeeping.later(partial(self._record, scope, exchange, time.monotonic()))
 
     def _check_origin(self, kind: str, headers: Headers) -> None:
         """Raises HttpError (403) for a page of another site: CORS hides only the answer from it."""
@@ -157,9 +158,9 @@ class RequestMiddleware:
         answer = problem_details.response(error, path=scope["path"], request_id=exchange.context.request_id)
         await answer(scope, exchange.receive, exchange.send)
 
-    def _record(self, scope: Scope, exchange: "_Exchange") -> None:
+    def _record(self, scope: Scope, exchange: "_Exchange", ended: float) -> None:
         route = _route(scope)
-        seconds = time.monotonic() - exchange.context.arrived
+        seconds = ended - exchange.context.arrived
         self._metrics.requests.labels(route, exchange.status).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
         trace_id = exchange.context.trace_id
@@ -170,6 +171,7 @@ class RequestMiddleware:
                 status=exchange.status,
                 request_id=exchange.context.request_id,
                 seconds=seconds,
+                ended_s_ago=time.monotonic() - ended,
                 headers=Headers(scope=scope),
                 timings=scope["state"].get("timings"),
             )

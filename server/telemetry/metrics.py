@@ -13,6 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engines.types import EngineInfo
+from server.telemetry.bookkeeping import Bookkeeping
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -33,6 +34,7 @@ class Metrics:
             self._model_labels = {name: (name,) for name in models}
         by_model = ("model",) if len(models) > 1 else ()
         request_bounds, stage_bounds = tuple(request_buckets), tuple(stage_buckets)
+        self.bookkeeping = Bookkeeping()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         counter = partial(Counter, registry=self.registry)
@@ -172,7 +174,8 @@ class Metrics:
         self.registry.register(self._memory)
 
     def exposition(self) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format, with those of every answered request."""
+        self.bookkeeping.finish()
         return generate_latest(_WithoutCreated(self.registry))
 
 

@@ -45,16 +45,17 @@ class Tracing:
         status: int,
         request_id: str,
         seconds: float,
+        ended_s_ago: float,
         headers: Mapping[str, str],
         timings: Timings | None,
     ) -> str | None:
-        """Records a request that ended now, after `seconds`. Returns its trace id (32 hex digits); None if POLLED."""
+        """Records a request that took `seconds`. Returns its trace id (32 hex digits); None if POLLED."""
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         if route in POLLED:
             return None
-        end = time.time_ns()
+        end = time.time_ns() - int(ended_s_ago * 1e9)
         tracer = self._provider.get_tracer("sana-sprint-server", __version__)
         span = tracer.start_span(
             f"{method} {route}",
