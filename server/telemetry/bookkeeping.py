@@ -1,7 +1,7 @@
-"""What is left to do of an answered request: its metrics, log line and trace.
+"""Metrics, log line and trace of answered requests, a moment after the answer.
 
-It is done a moment later, together with that of other requests: the next request of a client that waits for each
-answer comes before it, and the engine then leaves the event loop idle (bench/LOG.md: 0.14 of 7.17 ms).
+The next request of a client that waits for each answer comes first. While its image is made, the event loop is idle
+(bench/LOG.md: 0.14 of 7.17 ms).
 """
 
 import asyncio
