@@ -14,7 +14,7 @@ from torch import nn
 from engines.artifacts.loading import LoadedModules, load_artifacts
 from engines.artifacts.manifest import NATIVE, read_manifest
 from engines.backends.base import CACHE, Backend, ModuleName, ModuleSpec
-from engines.backends.choice import choose_device, choose_dtype, choose_precision
+from engines.backends.choice import INT8_MODULES, choose_device, choose_dtype, choose_precision
 from engines.backends.compiled import compiled
 from engines.backends.cuda.graphs import CudaGraphCapture, GraphCapture
 from engines.backends.eager import eager
@@ -157,7 +157,7 @@ def _load_modules(options: _Options) -> Engine:
     def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
         unit = checkpoint.autoencoder.compression
-        int8 = precision == "int8" and name == "decoder"
+        int8 = precision == "int8" and name in INT8_MODULES[dtype]
         spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8, reasons)
         return phases.timed(f"{name} for {backend}", partial(execute, module, spec))
 

@@ -26,7 +26,7 @@ class ModuleSpec:
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels to prepare for
     compression: int = 32  # pixels per cell of the latent
     cache: Path = CACHE  # folder for modules that are compiled at load time
-    int8: bool = False  # run the decoder's wide convolutions in 8 bits
+    int8: bool = False  # run wide products in 8 bits: the decoder's convolutions, the transformer's maps
     reasons: MutableMapping[str, str] = field(default_factory=dict)  # a backend adds why it chose something
 
     @property

@@ -1,14 +1,23 @@
 """Chooses device and precision of an engine, and records the reasons."""
 
 import platform
+from collections.abc import Mapping
 
 import torch
 
+from engines.backends.base import ModuleName
 from engines.device.hardware import why_no_gpu
 from engines.errors import BackendError
 
-# int8 (CPU) and fp8 (GPU) are bf16 with some products in 8 bits: on a CPU the decoder's wide convolutions.
+# int8 (CPU) and fp8 (GPU) are bf16 with some products in 8 bits.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
+
+# What --precision int8 runs in 8 bits, by the dtype of the rest. Without bf16 products of the CPU, the transformer
+# takes half the time in 8 bits; with them it gains 5 % of an image and loses 8 dB (bench/LOG.md).
+INT8_MODULES: Mapping[torch.dtype, frozenset[ModuleName]] = {
+    torch.bfloat16: frozenset({"decoder"}),
+    torch.float32: frozenset({"decoder", "transformer", "controlled"}),
+}
 
 
 def choose_device(requested: str | None, reasons: dict[str, str]) -> torch.device:

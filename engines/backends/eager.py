@@ -1,7 +1,8 @@
 """Backend that runs modules eagerly in PyTorch: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU engines.backends.cpu.decoder replaces the decoder, in 8 bits if the spec asks for it. In bf16 on a CPU the
-transformer runs job by job, so that an image is the same in any batch.
+On a CPU engines.backends.cpu.decoder replaces the decoder, in 8 bits if the spec asks for it, and
+engines.backends.cpu.int8_products the transformer's maps. In bf16 and in 8 bits on a CPU the transformer runs job by
+job, so that an image is the same in any batch.
 """
 
 import torch
@@ -12,15 +13,19 @@ from engines.backends.cpu.convolution import PackedConv
 from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder, WideConvolutions
 from engines.backends.cpu.fastest_conv import FastestConv
 from engines.backends.cpu.int8 import has_int8
+from engines.backends.cpu.int8_products import convert
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
+from engines.models.controlnet import ControlNet
 from engines.models.dcae import Decoder
 from engines.models.folding import fold
 from engines.models.lora import AdapterSelection
 from engines.models.pixels import PixelDecoder
+from engines.models.transformer import SprintTransformer
 
 _WIDE = 256  # channels; in narrower decoders calls dominate, and packing costs 0.2 ms
-_PROBE = (8, 8)  # cells of the noise latent on which the decoder in 8 bits must pass its gate
+_PROBE = (8, 8)  # cells of the noise latent on which a module in 8 bits must pass its gate
+_PROBE_TOKENS = 20
 
 
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
@@ -28,8 +33,12 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
 
     Raises BackendError without 8-bit products, ParityError if the decoder in 8 bits misses its gate.
     """
+    if spec.int8 and (spec.device.type != "cpu" or not has_int8()):
+        raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
     if isinstance(module, PixelDecoder) and spec.int8:
-        return _with_int8_convolutions(module, spec)
+        return _with_int8_convolutions(module)
+    if spec.int8:
+        return PerJobTransformer(_with_int8_products(module, spec))
     on_cpu = spec.device.type == "cpu"
     decoder = module.dcae if isinstance(module, PixelDecoder) else None
     if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
@@ -42,9 +51,30 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     return to_channels_last(module, spec)
 
 
-def _with_int8_convolutions(module: PixelDecoder, spec: ModuleSpec) -> PixelDecoder:
-    if spec.device.type != "cpu" or not has_int8():
-        raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
+def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
+    """Converts the transformer in `module`, and the ControlNet if it has one."""
+    parts = [part for part in module.modules() if isinstance(part, SprintTransformer | ControlNet)]
+    config = next(part.config for part in parts if isinstance(part, SprintTransformer))
+    blocks = [block for part in parts for block in part.transformer_blocks]
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn((1, *shape), generator=generator)
+
+    text, half = noise(_PROBE_TOKENS, config.caption_channels), torch.tensor([0.5])
+    inputs = [noise(config.in_channels, *_PROBE), text, half, half]
+    if len(parts) > 1:
+        inputs += [torch.ones(text.shape[:2]), noise(config.in_channels, *_PROBE), torch.ones(1)]
+    with torch.inference_mode():
+        expected = module(*inputs)
+        converted = convert(blocks)
+        actual = module(*inputs)
+    kept = INT8_GATE.check(f"{spec.name} in int8", difference(expected, actual))
+    spec.reasons[spec.name] = f"{converted} products of image tokens in 8 bits, {kept}"
+    return module
+
+
+def _with_int8_convolutions(module: PixelDecoder) -> PixelDecoder:
     decoder = module.dcae
     if decoder is None:
         raise BackendError("precision: int8 is for DC-AE's decoders, and this is a TAESANA; use bf16")
@@ -79,7 +109,8 @@ class PerJobTransformer(nn.Module):
     """Runs a transformer for one job at a time, with that job's unpadded text.
 
     In bf16 on a CPU the order of sums in cross-attention depends on the padding of texts: a longer prompt in the batch
-    would change pixels by up to 26/255. One job occupies a core as fully as eight do.
+    would change pixels by up to 26/255. Where a sum is rounded to 8 bits afterwards, its last bit may decide as well.
+    One job occupies a core as fully as eight do.
     """
 
     def __init__(self, module: nn.Module):

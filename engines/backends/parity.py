@@ -70,8 +70,9 @@ GATES: Mapping[str, Gate] = {
     "bf16": Gate(sqnr_db=35, psnr_db=35),
     "fp8": Gate(sqnr_db=25),
 }
-# The decoder with its wide convolutions in 8 bits against itself in bf16; bf16 itself reaches 49 dB.
-INT8_GATE = Gate(psnr_db=30)
+# Modules with products in 8 bits against themselves: the decoder's convolutions (bf16 itself reaches 49 dB), and the
+# transformer's maps, as in fp8.
+INT8_GATE = Gate(psnr_db=30, sqnr_db=25)
 # A compiled module, built by this or an earlier process, against the module in the same type. Both round, in different
 # orders, so the bounds are wide; a wrong cache entry misses them by far.
 COMPILED_GATES: Mapping[torch.dtype, Gate] = {
