@@ -24,6 +24,7 @@ from engines.checkpoints.controlnet import load_controlnet
 from engines.checkpoints.lora import with_adapters
 from engines.checkpoints.weights import FolderWeights
 from engines.device.phases import Phases
+from engines.device.threads import choose_threads
 from engines.errors import BackendError
 from engines.models.controlnet import ControlledTransformer
 from engines.models.lora import AdaptedTransformer, add_adapters
@@ -73,6 +74,7 @@ def load_engine(
     sizes: tuple[tuple[int, int], ...] = (),
     lora: Sequence[AdapterOption] = (),
     texts: TextStages | None = None,
+    threads_sleep: bool = False,
 ) -> Engine:
     """Loads `model` (see engines.checkpoints.checkpoint) for generation.
 
@@ -84,13 +86,13 @@ def load_engine(
     native: kernels of the cuda-graph backend; None takes those of the GPU. variant: of the weights; None takes the
     plain one, or the only one. sizes: served (width, height) in pixels, without engine_dir; empty takes the
     checkpoint's. lora: adapters; those with a scale are fused, jobs choose from the others (eager and cuda-graph).
-    texts: those that other engines of this thread share.
+    texts: those that other engines of this thread share. threads_sleep: OpenMP's threads wait without spinning.
     On a GPU every backend but eager runs graphs of (bucket, height, width, steps), which `warmup` captures.
     Raises CheckpointError, BackendError, ArtifactError, ParityError.
     """
     options = _Options(
         *(model, backend, max_batch, precision, device, decoder, fast_decoder, controlnet, schedule, recorder),
-        *(Path(cache or CACHE), native, variant, sizes, tuple(lora), texts or TextStages()),
+        *(Path(cache or CACHE), native, variant, sizes, tuple(lora), texts or TextStages(), threads_sleep),
     )
     return _load_modules(options) if engine_dir is None else _load_built(Path(engine_dir), options)
 
@@ -115,6 +117,7 @@ class _Options:
     sizes: tuple[tuple[int, int], ...]
     lora: tuple[AdapterOption, ...]
     texts: TextStages
+    threads_sleep: bool
 
 
 def _load_modules(options: _Options) -> Engine:
@@ -186,8 +189,10 @@ def _load_modules(options: _Options) -> Engine:
     space, buckets = space_of(checkpoint, dtype, device), () if backend == "eager" else powers_of_two(max_batch)
     recorder = None if backend == "eager" else _recorder(device, options.recorder)
     runners = runners_of(lambda: modules, checkpoint, space, limits, buckets, limits.steps, recorder, reasons)
+    sleeping = options.threads_sleep and device.type == "cpu" and backend == "eager"
+    count = choose_threads(transformer.config.dim, reasons) if sleeping else None
     info = _info(checkpoint, fast, backend, precision, device, reasons, phases)
-    return SprintEngine(modules, space, info, limits, options.schedule, buckets, runners, kernels)
+    return SprintEngine(modules, space, info, limits, options.schedule, buckets, runners, kernels, count)
 
 
 def _load_built(folder: Path, options: _Options) -> Engine:

@@ -26,6 +26,7 @@ from distill.evaluation.scores import evaluation_prompts
 
 ENVIRONMENTS = ROOT / ".venvs"
 PEERS = ("ours", "fastapi", "litserve", "ray", "bentoml")
+OPENMP = {"OMP_WAIT_POLICY": "PASSIVE"}  # our server's default: every peer computes alike
 CAPTIONS = 400
 WARMUP = 64
 START_TIMEOUT_S, STOP_TIMEOUT_S, REQUEST_TIMEOUT_S = 180.0, 30.0, 30.0
@@ -64,7 +65,7 @@ def running_peer(peer: str, engine: str) -> Iterator[tuple[str, subprocess.Popen
     """Starts a peer and yields its URL and process, possibly before it answers; ends its process group."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
-        environment = {**os.environ, "BENCH_PEER_ENGINE": engine, "BENTOML_DO_NOT_TRACK": "True"}
+        environment = {**os.environ, **OPENMP, "BENCH_PEER_ENGINE": engine, "BENTOML_DO_NOT_TRACK": "True"}
         arguments = command_of(peer, engine, port)
         process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -137,14 +138,15 @@ async def _row(load: str, work: Awaitable[Sequence[RequestRecord]], session: int
     seconds = time.perf_counter() - began
     used = CpuUse.of_session(session).since(used)
     good = [record for record in records if record.status == 200]
+    seen = used.switches > len(records)  # False for processes that left the session, as BentoML's do
     return {
         "load": load,
         "requests": len(records),
         "lost": len(records) - len(good),
         "throughput": round(len(good) / seconds, 2),
         "latency_ms": percentiles([1000 * record.seconds for record in good]),
-        "cpu_ms": round(1000 * used.seconds / len(records), 3),
-        "switches": round(used.switches / len(records), 2),
+        "cpu_ms": round(1000 * used.seconds / len(records), 3) if seen else None,
+        "switches": round(used.switches / len(records), 2) if seen else None,
     }
 
 
@@ -191,7 +193,7 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         **rows[0],
         **{name: sum(row[name] for row in rows) for name in ("requests", "lost")},
-        **{name: median(values) for name, values in figures.items()},
+        **{name: None if None in values else median(values) for name, values in figures.items()},
         "latency_ms": {key: median(values) for key, values in latencies.items()} or None,
         "spread": {name: [min(values), max(values)] for name, values in spread.items()},
     }
@@ -200,10 +202,9 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     times = row["latency_ms"] or {}
     figures = " ".join(f"{key} {times.get(key, float('nan')):.1f}" for key in ("p50", "p95", "p99"))
-    cost = f"{row['cpu_ms']} ms of CPU, {row['switches']} switches"
-    return (
-        f"{row['engine']} {row['peer']} {row['load']}: {row['throughput']}/s, {figures} ms, {row['lost']} lost, {cost}"
-    )
+    cost = "" if row["cpu_ms"] is None else f", {row['cpu_ms']} ms of CPU, {row['switches']} switches"
+    lost = f"{row['lost']} lost{cost}"
+    return f"{row['engine']} {row['peer']} {row['load']}: {row['throughput']}/s, {figures} ms, {lost}"
 
 
 def _range(ends: Sequence[float] | None) -> str:

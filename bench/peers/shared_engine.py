@@ -40,7 +40,7 @@ class SharedEngine:
         else:
             from engines.loader import load_engine
 
-            self._engine = load_engine(name, max_batch=MAX_BATCH)
+            self._engine = load_engine(name, max_batch=MAX_BATCH, threads_sleep=True)  # comparison.OPENMP
         self._engine.warmup()
         self._lock = threading.Lock()
 

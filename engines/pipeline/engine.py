@@ -20,6 +20,7 @@ from torch import Tensor
 from engines.backends.cuda.graphs import GraphKey, GraphRunners
 from engines.device.memory import open_card
 from engines.device.phases import Phases
+from engines.device.threads import compute_threads
 from engines.device.timer import Stopwatch
 from engines.errors import JobError, OutOfMemoryError
 from engines.pipeline.denoise_decode import Decode, Denoise
@@ -27,7 +28,7 @@ from engines.pipeline.download import CudaDownloader, Download, Downloader, Host
 from engines.pipeline.latent_cache import LatentCache, resized
 from engines.pipeline.limits import LatentSpace
 from engines.pipeline.results import BatchResults
-from engines.pipeline.text_stage import TextEmbedding, TextStage, join
+from engines.pipeline.text_stage import TextEmbedding, TextStage, join, pad
 from engines.sampler import Schedule, angles_for, angles_from_image, job_noise, mix
 from engines.types import BatchKey, DecoderName, Deliver, EngineInfo, Job, Limits, Pixels, RawImage
 
@@ -74,15 +75,17 @@ class SprintEngine:
         buckets: tuple[int, ...] = (),
         runners: GraphRunners | None = None,
         kernels: Kernels | None = None,
+        threads: int | None = None,
     ):
         """buckets: batch sizes to which the modules pad; empty if they run any size.
 
         runners: graphs that `warmup` captures; they pad texts to the longest allowed one. kernels: those of the
-        modules; `warmup` compares them with their references before it captures.
+        modules; `warmup` compares them with their references before it captures. threads: compute threads of each call
+        on a CPU; None leaves torch's.
         """
         self._modules, self._space, self._schedule = modules, space, schedule
         self._info, self._limits, self._buckets, self._runners = info, limits, buckets, runners
-        self._kernels = kernels
+        self._kernels, self._threads = kernels, threads
         self._card = None
         self._images = LatentCache(lambda pixels: modules.encoder(pixels.to(space.device)))
         self._downloader: Downloader = HostDownloader()
@@ -179,9 +182,10 @@ class SprintEngine:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Makes this engine's GPU and stream current within the block."""
+        """Makes this engine's GPU and stream, or its number of threads, current within the block."""
         if self._stream is None:
-            yield
+            with compute_threads(self._threads):
+                yield
             return
         with torch.cuda.device(self._space.device), torch.cuda.stream(self._stream):
             yield
@@ -282,13 +286,8 @@ class SprintEngine:
             text, mask = join(embeddings)
             text = text.to(self._space.dtype)
             return {"text": text} if mask is None else {"text": text, "text_mask": mask}
-        states = [embedding.states for embedding in embeddings]
-        shape = (len(states), self._info.max_prompt_tokens)
-        text = torch.zeros(*shape, states[0].shape[1], dtype=self._space.dtype, device=self._space.device)
-        for row, embedding in zip(text, states, strict=True):
-            row[: embedding.shape[0]] = embedding
-        lengths = torch.tensor([embedding.shape[0] for embedding in states])
-        return {"text": text, "text_mask": torch.arange(shape[1]) < lengths[:, None]}
+        text, mask = pad(embeddings, self._info.max_prompt_tokens, self._space.dtype)
+        return {"text": text, "text_mask": mask}
 
     def _noise_and_angles(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
         """Returns noise [steps, B, C, h, w], the sample at the first angle first, and angles [steps, B].

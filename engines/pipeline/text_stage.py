@@ -191,6 +191,15 @@ class TextStages:
         return self._converted[stage]
 
 
+def pad(embeddings: Sequence[TextEmbedding], tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns states [B, tokens, D] in `dtype`, padded with zeros, and their mask [B, tokens] on the host."""
+    states = [embedding.states for embedding in embeddings]
+    padded = states[0].new_zeros(len(states), tokens, states[0].shape[1], dtype=dtype)
+    for row, embedding in zip(padded, states, strict=True):
+        row[: embedding.shape[0]] = embedding
+    return padded, torch.arange(tokens) < torch.tensor([len(embedding) for embedding in states])[:, None]
+
+
 def join(embeddings: Sequence[TextEmbedding]) -> tuple[Tensor, Tensor | None]:
     """Returns states [B, T, D] padded to the longest, and a mask [B, T] if lengths differ, else None."""
     lengths = [embedding.states.shape[0] for embedding in embeddings]

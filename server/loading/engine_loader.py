@@ -107,9 +107,15 @@ def load(
         cache=settings.cache or user_cache(os.environ),
         sizes=sizes,
         texts=None if shared is None else shared.texts(),
+        threads_sleep=_threads_sleep(os.environ),
     )
     engine.info.start_s["import"] = round(import_s, 3)
     return engine
+
+
+def _threads_sleep(environment: Mapping[str, str]) -> bool:
+    """Returns whether OpenMP's threads wait without spinning, as server.processes.cores asks unless the user did."""
+    return environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" and not environment.get("GOMP_SPINCOUNT")
 
 
 def import_engines() -> float:

@@ -46,6 +46,7 @@ def test_repetitions_become_medians_sums_and_a_spread() -> None:
     assert (found["requests"], found["lost"], found["throughput"], found["latency_ms"]["p99"]) == (27, 1, 20, 7)
     assert found["spread"] == {"throughput": [10, 30], "p50": [5, 90], "p99": [5, 90]}
     assert medians([row(0, 1, 9) | {"latency_ms": None}])["latency_ms"] is None
+    assert medians([row(1, 1, 0) | {"cpu_ms": None}, row(1, 1, 0)])["cpu_ms"] is None
 
 
 def test_a_peer_that_is_not_installed_is_named(

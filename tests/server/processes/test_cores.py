@@ -11,7 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from program import ROOT, Server
+
+from server.loading.engine_loader import load
+from server.settings import Settings
 
 CPU = Path("/sys/fs/cgroup/cpu")
 AFFINITY = len(os.sched_getaffinity(0))
@@ -136,3 +140,28 @@ def test_a_quota_of_one_core_is_one_thread() -> None:
         assert "quota is 1, of" in done.stdout
     finally:
         group.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sleep"),
+    [
+        ({}, False),
+        ({"OMP_WAIT_POLICY": "passive"}, True),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}, False),
+    ],
+)
+def test_a_narrow_model_has_one_thread_where_threads_sleep(
+    environment: dict[str, str], sleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # with one, as in tests on several processes, there is nothing to choose
+    try:
+        reasons = load(Settings(model="tiny", device="cpu")).info.reasons
+    finally:
+        torch.set_num_threads(before)
+    assert ("compute threads" in reasons) == sleep
