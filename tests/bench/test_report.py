@@ -124,7 +124,7 @@ def test_the_headline_is_of_the_measured_files_alone() -> None:
     ):
         assert words in page
     assert all("projection" not in plot.lower() for plot in headline.plots().values())
-    assert "548" in headline.plots()["bench-servers.svg"]
+    assert "484" in headline.plots()["bench-servers.svg"]
 
 
 def test_a_folder_without_the_cards_files_has_no_headline(tmp_path: Path) -> None:
