@@ -6,8 +6,9 @@
 Peers: FastAPI on its thread pool, LitServe, Ray Serve with @serve.batch, BentoML's adaptive batching (files *_app.py).
 `make peers` makes an environment for each. One server runs at a time, and one load generator on the same machine
 measures all. Every peer has our engine, our PNG encoder and batches of 8; those that wait for a batch to fill wait 5
-ms. A request without status 200 counts as lost. OpenMP's threads sleep while they wait, in every peer. Figures are medians of
-the repetitions. CPU time and context switches are those of the server's processes, where these stay in its session.
+ms. A request without status 200 counts as lost. OpenMP's threads sleep while they wait, in every peer. Figures are
+medians of the repetitions. CPU time and context switches are those of the server's processes, where these stay in its
+session.
 """
 
 import sys
