@@ -29,9 +29,9 @@ _PROBE_TOKENS = 20
 
 
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """Returns a module that computes as `module`; replaces the decoder of a PixelDecoder and its weights.
+    """Returns a module that computes as `module`; replaces decoders, and what runs in 8 bits.
 
-    Raises BackendError without 8-bit products, ParityError if the decoder in 8 bits misses its gate.
+    Raises BackendError without 8-bit products, ParityError if a module in 8 bits misses its gate.
     """
     if spec.int8 and (spec.device.type != "cpu" or not has_int8()):
         raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")

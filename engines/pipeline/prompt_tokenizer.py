@@ -91,18 +91,16 @@ def _uncrossed(tokenizer: Tokenizer, text: str) -> int:
 def _is_like_gemmas(tokenizer: Tokenizer) -> bool:
     """Returns whether it is BPE of the whole text, spaces replaced, with nothing added behind the text."""
     model, text = tokenizer.model, "a b"
+    added_tokens = tokenizer.get_added_tokens_decoder().values()
+    splits = _state(tokenizer.pre_tokenizer).get("pattern", None if tokenizer.pre_tokenizer else _SPACE)
     plain, whole = (tokenizer.encode(text, add_special_tokens=added).ids for added in (False, True))
     return (
         isinstance(model, BPE)
         and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
         and not getattr(model, "ignore_merges", False)
         and _state(tokenizer.normalizer) == _SPACES_REPLACED
-        and (
-            tokenizer.pre_tokenizer is None or _state(tokenizer.pre_tokenizer).get("pattern") == _SPACE
-        )  # none is left
-        and not any(
-            token.single_word or token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values()
-        )
+        and splits == _SPACE  # no space is left to split at
+        and not any(token.single_word or token.lstrip or token.rstrip for token in added_tokens)
         and whole[len(whole) - len(plain) :] == plain
     )
 

@@ -1,4 +1,4 @@
-"""The load generator's connections: used again while the server surely keeps them, and not later."""
+"""The load generator's connections: used again while the server surely keeps them; responses are read whole or not."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
