@@ -121,7 +121,10 @@ class Headline:
         groups = []
         for load in LOADS:
             rows = [row for row in self.results[PEERS]["rows"] if row["load"] == load]
-            bars = [Interval(row["peer"], *row["spread"]["throughput"], ours=row["peer"] == "ours") for row in rows]
+            bars = []
+            for row in rows:
+                least, most = row["spread"]["throughput"]
+                bars.append(Interval(row["peer"], least, most, ours=row["peer"] == "ours"))
             groups.append(Group(load.replace("1 clients", "1 client"), "images/s", bars, source))
         return grouped_intervals(
             "The same engine (5 ms a batch) and PNG encoder behind each server, batches of up to 8: measured", groups
