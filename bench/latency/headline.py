@@ -93,8 +93,10 @@ class Headline:
         return float(self.results[ALONE]["overhead_ms"]["p50"])
 
     def _rates(self, load: str) -> dict[str, float]:
-        rows = [row for row in self.results[PEERS]["rows"] if row["load"] == load]
-        return {row["peer"]: row["throughput"] for row in rows}
+        return {row["peer"]: row["throughput"] for row in self._rows(load)}
+
+    def _rows(self, load: str) -> list[Result]:
+        return [row for row in self.results[PEERS]["rows"] if row["load"] == load]
 
     def _against_diffusers(self) -> str:
         card = [Interval("ours, bf16", self._engine_ms(), self._engine_ms(), ours=True)]
@@ -120,9 +122,8 @@ class Headline:
         source = f"{machine['cores']} cores of {machine['cpu']}, {machine['date']}, load generator on them too"
         groups = []
         for load in LOADS:
-            rows = [row for row in self.results[PEERS]["rows"] if row["load"] == load]
             bars = []
-            for row in rows:
+            for row in self._rows(load):
                 least, most = row["spread"]["throughput"]
                 bars.append(Interval(row["peer"], least, most, ours=row["peer"] == "ours"))
             groups.append(Group(load.replace("1 clients", "1 client"), "images/s", bars, source))

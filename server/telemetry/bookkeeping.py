@@ -32,5 +32,5 @@ class Bookkeeping:
             work = self._left.popleft()
             try:
                 work()
-            except Exception:
+            except Exception:  # of one request; those after it go on
                 logger.exception("metrics, log line or trace of a request failed")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engines.backends.cpu.convolution import TYPICAL_SIZE, Edges, cache_sized_slices, pixel_rows
 
 _LEVELS = 254  # of 256: rounding the zero point may shift the range by half a level
-_ROUNDING_OFFSET = 1.5 * 2**23  # added to a small fp32 number, it rounds it into the lowest of fp32's 24 bits
+ROUNDING_OFFSET = 1.5 * 2**23  # added to a small fp32 number, it rounds it into the lowest of fp32's 24 bits
 
 
 def has_int8() -> bool:
@@ -27,9 +27,7 @@ class Int8Conv:
 
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         assert not isinstance(conv.padding, str)
-        weight = conv.weight.detach().float()
-        self._scales = weight.abs().amax((1, 2, 3)).clamp_(min=torch.finfo(torch.float32).tiny) / 127
-        rounded = (weight / self._scales[:, None, None, None]).round().to(torch.int8)
+        rounded, self._scales = rounded_weight(conv.weight.detach().float())
         self._rows, columns = conv.padding
         # `quantised` adds the rows of zeros while it rounds x.
         self._geometry = ([1, 1], [0, columns], [1, 1], conv.groups)
@@ -72,6 +70,12 @@ class Int8Conv:
         return y
 
 
+def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns round(weight / scale) of weight [out, ...] as int8, and the scales [out]."""
+    scales = weight.flatten(1).abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+    return (weight / scales.view(-1, *(1 for _ in weight.shape[1:]))).round_().to(torch.int8), scales
+
+
 def quantised(x: Tensor, scale: float, zero: int, edges: Edges) -> Tensor:
     """Returns round(x / scale) + zero as uint8 [1, C, H + edges, W] of x [1, C, H, W], with rows of `zero` around it.
 
@@ -85,7 +89,7 @@ def quantised(x: Tensor, scale: float, zero: int, edges: Edges) -> Tensor:
     first, last = above * width, (above + height) * width
     rows[:first].fill_(zero)
     rows[last:].fill_(zero)
-    offset = torch.tensor(_ROUNDING_OFFSET + zero)
+    offset = torch.tensor(ROUNDING_OFFSET + zero)
     for source, target in cache_sized_slices(pixel_rows(x), rows[first:last]):
         target.copy_(torch.add(offset, source.float(), alpha=1 / scale).view(torch.int32))  # uint8 keeps the low byte
     return out

@@ -13,13 +13,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from engines.backends.cpu.int8 import ROUNDING_OFFSET, rounded_weight
+
 PRODUCTS = (
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
     *("attn2.to_q", "attn2.to_out.0", "ff.conv_inverted", "ff.conv_point"),
 )  # of a block
 
 _ZERO = 128  # of activations: the kernel multiplies unsigned by signed numbers
-_ROUNDING_OFFSET = 1.5 * 2**23  # added to a small fp32 number, it rounds it into the lowest of fp32's 24 bits
 _SLICE_NUMEL = 2**17  # numbers that are rounded at once: 0.5 MiB in fp32, so that they stay in the L2 cache
 
 
@@ -28,9 +29,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        weight = weight.detach()
-        self._scales = weight.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127
-        rounded = (weight / self._scales[:, None]).round_().to(torch.int8)
+        rounded, self._scales = rounded_weight(weight.detach())
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         self._bias = torch.zeros(len(weight)) if bias is None else bias.detach()
@@ -58,7 +57,7 @@ class Int8Pointwise(nn.Module):
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns round(x / scale) + 128 of x [rows, in] as uint8, and the scales [rows, 1]."""
     levels, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty((len(x), 1))
-    offset = torch.tensor(_ROUNDING_OFFSET + _ZERO)
+    offset = torch.tensor(ROUNDING_OFFSET + _ZERO)
     step = max(1, _SLICE_NUMEL // x.shape[1])
     for part in (slice(first, first + step) for first in range(0, len(x), step)):
         torch.amax(x[part].abs(), 1, keepdim=True, out=scales[part])
