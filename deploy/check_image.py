@@ -29,6 +29,10 @@ DRAIN_LIMIT_S = 30
 READY_LIMIT_S = 900
 ENGINE = "/engines/tiny"
 BUILD = f"python build_engine.py --model tiny --gpu cpu --precision fp32 --batches 1,2 --out {ENGINE}".split()
+FOR_A_CARD = "/engines/tiny-h100"
+BUILD_FOR_A_CARD = (
+    f"python build_engine.py --model tiny --gpu h100 --vendor native --precision bf16 --batches 1 --out {FOR_A_CARD}"
+).split()
 BODY = {"prompt": "a red circle on a white background", "seed": 7}
 PRINT_SIZES = """
 import pathlib
@@ -246,17 +250,19 @@ def keeps_volumes(containers: Containers) -> str:
     return f"kept; ready after {first:.1f} s, again after {second:.1f} s"
 
 
+def has_package(container: Running, name: str) -> bool:
+    return (
+        container.execute("python", "-c", f"from importlib.util import find_spec; print(bool(find_spec('{name}')))")
+        == "True"
+    )
+
+
 def keeps_engines(containers: Containers) -> str:
     """Checks that a second container serves the engine of the first, unchanged also after a restart."""
     with containers.running() as container:
         container.until_ready()
-        if (
-            container.execute(
-                "python", "-c", "from importlib.util import find_spec; print(bool(find_spec('openvino')))"
-            )
-            != "True"
-        ):
-            return "not checked: this image holds no OpenVINO, which builds engines without a GPU"
+        if not has_package(container, "openvino"):
+            return "not checked: this image holds no OpenVINO, whose engines a CPU serves"
         began = time.monotonic()
         container.execute(*BUILD)
         built = time.monotonic() - began
@@ -271,6 +277,23 @@ def keeps_engines(containers: Containers) -> str:
         expect(container.generate() == reply, True, "the same image after a restart")
         expect(container.files(ENGINE), files, "files of the engine after a restart")
     return f"built in {built:.1f} s; ready after {first:.1f} s, restarted after {second:.1f} s; no file of it changed"
+
+
+def builds_for_a_card(containers: Containers) -> str:
+    """Checks that an image without a C compiler compiles our kernels, and that a second container finds the engine."""
+    with containers.running() as container:
+        container.until_ready()
+        if not has_package(container, "triton"):
+            return "not checked: this image holds no Triton, which compiles kernels"
+        began = time.monotonic()
+        container.execute(*BUILD_FOR_A_CARD)
+        built = time.monotonic() - began
+    with containers.running() as container:
+        container.until_ready()
+        listed = container.execute(*"python build_engine.py --list /engines".split())
+    if not listed.startswith(f"{FOR_A_CARD}: tiny native bf16"):
+        raise CheckError(f"the engine of the first container: got {listed!r}")
+    return f"built in {built:.1f} s, found by the next container: {listed.removeprefix(f'{FOR_A_CARD}: ')}"
 
 
 def check(containers: Containers) -> dict[str, str]:
@@ -288,6 +311,7 @@ def check(containers: Containers) -> dict[str, str]:
             note(name, run_check(container))
     note("volumes", keeps_volumes(containers))
     note("engine", keeps_engines(containers))
+    note("for a card", builds_for_a_card(containers))
     return results
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from engines.artifacts.manifest import NATIVE
 from engines.device.hardware import Capability
+from engines.kernels.launch_code import COMPILERS, compiled_folder
 
 Installed = Callable[[str], object | None]
 
@@ -27,7 +28,7 @@ class Vendor:
     builds_with: tuple[str, ...]  # packages beside them
     never_on: tuple[Capability, ...] = ()
     only_on: tuple[Capability, ...] = ()  # empty: on any other card
-    compilers: tuple[str, ...] = ()  # programs; a build needs one of them
+    launches_through_c: bool = False  # a build needs a C compiler, or what it would compile
     gives_way_to: str | None = None  # if this package is installed, build_engine.py takes another vendor
 
     def can_run(self, installed: Installed = find_spec) -> bool:
@@ -37,8 +38,8 @@ class Vendor:
     def missing(self, installed: Installed = find_spec, which: Installed = shutil.which) -> tuple[str, ...]:
         """Returns what a build needs and this machine lacks: packages, and a C compiler (`gcc or clang`)."""
         packages = tuple(name for name in (*self.runs_with, *self.builds_with) if installed(name) is None)
-        if self.compilers and not any(which(name) for name in self.compilers):
-            return (*packages, " or ".join(self.compilers))
+        if self.launches_through_c and compiled_folder() is None and not any(map(which, COMPILERS)):
+            return (*packages, " or ".join(COMPILERS))
         return packages
 
     def serves(self, device: str, capability: Capability | None, precision: str) -> bool:
@@ -58,6 +59,6 @@ VENDORS = (
     Vendor(
         *(NATIVE, "cuda-graph", "cuda", ("bf16", "fp8"), ("--gpu", "native", "--vendor", NATIVE), ("triton",), ()),
         only_on=((9, 0), (8, 9)),  # those of build_engine.py (engines/build/targets.py)
-        compilers=("gcc", "clang"),
+        launches_through_c=True,
     ),
 )

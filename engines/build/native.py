@@ -70,13 +70,13 @@ def native_output(build: BuildContext, references: Mapping[Size, Path]) -> Build
     """Writes all but the manifest into the build's folder. Raises BuildError, ParityError."""
     from engines.artifacts.native.compiling import CompileRequest, compile_kernels
     from engines.artifacts.native.loading import KERNELS, NativeInfo, code_digest
-    from engines.artifacts.native.offline import c_compiler
     from engines.artifacts.native.skeleton import DTYPE, modules_of, skeleton
     from engines.artifacts.native.storages import save
+    from engines.kernels.launch_code import check_c
     from engines.kernels.op import Ops
     from engines.pipeline.native import NativeBackend, Ranges
 
-    c_compiler()  # fails now, not after an hour
+    check_c()  # fails now, not after an hour
     spec, checkpoint, fast, folder = build.spec, build.checkpoint, build.fast, build.folder
     started, kernels = time.perf_counter(), NativeBackend(Ops(None), checkpoint.autoencoder)
     files: dict[str, tuple[FileRecord, ...]] = {}

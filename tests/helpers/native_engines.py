@@ -12,10 +12,10 @@ from typing import Any
 from engines.artifacts.manifest import read_manifest
 from engines.artifacts.native import compiling
 from engines.artifacts.native.compiling import CompileRequest
-from engines.artifacts.native.offline import stub_libcuda
 from engines.backends.cuda.graphs import EagerReplay
 from engines.build.spec import BuildSpec
 from engines.checkpoints.checkpoint import open_checkpoint
+from engines.kernels.launch_code import stub_libcuda
 from engines.kernels.op import Ops
 from engines.loader import load_engine
 from engines.pipeline.native import NativeBackend
@@ -84,7 +84,7 @@ def launched(engine: Path, scratch: Path, whole: bool = False) -> tuple[int, int
     major, _, minor = str(manifest.compute_capability).partition(".")
     capability = (int(major), int(minor))
     (scratch / "stub").mkdir()
-    libcuda = stub_libcuda(scratch / "stub", capability)
+    libcuda = stub_libcuda(scratch / "stub")
     ranges = json.loads((engine / "native.json").read_text())["ranges"]
     request = CompileRequest(
         manifest.checkpoint, None, [(64, 64)], [1], ranges, capability, "", of=1 if whole else _PART

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engines.artifacts.native.offline import ShareLauncher, enter_offline_mode, stub_libcuda
+from engines.artifacts.native.offline import ShareLauncher, enter_offline_mode
 from engines.artifacts.native.skeleton import DTYPE, skeleton
 from engines.artifacts.native.storages import META
 from engines.backends.cuda.decoder import CudaDecoder
@@ -25,6 +25,7 @@ from engines.backends.cuda.graphs import GraphKey
 from engines.backends.cuda.text import CudaTextEncoder
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_fast_decoder
 from engines.errors import BuildError, SprintError
+from engines.kernels.launch_code import stub_libcuda
 from engines.kernels.op import Launcher, Ops
 from engines.pipeline.denoise_decode import Decode, Denoise, input_specs
 from engines.pipeline.native import NativeBackend, Ranges
@@ -79,13 +80,12 @@ def compile_kernels(request: CompileRequest, jobs: int) -> Mapping[str, str]:
     Raises BuildError.
     """
     with tempfile.TemporaryDirectory() as folder:
-        capability = (request.capability[0], request.capability[1])
         request = replace(
             request,
             model=_absolute(request.model),
             decoder=request.decoder and _absolute(request.decoder),
             fast_decoder=request.fast_decoder and _absolute(request.fast_decoder),
-            libcuda=str(stub_libcuda(Path(folder), capability)),
+            libcuda=str(stub_libcuda(Path(folder))),
         )
         shares = [replace(request, index=request.index + request.of * job, of=request.of * jobs) for job in range(jobs)]
         # Triton's interpreter, which tests use, compiles nothing.

@@ -6,9 +6,6 @@ with a GPU has loaded its own libcuda as well, which Triton's launchers find fir
 """
 
 import ctypes
-import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,50 +18,11 @@ from triton.runtime.errors import OutOfResources
 
 from engines.errors import BuildError
 from engines.kernels.cache_keys import stable_cache_keys
+from engines.kernels.launch_code import use_compiled_module
 from engines.kernels.op import Launcher
 
 # Compute capability -> shared memory of a program in bytes, number of processors.
 CARDS = {(9, 0): (232448, 132), (8, 9): (101376, 128)}
-
-# The functions whose results Triton reads before a launch. Every other function of libcuda does nothing and succeeds.
-_STUB = """
-int cuDeviceGetAttribute(int *value) { *value = SHARED; return 0; }
-int cuFuncGetAttribute(int *value, int which) { *value = which ? 0 : 1024; return 0; }  /* 0: threads of a program */
-int cuPointerGetAttribute(void **value, int which, void *pointer) { *value = pointer; return 0; }
-int cuCtxGetCurrent(void **context) { *context = &SHARED_; return 0; }
-int cuModuleLoadData(void **module) { *module = &SHARED_; return 0; }
-int cuModuleGetFunction(void **function) { *function = &SHARED_; return 0; }
-int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
-int cuGetErrorString(int code, const char **text) { *text = "none"; return 0; }
-static int launched;
-int cuLaunchKernelEx(void) { launched++; return 0; }
-int launches(void) { return launched; }
-"""
-
-
-def c_compiler() -> str:
-    """Returns the path of a C compiler that Triton looks for. Raises BuildError without one."""
-    compiler = shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise BuildError("build: no C compiler is found, and kernels are launched through C; install gcc and try again")
-    return compiler
-
-
-def stub_libcuda(folder: Path, capability: tuple[int, int]) -> Path:
-    """Compiles a libcuda.so.1 into `folder` with which Triton links and launches without a GPU. Raises BuildError."""
-    compiler = c_compiler()
-    nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
-    named = set(re.findall(r"\bcu[A-Z]\w+\b", (nvidia / "driver.c").read_text() + (nvidia / "driver.py").read_text()))
-    own = set(re.findall(r"\bcu[A-Z]\w+\b", _STUB))
-    rest = "\n".join(f"int {name}(void) {{ return 0; }}" for name in sorted(named - own) if not name.endswith("_t"))
-    source, library = folder / "libcuda.c", folder / "libcuda.so.1"
-    stub = _STUB.replace("SHARED_", "place").replace("SHARED", str(CARDS[capability][0]))
-    source.write_text(f"static int place;\n{stub}{rest}\n")
-    command = [compiler, "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"build: {compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-    return library
 
 
 def enter_offline_mode(
@@ -72,14 +30,16 @@ def enter_offline_mode(
 ) -> Callable[[], int]:
     """Makes this process launch kernels for `capability` without running them, until it ends.
 
-    libcuda: of stub_libcuda. cache: folder for compiled kernels; None keeps Triton's own. calls_launchers: Triton's
-    launchers call the stub, for tests on a machine without a GPU. Returns a function that counts the calls. Raises
-    BuildError.
+    libcuda: of engines.kernels.launch_code.stub_libcuda. cache: folder for compiled kernels; None keeps Triton's own.
+    calls_launchers: Triton's launchers call the stub, for tests on a machine without a GPU. Returns a function that
+    counts the calls. Raises BuildError.
     """
     if knobs.runtime.interpret:
         raise BuildError("build: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
     stable_cache_keys()
+    use_compiled_module()
     stub = ctypes.CDLL(str(libcuda), mode=ctypes.RTLD_GLOBAL)
+    stub.simulate(CARDS[capability][0])
     knobs.nvidia.libcuda_path = str(libcuda.parent)
     if cache is not None:
         knobs.cache.dir = str(cache)

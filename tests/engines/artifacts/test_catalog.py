@@ -164,6 +164,7 @@ def test_candidates_of_a_card(
 ) -> None:
     machine = Machine("a CPU", "NVIDIA H100 80GB HBM3", (9, 0), "580.65.06", 80e9)
     monkeypatch.setattr("engines.artifacts.candidates.this_machine", lambda: machine)
+    monkeypatch.setattr("engines.kernels.launch_code.FOLDER", Path("/nowhere"))
     found = candidates(
         model="tiny",
         device=None,

@@ -145,6 +145,7 @@ def test_without_a_c_compiler_the_build_says_so(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr("engines.kernels.launch_code.FOLDER", tmp_path)
     with pytest.raises(BuildError, match="no C compiler is found, and kernels are launched through C; install gcc"):
         build(spec(small_checkpoint, tmp_path / "engine"))
     assert not list(tmp_path.iterdir())

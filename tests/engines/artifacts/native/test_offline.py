@@ -9,8 +9,8 @@ import pytest
 from native_engines import launched, spec
 
 from engines.artifacts.native.compiling import CompileRequest, compile_kernels
-from engines.artifacts.native.offline import c_compiler
 from engines.build.builder import build
+from engines.kernels.launch_code import c_compiler
 
 
 def test_launches_compile_nothing(for_hopper: Path, tmp_path: Path) -> None:
