@@ -290,7 +290,7 @@ def builds_for_a_card(containers: Containers) -> str:
         built = time.monotonic() - began
     with containers.running() as container:
         container.until_ready()
-        listed = container.execute(*"python build_engine.py --list /engines".split())
+        listed = container.execute(*["python", "build_engine.py", "--list", "/engines"])
     if not listed.startswith(f"{FOR_A_CARD}: tiny native bf16"):
         raise CheckError(f"the engine of the first container: got {listed!r}")
     return f"built in {built:.1f} s, found by the next container: {listed.removeprefix(f'{FOR_A_CARD}: ')}"
