@@ -158,13 +158,13 @@ def _load_modules(options: _Options) -> Engine:
     )
 
     def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
-        sizes, tokens = limits.sizes or (limits.default_size,), checkpoint.settings.max_prompt_tokens
-        unit = checkpoint.autoencoder.compression
+        tokens, unit = checkpoint.settings.max_prompt_tokens, checkpoint.autoencoder.compression
         int8 = precision == "int8" and name in INT8_MODULES[dtype]
         spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8, reasons)
         return phases.timed(f"{name} for {backend}", partial(execute, module, spec))
 
-    shapes = shapes_of(checkpoint, limits.sizes or (limits.default_size,), precision, max_batch, fast)
+    sizes = limits.sizes or (limits.default_size,)
+    shapes = shapes_of(checkpoint, sizes, precision, max_batch, fast, control=branch is not None)
     kernels = options.native or _kernels(backend, dtype, device, checkpoint, cache, shapes)
     if kernels is not None:
         execute, text = kernels, options.texts.converted(text, kernels.text)
@@ -223,9 +223,9 @@ def _load_built(folder: Path, options: _Options) -> Engine:
     if manifest.vendor == NATIVE:
         from engines.artifacts.native.loading import load_native
 
-        load = partial(
-            load_native, folder, manifest, checkpoint, device, options.cache, options.native, built, options.max_batch
-        )
+        largest, control = min(options.max_batch, max(manifest.batches)), options.controlnet is not None
+        shapes = shapes_of(checkpoint, manifest.sizes, manifest.precision, largest, built, control=control)
+        load = partial(load_native, folder, manifest, checkpoint, device, options.cache, shapes, options.native, built)
         loaded = native = phases.timed("engines", load)
         text = options.texts.adopt(native.text, checkpoint, text_dtype, device, native.kernels.text)
     else:

@@ -140,12 +140,14 @@ class SprintEngine:
 
     def _run_every_kernel(self) -> None:
         """Launches each tile of each kernel that a graph holds, also those of the largest batch and of long texts."""
-        self.generate([self._make_each_kind()] * self._limits.max_batch)
+        self._make_each_kind()
+        for size in self._warm_sizes():
+            self.generate([Job("a red circle", 0, *size)] * self._limits.max_batch)
         with self._on_device():
             self._modules.text.run_all_lengths()
 
-    def _make_each_kind(self) -> Job:
-        """Makes one image from text, and one from each kind of image that this engine takes. Returns the first job."""
+    def _make_each_kind(self) -> None:
+        """Makes one image from text, and one from each kind of image that this engine takes."""
         job = Job("a red circle", 0, *self._limits.default_size)
         blank = np.zeros((64, 64, 3), np.uint8)
         for variant in (job, replace(job, image=blank), replace(job, control_image=blank)):
@@ -153,7 +155,6 @@ class SprintEngine:
                 self.generate([variant])
         for decoder in self._limits.decoders[1:]:
             self.generate([replace(job, decoder=decoder)])
-        return job
 
     @torch.inference_mode()
     def _capture(self) -> None:

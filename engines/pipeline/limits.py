@@ -66,8 +66,17 @@ def space_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
 
 
 def shapes_of(
-    checkpoint: Checkpoint, sizes: tuple[tuple[int, int], ...], precision: str, max_batch: int, fast: Checkpoint | None
+    checkpoint: Checkpoint,
+    sizes: tuple[tuple[int, int], ...],
+    precision: str,
+    max_batch: int,
+    fast: Checkpoint | None,
+    *,
+    control: bool,
 ) -> str:
-    """Returns a text that identifies the shapes of an engine's kernels, loaded or built. fast: its second decoder."""
+    """Returns a text that identifies the shapes of an engine's kernels, loaded or built.
+
+    fast: its second decoder. control: it has a ControlNet, whose norms add what no other's do.
+    """
     decoders = [one.autoencoder for one in (checkpoint, fast) if one is not None]
-    return f"{decoders} {checkpoint.transformer} {sizes} {precision} {max_batch}"
+    return f"{decoders} {checkpoint.transformer} {sizes} {precision} {max_batch} {control}"

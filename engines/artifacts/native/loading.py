@@ -29,7 +29,6 @@ from engines.checkpoints.fingerprint import decoder_sha256, decoder_stamps
 from engines.checkpoints.weights import file_stamps
 from engines.errors import ArtifactError
 from engines.pipeline import native as pipeline_native
-from engines.pipeline.limits import shapes_of
 from engines.pipeline.native import NativeBackend, Ranges
 
 NATIVE_FILE = "native.json"
@@ -58,15 +57,16 @@ def load_native(
     checkpoint: Checkpoint,
     device: torch.device,
     cache: Path,
+    shapes: str,
     native: NativeBackend | None = None,
     fast: Checkpoint | None = None,
-    max_batch: int = 8,
 ) -> NativeModules:
     """Checks the engine in `folder` and loads it to the device.
 
-    cache: folder of the proofs that kernels equal their references. native: the operations that run; None takes those
-    of the GPU, which must be of the engine's type. fast: with the second decoder of the engine, which must be that of
-    this checkpoint. max_batch: the largest one to serve, if the engine has it. Raises ArtifactError.
+    cache: folder of the proofs that kernels equal their references. shapes: of the kernels' inputs, as
+    engines.pipeline.limits.shapes_of tells them. native: the operations that run; None takes those of the GPU, which
+    must be of the engine's type. fast: with the second decoder of the engine, which must be that of this checkpoint.
+    Raises ArtifactError.
     """
     if native is None:
         check_fit(manifest, device)
@@ -87,8 +87,6 @@ def load_native(
         manifest.check_fast_decoder(fast.decoder, decoder_sha256(fast))
     if native is None:
         use_compiled_kernels((folder / KERNELS).absolute())
-        largest = min(max_batch, max(manifest.batches))
-        shapes = shapes_of(checkpoint, manifest.sizes, manifest.precision, largest, fast)
         native = NativeBackend.on(device, checkpoint.autoencoder, cache, shapes)
     with ThreadPoolExecutor(1) as reader:
         reading = reader.submit(read_weights, [(folder / record.name, record.sha256) for record in weights], device)

@@ -11,6 +11,7 @@ from bench.budget.engine import _NoWeights
 from engines.checkpoints.checkpoint import open_checkpoint
 from engines.kernels.op import Launcher, Ops
 from engines.loader import load_engine
+from engines.pipeline.limits import shapes_of
 from engines.pipeline.native import NativeBackend
 
 Tile = tuple[str, tuple[tuple[str, object], ...]]  # a kernel's name and constants, by which it is compiled
@@ -42,10 +43,20 @@ class _Comparing(NativeBackend):
         """Leaves out no product of 8 bits."""
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize("model", ["random:sprint-0.6b", "random:sprint-1.6b"])
-def test_the_comparison_launches_each_tile_of_the_graphs(model: str, precision: str) -> None:
-    """At the published widths, where a batch of eight and long texts have tiles of their own."""
+@pytest.mark.parametrize(
+    ("model", "precision", "sizes"),
+    [
+        ("random:sprint-0.6b", "bf16", ()),
+        ("random:sprint-0.6b", "fp8", ()),
+        ("random:sprint-1.6b", "bf16", ()),
+        ("random:sprint-1.6b", "fp8", ()),
+        ("random:sprint-0.6b", "bf16", ((1024, 1024), (256, 256), (1536, 640))),
+    ],
+)
+def test_the_comparison_launches_each_tile_of_the_graphs(
+    model: str, precision: str, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    """At the published widths, where a batch of eight, long texts and other sizes have tiles of their own."""
     whole = open_checkpoint(model)
     checkpoint = replace(
         whole,
@@ -59,7 +70,7 @@ def test_the_comparison_launches_each_tile_of_the_graphs(model: str, precision: 
     with card.present():
         engine = load_engine(
             checkpoint, backend="cuda-graph", device="cuda", precision=precision, max_batch=8, recorder=card.recorder,
-            native=kernels,
+            native=kernels, sizes=sizes,
         )  # fmt: skip
         engine.warmup()
     later = seen.tiles - kernels.compared
@@ -68,3 +79,9 @@ def test_the_comparison_launches_each_tile_of_the_graphs(model: str, precision: 
         name for name, _ in seen.tiles
     }
     assert {"comparison", "graphs", "first images"} <= set(engine.info.start_s)
+
+
+def test_a_controlnet_needs_a_comparison_of_its_own() -> None:
+    checkpoint = open_checkpoint("random:sprint-0.6b")
+    shapes = [shapes_of(checkpoint, ((1024, 1024),), "bf16", 8, None, control=control) for control in (False, True)]
+    assert shapes[0] != shapes[1]

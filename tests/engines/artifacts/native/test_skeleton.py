@@ -136,7 +136,7 @@ def test_8_bits_come_back_as_a_start_without_an_engine_has_them(
     direct.to_fp8(checkpoint, direct.text(load_text_stage(checkpoint, DTYPE, CPU)), (64, 64), CPU)
     monkeypatch.setattr(NativeBackend, "to_fp8", None)  # no start calibrates again
     native = NativeBackend(Ops(None), checkpoint.autoencoder)
-    parts = load_native(folder, read_manifest(folder), checkpoint, CPU, tmp_path, native)
+    parts = load_native(folder, read_manifest(folder), checkpoint, CPU, tmp_path, "", native)
     latents, channels = torch.randn(2, 8, 8, 8), checkpoint.transformer.in_channels
     noise, text = torch.randn(2, channels, 8, 8), torch.randn(2, 7, checkpoint.transformer.caption_channels)
     with torch.inference_mode():
