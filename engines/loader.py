@@ -159,7 +159,7 @@ def _load_modules(options: _Options) -> Engine:
 
     def prepare(name: ModuleName, module: nn.Module) -> Callable[..., Any]:
         tokens, unit = checkpoint.settings.max_prompt_tokens, checkpoint.autoencoder.compression
-        int8 = precision == "int8" and name in INT8_MODULES[dtype]
+        int8 = precision == "int8" and name in INT8_MODULES
         spec = ModuleSpec(name, dtype, device, max_batch, tokens, sizes, unit, cache, int8, reasons)
         return phases.timed(f"{name} for {backend}", partial(execute, module, spec))
 

@@ -1,7 +1,6 @@
 """Chooses device and precision of an engine, and records the reasons."""
 
 import platform
-from collections.abc import Mapping
 
 import torch
 
@@ -12,12 +11,8 @@ from engines.errors import BackendError
 # int8 (CPU) and fp8 (GPU) are bf16 with some products in 8 bits.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
-# What --precision int8 runs in 8 bits, by the dtype of the rest. Without bf16 products of the CPU, the transformer
-# takes half the time in 8 bits; with them it gains 5 % of an image and loses 8 dB (bench/LOG.md).
-INT8_MODULES: Mapping[torch.dtype, frozenset[ModuleName]] = {
-    torch.bfloat16: frozenset({"decoder"}),
-    torch.float32: frozenset({"decoder", "transformer", "controlled"}),
-}
+# What --precision int8 runs in 8 bits; the transformer if that is faster on this CPU.
+INT8_MODULES: frozenset[ModuleName] = frozenset({"decoder", "transformer", "controlled"})
 
 
 def choose_device(requested: str | None, reasons: dict[str, str]) -> torch.device:

@@ -13,7 +13,8 @@ from engines.backends.cpu.convolution import PackedConv
 from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder, WideConvolutions
 from engines.backends.cpu.fastest_conv import FastestConv
 from engines.backends.cpu.int8 import has_int8
-from engines.backends.cpu.int8_products import convert
+from engines.backends.cpu.int8_products import convert, faster_in_8_bits
+from engines.backends.cpu.timings import Timings
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
 from engines.models.controlnet import ControlNet
@@ -35,12 +36,14 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     """
     if spec.int8 and (spec.device.type != "cpu" or not has_int8()):
         raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
-    if isinstance(module, PixelDecoder) and spec.int8:
-        return _with_int8_convolutions(module)
-    if spec.int8:
+    decoder = module.dcae if isinstance(module, PixelDecoder) else None
+    if spec.int8 and isinstance(module, PixelDecoder):
+        if decoder is not None:
+            return _with_int8_convolutions(module, decoder)
+        spec.reasons[spec.name] = "no convolutions in 8 bits, because a TAESANA has none that gain by it"
+    elif spec.int8 and _gains_from_int8(module, spec):
         return PerJobTransformer(_with_int8_products(module, spec))
     on_cpu = spec.device.type == "cpu"
-    decoder = module.dcae if isinstance(module, PixelDecoder) else None
     if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
         fastest = FastestConv(spec.cache)
         module.decoder = CpuDecoder(decoder, WideConvolutions(fastest, PackedConv, exact_shortcut=True))
@@ -51,6 +54,14 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     return to_channels_last(module, spec)
 
 
+def _gains_from_int8(module: nn.Module, spec: ModuleSpec) -> bool:
+    config = next(part.config for part in module.modules() if isinstance(part, SprintTransformer))
+    gains, times = faster_in_8_bits(config, spec.dtype, Timings(spec.cache))
+    if not gains:
+        spec.reasons[spec.name] = f"no products in 8 bits, which gain little on this CPU: {times}"
+    return gains
+
+
 def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     """Converts the transformer in `module`, and the ControlNet if it has one."""
     parts = [part for part in module.modules() if isinstance(part, SprintTransformer | ControlNet)]
@@ -59,12 +70,12 @@ def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn((1, *shape), generator=generator)
+        return torch.randn((1, *shape), generator=generator).to(spec.dtype)
 
-    text, half = noise(_PROBE_TOKENS, config.caption_channels), torch.tensor([0.5])
+    text, half = noise(_PROBE_TOKENS, config.caption_channels), torch.tensor([0.5], dtype=spec.dtype)
     inputs = [noise(config.in_channels, *_PROBE), text, half, half]
     if len(parts) > 1:
-        inputs += [torch.ones(text.shape[:2]), noise(config.in_channels, *_PROBE), torch.ones(1)]
+        inputs += [noise(1, 1).new_ones(text.shape[:2]), noise(config.in_channels, *_PROBE), torch.ones_like(half)]
     with torch.inference_mode():
         expected = module(*inputs)
         converted = convert(blocks)
@@ -74,10 +85,7 @@ def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     return module
 
 
-def _with_int8_convolutions(module: PixelDecoder) -> PixelDecoder:
-    decoder = module.dcae
-    if decoder is None:
-        raise BackendError("precision: int8 is for DC-AE's decoders, and this is a TAESANA; use bf16")
+def _with_int8_convolutions(module: PixelDecoder, decoder: Decoder) -> PixelDecoder:
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
     with torch.inference_mode():

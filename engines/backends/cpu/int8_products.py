@@ -1,4 +1,4 @@
-"""The transformer's maps of image tokens in 8 bits, on a CPU with VNNI: twice the rate of fp32.
+"""The transformer's maps of image tokens in 8 bits, on a CPU with VNNI: twice the rate of bf16, or of fp32 without it.
 
 Weights are rounded once, with a scale per output. Activations are rounded at every call, with a scale per row (an image
 token): this needs no calibration, and a row does not depend on the others. Sums are exact (int32). Norms, linear
@@ -8,12 +8,14 @@ paper, On-device deployment).
 Shapes: x [..., in], weight [out, in]; of images [B, C, H, W], channels-last in memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from engines.backends.cpu.int8 import ROUNDING_OFFSET, rounded_weight
+from engines.backends.cpu.timings import Timings, in_words
+from engines.models.transformer import TransformerConfig
 
 PRODUCTS = (
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
@@ -22,22 +24,39 @@ PRODUCTS = (
 
 _ZERO = 128  # of activations: the kernel multiplies unsigned by signed numbers
 _SLICE_NUMEL = 2**17  # numbers that are rounded at once: 0.5 MiB in fp32, so that they stay in the L2 cache
+_WORTH = 0.8  # of the exact map's time, which 8 bits may take
+_GRID = 16  # the measured map reads this many rows and columns of tokens
+
+Rounded = tuple[Tensor, Tensor]
+
+
+class LastRounding:
+    """Rounds the rows of a tensor, once for all maps that read it in turn (queries, keys and values)."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Rounded] | None = None
+
+    def __call__(self, x: Tensor) -> Rounded:
+        if self._last is None or self._last[0] is not x:
+            self._last = x, rounded_rows(x.reshape(-1, x.shape[-1]))
+        return self._last[1]
 
 
 class Int8Linear(nn.Module):
-    """Computes y [..., out] of x [..., in], both fp32. A row with a value that is not finite becomes NaN."""
+    """Computes y [..., out] of x [..., in], both fp32 or bf16. A row with a value that is not finite becomes NaN."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Callable[[Tensor], Rounded]) -> None:
         super().__init__()
-        rounded, self._scales = rounded_weight(weight.detach())
+        rounded, self._scales = rounded_weight(weight.detach().float())
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._bias = torch.zeros(len(weight)) if bias is None else bias.detach()
+        self._bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        self._rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
-        levels, scales = rounded_rows(x.reshape(-1, x.shape[-1]))
+        levels, scales = self._rounding(x)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels, 1.0, _ZERO, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            levels, 1.0, _ZERO, self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, "none", [], ""
         )
         return torch.addcmul(self._bias, y, scales, out=y).view(*x.shape[:-1], -1)
 
@@ -45,37 +64,55 @@ class Int8Linear(nn.Module):
 class Int8Pointwise(nn.Module):
     """Computes a 1x1 convolution of [B, C, H, W]."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, rounding: Callable[[Tensor], Rounded]) -> None:
         super().__init__()
-        self._linear = Int8Linear(conv.weight.flatten(1), conv.bias)
+        self._linear = Int8Linear(conv.weight.flatten(1), conv.bias, rounding)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._linear(x.permute(0, 2, 3, 1))
         return y.permute(0, 3, 1, 2)
 
 
-def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns round(x / scale) + 128 of x [rows, in] as uint8, and the scales [rows, 1]."""
-    levels, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty((len(x), 1))
+def rounded_rows(x: Tensor) -> Rounded:
+    """Returns round(x / scale) + 128 of x [rows, in] as uint8, and the scales [rows, 1] in the dtype of x."""
+    levels, scales = torch.empty(x.shape, dtype=torch.uint8), x.new_empty((len(x), 1))
     offset = torch.tensor(ROUNDING_OFFSET + _ZERO)
     step = max(1, _SLICE_NUMEL // x.shape[1])
     for part in (slice(first, first + step) for first in range(0, len(x), step)):
         torch.amax(x[part].abs(), 1, keepdim=True, out=scales[part])
-        scales[part].clamp_(min=torch.finfo(torch.float32).tiny).div_(127)
-        levels[part] = torch.add(offset, x[part] / scales[part]).view(torch.int32)  # uint8 keeps the low byte
+        scales[part].clamp_(min=torch.finfo(torch.float32).tiny).div_(
+            127
+        )  # bf16 rounds it by 0.39 % at most: to 127.496
+        levels[part] = torch.add(offset, x[part] / scales[part].float()).view(torch.int32)  # uint8 keeps the low byte
     return levels, scales
+
+
+def faster_in_8_bits(config: TransformerConfig, dtype: torch.dtype, timings: Timings) -> tuple[bool, str]:
+    """Measures a transformer's widest map. Returns whether 8 bits are clearly faster than `dtype`, and the times."""
+    name, hidden = str(dtype).removeprefix("torch."), int(config.mlp_ratio * config.dim)
+
+    def ways() -> dict[str, Callable[[], object]]:
+        with torch.device("cpu"):
+            conv = nn.Conv2d(config.dim, 2 * hidden, 1, dtype=dtype).requires_grad_(False)
+        x = torch.empty((1, config.dim, _GRID, _GRID), dtype=dtype)
+        x = x.normal_(generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+        converted = Int8Pointwise(conv, lambda x: rounded_rows(x.reshape(-1, x.shape[-1])))
+        return {"8 bits": lambda: converted(x), name: lambda: conv(x)}
+
+    found = timings.of(f"map of {config.dim} to {2 * hidden}", ("8 bits", name), ways)
+    return found["8 bits"] < _WORTH * found[name], in_words(found)
 
 
 def convert(blocks: Iterable[nn.Module]) -> int:
     """Replaces PRODUCTS of the blocks, and frees their weights; those with adapters stay. Returns how many it did."""
-    converted = 0
+    converted, rounding = 0, LastRounding()
     for block in blocks:
         for name in PRODUCTS:
             product = block.get_submodule(name)
             if type(product) is nn.Linear:
-                block.set_submodule(name, Int8Linear(product.weight, product.bias))
+                block.set_submodule(name, Int8Linear(product.weight, product.bias, rounding))
             elif type(product) is nn.Conv2d:
-                block.set_submodule(name, Int8Pointwise(product))
+                block.set_submodule(name, Int8Pointwise(product, rounding))
             else:  # converted before, or with adapters
                 continue
             converted += 1

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engines.backends.cpu.int8 import has_int8
 from engines.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from engines.errors import CheckpointError, SprintError
+from engines.errors import CheckpointError
 from engines.loader import load_engine
 from engines.models.dcae import DC_AE_LITE
 from engines.models.taesana import TaesanaConfig, TaesanaDecoder
@@ -111,6 +112,9 @@ def test_random_weights_have_each_published_decoder() -> None:
         open_checkpoint("random:sprint-0.6b", "some/where")
 
 
-def test_int8_is_for_the_autoencoders_own_decoder(saved: Path) -> None:
-    with pytest.raises(SprintError, match="int8 is for DC-AE's decoders"):
-        load_engine(str(TINY), precision="int8", decoder=str(saved))
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no 8-bit products (AVX512-VNNI)")
+def test_int8_leaves_a_taesana_as_it_is(saved: Path) -> None:
+    engine = load_engine(str(TINY), precision="int8", decoder=str(saved))
+    assert "no convolutions in 8 bits" in engine.info.reasons["decoder"]
+    [image] = engine.generate([Job("a red circle", 0, 64, 64)])
+    assert image.pixels.shape == (64, 64, 3)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import Conv, Edges, PackedConv
-from engines.backends.cpu.fastest_conv import FILE, FastestConv
+from engines.backends.cpu.fastest_conv import FastestConv
+from engines.backends.cpu.timings import FILE
 from engines.backends.cpu.winograd import WinogradConv
 
 

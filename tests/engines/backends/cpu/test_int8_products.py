@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleName, ModuleSpec
+from engines.backends.choice import has_bf16_products
 from engines.backends.cpu import int8_products
 from engines.backends.cpu.int8 import has_int8
-from engines.backends.cpu.int8_products import PRODUCTS, Int8Linear, Int8Pointwise, rounded_rows
+from engines.backends.cpu.int8_products import (
+    PRODUCTS,
+    Int8Linear,
+    Int8Pointwise,
+    LastRounding,
+    faster_in_8_bits,
+    rounded_rows,
+)
+from engines.backends.cpu.timings import Timings
 from engines.backends.eager import eager
 from engines.backends.parity import difference
 from engines.errors import ParityError
@@ -30,18 +39,40 @@ CONFIG = TransformerConfig(
     guidance_embeds=True,
     qk_norm="rms_norm_across_heads",
 )
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not has_bf16_products(), reason="this CPU has no bf16 products")
+    ),
+]
 MODELS = Path(__file__).resolve().parents[4] / "models"
 
 
-def linear(*, bias: bool = True) -> nn.Linear:
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes 8 bits the faster ones."""
+    choose("8 bits", monkeypatch)
+
+
+def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a way of computing the faster one."""
+    monkeypatch.setattr(Timings, "of", lambda _, __, ways, ___: {one: 1.0 + (one != way) for one in ways})
+
+
+def linear(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(96, 64, bias=bias).requires_grad_(False)
+    return nn.Linear(96, 64, bias=bias, dtype=dtype).requires_grad_(False)
 
 
-def tokens() -> Tensor:
+def converted_linear(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> Int8Linear:
+    exact = linear(bias=bias, dtype=dtype)
+    return Int8Linear(exact.weight, exact.bias, LastRounding())
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns rows of different sizes, more than one slice of them."""
     rows = int8_products._SLICE_NUMEL // 96 + 40
-    return torch.randn(1, rows, 96) * torch.logspace(-3, 3, rows)[None, :, None]
+    return (torch.randn(1, rows, 96) * torch.logspace(-3, 3, rows)[None, :, None]).to(dtype)
 
 
 def test_rounds_to_the_nearest_level() -> None:
@@ -53,22 +84,45 @@ def test_rounds_to_the_nearest_level() -> None:
     assert set(actual[2].tolist()) == {128}
 
 
+def test_levels_fit_the_scales_as_bf16_rounds_them() -> None:
+    x = torch.randn(1, 96).to(torch.bfloat16).abs()
+    x[0, 0] = 1.0
+    rows = x * torch.linspace(1, 4, 999)[:, None].to(torch.bfloat16)
+    levels, scales = rounded_rows(rows)
+    assert scales.dtype == torch.bfloat16
+    assert int(levels.min()) >= 128
+    assert difference(rows.float(), (levels.float() - 128) * scales.float()).sqnr_db > 38
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_is_near_the_map_at_every_row(bias: bool) -> None:
-    exact, converted, x = linear(bias=bias), Int8Linear(*_weights(linear(bias=bias))), tokens()
-    expected, actual = exact(x), converted(x)
-    assert actual.shape == expected.shape
+def test_is_near_the_map_at_every_row(bias: bool, dtype: torch.dtype) -> None:
+    exact, converted, x = (
+        linear(bias=bias, dtype=dtype).float(),
+        converted_linear(bias=bias, dtype=dtype),
+        tokens(dtype),
+    )
+    expected, actual = exact(x.float()), converted(x)
+    assert (actual.shape, actual.dtype) == (expected.shape, dtype)
     for first in range(0, x.shape[1], 200):
         rows = slice(first, first + 200)
         assert difference(expected[:, rows], actual[:, rows]).sqnr_db > 38
 
 
-def _weights(exact: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return exact.weight, exact.bias
+def test_maps_of_one_tensor_round_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: list[Tensor] = []
+    monkeypatch.setattr(int8_products, "rounded_rows", lambda x: rounded.append(x) or rounded_rows(x))
+    shared, exact, x = LastRounding(), linear(), tokens()
+    query, key = (Int8Linear(weight, None, shared) for weight in (exact.weight, exact.weight.flip(0)))
+    first, second = query(x), key(x)
+    assert len(rounded) == 1
+    assert torch.equal(first, second.flip(2))
+    assert not torch.equal(query(2 * x), first)
+    assert len(rounded) == 2
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
-    converted, x = Int8Linear(*_weights(linear())), tokens()
+    converted, x = converted_linear(), tokens()
     together = converted(x)
     for row in (0, 7, x.shape[1] - 1):
         assert torch.equal(converted(x[:, row : row + 1]), together[:, row : row + 1])
@@ -78,7 +132,7 @@ def test_a_convolution_of_one_pixel_is_that_map() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(96, 64, 1).requires_grad_(False)
     x = torch.randn(2, 96, 5, 7).contiguous(memory_format=torch.channels_last)
-    actual = Int8Pointwise(conv)(x)
+    actual = Int8Pointwise(conv, LastRounding())(x)
     assert difference(conv(x), actual).sqnr_db > 38
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
@@ -87,14 +141,14 @@ def test_a_convolution_of_one_pixel_is_that_map() -> None:
 def test_a_row_that_is_not_finite_stays_not_finite(odd: float) -> None:
     x = torch.randn(3, 96)
     x[1, 5] = odd
-    actual = Int8Linear(*_weights(linear()))(x)
+    actual = converted_linear()(x)
     assert not actual[1].isfinite().any()
     assert actual[[0, 2]].isfinite().all()
 
 
 def test_nothing_but_zeros_gives_the_bias() -> None:
     exact = linear()
-    actual = Int8Linear(*_weights(exact))(torch.zeros(2, 96))
+    actual = Int8Linear(exact.weight, exact.bias, LastRounding())(torch.zeros(2, 96))
     assert torch.equal(actual, exact.bias.expand(2, 64))
 
 
@@ -125,6 +179,7 @@ def jobs(count: int, control: bool) -> Mapping[str, Tensor]:
     return inputs | (more if control else {})
 
 
+@pytest.mark.usefixtures("gains")
 @pytest.mark.parametrize("name", ["transformer", "controlled"])
 def test_a_transformer_is_converted_and_a_job_is_the_same_in_a_batch(name: ModuleName) -> None:
     exact, module, control = transformer(), transformer(), name == "controlled"
@@ -145,6 +200,7 @@ def test_a_transformer_is_converted_and_a_job_is_the_same_in_a_batch(name: Modul
     assert not {f"transformer_blocks.0.{product}.weight" for product in PRODUCTS} & module.state_dict().keys()
 
 
+@pytest.mark.usefixtures("gains")
 def test_a_transformer_that_8_bits_ruin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Int8Linear.forward
     monkeypatch.setattr(Int8Linear, "forward", lambda self, x: 1.2 * exact(self, x))
@@ -155,12 +211,26 @@ def test_a_transformer_that_8_bits_ruin_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("products", [False, True])
-def test_int8_converts_it_where_bf16_has_no_instructions(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["8 bits", "exact"])
+def test_int8_converts_it_where_8_bits_are_faster(way: str, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.backends.choice.has_bf16_products", lambda: products)
+    choose(way, monkeypatch)
     engine = load_engine("tiny", precision="int8", device="cpu")
-    assert ("products of image tokens" in engine.info.reasons.get("transformer", "")) != products
+    reason = engine.info.reasons["transformer"]
+    assert ("products of image tokens" in reason, "gain little" in reason) == (way == "8 bits", way != "8 bits")
+    width, height = engine.limits.default_size
+    [image] = engine.generate([Job("a red circle", 3, width, height, 1)])
+    assert 20 < image.pixels.mean() < 240
 
 
+def test_a_measurement_is_kept(tmp_path: Path) -> None:
+    first = faster_in_8_bits(CONFIG, torch.float32, Timings(tmp_path))
+    assert first == faster_in_8_bits(CONFIG, torch.float32, Timings(tmp_path))
+    assert "8 bits " in first[1]
+    assert ", float32 " in first[1]
+
+
+@pytest.mark.usefixtures("gains")
 def test_adapters_of_a_request_keep_their_maps_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.backends.choice.has_bf16_products", lambda: False)
     adapter = AdapterOption("diamond", str(MODELS / "lora" / "diamond.safetensors"))
