@@ -64,8 +64,31 @@ def compiled_folder() -> Path | None:
     return folder if all((folder / name).is_file() for name in (MODULE, LIBCUDA)) else None
 
 
-def use_compiled_module() -> None:
-    """Makes Triton take its C module from FOLDER, if it is there, instead of calling a C compiler."""
+def load_compiled_module() -> None:
+    """Makes Triton load its C module from FOLDER, if it is there, instead of compiling it into its cache.
+
+    Docker mounts a tmpfs without the right to execute, so a library in a cache below /tmp cannot be loaded.
+    """
+    folder = compiled_folder()
+    if folder is None:
+        return
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager
+
+    configured, module = knobs.cache.manager_class or FileCacheManager, str(folder / MODULE)
+
+    class WithModule(configured):  # type: ignore[misc,valid-type]  # a class known at run time only
+        def get_file(self, filename: str) -> str | None:
+            if filename.startswith(f"{Path(MODULE).stem}."):
+                return module
+            path: str | None = super().get_file(filename)
+            return path
+
+    knobs.cache.manager_class = WithModule
+
+
+def copy_compiled_module() -> None:
+    """Makes Triton copy its C module from FOLDER, if it is there, into the cache of a build: an engine holds it."""
     folder = compiled_folder()
     if folder is None:
         return

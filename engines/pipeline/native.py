@@ -20,7 +20,7 @@ from engines.backends.eager import to_channels_last
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.device.hardware import expanded
 from engines.kernels.cache_keys import stable_cache_keys
-from engines.kernels.launch_code import use_compiled_module
+from engines.kernels.launch_code import load_compiled_module
 from engines.kernels.op import Launcher, Ops, sqnr_db
 from engines.models.controlnet import ControlledTransformer
 from engines.models.dcae import AutoencoderConfig
@@ -66,7 +66,7 @@ class NativeBackend:
         engines.pipeline.limits.shapes_of tells them.
         """
         stable_cache_keys()
-        use_compiled_module()
+        load_compiled_module()
         folder = expanded(cache)
         proof = None if folder is None else proof_file(folder, device, shapes)
         return cls(Ops(Launcher.of(device)), autoencoder, proof)

@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 from engines.errors import BuildError
 from engines.kernels.cache_keys import stable_cache_keys
-from engines.kernels.launch_code import use_compiled_module
+from engines.kernels.launch_code import copy_compiled_module
 from engines.kernels.op import Launcher
 
 # Compute capability -> shared memory of a program in bytes, number of processors.
@@ -37,7 +37,7 @@ def enter_offline_mode(
     if knobs.runtime.interpret:
         raise BuildError("build: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
     stable_cache_keys()
-    use_compiled_module()
+    copy_compiled_module()
     stub = ctypes.CDLL(str(libcuda), mode=ctypes.RTLD_GLOBAL)
     stub.simulate(CARDS[capability][0])
     knobs.nvidia.libcuda_path = str(libcuda.parent)

@@ -61,6 +61,32 @@ def test_an_image_compiles_kernels_without_a_c_compiler(image: Path, tmp_path: P
     assert module.read_bytes() == shipped.read_bytes()
 
 
+_LOAD = """
+import ctypes
+from triton import knobs
+from triton.backends.nvidia.driver import CudaUtils
+from engines.kernels.launch_code import compiled_folder, load_compiled_module
+load_compiled_module()
+ctypes.CDLL(str(compiled_folder() / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+knobs.nvidia.libcuda_path = str(compiled_folder())
+print(CudaUtils().launch.__name__)
+"""
+
+
+def test_a_server_loads_no_library_from_a_cache(image: Path, tmp_path: Path) -> None:
+    """Docker's tmpfs holds none that can be executed, and Triton's cache lies in one."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD],
+        cwd=image,
+        env={**os.environ, "PATH": "/nowhere", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "launch\n"), done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_libraries_of_another_triton_are_not_used(image: Path, tmp_path: Path, small_checkpoint: Path) -> None:
     other = Path(shutil.copytree(image, tmp_path / "other"))
     (folder,) = (other / "engines/kernels/compiled").iterdir()
