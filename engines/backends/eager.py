@@ -40,7 +40,7 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     if spec.int8 and isinstance(module, PixelDecoder):
         if decoder is not None:
             return _with_int8_convolutions(module, decoder)
-        spec.reasons[spec.name] = "no convolutions in 8 bits, because a TAESANA has none that gain by it"
+        spec.reasons[spec.name] = f"{spec.dtype}: a TAESANA has no convolutions in 8 bits"
     elif spec.int8 and _gains_from_int8(module, spec):
         return PerJobTransformer(_with_int8_products(module, spec))
     on_cpu = spec.device.type == "cpu"

@@ -115,6 +115,6 @@ def test_random_weights_have_each_published_decoder() -> None:
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no 8-bit products (AVX512-VNNI)")
 def test_int8_leaves_a_taesana_as_it_is(saved: Path) -> None:
     engine = load_engine(str(TINY), precision="int8", decoder=str(saved))
-    assert "no convolutions in 8 bits" in engine.info.reasons["decoder"]
+    assert "a TAESANA has no convolutions in 8 bits" in engine.info.reasons["decoder"]
     [image] = engine.generate([Job("a red circle", 0, 64, 64)])
     assert image.pixels.shape == (64, 64, 3)
