@@ -250,22 +250,23 @@ def keeps_volumes(containers: Containers) -> str:
     return f"kept; ready after {first:.1f} s, again after {second:.1f} s"
 
 
-def has_package(container: Running, name: str) -> bool:
-    return (
-        container.execute("python", "-c", f"from importlib.util import find_spec; print(bool(find_spec('{name}')))")
-        == "True"
-    )
+def seconds_of_build(containers: Containers, package: str, command: list[str]) -> float | None:
+    """Runs the command in a container of its own; returns its seconds, or None if the image lacks the package."""
+    look = f"from importlib.util import find_spec; print(bool(find_spec('{package}')))"
+    with containers.running() as container:
+        container.until_ready()
+        if container.execute("python", "-c", look) != "True":
+            return None
+        began = time.monotonic()
+        container.execute(*command)
+        return time.monotonic() - began
 
 
 def keeps_engines(containers: Containers) -> str:
     """Checks that a second container serves the engine of the first, unchanged also after a restart."""
-    with containers.running() as container:
-        container.until_ready()
-        if not has_package(container, "openvino"):
-            return "not checked: this image holds no OpenVINO, whose engines a CPU serves"
-        began = time.monotonic()
-        container.execute(*BUILD)
-        built = time.monotonic() - began
+    built = seconds_of_build(containers, "openvino", BUILD)
+    if built is None:
+        return "not checked: this image holds no OpenVINO, whose engines a CPU serves"
     with containers.running("--engine", ENGINE) as container:
         first = container.until_ready()
         expect(container.backend(), "openvino", "backend")
@@ -281,13 +282,9 @@ def keeps_engines(containers: Containers) -> str:
 
 def builds_for_a_card(containers: Containers) -> str:
     """Checks that an image without a C compiler compiles our kernels, and that a second container finds the engine."""
-    with containers.running() as container:
-        container.until_ready()
-        if not has_package(container, "triton"):
-            return "not checked: this image holds no Triton, which compiles kernels"
-        began = time.monotonic()
-        container.execute(*BUILD_FOR_A_CARD)
-        built = time.monotonic() - began
+    built = seconds_of_build(containers, "triton", BUILD_FOR_A_CARD)
+    if built is None:
+        return "not checked: this image holds no Triton, which compiles kernels"
     with containers.running() as container:
         container.until_ready()
         listed = container.execute(*["python", "build_engine.py", "--list", "/engines"])

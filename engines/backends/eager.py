@@ -22,7 +22,7 @@ from engines.models.dcae import Decoder
 from engines.models.folding import fold
 from engines.models.lora import AdapterSelection
 from engines.models.pixels import PixelDecoder
-from engines.models.transformer import SprintTransformer
+from engines.models.transformer import SprintTransformer, TransformerConfig
 
 _WIDE = 256  # channels; in narrower decoders calls dominate, and packing costs 0.2 ms
 _PROBE = (8, 8)  # cells of the noise latent on which a module in 8 bits must pass its gate
@@ -54,9 +54,12 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     return to_channels_last(module, spec)
 
 
+def _config_of(module: nn.Module) -> TransformerConfig:
+    return next(part.config for part in module.modules() if isinstance(part, SprintTransformer))
+
+
 def _gains_from_int8(module: nn.Module, spec: ModuleSpec) -> bool:
-    config = next(part.config for part in module.modules() if isinstance(part, SprintTransformer))
-    gains, times = faster_in_8_bits(config, spec.dtype, Timings(spec.cache))
+    gains, times = faster_in_8_bits(_config_of(module), spec.dtype, Timings(spec.cache))
     if not gains:
         spec.reasons[spec.name] = f"no products in 8 bits, which gain little on this CPU: {times}"
     return gains
@@ -65,7 +68,7 @@ def _gains_from_int8(module: nn.Module, spec: ModuleSpec) -> bool:
 def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     """Converts the transformer in `module`, and the ControlNet if it has one."""
     parts = [part for part in module.modules() if isinstance(part, SprintTransformer | ControlNet)]
-    config = next(part.config for part in parts if isinstance(part, SprintTransformer))
+    config = _config_of(module)
     blocks = [block for part in parts for block in part.transformer_blocks]
     generator = torch.Generator().manual_seed(0)
 
