@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleSpec
-from engines.backends.cpu.convolution import PackedConv
-from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder, WideConvolutions
-from engines.backends.cpu.fastest_conv import FastestConv
+from engines.backends.cpu.decoder import CpuDecoder
+from engines.backends.cpu.fastest_steps import FastestSteps
 from engines.backends.cpu.int8 import has_int8
 from engines.backends.cpu.int8_products import convert, faster_in_8_bits
+from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT, IN_8_BITS
+from engines.backends.cpu.steps import Steps
+from engines.backends.cpu.tiled_steps import load_tiled_steps
 from engines.backends.cpu.timings import Timings
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
@@ -39,15 +41,15 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     decoder = module.dcae if isinstance(module, PixelDecoder) else None
     if spec.int8 and isinstance(module, PixelDecoder):
         if decoder is not None:
-            return _with_int8_convolutions(module, decoder)
+            return _with_int8_convolutions(module, decoder, spec)
         spec.reasons[spec.name] = f"{spec.dtype}: a TAESANA has no convolutions in 8 bits"
     elif spec.int8 and _gains_from_int8(module, spec):
         return PerJobTransformer(_with_int8_products(module, spec))
     on_cpu = spec.device.type == "cpu"
     if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
-        fastest = FastestConv(spec.cache)
-        module.decoder = CpuDecoder(decoder, WideConvolutions(fastest, PackedConv, exact_shortcut=True))
-        spec.reasons[spec.name] = fastest.reason
+        steps = FastestSteps(spec.cache, "direct", DIRECT, {"winograd by rows": BY_ROWS, **_tiled(spec)})
+        module.decoder = CpuDecoder(decoder, steps)
+        spec.reasons[spec.name] = steps.reason
         return module
     if spec.name in ("transformer", "controlled") and on_cpu and spec.dtype == torch.bfloat16:
         return PerJobTransformer(module)
@@ -88,14 +90,21 @@ def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     return module
 
 
-def _with_int8_convolutions(module: PixelDecoder, decoder: Decoder) -> PixelDecoder:
+def _tiled(spec: ModuleSpec) -> dict[str, Steps]:
+    tiled = load_tiled_steps(spec.cache)
+    return {} if tiled is None else {"winograd by tiles": tiled}
+
+
+def _with_int8_convolutions(module: PixelDecoder, decoder: Decoder, spec: ModuleSpec) -> PixelDecoder:
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
     with torch.inference_mode():
         expected, _ = module(latent)
-        module.decoder = CpuDecoder(decoder, INT8_CONVOLUTIONS)
+        steps = FastestSteps(spec.cache, "8 bits", IN_8_BITS, _tiled(spec))
+        module.decoder = CpuDecoder(decoder, steps)
         actual, _ = module(latent)
-    INT8_GATE.check("decoder in int8", difference(expected, actual))
+    kept = INT8_GATE.check("decoder in int8", difference(expected, actual))
+    spec.reasons[spec.name] = "; ".join(filter(None, (steps.reason, str(kept))))
     return module
 
 

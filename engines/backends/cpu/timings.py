@@ -33,7 +33,7 @@ class Timings:
 
     def of(self, key: str, ways: Collection[str], make: Callable[[], Ways]) -> dict[str, float]:
         """Returns the milliseconds of each of `ways` on this CPU with this torch; `make` is called to measure them."""
-        key, cached = f"{_cpu()}, {key}", self._read()
+        key, cached = f"{_cpu()}, {key}: {' or '.join(ways)}", self._read()
         kept = cached.get(key, {})
         if kept.keys() != set(ways):
             kept = _measure(make())

@@ -8,8 +8,9 @@ from torch import nn
 
 from engines import loader
 from engines.backends.base import ModuleSpec
-from engines.backends.cpu.decoder import INT8_CONVOLUTIONS, CpuDecoder
+from engines.backends.cpu.decoder import CpuDecoder
 from engines.backends.cpu.int8 import Int8Conv, has_int8, quantised
+from engines.backends.cpu.onednn_steps import IN_8_BITS
 from engines.backends.parity import difference
 from engines.errors import BackendError, ParityError
 from engines.loader import load_engine
@@ -102,7 +103,7 @@ def test_a_decoder_keeps_its_shortcuts_exact(upsampling: str, numbers: int, monk
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
     latent = torch.randn(1, config.latent_channels, 6, 5)
-    assert difference(decoder(latent), CpuDecoder(decoder, INT8_CONVOLUTIONS)(latent)).sqnr_db > 25
+    assert difference(decoder(latent), CpuDecoder(decoder, IN_8_BITS)(latent)).sqnr_db > 25
 
 
 def test_the_shipped_checkpoint_keeps_its_images() -> None:

@@ -1,0 +1,109 @@
+"""The library of our C kernels for this CPU: shipped compiled, in the cache folder, or compiled once with a C compiler.
+
+A container image has it compiled at its build, for every instruction set, because it has no C compiler and may be
+mounted without the right to execute what it writes:
+
+    python -m engines.backends.cpu.c_library        into FOLDER, where every process looks first
+
+Without any of the three, the decoder runs on oneDNN's convolutions.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from engines.device.hardware import cpu_flags, expanded
+
+SOURCE = Path(__file__).with_name("winograd_4x4.c")
+FOLDER = Path(__file__).parent / "compiled"
+COMPILERS = ("gcc", "clang", "cc")
+OPTIONS = ("-O3", "-shared", "-fPIC", "-pthread", "-w")
+
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma")
+# Best first: the flags of /proc/cpuinfo that each needs; a compiler's options have the same names without "_".
+INSTRUCTION_SETS: Mapping[str, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "avx512": _AVX512,
+    "avx2": ("avx2", "fma"),
+    "baseline": (),
+}
+
+
+def instruction_sets(flags: str | None = None) -> list[str]:
+    """Returns those that this CPU has, best first. flags: as in /proc/cpuinfo."""
+    own = set((cpu_flags() if flags is None else flags).split())
+    return [name for name, needed in INSTRUCTION_SETS.items() if own.issuperset(needed)]
+
+
+def find_library(folder: Path) -> ctypes.CDLL | None:
+    """Loads the library for this CPU; compiles it into the cache `folder` if it is nowhere. None if that fails too."""
+    name = instruction_sets()[0]
+    for kept in (FOLDER, expanded(folder)):
+        if kept is not None and (path := kept / file_name(name)).is_file():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path))
+    compiler = find_compiler()
+    return None if compiler is None else _compiled(compiler, name, expanded(folder))
+
+
+def find_compiler() -> str | None:
+    return next((path for name in COMPILERS if (path := shutil.which(name)) is not None), None)
+
+
+def file_name(instruction_set: str) -> str:
+    """Returns a name that changes with the source, the options and the kind of machine."""
+    machine = f"{platform.system()} {platform.machine()}"
+    parts = SOURCE.read_bytes(), " ".join(options(instruction_set)).encode(), machine.encode()
+    return f"winograd-{instruction_set}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+
+
+def options(instruction_set: str) -> list[str]:
+    return [*OPTIONS, *(f"-m{flag.replace('_', '')}" for flag in INSTRUCTION_SETS[instruction_set])]
+
+
+def compile_library(compiler: str, instruction_set: str, folder: Path) -> Path:
+    """Compiles into `folder`, which it makes. Raises OSError or subprocess.CalledProcessError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(instruction_set)
+    handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
+    os.close(handle)
+    try:
+        command = [compiler, *options(instruction_set), "-o", unfinished, str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True)
+        Path(unfinished).chmod(0o644)
+        os.replace(unfinished, path)  # another process may compile the same at this time
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return path
+
+
+@cache
+def _compiled(compiler: str, instruction_set: str, folder: Path | None) -> ctypes.CDLL | None:
+    """Loads what it compiles; from a temporary folder where the cache cannot be written. Once in a process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for where in (folder, Path(temporary)):
+            if where is not None:
+                with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                    return ctypes.CDLL(str(compile_library(compiler, instruction_set, where)))
+    return None
+
+
+def main() -> None:
+    compiler = find_compiler()
+    if compiler is None:
+        raise SystemExit("no C compiler is found; install gcc and try again")
+    x86 = platform.machine() == "x86_64"
+    for name in INSTRUCTION_SETS if x86 else ("baseline",):
+        print(compile_library(compiler, name, FOLDER))
+
+
+if __name__ == "__main__":
+    main()
