@@ -5,17 +5,23 @@ engines.backends.cpu.int8_products the transformer's maps. In bf16 and in 8 bits
 job, so that an image is the same in any batch.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleSpec
+from engines.backends.cpu.c_kernels import load_library
+from engines.backends.cpu.c_library import Library
 from engines.backends.cpu.decoder import CpuDecoder
 from engines.backends.cpu.fastest_steps import FastestSteps
+from engines.backends.cpu.feed_forward import replace_feed_forwards
+from engines.backends.cpu.gated_depthwise import gate_factory
 from engines.backends.cpu.int8 import has_int8
 from engines.backends.cpu.int8_products import convert, faster_in_8_bits
-from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT, IN_8_BITS
+from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT, IN_8_BITS, OneDnnSteps
 from engines.backends.cpu.steps import Steps
-from engines.backends.cpu.tiled_steps import load_tiled_steps
+from engines.backends.cpu.tiled_steps import TiledSteps
 from engines.backends.cpu.timings import Timings
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError
@@ -47,17 +53,26 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
         return PerJobTransformer(_with_int8_products(module, spec))
     on_cpu = spec.device.type == "cpu"
     if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
-        steps = FastestSteps(spec.cache, "direct", DIRECT, {"winograd by rows": BY_ROWS, **_tiled(spec)})
+        steps = _steps(spec, "direct", DIRECT, {"winograd by rows": BY_ROWS})
         module.decoder = CpuDecoder(decoder, steps)
         spec.reasons[spec.name] = steps.reason
         return module
-    if spec.name in ("transformer", "controlled") and on_cpu and spec.dtype == torch.bfloat16:
-        return PerJobTransformer(module)
+    if on_cpu and spec.name in ("transformer", "controlled"):
+        _feed_forwards(module, spec)
+        return PerJobTransformer(module) if spec.dtype == torch.bfloat16 else module
     return to_channels_last(module, spec)
 
 
 def _config_of(module: nn.Module) -> TransformerConfig:
     return next(part.config for part in module.modules() if isinstance(part, SprintTransformer))
+
+
+def _feed_forwards(module: nn.Module, spec: ModuleSpec) -> Library | None:
+    """Runs the feed-forwards of a wide transformer in C. Returns the library, if there is one."""
+    library = load_library(spec.cache) if _config_of(module).dim >= _WIDE else None
+    if library is not None:
+        replace_feed_forwards(module, library)
+    return library
 
 
 def _gains_from_int8(module: nn.Module, spec: ModuleSpec) -> bool:
@@ -83,16 +98,21 @@ def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
         inputs += [noise(1, 1).new_ones(text.shape[:2]), noise(config.in_channels, *_PROBE), torch.ones_like(half)]
     with torch.inference_mode():
         expected = module(*inputs)
-        converted = convert(blocks)
+        library = _feed_forwards(module, spec)
+        converted = convert(blocks, library)
         actual = module(*inputs)
     kept = INT8_GATE.check(f"{spec.name} in int8", difference(expected, actual))
     spec.reasons[spec.name] = f"{converted} products of image tokens in 8 bits, {kept}"
     return module
 
 
-def _tiled(spec: ModuleSpec) -> dict[str, Steps]:
-    tiled = load_tiled_steps(spec.cache)
-    return {} if tiled is None else {"winograd by tiles": tiled}
+def _steps(spec: ModuleSpec, name: str, onednn: OneDnnSteps, others: dict[str, Steps]) -> FastestSteps:
+    """Returns what builds the steps of a decoder, with the C library if there is one."""
+    library = load_library(spec.cache)
+    if library is not None:
+        onednn = replace(onednn, gate=gate_factory(library))
+        others = {**others, "winograd by tiles": TiledSteps(library)}
+    return FastestSteps(spec.cache, name, onednn, others)
 
 
 def _with_int8_convolutions(module: PixelDecoder, decoder: Decoder, spec: ModuleSpec) -> PixelDecoder:
@@ -100,7 +120,7 @@ def _with_int8_convolutions(module: PixelDecoder, decoder: Decoder, spec: Module
     latent = torch.randn((1, decoder.conv_in.in_channels, *_PROBE), generator=generator)
     with torch.inference_mode():
         expected, _ = module(latent)
-        steps = FastestSteps(spec.cache, "8 bits", IN_8_BITS, _tiled(spec))
+        steps = _steps(spec, "8 bits", IN_8_BITS, {})
         module.decoder = CpuDecoder(decoder, steps)
         actual, _ = module(latent)
     kept = INT8_GATE.check("decoder in int8", difference(expected, actual))

@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from engines.backends.cpu.c_kernels import load_library
+from engines.backends.cpu.few_rows import replace_linears
 from engines.backends.cuda.graphs import GraphCapture
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders
@@ -122,6 +124,9 @@ def load_text_stage(
     state = None if kept is None else kept.read()
     if device.type == "meta":
         state = PrefixState.blank(body, len(tokenizer.prefix))
+    library = load_library(cache) if device.type == "cpu" and cache is not None else None
+    if library is not None:
+        replace_linears(body, library)
     began = time.perf_counter()
     encoder = TextEncoder(body, tokenizer.prefix, state)
     if kept is not None and state is None and time.perf_counter() - began > SLOW_PREFIX_S:

@@ -17,12 +17,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from engines.device.hardware import cpu_flags, expanded
 
-SOURCE = Path(__file__).with_name("winograd_4x4.c")
+SOURCES = Path(__file__).parent / "c"
 FOLDER = Path(__file__).parent / "compiled"
 COMPILERS = ("gcc", "clang", "cc")
 OPTIONS = ("-O3", "-shared", "-fPIC", "-pthread", "-w")
@@ -37,19 +38,45 @@ INSTRUCTION_SETS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Library:
+    """The C functions, each of which takes a structure of arguments."""
+
+    functions: ctypes.CDLL
+
+    @property
+    def panel(self) -> int:
+        """Returns what divides the channels of a convolution."""
+        return int(self.functions.panel())
+
+    @property
+    def lanes(self) -> int:
+        """Returns what divides the channels of a gate, and the lengths of rows that are rounded."""
+        return int(self.functions.lanes())
+
+    @property
+    def bf16_products(self) -> bool:
+        return bool(self.functions.bf16_products())
+
+    def run(self, name: str, arguments: ctypes.Structure) -> None:
+        """Calls a function. Raises MemoryError if it could not allocate its scratch memory."""
+        if self.functions[name](ctypes.byref(arguments)):
+            raise MemoryError(f"cpu: no memory for {name}")
+
+
 def instruction_sets(flags: str | None = None) -> list[str]:
     """Returns those that this CPU has, best first. flags: as in /proc/cpuinfo."""
     own = set((cpu_flags() if flags is None else flags).split())
     return [name for name, needed in INSTRUCTION_SETS.items() if own.issuperset(needed)]
 
 
-def find_library(folder: Path) -> ctypes.CDLL | None:
+def find_library(folder: Path) -> Library | None:
     """Loads the library for this CPU; compiles it into the cache `folder` if it is nowhere. None if that fails too."""
     name = instruction_sets()[0]
     for kept in (FOLDER, expanded(folder)):
         if kept is not None and (path := kept / file_name(name)).is_file():
             with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(path))
+                return Library(ctypes.CDLL(str(path)))
     compiler = find_compiler()
     return None if compiler is None else _compiled(compiler, name, expanded(folder))
 
@@ -61,8 +88,9 @@ def find_compiler() -> str | None:
 def file_name(instruction_set: str) -> str:
     """Returns a name that changes with the source, the options and the kind of machine."""
     machine = f"{platform.system()} {platform.machine()}"
-    parts = SOURCE.read_bytes(), " ".join(options(instruction_set)).encode(), machine.encode()
-    return f"winograd-{instruction_set}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts += [" ".join(options(instruction_set)).encode(), machine.encode()]
+    return f"kernels-{instruction_set}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
 
 
 def options(instruction_set: str) -> list[str]:
@@ -76,7 +104,8 @@ def compile_library(compiler: str, instruction_set: str, folder: Path) -> Path:
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *options(instruction_set), "-o", unfinished, str(SOURCE)]
+        sources = map(str, sorted(SOURCES.glob("*.c")))
+        command = [compiler, *options(instruction_set), "-o", unfinished, *sources]
         subprocess.run(command, check=True, capture_output=True)
         Path(unfinished).chmod(0o644)
         os.replace(unfinished, path)  # another process may compile the same at this time
@@ -86,13 +115,13 @@ def compile_library(compiler: str, instruction_set: str, folder: Path) -> Path:
 
 
 @cache
-def _compiled(compiler: str, instruction_set: str, folder: Path | None) -> ctypes.CDLL | None:
+def _compiled(compiler: str, instruction_set: str, folder: Path | None) -> Library | None:
     """Loads what it compiles; from a temporary folder where the cache cannot be written. Once in a process."""
     with tempfile.TemporaryDirectory() as temporary:
         for where in (folder, Path(temporary)):
             if where is not None:
                 with contextlib.suppress(OSError, subprocess.CalledProcessError):
-                    return ctypes.CDLL(str(compile_library(compiler, instruction_set, where)))
+                    return Library(ctypes.CDLL(str(compile_library(compiler, instruction_set, where))))
     return None
 
 

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from engines.backends.cpu import gated_depthwise
+from engines.backends.cpu.c_library import Library
+from engines.backends.cpu.gated_depthwise import Rounded
 from engines.backends.cpu.int8 import ROUNDING_OFFSET, rounded_weight
 from engines.backends.cpu.timings import Timings, in_words
 from engines.models.transformer import TransformerConfig
@@ -27,50 +30,83 @@ _SLICE_NUMEL = 2**17  # numbers that are rounded at once: 0.5 MiB in fp32, so th
 _WORTH = 0.8  # of the exact map's time, which 8 bits may take
 _GRID = 16  # the measured map reads this many rows and columns of tokens
 
-Rounded = tuple[Tensor, Tensor]
+Rounding = Callable[[Tensor], Rounded]
 
 
 class LastRounding:
     """Rounds the rows of a tensor, once for all maps that read it in turn (queries, keys and values)."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: Library | None = None) -> None:
         self._last: tuple[Tensor, Rounded] | None = None
+        self._library = library
 
     def __call__(self, x: Tensor) -> Rounded:
         if self._last is None or self._last[0] is not x:
-            self._last = x, rounded_rows(x)
+            self._last = x, self._rounded(x)
         return self._last[1]
+
+    def _rounded(self, x: Tensor) -> Rounded:
+        if self._library is None or x.shape[-1] % self._library.lanes:
+            return rounded_rows(x)
+        return gated_depthwise.rounded_rows(x, self._library)
 
 
 class Int8Linear(nn.Module):
     """Computes y [..., out] of x [..., in], both fp32 or bf16. A row with a value that is not finite becomes NaN."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Callable[[Tensor], Rounded]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> None:
         super().__init__()
         rounded, self._scales = rounded_weight(weight.detach().float())
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
         self._rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.of_rounded(*self._rounding(x)).view(*x.shape[:-1], -1)
+
+    def of_rounded(self, levels: Tensor, scales: Tensor) -> Tensor:
+        """Returns [rows, out] of rounded rows."""
+        y = self._sums(levels, scales.dtype)
+        return torch.addcmul(self.bias, y, scales, out=y)
+
+    def unscaled(self, x: Tensor) -> Rounded:
+        """Returns y [rows, out] and scales [rows, 1] in the dtype of x; the result is y * scales + bias."""
         levels, scales = self._rounding(x)
+        return self._sums(levels, scales.dtype), scales
+
+    def _sums(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels, 1.0, _ZERO, self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, "none", [], ""
+            levels, 1.0, _ZERO, self._weight, self._scales, self._zeros, None, 1.0, 0, dtype, "none", [], ""
         )
-        return torch.addcmul(self._bias, y, scales, out=y).view(*x.shape[:-1], -1)
+        return y
 
 
 class Int8Pointwise(nn.Module):
     """Computes a 1x1 convolution of [B, C, H, W]."""
 
-    def __init__(self, conv: nn.Conv2d, rounding: Callable[[Tensor], Rounded]) -> None:
+    def __init__(self, conv: nn.Conv2d, rounding: Rounding) -> None:
         super().__init__()
         self._linear = Int8Linear(conv.weight.flatten(1), conv.bias, rounding)
+        self.bias = self._linear.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._linear(x.permute(0, 2, 3, 1))
         return y.permute(0, 3, 1, 2)
+
+    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns y [1, out, H, W] and scales [H*W, 1] of one image; the result is y * scales + bias."""
+        y, scales = self._linear.unscaled(x.permute(0, 2, 3, 1))
+        return _as_image(y, x), scales
+
+    def of_rounded(self, levels: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+        """Returns [1, out, H, W] of rounded pixels, for an image of the size of `like`."""
+        return _as_image(self._linear.of_rounded(levels, scales), like)
+
+
+def _as_image(rows: Tensor, like: Tensor) -> Tensor:
+    """Views [H*W, C] as [1, C, H, W]."""
+    return rows.view(1, *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def rounded_rows(x: Tensor) -> Rounded:
@@ -102,9 +138,9 @@ def faster_in_8_bits(config: TransformerConfig, dtype: torch.dtype, timings: Tim
     return found["8 bits"] < _WORTH * found[name], in_words(found)
 
 
-def convert(blocks: Iterable[nn.Module]) -> int:
+def convert(blocks: Iterable[nn.Module], library: Library | None = None) -> int:
     """Replaces PRODUCTS of the blocks, and frees their weights; those with adapters stay. Returns how many it did."""
-    converted, rounding = 0, LastRounding()
+    converted, rounding = 0, LastRounding(library)
     for block in blocks:
         for name in PRODUCTS:
             product = block.get_submodule(name)

@@ -7,14 +7,17 @@
 Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import (
     ConvFactory,
+    Edges,
     PackedConv,
     RowStrip,
     cache_sized_slices,
@@ -31,6 +34,22 @@ from engines.models.folding import folded_kernel, phases_of, shortcuts_of
 from engines.models.layers import GLUMBConv
 
 
+class Gate(Protocol):
+    """A depthwise convolution and its first half times the SiLU of its second: [1, 2C, H, W] to [1, C, h, W]."""
+
+    def __call__(self, x: Tensor, edges: Edges) -> Tensor: ...
+
+
+class PackedGate:
+    """Gate by oneDNN's convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._conv = PackedConv(conv)
+
+    def __call__(self, x: Tensor, edges: Edges) -> Tensor:
+        return _gated(self._conv(x, edges))
+
+
 @dataclass(frozen=True)
 class OneDnnSteps:
     """Builds steps (engines.backends.cpu.steps.Steps) from two kinds of convolutions."""
@@ -38,6 +57,7 @@ class OneDnnSteps:
     conv3x3: ConvFactory  # of ResBlocks
     other: ConvFactory  # of gated blocks and of upsampling
     exact_shortcut: bool  # weights hold a shortcut's 1 exactly, beside small weights
+    gate: Callable[[nn.Conv2d], Gate] = PackedGate
 
     def computes(self, block: ResBlock | Upsample) -> bool:
         """Returns whether these differ from DIRECT in a block."""
@@ -50,7 +70,7 @@ class OneDnnSteps:
         return _Upsample(upsample, self.other, self.exact_shortcut)
 
     def gated(self, block: GLUMBConv) -> Step:
-        return _GatedConv(block, self.other)
+        return _GatedConv(block, self.other, self.gate)
 
 
 DIRECT = OneDnnSteps(PackedConv, PackedConv, exact_shortcut=True)
@@ -75,10 +95,10 @@ class _ResBlock:
 
 
 class _GatedConv:
-    def __init__(self, block: GLUMBConv, other: ConvFactory) -> None:
+    def __init__(self, block: GLUMBConv, other: ConvFactory, gate: Callable[[nn.Conv2d], Gate]) -> None:
         assert block.norm is not None
         self._hidden = block.conv_inverted.out_channels
-        self._widen, self._depth = other(block.conv_inverted, silu=True), PackedConv(block.conv_depth)
+        self._widen, self._gate = other(block.conv_inverted, silu=True), gate(block.conv_depth)
         self._narrow, self._norm = other(block.conv_point), Norm(block.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,7 +108,7 @@ class _GatedConv:
         return self._widen(strip.view(image))
 
     def _write(self, image: Tensor, strip: RowStrip, y: Tensor) -> None:
-        self._norm.add(strip.view(image), self._narrow(_gated(self._depth(y, strip.edges))))
+        self._norm.add(strip.view(image), self._narrow(self._gate(y, strip.edges)))
 
 
 def _gated(x: Tensor) -> Tensor:

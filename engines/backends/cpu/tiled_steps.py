@@ -7,16 +7,15 @@ Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 """
 
 import ctypes
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cpu.c_library import find_library
+from engines.backends.cpu.c_library import Library
 from engines.backends.cpu.convolution import RowStrip, split_into_strips
 from engines.backends.cpu.steps import Step
-from engines.backends.cpu.winograd_4x4 import Library, Norm, TiledConv
+from engines.backends.cpu.winograd_4x4 import Norm, TiledConv
 from engines.models.dcae import ResBlock, Upsample
 from engines.models.folding import folded_kernel
 
@@ -44,22 +43,6 @@ class TiledSteps:
 
     def upsample(self, upsample: Upsample) -> Step:
         return _Upsample(upsample, self._library)
-
-
-def load_tiled_steps(cache: Path) -> TiledSteps | None:
-    """Loads the C library, or compiles it into the folder `cache`. Returns None without one that computes right."""
-    functions = find_library(cache)
-    return None if functions is None or not computes_right(functions) else TiledSteps(Library(functions))
-
-
-def computes_right(functions: ctypes.CDLL) -> bool:
-    """Returns whether a convolution equals PyTorch's: a compiler that nobody has tried may be wrong."""
-    library, generator = Library(functions), torch.Generator().manual_seed(0)
-    x = torch.randn((1, library.panel, 6, 7), generator=generator).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn((library.panel, library.panel, 3, 3), generator=generator) / library.panel
-    out = torch.full_like(x, float("nan"))
-    TiledConv(library, weight, None, silu=True)(x, out)
-    return torch.allclose(out, F.silu(F.conv2d(x, weight, padding=1)), rtol=0, atol=1e-4)
 
 
 class _ResBlock:

@@ -1,7 +1,7 @@
 """3x3 convolutions on a CPU by Winograd's filtering of 4x4 pixels, in C, with what follows them in the decoder.
 
-winograd_4x4.c has the algorithm: a quarter of the products, whose transforms stay in a core's cache. In bf16 one keeps
-39 dB, as with 8 bits or with engines.backends.cpu.winograd. On a CPU without bf16 products, it multiplies in fp32.
+c/winograd_4x4.c has the algorithm: a quarter of the products, whose transforms stay in a core's cache. In bf16 one
+keeps 39 dB, as with 8 bits or with engines.backends.cpu.winograd. Without bf16 products, it multiplies in fp32.
 
 Shapes: [1, C, H, W], channels-last in memory; C and D are multiples of a panel of channels.
 """
@@ -10,8 +10,10 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from engines.backends.cpu.c_library import Library
 from engines.backends.cpu.convolution import Edges, pixel_rows
 
 POINTS = 36
@@ -22,7 +24,7 @@ _OPTIONS = ("above", "bf16", "silu", "phases", "stride", "threads")
 
 
 class _Call(ctypes.Structure):
-    """The arguments of `winograd`, as struct call in winograd_4x4.c."""
+    """The arguments of `winograd`, as struct call in c/winograd_4x4.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -30,21 +32,6 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _OPTIONS),
         ("eps", ctypes.c_float),
     )
-
-
-@dataclass(frozen=True)
-class Library:
-    """The C functions. Multiplies in bf16 if both the CPU and the tensors have it."""
-
-    functions: ctypes.CDLL
-
-    @property
-    def panel(self) -> int:
-        """Returns what divides the numbers of channels that can be computed."""
-        return int(self.functions.panel())
-
-    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if dtype == torch.bfloat16 and self.functions.bf16_products() else torch.float32
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class TiledConv:
 
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None, *, silu: bool = False) -> None:
         self._library, self._silu, self._dtype = library, silu, weight.dtype
-        self._weights, self._used = _at_points(weight, library.panel, library.product_dtype(weight.dtype))
+        self._weights, self._used = _at_points(weight, library.panel, _product_dtype(library, weight.dtype))
         self._bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
         self._in, self._out = weight.shape[1], weight.shape[0]
 
@@ -112,12 +99,25 @@ class TiledConv:
             eps=0.0 if norm is None else norm.eps,
             **{"in": self._in},
         )
-        if self._library.functions.winograd(ctypes.byref(call)):
-            raise MemoryError(f"decoder: no memory for a convolution of {self._in} to {self._out} channels")
+        self._library.run("winograd", call)
+
+
+def computes_right(library: Library) -> bool:
+    """Returns whether a small convolution equals PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((1, library.panel, 6, 7), generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn((library.panel, library.panel, 3, 3), generator=generator) / library.panel
+    out = torch.full_like(x, float("nan"))
+    TiledConv(library, weight, None, silu=True)(x, out)
+    return torch.allclose(out, F.silu(F.conv2d(x, weight, padding=1)), rtol=0, atol=1e-4)
+
+
+def _product_dtype(library: Library, dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 and library.bf16_products else torch.float32
 
 
 def _at_points(weight: Tensor, panel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the kernels [D, C, 3, 3] at the 36 points, in the layout of winograd_4x4.c, and a bit for each used one.
+    """Returns the kernels [D, C, 3, 3] at the points, in the layout of c/winograd_4x4.c, and a bit for each used one.
 
     A point whose kernels are all zero in a panel is left out: the folded ones of an upsampling have such.
     """

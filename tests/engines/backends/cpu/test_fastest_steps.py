@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.backends.cpu.c_kernels import load_library
 from engines.backends.cpu.fastest_steps import FastestSteps
 from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT
 from engines.backends.cpu.steps import Step
-from engines.backends.cpu.tiled_steps import load_tiled_steps
+from engines.backends.cpu.tiled_steps import TiledSteps
 from engines.backends.cpu.timings import FILE
 from engines.models.dcae import ResBlock, Upsample
 
@@ -132,11 +133,11 @@ def test_a_user_without_a_home_measures_at_each_start(monkeypatch: pytest.Monkey
 
 
 def test_all_kinds_compute_the_same(tmp_path: Path) -> None:
-    tiled = load_tiled_steps(tmp_path)
-    assert tiled is not None, "a C compiler is needed"
+    library = load_library(tmp_path)
+    assert library is not None, "a C compiler is needed"
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 64, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
-    for kind in (DIRECT, BY_ROWS, tiled):
+    for kind in (DIRECT, BY_ROWS, TiledSteps(library)):
         actual = kind.res_block(res_block(64))(x.clone(memory_format=torch.preserve_format))
         torch.testing.assert_close(actual, res_block(64)(x), rtol=0, atol=1e-4)
         torch.testing.assert_close(kind.upsample(upsample())(x), upsample()(x), rtol=0, atol=1e-4)

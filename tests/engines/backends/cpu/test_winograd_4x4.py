@@ -1,29 +1,18 @@
 """The C kernels equal PyTorch's modules, with every set of instructions that this CPU has."""
 
-import ctypes
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu import c_library, convolution
-from engines.backends.cpu.tiled_steps import TiledSteps, computes_right
-from engines.backends.cpu.winograd_4x4 import Library, TiledConv
+from engines.backends.cpu import convolution
+from engines.backends.cpu.c_library import Library
+from engines.backends.cpu.tiled_steps import TiledSteps
+from engines.backends.cpu.winograd_4x4 import TiledConv
 from engines.backends.parity import difference
 from engines.models.dcae import ResBlock, Upsample
-
-SETS = c_library.instruction_sets()
-
-
-@pytest.fixture(scope="module", params=SETS)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    compiler = c_library.find_compiler()
-    assert compiler is not None, "a C compiler is needed"
-    folder = tmp_path_factory.mktemp("library")
-    return Library(ctypes.CDLL(str(c_library.compile_library(compiler, request.param, folder))))
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -66,7 +55,7 @@ def test_in_bf16_a_convolution_keeps_38_db_and_without_bf16_products_more(librar
     assert isinstance(conv, nn.Conv2d)
     x = image(64, 19, 23, torch.bfloat16)
     exact = F.conv2d(x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double(), padding=1)
-    bound = 38 if library.product_dtype(torch.bfloat16) == torch.bfloat16 else 53
+    bound = 38 if library.bf16_products else 53
     assert difference(exact, convolved(library, conv, x)).sqnr_db > bound
 
 
@@ -125,72 +114,3 @@ def test_offers_only_what_it_computes(library: Library) -> None:
     with torch.device("meta"):
         assert not steps.computes(Upsample(1024, 1024, True))
     assert not steps.computes(Upsample(256, 64, True))  # a shortcut of every fourth channel
-
-
-def test_a_library_that_computes_wrongly_is_not_used(library: Library) -> None:
-    class Wrong:
-        """A library whose convolution does nothing."""
-
-        panel = staticmethod(lambda: library.panel)
-        bf16_products = staticmethod(lambda: 0)
-        winograd = staticmethod(lambda _: 0)
-
-    assert computes_right(library.functions)
-    assert not computes_right(Wrong())  # type: ignore[arg-type]
-
-
-def test_finds_the_library_that_is_shipped_or_kept_before_it_compiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "shipped")
-    compiler = c_library.find_compiler()
-    assert compiler is not None
-    cache = tmp_path / "cache"
-    assert c_library.find_library(cache) is not None
-    kept = cache / c_library.file_name(SETS[0])
-    assert kept.is_file()
-    assert [path.name for path in cache.iterdir()] == [kept.name]  # nothing unfinished
-    with monkeypatch.context() as path:
-        path.setenv("PATH", str(tmp_path / "nothing"))
-        assert c_library.find_library(cache) is not None
-        assert c_library.find_library(tmp_path / "empty") is None
-    c_library.compile_library(compiler, SETS[0], tmp_path / "shipped")
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert c_library.find_library(tmp_path / "empty") is not None
-
-
-def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "shipped")
-    kept = tmp_path / c_library.file_name(SETS[0])
-    kept.write_bytes(b"")
-    assert c_library.find_library(tmp_path) is not None
-    assert kept.stat().st_size
-
-
-def test_a_cache_that_cannot_be_written_costs_a_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "shipped")
-    (tmp_path / "file").touch()
-    assert c_library.find_library(tmp_path / "file") is not None
-
-
-def test_a_compiler_that_fails_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "shipped")
-    compiler = tmp_path / "gcc"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert c_library.find_library(tmp_path / "cache") is None
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("fpu sse2", ["baseline"]),
-        ("avx2 fma", ["avx2", "baseline"]),
-        ("avx2 fma avx512f avx512bw avx512dq avx512vl", ["avx512", "avx2", "baseline"]),
-        ("avx2 fma avx512f avx512bw avx512dq avx512vl avx512_bf16", ["avx512_bf16", "avx512", "avx2", "baseline"]),
-        ("avx2 avx512f", ["baseline"]),
-    ],
-)
-def test_chooses_the_instructions_that_the_cpu_has(flags: str, expected: list[str]) -> None:
-    assert c_library.instruction_sets(flags) == expected

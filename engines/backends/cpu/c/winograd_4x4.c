@@ -7,39 +7,14 @@
  *
  * engines/backends/cpu/winograd_4x4.py has the weights' layout, the callers and the reference.
  */
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#define LANES 16
-#define VECTORS 4 /* of a panel: with ROWS, 24 of the 32 registers hold sums */
-#elif defined(__AVX2__)
-#define LANES 8
-#define VECTORS 2
-#else /* SSE2, NEON */
-#define LANES 4
-#define VECTORS 2
-#endif
-#ifdef __AVX512BF16__
-#define BF16_PRODUCTS 1
-#else
-#define BF16_PRODUCTS 0
-#endif
+#include "blocks.h"
+#include "vectors.h"
 
 #define POINTS 36
+#define VECTORS (REGISTERS / 8) /* of a panel: with ROWS, three quarters of the registers hold sums */
 #define PANEL (LANES * VECTORS) /* output channels that are computed together */
 #define ROWS 6                  /* tiles that are multiplied together */
 #define BLOCK 48                /* tiles of a block, at most */
-#define MAX_THREADS 256
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 /* As _Call in winograd_4x4.py. Images are [height][width][channels], of bf16 or of floats. */
 struct call {
@@ -62,60 +37,8 @@ struct call {
 struct job {
     const struct call *call;
     const void *zeros; /* a pixel outside of x */
-    char *scratch;
-    size_t scratch_bytes; /* of a thread */
     int64_t tiles_x, tiles, block;
-    atomic_long next_block, next_thread;
 };
-
-INLINE floats widened(halves bits) { return (floats)(__builtin_convertvector(bits, integers) << 16); }
-
-INLINE floats load(const void *base, int64_t index, int bf16)
-{
-    floats numbers;
-    halves bits;
-    if (bf16) {
-        memcpy(&bits, (const uint16_t *)base + index, sizeof bits);
-        return widened(bits);
-    }
-    memcpy(&numbers, (const float *)base + index, sizeof numbers);
-    return numbers;
-}
-
-INLINE halves rounded(floats numbers) /* to even; NaN stays NaN, for its lowest bits are not carried */
-{
-#if BF16_PRODUCTS
-    return (halves)_mm512_cvtneps_pbh((__m512)numbers);
-#else
-    integers bits = (integers)numbers, odd = (bits >> 16) & 1, is_nan = numbers != numbers;
-    integers upper = ((bits + ((0x7fff + odd) & ~is_nan)) >> 16) & 0xffff;
-    return __builtin_convertvector(upper | (is_nan & 0x40), halves);
-#endif
-}
-
-INLINE void store(void *base, int64_t index, floats numbers, int bf16)
-{
-    if (bf16) {
-        halves bits = rounded(numbers);
-        memcpy((uint16_t *)base + index, &bits, sizeof bits);
-    } else
-        memcpy((float *)base + index, &numbers, sizeof numbers);
-}
-
-/* Every second number from `index` on: those of a shortcut that repeats channels twice. */
-INLINE floats load_second(const void *base, int64_t index, int bf16)
-{
-    floats numbers;
-    for (int lane = 0; lane < LANES; lane++) {
-        uint32_t bits;
-        if (bf16) {
-            bits = (uint32_t)((const uint16_t *)base)[index + 2 * lane] << 16;
-            memcpy((float *)&numbers + lane, &bits, 4);
-        } else
-            numbers[lane] = ((const float *)base)[index + 2 * lane];
-    }
-    return numbers;
-}
 
 #define A (3.0f / 2)
 #define B (2.0f / 3) /* A * B = 1 */
@@ -144,23 +67,6 @@ INLINE void from_points(const floats *m, floats *t, int step)
     t[step] = A * difference_a + B * difference_b;
     t[2 * step] = A * A * sum_a + B * B * sum_b;
     t[3 * step] = A * A * A * difference_a + (B * B * B * difference_b + m[5 * step]);
-}
-
-INLINE floats within(floats x, float low, float high)
-{
-    floats lows = (floats){} + low, highs = (floats){} + high;
-    integers below = x < lows, beyond = x > highs;
-    return (floats)(((integers)x & ~below & ~beyond) | ((integers)lows & below) | ((integers)highs & beyond));
-}
-
-INLINE floats silu(floats x) /* x / (1 + exp(-x)); exp as a power of two, whose fraction is a polynomial */
-{
-    const float rounding = 1.5f * (1 << 23);
-    floats power = within(x * -1.44269504f, -126, 126), shifted = power + rounding, f = power - (shifted - rounding);
-    floats e = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f
-               + f * (0.00133335581f + f * 0.000154035304f)))));
-    integers exponent = ((integers)shifted - 0x4b400000) << 23;
-    return x / (1 + (floats)((integers)e + exponent));
 }
 
 /* Tiles of x to v [POINTS][block][in]. */
@@ -232,7 +138,7 @@ INLINE void combine(
         for (int64_t lane = 0; lane < PANEL; lane += LANES) {
             floats points[POINTS], half[POINTS], pixels[16], bias = load(call->bias, begin + lane, 0);
             for (int i = 0; i < POINTS; i++)
-                points[i] = used >> i & 1 ? load(m, (i * job->block + tile) * PANEL + lane, 0) : (floats){};
+                points[i] = used >> i & 1 ? load(m, (i * job->block + tile) * PANEL + lane, 0) : (floats){0};
             for (int i = 0; i < 6; i++) from_points(points + i, half + i, 6);
             for (int i = 0; i < 4; i++) from_points(half + 6 * i, pixels + 4 * i, 1);
             for (int i = 0; i < 16; i++) {
@@ -272,9 +178,7 @@ INLINE void add_norm(const struct job *job, int64_t first, int64_t count, const 
                 floats value = load(rows, from + c, bf16);
                 squares += value * value;
             }
-            float sum = 0;
-            for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
-            root += 1 / __builtin_sqrtf(sum / call->out + call->eps);
+            root += 1 / __builtin_sqrtf(sum_of(squares) / call->out + call->eps);
             for (int64_t c = 0; c < call->out; c += LANES) {
                 floats weight = load(call->norm, c, 0), bias = load(call->norm, call->out + c, 0);
                 floats normed = load(rows, from + c, bf16) * root * weight + bias;
@@ -283,7 +187,7 @@ INLINE void add_norm(const struct job *job, int64_t first, int64_t count, const 
         }
 }
 
-INLINE void compute_block(const struct job *job, int64_t first, char *scratch, int bf16, int products)
+INLINE void compute_tiles(const struct job *job, int64_t first, char *scratch, int bf16, int products)
 {
     const struct call *call = job->call;
     const int64_t count = job->tiles - first < job->block ? job->tiles - first : job->block, size = products ? 2 : 4;
@@ -303,44 +207,28 @@ INLINE void compute_block(const struct job *job, int64_t first, char *scratch, i
     if (call->norm) add_norm(job, first, count, rows, bf16);
 }
 
-static void *work(void *argument)
+static void compute(const void *argument, int64_t index, char *scratch)
 {
-    struct job *job = argument;
-    char *scratch = job->scratch + atomic_fetch_add(&job->next_thread, 1) * job->scratch_bytes;
-    for (;;) {
-        int64_t first = atomic_fetch_add(&job->next_block, 1) * job->block;
-        if (first >= job->tiles) return 0;
-        if (!job->call->bf16)
-            compute_block(job, first, scratch, 0, 0);
-        else
-            compute_block(job, first, scratch, 1, BF16_PRODUCTS);
-    }
+    const struct job *job = argument;
+    if (job->call->bf16)
+        compute_tiles(job, index * job->block, scratch, 1, BF16_PRODUCTS);
+    else
+        compute_tiles(job, index * job->block, scratch, 0, 0);
 }
 
 /* Returns 0, or 1 without enough memory. */
 int winograd(const struct call *call)
 {
-    struct job job = {.call = call, .tiles_x = (call->width + 3) / 4};
-    pthread_t others[MAX_THREADS];
-    int threads = call->threads < MAX_THREADS ? call->threads : MAX_THREADS, started = 0;
-    job.tiles = job.tiles_x * ((call->height + 3) / 4);
-    int64_t share = (job.tiles + threads - 1) / threads;
-    job.block = share < BLOCK ? (share + ROWS - 1) / ROWS * ROWS : BLOCK;
+    int64_t tiles_x = (call->width + 3) / 4, tiles = tiles_x * ((call->height + 3) / 4);
+    int64_t share = (tiles + call->threads - 1) / call->threads;
+    int64_t block = share < BLOCK ? (share + ROWS - 1) / ROWS * ROWS : BLOCK;
     int64_t of_tile = POINTS * (PANEL + call->in) + 16 * call->out; /* numbers */
-    job.scratch_bytes = (job.block * of_tile * sizeof(float) + 63) / 64 * 64;
-    size_t zero_bytes = (call->in * sizeof(float) + 63) / 64 * 64;
-    char *memory = aligned_alloc(64, zero_bytes + threads * job.scratch_bytes);
-    if (!memory) return 1;
-    memset(memory, 0, zero_bytes);
-    job.zeros = memory;
-    job.scratch = memory + zero_bytes;
-    while (started < threads - 1 && !pthread_create(&others[started], 0, work, &job)) started++;
-    work(&job);
-    for (int i = 0; i < started; i++) pthread_join(others[i], 0);
-    free(memory);
-    return 0;
+    void *zeros = calloc(call->in, sizeof(float));
+    struct job job = {call, zeros, tiles_x, tiles, block};
+    int failed = !zeros
+        || compute_all(compute, &job, (tiles + block - 1) / block, call->threads, block * of_tile * sizeof(float));
+    free(zeros);
+    return failed;
 }
 
 int panel(void) { return PANEL; }
-
-int bf16_products(void) { return BF16_PRODUCTS; }

@@ -1,0 +1,18 @@
+"""The C library, if all that it computes is right: a compiler that nobody has tried may be wrong."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from engines.backends.cpu import few_rows, gated_depthwise, winograd_4x4
+from engines.backends.cpu.c_library import Library, find_library
+
+
+@cache
+@torch.inference_mode()
+def load_library(folder: Path) -> Library | None:
+    """Loads the library for this CPU, or compiles it into the cache `folder`. None without one that computes right."""
+    library = find_library(folder)
+    checks = (winograd_4x4.computes_right, gated_depthwise.computes_right, few_rows.computes_right)
+    return library if library is not None and all(check(library) for check in checks) else None

@@ -1,0 +1,11 @@
+"""The C library for every set of instructions that this CPU has."""
+
+import pytest
+from c_libraries import compiled_library
+
+from engines.backends.cpu.c_library import Library, instruction_sets
+
+
+@pytest.fixture(params=instruction_sets())
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return compiled_library(request.param, tmp_path_factory)
