@@ -7,5 +7,5 @@ from engines.backends.cpu.c_library import Library, instruction_sets
 
 
 @pytest.fixture(params=instruction_sets())
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return compiled_library(request.param, tmp_path_factory)
+def library(request: pytest.FixtureRequest) -> Library:
+    return compiled_library(request.param)

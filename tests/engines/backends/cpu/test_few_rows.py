@@ -11,8 +11,8 @@ from engines.backends.cpu.few_rows import FewRowsLinear, computes, replace_linea
 
 
 @pytest.fixture(params=[name for name in c_library.instruction_sets() if "bf16" in name])
-def bf16_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return compiled_library(request.param, tmp_path_factory)
+def bf16_library(request: pytest.FixtureRequest) -> Library:
+    return compiled_library(request.param)
 
 
 def linear(
