@@ -31,16 +31,17 @@ RUN cd /venv/lib/python3*/site-packages \
     tensorrt_libs/*_win.so* \
  && find . -name '*.a' -delete
 
-# What Triton and builds of engines need of a C compiler, which the image itself does not have. Debian's own Python has
-# its headers in another package.
+# What needs a C compiler, which the image itself does not have: our kernels for a CPU, and what Triton and builds of
+# engines need. Debian's own Python has its headers in another package.
 FROM packages AS compiled
-ARG FLAVOUR=cpu
-RUN [ "${FLAVOUR}" = cpu ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev \
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev \
     $([ -e "$(/venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] \
-      || echo python3-dev); }
+      || echo python3-dev)
 WORKDIR /app
 COPY engines engines
-RUN mkdir -p engines/kernels/compiled && /venv/bin/python -m engines.kernels.launch_code
+RUN mkdir -p engines/kernels/compiled \
+ && /venv/bin/python -m engines.kernels.launch_code \
+ && /venv/bin/python -m engines.backends.cpu.kernels.library
 
 FROM ${BASE}
 COPY --from=packages /venv /venv
@@ -48,6 +49,7 @@ WORKDIR /app
 COPY LICENSE build_engine.py ./
 COPY engines engines
 COPY --from=compiled /app/engines/kernels/compiled engines/kernels/compiled
+COPY --from=compiled /app/engines/backends/cpu/kernels/compiled engines/backends/cpu/kernels/compiled
 COPY server server
 COPY models models
 COPY deploy/healthcheck.py deploy/bytecode.py deploy/

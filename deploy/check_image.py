@@ -188,6 +188,15 @@ def no_compiler(container: Running) -> str:
     return "none of " + ", ".join(COMPILERS)
 
 
+def has_cpu_kernels(container: Running) -> str:
+    look = (
+        "from pathlib import Path; from engines.backends.cpu.kernels.checked import load_library; "
+        "print(load_library(Path('/nowhere')) is not None)"
+    )
+    expect(container.execute("python", "-c", look), "True", "kernels for this CPU, compiled in the image")
+    return "load, and compute right"
+
+
 def generates(container: Running) -> str:
     status, content = container.generate()
     expect((status, content[:8]), (200, b"\x89PNG\r\n\x1a\n"), "POST /generate")
@@ -227,6 +236,7 @@ CHECKS: dict[str, Callable[[Running], str]] = {
     "user": user,
     "root": read_only_root,
     "compilers": no_compiler,
+    "kernels for a CPU": has_cpu_kernels,
     "generate": generates,
     "health check": health_check,
     "SIGTERM": drains,

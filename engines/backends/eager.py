@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.base import ModuleSpec
-from engines.backends.cpu.c_kernels import load_library
-from engines.backends.cpu.c_library import Library
 from engines.backends.cpu.decoder import CpuDecoder
 from engines.backends.cpu.fastest_steps import FastestSteps
 from engines.backends.cpu.feed_forward import replace_feed_forwards
-from engines.backends.cpu.gated_depthwise import gate_factory
 from engines.backends.cpu.int8 import has_int8
 from engines.backends.cpu.int8_products import convert, faster_in_8_bits
+from engines.backends.cpu.kernels.checked import load_library
+from engines.backends.cpu.kernels.library import Library
 from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT, IN_8_BITS, OneDnnSteps
 from engines.backends.cpu.steps import Steps
-from engines.backends.cpu.tiled_steps import TiledSteps
+from engines.backends.cpu.tiled_steps import TiledSteps, gate_factory
 from engines.backends.cpu.timings import Timings
 from engines.backends.parity import INT8_GATE, difference
 from engines.errors import BackendError

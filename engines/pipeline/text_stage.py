@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from engines.backends.cpu.c_kernels import load_library
-from engines.backends.cpu.few_rows import replace_linears
+from engines.backends.cpu.kernels.checked import load_library
+from engines.backends.cpu.kernels.few_rows import replace_linears
 from engines.backends.cuda.graphs import GraphCapture
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.fingerprint import equal_text_encoders

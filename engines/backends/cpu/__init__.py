@@ -1,1 +1,1 @@
-"""The decoder on a CPU: convolutions packed for oneDNN, in 8 bits, or by Winograd's minimal filtering."""
+"""The model on a CPU: oneDNN's products and convolutions, 8 bits, and kernels in C."""

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engines.backends.cpu.kernels.layout import Edges, pixel_rows
+
 # oneDNN chooses the layout of weights for an input size. It fits other sizes; without one, 1x1 is 8 times slower.
 TYPICAL_SIZE = (64, 64)
 _SLICE_NUMEL = 2**19  # numbers in one slice: 2 MiB in fp32, the L2 caches of two cores
 STRIP_NUMEL = 2**23  # numbers in one strip: 16 MiB in bf16
-
-Edges = tuple[int, int]  # rows of zeros above and below the input
 
 
 class Conv(Protocol):
@@ -76,11 +76,6 @@ def make_conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2
     conv.weight = nn.Parameter(weight, requires_grad=False)
     conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return conv
-
-
-def pixel_rows(x: Tensor) -> Tensor:
-    """Views [B, C, H, W] as [B*H*W, C], one row per pixel."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def cache_sized_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu.convolution import PackedConv, cache_sized_slices, make_conv, pixel_rows
+from engines.backends.cpu.convolution import PackedConv, cache_sized_slices, make_conv
+from engines.backends.cpu.kernels.layout import pixel_rows
 from engines.backends.cpu.onednn_steps import BY_ROWS
 from engines.backends.cpu.steps import Norm, Step
 from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample

@@ -8,9 +8,9 @@ Shapes: [B, C, h, w], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu.c_library import Library
-from engines.backends.cpu.gated_depthwise import GatedDepthwise, computes
 from engines.backends.cpu.int8_products import Int8Pointwise
+from engines.backends.cpu.kernels.gated_depthwise import GatedDepthwise, computes
+from engines.backends.cpu.kernels.library import Library
 from engines.models.layers import GLUMBConv
 
 

@@ -11,7 +11,8 @@ Shapes: [B, C, H, W], channels-last in memory.
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu.convolution import TYPICAL_SIZE, Edges, cache_sized_slices, pixel_rows
+from engines.backends.cpu.convolution import TYPICAL_SIZE, cache_sized_slices
+from engines.backends.cpu.kernels.layout import Edges, pixel_rows
 
 _LEVELS = 254  # of 256: rounding the zero point may shift the range by half a level
 ROUNDING_OFFSET = 1.5 * 2**23  # added to a small fp32 number, it rounds it into the lowest of fp32's 24 bits

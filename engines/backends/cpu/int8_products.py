@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu import gated_depthwise
-from engines.backends.cpu.c_library import Library
-from engines.backends.cpu.gated_depthwise import Rounded
 from engines.backends.cpu.int8 import ROUNDING_OFFSET, rounded_weight
+from engines.backends.cpu.kernels import gated_depthwise
+from engines.backends.cpu.kernels.gated_depthwise import Rounded
+from engines.backends.cpu.kernels.library import Library
 from engines.backends.cpu.timings import Timings, in_words
 from engines.models.transformer import TransformerConfig
 

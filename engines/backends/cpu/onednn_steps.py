@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import (
     ConvFactory,
-    Edges,
     PackedConv,
     RowStrip,
     cache_sized_slices,
     make_conv,
-    pixel_rows,
     split_into_strips,
     update_in_strips,
 )
 from engines.backends.cpu.int8 import Int8Conv
+from engines.backends.cpu.kernels.layout import Edges, pixel_rows
 from engines.backends.cpu.steps import Norm, Step
 from engines.backends.cpu.winograd import WinogradConv
 from engines.models.dcae import ResBlock, Upsample

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engines.backends.cpu.convolution import cache_sized_slices, pixel_rows
+from engines.backends.cpu.convolution import cache_sized_slices
+from engines.backends.cpu.kernels.layout import pixel_rows
 from engines.models.dcae import ResBlock, Upsample
 from engines.models.layers import RMSNorm
 

@@ -1,4 +1,4 @@
-"""Steps of the decoder on a CPU in C: ResBlocks and upsampling by Winograd's filtering of 4x4 pixels.
+"""Steps of the decoder on a CPU in C: ResBlocks and upsampling by Winograd's filtering of 4x4 pixels, and gates.
 
 A ResBlock is two calls for each strip of rows: convolution and SiLU, then convolution, norm and sum. Upsampling is one
 call: the four phases of the folded kernel read the same tiles, and the shortcut is added while pixels are interleaved.
@@ -7,15 +7,18 @@ Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from engines.backends.cpu.c_library import Library
 from engines.backends.cpu.convolution import RowStrip, split_into_strips
+from engines.backends.cpu.kernels import gated_depthwise
+from engines.backends.cpu.kernels.library import Library
+from engines.backends.cpu.kernels.winograd_4x4 import Norm, TiledConv
+from engines.backends.cpu.onednn_steps import Gate, PackedGate
 from engines.backends.cpu.steps import Step
-from engines.backends.cpu.winograd_4x4 import Norm, TiledConv
 from engines.models.dcae import ResBlock, Upsample
 from engines.models.folding import folded_kernel
 
@@ -43,6 +46,17 @@ class TiledSteps:
 
     def upsample(self, upsample: Upsample) -> Step:
         return _Upsample(upsample, self._library)
+
+
+def gate_factory(library: Library) -> Callable[[nn.Conv2d], Gate]:
+    """Returns what builds the Gate of a convolution."""
+
+    def gate(conv: nn.Conv2d) -> Gate:
+        if gated_depthwise.computes(conv, library):
+            return gated_depthwise.GatedDepthwise(library, conv, silu=False)
+        return PackedGate(conv)
+
+    return gate
 
 
 class _ResBlock:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu.convolution import Edges, pack_weight
+from engines.backends.cpu.convolution import pack_weight
+from engines.backends.cpu.kernels.layout import Edges
 
 _ROWS_AT_ONCE = 4  # rows of the result
 _A, _B = 3 / 2, 2 / 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.backends.cpu.c_kernels import load_library
 from engines.backends.cpu.fastest_steps import FastestSteps
+from engines.backends.cpu.kernels.checked import load_library
 from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT
 from engines.backends.cpu.steps import Step
 from engines.backends.cpu.tiled_steps import TiledSteps

@@ -2,17 +2,10 @@
 
 import pytest
 import torch
-from c_libraries import compiled_library
 from torch import nn
 
-from engines.backends.cpu import c_library
-from engines.backends.cpu.c_library import Library
-from engines.backends.cpu.few_rows import FewRowsLinear, computes, replace_linears
-
-
-@pytest.fixture(params=[name for name in c_library.instruction_sets() if "bf16" in name])
-def bf16_library(request: pytest.FixtureRequest) -> Library:
-    return compiled_library(request.param)
+from engines.backends.cpu.kernels.few_rows import FewRowsLinear, computes, replace_linears
+from engines.backends.cpu.kernels.library import Library
 
 
 def linear(

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu import int8_products
-from engines.backends.cpu.c_kernels import load_library
-from engines.backends.cpu.c_library import Library
 from engines.backends.cpu.feed_forward import GatedFeedForward, replace_feed_forwards
-from engines.backends.cpu.gated_depthwise import GatedDepthwise, computes, gate_factory, rounded_rows
 from engines.backends.cpu.int8 import has_int8
 from engines.backends.cpu.int8_products import Int8Pointwise, LastRounding
+from engines.backends.cpu.kernels.checked import load_library
+from engines.backends.cpu.kernels.gated_depthwise import GatedDepthwise, computes, rounded_rows
+from engines.backends.cpu.kernels.library import Library
 from engines.backends.cpu.onednn_steps import PackedGate
+from engines.backends.cpu.tiled_steps import gate_factory
 from engines.backends.parity import difference
 from engines.models.layers import GLUMBConv
 

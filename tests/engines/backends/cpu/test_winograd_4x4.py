@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu import convolution
-from engines.backends.cpu.c_library import Library
+from engines.backends.cpu.kernels.library import Library
+from engines.backends.cpu.kernels.winograd_4x4 import TiledConv
 from engines.backends.cpu.tiled_steps import TiledSteps
-from engines.backends.cpu.winograd_4x4 import TiledConv
 from engines.backends.parity import difference
 from engines.models.dcae import ResBlock, Upsample
 

@@ -5,7 +5,7 @@
  * sums are fp32. Each thread takes blocks of tiles and does all steps with one before the next, so that its numbers
  * stay in the cache: tiles to points, products with the weights of a panel of output channels, points to pixels.
  *
- * engines/backends/cpu/winograd_4x4.py has the weights' layout, the callers and the reference.
+ * engines/backends/cpu/kernels/winograd_4x4.py has the weights' layout, the callers and the reference.
  */
 #include "blocks.h"
 #include "vectors.h"

@@ -3,7 +3,7 @@
 A container image has it compiled at its build, for every instruction set, because it has no C compiler and may be
 mounted without the right to execute what it writes:
 
-    python -m engines.backends.cpu.c_library        into FOLDER, where every process looks first
+    python -m engines.backends.cpu.kernels.library        into FOLDER, where every process looks first
 
 Without any of the three, the decoder runs on oneDNN's convolutions.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from engines.device.hardware import cpu_flags, expanded
 
-SOURCES = Path(__file__).parent / "c"
+SOURCES = Path(__file__).parent
 FOLDER = Path(__file__).parent / "compiled"
 COMPILERS = ("gcc", "clang", "cc")
 OPTIONS = ("-O3", "-shared", "-fPIC", "-pthread", "-w")
@@ -88,7 +88,7 @@ def find_compiler() -> str | None:
 def file_name(instruction_set: str) -> str:
     """Returns a name that changes with the source, the options and the kind of machine."""
     machine = f"{platform.system()} {platform.machine()}"
-    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
     parts += [" ".join(options(instruction_set)).encode(), machine.encode()]
     return f"kernels-{instruction_set}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
 

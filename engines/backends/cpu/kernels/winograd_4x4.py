@@ -1,6 +1,6 @@
 """3x3 convolutions on a CPU by Winograd's filtering of 4x4 pixels, in C, with what follows them in the decoder.
 
-c/winograd_4x4.c has the algorithm: a quarter of the products, whose transforms stay in a core's cache. In bf16 one
+winograd_4x4.c has the algorithm: a quarter of the products, whose transforms stay in a core's cache. In bf16 one
 keeps 39 dB, as with 8 bits or with engines.backends.cpu.winograd. Without bf16 products, it multiplies in fp32.
 
 Shapes: [1, C, H, W], channels-last in memory; C and D are multiples of a panel of channels.
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cpu.c_library import Library
-from engines.backends.cpu.convolution import Edges, pixel_rows
+from engines.backends.cpu.kernels.layout import Edges, pixel_rows
+from engines.backends.cpu.kernels.library import Library
 
 POINTS = 36
 _A, _B = 3 / 2, 2 / 3
@@ -24,7 +24,7 @@ _OPTIONS = ("above", "bf16", "silu", "phases", "stride", "threads")
 
 
 class _Call(ctypes.Structure):
-    """The arguments of `winograd`, as struct call in c/winograd_4x4.c."""
+    """The arguments of `winograd`, as struct call in winograd_4x4.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -117,7 +117,7 @@ def _product_dtype(library: Library, dtype: torch.dtype) -> torch.dtype:
 
 
 def _at_points(weight: Tensor, panel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the kernels [D, C, 3, 3] at the points, in the layout of c/winograd_4x4.c, and a bit for each used one.
+    """Returns the kernels [D, C, 3, 3] at the points, in the layout of winograd_4x4.c, and a bit for each used one.
 
     A point whose kernels are all zero in a panel is left out: the folded ones of an upsampling have such.
     """

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from engines.backends.cpu import few_rows, gated_depthwise, winograd_4x4
-from engines.backends.cpu.c_library import Library, find_library
+from engines.backends.cpu.kernels import few_rows, gated_depthwise, winograd_4x4
+from engines.backends.cpu.kernels.library import Library, find_library
 
 
 @cache

@@ -1,6 +1,6 @@
 /* y [rows][out] = x [rows][in] times w [out][in] transposed, all bf16, for a few rows: weights are read from memory
  * once, at its full rate, because those of the next outputs are prefetched while this thread computes. A row of y does
- * not depend on the others. engines/backends/cpu/few_rows.py has the caller.
+ * not depend on the others. engines/backends/cpu/kernels/few_rows.py has the caller.
  */
 #include "vectors.h"
 

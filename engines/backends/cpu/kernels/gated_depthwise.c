@@ -2,7 +2,7 @@
  * the SiLU of the second; and the rounding of rows to 8 bits, which its result and other tensors need.
  *
  * A thread takes blocks of rows. It goes through them with a few channels at a time, of which it keeps the last three
- * rows of the image in its cache, with SiLU applied. engines/backends/cpu/gated_depthwise.py has the callers.
+ * rows of the image in its cache, with SiLU applied. engines/backends/cpu/kernels/gated_depthwise.py has the callers.
  */
 #include "blocks.h"
 #include "vectors.h"

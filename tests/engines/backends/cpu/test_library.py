@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.backends.cpu import c_kernels, c_library, few_rows, gated_depthwise, winograd_4x4
-from engines.backends.cpu.c_kernels import load_library
-from engines.backends.cpu.c_library import Library
+from engines.backends.cpu.kernels import checked, few_rows, gated_depthwise, winograd_4x4
+from engines.backends.cpu.kernels import library as c_library
+from engines.backends.cpu.kernels.checked import load_library
+from engines.backends.cpu.kernels.library import Library
 
 BEST = c_library.instruction_sets()[0]
 
@@ -30,7 +31,7 @@ def test_a_kernel_that_computes_wrongly_is_not_used(
         if one is not kernel:
             monkeypatch.setattr(one, "computes_right", lambda _: True)
     assert load_library(tmp_path) is not None
-    monkeypatch.setattr(c_kernels, "find_library", lambda _: Idle())
+    monkeypatch.setattr(checked, "find_library", lambda _: Idle())
     load_library.cache_clear()
     assert load_library(tmp_path) is None
     load_library.cache_clear()

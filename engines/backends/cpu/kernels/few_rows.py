@@ -1,6 +1,6 @@
 """Linear maps of a few rows in bf16, in C: those of a prompt, which read all weights of the text encoder once.
 
-c/few_rows.c reads them at the memory's rate: 2.7 ms for 4.3 with oneDNN at 20 rows (2304 to 9216, two Zen 4 cores). A
+few_rows.c reads them at the memory's rate: 2.7 ms for 4.3 with oneDNN at 20 rows (2304 to 9216, two Zen 4 cores). A
 row is the same in any batch.
 """
 
@@ -9,14 +9,14 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from engines.backends.cpu.c_library import Library
+from engines.backends.cpu.kernels.library import Library
 
 _POINTERS, _SIZES = ("x", "w", "y"), ("rows", "in", "out")
 _WIDTH, _OUTPUTS = 32, 4  # what divides the inputs and the outputs
 
 
 class _Product(ctypes.Structure):
-    """The arguments of `few_rows`, as struct product in c/few_rows.c."""
+    """The arguments of `few_rows`, as struct product in few_rows.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),

@@ -1,21 +1,19 @@
 """The middle of a gated block (engines.models.layers.GLUMBConv) in C, and the rounding of rows to 8 bits.
 
-c/gated_depthwise.c applies SiLU, the depthwise convolution and the gate in one pass; its result may be rounded, and its
+gated_depthwise.c applies SiLU, the depthwise convolution and the gate in one pass; its result may be rounded, and its
 input may be the unscaled sums of a product in 8 bits (engines.backends.cpu.int8_products).
 
 Shapes: [1, 2C, H, W] to [1, C, h, W], channels-last in memory.
 """
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.backends.cpu.c_library import Library
-from engines.backends.cpu.convolution import Edges, pixel_rows
-from engines.backends.cpu.onednn_steps import Gate, PackedGate
+from engines.backends.cpu.kernels.layout import Edges, pixel_rows
+from engines.backends.cpu.kernels.library import Library
 
 Rounded = tuple[Tensor, Tensor]  # uint8 [rows, in]: round(x / scale) + 128; scales [rows, 1] in the dtype of x
 
@@ -25,7 +23,7 @@ _GATED_OPTIONS = ("above", "bf16", "silu", "threads")
 
 
 class _Gated(ctypes.Structure):
-    """The arguments of `gated_depthwise`, as struct gated in c/gated_depthwise.c."""
+    """The arguments of `gated_depthwise`, as struct gated in gated_depthwise.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _GATED_POINTERS),
@@ -99,15 +97,6 @@ def computes(conv: nn.Module, library: Library) -> bool:
         return False
     depthwise = conv.groups == conv.in_channels == conv.out_channels
     return depthwise and conv.out_channels % (2 * library.lanes) == 0
-
-
-def gate_factory(library: Library) -> Callable[[nn.Conv2d], Gate]:
-    """Returns what builds the Gate of a convolution."""
-
-    def gate(conv: nn.Conv2d) -> Gate:
-        return GatedDepthwise(library, conv, silu=False) if computes(conv, library) else PackedGate(conv)
-
-    return gate
 
 
 def rounded_rows(x: Tensor, library: Library) -> Rounded:
