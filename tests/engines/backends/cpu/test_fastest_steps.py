@@ -1,4 +1,4 @@
-"""How a step is computed is chosen by a measurement that is kept; all kinds compute the same."""
+"""The kind of a step is chosen by a measurement that is kept; all kinds compute the same."""
 
 import json
 import time
