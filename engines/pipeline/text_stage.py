@@ -114,7 +114,8 @@ def load_text_stage(
 ) -> TextStage:
     """Loads the text stage of a checkpoint, without embeddings. Raises CheckpointError.
 
-    cache: folder in which a CPU keeps the instruction's keys and values if they took longer than SLOW_PREFIX_S.
+    cache: folder in which a CPU keeps the instruction's keys and values if they took longer than SLOW_PREFIX_S, and
+    compiled kernels in C, which then compute its products in bf16.
     """
     settings = checkpoint.settings
     instruction = INSTRUCTION if settings.instruction else ""
@@ -124,9 +125,10 @@ def load_text_stage(
     state = None if kept is None else kept.read()
     if device.type == "meta":
         state = PrefixState.blank(body, len(tokenizer.prefix))
-    library = load_library(cache) if device.type == "cpu" and cache is not None else None
-    if library is not None:
-        replace_linears(body, library)
+    if cache is not None and device.type == "cpu" and dtype == torch.bfloat16:
+        library = load_library(cache)
+        if library is not None:
+            replace_linears(body, library)
     began = time.perf_counter()
     encoder = TextEncoder(body, tokenizer.prefix, state)
     if kept is not None and state is None and time.perf_counter() - began > SLOW_PREFIX_S:
