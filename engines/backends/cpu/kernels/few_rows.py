@@ -35,7 +35,8 @@ class FewRowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.new_empty((*x.shape[:-1], len(self.weight)))
-        _multiply(self._library, x.contiguous(), self.weight, y)
+        if y.numel():
+            _multiply(self._library, x.contiguous(), self.weight, y)
         return y
 
 

@@ -71,14 +71,27 @@ def instruction_sets(flags: str | None = None) -> list[str]:
 
 
 def find_library(folder: Path) -> Library | None:
-    """Loads the library for this CPU; compiles it into the cache `folder` if it is nowhere. None if that fails too."""
-    name = instruction_sets()[0]
-    for kept in (FOLDER, expanded(folder)):
-        if kept is not None and (path := kept / file_name(name)).is_file():
-            with contextlib.suppress(OSError):
+    """Loads the library for this CPU; compiles it into the cache `folder` if it is nowhere. None if that fails too.
+
+    An older compiler may not know the best instructions; then the next set is tried.
+    """
+    cached, compiler = expanded(folder), find_compiler()
+    for name in instruction_sets():
+        library = _kept(name, cached)
+        if library is None and compiler is not None:
+            library = _compiled(compiler, name, cached)
+        if library is not None:
+            return library
+    return None
+
+
+def _kept(instruction_set: str, cached: Path | None) -> Library | None:
+    for folder in (FOLDER, cached):
+        path = None if folder is None else folder / file_name(instruction_set)
+        if path is not None and path.is_file():
+            with contextlib.suppress(OSError):  # damaged, or on a file system that nothing is executed from
                 return Library(ctypes.CDLL(str(path)))
-    compiler = find_compiler()
-    return None if compiler is None else _compiled(compiler, name, expanded(folder))
+    return None
 
 
 def find_compiler() -> str | None:

@@ -42,3 +42,7 @@ def test_takes_batches_and_views(bf16_library: Library) -> None:
     view = x.transpose(1, 2)[..., ::2]
     assert module(view).shape == (2, 3, 76)
     assert torch.equal(module(view), module(view.contiguous()))
+
+
+def test_no_rows_give_no_rows(bf16_library: Library) -> None:
+    assert FewRowsLinear(linear(), bf16_library)(torch.empty(1, 0, 96, dtype=torch.bfloat16)).shape == (1, 0, 76)

@@ -1,5 +1,6 @@
 """The C library is found, or compiled once, and used only where it computes right."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,18 @@ def test_a_compiler_that_fails_is_no_fault(tmp_path: Path, monkeypatch: pytest.M
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert c_library.find_library(tmp_path / "cache") is None
+
+
+def test_an_older_compiler_makes_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(c_library, "FOLDER", tmp_path / "shipped")
+    compiler = tmp_path / "gcc"
+    own = c_library.find_compiler()
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-mfma*) exit 1;; esac\nexec {own} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    library = c_library.find_library(tmp_path / "cache")
+    assert library is not None
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [c_library.file_name("baseline")]
 
 
 @pytest.mark.parametrize(
