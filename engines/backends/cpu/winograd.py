@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import pack_weight
 from engines.backends.cpu.kernels.layout import Edges
+from engines.backends.cpu.kernels.winograd_4x4 import A, B, at_points
 
 _ROWS_AT_ONCE = 4  # rows of the result
-_A, _B = 3 / 2, 2 / 3
 _PADDING = [0, 1]  # of a 1x3 convolution
 _GEOMETRY = (_PADDING, [1, 1], [1, 1], 1)  # and its stride, dilation and groups
 
@@ -32,7 +32,8 @@ class WinogradConv:
     def __init__(self, conv: nn.Conv2d, *, silu: bool = False) -> None:
         weight = conv.weight.detach()
         self._at_0, *self._at_points, self._at_infinity = (
-            pack_weight(kernel.to(weight.dtype).contiguous(), _PADDING) for kernel in _kernels(weight.float())
+            pack_weight(kernel.unsqueeze(2).to(weight.dtype).contiguous(), _PADDING)
+            for kernel in at_points(weight.float(), 2)
         )
         self._bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
         self._silu = silu
@@ -56,14 +57,14 @@ class WinogradConv:
         d0, d1, d2, d3 = (x[:, :, first:-2:_ROWS_AT_ONCE] for first in range(_ROWS_AT_ONCE))
         d4, d5 = x[:, :, 4::_ROWS_AT_ONCE], x[:, :, 5::_ROWS_AT_ONCE]
         inner = (d1, d2, d3, d4)
-        sum_a, difference_a = self._at_pair(inner, _A, _B, self._at_points[:2])
-        sum_b, difference_b = self._at_pair(inner, _B, _A, self._at_points[2:])
+        sum_a, difference_a = self._at_pair(inner, A, B, self._at_points[:2])
+        sum_b, difference_b = self._at_pair(inner, B, A, self._at_points[2:])
         bias = self._bias.view(1, -1, 1, 1)
-        both = _A**2 + _B**2
+        both = A**2 + B**2
         yield self._add_product(sum_a + sum_b, torch.sub(d4, d2, alpha=both).add_(d0), self._at_0)
-        yield torch.add(bias, difference_a, alpha=_A).add_(difference_b, alpha=_B)
-        yield torch.add(bias, sum_a, alpha=_A**2).add_(sum_b, alpha=_B**2)
-        cubes = difference_a.mul_(_A**3).add_(difference_b, alpha=_B**3)
+        yield torch.add(bias, difference_a, alpha=A).add_(difference_b, alpha=B)
+        yield torch.add(bias, sum_a, alpha=A**2).add_(sum_b, alpha=B**2)
+        cubes = difference_a.mul_(A**3).add_(difference_b, alpha=B**3)
         yield self._add_product(cubes, torch.sub(d5, d3, alpha=both).add_(d1), self._at_infinity)
 
     def _at_pair(
@@ -85,14 +86,3 @@ class WinogradConv:
             rows, others, kernel, self._bias, *_GEOMETRY, "add", 1.0, None, [], ""
         )
         return y
-
-
-def _kernels(weight: Tensor) -> Iterator[Tensor]:
-    """Yields the kernel [D, C, 3, 3] evaluated at 0, a, -a, b, -b and infinity: six of [D, C, 1, 3]."""
-    above, at, below = (row.unsqueeze(2) for row in weight.unbind(2))
-    yield above
-    for point, other in ((_A, _B), (_B, _A)):
-        scale = 2 * point**2 * (point**2 - other**2)
-        for signed in (point, -point):
-            yield (above + signed * at + point**2 * below) / scale
-    yield below

@@ -17,7 +17,7 @@ from engines.backends.cpu.kernels.layout import Edges, pixel_rows
 from engines.backends.cpu.kernels.library import Library
 
 POINTS = 36
-_A, _B = 3 / 2, 2 / 3
+A, B = 3 / 2, 2 / 3  # points; those of winograd_4x4.c
 _POINTERS = ("x", "y", "weights", "bias", "norm", "used")
 _SIZES = ("height_in", "height", "width", "in", "out")
 _OPTIONS = ("above", "bf16", "silu", "phases", "stride", "threads")
@@ -121,8 +121,8 @@ def _at_points(weight: Tensor, panel: int, dtype: torch.dtype) -> tuple[Tensor, 
 
     A point whose kernels are all zero in a panel is left out: the folded ones of an upsampling have such.
     """
-    matrix = _points_of_kernel().to(weight.device)
-    at = torch.einsum("ia,jb,dcab->ijdc", matrix, matrix, weight.detach().double()).flatten(0, 1)
+    rows = at_points(weight.detach().double(), 2)  # [6, D, C, 3]
+    at = at_points(rows, 3).transpose(0, 1).flatten(0, 1)
     panels = torch.unflatten(at, 1, (-1, panel)).transpose(0, 1)  # [D / panel, 36, panel, C]
     used = panels.abs().amax((2, 3)) > 0
     pair = 2 if dtype == torch.bfloat16 else 1
@@ -131,10 +131,11 @@ def _at_points(weight: Tensor, panel: int, dtype: torch.dtype) -> tuple[Tensor, 
     return ordered.to(dtype).contiguous(), bits
 
 
-def _points_of_kernel() -> Tensor:
-    """Returns the matrix [6, 3] that evaluates a kernel's rows at 0, a, -a, b, -b and infinity."""
-    rows = [(1.0, 0.0, 0.0)]
-    for point, other in ((_A, _B), (_B, _A)):
+def at_points(kernels: Tensor, dim: int) -> Tensor:
+    """Evaluates kernels, polynomials of the three numbers along `dim`, at 0, A, -A, B, -B and infinity: six of them."""
+    first, middle, last = kernels.unbind(dim)
+    values = [first]
+    for point, other in ((A, B), (B, A)):
         scale = 2 * point**2 * (point**2 - other**2)
-        rows += [(1 / scale, signed / scale, point**2 / scale) for signed in (point, -point)]
-    return torch.tensor([*rows, (0.0, 0.0, 1.0)], dtype=torch.float64)
+        values += [(first + signed * middle + point**2 * last) / scale for signed in (point, -point)]
+    return torch.stack([*values, last])
