@@ -5,6 +5,7 @@ engines.backends.cpu.int8_products the transformer's maps. In bf16 and in 8 bits
 job, so that an image is the same in any batch.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 from engines.backends.base import ModuleSpec
 from engines.backends.cpu.decoder import CpuDecoder
 from engines.backends.cpu.fastest_steps import FastestSteps
-from engines.backends.cpu.feed_forward import replace_feed_forwards
 from engines.backends.cpu.int8 import has_int8
-from engines.backends.cpu.int8_products import convert, faster_in_8_bits
+from engines.backends.cpu.int8_products import convert, faster_in_8_bits, int8_products
 from engines.backends.cpu.kernels.checked import load_library
 from engines.backends.cpu.kernels.library import Library
 from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT, IN_8_BITS, OneDnnSteps
+from engines.backends.cpu.packed_linear import ProductFactory, exact_products, has_onednn
 from engines.backends.cpu.steps import Steps
 from engines.backends.cpu.tiled_steps import TiledSteps, gate_factory
 from engines.backends.cpu.timings import Timings
+from engines.backends.cpu.transformer_block import replace_blocks
 from engines.backends.parity import INT8_GATE, difference
+from engines.device.memory import return_freed_memory
 from engines.errors import BackendError
 from engines.models.controlnet import ControlNet
 from engines.models.dcae import Decoder
@@ -39,8 +42,16 @@ _PROBE_TOKENS = 20
 def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     """Returns a module that computes as `module`; replaces decoders, and what runs in 8 bits.
 
-    Raises BackendError without 8-bit products, ParityError if a module in 8 bits misses its gate.
+    On a CPU it consumes `module`: weights in another layout take the place of its own. Raises BackendError without
+    8-bit products, ParityError if a module in 8 bits misses its gate.
     """
+    replaced = _replaced(module, spec)
+    if spec.device.type == "cpu":
+        return_freed_memory()
+    return replaced
+
+
+def _replaced(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     if spec.int8 and (spec.device.type != "cpu" or not has_int8()):
         raise BackendError("precision: int8 needs a CPU with 8-bit products (AVX512-VNNI) and oneDNN; use bf16")
     decoder = module.dcae if isinstance(module, PixelDecoder) else None
@@ -49,7 +60,7 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
             return _with_int8_convolutions(module, decoder, spec)
         spec.reasons[spec.name] = f"{spec.dtype}: a TAESANA has no convolutions in 8 bits"
     elif spec.int8 and _gains_from_int8(module, spec):
-        return PerJobTransformer(_with_int8_products(module, spec))
+        return _with_int8_products(module, spec)
     on_cpu = spec.device.type == "cpu"
     if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
         steps = _steps(spec, "direct", DIRECT, {"winograd by rows": BY_ROWS})
@@ -57,8 +68,8 @@ def eager(module: nn.Module, spec: ModuleSpec) -> nn.Module:
         spec.reasons[spec.name] = steps.reason
         return module
     if on_cpu and spec.name in ("transformer", "controlled"):
-        _feed_forwards(module, spec)
-        return PerJobTransformer(module) if spec.dtype == torch.bfloat16 else module
+        replaced = _replace_blocks(module, spec, lambda _: exact_products(spec.dtype))
+        return PerJobTransformer(module) if replaced or spec.dtype == torch.bfloat16 else module
     return to_channels_last(module, spec)
 
 
@@ -66,12 +77,10 @@ def _config_of(module: nn.Module) -> TransformerConfig:
     return next(part.config for part in module.modules() if isinstance(part, SprintTransformer))
 
 
-def _feed_forwards(module: nn.Module, spec: ModuleSpec) -> Library | None:
-    """Runs the feed-forwards of a wide transformer in C. Returns the library, if there is one."""
-    library = load_library(spec.cache) if _config_of(module).dim >= _WIDE else None
-    if library is not None:
-        replace_feed_forwards(module, library)
-    return library
+def _replace_blocks(module: nn.Module, spec: ModuleSpec, products: Callable[[Library], ProductFactory]) -> bool:
+    """Runs a transformer's blocks in C between their products. Returns whether it could."""
+    library = load_library(spec.cache)
+    return library is not None and replace_blocks(module, library, products(library))
 
 
 def _gains_from_int8(module: nn.Module, spec: ModuleSpec) -> bool:
@@ -82,10 +91,10 @@ def _gains_from_int8(module: nn.Module, spec: ModuleSpec) -> bool:
 
 
 def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
-    """Converts the transformer in `module`, and the ControlNet if it has one."""
+    """Converts the transformer in `module`, and the ControlNet if it has one; returns it job by job."""
+    run = PerJobTransformer(module)
     parts = [part for part in module.modules() if isinstance(part, SprintTransformer | ControlNet)]
     config = _config_of(module)
-    blocks = [block for part in parts for block in part.transformer_blocks]
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -96,13 +105,13 @@ def _with_int8_products(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     if len(parts) > 1:
         inputs += [noise(1, 1).new_ones(text.shape[:2]), noise(config.in_channels, *_PROBE), torch.ones_like(half)]
     with torch.inference_mode():
-        expected = module(*inputs)
-        library = _feed_forwards(module, spec)
-        converted = convert(blocks, library)
-        actual = module(*inputs)
+        expected = run(*inputs)
+        if not _replace_blocks(module, spec, int8_products):
+            convert(block for part in parts for block in part.transformer_blocks)
+        actual = run(*inputs)
     kept = INT8_GATE.check(f"{spec.name} in int8", difference(expected, actual))
-    spec.reasons[spec.name] = f"{converted} products of image tokens in 8 bits, {kept}"
-    return module
+    spec.reasons[spec.name] = f"products of image tokens in 8 bits, {kept}"
+    return run
 
 
 def _steps(spec: ModuleSpec, name: str, onednn: OneDnnSteps, others: dict[str, Steps]) -> FastestSteps:
@@ -139,9 +148,7 @@ def to_channels_last(module: nn.Module, spec: ModuleSpec) -> nn.Module:
 
 def _gains_from_packing(decoder: Decoder, dtype: torch.dtype) -> bool:
     """Returns whether packed convolutions are faster and oneDNN computes in `dtype` on this CPU."""
-    if decoder.conv_in.weight.shape[0] < _WIDE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return decoder.conv_in.weight.shape[0] >= _WIDE and has_onednn(dtype)
 
 
 class PerJobTransformer(nn.Module):

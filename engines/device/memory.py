@@ -1,8 +1,10 @@
-"""Memory: of a GPU by NVML (nvidia-ml-py, extra `gpu`), over all processes, and what a device has left.
+"""Memory: of a GPU by NVML (nvidia-ml-py, extra `gpu`), over all processes, what a device has left, what is freed.
 
 NVML asks the driver and touches no CUDA context, so any thread may call it while the engine runs.
 """
 
+import contextlib
+import ctypes
 import logging
 import re
 from collections.abc import Mapping
@@ -61,6 +63,12 @@ def available_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
         if most.isdecimal() and held.isdecimal():
             bounds.append(max(int(most) - int(held) + (0 if cached is None else int(cached[1])), 0))
     return min(bounds, default=None)
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what malloc keeps of freed tensors; does nothing without glibc."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # Folder of a container's own group, file of its limit, file of its use: of version 2, of version 1.

@@ -133,7 +133,6 @@ class MultiscaleProjection(nn.Module):
 class MultiscaleLinearAttention(nn.Module):
     """ReLU linear attention over all positions at one or more scales. [B,C,H,W] -> [B,C,H,W].
 
-    Quadratic order where H*W <= head_dim, as upstream: cheaper there, and it rounds differently.
     Source: EfficientViT (arXiv 2205.14756); diffusers models/attention_processor.py SanaMultiscaleLinearAttention.
     """
 
@@ -153,31 +152,35 @@ class MultiscaleLinearAttention(nn.Module):
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])[:, :, None, None]
         qkv = F.conv2d(x, weight)  # [B, 3C, H, W]
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
-        out = self.attend(scales)
+        out = attend(scales, self.head_dim)
         y: Tensor = self.norm_out(F.conv2d(out, self.to_out.weight[:, :, None, None]))
         return x + y
 
-    def attend(self, scales: Tensor) -> Tensor:
-        """Attends within each scale: queries, keys and values [B,3C*S,H,W] of S scales to [B,C*S,H,W]."""
-        batch, _, height, width = scales.shape
-        # Upstream's grouping: the concatenated channels are cut into runs of 3*head_dim, each run a (q, k, v).
-        grouped = scales.reshape(batch, -1, 3 * self.head_dim, height * width)
-        linear = height * width > self.head_dim
-        if linear:
-            grouped = grouped.float()
-        q, k, v = grouped.chunk(3, dim=2)  # [B, heads*scales, head_dim, N]
-        q, k = F.relu(q), F.relu(k)
-        if linear:
-            out = torch.matmul(torch.matmul(v, k.transpose(-1, -2)), q)
-            total = torch.matmul(
-                k.sum(dim=-1, keepdim=True).transpose(-1, -2), q
-            )  # upstream's row of ones, without materialising it
-            out = (out / (total + ATTENTION_EPS)).to(scales.dtype)
-        else:
-            scores = torch.matmul(k.transpose(-1, -2), q).float()
-            scores = scores / (scores.sum(dim=2, keepdim=True) + ATTENTION_EPS)
-            out = torch.matmul(v, scores.to(v.dtype))
-        return out.reshape(batch, -1, height, width)
+
+def attend(scales: Tensor, head_dim: int) -> Tensor:
+    """Attends within each scale: queries, keys and values [B,3C*S,H,W] of S scales to [B,C*S,H,W].
+
+    Quadratic order where H*W <= head_dim, as upstream: cheaper there, and it rounds differently.
+    """
+    batch, _, height, width = scales.shape
+    # Upstream's grouping: the concatenated channels are cut into runs of 3*head_dim, each run a (q, k, v).
+    grouped = scales.reshape(batch, -1, 3 * head_dim, height * width)
+    linear = height * width > head_dim
+    if linear:
+        grouped = grouped.float()
+    q, k, v = grouped.chunk(3, dim=2)  # [B, heads*scales, head_dim, N]
+    q, k = F.relu(q), F.relu(k)
+    if linear:
+        out = torch.matmul(torch.matmul(v, k.transpose(-1, -2)), q)
+        total = torch.matmul(
+            k.sum(dim=-1, keepdim=True).transpose(-1, -2), q
+        )  # upstream's row of ones, without materialising it
+        out = (out / (total + ATTENTION_EPS)).to(scales.dtype)
+    else:
+        scores = torch.matmul(k.transpose(-1, -2), q).float()
+        scores = scores / (scores.sum(dim=2, keepdim=True) + ATTENTION_EPS)
+        out = torch.matmul(v, scores.to(v.dtype))
+    return out.reshape(batch, -1, height, width)
 
 
 class EfficientViTBlock(nn.Module):

@@ -17,7 +17,15 @@ from engines.backends.cpu.convolution import PackedConv, cache_sized_slices, mak
 from engines.backends.cpu.kernels.layout import pixel_rows
 from engines.backends.cpu.onednn_steps import BY_ROWS
 from engines.backends.cpu.steps import Norm, Step
-from engines.models.dcae import ATTENTION_EPS, Decoder, EfficientViTBlock, MultiscaleLinearAttention, ResBlock, Upsample
+from engines.models.dcae import (
+    ATTENTION_EPS,
+    Decoder,
+    EfficientViTBlock,
+    MultiscaleLinearAttention,
+    ResBlock,
+    Upsample,
+    attend,
+)
 from engines.models.layers import GLUMBConv
 
 
@@ -39,7 +47,7 @@ class _Attention:
             [PackedConv(_as_conv2d(scale.get_submodule(name))) for name in ("proj_in", "proj_out")]
             for scale in attention.to_qkv_multiscale
         ]
-        self._head_dim, self._attend_quadratic = attention.head_dim, attention.attend
+        self._head_dim = attention.head_dim
         self._out = PackedConv(make_conv(attention.to_out.weight[:, :, None, None], None))
         self._norm = Norm(attention.norm_out)
 
@@ -53,7 +61,7 @@ class _Attention:
         """Attends within each of S scales: queries, keys and values [B, 3C, H, W] each to [B, C*S, H, W]."""
         batch, channels, height, width = scales[0].shape
         if height * width <= self._head_dim:  # quadratic order, as MultiscaleLinearAttention
-            return self._attend_quadratic(torch.cat(scales, dim=1)).contiguous(memory_format=torch.channels_last)
+            return attend(torch.cat(scales, dim=1), self._head_dim).contiguous(memory_format=torch.channels_last)
         size = (batch, len(scales) * channels // 3, height, width)
         out = torch.empty(size, dtype=scales[0].dtype, memory_format=torch.channels_last)
         for index, target in enumerate(torch.split(out, 1)):
@@ -64,7 +72,7 @@ class _Attention:
 
 
 def _attend(rows: Tensor, out: Tensor, head_dim: int) -> None:
-    """Writes linear attention over the pixels of one image to `out` [N, C], as MultiscaleLinearAttention.attend.
+    """Writes linear attention over the pixels of one image to `out` [N, C], as engines.models.dcae.attend.
 
     rows [N, 3C]: each run of 3 * head_dim channels is a query, a key and a value. Computes in fp32.
     """
@@ -86,18 +94,17 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 
 
 class CpuDecoder(nn.Module):
-    """Computes as dcae.Decoder.forward. Copies the weights of a loaded `decoder` on the CPU; fp32 or bf16."""
+    """Computes as dcae.Decoder.forward. Consumes a loaded `decoder` on the CPU, stage by stage; fp32 or bf16."""
 
     def __init__(self, decoder: Decoder, steps: AllSteps = BY_ROWS) -> None:
         super().__init__()
         self._repeats = decoder.repeats  # of the shortcut around the first convolution
         self._first = PackedConv(_as_conv2d(decoder.conv_in))
-        self._steps = [
-            step
-            for stage in reversed(decoder.up_blocks)
-            for block in _as_sequential(stage)
-            for step in _steps(block, steps)
-        ]
+        self._steps = list[Step]()
+        for index in reversed(range(len(decoder.up_blocks))):
+            for block in _as_sequential(decoder.up_blocks[index]):
+                self._steps += _steps(block, steps)
+            decoder.up_blocks[index] = nn.Identity()  # frees its weights, of which steps hold copies
         self._norm, self._act = Norm(decoder.norm_out), decoder.act
         last = decoder.conv_out
         self._last = steps.upsample(last) if isinstance(last, Upsample) else PackedConv(_as_conv2d(last))

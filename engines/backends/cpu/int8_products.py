@@ -9,6 +9,7 @@ Shapes: x [..., in], weight [out, in]; of images [B, C, H, W], channels-last in 
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from engines.backends.cpu.int8 import ROUNDING_OFFSET, rounded_weight
 from engines.backends.cpu.kernels import gated_depthwise
 from engines.backends.cpu.kernels.gated_depthwise import Rounded
 from engines.backends.cpu.kernels.library import Library
+from engines.backends.cpu.packed_linear import ProductFactory, exact_products, product_of
 from engines.backends.cpu.timings import Timings, in_words
 from engines.models.transformer import TransformerConfig
 
@@ -28,7 +30,7 @@ PRODUCTS = (
 _ZERO = 128  # of activations: the kernel multiplies unsigned by signed numbers
 _SLICE_NUMEL = 2**17  # numbers that are rounded at once: 0.5 MiB in fp32, so that they stay in the L2 cache
 _WORTH = 0.8  # of the exact map's time, which 8 bits may take
-_GRID = 16  # the measured map reads this many rows and columns of tokens
+_ROWS = 256  # that the measured map reads
 
 Rounding = Callable[[Tensor], Rounded]
 
@@ -36,19 +38,13 @@ Rounding = Callable[[Tensor], Rounded]
 class LastRounding:
     """Rounds the rows of a tensor, once for all maps that read it in turn (queries, keys and values)."""
 
-    def __init__(self, library: Library | None = None) -> None:
+    def __init__(self) -> None:
         self._last: tuple[Tensor, Rounded] | None = None
-        self._library = library
 
     def __call__(self, x: Tensor) -> Rounded:
         if self._last is None or self._last[0] is not x:
-            self._last = x, self._rounded(x)
+            self._last = x, rounded_rows(x)
         return self._last[1]
-
-    def _rounded(self, x: Tensor) -> Rounded:
-        if self._library is None or x.shape[-1] % self._library.lanes:
-            return rounded_rows(x)
-        return gated_depthwise.rounded_rows(x, self._library)
 
 
 class Int8Linear(nn.Module):
@@ -88,25 +84,10 @@ class Int8Pointwise(nn.Module):
     def __init__(self, conv: nn.Conv2d, rounding: Rounding) -> None:
         super().__init__()
         self._linear = Int8Linear(conv.weight.flatten(1), conv.bias, rounding)
-        self.bias = self._linear.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._linear(x.permute(0, 2, 3, 1))
         return y.permute(0, 3, 1, 2)
-
-    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y [1, out, H, W] and scales [H*W, 1] of one image; the result is y * scales + bias."""
-        y, scales = self._linear.unscaled(x.permute(0, 2, 3, 1))
-        return _as_image(y, x), scales
-
-    def of_rounded(self, levels: Tensor, scales: Tensor, like: Tensor) -> Tensor:
-        """Returns [1, out, H, W] of rounded pixels, for an image of the size of `like`."""
-        return _as_image(self._linear.of_rounded(levels, scales), like)
-
-
-def _as_image(rows: Tensor, like: Tensor) -> Tensor:
-    """Views [H*W, C] as [1, C, H, W]."""
-    return rows.view(1, *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def rounded_rows(x: Tensor) -> Rounded:
@@ -123,24 +104,29 @@ def rounded_rows(x: Tensor) -> Rounded:
     return levels, scales
 
 
+def int8_products(library: Library) -> ProductFactory:
+    """Returns what builds products in 8 bits whose rows the library rounds."""
+    rounding = partial(gated_depthwise.rounded_rows, library=library)
+    return lambda weight, bias: Int8Linear(weight, bias, rounding)
+
+
 def faster_in_8_bits(config: TransformerConfig, dtype: torch.dtype, timings: Timings) -> tuple[bool, str]:
     """Measures a transformer's widest map. Returns whether 8 bits are clearly faster than `dtype`, and the times."""
     name, hidden = str(dtype).removeprefix("torch."), int(config.mlp_ratio * config.dim)
 
     def ways() -> dict[str, Callable[[], object]]:
-        conv = nn.Conv2d(config.dim, 2 * hidden, 1, dtype=dtype).requires_grad_(False)
-        x = torch.empty((1, config.dim, _GRID, _GRID), dtype=dtype)
-        x = x.normal_(generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
-        converted = Int8Pointwise(conv, rounded_rows)
-        return {"8 bits": lambda: converted(x), name: lambda: conv(x)}
+        linear = nn.Linear(config.dim, 2 * hidden, dtype=dtype).requires_grad_(False)
+        x = torch.empty((_ROWS, config.dim), dtype=dtype).normal_(generator=torch.Generator().manual_seed(0))
+        exact, converted = product_of(linear, exact_products(dtype)), Int8Linear(linear.weight, None, rounded_rows)
+        return {"8 bits": lambda: converted(x), name: lambda: exact(x)}
 
-    found = timings.of(f"map of {config.dim} to {2 * hidden}", ("8 bits", name), ways)
+    found = timings.of(f"product of {config.dim} to {2 * hidden}", ("8 bits", name), ways)
     return found["8 bits"] < _WORTH * found[name], in_words(found)
 
 
-def convert(blocks: Iterable[nn.Module], library: Library | None = None) -> int:
-    """Replaces PRODUCTS of the blocks, and frees their weights; those with adapters stay. Returns how many it did."""
-    converted, rounding = 0, LastRounding(library)
+def convert(blocks: Iterable[nn.Module]) -> None:
+    """Replaces PRODUCTS of the blocks, and frees their weights; those with adapters stay."""
+    rounding = LastRounding()
     for block in blocks:
         for name in PRODUCTS:
             product = block.get_submodule(name)
@@ -148,7 +134,3 @@ def convert(blocks: Iterable[nn.Module], library: Library | None = None) -> int:
                 block.set_submodule(name, Int8Linear(product.weight, product.bias, rounding))
             elif type(product) is nn.Conv2d:
                 block.set_submodule(name, Int8Pointwise(product, rounding))
-            else:  # converted before, or with adapters
-                continue
-            converted += 1
-    return converted

@@ -5,7 +5,7 @@ import torch
 
 from engines.kernels.linear_attention import LINEAR_ATTENTION, MULTISCALE_ATTENTION
 from engines.kernels.op import Launcher, sqnr_db
-from engines.models.dcae import MultiscaleLinearAttention
+from engines.models.dcae import MultiscaleLinearAttention, attend
 
 LAUNCHER = Launcher(tma=False, processors=3)
 FLOORS = {torch.float32: 100.0, torch.bfloat16: 40.0}
@@ -48,7 +48,7 @@ def test_decoders_reference_is_the_modules(height: int, width: int) -> None:
     qkv, deep = draw(2, 96, height, width), draw(2, 96, height, width, seed=1)
     mixing = module.to_qkv_multiscale[0].proj_out
     with torch.no_grad():
-        expected = module.attend(torch.cat([qkv, mixing(deep)], 1))
+        expected = attend(torch.cat([qkv, mixing(deep)], 1), module.head_dim)
         flat = [part.permute(0, 2, 3, 1).reshape(-1, 96) for part in (qkv, deep)]
         actual = MULTISCALE_ATTENTION.reference(*flat, mixing.weight.view(6, 16, 16), 2, 16)
     assert sqnr_db(expected.permute(0, 2, 3, 1).reshape(-1, 64), actual) > 100

@@ -7,6 +7,9 @@ import torch
 
 from engines.backends.cpu.kernels import few_rows, gated_depthwise, winograd_4x4
 from engines.backends.cpu.kernels.library import Library, find_library
+from engines.backends.cpu.kernels.tokens import cross_attention, linear_attention, norms
+
+KERNELS = (winograd_4x4, gated_depthwise, few_rows, norms, linear_attention, cross_attention)
 
 
 @cache
@@ -14,5 +17,4 @@ from engines.backends.cpu.kernels.library import Library, find_library
 def load_library(folder: Path) -> Library | None:
     """Loads the library for this CPU, or compiles it into the cache `folder`. None without one that computes right."""
     library = find_library(folder)
-    checks = (winograd_4x4.computes_right, gated_depthwise.computes_right, few_rows.computes_right)
-    return library if library is not None and all(check(library) for check in checks) else None
+    return library if library is not None and all(kernel.computes_right(library) for kernel in KERNELS) else None

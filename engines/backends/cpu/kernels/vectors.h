@@ -100,14 +100,24 @@ INLINE floats inverse_of(floats x) /* of numbers from 1 to 2**127, to the last b
 #endif
 }
 
-INLINE floats silu(floats x) /* x / (1 + exp(-x)); exp as a power of two, whose fraction is a polynomial */
+INLINE floats power_of_two(floats x) /* of its fraction by a polynomial; x is limited to 2**-126 and 2**126 */
 {
     const float rounding = 1.5f * (1 << 23);
-    floats power = within(x * -1.44269504f, -126, 126), shifted = power + rounding, f = power - (shifted - rounding);
+    floats power = within(x, -126, 126), shifted = power + rounding, f = power - (shifted - rounding);
     floats e = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f
                + f * (0.00133335581f + f * 0.000154035304f)))));
     integers exponent = ((integers)shifted - 0x4b400000) << 23;
-    return x * inverse_of(1 + (floats)((integers)e + exponent));
+    return (floats)((integers)e + exponent);
+}
+
+#define LOG2_E 1.44269504f
+
+INLINE floats silu(floats x) { return x * inverse_of(1 + power_of_two(x * -LOG2_E)); } /* x / (1 + exp(-x)) */
+
+INLINE floats larger_of(floats a, floats b)
+{
+    integers keep = a > b;
+    return (floats)(((integers)a & keep) | ((integers)b & ~keep));
 }
 
 INLINE float sum_of(floats x)

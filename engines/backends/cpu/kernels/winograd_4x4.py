@@ -121,14 +121,19 @@ def _at_points(weight: Tensor, panel: int, dtype: torch.dtype) -> tuple[Tensor, 
 
     A point whose kernels are all zero in a panel is left out: the folded ones of an upsampling have such.
     """
-    rows = at_points(weight.detach().double(), 2)  # [6, D, C, 3]
-    at = at_points(rows, 3).transpose(0, 1).flatten(0, 1)
-    panels = torch.unflatten(at, 1, (-1, panel)).transpose(0, 1)  # [D / panel, 36, panel, C]
-    used = panels.abs().amax((2, 3)) > 0
     pair = 2 if dtype == torch.bfloat16 else 1
-    ordered = torch.unflatten(panels[used], 2, (-1, pair)).transpose(1, 2)  # [used, C / pair, panel, pair]
-    bits = (used.long() << torch.arange(POINTS)).sum(1)
-    return ordered.to(dtype).contiguous(), bits
+    bits, ordered = torch.zeros(len(weight) // panel, dtype=torch.int64), list[Tensor]()
+    for index, kernels in enumerate(
+        torch.split(weight.detach(), panel)
+    ):  # one by one: all in fp64 would be 16 times as large
+        rows = at_points(kernels.double(), 2)  # [6, panel, C, 3]
+        at = at_points(rows, 3).transpose(0, 1).flatten(0, 1)  # [36, panel, C]
+        used = at.abs().amax((1, 2)) > 0
+        bits[index] = (used.long() << torch.arange(POINTS)).sum()
+        ordered.append(
+            torch.unflatten(at[used], 2, (-1, pair)).transpose(1, 2).to(dtype)
+        )  # [used, C / pair, panel, pair]
+    return torch.cat(ordered), bits
 
 
 def at_points(kernels: Tensor, dim: int) -> Tensor:

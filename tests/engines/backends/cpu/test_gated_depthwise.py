@@ -1,4 +1,4 @@
-"""A gate and the rounding of rows in C equal PyTorch's operations; a feed-forward with them equals GLUMBConv."""
+"""A gate and the rounding of rows in C equal PyTorch's operations."""
 
 from pathlib import Path
 
@@ -8,18 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu import int8_products
-from engines.backends.cpu.feed_forward import GatedFeedForward, replace_feed_forwards
-from engines.backends.cpu.int8 import has_int8
-from engines.backends.cpu.int8_products import Int8Pointwise, LastRounding
 from engines.backends.cpu.kernels.checked import load_library
 from engines.backends.cpu.kernels.gated_depthwise import GatedDepthwise, computes, rounded_rows
 from engines.backends.cpu.kernels.library import Library
 from engines.backends.cpu.onednn_steps import PackedGate
 from engines.backends.cpu.tiled_steps import gate_factory
 from engines.backends.parity import difference
-from engines.models.layers import GLUMBConv
-
-needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU has no 8-bit products (AVX512-VNNI)")
 
 
 def depthwise(channels: int, bias: bool = True) -> nn.Conv2d:
@@ -104,32 +98,6 @@ def test_offers_only_what_it_computes(library: Library) -> None:
     assert isinstance(gate_factory(library)(odd), PackedGate)
     assert not computes(nn.Conv2d(64, 64, 3, padding=1), library)
     assert not computes(nn.Conv2d(64, 64, 5, padding=2, groups=64), library)
-
-
-def feed_forward() -> GLUMBConv:
-    torch.manual_seed(0)
-    return GLUMBConv(64, 2.5, norm=False, residual=False).requires_grad_(False)
-
-
-def test_a_feed_forward_equals_pytorchs(library: Library) -> None:
-    module, x = nn.Sequential(feed_forward()), image(64, 6, 5, count=2)
-    assert replace_feed_forwards(module, library) == 1
-    assert isinstance(module[0], GatedFeedForward)
-    torch.testing.assert_close(module(x), feed_forward()(x), rtol=0, atol=1e-5)
-    others = nn.Sequential(GLUMBConv(64, norm=True), GLUMBConv(64, norm=False, residual=True))
-    assert replace_feed_forwards(others, library) == 0
-
-
-@needs_int8
-def test_between_products_in_8_bits_rows_stay_rounded(library: Library) -> None:
-    module, x = GatedFeedForward(feed_forward(), library), image(64, 6, 5, count=2)
-    for name in ("conv_inverted", "conv_point"):
-        conv = module.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        module.set_submodule(name, Int8Pointwise(conv, LastRounding(library)))
-    expected, actual = feed_forward()(x), module(x)
-    assert 35 < difference(expected, actual).sqnr_db < 60  # an exact result would not be in 8 bits
-    torch.testing.assert_close(torch.cat([module(one) for one in torch.split(x, 1)]), actual, rtol=0, atol=0)
 
 
 def test_the_library_of_this_cpu_is_loaded_once(tmp_path: Path) -> None:

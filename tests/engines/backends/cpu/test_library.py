@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.backends.cpu.kernels import checked, few_rows, gated_depthwise, winograd_4x4
+from engines.backends.cpu.kernels import checked
 from engines.backends.cpu.kernels import library as c_library
 from engines.backends.cpu.kernels.checked import load_library
 from engines.backends.cpu.kernels.library import Library
@@ -14,7 +14,7 @@ from engines.backends.cpu.kernels.library import Library
 BEST = c_library.instruction_sets()[0]
 
 
-@pytest.mark.parametrize("kernel", [winograd_4x4, gated_depthwise, few_rows], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("kernel", checked.KERNELS, ids=lambda module: module.__name__)
 @torch.inference_mode()
 def test_a_kernel_that_computes_wrongly_is_not_used(
     kernel: object, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -26,7 +26,7 @@ def test_a_kernel_that_computes_wrongly_is_not_used(
 
         def run(self, *_: object) -> None: ...
 
-    for one in (winograd_4x4, gated_depthwise, few_rows):
+    for one in checked.KERNELS:
         assert one.computes_right(library)
         assert not one.computes_right(Idle())  # type: ignore[arg-type]
         if one is not kernel:
