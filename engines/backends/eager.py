@@ -21,7 +21,7 @@ from engines.backends.cpu.kernels.library import Library
 from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT, IN_8_BITS, OneDnnSteps
 from engines.backends.cpu.packed_linear import ProductFactory, exact_products, has_onednn
 from engines.backends.cpu.steps import Steps
-from engines.backends.cpu.tiled_steps import TiledSteps, gate_factory
+from engines.backends.cpu.tiled_steps import TiledSteps, attention_factory, gate_factory
 from engines.backends.cpu.timings import Timings
 from engines.backends.cpu.transformer_block import replace_blocks
 from engines.backends.parity import INT8_GATE, difference
@@ -118,7 +118,7 @@ def _steps(spec: ModuleSpec, name: str, onednn: OneDnnSteps, others: dict[str, S
     """Returns what builds the steps of a decoder, with the C library if there is one."""
     library = load_library(spec.cache)
     if library is not None:
-        onednn = replace(onednn, gate=gate_factory(library))
+        onednn = replace(onednn, gate=gate_factory(library), attention=attention_factory(library))
         others = {**others, "winograd by tiles": TiledSteps(library)}
     return FastestSteps(spec.cache, name, onednn, others)
 

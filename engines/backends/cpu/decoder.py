@@ -1,7 +1,6 @@
 """The decoder on a CPU: weights in the layout of its kernels, and few passes over memory between them.
 
 - Steps come from engines.backends.cpu.onednn_steps or tiled_steps, whichever is faster (fastest_steps).
-- Attention runs in slices, so that its fp32 intermediates stay in the cache.
 - All tensors are channels-last, so a norm over channels needs no transposition.
 
 Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
@@ -10,15 +9,13 @@ Shapes: [B, C, H, W], channels-last in memory; an image has B = 1.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import PackedConv, cache_sized_slices, make_conv
 from engines.backends.cpu.kernels.layout import pixel_rows
 from engines.backends.cpu.onednn_steps import BY_ROWS
-from engines.backends.cpu.steps import Norm, Step
+from engines.backends.cpu.steps import Attend, Norm, Step
 from engines.models.dcae import (
-    ATTENTION_EPS,
     Decoder,
     EfficientViTBlock,
     MultiscaleLinearAttention,
@@ -38,16 +35,18 @@ class AllSteps(Protocol):
 
     def gated(self, block: GLUMBConv) -> Step: ...
 
+    def attend(self, head_dim: int) -> Attend: ...
+
 
 class _Attention:
-    def __init__(self, attention: MultiscaleLinearAttention) -> None:
+    def __init__(self, attention: MultiscaleLinearAttention, attend: Attend) -> None:
         weights = [attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]
         self._project = PackedConv(make_conv(torch.cat(weights)[:, :, None, None], None))
         self._scales = [
             [PackedConv(_as_conv2d(scale.get_submodule(name))) for name in ("proj_in", "proj_out")]
             for scale in attention.to_qkv_multiscale
         ]
-        self._head_dim = attention.head_dim
+        self._head_dim, self._attend = attention.head_dim, attend
         self._out = PackedConv(make_conv(attention.to_out.weight[:, :, None, None], None))
         self._norm = Norm(attention.norm_out)
 
@@ -67,30 +66,10 @@ class _Attention:
         for index, target in enumerate(torch.split(out, 1)):
             parts = pixel_rows(target).chunk(len(scales), dim=1)
             for scale, part in zip(scales, parts, strict=True):
-                _attend(pixel_rows(scale[index : index + 1]), part, self._head_dim)
+                projected = torch.unflatten(pixel_rows(scale[index : index + 1]), 1, (-1, 3, self._head_dim))
+                query, key, value = projected.unbind(2)
+                self._attend(query, key, value, torch.unflatten(part, 1, (-1, self._head_dim)))
         return out
-
-
-def _attend(rows: Tensor, out: Tensor, head_dim: int) -> None:
-    """Writes linear attention over the pixels of one image to `out` [N, C], as engines.models.dcae.attend.
-
-    rows [N, 3C]: each run of 3 * head_dim channels is a query, a key and a value. Computes in fp32.
-    """
-    heads = rows.shape[1] // (3 * head_dim)
-    context, total = torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim, 1)
-    for (part,) in cache_sized_slices(rows):
-        _, key, value = torch.split(_heads(part, heads), head_dim, dim=2)
-        key = F.relu(key.float())
-        context.baddbmm_(key.transpose(1, 2), value.float())
-        total += key.sum(1).unsqueeze(2)
-    for part, target in cache_sized_slices(rows, out):
-        query = F.relu(_heads(part, heads)[..., :head_dim].float())
-        _heads(target, heads).copy_((query @ context).div_(query @ total + ATTENTION_EPS))
-
-
-def _heads(rows: Tensor, heads: int) -> Tensor:
-    """Views [n, heads * c] as [heads, n, c]."""
-    return torch.unflatten(rows, 1, (heads, -1)).transpose(0, 1)
 
 
 class CpuDecoder(nn.Module):
@@ -133,7 +112,7 @@ def _as_sequential(module: nn.Module) -> nn.Sequential:
 
 def _steps(block: nn.Module, steps: AllSteps) -> list[Step]:
     if isinstance(block, EfficientViTBlock):
-        return [_Attention(block.attn), steps.gated(block.conv_out)]
+        return [_Attention(block.attn, steps.attend(block.attn.head_dim)), steps.gated(block.conv_out)]
     if isinstance(block, Upsample):
         return [steps.upsample(block)]
     assert isinstance(block, ResBlock)

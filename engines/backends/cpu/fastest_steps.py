@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engines.backends.cpu.onednn_steps import OneDnnSteps
-from engines.backends.cpu.steps import Step, Steps
+from engines.backends.cpu.steps import Attend, Step, Steps
 from engines.backends.cpu.timings import Timings, Ways, fastest, in_words
 from engines.models.dcae import ResBlock, Upsample
 from engines.models.layers import GLUMBConv
@@ -44,6 +44,9 @@ class FastestSteps:
 
     def gated(self, block: GLUMBConv) -> Step:
         return self._onednn.gated(block)
+
+    def attend(self, head_dim: int) -> Attend:
+        return self._onednn.attend(head_dim)
 
     @property
     def reason(self) -> str:

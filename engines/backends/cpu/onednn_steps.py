@@ -26,7 +26,7 @@ from engines.backends.cpu.convolution import (
 )
 from engines.backends.cpu.int8 import Int8Conv
 from engines.backends.cpu.kernels.layout import Edges, pixel_rows
-from engines.backends.cpu.steps import Norm, Step
+from engines.backends.cpu.steps import Attend, Norm, Step, attend_in_slices
 from engines.backends.cpu.winograd import WinogradConv
 from engines.models.dcae import ResBlock, Upsample
 from engines.models.folding import folded_kernel, phases_of, shortcuts_of
@@ -57,6 +57,7 @@ class OneDnnSteps:
     other: ConvFactory  # of gated blocks and of upsampling
     exact_shortcut: bool  # weights hold a shortcut's 1 exactly, beside small weights
     gate: Callable[[nn.Conv2d], Gate] = PackedGate
+    attention: Callable[[int], Attend] = lambda _: attend_in_slices  # for heads of d
 
     def computes(self, block: ResBlock | Upsample) -> bool:
         """Returns whether these differ from DIRECT in a block."""
@@ -70,6 +71,9 @@ class OneDnnSteps:
 
     def gated(self, block: GLUMBConv) -> Step:
         return _GatedConv(block, self.other, self.gate)
+
+    def attend(self, head_dim: int) -> Attend:
+        return self.attention(head_dim)
 
 
 DIRECT = OneDnnSteps(PackedConv, PackedConv, exact_shortcut=True)

@@ -1,17 +1,22 @@
-"""The steps of the decoder on a CPU: what builds them, and the norm that most of them end with."""
+"""The steps of the decoder on a CPU: what builds them, the norm that most of them end with, and attention.
 
-from collections.abc import Callable
+Shapes: N pixels, H heads of d.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cpu.convolution import cache_sized_slices
+from engines.backends.cpu.convolution import SLICE_NUMEL, cache_sized_slices
 from engines.backends.cpu.kernels.layout import pixel_rows
-from engines.models.dcae import ResBlock, Upsample
+from engines.models.dcae import ATTENTION_EPS, ResBlock, Upsample
 from engines.models.layers import RMSNorm
 
 Step = Callable[[Tensor], Tensor]  # computes as its block; may change its input in place
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # writes attention of three [N, H, d] to the last
 
 
 class Steps(Protocol):
@@ -40,3 +45,22 @@ class Norm:
         """Adds norm(y) to x, in place."""
         for target, rows in cache_sized_slices(pixel_rows(x), pixel_rows(y)):
             target.add_(self(rows))
+
+
+def attend_in_slices(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    """Attends as engines.models.dcae.attend, in slices whose fp32 intermediates stay in the cache."""
+    _, heads, head_dim = query.shape
+    context, total = torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim, 1)
+    for keys, values in _slices(key, value):
+        keys = F.relu(keys.float())
+        context.baddbmm_(keys.transpose(1, 2), values.float())
+        total += keys.sum(1).unsqueeze(2)
+    for queries, target in _slices(query, out):
+        queries = F.relu(queries.float())
+        target.copy_((queries @ context).div_(queries @ total + ATTENTION_EPS))
+
+
+def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields slices [H, n, d] of tensors [N, H, d]."""
+    step = max(1, SLICE_NUMEL // tensors[0][0].numel())
+    yield from zip(*(torch.split(tensor.transpose(0, 1), step, dim=1) for tensor in tensors), strict=True)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from engines.backends.cpu.convolution import RowStrip, split_into_strips
 from engines.backends.cpu.kernels import gated_depthwise
 from engines.backends.cpu.kernels.library import Library
+from engines.backends.cpu.kernels.tokens import linear_attention
+from engines.backends.cpu.kernels.tokens.linear_attention import LinearAttention
 from engines.backends.cpu.kernels.winograd_4x4 import Norm, TiledConv
 from engines.backends.cpu.onednn_steps import Gate, PackedGate
-from engines.backends.cpu.steps import Step
+from engines.backends.cpu.steps import Attend, Step, attend_in_slices
 from engines.models.dcae import ResBlock, Upsample
 from engines.models.folding import folded_kernel
 
@@ -57,6 +59,12 @@ def gate_factory(library: Library) -> Callable[[nn.Conv2d], Gate]:
         return PackedGate(conv)
 
     return gate
+
+
+def attention_factory(library: Library) -> Callable[[int], Attend]:
+    """Returns what gives attention for heads of a width."""
+    in_c = LinearAttention(library).write
+    return lambda head_dim: in_c if linear_attention.computes(head_dim, library) else attend_in_slices
 
 
 class _ResBlock:

@@ -30,7 +30,7 @@ class CpuBlock(nn.Module):
         self._residual = Residual(library, block.norm1.eps)
         own, cross = block.attn1, block.attn2
         self._project = Maps([own.to_q, own.to_k, own.to_v], make)
-        self._attend = LinearAttention(library, own.head_dim, *_norms_of(own))
+        self._attend, self._head_dim = LinearAttention(library, *_norms_of(own)), own.head_dim
         self._out = product_of(own.to_out[0], make)
         self._query = product_of(cross.to_q, make)
         self._project_text = Maps([cross.to_k, cross.to_v], exact_products(self._table.dtype))
@@ -45,12 +45,16 @@ class CpuBlock(nn.Module):
         assert bias is None
         shift1, scale1, gate1, shift2, scale2, gate2 = (self._table + modulation)[0].float().unbind()
         rows, stream = x[0], torch.empty_like(x[0])
-        attended = self._attend(*self._project(self._residual.normed(rows, shift1, scale1)))
-        self._residual.add(rows, self._out(attended), gate1, stream)
+        heads = (self._heads(part) for part in self._project(self._residual.normed(rows, shift1, scale1)))
+        self._residual.add(rows, self._out(self._attend(*heads).flatten(1)), gate1, stream)
         attended = self._attend_text(self._query(stream), *self._project_text(text[0]))
         normed = self._residual.add_normed(stream, self._out_of_text(attended), shift2, scale2)
         self._residual.add(stream, self._feed(normed, size), gate2, stream)
         return stream[None]
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Views [N, D] as [N, H, d]."""
+        return torch.unflatten(rows, 1, (-1, self._head_dim))
 
 
 class FeedForward:

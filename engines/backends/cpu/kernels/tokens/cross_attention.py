@@ -71,8 +71,12 @@ def reference(
     query: Tensor, key: Tensor, value: Tensor, head_dim: int, norms: tuple[Tensor, Tensor], eps: float
 ) -> Tensor:
     """Computes in PyTorch as a CrossAttention: [N, D]."""
-    q, k = (F.rms_norm(x.float(), x.shape[1:], weight, eps) for x, weight in zip((query, key), norms, strict=True))
-    q, k, v = (torch.unflatten(x.float(), 1, (-1, head_dim)).transpose(0, 1) for x in (q, k, value))  # [H, N or T, d]
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[1:], weight.to(x.dtype), eps)
+
+    rows = (*(normed(x, weight) for x, weight in zip((query, key), norms, strict=True)), value)
+    q, k, v = (torch.unflatten(x, 1, (-1, head_dim)).transpose(0, 1) for x in rows)  # [H, N or T, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
 
 

@@ -11,20 +11,22 @@
 #define TOGETHER 8 /* sums at a time */
 #define TINY 1e-15f /* added to the denominator, as upstream does */
 
-/* As _Attention in linear_attention.py. Rows are tokens, of bf16 or of floats. */
+/* As _Attention in linear_attention.py. Tensors are [rows][heads][size], of bf16 or of floats; a row is a token. */
 struct attention {
-    const void *q, *k, *v;   /* [rows][heads][size], `stride` numbers from one row to the next */
+    const void *q, *k, *v;
     const float *q_weight;   /* [heads][size]; null without a norm */
     const float *k_weight;
-    void *y;                 /* [rows][heads][size] */
-    int64_t rows, stride, heads, size;
+    void *y;
+    int64_t rows, heads, size;
+    int64_t to_row, to_head; /* numbers from one to the next, of q, k and v */
+    int64_t y_to_row;        /* of y, whose heads are side by side */
     int32_t bf16, threads;
     float eps;               /* of the norm */
 };
 
 struct job {
     const struct attention *call;
-    float *inverse; /* [rows]: of a key's RMS */
+    float *inverse; /* [rows]: of a key's RMS; null without a norm */
 };
 
 INLINE void measure_key(const struct job *job, int64_t row, int bf16)
@@ -32,11 +34,12 @@ INLINE void measure_key(const struct job *job, int64_t row, int bf16)
     const struct attention *call = job->call;
     const int64_t width = call->heads * call->size;
     floats squares = {0};
-    for (int64_t i = 0; i < width; i += LANES) {
-        floats value = load(call->k, row * call->stride + i, bf16);
-        squares += value * value;
-    }
-    job->inverse[row] = call->k_weight ? 1 / __builtin_sqrtf(sum_of(squares) / width + call->eps) : 1;
+    for (int64_t head = 0; head < call->heads; head++)
+        for (int64_t i = 0; i < call->size; i += LANES) {
+            floats value = load(call->k, row * call->to_row + head * call->to_head + i, bf16);
+            squares += value * value;
+        }
+    job->inverse[row] = 1 / __builtin_sqrtf(sum_of(squares) / width + call->eps);
 }
 
 static void measure_keys(const void *argument, int64_t index, char *scratch)
@@ -57,14 +60,14 @@ INLINE void widen(
     const struct attention *call, const void *x, const float *weight, const float *inverse, int64_t first, int64_t head,
     float *to, int bf16)
 {
-    const int64_t size = call->size, channel = head * size;
+    const int64_t size = call->size;
     for (int64_t row = first; row < first + ROWS; row++, to += size)
         for (int64_t i = 0; i < size; i += LANES) {
             floats value = {0};
             if (row < call->rows) {
-                value = load(x, row * call->stride + channel + i, bf16);
+                value = load(x, row * call->to_row + head * call->to_head + i, bf16);
                 if (inverse) value *= inverse[row];
-                if (weight) value *= load(weight, channel + i, 0);
+                if (weight) value *= load(weight, head * size + i, 0);
                 value = positive(value);
             }
             store(to, i, value, 0);
@@ -109,22 +112,22 @@ INLINE void apply(
             for (int n = 0; n < TOGETHER; n++) sums[n] += queries[n * size + i] * of_key;
         }
         for (int n = 0; n < TOGETHER && first + n < call->rows; n++)
-            store(call->y, ((first + n) * call->heads + head) * size + j, sums[n] * inverse[n], bf16);
+            store(call->y, (first + n) * call->y_to_row + head * size + j, sums[n] * inverse[n], bf16);
     }
 }
 
 INLINE void compute_head(const struct job *job, int64_t head, float *scratch, int bf16)
 {
     const struct attention *call = job->call;
-    const int64_t size = call->size, channel = head * size;
+    const int64_t size = call->size;
     float *context = scratch, *total = context + size * size, *keys = total + size, *values = keys + ROWS * size;
     memset(context, 0, (size + 1) * size * sizeof(float));
     for (int64_t first = 0; first < call->rows; first += ROWS) {
         widen(call, call->k, call->k_weight, job->inverse, first, head, keys, bf16);
         for (int64_t row = 0; row < ROWS; row++) /* those of zero keys beyond the last row count for nothing */
             for (int64_t i = 0; i < size; i += LANES) {
-                int64_t from = (first + row < call->rows ? first + row : call->rows - 1) * call->stride;
-                store(values, row * size + i, load(call->v, from + channel + i, bf16), 0);
+                int64_t from = (first + row < call->rows ? first + row : call->rows - 1) * call->to_row;
+                store(values, row * size + i, load(call->v, from + head * call->to_head + i, bf16), 0);
             }
         add_context(keys, values, size, context, total);
     }
@@ -148,10 +151,12 @@ static void compute_heads(const void *argument, int64_t head, char *scratch)
 int linear_attention(const struct attention *call)
 {
     const size_t scratch = (call->size + 1 + 2 * ROWS) * call->size * sizeof(float);
-    struct job job = {call, malloc(call->rows * sizeof(float))};
-    int failed = !job.inverse
-        || compute_all(measure_keys, &job, (call->rows + ROWS - 1) / ROWS, call->threads, 0)
-        || compute_all(compute_heads, &job, call->heads, call->threads, scratch);
+    struct job job = {call, 0};
+    int failed = 0;
+    if (call->k_weight)
+        failed = !(job.inverse = malloc(call->rows * sizeof(float)))
+            || compute_all(measure_keys, &job, (call->rows + ROWS - 1) / ROWS, call->threads, 0);
+    failed = failed || compute_all(compute_heads, &job, call->heads, call->threads, scratch);
     free(job.inverse);
     return failed;
 }
