@@ -1,8 +1,8 @@
 """Backend that runs modules eagerly in PyTorch: any shape, any batch, no preparation beyond the layout of weights.
 
-On a CPU engines.backends.cpu.decoder replaces the decoder, in 8 bits if the spec asks for it, and
-engines.backends.cpu.int8_products the transformer's maps. In bf16 and in 8 bits on a CPU the transformer runs job by
-job, so that an image is the same in any batch.
+On a CPU engines.backends.cpu.decoder replaces the decoder, and engines.backends.cpu.transformer_block the blocks of the
+transformer, both in 8 bits if the spec asks for it. There, and in bf16 and 8 bits without a C library, the transformer
+runs job by job, so that an image is the same in any batch.
 """
 
 from collections.abc import Callable

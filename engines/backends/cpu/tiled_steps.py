@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu.convolution import RowStrip, split_into_strips
-from engines.backends.cpu.kernels import gated_depthwise
+from engines.backends.cpu.kernels import gated_depthwise, linear_attention
 from engines.backends.cpu.kernels.library import Library
-from engines.backends.cpu.kernels.tokens import linear_attention
-from engines.backends.cpu.kernels.tokens.linear_attention import LinearAttention
+from engines.backends.cpu.kernels.linear_attention import LinearAttention
 from engines.backends.cpu.kernels.winograd_4x4 import Norm, TiledConv
 from engines.backends.cpu.onednn_steps import Gate, PackedGate
 from engines.backends.cpu.steps import Attend, Step, attend_in_slices

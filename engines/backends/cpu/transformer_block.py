@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.cpu.int8_products import Int8Linear
-from engines.backends.cpu.kernels import gated_depthwise
+from engines.backends.cpu.kernels import gated_depthwise, linear_attention
+from engines.backends.cpu.kernels.cross_attention import CrossAttention
 from engines.backends.cpu.kernels.gated_depthwise import GatedDepthwise
 from engines.backends.cpu.kernels.layout import pixel_rows
 from engines.backends.cpu.kernels.library import Library
-from engines.backends.cpu.kernels.tokens import linear_attention
-from engines.backends.cpu.kernels.tokens.cross_attention import CrossAttention
-from engines.backends.cpu.kernels.tokens.linear_attention import LinearAttention
-from engines.backends.cpu.kernels.tokens.norms import Residual
+from engines.backends.cpu.kernels.linear_attention import LinearAttention
+from engines.backends.cpu.kernels.norms import Residual
 from engines.backends.cpu.packed_linear import Maps, ProductFactory, exact_products, product_of
 from engines.models.layers import GLUMBConv, RMSNorm
 from engines.models.transformer import Block, Projections

@@ -1,1 +1,1 @@
-"""Kernels in C, one source each, beside what calls them; found compiled, or compiled once."""
+"""Kernels in C (c/), a file of callers for each; found compiled, or compiled once."""

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import torch
 
-from engines.backends.cpu.kernels import few_rows, gated_depthwise, winograd_4x4
+from engines.backends.cpu.kernels import (
+    cross_attention,
+    few_rows,
+    gated_depthwise,
+    linear_attention,
+    norms,
+    winograd_4x4,
+)
 from engines.backends.cpu.kernels.library import Library, find_library
-from engines.backends.cpu.kernels.tokens import cross_attention, linear_attention, norms
 
 KERNELS = (winograd_4x4, gated_depthwise, few_rows, norms, linear_attention, cross_attention)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from engines.device.hardware import cpu_flags, expanded
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "c"
 FOLDER = Path(__file__).parent / "compiled"
 COMPILERS = ("gcc", "clang", "cc")
 OPTIONS = ("-O3", "-shared", "-fPIC", "-pthread", "-w")
@@ -101,7 +101,7 @@ def find_compiler() -> str | None:
 def file_name(instruction_set: str) -> str:
     """Returns a name that changes with the source, the options and the kind of machine."""
     machine = f"{platform.system()} {platform.machine()}"
-    parts = [path.read_bytes() for path in sorted(SOURCES.rglob("*.[ch]"))]
+    parts = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
     parts += [" ".join(options(instruction_set)).encode(), machine.encode()]
     return f"kernels-{instruction_set}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
 
@@ -117,7 +117,7 @@ def compile_library(compiler: str, instruction_set: str, folder: Path) -> Path:
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        sources = map(str, sorted(SOURCES.rglob("*.c")))
+        sources = map(str, sorted(SOURCES.glob("*.c")))
         command = [compiler, *options(instruction_set), "-o", unfinished, *sources]
         subprocess.run(command, check=True, capture_output=True)
         Path(unfinished).chmod(0o644)

@@ -1,15 +1,15 @@
-"""What a block does to tokens between its products, in C, equals PyTorch's operations."""
+"""Norms and attention between the products of a block, in C, equal PyTorch's operations."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.backends.cpu.kernels import cross_attention, linear_attention
+from engines.backends.cpu.kernels.cross_attention import CrossAttention
 from engines.backends.cpu.kernels.library import Library
-from engines.backends.cpu.kernels.tokens import cross_attention, linear_attention
-from engines.backends.cpu.kernels.tokens.cross_attention import CrossAttention
-from engines.backends.cpu.kernels.tokens.linear_attention import LinearAttention
-from engines.backends.cpu.kernels.tokens.norms import Residual
+from engines.backends.cpu.kernels.linear_attention import LinearAttention
+from engines.backends.cpu.kernels.norms import Residual
 from engines.backends.cpu.steps import attend_in_slices
 from engines.backends.cpu.tiled_steps import attention_factory
 from engines.backends.parity import difference

@@ -1,8 +1,8 @@
 /* What lies between two products of tokens: the sum of the residual stream, LayerNorm and modulation, in one pass.
- * engines/backends/cpu/kernels/tokens/norms.py has the callers and the reference.
+ * engines/backends/cpu/kernels/norms.py has the callers and the reference.
  */
-#include "../blocks.h"
-#include "../vectors.h"
+#include "blocks.h"
+#include "vectors.h"
 
 #define ROWS 16 /* of a block */
 

@@ -1,10 +1,10 @@
 /* Softmax attention of one image's tokens over a prompt's, with the RMSNorm of queries and keys over all heads.
  *
  * Keys are laid out once, transposed, with all that multiplies a score but the query's RMS. Then a thread takes rows.
- * engines/backends/cpu/kernels/tokens/cross_attention.py has the caller and the reference.
+ * engines/backends/cpu/kernels/cross_attention.py has the caller and the reference.
  */
-#include "../blocks.h"
-#include "../vectors.h"
+#include "blocks.h"
+#include "vectors.h"
 
 #define ROWS 8 /* queries that are computed together: of a block */
 #define LEAST -1e30f

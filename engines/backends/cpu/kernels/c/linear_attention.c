@@ -1,11 +1,11 @@
 /* ReLU linear attention of one image's tokens, with the RMSNorm of queries and keys over all heads.
  *
  * A query's RMS divides its result's numerator and denominator alike, so only its weight is applied. A thread takes
- * heads: the context of one stays in its cache. engines/backends/cpu/kernels/tokens/linear_attention.py has the caller
+ * heads: the context of one stays in its cache. engines/backends/cpu/kernels/linear_attention.py has the caller
  * and the reference.
  */
-#include "../blocks.h"
-#include "../vectors.h"
+#include "blocks.h"
+#include "vectors.h"
 
 #define ROWS 32  /* tokens whose numbers are widened together; a multiple of TOGETHER */
 #define TOGETHER 8 /* sums at a time */
