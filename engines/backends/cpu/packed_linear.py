@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.cpu.kernels.layout import pixel_rows
-from engines.models.lora import AdaptedConv2d
 
 
 class Product(Protocol):
@@ -61,7 +60,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 class Maps:
-    """Linear maps or 1x1 convolutions that read the same rows: one product, if none has adapters."""
+    """Linear maps or 1x1 convolutions that read the same rows: one product, if all are PyTorch's own."""
 
     def __init__(self, modules: Sequence[nn.Module], make: ProductFactory) -> None:
         groups = [modules] if all(map(_is_plain, modules)) else [[module] for module in modules]
@@ -74,7 +73,7 @@ class Maps:
 
 
 def product_of(module: nn.Module, make: ProductFactory) -> Product:
-    """Returns what computes a linear map or a 1x1 convolution; one with adapters stays as it is."""
+    """Returns what computes a linear map or a 1x1 convolution; one with adapters, or quantised, stays as it is."""
     return _product([module], make)
 
 
@@ -84,7 +83,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _product(modules: Sequence[nn.Module], make: ProductFactory) -> Product:
     if not _is_plain(modules[0]):
-        return _convolution_of_rows(modules[0]) if isinstance(modules[0], AdaptedConv2d) else modules[0]
+        return modules[0] if isinstance(modules[0], nn.Linear) else _convolution_of_rows(modules[0])
     weights = [_tensor(module.weight).flatten(1) for module in modules]
     biases = [_tensor(module.bias) for module in modules if module.bias is not None]
     assert len(biases) in (0, len(modules))
