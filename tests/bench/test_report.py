@@ -120,7 +120,7 @@ def test_the_headline_is_of_the_measured_files_alone() -> None:
         "101 to 122 ms",
         "206 to 220 ms",
         "54.6",
-        "15.0 s in int8",
+        "10.8 s in int8",
     ):
         assert words in page
     assert all("projection" not in plot.lower() for plot in headline.plots().values())
