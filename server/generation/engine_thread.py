@@ -113,6 +113,8 @@ class EngineThread:
             queued = batch[index]
             if image.file is None and queued.job.image is None and not image.pixels.any():  # of a black image, black
                 raise OutputError(f"the image of seed {queued.job.seed} in a batch of {len(batch)} is all black")
+            if not delivered:
+                self._count_batch(batch, image)
             delivered.add(index)
             del self._failures[queued.job.model]
             self._delivery.image(queued, image, began - queued.submitted)
@@ -138,10 +140,13 @@ class EngineThread:
             raise OutputError(f"the engine made {len(images)} images of {len(jobs)} jobs")
         seconds = (time.monotonic() - began) / len(jobs)
         self._seconds_per_job += (seconds - self._seconds_per_job) * (0.2 if self._seconds_per_job else 1.0)
-        self._metrics.observe_batch(len(jobs), jobs[0].model)
-        self._metrics.padding.inc(max(images[0].bucket - len(jobs), 0))
-        self._metrics.cuda_graph_misses.inc(images[0].uncaptured)
         return images
+
+    def _count_batch(self, batch: Sequence[QueuedJob], first: RawImage) -> None:
+        """Counts a batch by its first image, so that who has an answer finds its batch in the metrics."""
+        self._metrics.observe_batch(len(batch), batch[0].job.model)
+        self._metrics.padding.inc(max(first.bucket - len(batch), 0))
+        self._metrics.cuda_graph_misses.inc(first.uncaptured)
 
     def _after_out_of_memory(self, engine: Engine, batch: Sequence[QueuedJob], error: Exception) -> None:
         self._metrics.engine_failures.labels("out_of_memory").inc()

@@ -43,7 +43,7 @@ class CpuBlock(nn.Module):
         assert len(x) == len(text) == 1
         assert bias is None
         shift1, scale1, gate1, shift2, scale2, gate2 = (self._table + modulation)[0].float().unbind()
-        rows, stream = x[0], torch.empty_like(x[0])
+        rows, stream = x[0].contiguous(), torch.empty(x.shape[1:], dtype=x.dtype)
         heads = (self._heads(part) for part in self._project(self._residual.normed(rows, shift1, scale1)))
         self._residual.add(rows, self._out(self._attend(*heads).flatten(1)), gate1, stream)
         attended = self._attend_text(self._query(stream), *self._project_text(text[0]))

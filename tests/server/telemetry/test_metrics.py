@@ -1,6 +1,7 @@
 """Metrics: exactly the documented names, labels and buckets; no label that a client chooses."""
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -154,18 +155,22 @@ def test_replaced_kernels_are_named(serve: Serve) -> None:
 
 
 class SmallGraphs(FakeEngine):
-    """Behaves as an engine with CUDA graphs for 64x64 alone."""
+    """Behaves as an engine with CUDA graphs for 64x64 alone. After an image, it goes on until `checked` is released."""
+
+    checked = threading.Semaphore(0)
 
     def generate(self, jobs: Sequence[Job], deliver: Deliver | None = None) -> list[RawImage]:
         images = [replace(image, uncaptured=jobs[0].width != 64) for image in super().generate(jobs)]
         for index, image in enumerate(images):
             if deliver is not None:
                 deliver(index, image)
+        assert self.checked.acquire(timeout=30)
         return images
 
 
-def test_batches_without_a_graph_are_counted(serve: Serve) -> None:
+def test_batches_without_a_graph_are_counted_before_the_answer(serve: Serve) -> None:
     running = serve(SmallGraphs())
     for width, count in ((64, 0), (96, 1), (96, 2), (64, 2)):
         assert running.generate(width=width).status_code == 200
         assert running.metric("sana_sprint_cuda_graph_misses_total") == count
+        SmallGraphs.checked.release()
