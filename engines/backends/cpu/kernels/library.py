@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from engines.device.hardware import cpu_flags, expanded
 SOURCES = Path(__file__).parent / "c"
 FOLDER = Path(__file__).parent / "compiled"
 COMPILERS = ("gcc", "clang", "cc")
-OPTIONS = ("-O3", "-shared", "-fPIC", "-pthread", "-w")
+OPTIONS = ("-O3", "-fPIC", "-pthread", "-w")
 
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma")
 # Best first: the flags of /proc/cpuinfo that each needs; a compiler's options have the same names without "_".
@@ -114,16 +115,19 @@ def compile_library(compiler: str, instruction_set: str, folder: Path) -> Path:
     """Compiles into `folder`, which it makes. Raises OSError or subprocess.CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(instruction_set)
-    handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
-    os.close(handle)
-    try:
-        sources = map(str, sorted(SOURCES.glob("*.c")))
-        command = [compiler, *options(instruction_set), "-o", unfinished, *sources]
-        subprocess.run(command, check=True, capture_output=True)
-        Path(unfinished).chmod(0o644)
-        os.replace(unfinished, path)  # another process may compile the same at this time
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    command = [compiler, *options(instruction_set)]
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished, ThreadPoolExecutor(os.cpu_count()) as threads:
+
+        def compile_one(source: Path) -> str:
+            compiled = f"{unfinished}/{source.stem}.o"
+            subprocess.run([*command, "-c", "-o", compiled, str(source)], check=True, capture_output=True)
+            return compiled
+
+        linked = Path(unfinished) / path.name
+        parts = list(threads.map(compile_one, sorted(SOURCES.glob("*.c"))))
+        subprocess.run([*command, "-shared", "-o", str(linked), *parts], check=True, capture_output=True)
+        linked.chmod(0o644)
+        os.replace(linked, path)  # another process may compile the same at this time
     return path
 
 
