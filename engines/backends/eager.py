@@ -34,7 +34,7 @@ from engines.models.lora import AdapterSelection
 from engines.models.pixels import PixelDecoder
 from engines.models.transformer import SprintTransformer, TransformerConfig
 
-_WIDE = 256  # channels; in narrower decoders calls dominate, and packing costs 0.2 ms
+_WIDE = 256  # channels; in narrower decoders calls dominate: packing costs 0.2 ms, which only steps in C gain
 _PROBE = (8, 8)  # cells of the noise latent on which a module in 8 bits must pass its gate
 _PROBE_TOKENS = 20
 
@@ -62,7 +62,7 @@ def _replaced(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     elif spec.int8 and _gains_from_int8(module, spec):
         return _with_int8_products(module, spec)
     on_cpu = spec.device.type == "cpu"
-    if on_cpu and decoder is not None and _gains_from_packing(decoder, spec.dtype):
+    if on_cpu and decoder is not None and _gains_from_packing(decoder, spec):
         steps = _steps(spec, "direct", DIRECT, {"winograd by rows": BY_ROWS})
         module.decoder = CpuDecoder(decoder, steps)
         spec.reasons[spec.name] = steps.reason
@@ -146,9 +146,10 @@ def to_channels_last(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     return converted
 
 
-def _gains_from_packing(decoder: Decoder, dtype: torch.dtype) -> bool:
-    """Returns whether packed convolutions are faster and oneDNN computes in `dtype` on this CPU."""
-    return decoder.conv_in.weight.shape[0] >= _WIDE and has_onednn(dtype)
+def _gains_from_packing(decoder: Decoder, spec: ModuleSpec) -> bool:
+    """Returns whether packed steps are faster and oneDNN computes in the dtype on this CPU."""
+    wide = decoder.conv_in.weight.shape[0] >= _WIDE
+    return has_onednn(spec.dtype) and (wide or load_library(spec.cache) is not None)
 
 
 class PerJobTransformer(nn.Module):
