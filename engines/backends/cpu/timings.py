@@ -6,6 +6,7 @@ One thread measures: two wait for each other on a busy machine, which says nothi
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -33,16 +34,22 @@ class Timings:
 
     def of(self, key: str, ways: Collection[str], make: Callable[[], Ways]) -> dict[str, float]:
         """Returns the milliseconds of each of `ways` on this CPU with this torch; `make` is called to measure them."""
-        key, cached = f"{_cpu()}, {key}: {' or '.join(ways)}", self._read()
-        kept = cached.get(key, {})
-        if kept.keys() != set(ways):
-            kept = _measure(make())
-            if self._path is None:
-                return kept
-            with contextlib.suppress(OSError):  # a full or read-only disk: measures again at the next start
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.write_text(json.dumps(cached | {key: kept}, indent=1))
+        key = f"{_cpu()}, {key}: {' or '.join(ways)}"
+        kept = self._kept(key, ways)
+        if kept is None:
+            measured = _measure(make())
+            kept = self._kept(key, ways) or measured  # another process may have measured meanwhile
+            if kept is measured and self._path is not None:
+                with contextlib.suppress(OSError):  # a full or read-only disk: measures again at the next start
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    unfinished = self._path.with_suffix(f".{os.getpid()}")
+                    unfinished.write_text(json.dumps(self._read() | {key: kept}, indent=1))
+                    os.replace(unfinished, self._path)
         return kept
+
+    def _kept(self, key: str, ways: Collection[str]) -> dict[str, float] | None:
+        found = self._read().get(key, {})
+        return found if found.keys() == set(ways) else None
 
     def _read(self) -> dict[str, dict[str, float]]:
         if self._path is None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.backends.cpu import timings
 from engines.backends.cpu.fastest_steps import FastestSteps
 from engines.backends.cpu.kernels.checked import load_library
 from engines.backends.cpu.onednn_steps import BY_ROWS, DIRECT
 from engines.backends.cpu.steps import Step
 from engines.backends.cpu.tiled_steps import TiledSteps
-from engines.backends.cpu.timings import FILE
+from engines.backends.cpu.timings import FILE, Timings, Ways
 from engines.models.dcae import ResBlock, Upsample
 
 
@@ -60,6 +61,19 @@ def upsample(channels: int = 64) -> Upsample:
 
 
 IMAGE = torch.zeros(1, 8, 4, 4)
+
+
+def test_workers_that_start_together_keep_one_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second worker measures while the first one does, and ends before it."""
+    monkeypatch.setattr(timings, "_measure", lambda ways: {name: run() for name, run in ways.items()})
+    second: list[dict[str, float]] = []
+
+    def ways() -> Ways:
+        second.append(Timings(tmp_path).of("block", ("a", "b"), lambda: {"a": lambda: 3.0, "b": lambda: 4.0}))
+        return {"a": lambda: 2.0, "b": lambda: 1.0}
+
+    assert Timings(tmp_path).of("block", ("a", "b"), ways) == second[0] == {"a": 3.0, "b": 4.0}
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]  # nothing unfinished
 
 
 def test_the_fastest_is_built_and_the_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
