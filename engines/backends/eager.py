@@ -65,7 +65,8 @@ def _replaced(module: nn.Module, spec: ModuleSpec) -> nn.Module:
     if on_cpu and decoder is not None and _gains_from_packing(decoder, spec):
         steps = _steps(spec, "direct", DIRECT, {"winograd by rows": BY_ROWS})
         module.decoder = CpuDecoder(decoder, steps)
-        spec.reasons[spec.name] = steps.reason
+        if steps.reason:
+            spec.reasons[spec.name] = steps.reason
         return module
     if on_cpu and spec.name in ("transformer", "controlled"):
         replaced = _replace_blocks(module, spec, lambda _: exact_products(spec.dtype))

@@ -20,7 +20,7 @@ def test_decides_and_says_why(folder: Path) -> None:
     engine: Engine = load_engine(str(folder), device="cpu")
     assert (engine.info.backend, engine.info.precision, engine.info.device) == ("eager", "fp32", "cpu")
     assert engine.info.reasons["device"] == "cpu: asked for"
-    assert set(engine.info.reasons) == {"backend", "precision", "device"}
+    assert set(engine.info.reasons) - {"decoder"} == {"backend", "precision", "device"}
     assert engine.info.checkpoint == str(folder)
     assert set(engine.info.versions) >= {"torch", "tokenizers"}
 
