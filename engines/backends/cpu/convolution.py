@@ -21,7 +21,7 @@ from engines.backends.cpu.kernels.layout import Edges, pixel_rows
 
 # oneDNN chooses the layout of weights for an input size. It fits other sizes; without one, 1x1 is 8 times slower.
 TYPICAL_SIZE = (64, 64)
-SLICE_NUMEL = 2**19  # numbers in one slice: 2 MiB in fp32, the L2 caches of two cores
+_SLICE_NUMEL = 2**19  # numbers in one slice: 2 MiB in fp32, the L2 caches of two cores
 STRIP_NUMEL = 2**23  # numbers in one strip: 16 MiB in bf16
 
 
@@ -80,7 +80,7 @@ def make_conv(weight: Tensor, bias: Tensor | None, padding: int = 0) -> nn.Conv2
 
 def cache_sized_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yields slices of the rows of all `tensors`, as many rows as fit the L2 caches."""
-    step = max(1, SLICE_NUMEL // tensors[0].shape[1])
+    step = max(1, _SLICE_NUMEL // tensors[0].shape[1:].numel())
     yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
 
 

@@ -3,14 +3,14 @@
 Shapes: N pixels, H heads of d.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.backends.cpu.convolution import SLICE_NUMEL, cache_sized_slices
+from engines.backends.cpu.convolution import cache_sized_slices
 from engines.backends.cpu.kernels.layout import pixel_rows
 from engines.models.dcae import ATTENTION_EPS, ResBlock, Upsample
 from engines.models.layers import RMSNorm
@@ -51,16 +51,10 @@ def attend_in_slices(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> 
     """Attends as engines.models.dcae.attend, in slices whose fp32 intermediates stay in the cache."""
     _, heads, head_dim = query.shape
     context, total = torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim, 1)
-    for keys, values in _slices(key, value):
-        keys = F.relu(keys.float())
-        context.baddbmm_(keys.transpose(1, 2), values.float())
+    for keys, values in cache_sized_slices(key, value):
+        keys = F.relu(keys.transpose(0, 1).float())  # [H, n, d]
+        context.baddbmm_(keys.transpose(1, 2), values.transpose(0, 1).float())
         total += keys.sum(1).unsqueeze(2)
-    for queries, target in _slices(query, out):
-        queries = F.relu(queries.float())
-        target.copy_((queries @ context).div_(queries @ total + ATTENTION_EPS))
-
-
-def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields slices [H, n, d] of tensors [N, H, d]."""
-    step = max(1, SLICE_NUMEL // tensors[0][0].numel())
-    yield from zip(*(torch.split(tensor.transpose(0, 1), step, dim=1) for tensor in tensors), strict=True)
+    for queries, target in cache_sized_slices(query, out):
+        queries = F.relu(queries.transpose(0, 1).float())
+        target.transpose(0, 1).copy_((queries @ context).div_(queries @ total + ATTENTION_EPS))
