@@ -39,14 +39,14 @@ class AllSteps(Protocol):
 
 
 class _Attention:
-    def __init__(self, attention: MultiscaleLinearAttention, attend: Attend) -> None:
+    def __init__(self, attention: MultiscaleLinearAttention, attend_linearly: Attend) -> None:
         weights = [attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]
         self._project = PackedConv(make_conv(torch.cat(weights)[:, :, None, None], None))
         self._scales = [
             [PackedConv(_as_conv2d(scale.get_submodule(name))) for name in ("proj_in", "proj_out")]
             for scale in attention.to_qkv_multiscale
         ]
-        self._head_dim, self._attend = attention.head_dim, attend
+        self._head_dim, self._attend_linearly = attention.head_dim, attend_linearly
         self._out = PackedConv(make_conv(attention.to_out.weight[:, :, None, None], None))
         self._norm = Norm(attention.norm_out)
 
@@ -68,7 +68,7 @@ class _Attention:
             for scale, part in zip(scales, parts, strict=True):
                 projected = torch.unflatten(pixel_rows(scale[index : index + 1]), 1, (-1, 3, self._head_dim))
                 query, key, value = projected.unbind(2)
-                self._attend(query, key, value, torch.unflatten(part, 1, (-1, self._head_dim)))
+                self._attend_linearly(query, key, value, torch.unflatten(part, 1, (-1, self._head_dim)))
         return out
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.backends.cpu.kernels.library import Library
+from engines.backends.cpu.kernels.norms import norm_pointers
 
 _POINTERS = ("q", "k", "v", "q_weight", "k_weight", "y")
 _SIZES = ("rows", "tokens", "stride", "heads", "size")
@@ -47,13 +48,10 @@ class CrossAttention:
         assert key.stride() == value.stride() == (key.stride(0), 1)
         assert key.shape == value.shape == (len(key), query.shape[1])
         assert query.dtype == key.dtype == value.dtype
-        q_weight, k_weight = self._norms or (None, None)
         call = _Attention(
             q=query.data_ptr(),
             k=key.data_ptr(),
             v=value.data_ptr(),
-            q_weight=None if q_weight is None else q_weight.data_ptr(),
-            k_weight=None if k_weight is None else k_weight.data_ptr(),
             y=out.data_ptr(),
             rows=len(query),
             tokens=len(key),
@@ -63,6 +61,7 @@ class CrossAttention:
             bf16=query.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
             eps=self._eps,
+            **norm_pointers(self._norms),
         )
         self._library.run("cross_attention", call)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.backends.cpu.kernels.library import Library
+from engines.backends.cpu.kernels.norms import norm_pointers
 
 _POINTERS = ("q", "k", "v", "q_weight", "k_weight", "y")
 _SIZES = ("rows", "heads", "size", "to_row", "to_head", "y_to_row")
@@ -48,13 +49,10 @@ class LinearAttention:
             assert x.dtype == out.dtype
             assert x.stride() == (*query.stride()[:2], 1)
         assert out.stride()[1:] == (size, 1)
-        q_weight, k_weight = self._norms or (None, None)
         call = _Attention(
             q=query.data_ptr(),
             k=key.data_ptr(),
             v=value.data_ptr(),
-            q_weight=None if q_weight is None else q_weight.data_ptr(),
-            k_weight=None if k_weight is None else k_weight.data_ptr(),
             y=out.data_ptr(),
             rows=rows,
             heads=heads,
@@ -65,6 +63,7 @@ class LinearAttention:
             bf16=query.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
             eps=self._eps,
+            **norm_pointers(self._norms),
         )
         self._library.run("linear_attention", call)
 

@@ -65,6 +65,14 @@ class Residual:
         self._library.run("modulated_norm", call)
 
 
+def norm_pointers(norms: tuple[Tensor, Tensor] | None) -> dict[str, int]:
+    """Returns the weights of the RMSNorms of queries and keys as both attentions take them; null without norms."""
+    if norms is None:
+        return {}
+    assert all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in norms)
+    return {"q_weight": norms[0].data_ptr(), "k_weight": norms[1].data_ptr()}
+
+
 def computes_right(library: Library) -> bool:
     """Returns whether sum and norm of 3 tokens equal PyTorch's."""
     generator = torch.Generator().manual_seed(0)
